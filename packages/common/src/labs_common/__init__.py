@@ -1,0 +1,1 @@
+"""The ground floor of Foundation Labs: what every lab needs and no lab owns."""

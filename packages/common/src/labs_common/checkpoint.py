@@ -1,0 +1,163 @@
+"""Checkpoints: written whole or not at all, read without running anything that they contain."""
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from labs_common.errors import LabError
+
+SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
+
+
+def save_checkpoint(
+    folder: Path,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    position: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Writes `folder/step-N` and drops all but the newest `keep`; called by all processes together.
+
+    A checkpoint holds what changes: trainable parameters and buffers (`trainable.safetensors`), the
+    optimizer (`optimizer.pt`), the random generators of each process (`random-R.pt`) and the place in the
+    data (`position.json`). Where DeepSpeed or FSDP shard the weights, they write their own format
+    (`sharded/`). It appears under its name by one rename after everything is on disk, so that a process
+    killed at any moment leaves only whole checkpoints.
+    """
+    final = folder / f"step-{position['step']:08d}"
+    part = folder / f".{final.name}.part"
+    if accelerator.is_main_process:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    torch.save(_random_state(), part / f"random-{accelerator.process_index}.pt")
+    if accelerator.distributed_type in SHARDED:
+        accelerator.save_state(str(part / "sharded"), **_sharded_options(accelerator))
+    elif accelerator.is_main_process:
+        save_file(changing_tensors(accelerator.unwrap_model(model)), part / "trainable.safetensors")
+        state: dict[str, Any] = {"optimizer": optimizer.state_dict()}
+        if accelerator.scaler is not None:
+            state["scaler"] = accelerator.scaler.state_dict()
+        torch.save(state, part / "optimizer.pt")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (part / "position.json").write_text(json.dumps(position), encoding="utf-8")
+        for file in part.rglob("*"):
+            if file.is_file():
+                _to_disk(file)
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+        _to_disk(folder)
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return final
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints under `folder`, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def load_checkpoint(
+    path: Path, accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Puts model, optimizer and random generators back as `save_checkpoint` found them; returns the position.
+
+    Raises:
+        LabError: a file is missing or damaged, or the checkpoint is of another model or process count.
+    """
+    try:
+        position: dict[str, Any] = json.loads((path / "position.json").read_text(encoding="utf-8"))
+        random_file = path / f"random-{accelerator.process_index}.pt"
+        if not random_file.exists():
+            raise LabError(f"{path}: was written by fewer processes; resume with as many as the run had")
+        if accelerator.distributed_type in SHARDED:
+            accelerator.load_state(str(path / "sharded"), **_load_options(accelerator))
+        else:
+            restore_tensors(accelerator.unwrap_model(model), load_file(path / "trainable.safetensors"))
+            state = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu")
+            optimizer.load_state_dict(state["optimizer"])
+            if accelerator.scaler is not None and "scaler" in state:
+                accelerator.scaler.load_state_dict(state["scaler"])
+        _set_random_state(torch.load(random_file, weights_only=True, map_location="cpu"))
+    except LabError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise LabError(
+            f"{path}: the checkpoint cannot be read ({reason}); delete that directory to go on from an earlier one"
+        ) from error
+    return position
+
+
+def changing_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Trainable parameters and buffers of `model` by name, contiguous and detached."""
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    tensors = {name: parameter for name, parameter in model.named_parameters() if name in names}
+    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
+    return {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def restore_tensors(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Copies `changing_tensors` back into `model`.
+
+    Raises:
+        ValueError: names or shapes are those of another model.
+    """
+    present = dict(model.named_parameters()) | dict(model.named_buffers())
+    expected = changing_tensors(model).keys()
+    if expected != tensors.keys():
+        raise ValueError(f"holds {len(tensors)} tensors where this model trains {len(expected)}")
+    for name, tensor in tensors.items():
+        if present[name].shape != tensor.shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, here {tuple(present[name].shape)}")
+        present[name].copy_(tensor)
+
+
+def _random_state() -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _sharded_options(accelerator: Accelerator) -> dict[str, Any]:
+    # Without this, DeepSpeed would write the frozen base model into every checkpoint.
+    return {"exclude_frozen_parameters": True} if accelerator.distributed_type == DistributedType.DEEPSPEED else {}
+
+
+def _load_options(accelerator: Accelerator) -> dict[str, Any]:
+    return {"load_module_strict": False} if accelerator.distributed_type == DistributedType.DEEPSPEED else {}
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

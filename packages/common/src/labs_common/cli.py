@@ -1,0 +1,186 @@
+"""Command lines: tyro over dataclasses, a YAML file beneath the flags, errors in one line."""
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+
+from labs_common.errors import LabError
+from labs_common.options import RESUME_MAY_CHANGE
+
+Config = TypeVar("Config")
+
+
+def run_command(
+    body: Callable[[Config], None],
+    config_type: type[Config],
+    prog: str,
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Parses the command line into `config_type`, runs `body` on it and exits.
+
+    Exit codes: 0 done, 1 the run failed (see `RunStopped`), 2 the input was wrong, 130 interrupted.
+    `body` should import torch itself: parsing, `--help` and faulty options then answer at once.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    try:
+        body(parse(config_type, prog, arguments))
+    except LabError as error:
+        if debug:
+            traceback.print_exc()
+        _exit(error.exit_code, f"error: {error}")
+    except KeyboardInterrupt:
+        if debug:
+            traceback.print_exc()
+        _exit(130, "interrupted: nothing was saved since the last checkpoint")
+
+
+def parse(config_type: type[Config], prog: str, arguments: Sequence[str]) -> Config:
+    """Returns the config: defaults, then `--config FILE` or the config of `--resume RUN`, then the flags.
+
+    Raises:
+        LabError: an unknown option or a bad value, in one line; a config file that does not fit; flags
+            that would turn a resumed run into another run.
+    """
+    resume = _value_of("--resume", arguments)
+    file = _value_of("--config", arguments)
+    if resume is not None and file is not None:
+        raise LabError("--resume brings its own config: drop --config, or start a new run without --resume")
+    if resume is not None:
+        file = str(Path(resume) / "config.yaml")
+        if not Path(file).is_file():
+            raise LabError(f"--resume {resume}: no run is there (config.yaml is missing)")
+    default = config_type() if file is None else config_from_yaml(config_type, Path(file))
+    config = _parse_flags(config_type, default, prog, arguments)
+    if resume is not None:
+        _refuse_other_run(default, config, resume)
+    return config
+
+
+def config_from_yaml(config_type: type[Config], path: Path) -> Config:
+    """Reads a config that `config_to_yaml` wrote, or a part of one; what it leaves out keeps its default.
+
+    Raises:
+        LabError: the file is missing or is not YAML, or has an option that does not exist or a bad value.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise LabError(f"--config {path}: cannot be read ({_first_line(error)})") from error
+    if not isinstance(values, dict):
+        raise LabError(f"--config {path}: expected options as 'name: value'")
+    try:
+        return _parse_flags(config_type, config_type(), f"--config {path}", _flags_of(values))
+    except LabError as error:
+        raise LabError(f"--config {path}: {error}") from None
+
+
+def config_to_yaml(config: Any) -> str:
+    """Every option of `config`, as YAML that `--config` reads back to an equal config."""
+    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses, paths and tuples as the dictionaries, strings and lists that YAML and JSON know."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [to_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def flat_options(config: Any) -> dict[str, Any]:
+    """The options of a nested config by their flag names, without the groups: `{"learning_rate": 0.001, ...}`."""
+    options: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        options.update(flat_options(value) if dataclasses.is_dataclass(value) else {field.name: value})
+    return options
+
+
+def _parse_flags(config_type: type[Config], default: Config, prog: str, arguments: Sequence[str]) -> Config:
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                config_type, prog=prog, default=default, args=arguments, config=(tyro.conf.OmitArgPrefixes,)
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):  # --help was printed
+            raise
+        raise LabError(_one_line(said.getvalue())) from None
+
+
+def _flags_of(values: dict[str, Any]) -> list[str]:
+    """The flags that say what a YAML config says; groups only sort its options, they do not name them."""
+    flags: list[str] = []
+    for name, value in values.items():
+        flag = "--" + str(name).replace("_", "-")
+        if isinstance(value, dict):
+            flags += _flags_of(value)
+        elif isinstance(value, bool):
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, list):
+            flags += [flag, *map(str, value)]
+        else:
+            flags.append(f"{flag}={value}")
+    return flags
+
+
+def _one_line(box: str) -> str:
+    """The message inside the frame that tyro draws around an error: up to its first rule, and what it suggests."""
+    lines = [re.sub(r"^│\s?|\s*│$", "", line).rstrip() for line in box.splitlines()]
+    parts: list[list[str]] = [[]]
+    for line in lines[1:]:
+        if set(line.strip()) <= set("─╰╯"):
+            parts.append([])
+        else:
+            parts[-1].append(line.strip())
+    message = " ".join(parts[0]).strip().rstrip(" .") or "the command line could not be read"
+    if len(parts) > 1 and parts[1][:1] == ["Perhaps you meant:"]:
+        flags = [line.split()[0].rstrip(",") for line in parts[1][1:] if line.startswith("--")]
+        message += f"; perhaps you meant {' or '.join(flags)}"
+    return message
+
+
+def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if argument == flag:
+            return following
+        if argument.startswith(flag + "="):
+            return argument.removeprefix(flag + "=")
+    return None
+
+
+def _refuse_other_run(saved: Any, asked: Any, resume: str) -> None:
+    old, new = flat_options(saved), flat_options(asked)
+    changed = [name for name in old if old[name] != new[name] and name not in RESUME_MAY_CHANGE]
+    if changed:
+        name = changed[0]
+        flags = ", ".join("--" + name.replace("_", "-") for name in changed)
+        raise LabError(
+            f"--resume {resume}: that run was started with another {flags} "
+            f"({old[name]!r}, not {new[name]!r}); drop the option, or start a new run without --resume"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _exit(code: int, line: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    print(line if rank == "0" else f"[process {rank}] {line}", file=sys.stderr, flush=True)
+    sys.exit(code)

@@ -1,0 +1,70 @@
+"""The options that mean the same in every lab, each with its help text and default.
+
+A lab gathers these dataclasses in its own config. Nothing here imports torch, so `--help` stays fast.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Schedule = Literal["cosine", "linear", "constant"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Tracker = Literal["tensorboard", "wandb", "none"]
+
+
+@dataclass
+class RunOptions:
+    """Where a run lives and what it writes."""
+
+    output: Path | None = None
+    """Directory of this run; it must not exist yet. By default a new one under runs/."""
+    resume: Path | None = None
+    """Directory of an unfinished run to go on with. Its own config is used; options that would change it are refused."""
+    config: Path | None = None
+    """YAML file whose values take the place of the defaults; flags win over it. Every run writes one that is complete."""
+    seed: int = 0
+    """Seed of everything random: same seed, same result."""
+    track: Tracker = "tensorboard"
+    """Where curves go besides the report."""
+    report: bool = True
+    """Write report.html at the end."""
+    debug: bool = False
+    """Show the traceback of an error instead of one line."""
+
+
+@dataclass
+class TrainingOptions:
+    """How the weights are moved."""
+
+    epochs: int = 3
+    """Passes over the training data."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps, whatever --epochs says."""
+    batch_size: int = 32
+    """Samples per optimizer step, over all processes together: the result does not depend on how many there are."""
+    learning_rate: float = 1e-3
+    """Highest learning rate, reached after the warm-up."""
+    schedule: Schedule = "cosine"
+    """How the learning rate falls after the warm-up: cosine or linear to zero, or not at all."""
+    warmup: float = 0.03
+    """Share of all steps over which the learning rate rises from zero."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    clip_norm: float = 1.0
+    """Gradients with a larger L2 norm are scaled down to it; 0 turns clipping off."""
+    precision: Precision = "auto"
+    """Arithmetic of forward and backward. auto is bf16 on a GPU that has it, else fp32."""
+    evaluate_every: int = 0
+    """Optimizer steps between evaluations; 0 means once per epoch. There is always one at the end."""
+    patience: int = 0
+    """Stop after this many evaluations without improvement and go back to the best weights; 0 never does."""
+    save_every: int = 200
+    """Optimizer steps between checkpoints. Ctrl-C writes one as well."""
+    keep: int = 2
+    """How many of the newest checkpoints stay on disk."""
+
+
+# A resumed run may change these; every other option would make it another run.
+RESUME_MAY_CHANGE = frozenset(
+    {"output", "resume", "config", "track", "report", "debug", "save_every", "keep"}
+)

@@ -1,0 +1,190 @@
+"""A run is a directory: what was asked, on what machine, what was measured, and what came out."""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import filter_trackers
+from accelerate.utils import broadcast_object_list
+
+from labs_common.cli import config_to_yaml, flat_options
+from labs_common.errors import LabError
+from labs_common.options import RunOptions
+
+
+class Run:
+    """A run's directory and the files in it. Only the main process writes.
+
+    ```
+    config.yaml       every option; `--config config.yaml` runs it again
+    environment.json  versions, git commit, hardware, command
+    metrics.jsonl     one line per logged step; the same bytes again for the same seed, resumed or not
+    timing.jsonl      seconds, throughput and memory by step: what no two runs share
+    checkpoints/      see labs_common.checkpoint
+    figures/          the report's figures as SVG
+    results.json      final numbers
+    report.html
+    ```
+    """
+
+    def __init__(self, path: Path, is_main: bool = True) -> None:
+        self.path = path
+        self.is_main = is_main
+
+    @classmethod
+    def start(cls, config: Any, options: RunOptions, name: str, accelerator: Accelerator) -> "Run":
+        """Makes the directory of a new run, or opens that of the run to resume, in all processes.
+
+        Raises:
+            LabError: the directory exists already, or cannot be written.
+        """
+        if options.resume is not None:
+            run = cls(options.resume, accelerator.is_main_process)
+        else:
+            run = cls(_agreed_path(options, name), accelerator.is_main_process)
+            trouble = [_make_directory(run.path, config) if run.is_main else None]
+            if (message := broadcast_object_list(trouble)[0]) is not None:
+                raise LabError(message)
+        if options.track != "none":
+            accelerator.project_configuration.set_directories(str(run.path))
+            accelerator.log_with = filter_trackers([options.track], str(run.path))
+            accelerator.init_trackers("tracking", config=_scalars(flat_options(config)))
+        return run
+
+    def append(self, file: str, line: dict[str, Any]) -> None:
+        """Adds one JSON line to `file` (metrics.jsonl or timing.jsonl)."""
+        if self.is_main:
+            with (self.path / file).open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def lines(self, file: str) -> Iterator[dict[str, Any]]:
+        """The JSON lines of `file`; nothing if it does not exist. A last line cut by a kill is left out."""
+        path = self.path / file
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+                if line.endswith("\n"):
+                    yield json.loads(line)
+
+    def rewind(self, step: int) -> None:
+        """Drops the lines after `step`: they belong to steps that a killed process did and that come again."""
+        if self.is_main:
+            for file in ("metrics.jsonl", "timing.jsonl"):
+                kept = [line for line in self.lines(file) if line["step"] <= step]
+                write_atomically(
+                    self.path / file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+                )
+
+    def save_json(self, name: str, value: Any) -> Path:
+        """Writes `value` to the file `name` in one move; readers see the old file or the new one."""
+        path = self.path / name
+        if self.is_main:
+            write_atomically(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+        return path
+
+    def load_json(self, name: str) -> Any:
+        """What `save_json` wrote, or None."""
+        path = self.path / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def check_output(options: RunOptions) -> None:
+    """Refuses an output directory that cannot be used, before any work is done and without leaving a trace.
+
+    Raises:
+        LabError: it exists and is not empty, or no directory can be made there.
+    """
+    if options.resume is not None:
+        if not os.access(options.resume, os.W_OK):
+            raise LabError(f"--resume {options.resume}: the directory cannot be written")
+        return
+    path = options.output or Path("runs")
+    if options.output is not None and path.exists():
+        if not path.is_dir():
+            raise LabError(f"--output {path}: is a file; name a directory")
+        if any(path.iterdir()):
+            raise LabError(f"--output {path}: is not empty; name another, or go on with it by --resume {path}")
+    parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise LabError(f"--output {path}: cannot be written (no permission in {parent})")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces the file `path` by one that holds `text`, or leaves it as it was."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    part.replace(path)
+
+
+def environment() -> dict[str, Any]:
+    """What a reader needs to judge or repeat a run: command, commit, versions, hardware."""
+    gpu = torch.cuda.is_available()
+    return {
+        "command": command_line(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if gpu else [],
+        "packages": dict(
+            sorted({dist.metadata["Name"].lower(): dist.version for dist in distributions() if dist.metadata["Name"]}.items())
+        ),
+    }
+
+
+def command_line() -> str:
+    """The command that started this process, as a user would type it."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    start = f"python -m {spec.name}" if spec is not None and spec.name != "__main__" else Path(sys.argv[0]).name
+    return " ".join([start, *sys.argv[1:]])
+
+
+def _agreed_path(options: RunOptions, name: str) -> Path:
+    """`--output`, or a new name under runs/; all processes get the main one's."""
+    if options.output is not None:
+        return options.output
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    path = Path("runs") / f"{name}-{stamp}"
+    number = 2
+    while path.exists():
+        path = Path("runs") / f"{name}-{stamp}-{number}"
+        number += 1
+    return Path(broadcast_object_list([str(path)])[0])
+
+
+def _make_directory(path: Path, config: Any) -> str | None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "figures").mkdir()
+        write_atomically(path / "environment.json", json.dumps(environment(), indent=1) + "\n")
+        write_atomically(path / "config.yaml", config_to_yaml(config))
+    except OSError as error:
+        return f"--output {path}: cannot be written ({error.strerror})"
+    return None
+
+
+def _scalars(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in options.items()}
+
+
+def _git_commit() -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except OSError:
+        return None
+    return found.stdout.strip() or None

@@ -1,0 +1,1 @@
+"""Persian chat fine-tuning of small language models."""
