@@ -20,14 +20,13 @@ SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
 
 def save_checkpoint(
-    folder: Path,
+    path: Path,
     accelerator: Accelerator,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     position: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Writes `folder/step-N` and drops all but the newest `keep`; called by all processes together.
+) -> None:
+    """Writes a checkpoint to the directory `path`, in place of one that is there; called by all processes together.
 
     A checkpoint holds what changes: trainable parameters and buffers (`trainable.safetensors`), the
     optimizer (`optimizer.pt`), the random generators of each process (`random-R.pt`) and the place in the
@@ -35,8 +34,7 @@ def save_checkpoint(
     (`sharded/`). It appears under its name by one rename after everything is on disk, so that a process
     killed at any moment leaves only whole checkpoints.
     """
-    final = folder / f"step-{position['step']:08d}"
-    part = folder / f".{final.name}.part"
+    part = path.with_name(f".{path.name}.part")
     if accelerator.is_main_process:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -56,17 +54,14 @@ def save_checkpoint(
         for file in part.rglob("*"):
             if file.is_file():
                 _to_disk(file)
-        shutil.rmtree(final, ignore_errors=True)
-        part.rename(final)
-        _to_disk(folder)
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+        shutil.rmtree(path, ignore_errors=True)
+        part.rename(path)
+        _to_disk(path.parent)
     accelerator.wait_for_everyone()
-    return final
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints under `folder`, oldest first."""
+    """The whole checkpoints `step-N` under `folder`, oldest first."""
     return sorted(folder.glob("step-*"))
 
 

@@ -19,9 +19,9 @@ class RunOptions:
     output: Path | None = None
     """Directory of this run; it must not exist yet. By default a new one under runs/."""
     resume: Path | None = None
-    """Directory of an unfinished run to go on with. Its own config is used; options that would change it are refused."""
+    """Directory of an unfinished run to go on with, under its own config; options that would change it are refused."""
     config: Path | None = None
-    """YAML file whose values take the place of the defaults; flags win over it. Every run writes one that is complete."""
+    """YAML file whose values take the place of the defaults; flags win. Every run writes one that is complete."""
     seed: int = 0
     """Seed of everything random: same seed, same result."""
     track: Tracker = "tensorboard"
@@ -65,6 +65,4 @@ class TrainingOptions:
 
 
 # A resumed run may change these; every other option would make it another run.
-RESUME_MAY_CHANGE = frozenset(
-    {"output", "resume", "config", "track", "report", "debug", "save_every", "keep"}
-)
+RESUME_MAY_CHANGE = frozenset({"output", "resume", "config", "track", "report", "debug", "save_every", "keep"})

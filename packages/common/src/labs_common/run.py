@@ -36,9 +36,10 @@ class Run:
     ```
     """
 
-    def __init__(self, path: Path, is_main: bool = True) -> None:
+    def __init__(self, path: Path, is_main: bool = True, resumed: bool = False) -> None:
         self.path = path
         self.is_main = is_main
+        self.resumed = resumed
 
     @classmethod
     def start(cls, config: Any, options: RunOptions, name: str, accelerator: Accelerator) -> "Run":
@@ -48,7 +49,7 @@ class Run:
             LabError: the directory exists already, or cannot be written.
         """
         if options.resume is not None:
-            run = cls(options.resume, accelerator.is_main_process)
+            run = cls(options.resume, accelerator.is_main_process, resumed=True)
         else:
             run = cls(_agreed_path(options, name), accelerator.is_main_process)
             trouble = [_make_directory(run.path, config) if run.is_main else None]
@@ -140,7 +141,11 @@ def environment() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if gpu else [],
         "packages": dict(
-            sorted({dist.metadata["Name"].lower(): dist.version for dist in distributions() if dist.metadata["Name"]}.items())
+            sorted(
+                {
+                    dist.metadata["Name"].lower(): dist.version for dist in distributions() if dist.metadata["Name"]
+                }.items()
+            )
         ),
     }
 
@@ -177,14 +182,14 @@ def _make_directory(path: Path, config: Any) -> str | None:
 
 
 def _scalars(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in options.items()}
+    return {
+        name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in options.items()
+    }
 
 
 def _git_commit() -> str | None:
     try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
-        )
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
     except OSError:
         return None
     return found.stdout.strip() or None

@@ -1,0 +1,104 @@
+"""What trains and what stays fixed, and the proof that the fixed part did not move."""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from labs_common.errors import LabError, RunStopped
+
+
+def train_only(model: torch.nn.Module, wanted: Callable[[str], bool]) -> list[str]:
+    """Makes exactly the parameters whose name is `wanted` trainable and returns their names.
+
+    Raises:
+        LabError: no parameter has such a name.
+    """
+    names = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(wanted(name))
+        if parameter.requires_grad:
+            names.append(name)
+    if not names:
+        raise LabError("nothing to train: no parameter of the model fits the chosen method")
+    return names
+
+
+def fixed_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields every parameter that does not train, and every buffer of a module that trains nothing of its own.
+
+    The second part catches what `requires_grad=False` does not stop, such as the running statistics of a
+    frozen BatchNorm that was left in training mode.
+    """
+    for prefix, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        learns = any(parameter.requires_grad for parameter in own.values())
+        tensors = {name: parameter for name, parameter in own.items() if not parameter.requires_grad}
+        tensors |= {} if learns else dict(module.named_buffers(recurse=False))
+        for name, tensor in tensors.items():
+            yield f"{prefix}.{name}" if prefix else name, tensor
+
+
+def tensor_hash(tensor: torch.Tensor) -> str:
+    """BLAKE2b over the bytes of a tensor; of this process's part where FSDP or ZeRO-3 shard it."""
+    if hasattr(tensor, "ds_tensor"):
+        tensor = tensor.ds_tensor
+    elif hasattr(tensor, "to_local"):
+        tensor = tensor.to_local()
+    data = tensor.detach().contiguous().cpu().flatten().view(torch.uint8)
+    return hashlib.blake2b(data.numpy().data, digest_size=16).hexdigest()
+
+
+@dataclass
+class FrozenAudit:
+    """Hashes of everything that must stay fixed, taken when it is made; `check` compares.
+
+    Make it when training starts, on the model as it trains (after `accelerator.prepare`, unwrapped).
+    """
+
+    model: torch.nn.Module
+    before: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.before = {name: tensor_hash(tensor) for name, tensor in fixed_tensors(self.model)}
+
+    def check(self, start: dict[str, str] | None = None) -> None:
+        """Compares with the state when this audit was made, or with the `before` of the run's first start.
+
+        Raises:
+            RunStopped: a tensor changed, appeared or vanished; the first few are named.
+        """
+        start = self.before if start is None else start
+        now = {name: tensor_hash(tensor) for name, tensor in fixed_tensors(self.model)}
+        moved = sorted(name for name in start.keys() | now.keys() if start.get(name) != now.get(name))
+        if moved:
+            raise RunStopped(
+                f"{len(moved)} tensors that must stay fixed have changed, first {', '.join(moved[:3])}: "
+                "the run cannot be trusted and is not finished"
+            )
+
+    def table(self) -> list[dict[str, str | int]]:
+        """One row per kind of module: parameters that train, parameters and buffers whose hashes were equal.
+
+        Layers are counted together: `layers.*.self_attn` stands for all of them.
+        """
+        rows: dict[str, dict[str, int]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                row = rows.setdefault(_kind(name), {"trained": 0, "fixed": 0, "verified": 0})
+                row["trained"] += _size(parameter)
+        for name, tensor in fixed_tensors(self.model):
+            row = rows.setdefault(_kind(name), {"trained": 0, "fixed": 0, "verified": 0})
+            row["fixed"] += _size(tensor)
+            row["verified"] += name in self.before
+        return [{"module": kind, **row} for kind, row in rows.items()]
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name.rpartition(".")[0]) or name
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return int(getattr(tensor, "ds_numel", tensor.numel()))

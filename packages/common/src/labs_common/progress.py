@@ -1,0 +1,63 @@
+"""Progress on long work: a bar where someone looks at a terminal, a line now and then in a log."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+SECONDS_BETWEEN_LINES = 15.0
+console = Console(stderr=True, highlight=False)
+
+
+class ProgressLine:
+    """Counts `total` steps of a named task; use as a context manager.
+
+    On a terminal it draws a bar with the remaining time; elsewhere it prints a plain line every fifteen
+    seconds and one at the end. With `shown=False` (all but the main process) it does nothing.
+    """
+
+    def __init__(self, task: str, total: int, done: int = 0, shown: bool = True) -> None:
+        self.task, self.total, self.done, self.shown = task, total, done, shown
+        self._first = done
+        self._began = self._last_line = time.monotonic()
+        self._bar: Progress | None = None
+        if shown and console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"), console=console,
+            )  # fmt: skip
+            self._id = self._bar.add_task(task, total=total, completed=done, note="")
+
+    def __enter__(self) -> "ProgressLine":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def advance(self, note: str = "") -> None:
+        """One more step is done; `note` says what a reader may want to see (loss, speed)."""
+        self.done += 1
+        if self._bar is not None:
+            self._bar.update(self._id, completed=self.done, note=note)
+        elif self.shown:
+            now = time.monotonic()
+            if now - self._last_line >= SECONDS_BETWEEN_LINES or self.done == self.total:
+                self._last_line = now
+                left = (now - self._began) / max(1, self.done - self._first) * (self.total - self.done)
+                remaining = f"{left:.0f} s left" if self.done < self.total else f"{now - self._began:.0f} s"
+                print(f"{self.task} {self.done}/{self.total}  {note}  {remaining}", file=sys.stderr, flush=True)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def tracked(items: Iterable[T], task: str, total: int, shown: bool = True) -> Iterator[T]:
+    """Yields `items` and shows how far it has come."""
+    with ProgressLine(task, total, shown=shown) as line:
+        for item in items:
+            yield item
+            line.advance()

@@ -1,0 +1,29 @@
+"""The report: figures and one self-contained HTML page."""
+
+from labs_common.report.figures import bar_figure, curve_figure, histogram_figure
+from labs_common.report.page import Code, Figure, Section, Table, Text, save_figure, write_report
+from labs_common.report.sections import (
+    asked_section,
+    cost_section,
+    curves_section,
+    rerun_section,
+    trained_section,
+)
+
+__all__ = [
+    "Code",
+    "Figure",
+    "Section",
+    "Table",
+    "Text",
+    "asked_section",
+    "bar_figure",
+    "cost_section",
+    "curve_figure",
+    "curves_section",
+    "histogram_figure",
+    "rerun_section",
+    "save_figure",
+    "trained_section",
+    "write_report",
+]

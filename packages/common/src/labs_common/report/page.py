@@ -1,0 +1,89 @@
+"""One HTML file that needs no network: sections of text, tables, figures and code."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jinja2
+
+from labs_common.run import Run, write_atomically
+
+
+@dataclass
+class Text:
+    """A paragraph; right-to-left when it begins in Persian."""
+
+    text: str
+    kind: str = "text"
+
+
+@dataclass
+class Table:
+    """Rows under column names. Numbers stand right and are grouped; text goes the way of its own script."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    caption: str = ""
+    folded: bool = False
+    """Behind a line that opens it."""
+    kind: str = "table"
+
+
+@dataclass
+class Figure:
+    """An SVG of labs_common.report.figures and what it shows."""
+
+    svg: str
+    caption: str
+    kind: str = "figure"
+
+
+@dataclass
+class Code:
+    """A command or a file, as it is typed."""
+
+    text: str
+    kind: str = "code"
+
+
+@dataclass
+class Section:
+    """A heading and what stands under it."""
+
+    title: str
+    blocks: list[Text | Table | Figure | Code] = field(default_factory=list)
+
+
+def write_report(run: Run, title: str, summary: str, sections: Sequence[Section]) -> str:
+    """Writes `report.html` into the run's directory in one move and returns its path."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("labs_common.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["cell"] = _cell
+    environment.tests["numeric"] = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
+    page = environment.get_template("page.html").render(title=title, summary=summary, sections=sections)
+    path = run.path / "report.html"
+    if run.is_main:
+        write_atomically(path, page)
+    return str(path)
+
+
+def save_figure(run: Run, name: str, svg: str) -> str:
+    """Keeps a figure of the report under `figures/NAME.svg` too, black on transparent; returns the SVG."""
+    if run.is_main:
+        write_atomically(run.path / "figures" / f"{name}.svg", svg.replace("currentColor", "#000000"))
+    return svg
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return (
+            f"{value:.3f}" if 0.001 <= abs(value) < 1000 else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+        )
+    return str(value)

@@ -1,0 +1,95 @@
+"""The sections that every lab's report has: what was asked, what trained, curves, cost, how to run it again."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from labs_common.cli import flat_options, to_plain
+from labs_common.freezing import FrozenAudit
+from labs_common.report.figures import curve_figure
+from labs_common.report.page import Code, Figure, Section, Table, Text, save_figure
+from labs_common.run import Run
+
+
+def asked_section(config: Any) -> Section:
+    """The options that differ from their defaults, and all of them behind a fold."""
+    given, usual = flat_options(config), flat_options(type(config)())
+    changed = [(_flag(name), _said(value)) for name, value in given.items() if value != usual[name]]
+    every = [(_flag(name), _said(value)) for name, value in given.items()]
+    first = Table(("option", "value"), changed) if changed else Text("All options had their defaults.")
+    return Section("What was asked", [first, Table(("option", "value"), every, "every option", folded=True)])
+
+
+def trained_section(audit: FrozenAudit) -> Section:
+    """What trained and what stayed fixed, with the audit's verdict; call after `audit.check`."""
+    rows = audit.table()
+    trained, fixed = (sum(int(row[key]) for row in rows) for key in ("trained", "fixed"))
+    verdict = (
+        f"{trained:,} values trained ({trained / max(1, trained + fixed):.2%}); {fixed:,} stayed fixed. "
+        f"{len(audit.before)} fixed tensors were hashed before and after training: all are unchanged."
+    )
+    columns = ("module", "trained", "fixed", "verified tensors")
+    body = [(row["module"], row["trained"], row["fixed"], row["verified"]) for row in rows]
+    return Section("What trained", [Text(verdict), Table(columns, body)])
+
+
+def curves_section(run: Run, evaluations: Sequence[str] = ("validation/loss",)) -> Section:
+    """Loss and learning rate by step; `evaluations` are drawn into the figure of the loss."""
+    lines = list(run.lines("metrics.jsonl"))
+    training = [line for line in lines if "loss" in line]
+    steps = [line["step"] for line in training]
+    losses: dict[str, tuple[list[float], list[float]]] = {"training": (steps, [line["loss"] for line in training])}
+    for name in evaluations:
+        points = [line for line in lines if name in line]
+        losses[name.replace("/", " ")] = ([line["step"] for line in points], [line[name] for line in points])
+    rates = {"learning rate": (steps, [line["learning_rate"] for line in training])}
+    return Section(
+        "Curves",
+        [
+            Figure(save_figure(run, "loss", curve_figure(losses, "optimizer step", "loss")), "Loss by step."),
+            Figure(
+                save_figure(run, "learning_rate", curve_figure(rates, "optimizer step", "learning rate")),
+                "Learning rate by step.",
+            ),
+        ],
+    )
+
+
+def cost_section(run: Run, unit: str, seconds: Mapping[str, float]) -> Section:
+    """Time, throughput and memory, from timing.jsonl; `seconds` are the parts of this start of the run."""
+    timing = list(run.lines("timing.jsonl"))
+    spent = sum(line["seconds"] for line in timing)
+    count = sum(line[unit] for line in timing)
+    rows: list[tuple[str, Any]] = [(f"seconds: {part}", value) for part, value in seconds.items()]
+    rows += [
+        ("seconds: all optimizer steps", spent),
+        ("optimizer steps", len(timing)),
+        (f"{unit} trained on", count),
+        (f"{unit} per second in training", count / spent if spent else 0.0),
+        ("peak memory, MiB", max((line["peak_memory"] for line in timing), default=0) / 2**20),
+    ]
+    return Section("Cost", [Table(("", ""), rows)])
+
+
+def rerun_section(run: Run) -> Section:
+    """The exact command, the machine and the versions."""
+    environment = run.load_json("environment.json")
+    packages = list(environment.pop("packages").items())
+    rows = [(name.replace("_", " "), _said(value)) for name, value in environment.items()]
+    return Section(
+        "How to run it again",
+        [
+            Code(environment["command"]),
+            Table(("", ""), rows),
+            Table(("package", "version"), packages, "versions", True),
+        ],
+    )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _said(value: Any) -> str:
+    plain = to_plain(value)
+    return plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)

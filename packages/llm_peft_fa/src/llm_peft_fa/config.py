@@ -1,0 +1,179 @@
+"""Every option of the lab, once, with its help text and default. Imports nothing heavy: `--help` is fast."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from labs_common.options import RunOptions, TrainingOptions
+
+Method = Literal["lora"]
+OnBadData = Literal["error", "skip"]
+OnTooLong = Literal["error", "truncate", "skip"]
+
+
+@dataclass
+class ModelOptions:
+    """Which base model, and how it is talked to."""
+
+    model: str = "tiny"
+    """tiny (made on first use, offline), a Hugging Face id such as google/gemma-2-2b, or a directory."""
+    template: str = "auto"
+    """Chat template: auto is the tokenizer's own, or plain if it has none; plain; or a file with a Jinja template."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+@dataclass
+class ReadingOptions:
+    """How data files are read."""
+
+    data: str | None = None
+    """Conversations: a .json, .jsonl or .parquet file, a directory, or a Hugging Face id. Without it, Persian tasks
+    are generated."""
+    split: str = "train"
+    """Which split of a directory or Hugging Face dataset --data names."""
+    normalise: bool = True
+    """Persian normalisation: Arabic letters and digits to Persian ones, half-spaces tidied; diacritics stay."""
+    on_bad_data: OnBadData = "error"
+    """What to do with rows that cannot be used: stop and name them, or leave them out and count them."""
+
+
+@dataclass
+class DataOptions(ReadingOptions):
+    """Which conversations, and how many."""
+
+    validation_data: str | None = None
+    """Conversations to validate and to take test prompts from; as --data."""
+    validation_split: str = "validation"
+    """Which split of a directory or Hugging Face dataset --validation-data names."""
+    validation_fraction: float = 0.05
+    """Share of --data set aside for validation when there is no --validation-data."""
+    conversations: int = 3000
+    """How many conversations are generated when there is no --data."""
+    max_length: int = 4096
+    """Longest conversation, in tokens."""
+    on_too_long: OnTooLong = "error"
+    """What to do with a longer one: stop and name it, cut its end off, or leave it out."""
+    tokens_per_batch: int = 2048
+    """Conversations are packed, without padding, into rows of up to this many tokens; a longer one fills its own."""
+    show_batch: bool = False
+    """Print the first batch with the learnt tokens in colour, and stop."""
+
+
+@dataclass
+class MethodOptions:
+    """What is fine-tuned."""
+
+    method: Method = "lora"
+    """lora: low-rank updates beside the linear layers (Hu et al. 2021)."""
+    rank: int = 16
+    """Rank of the update."""
+    alpha: float = 32.0
+    """The update is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout before the update, in training."""
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """Names of the layers to adapt, such as q_proj v_proj; all-linear is every linear layer but the vocabulary's."""
+
+
+@dataclass
+class GenerationOptions:
+    """How answers are generated for the evaluation."""
+
+    prompts: Path | None = None
+    """Text file with one prompt per line to be answered before and after."""
+    test_prompts: int = 150
+    """How many prompts of the test data are answered."""
+    max_new_tokens: int = 64
+    """Longest answer, in tokens."""
+    generation_batch: int = 32
+    """Prompts answered at a time."""
+
+
+@dataclass
+class LanguageTrainingOptions(TrainingOptions):
+    """How the weights are moved."""
+
+    learning_rate: float = 5e-3
+    """Highest learning rate, reached after the warm-up. The default suits the tiny base; 1e-4 to 2e-4 a 2B model."""
+    merge: bool = False
+    """Also write the base with the update merged in, as a model that transformers loads."""
+
+
+@dataclass
+class TrainConfig:
+    """Fine-tunes a language model on conversations and reports what that changed.
+
+    `python -m llm_peft_fa.train` alone works offline in a few minutes: it makes a tiny base model and Persian
+    tasks, and ends with the path of a report. The real thing is the same command:
+    `accelerate launch -m llm_peft_fa.train --model google/gemma-2-2b --data chats.jsonl --learning-rate 2e-4`.
+    """
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    method: MethodOptions = field(default_factory=MethodOptions)
+    training: LanguageTrainingOptions = field(default_factory=LanguageTrainingOptions)
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+@dataclass
+class EvaluateConfig:
+    """Answers test prompts with the base model and with a finished run's adapter, and compares.
+
+    `python -m llm_peft_fa.evaluate --run runs/NAME --data test.jsonl`
+    """
+
+    run: Path | None = None
+    """Directory of a run; by default the newest under runs/."""
+    output: Path | None = None
+    """Where evaluation.json and evaluation.html go; by default the run's own directory."""
+    reading: ReadingOptions = field(default_factory=ReadingOptions)
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
+    debug: bool = False
+    """Show the traceback of an error instead of one line."""
+
+
+@dataclass
+class ChatConfig:
+    """Talks to a finished run, or to any model. /reset forgets the conversation, /quit leaves.
+
+    `python -m llm_peft_fa.chat --run runs/NAME`
+    """
+
+    run: Path | None = None
+    """Directory of a run; by default the newest under runs/."""
+    model: str | None = None
+    """Talk to this model (Hugging Face id or directory) instead of a run."""
+    system: str | None = None
+    """System message."""
+    max_new_tokens: int = 256
+    """Longest answer, in tokens."""
+    temperature: float = 0.0
+    """0 always takes the likeliest token; higher values vary more."""
+    seed: int = 0
+    """Seed of the variation."""
+    debug: bool = False
+    """Show the traceback of an error instead of one line."""
+
+
+@dataclass
+class InspectConfig:
+    """Says what is in a data file: counts, roles, lengths, samples, and the rows that cannot be used.
+
+    `python -m llm_peft_fa.inspect --data chats.jsonl`
+    """
+
+    reading: ReadingOptions = field(default_factory=ReadingOptions)
+    model: str = "tiny"
+    """Lengths are counted with this model's tokenizer."""
+    template: str = "auto"
+    """Chat template, as in training."""
+    samples: int = 5
+    """How many conversations are shown."""
+    output: Path | None = None
+    """Where report.html goes; by default a new directory under runs/."""
+    seed: int = 0
+    """Seed of the choice of samples."""
+    debug: bool = False
+    """Show the traceback of an error instead of one line."""

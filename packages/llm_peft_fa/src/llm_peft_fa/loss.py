@@ -1,0 +1,84 @@
+"""Cross-entropy on chosen positions in chunks: the logits of all positions never exist at once."""
+
+import contextlib
+from typing import Any
+
+import torch
+
+CHUNK_LOGITS = 1 << 22  # elements of one chunk's logits: 16 MiB in float32
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor, softcap: float | None = None
+) -> torch.Tensor:
+    """Sum over positions of -log softmax(cap(hidden @ W^T + b))[target].
+
+    Args:
+        hidden: (positions, width), only the positions that predict a learnt token.
+        head: the vocabulary projection, W (vocabulary, width).
+        targets: (positions,) the learnt tokens.
+        softcap: Gemma 2's final soft-cap c (arXiv 2408.00118, section 2): z becomes c tanh(z / c).
+
+    Returns:
+        A float32 scalar. Gradients flow to `hidden`, and to the head where it trains; they are computed
+        together with the loss, chunk by chunk, so memory holds the logits of one chunk.
+    """
+    with _gathered(head):
+        return _ChunkedCrossEntropy.apply(hidden, head.weight, head.bias, targets, softcap)  # type: ignore[no-any-return]
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        weight_ = weight.to(hidden.dtype)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight_) if ctx.needs_input_grad[1] else None
+        d_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        rows = max(1, CHUNK_LOGITS // weight.shape[0])
+        for start in range(0, len(hidden), rows):
+            piece = slice(start, start + rows)
+            z, y = hidden[piece] @ weight_.T, targets[piece, None]  # (rows, vocabulary), (rows, 1)
+            z = (z if bias is None else z + bias).float()
+            capped = None
+            if softcap is not None:
+                capped = z.div_(softcap).tanh_()
+                z = capped * softcap
+            log_p = torch.log_softmax(z, -1)
+            total -= log_p.gather(1, y).sum()
+            if d_hidden is None and d_weight is None and d_bias is None:
+                continue
+            d_z = log_p.exp_().scatter_add_(1, y, torch.full_like(y, -1, dtype=log_p.dtype))  # softmax - one-hot
+            if capped is not None:
+                d_z *= 1 - capped.square_()
+            d_z = d_z.to(hidden.dtype)
+            if d_hidden is not None:
+                torch.mm(d_z, weight_, out=d_hidden[piece])
+            if d_weight is not None:
+                d_weight.addmm_(d_z.T, hidden[piece])
+            if d_bias is not None:
+                d_bias += d_z.sum(0)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return *(None if saved is None else saved * gradients[0] for saved in ctx.saved_tensors), None, None
+
+
+def _gathered(head: torch.nn.Linear) -> contextlib.AbstractContextManager[Any]:
+    """Under DeepSpeed ZeRO-3 the weight lies in parts over the processes; here it is needed whole."""
+    if hasattr(head.weight, "ds_id"):
+        from deepspeed.zero import GatheredParameters
+
+        return GatheredParameters([head.weight])  # type: ignore[no-any-return]
+    return contextlib.nullcontext()

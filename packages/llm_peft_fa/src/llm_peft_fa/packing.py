@@ -1,0 +1,132 @@
+"""Conversations into rows without padding, and rows into optimizer steps.
+
+An optimizer step is `batch_size` conversations, whatever the number of processes. They are spread over rows
+of about equal length, as many rows as the processes can share evenly.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from llm_peft_fa.attention import Blocks, blocks_of
+from llm_peft_fa.templates import Encoded
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """Conversations in one row, ready for `PackedCausalLM`.
+
+    Attributes:
+        input_ids, position_ids: (1, tokens); positions restart with each conversation.
+        blocks: how attention finds the conversations, see `blocks_of`.
+        predicting: (learnt,) the positions whose next token is learnt.
+        targets: (learnt,) those next tokens.
+        weight: what the row's summed loss is multiplied by to be its share of the step's mean.
+        tokens: how many tokens of conversations the row holds.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    blocks: Blocks
+    predicting: torch.Tensor
+    targets: torch.Tensor
+    weight: float
+    tokens: int
+
+    def to(self, device: torch.device) -> "PackedRow":
+        """The row on `device`."""
+        gather, back = self.blocks
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            blocks=([block.to(device, non_blocking=True) for block in gather], back.to(device, non_blocking=True)),
+            predicting=self.predicting.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
+        )
+
+
+def packed_row(conversations: Sequence[Encoded], weight: float = 1.0) -> PackedRow:
+    """One row of these conversations, in this order."""
+    lengths = [len(item.ids) for item in conversations]
+    ids = torch.tensor([token for item in conversations for token in item.ids])
+    # A conversation's first token is predicted by nothing, so the row before it never predicts into it.
+    learnt = torch.tensor([flag and place > 0 for item in conversations for place, flag in enumerate(item.learnt)])
+    targets_at = learnt.nonzero().flatten()
+    return PackedRow(
+        input_ids=ids[None],
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        blocks=blocks_of(lengths),
+        predicting=targets_at - 1,
+        targets=ids[targets_at],
+        weight=weight,
+        tokens=sum(lengths),
+    )
+
+
+def learnt_tokens(conversations: Sequence[Encoded]) -> int:
+    """How many tokens these conversations teach."""
+    return sum(sum(item.learnt[1:]) for item in conversations)
+
+
+def spread(conversations: Sequence[Encoded], tokens: int, multiple: int = 1) -> list[list[Encoded]]:
+    """Spreads conversations over rows of at most `tokens` tokens and about equal length.
+
+    The number of rows is the least `multiple` that suffices; rows may stay empty. A conversation longer
+    than `tokens` gets a row that long. Longest first into the emptiest row (LPT, Graham 1969).
+    """
+    limit = max([tokens, *(len(item.ids) for item in conversations)])
+    total = sum(len(item.ids) for item in conversations)
+    longest_first = sorted(conversations, key=lambda item: -len(item.ids))
+    count = -(-max(1, -(-total // limit)) // multiple) * multiple
+    while True:
+        rows: list[list[Encoded]] = [[] for _ in range(count)]
+        sizes = [0] * count
+        for item in longest_first:
+            place = sizes.index(min(sizes))
+            rows[place].append(item)
+            sizes[place] += len(item.ids)
+        if max(sizes) <= limit:
+            return rows
+        count += multiple
+
+
+@dataclass
+class PackedSteps:
+    """Training data for `labs_common.training.Loop`: shuffled every epoch by the seed, each conversation once.
+
+    `rank` of `processes` says which rows of a step are this process's.
+    """
+
+    conversations: Sequence[Encoded]
+    batch_size: int
+    tokens_per_batch: int
+    seed: int
+    rank: int = 0
+    processes: int = 1
+
+    def __len__(self) -> int:
+        """Optimizer steps in an epoch; the last may be smaller."""
+        return -(-len(self.conversations) // self.batch_size)
+
+    def steps(self, epoch: int, start: int) -> Iterator[list[PackedRow]]:
+        """Yields this process's rows of each step of the epoch, from step `start` on."""
+        order = random.Random(f"{self.seed} {epoch}").sample(range(len(self.conversations)), len(self.conversations))
+        for step in range(start, len(self)):
+            picked = order[step * self.batch_size : (step + 1) * self.batch_size]
+            yield self.rows_of([self.conversations[number] for number in picked])
+
+    def rows_of(self, conversations: Sequence[Encoded]) -> list[PackedRow]:
+        """This process's rows of one step; their weighted losses add up to the mean over learnt tokens."""
+        rows = spread(conversations, self.tokens_per_batch, self.processes)
+        assert sum(map(learnt_tokens, rows)) == learnt_tokens(conversations), "packing lost tokens to learn"
+        weight = self.processes / max(1, learnt_tokens(conversations))
+        # Every process must take part in every pass: one without a conversation repeats one at no weight.
+        shortest = min(conversations, key=lambda item: len(item.ids))
+        idle = replace(shortest, learnt=[False] * len(shortest.ids))
+        return [
+            packed_row(row, weight) if row else replace(packed_row([idle], 0.0), tokens=0)
+            for row in rows[self.rank :: self.processes]
+        ]

@@ -1,0 +1,113 @@
+"""The offline base model: a tiny Gemma 2 and its SentencePiece tokenizer, trained here on first use.
+
+It is pre-trained on plain Persian text about the small world of `persian_tasks`: it knows the language and
+the facts, and has never seen a chat. A minute or two on two cores; then kept in the user's cache.
+"""
+
+import hashlib
+import io
+import math
+from pathlib import Path
+
+import sentencepiece
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, GemmaTokenizer, PreTrainedTokenizerFast
+
+from labs_common.cache import cached_directory
+from labs_common.progress import tracked
+from llm_peft_fa import persian_tasks, persian_words
+
+RECIPE = {
+    "vocabulary": 1024,
+    "paragraphs": 30_000,
+    "steps": 700,
+    "blocks": 16,
+    "block": 64,
+    "learning_rate": 4e-3,
+    "hidden_size": 128,
+    "layers": 4,
+}
+
+# The turns of Gemma's own format; like Gemma, it has no system role.
+CHAT_TEMPLATE = """\
+{{ bos_token }}{% for message in messages %}\
+{% if message['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}\
+<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}
+{{ message['content'] | trim }}<end_of_turn>
+{% endfor %}{% if add_generation_prompt %}<start_of_turn>model
+{% endif %}"""
+
+
+def tiny_base() -> Path:
+    """The directory of the tiny base model, in the layout that transformers loads; made on first use."""
+    sources = "".join(Path(str(module.__file__)).read_text("utf-8") for module in (persian_tasks, persian_words))
+    recipe = RECIPE | {
+        "text": hashlib.sha256(sources.encode()).hexdigest(),
+        "template": CHAT_TEMPLATE,
+        "format": 1,
+    }
+    return cached_directory("tiny-gemma2-fa", recipe, _make)
+
+
+def _make(folder: Path) -> None:
+    text = list(persian_tasks.plain_text(int(RECIPE["paragraphs"]), seed=1))
+    tokenizer = _tokenizer(text, folder)
+    _pretrained(tokenizer, text).save_pretrained(folder)
+
+
+def _tokenizer(text: list[str], folder: Path) -> PreTrainedTokenizerFast:
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text[:5000]), model_writer=trained, model_type="bpe",
+        vocab_size=RECIPE["vocabulary"], byte_fallback=True, split_digits=True,
+        # Latin letters and digits get pieces of their own; everything else unseen falls back to bytes.
+        required_chars="abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?()[]{}\"'-_/",
+        pad_id=0, eos_id=1, bos_id=2, unk_id=3,
+        pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", unk_piece="<unk>",
+        user_defined_symbols=["<start_of_turn>", "<end_of_turn>"],
+        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+        num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    (folder / "tokenizer.model").write_bytes(trained.getvalue())
+    tokenizer: PreTrainedTokenizerFast = GemmaTokenizer.from_pretrained(folder)
+    tokenizer.init_kwargs.pop("vocab_file", None)  # a path that ends to exist when the directory is renamed
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.model_max_length = 8192
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def _pretrained(tokenizer: PreTrainedTokenizerFast, text: list[str]) -> Gemma2ForCausalLM:
+    """Next-token training on shuffled blocks of the text, AdamW with warm-up and cosine."""
+    block, blocks, steps = int(RECIPE["block"]), int(RECIPE["blocks"]), int(RECIPE["steps"])
+    stream: list[int] = []
+    for ids in tokenizer(text, add_special_tokens=False).input_ids:
+        stream += [tokenizer.bos_token_id, *ids]
+    data = torch.tensor(stream[: len(stream) // block * block]).view(-1, block)  # (blocks, block)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Gemma2ForCausalLM._from_config(tiny_config(tokenizer), attn_implementation="eager")
+        model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+        picks = torch.randint(len(data), (steps, blocks))
+        for step in tracked(range(steps), "pre-training the tiny base model", steps):
+            rate = float(RECIPE["learning_rate"]) * min(1.0, (step + 1) / 50)
+            optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+            batch = data[picks[step]]
+            model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    return model.eval()
+
+
+def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Gemma2Config:
+    """Gemma 2's architecture (soft-caps, sliding window on every other layer) at width 128."""
+    return Gemma2Config(
+        vocab_size=math.ceil(len(tokenizer) / 64) * 64,
+        hidden_size=int(RECIPE["hidden_size"]), intermediate_size=4 * int(RECIPE["hidden_size"]),
+        num_hidden_layers=int(RECIPE["layers"]), num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        query_pre_attn_scalar=32, sliding_window=512, max_position_embeddings=8192, initializer_range=0.05,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")],
+    )  # fmt: skip
