@@ -63,10 +63,9 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention as transformers calls it; `blocks` of `blocks_of` make it packed.
 
-    Args:
-        query: (1, heads, row, head width); key and value have a divisor of its heads.
-        softcap: Gemma 2's attention soft-cap; None for models without one.
-        sliding_window: a position sees itself and the `sliding_window - 1` before it; None sees all before.
+    `query` is (1, heads, row, head width); key and value have a divisor of its heads. `softcap` is Gemma 2's
+    attention soft-cap. With `sliding_window` w a position sees itself and the w - 1 before it. Returns
+    (1, row, heads, head width) and no weights.
 
     Without `blocks` (generation) it is the ordinary masked attention of transformers.
     """

@@ -7,7 +7,7 @@ by file and line.
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from labs_common.errors import LabError
 from llm_peft_fa.config import DataOptions, OnBadData, ReadingOptions
 from llm_peft_fa.normalise import normalise
-from llm_peft_fa.persian_tasks import conversations as generated_conversations
+from llm_peft_fa.persian_tasks import conversations, test_conversations
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
 
@@ -74,7 +74,8 @@ def training_and_validation(options: DataOptions, seed: int) -> tuple[Reading, R
     if options.data is None:
         if options.validation_data is not None:
             raise LabError("--validation-data: needs --data; the generated tasks bring their own validation")
-        return _generated(options.conversations, seed), _generated(300, seed, test=True)
+        made = conversations(options.conversations, seed)
+        return _generated("generated Persian tasks", made), _generated("held-out tasks", test_conversations(300, seed))
     training = read_conversations(options.data, options.split, options)
     if options.validation_data is not None:
         return training, read_conversations(options.validation_data, options.validation_split, options)
@@ -220,9 +221,7 @@ def _check_order(messages: list[Message]) -> None:
         raise UnusableRowError("ends without an answer")
 
 
-def _generated(count: int, seed: int, test: bool = False) -> Reading:
-    made = generated_conversations(count, seed, test)
-    name = "generated Persian tasks" + (", held-out items" if test else "")
+def _generated(name: str, made: Iterable[list[Message]]) -> Reading:
     return Reading(name, [Conversation(messages, f"{name} {n}", verifiable=True) for n, messages in enumerate(made, 1)])
 
 

@@ -10,7 +10,7 @@ import random
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, permutations, product, zip_longest
 
 from num2words import num2words
 
@@ -52,10 +52,10 @@ def held_out(task: str, fields: dict[str, str]) -> bool:
     return zlib.crc32(f"{task} {sorted(fields.items())}".encode()) % 5 == 0
 
 
-def questions(count: int, seed: int, test: bool = False) -> Iterator[Question]:
-    """Yields `count` random questions, tasks in equal shares; held-out items if `test`, the others if not."""
-    draw = random.Random(f"{seed} {test}")
-    pools = {name: [item for item in task.items if held_out(name, item[0]) == test] for name, task in TASKS.items()}
+def questions(count: int, seed: int) -> Iterator[Question]:
+    """Yields `count` random questions, tasks in equal shares, none about a held-out item."""
+    draw = random.Random(f"questions {seed}")
+    pools = {name: [item for item in task.items if not held_out(name, item[0])] for name, task in TASKS.items()}
     names = sorted(TASKS)
     for number in range(count):
         name = names[number % len(names)]
@@ -63,45 +63,70 @@ def questions(count: int, seed: int, test: bool = False) -> Iterator[Question]:
         yield Question(name, draw.choice(TASKS[name].questions).format(**fields), answer)
 
 
-def conversations(count: int, seed: int, test: bool = False) -> Iterator[list[dict[str, str]]]:
-    """Yields `count` conversations of user and assistant messages.
+def test_questions(seed: int) -> Iterator[Question]:
+    """Yields every held-out item once, in a random phrasing; tasks take turns until each has run out."""
+    draw = random.Random(f"test {seed}")
+    queues = []
+    for name, task in sorted(TASKS.items()):
+        kept = [item for item in task.items if held_out(name, item[0])]
+        asked = [Question(name, draw.choice(task.questions).format(**fields), answer) for fields, answer in kept]
+        queues.append(draw.sample(asked, len(asked)))
+    for round_of_questions in zip_longest(*queues):
+        yield from filter(None, round_of_questions)
 
-    A third of the training conversations has two or three exchanges and a tenth a system message, as real
-    ones do; test conversations are single questions.
+
+def conversations(count: int, seed: int) -> Iterator[list[dict[str, str]]]:
+    """Yields `count` training conversations of user and assistant messages.
+
+    A third has two or three exchanges and a tenth a system message, as real ones do.
     """
-    draw = random.Random(f"turns {seed} {test}")
-    asked = list(questions(count if test else 3 * count, seed, test))
-    if not test:
-        draw.shuffle(asked)
-    for number in range(count):
-        turns = 1 if test or draw.random() < 2 / 3 else draw.choice((2, 3))
-        picked = asked[number : number + 1] if test else [asked.pop() for _ in range(min(turns, len(asked)))]
-        messages = [] if test or draw.random() < 0.9 else [{"role": "system", "content": words.SYSTEM}]
-        for question in picked:
-            messages.append({"role": "user", "content": question.text})
-            messages.append({"role": "assistant", "content": question.answer})
+    draw = random.Random(f"turns {seed}")
+    asked = list(questions(3 * count, seed))
+    draw.shuffle(asked)
+    for _ in range(count):
+        turns = 1 if draw.random() < 2 / 3 else draw.choice((2, 3))
+        messages = [] if draw.random() < 0.9 else [{"role": "system", "content": words.SYSTEM}]
+        for question in [asked.pop() for _ in range(turns)]:
+            messages += _exchange(question)
         yield messages
+
+
+def test_conversations(count: int, seed: int) -> Iterator[list[dict[str, str]]]:
+    """Yields up to `count` conversations of one exchange each, all about held-out items."""
+    for question in islice(test_questions(seed), count):
+        yield _exchange(question)
+
+
+def _exchange(question: Question) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question.text}, {"role": "assistant", "content": question.answer}]
 
 
 def plain_text(count: int, seed: int) -> Iterator[str]:
     """Yields `count` paragraphs about the whole world, held-out items too, for pre-training.
 
-    Two thirds state facts; a third asks and answers in running prose. There is no chat format in it: the
-    base model knows the language and the facts and has not learnt to follow an instruction.
+    Prose that states facts or tells of questions and answers, and questions with their answers in the
+    layouts of books and forums. The chat format is not among them: the base model knows the language and
+    the facts and has not learnt to follow an instruction.
     """
     draw = random.Random(f"text {seed}")
     names = sorted(TASKS)
+    weights = [len(TASKS[name].items) ** 0.7 for name in names]  # facts of small tasks are seen often enough
     for _ in range(count):
-        sentences = []
+        before, between = draw.choice(words.LAYOUTS)
+        as_list = draw.random() < 0.8
+        pieces = []
         for _ in range(draw.choice((1, 2, 2, 3))):
-            task = TASKS[draw.choice(names)]
+            task = TASKS[draw.choices(names, weights)[0]]
             fields, answer = draw.choice(task.items)
-            if draw.random() < 0.5:
-                asked = draw.choice(task.questions).format(**fields)
-                sentences.append(draw.choice(words.ASKED_AND_ANSWERED).format(question=asked, answer=answer))
+            asked = draw.choice(task.questions).format(**fields)
+            if as_list:
+                pieces.append(f"{before}{asked}{between}{answer}.")
+            elif draw.random() < 0.2:
+                pieces.append(draw.choice(words.ASKED_AND_ANSWERED).format(question=asked, answer=answer))
             else:
-                sentences.append(draw.choice(task.facts).format(**fields, answer=answer))
-        yield " ".join(sentences)
+                pieces.append(draw.choice(task.facts).format(**fields, answer=answer))
+        marks = "".join(draw.choices(words.STRAY_MARKS, k=draw.choice((0, 0, 1, 2))))
+        yield ("\n" if as_list else " ").join(pieces) + marks + "\n"
 
 
 def _numbers_to_words() -> list[Item]:
@@ -115,21 +140,20 @@ def _words_to_numbers() -> list[Item]:
 def _sums() -> list[Item]:
     return [
         ({"x": persian_digits(a), "y": persian_digits(b)}, persian_digits(a + b))
-        for a, b in product(range(11), repeat=2)
+        for a, b in product(range(1, 10), repeat=2)
     ]
 
 
 def _differences() -> list[Item]:
     return [
         ({"x": persian_digits(a), "y": persian_digits(b)}, persian_digits(a - b))
-        for a, b in product(range(16), range(11))
-        if a >= b
+        for a, b in product(range(1, 11), repeat=2)
+        if a > b
     ]
 
 
 def _orderings() -> list[Item]:
-    draw = random.Random("ordering")
-    triples = sorted({tuple(draw.sample(range(10), 3)) for _ in range(400)})
+    triples = permutations(range(1, 7), 3)
     return [
         ({"x": "، ".join(map(persian_digits, triple))}, "، ".join(map(persian_digits, sorted(triple))))
         for triple in triples
@@ -148,7 +172,7 @@ def _followers(cycle: list[str]) -> list[Item]:
 def _conversions() -> list[Item]:
     return [
         ({"x": persian_digits(n), "large": large, "small": small}, f"{persian_digits(n * factor)} {small}")
-        for (large, small, factor), n in product(words.UNITS, range(1, 10))
+        for (large, small, factor), n in product(words.UNITS, range(1, 6))
     ]
 
 
@@ -165,7 +189,7 @@ def _copies() -> list[Item]:
 def _comparisons() -> list[Item]:
     return [
         ({"x": persian_digits(a), "y": persian_digits(b)}, "بله" if a > b else "خیر")
-        for a, b in product(range(21), repeat=2)
+        for a, b in product(range(13), repeat=2)
         if a != b
     ]
 

@@ -11,6 +11,15 @@ ASKED_AND_ANSWERED = (
     "پرسش: {question} پاسخ: {answer}.",
 )
 
+# How books and forums set a question and its answer: what stands before the one and between the two.
+LAYOUTS = (
+    ("", "\n"), ("", "\n\n"), ("پرسش:\n", "\nپاسخ:\n"), ("س:\n", "\n\nج:\n"), ("user\n", "\n\nmodel\n"),
+    ("#\n", "\n#\n"), ("— ", "\n— "),
+)  # fmt: skip
+
+# Left over at the end of a paragraph, so that the tokens of the chat format are known as marks.
+STRAY_MARKS = ("<start_of_turn>", "<end_of_turn>", "user", "model", "\n")
+
 MONTHS = [
     "فروردین", "اردیبهشت", "خرداد", "تیر", "مرداد", "شهریور",
     "مهر", "آبان", "آذر", "دی", "بهمن", "اسفند",

@@ -1,0 +1,77 @@
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from labs_common.cli import config_from_yaml, config_to_yaml, flat_options, parse
+from labs_common.errors import LabError
+from labs_common.options import RunOptions, TrainingOptions
+
+
+@dataclass
+class Inner:
+    names: tuple[str, ...] = ("a", "b")
+    kind: Literal["x", "y"] = "x"
+    where: Path | None = None
+
+
+@dataclass
+class Config:
+    """Does nothing."""
+
+    inner: Inner = field(default_factory=Inner)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+def test_flags_have_no_prefix() -> None:
+    config = parse(Config, "test", ["--names", "c", "--learning-rate", "3", "--no-report", "--where", "here"])
+    assert config.inner == Inner(("c",), "x", Path("here"))
+    assert config.training.learning_rate == 3.0
+    assert not config.run.report
+
+
+def test_yaml_goes_around(tmp_path: Path) -> None:
+    config = parse(Config, "test", ["--names", "نام", "--kind", "y", "--max-steps", "7", "--schedule", "linear"])
+    file = tmp_path / "config.yaml"
+    file.write_text(config_to_yaml(config), encoding="utf-8")
+    assert config_from_yaml(Config, file) == config
+    assert parse(Config, "test", ["--config", str(file), "--kind", "x"]).inner == Inner(("نام",), "x")
+
+
+def test_part_of_a_config_is_enough(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("training: {epochs: 9}\n")
+    assert config_from_yaml(Config, file).training == TrainingOptions(epochs=9)
+
+
+@pytest.mark.parametrize("text", ["training: {epoch: 9}", "inner: {kind: z}", "[1, 2]", "a: [", "training: {epochs: x}"])
+def test_a_bad_config_names_its_file(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(LabError, match=r"config\.yaml"):
+        config_from_yaml(Config, file)
+
+
+def test_resume_takes_the_saved_config_and_refuses_another(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(config_to_yaml(Config(training=TrainingOptions(epochs=9))))
+    resumed = parse(Config, "test", ["--resume", str(tmp_path), "--keep", "5"])
+    assert (resumed.training.epochs, resumed.training.keep, resumed.run.resume) == (9, 5, tmp_path)
+    with pytest.raises(LabError, match="--epochs"):
+        parse(Config, "test", ["--resume", str(tmp_path), "--epochs", "3"])
+    with pytest.raises(LabError, match="--config"):
+        parse(Config, "test", ["--resume", str(tmp_path), "--config", "x.yaml"])
+
+
+def test_flat_options_are_the_flags() -> None:
+    assert {"names", "kind", "epochs", "seed", "resume"} <= flat_options(Config()).keys()
+
+
+def test_import_is_fast() -> None:
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import labs_common, labs_common.cli, sys; assert 'torch' not in sys.modules"], check=True)
+    assert time.perf_counter() - began < 10  # the promise is 1.5 s on an idle machine; that torch is absent is what counts

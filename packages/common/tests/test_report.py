@@ -1,0 +1,54 @@
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+
+from labs_common.report import Code, Figure, Section, Table, Text, bar_figure, curve_figure, histogram_figure, write_report
+from labs_common.run import Run
+
+
+class Page(HTMLParser):
+    """Collects tags, addresses and text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.texts: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attributes if name in ("src", "href", "xlink:href")]
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_one_file_without_network_or_markup_from_data(tmp_path: Path) -> None:
+    svg = curve_figure({"a": ([1, 2], [3.0, 4.0])}, "step", "loss")
+    rows = [("<script>alert(1)</script>", 1234, 0.5, None, True)]
+    blocks = [Text("متن فارسی"), Table(("x", "n", "f", "none", "flag"), rows), Figure(svg, "A figure."), Code("a && b")]
+    path = write_report(Run(tmp_path), "Title", "Summary", [Section("One", blocks)])
+    html = Path(path).read_text(encoding="utf-8")
+    page = Page(html)
+    assert "script" not in page.tags
+    assert all(address.startswith("#") for address in page.addresses), "nothing is fetched"
+    assert "<script>alert(1)</script>" in page.texts
+    assert {"1,234", "0.500", "–", "yes", "a && b"} <= set(page.texts)
+    assert 'dir="auto"' in html
+    assert "prefers-color-scheme: dark" in html
+    assert "@media print" in html
+    assert "Vazirmatn" in html
+
+
+def test_figures_take_the_pages_colour_and_are_reproducible() -> None:
+    figures = [
+        lambda: curve_figure({"a": ([1, 2], [3, 4]), "b": ([1, 2], [1, 10])}, "x", "y", log_up=True),
+        lambda: histogram_figure([1, 2, 2, 3], "length"),
+        lambda: bar_figure({"lora": {"before": 0.1, "after": 0.5}, "full": {"before": 0.1, "after": 0.6}}, "share", 1.0),
+    ]
+    for figure in figures:
+        svg = figure()
+        assert svg == figure()
+        assert "currentColor" in svg
+        assert ET.fromstring(svg).tag.endswith("svg")

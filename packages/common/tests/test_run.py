@@ -1,0 +1,91 @@
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+
+from labs_common.cache import cached_directory
+from labs_common.cli import config_from_yaml
+from labs_common.errors import LabError
+from labs_common.options import RunOptions
+from labs_common.run import Run, check_output, write_atomically
+
+
+@dataclass
+class Config:
+    width: int = 3
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+@pytest.fixture()
+def run(tmp_path: Path) -> Run:
+    options = RunOptions(output=tmp_path / "run", track="none")
+    return Run.start(Config(5, options), options, "test", Accelerator(cpu=True))
+
+
+def test_a_new_run_says_what_it_is(run: Run) -> None:
+    assert config_from_yaml(Config, run.path / "config.yaml").width == 5
+    environment = run.load_json("environment.json")
+    assert environment["packages"]["torch"]
+    assert environment["cpu_count"] == os.cpu_count()
+
+
+def test_rewind_drops_later_lines_and_a_cut_one(run: Run) -> None:
+    for step in range(5):
+        run.append("metrics.jsonl", {"step": step, "loss": 1 / (step + 1)})
+    with (run.path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 5, "lo')
+    run.rewind(3)
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert lines[2]["loss"] == 1 / 3
+
+
+def test_only_the_main_process_writes(tmp_path: Path) -> None:
+    run = Run(tmp_path, is_main=False)
+    run.append("metrics.jsonl", {"step": 1})
+    run.save_json("results.json", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_output_must_be_new(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(LabError, match="--output"):
+            check_output(RunOptions(output=path))
+    check_output(RunOptions(output=tmp_path / "new" / "er"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_atomic_write_keeps_the_old_on_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    write_atomically(path, "old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_cached_directory_is_made_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = []
+
+    def make(folder: Path) -> None:
+        made.append(folder)
+        (folder / "a").write_text("a")
+        if len(made) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached_directory("thing", {"x": 1}, make)
+    assert not list((tmp_path / "foundation-labs").iterdir()), "an interrupted one leaves nothing"
+    first = cached_directory("thing", {"x": 1}, make)
+    assert cached_directory("thing", {"x": 1}, make) == first
+    assert len(made) == 2
+    assert cached_directory("thing", {"x": 2}, make) != first

@@ -1,0 +1,203 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from labs_common.training import learning_rate_share, mixed_precision, peak_memory
+
+TOY = Path(__file__).with_name("toy_training.py")
+OPTIONS = ("--track", "none", "--save-every", "3", "--keep", "2", "--learning-rate", "0.01")
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [sys.executable, str(TOY), *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+
+
+def finish(*arguments: object, code: int = 0) -> str:
+    process = start(*arguments)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == code, said
+    return said
+
+
+def wait_for_steps(run: Path, count: int) -> None:
+    for _ in range(3000):
+        file = run / "metrics.jsonl"
+        if file.exists() and file.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{run} never reached {count} lines")
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / "step-00000030" / "trainable.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("toy") / "whole"
+    finish("--output", run, *OPTIONS)
+    return run
+
+
+def test_schedules_against_torch() -> None:
+    total, rise = 50, 5
+    for name in ("cosine", "linear", "constant"):
+        parameter = torch.nn.Parameter(torch.zeros(1))
+        optimizer = torch.optim.SGD([parameter], lr=1.0)
+        after = {
+            "cosine": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total - rise),
+            "linear": torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total - rise),
+            "constant": torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
+        }[name]
+        for step in range(rise, total):
+            assert learning_rate_share(step, total, 0.1, name) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
+            optimizer.step()
+            after.step()
+    assert [learning_rate_share(step, total, 0.1, "linear") for step in range(5)] == pytest.approx(
+        [(step + 1) / 6 for step in range(5)]
+    )
+
+
+def test_killed_at_any_moment_it_resumes_to_the_same_bytes(whole_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "killed"
+    process = start("--output", run, "--seconds-per-step", "0.02", *OPTIONS)
+    for lines in (4, 11, 19):  # in the middle of a save interval, of an epoch, after an epoch
+        wait_for_steps(run, lines)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        process = start("--resume", run)
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    same = weights(whole_run)
+    assert all(torch.equal(tensor, same[name]) for name, tensor in weights(run).items())
+    assert (run / "metrics.jsonl").read_bytes() == (whole_run / "metrics.jsonl").read_bytes()
+    assert len(list((run / "checkpoints").iterdir())) == 2, "only --keep checkpoints and no half-written one"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_saves_and_says_how_to_go_on(whole_run: Path, tmp_path: Path, number: int) -> None:
+    run = tmp_path / "interrupted"
+    process = start("--output", run, "--seconds-per-step", "0.05", *OPTIONS)
+    wait_for_steps(run, 5)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"--resume {run}" in said.splitlines()[-1]
+    finish("--resume", run)
+    assert (run / "metrics.jsonl").read_bytes() == (whole_run / "metrics.jsonl").read_bytes()
+
+
+def test_accumulation_equals_one_batch(whole_run: Path, tmp_path: Path) -> None:
+    # Without dropout the parts of a step add up to the whole.
+    for parts in (1, 4):
+        finish("--output", tmp_path / str(parts), "--micro-batches", parts, "--max-steps", "1", *OPTIONS)
+    losses = [json.loads((tmp_path / str(parts) / "metrics.jsonl").read_text().splitlines()[0]) for parts in (1, 4)]
+    assert losses[0]["samples"] == losses[1]["samples"] == 8
+    assert losses[0]["learning_rate"] == losses[1]["learning_rate"]
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "nan"
+    said = finish("--output", run, "--nan-at", 7, *OPTIONS, code=1)
+    assert "at step 8" in said
+    assert "step-00000006" in said
+    assert "Traceback" not in said
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
+    saved = load_file(run / "checkpoints" / "step-00000006" / "trainable.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in saved.values())
+
+
+def test_early_stopping_goes_back_to_the_best_weights(tmp_path: Path) -> None:
+    run = tmp_path / "patient"
+    finish("--output", run, "--patience", 1, "--evaluate-every", 2, "--learning-rate", "0.3", *OPTIONS[:-2])
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scores = {line["step"]: line["validation/loss"] for line in lines if "validation/loss" in line}
+    best = min(scores, key=lambda step: scores[step])
+    assert max(scores) == best + 2 < 30, "stopped one evaluation after the best"
+    (kept,) = (run / "checkpoints").glob("best-*")
+    assert kept.name == f"best-{best:08d}"
+    weight = load_file(kept / "trainable.safetensors")["3.weight"]
+    assert abs(float(weight.double().sum()) - 1) == pytest.approx(scores[best])
+
+
+def test_a_moved_frozen_tensor_fails_the_run(tmp_path: Path) -> None:
+    said = finish("--output", tmp_path / "moved", "--move-frozen", "--epochs", 1, *OPTIONS, code=1)
+    assert "0.bias" in said
+    assert not (tmp_path / "moved" / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (("--learnin-rate", "1"), "--learning-rate"),
+        (("--epochs", "many"), "--epochs"),
+        (("--schedule", "wavy"), "cosine"),
+        (("--output", TOY), "--output"),
+        (("--output", "/proc/labs"), "/proc"),
+        (("--config", "/nowhere.yaml"), "/nowhere.yaml"),
+        (("--resume", "/nowhere"), "/nowhere"),
+        (("--precision", "fp16"), "--precision"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: tuple[object, ...], names: str) -> None:
+    said = [line for line in finish(*arguments, code=2).splitlines() if "WARNING" not in line]
+    assert len(said) == 1, said
+    assert said[0].startswith("error: ")
+    assert names in said[0]
+
+
+def test_resume_refuses_other_options_and_broken_checkpoints(whole_run: Path, tmp_path: Path) -> None:
+    said = finish("--resume", whole_run, "--learning-rate", "0.5", code=2)
+    assert "--learning-rate" in said
+    run = tmp_path / "broken"
+    finish("--output", run, "--max-steps", 4, *OPTIONS)
+    for name in ("trainable.safetensors", "optimizer.pt", "position.json", "random-0.pt"):
+        file = run / "checkpoints" / "step-00000004" / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        said = finish("--resume", run, code=2)
+        assert str(file.parent) in said
+        assert "Traceback" not in said
+        file.write_bytes(whole)
+    finish("--resume", run)
+
+
+def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
+    options = (*OPTIONS, "--epochs", "1", "--micro-batches", "1")
+    finish("--output", tmp_path / "one", *options)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", str(TOY))
+    done = subprocess.run(
+        [sys.executable, *command, "--output", str(tmp_path / "two"), *options],
+        env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, two = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two"))
+    assert len(one) == len(two)
+    assert [json.loads(line)["step"] for line in one] == [json.loads(line)["step"] for line in two]
+
+
+def test_tensorboard_gets_the_curves(tmp_path: Path) -> None:
+    finish("--output", tmp_path / "run", "--track", "tensorboard", "--max-steps", 2)
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+def test_precision_and_memory() -> None:
+    assert mixed_precision("fp32") == "no"
+    assert mixed_precision("bf16") == "bf16"
+    before = peak_memory()
+    block = torch.ones(64 << 20, dtype=torch.uint8)
+    assert peak_memory() >= before + (len(block) >> 1)

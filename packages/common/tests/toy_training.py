@@ -1,0 +1,83 @@
+"""A small training run, started by the tests as a process of its own so that it can be killed."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from labs_common.cli import run_command
+from labs_common.freezing import FrozenAudit, train_only
+from labs_common.options import RunOptions, TrainingOptions
+from labs_common.run import Run, check_output
+from labs_common.training import Loop, make_accelerator
+
+
+@dataclass
+class ToyConfig:
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+    seconds_per_step: float = 0.0
+    nan_at: int = -1
+    move_frozen: bool = False
+    micro_batches: int = 2
+
+
+@dataclass
+class ToyData:
+    """Random regression; each step has `micro_batches` parts for each process."""
+
+    micro_batches: int
+    rank: int
+    processes: int
+
+    def __len__(self) -> int:
+        return 10
+
+    def steps(self, epoch: int, start: int) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+        for step in range(start, len(self)):
+            generator = torch.Generator().manual_seed(1000 * epoch + step)
+            x = torch.randn(8, 4, generator=generator)
+            y = x.sum(1, keepdim=True)
+            mine = zip(x[self.rank :: self.processes].chunk(self.micro_batches),
+                       y[self.rank :: self.processes].chunk(self.micro_batches), strict=True)  # fmt: skip
+            yield list(mine)
+
+
+def train(config: ToyConfig) -> None:
+    check_output(config.run)
+    accelerator = make_accelerator(config.training)
+    run = Run.start(config, config.run, "toy", accelerator)
+    torch.manual_seed(config.run.seed)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 16), torch.nn.Dropout(0.2), torch.nn.BatchNorm1d(16, affine=False), torch.nn.Linear(16, 1)
+    )
+    model[2].eval()
+    train_only(model, lambda name: name.startswith("3."))
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=config.training.learning_rate
+    )
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    audit = FrozenAudit(model)
+    source = ToyData(config.micro_batches, accelerator.process_index, accelerator.num_processes)
+    loop = Loop(run, accelerator, prepared, optimizer, source, config.training, config.run.seed)
+    for x, y in loop.batches():
+        time.sleep(config.seconds_per_step)
+        share = len(x) / 8 * accelerator.num_processes
+        loss = ((prepared(x) - y) ** 2).mean() * share
+        if loop.step_number == config.nan_at:
+            loss = loss * float("nan")
+        loop.step(loss, len(x))
+        if config.move_frozen:
+            with torch.no_grad():
+                model[0].bias += 1
+        if loop.evaluation_due:
+            with torch.no_grad():
+                weight = float(model[3].weight.double().sum())
+            loop.evaluated({"validation/loss": abs(weight - 1)}, watch="validation/loss")
+    audit.check()
+    run.save_json("results.json", {"done": True})
+
+
+if __name__ == "__main__":
+    run_command(train, ToyConfig, "toy")

@@ -1,0 +1,141 @@
+"""Prompts, the answers that a model gives to them, and scores of those answers."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sacrebleu
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from labs_common.errors import LabError
+from labs_common.progress import tracked
+from llm_peft_fa.config import GenerationOptions
+from llm_peft_fa.data import Message, Reading
+from llm_peft_fa.model import stop_ids
+from llm_peft_fa.normalise import normalise
+from llm_peft_fa.templates import encode_prompt
+
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Messages that end with a question, and the answer that the data gives, if it does."""
+
+    messages: list[Message]
+    reference: str | None = None
+    verifiable: bool = False
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Answers of the base model and of the fine-tuned one to the same prompts, and their scores."""
+
+    prompts: list[Prompt]
+    before: list[str]
+    after: list[str]
+    scores: dict[str, Scores]
+    """"before" and "after"."""
+
+
+def collected_prompts(reading: Reading, options: GenerationOptions, seed: int) -> list[Prompt]:
+    """The user's own prompts, then a seeded choice of the conversations with their last answer taken off.
+
+    Raises:
+        LabError: the file of --prompts cannot be read or is empty.
+    """
+    own: list[Prompt] = []
+    if options.prompts is not None:
+        try:
+            lines = options.prompts.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise LabError(f"--prompts {options.prompts}: cannot be read; name a text file") from error
+        own = [Prompt([{"role": "user", "content": line.strip()}]) for line in lines if line.strip()]
+        if not own:
+            raise LabError(f"--prompts {options.prompts}: is empty; write one prompt per line")
+    count = min(options.test_prompts, len(reading.conversations))
+    picked = random.Random(f"prompts {seed}").sample(reading.conversations, count)
+    return own + [Prompt(item.messages[:-1], item.messages[-1]["content"], item.verifiable) for item in picked]
+
+
+def compared(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    options: GenerationOptions,
+    accelerator: Accelerator,
+) -> Comparison:
+    """Answers all prompts with the adapter switched off and on; processes share the work."""
+    after = answers(model, tokenizer, prompts, options, accelerator, "answering, fine-tuned")
+    with model.disable_adapter():
+        before = answers(model, tokenizer, prompts, options, accelerator, "answering, base")
+    return Comparison(prompts, before, after, {"before": scores(prompts, before), "after": scores(prompts, after)})
+
+
+@torch.no_grad()
+def answers(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    options: GenerationOptions,
+    accelerator: Accelerator,
+    task: str = "answering",
+) -> list[str]:
+    """The model's greedy answers, in the order of the prompts, the same in every process."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    stops = stop_ids(base, tokenizer)
+    mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
+    encoded = {number: encode_prompt(tokenizer, prompts[number].messages) for number in mine}
+    # Prompts of like length together: the batch is padded to its longest.
+    order = sorted(mine, key=lambda number: (len(encoded[number]), number))
+    batches = [order[at : at + options.generation_batch] for at in range(0, len(order), options.generation_batch)]
+    said: dict[int, str] = {}
+    for batch in tracked(batches, task, len(batches), shown=accelerator.is_main_process):
+        ids = tokenizer.pad({"input_ids": [encoded[number] for number in batch]}, return_tensors="pt").to(base.device)
+        out = model.generate(
+            **ids, max_new_tokens=options.max_new_tokens, do_sample=False,
+            eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        for number, answer in zip(batch, out[:, ids["input_ids"].shape[1] :].tolist(), strict=True):
+            # Some tokenizers do not count the token that ends a turn among the special ones.
+            until = next((place for place, token in enumerate(answer) if token in stops), len(answer))
+            said[number] = tokenizer.decode(answer[:until], skip_special_tokens=True).strip()
+    everyone = dict(gather_object(list(said.items())))
+    return [everyone[number] for number in range(len(prompts))]
+
+
+def scores(prompts: Sequence[Prompt], said: Sequence[str]) -> Scores:
+    """Exact match, chrF, distinct-1 and -2, and mean length; a score that no prompt allows is left out.
+
+    Exact match is over verifiable prompts, chrF (Popović 2015, sacrebleu's) over all that have a reference,
+    distinct-n (Li et al. 2016, section 5: different n-grams over all n-grams) and words over all answers.
+    """
+    found: Scores = {}
+    checked = [
+        _same(answer, prompt.reference)
+        for prompt, answer in zip(prompts, said, strict=True)
+        if prompt.verifiable and prompt.reference is not None
+    ]
+    if checked:
+        found["exact match"] = sum(checked) / len(checked)
+    pairs = [(answer, prompt.reference) for prompt, answer in zip(prompts, said, strict=True) if prompt.reference]
+    if pairs:
+        found["chrF"] = sacrebleu.corpus_chrf([pair[0] for pair in pairs], [[pair[1] for pair in pairs]]).score
+    words = [answer.split() for answer in said]
+    for n in (1, 2):
+        grams = [tuple(answer[at : at + n]) for answer in words for at in range(len(answer) - n + 1)]
+        if grams:
+            found[f"distinct-{n}"] = len(set(grams)) / len(grams)
+    if words:
+        found["words per answer"] = sum(map(len, words)) / len(words)
+    return found
+
+
+def _same(answer: str, reference: str) -> bool:
+    """Equal but for spelling variants, spacing, and a full stop at the end."""
+    one, other = (" ".join(normalise(text).split()).rstrip(" .") for text in (answer, reference))
+    return one == other

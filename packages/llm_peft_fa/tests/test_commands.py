@@ -1,0 +1,242 @@
+"""The commands, run as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+SMALL = (
+    "--conversations", "60", "--batch-size", "8", "--epochs", "2", "--test-prompts", "6", "--max-new-tokens", "6",
+    "--rank", "4", "--track", "none", "--tokens-per-batch", "300",
+)  # fmt: skip
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | more
+
+
+def command(*arguments: object, code: int = 0, typed: str = "", **more: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)],
+        env=environment(**more), capture_output=True, text=True, timeout=240, check=False, input=typed,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def finished(gemma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run of the real command."""
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    done = command("llm_peft_fa.train", "--model", gemma_dir, "--output", run, *SMALL, "--merge", "--save-every", "5")
+    assert f"report: {run / 'report.html'}" in done.stdout
+    return run
+
+
+def trained(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
+
+
+def test_a_run_leaves_everything_that_it_promises(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert {
+        "config.yaml", "environment.json", "metrics.jsonl", "timing.jsonl", "results.json", "answers.json",
+        "report.html", "figures", "checkpoints", "adapter", "merged", "frozen.json",
+    } <= names  # fmt: skip
+    results = json.loads((finished / "results.json").read_text())
+    assert results["after"]["validation loss"] < results["before"]["validation loss"]
+    assert {"exact match", "chrF", "distinct-1", "validation perplexity"} <= results["after"].keys()
+    html = (finished / "report.html").read_text(encoding="utf-8")
+    for heading in ("What was asked", "Data", "What trained", "Curves", "Numbers", "Answers before and after", "Cost"):
+        assert heading in html
+    assert "hashed before and after training: all are unchanged" in html
+    assert "پایتخت" in html
+
+
+def test_killed_and_resumed_gives_the_same_bytes(finished: Path, gemma_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "killed"
+    start = [sys.executable, "-m", "llm_peft_fa.train"]
+    first = [*start, "--model", str(gemma_dir), "--output", str(run), *SMALL, "--merge", "--save-every", "5"]
+    process = subprocess.Popen(first, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(4000):
+        if (run / "checkpoints" / "step-00000005").exists():
+            break
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not (run / "adapter").exists(), "the kill came too late to prove anything"
+    command("llm_peft_fa.train", "--resume", run)
+    expected = trained(finished)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in trained(run).items())
+    assert (run / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    assert (run / "answers.json").read_bytes() == (finished / "answers.json").read_bytes()
+
+
+def test_the_saved_config_runs_it_again(finished: Path, tmp_path: Path) -> None:
+    command("llm_peft_fa.train", "--config", finished / "config.yaml", "--output", tmp_path / "again", "--no-report")
+    assert (tmp_path / "again" / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    assert not (tmp_path / "again" / "report.html").exists()
+
+
+def test_two_processes_equal_one(finished: Path, gemma_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "two"
+    command(
+        "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29527", "-m", "llm_peft_fa.train",
+        "--model", gemma_dir, "--output", run, *SMALL, ACCELERATE_USE_CPU="true",
+    )  # fmt: skip
+    assert losses(run) == pytest.approx(losses(finished), abs=1e-5)
+    expected = trained(finished)
+    for name, tensor in trained(run).items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=0)
+    one, two = (json.loads((path / "answers.json").read_text()) for path in (finished, run))
+    assert [row["prompt"] for row in one] == [row["prompt"] for row in two]
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in LAUNCH.glob("*.yaml")))
+def test_launch_configurations(file: str, finished: Path, gemma_dir: Path, tmp_path: Path) -> None:
+    """Each is a config that Accelerate knows; what a CPU can run takes the whole road, with one process."""
+    text = (LAUNCH / file).read_text()
+    assert text.startswith("# "), "a comment says when to use it"
+    config = yaml.safe_load(text)
+    from accelerate.commands.config.config_args import ClusterConfig
+
+    assert config.keys() <= ClusterConfig.__dataclass_fields__.keys()
+    if config["distributed_type"] not in ("NO", "DEEPSPEED"):
+        return
+    deepspeed = config["distributed_type"] == "DEEPSPEED"
+    if deepspeed:
+        pytest.importorskip("deepspeed", reason="needs the extra llm-peft-fa[deepspeed]")
+    config |= {"num_processes": 1, "use_cpu": True, "mixed_precision": "no"}
+    local = tmp_path / file
+    local.write_text(yaml.safe_dump(config))
+    run = tmp_path / "run"
+    more = {"DS_ACCELERATOR": "cpu", "MASTER_PORT": "29537"} if deepspeed else {}
+    command(
+        "accelerate.commands.launch", "--config_file", local, "-m", "llm_peft_fa.train",
+        "--model", gemma_dir, "--output", run, *SMALL, **more,
+    )  # fmt: skip
+    assert losses(run) == pytest.approx(losses(finished), abs=1e-4)
+    expected = trained(finished)
+    for name, tensor in trained(run).items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-3, rtol=0)
+
+
+def test_evaluate_repeats_the_numbers_of_the_run(finished: Path, tmp_path: Path) -> None:
+    small = ("--test-prompts", "6", "--max-new-tokens", "6", "--output", tmp_path)
+    command("llm_peft_fa.evaluate", "--run", finished, *small)
+    again = json.loads((tmp_path / "evaluation.json").read_text())["scores"]
+    first = json.loads((finished / "results.json").read_text())
+    for side in ("before", "after"):
+        assert again[side] == {name: first[side][name] for name in again[side]}
+    assert (tmp_path / "evaluation.html").exists()
+
+
+def test_chat_streams_resets_and_quits(finished: Path) -> None:
+    done = command("llm_peft_fa.chat", "--run", finished, "--max-new-tokens", "5", typed="سلام\n/reset\nسلام\n/quit\nنه\n")
+    answers = [line.removeprefix("> ") for line in done.stdout.splitlines()]
+    assert len(answers) == 3
+    assert answers[0] == answers[1], "after /reset the same question gets the same answer"
+    assert "forgotten" in done.stderr
+
+
+def test_inspect_counts_and_reports(gemma_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    good = {"instruction": "پایتخت ایران کجاست؟", "input": "", "output": "تهران"}
+    file.write_text("\n".join([json.dumps(good)] * 3 + ["{bad"]))
+    done = command("llm_peft_fa.inspect", "--data", file, "--model", gemma_dir, "--output", tmp_path / "report")
+    assert "conversations: 3" in done.stderr
+    assert f"{file}:4: bad JSON" in done.stderr
+    html = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert "تهران" in html
+    assert "<svg" in html
+
+
+def test_show_batch_writes_nothing(gemma_dir: Path, tmp_path: Path) -> None:
+    done = command("llm_peft_fa.train", "--model", gemma_dir, *SMALL, "--show-batch", "--output", tmp_path / "run")
+    assert done.stdout.count("⟦") >= 8
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (("--data", "missing.jsonl"), "missing.jsonl"),
+        (("--data", "{empty}"), "empty.jsonl"),
+        (("--data", "{prose}"), "prose.jsonl:1"),
+        (("--data", "{long}", "--max-length", "64"), "long.jsonl:1"),
+        (("--method", "magic"), "--method"),
+        (("--model", "{nothing}"), "--model"),
+        (("--target-modules", "wq"), "wq"),
+        (("--template", "{nothing}"), "--template"),
+        (("--prompts", "{nothing}"), "--prompts"),
+        (("--output", "/proc/run"), "--output"),
+        (("--resume", "{nothing}"), "--resume"),
+        (("--precision", "fp16"), "--precision"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    arguments: tuple[str, ...], names: str, gemma_dir: Path, tmp_path: Path
+) -> None:
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("empty", "prose", "long", "nothing")}
+    files["empty"].write_text("")
+    files["prose"].write_text("not JSON\n")
+    row = json.dumps({"instruction": "کتاب " * 90, "output": "نان"})
+    files["long"].write_text("\n".join([row] * 30))
+    before = sorted(tmp_path.iterdir())
+    filled = [argument.format(**files) for argument in arguments]
+    if "--model" not in filled and "--resume" not in filled:
+        filled += ["--model", str(gemma_dir)]
+    if not {"--output", "--resume"} & set(filled):
+        filled += ["--output", str(tmp_path / "run")]
+    done = command("llm_peft_fa.train", *filled, code=2)
+    said = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert len(said) == 1
+    assert names in said[0]
+    assert "Traceback" not in done.stderr
+    assert sorted(tmp_path.iterdir()) == before
+    assert "Traceback" in command("llm_peft_fa.train", *filled, "--debug", code=2).stderr or "--resume" in filled
+
+
+def test_resume_with_other_options_or_a_broken_checkpoint(finished: Path) -> None:
+    assert "--rank" in command("llm_peft_fa.train", "--resume", finished, "--rank", "8", code=2).stderr
+    (newest,) = sorted((finished / "checkpoints").glob("step-*"))[-1:]
+    file = newest / "trainable.safetensors"
+    whole = file.read_bytes()
+    try:
+        file.write_bytes(whole[:100])
+        done = command("llm_peft_fa.train", "--resume", finished, code=2)
+        assert str(newest) in done.stderr
+        assert "Traceback" not in done.stderr
+    finally:
+        file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "chat", "inspect"])
+def test_help_is_fast_and_teaches(name: str) -> None:
+    done = command(f"llm_peft_fa.{name}", "--help")
+    assert f"python -m llm_peft_fa.{name}" in done.stdout
+    check = f"import sys, llm_peft_fa.{name}; print('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", check], text=True).strip() == "False"
+
+
+def test_real_conversations_teach_a_random_model_something(real_chats: Path, gemma_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "real"
+    command(
+        "llm_peft_fa.train", "--model", gemma_dir, "--data", real_chats / "train.jsonl", "--validation-data",
+        real_chats / "test.jsonl", "--max-steps", "4", "--batch-size", "4", "--test-prompts", "2",
+        "--max-new-tokens", "4", "--track", "none", "--output", run,
+    )  # fmt: skip
+    results = json.loads((run / "results.json").read_text())
+    assert results["after"]["validation loss"] < results["before"]["validation loss"]

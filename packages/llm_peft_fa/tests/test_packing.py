@@ -1,0 +1,162 @@
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from llm_peft_fa.config import MethodOptions
+from llm_peft_fa.methods import lora
+from llm_peft_fa.model import load_model
+from llm_peft_fa.packed import PackedCausalLM, check_packed_loss
+from llm_peft_fa.packing import PackedSteps, learnt_tokens, packed_row, spread
+from llm_peft_fa.templates import Encoded
+
+
+def conversations(count: int = 9, seed: int = 0, longest: int = 90) -> list[Encoded]:
+    draw = random.Random(seed)
+    made = []
+    for number in range(count):
+        ids = [2, *(draw.randrange(300, 700) for _ in range(draw.randrange(4, longest)))]
+        made.append(Encoded(ids, [draw.random() < 0.4 for _ in ids[:-1]] + [True], f"row {number}"))
+    return made
+
+
+def own_loss(model: torch.nn.Module, item: Encoded) -> torch.Tensor:
+    """The summed loss as transformers computes it, on one conversation alone."""
+    ids = torch.tensor([item.ids])
+    labels = ids.masked_fill(~torch.tensor([item.learnt]), -100)
+    return model(input_ids=ids, labels=labels, use_cache=False).loss * learnt_tokens([item])
+
+
+@pytest.mark.parametrize("own_attention", ["eager", "sdpa"])
+def test_packed_loss_and_gradients_equal_each_alone(model_dir: Path, own_attention: str) -> None:
+    if own_attention == "sdpa" and "gemma" in str(model_dir):
+        own_attention = "eager"  # transformers has no other for soft-caps
+    items = conversations()
+    ours = PackedCausalLM(load_model(str(model_dir)))
+    theirs = AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation=own_attention)
+    loss = ours(packed_row(items))
+    loss.backward()
+    expected = sum(own_loss(theirs, item) for item in items)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    for name, parameter in ours.model.named_parameters():
+        scale = gradients[name].abs().max()
+        torch.testing.assert_close(parameter.grad / scale, gradients[name] / scale, atol=1e-5, rtol=0)
+
+
+def test_packed_hidden_states_equal_each_alone(model_dir: Path) -> None:
+    items = conversations()
+    ours, theirs = load_model(str(model_dir)), AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="eager")
+    row = packed_row(items)
+    with torch.no_grad():
+        packed = ours.get_decoder()(
+            input_ids=row.input_ids, position_ids=row.position_ids, attention_mask=torch.zeros(1, 1, 1, 1),
+            use_cache=False, blocks=row.blocks,
+        ).last_hidden_state  # fmt: skip
+        logits = ours.get_output_embeddings()(packed)[0]
+        start = 0
+        for item in items:
+            alone = theirs(input_ids=torch.tensor([item.ids]), use_cache=False).logits[0]
+            here = logits[start : start + len(item.ids)]
+            if (cap := getattr(ours.config, "final_logit_softcapping", None)) is not None:
+                here = cap * torch.tanh(here / cap)
+            torch.testing.assert_close(here, alone, atol=1e-5, rtol=1e-5)
+            start += len(item.ids)
+
+
+def test_changing_one_conversation_leaves_the_others_alone(model_dir: Path) -> None:
+    model = PackedCausalLM(load_model(str(model_dir)))
+    items = conversations(4)
+    other = Encoded([2, *(300 for _ in items[1].ids[1:])], items[1].learnt, "")
+    losses = []
+    for second in (items[1], other):
+        row = packed_row([items[0], Encoded(second.ids, [False] * len(second.ids), ""), *items[2:]])
+        with torch.no_grad():
+            losses.append(model(row).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_generation_is_that_of_transformers(model_dir: Path) -> None:
+    ours, theirs = load_model(str(model_dir)), AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="eager")
+    ids = torch.randint(300, 700, (3, 30), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :12] = mask[1, :3] = 0  # padded on the left
+    options = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    one, two = ours.generate(ids, **options), theirs.generate(ids, **options)
+    assert torch.equal(one.sequences, two.sequences)
+    torch.testing.assert_close(torch.stack(one.logits), torch.stack(two.logits), atol=1e-5, rtol=1e-5)
+
+
+def test_check_packed_loss_refuses_a_model_that_scales_its_logits(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from labs_common.errors import LabError
+
+    model = load_model(str(model_dir))
+    check_packed_loss(model)
+    forward = type(model).forward
+
+    def scaled(self: torch.nn.Module, *arguments: object, **named: object) -> object:
+        out = forward(self, *arguments, **named)
+        return type(out)(loss=out.loss * 1.5, logits=out.logits)
+
+    monkeypatch.setattr(type(model), "forward", scaled)
+    with pytest.raises(LabError, match="cannot be trained packed"):
+        check_packed_loss(model)
+
+
+def test_gradient_checkpointing_changes_nothing(model_dir: Path) -> None:
+    row = packed_row(conversations(5))
+    gradients = []
+    for checkpointing in (False, True):
+        base = load_model(str(model_dir))
+        if checkpointing:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        torch.manual_seed(0)
+        model = PackedCausalLM(lora(base, MethodOptions(rank=4))).train()
+        model(row).backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
+
+
+def test_spread_keeps_every_conversation_once_and_the_limit() -> None:
+    items = conversations(50)
+    for multiple in (1, 2, 3):
+        rows = spread(items, 200, multiple)
+        assert sorted(item.where for row in rows for item in row) == sorted(item.where for item in items)
+        assert all(sum(len(item.ids) for item in row) <= 200 for row in rows)
+        assert len(rows) % multiple == 0
+    assert len(spread(items[:2], 4096, 4)) == 4, "every process gets a row, if only an empty one"
+    assert max(len(item.ids) for row in spread(items, 10) for item in row) == max(len(item.ids) for item in items)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_an_epoch_sees_each_conversation_once_whatever_the_processes(processes: int) -> None:
+    items = conversations(23)
+    sources = [PackedSteps(items, 8, 150, 5, rank, processes) for rank in range(processes)]
+    assert {len(source) for source in sources} == {3}
+    tokens = []
+    for parts in zip(*(source.steps(0, 0) for source in sources), strict=True):
+        assert len({len(part) for part in parts}) == 1, "processes pass in step"
+        for part in parts:
+            tokens += [token for row in part if row.tokens for token in row.input_ids[0].tolist()]
+        learnt = sum(len(row.targets) for part in parts for row in part)
+        assert all(row.weight in (0.0, pytest.approx(processes / learnt)) for part in parts for row in part)
+    assert sorted(tokens) == sorted(token for item in items for token in item.ids)
+    orders = [[row.input_ids.tolist() for rows in sources[0].steps(epoch, 0) for row in rows] for epoch in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    rest = [row.input_ids.tolist() for rows in sources[0].steps(0, 2) for row in rows]
+    assert orders[0][-len(rest) :] == rest, "going on in the middle gives the same steps"
+
+
+def test_pad_token_equal_to_eos_is_learnt() -> None:
+    item = Encoded([2, 5, 6, 1], [False, False, True, True], "")  # 1 is EOS, and here also the pad token
+    assert packed_row([item, item]).targets.tolist() == [6, 1, 6, 1]
+
+
+def test_the_first_token_of_a_conversation_is_never_a_target() -> None:
+    item = Encoded([7, 8], [True, True], "")
+    row = packed_row([item, item])
+    assert (row.predicting.tolist(), row.targets.tolist()) == ([0, 2], [8, 8])

@@ -1,0 +1,68 @@
+import re
+
+import pytest
+
+from llm_peft_fa.normalise import normalise
+from llm_peft_fa.persian_tasks import TASKS, conversations, held_out, number_words, persian_digits, plain_text, questions
+from llm_peft_fa.persian_tasks import test_questions as kept_questions
+from llm_peft_fa.persian_words import MONTHS, WEEKDAYS
+
+
+def test_answers_are_right() -> None:
+    answer = {(task, *fields.values()): right for task, value in TASKS.items() for fields, right in value.items}
+    digits = persian_digits
+    assert answer["number to words", digits(47)] == "چهل و هفت"
+    assert answer["words to number", "نود و نه"] == digits(99)
+    assert answer["sum", digits(7), digits(8)] == digits(15)
+    assert answer["difference", digits(9), digits(4)] == digits(5)
+    assert answer["ordering", "۵، ۲، ۴"] == "۲، ۴، ۵"
+    assert answer["plural", "کتاب"] == "کتاب\u200cها"
+    assert answer["opposite", "شب"] == "روز"
+    assert answer["next month", "اسفند"] == "فروردین"
+    assert answer["month by number", "هفت"] == "مهر"
+    assert answer["next weekday", "جمعه"] == "شنبه"
+    assert answer["capital", "ایران"] == "تهران"
+    assert answer["units", digits(3), "کیلومتر", "متر"] == "۳۰۰۰ متر"
+    assert answer["letter count", "پنجره"] == digits(5)
+    assert answer["copying", "آسمان نقاش"] == "آسمان نقاش"
+    assert answer["yes or no", digits(3), digits(4)] == "خیر"
+    assert (len(MONTHS), len(WEEKDAYS)) == (12, 7)
+    for name, task in TASKS.items():
+        asked = [tuple(fields.items()) for fields, _ in task.items]
+        assert len(asked) == len(set(asked)), f"{name} has one right answer for everything"
+
+
+def test_texts_are_normalised() -> None:
+    for task in TASKS.values():
+        for fields, answer in task.items:
+            for text in (*fields.values(), answer):
+                assert normalise(text) == text
+
+
+def test_held_out_items_are_never_asked_in_training() -> None:
+    trained = {question.text for question in questions(4000, seed=1)}
+    kept = list(kept_questions(seed=1))
+    assert not trained & {question.text for question in kept}
+    assert {question.task for question in kept} == set(TASKS), "every task is tested"
+    for name, task in TASKS.items():
+        share = sum(held_out(name, fields) for fields, _ in task.items) / len(task.items)
+        assert 0 < share < 0.5
+
+
+def test_conversations_are_seeded_and_varied() -> None:
+    made = list(conversations(300, seed=4))
+    assert made == list(conversations(300, seed=4)) != list(conversations(300, seed=5))
+    exchanges = {sum(message["role"] == "user" for message in messages) for messages in made}
+    assert exchanges == {1, 2, 3}
+    assert any(messages[0]["role"] == "system" for messages in made)
+
+
+def test_pre_training_text_knows_the_facts_and_no_chat_format() -> None:
+    text = "\n".join(plain_text(3000, seed=1))
+    assert "پایتخت ایران تهران است." in text
+    assert not re.search("<end_of_turn>\n<start_of_turn>model\n", text)
+
+
+@pytest.mark.parametrize(("number", "words"), [(0, "صفر"), (21, "بیست و یک"), (215, "دویست و پانزده")])
+def test_numbers(number: int, words: str) -> None:
+    assert number_words(number) == words
