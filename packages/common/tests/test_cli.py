@@ -1,6 +1,5 @@
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -49,7 +48,9 @@ def test_part_of_a_config_is_enough(tmp_path: Path) -> None:
     assert config_from_yaml(Config, file).training == TrainingOptions(epochs=9)
 
 
-@pytest.mark.parametrize("text", ["training: {epoch: 9}", "inner: {kind: z}", "[1, 2]", "a: [", "training: {epochs: x}"])
+@pytest.mark.parametrize(
+    "text", ["training: {epoch: 9}", "inner: {kind: z}", "[1, 2]", "a: [", "training: {epochs: x}"]
+)
 def test_a_bad_config_names_its_file(tmp_path: Path, text: str) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(text)
@@ -72,6 +73,6 @@ def test_flat_options_are_the_flags() -> None:
 
 
 def test_import_is_fast() -> None:
-    began = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import labs_common, labs_common.cli, sys; assert 'torch' not in sys.modules"], check=True)
-    assert time.perf_counter() - began < 10  # the promise is 1.5 s on an idle machine; that torch is absent is what counts
+    # The promise is 1.5 s; what decides it is that torch stays out.
+    code = "import labs_common, labs_common.cli, labs_common.options, sys; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

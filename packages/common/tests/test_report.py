@@ -2,7 +2,17 @@ import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
 
-from labs_common.report import Code, Figure, Section, Table, Text, bar_figure, curve_figure, histogram_figure, write_report
+from labs_common.report import (
+    Code,
+    Figure,
+    Section,
+    Table,
+    Text,
+    bar_figure,
+    curve_figure,
+    histogram_figure,
+    write_report,
+)
 from labs_common.run import Run
 
 
@@ -45,7 +55,9 @@ def test_figures_take_the_pages_colour_and_are_reproducible() -> None:
     figures = [
         lambda: curve_figure({"a": ([1, 2], [3, 4]), "b": ([1, 2], [1, 10])}, "x", "y", log_up=True),
         lambda: histogram_figure([1, 2, 2, 3], "length"),
-        lambda: bar_figure({"lora": {"before": 0.1, "after": 0.5}, "full": {"before": 0.1, "after": 0.6}}, "share", 1.0),
+        lambda: bar_figure(
+            {"lora": {"before": 0.1, "after": 0.5}, "full": {"before": 0.1, "after": 0.6}}, "share", 1.0
+        ),
     ]
     for figure in figures:
         svg = figure()

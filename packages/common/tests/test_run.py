@@ -19,7 +19,7 @@ class Config:
     run: RunOptions = field(default_factory=RunOptions)
 
 
-@pytest.fixture()
+@pytest.fixture
 def run(tmp_path: Path) -> Run:
     options = RunOptions(output=tmp_path / "run", track="none")
     return Run.start(Config(5, options), options, "test", Accelerator(cpu=True))

@@ -1,5 +1,6 @@
 """A small training run, started by the tests as a process of its own so that it can be killed."""
 
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,7 +19,10 @@ class ToyConfig:
     training: TrainingOptions = field(default_factory=TrainingOptions)
     run: RunOptions = field(default_factory=RunOptions)
     seconds_per_step: float = 0.0
+    dropout: float = 0.2
     nan_at: int = -1
+    signal_at: int = -1
+    signal_number: int = int(signal.SIGINT)
     move_frozen: bool = False
     micro_batches: int = 2
 
@@ -50,13 +54,14 @@ def train(config: ToyConfig) -> None:
     run = Run.start(config, config.run, "toy", accelerator)
     torch.manual_seed(config.run.seed)
     model = torch.nn.Sequential(
-        torch.nn.Linear(4, 16), torch.nn.Dropout(0.2), torch.nn.BatchNorm1d(16, affine=False), torch.nn.Linear(16, 1)
+        torch.nn.Linear(4, 16),
+        torch.nn.Dropout(config.dropout),
+        torch.nn.BatchNorm1d(16, affine=False),
+        torch.nn.Linear(16, 1),
     )
     model[2].eval()
     train_only(model, lambda name: name.startswith("3."))
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=config.training.learning_rate
-    )
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.training.learning_rate)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     audit = FrozenAudit(model)
     source = ToyData(config.micro_batches, accelerator.process_index, accelerator.num_processes)
@@ -67,6 +72,8 @@ def train(config: ToyConfig) -> None:
         loss = ((prepared(x) - y) ** 2).mean() * share
         if loop.step_number == config.nan_at:
             loss = loss * float("nan")
+        if loop.step_number == config.signal_at and config.run.resume is None:
+            signal.raise_signal(config.signal_number)
         loop.step(loss, len(x))
         if config.move_frozen:
             with torch.no_grad():
@@ -79,5 +86,9 @@ def train(config: ToyConfig) -> None:
     run.save_json("results.json", {"done": True})
 
 
+def main(arguments: list[str] | None = None) -> None:
+    run_command(train, ToyConfig, "toy", arguments)
+
+
 if __name__ == "__main__":
-    run_command(train, ToyConfig, "toy")
+    main()

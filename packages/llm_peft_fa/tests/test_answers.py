@@ -17,7 +17,12 @@ QUESTION = [{"role": "user", "content": "پایتخت ایران کجاست؟"}]
 
 
 def test_scores_against_sacrebleu_and_by_hand() -> None:
-    prompts = [Prompt(QUESTION, "تهران", True), Prompt(QUESTION, "علي و كتاب", True), Prompt(QUESTION, "الف ب ج"), Prompt(QUESTION)]
+    prompts = [
+        Prompt(QUESTION, "تهران", True),
+        Prompt(QUESTION, "علي و كتاب", True),
+        Prompt(QUESTION, "الف ب ج"),
+        Prompt(QUESTION),
+    ]
     said = ["تهران.", "علی  و کتاب", "الف ب ب", "الف"]
     found = scores(prompts, said)
     assert found["exact match"] == 1.0, "a full stop, spacing and Arabic letters are not mistakes"
@@ -39,7 +44,9 @@ def test_batched_answers_equal_transformers_one_by_one(model_dir: Path) -> None:
     said = answers(model, tokenizer, prompts, options, Accelerator(cpu=True))
     for prompt, answer in zip(prompts, said, strict=True):
         ids = torch.tensor([encode_prompt(tokenizer, prompt.messages)])
-        out = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+        out = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[
+            0, ids.shape[1] :
+        ]
         assert answer == tokenizer.decode(out, skip_special_tokens=True).strip()
 
 
@@ -51,7 +58,9 @@ def test_own_prompts_come_first(tmp_path: Path) -> None:
     found = collected_prompts(reading, GenerationOptions(prompts=file, test_prompts=3), 0)
     assert [prompt.messages[0]["content"] for prompt in found[:2]] == ["سلام", "خوبی؟"]
     assert found[0].reference is None
-    assert [(prompt.messages, prompt.reference, prompt.verifiable) for prompt in found[2:]] == [(QUESTION, "تهران", True)] * 3
+    assert [(prompt.messages, prompt.reference, prompt.verifiable) for prompt in found[2:]] == [
+        (QUESTION, "تهران", True)
+    ] * 3
     for text in ("", None):
         if text is None:
             file.unlink()

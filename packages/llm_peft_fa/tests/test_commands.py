@@ -1,16 +1,22 @@
-"""The commands, run as a user runs them."""
+"""The commands, with the options that a user types."""
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+
+torch.set_num_threads(1)  # as in the processes that are started here: the same bytes need the same threads
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 SMALL = (
@@ -19,16 +25,43 @@ SMALL = (
 )  # fmt: skip
 
 
+@dataclass
+class Done:
+    """What a command wrote."""
+
+    stdout: str
+    stderr: str
+
+
+def here(name: str, *arguments: object, code: int = 0, typed: str = "") -> Done:
+    """Runs a command in this process: importing everything anew for each would take minutes."""
+    out, err = io.StringIO(), io.StringIO()
+    found = 0
+    main = importlib.import_module(f"llm_peft_fa.{name}").main
+    before = sys.argv, sys.stdin
+    sys.argv, sys.stdin = [f"llm-peft-fa-{name}", *map(str, arguments)], io.StringIO(typed)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as stop:
+        found = int(stop.code or 0)
+    finally:
+        sys.argv, sys.stdin = before
+    assert found == code, err.getvalue()
+    return Done(out.getvalue(), err.getvalue())
+
+
 def environment(**more: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | more
 
 
-def command(*arguments: object, code: int = 0, typed: str = "", **more: str) -> subprocess.CompletedProcess[str]:
+def command(*arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m …` as a user does."""
     done = subprocess.run(
         [sys.executable, "-m", *map(str, arguments)],
-        env=environment(**more), capture_output=True, text=True, timeout=240, check=False, input=typed,
+        env=environment(**more), capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
-    assert done.returncode == code, done.stderr
+    assert done.returncode == 0, done.stderr
     return done
 
 
@@ -36,6 +69,7 @@ def command(*arguments: object, code: int = 0, typed: str = "", **more: str) -> 
 def finished(gemma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run of the real command."""
     run = tmp_path_factory.mktemp("runs") / "finished"
+    # The module's own fixture is what starts a process with `python -m`; the others compare with it.
     done = command("llm_peft_fa.train", "--model", gemma_dir, "--output", run, *SMALL, "--merge", "--save-every", "5")
     assert f"report: {run / 'report.html'}" in done.stdout
     return run
@@ -46,7 +80,9 @@ def trained(run: Path) -> dict[str, torch.Tensor]:
 
 
 def losses(run: Path) -> list[float]:
-    return [line["loss"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
+    return [
+        line["loss"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in line
+    ]
 
 
 def test_a_run_leaves_everything_that_it_promises(finished: Path) -> None:
@@ -77,7 +113,7 @@ def test_killed_and_resumed_gives_the_same_bytes(finished: Path, gemma_dir: Path
     process.kill()
     process.wait()
     assert not (run / "adapter").exists(), "the kill came too late to prove anything"
-    command("llm_peft_fa.train", "--resume", run)
+    here("train", "--resume", run)
     expected = trained(finished)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in trained(run).items())
     assert (run / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
@@ -85,7 +121,7 @@ def test_killed_and_resumed_gives_the_same_bytes(finished: Path, gemma_dir: Path
 
 
 def test_the_saved_config_runs_it_again(finished: Path, tmp_path: Path) -> None:
-    command("llm_peft_fa.train", "--config", finished / "config.yaml", "--output", tmp_path / "again", "--no-report")
+    here("train", "--config", finished / "config.yaml", "--output", tmp_path / "again", "--no-report")
     assert (tmp_path / "again" / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
     assert not (tmp_path / "again" / "report.html").exists()
 
@@ -135,7 +171,7 @@ def test_launch_configurations(file: str, finished: Path, gemma_dir: Path, tmp_p
 
 def test_evaluate_repeats_the_numbers_of_the_run(finished: Path, tmp_path: Path) -> None:
     small = ("--test-prompts", "6", "--max-new-tokens", "6", "--output", tmp_path)
-    command("llm_peft_fa.evaluate", "--run", finished, *small)
+    here("evaluate", "--run", finished, *small)
     again = json.loads((tmp_path / "evaluation.json").read_text())["scores"]
     first = json.loads((finished / "results.json").read_text())
     for side in ("before", "after"):
@@ -144,7 +180,9 @@ def test_evaluate_repeats_the_numbers_of_the_run(finished: Path, tmp_path: Path)
 
 
 def test_chat_streams_resets_and_quits(finished: Path) -> None:
-    done = command("llm_peft_fa.chat", "--run", finished, "--max-new-tokens", "5", typed="سلام\n/reset\nسلام\n/quit\nنه\n")
+    done = command(
+        "llm_peft_fa.chat", "--run", finished, "--max-new-tokens", "5", typed="سلام\n/reset\nسلام\n/quit\nنه\n"
+    )
     answers = [line.removeprefix("> ") for line in done.stdout.splitlines()]
     assert len(answers) == 3
     assert answers[0] == answers[1], "after /reset the same question gets the same answer"
@@ -155,7 +193,7 @@ def test_inspect_counts_and_reports(gemma_dir: Path, tmp_path: Path) -> None:
     file = tmp_path / "chats.jsonl"
     good = {"instruction": "پایتخت ایران کجاست؟", "input": "", "output": "تهران"}
     file.write_text("\n".join([json.dumps(good)] * 3 + ["{bad"]))
-    done = command("llm_peft_fa.inspect", "--data", file, "--model", gemma_dir, "--output", tmp_path / "report")
+    done = here("inspect", "--data", file, "--model", gemma_dir, "--output", tmp_path / "report")
     assert "conversations: 3" in done.stderr
     assert f"{file}:4: bad JSON" in done.stderr
     html = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
@@ -164,7 +202,7 @@ def test_inspect_counts_and_reports(gemma_dir: Path, tmp_path: Path) -> None:
 
 
 def test_show_batch_writes_nothing(gemma_dir: Path, tmp_path: Path) -> None:
-    done = command("llm_peft_fa.train", "--model", gemma_dir, *SMALL, "--show-batch", "--output", tmp_path / "run")
+    done = here("train", "--model", gemma_dir, *SMALL, "--show-batch", "--output", tmp_path / "run")
     assert done.stdout.count("⟦") >= 8
     assert not (tmp_path / "run").exists()
 
@@ -200,23 +238,23 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         filled += ["--model", str(gemma_dir)]
     if not {"--output", "--resume"} & set(filled):
         filled += ["--output", str(tmp_path / "run")]
-    done = command("llm_peft_fa.train", *filled, code=2)
+    done = here("train", *filled, code=2)
     said = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert len(said) == 1
     assert names in said[0]
     assert "Traceback" not in done.stderr
     assert sorted(tmp_path.iterdir()) == before
-    assert "Traceback" in command("llm_peft_fa.train", *filled, "--debug", code=2).stderr or "--resume" in filled
+    assert "Traceback" in here("train", *filled, "--debug", code=2).stderr
 
 
 def test_resume_with_other_options_or_a_broken_checkpoint(finished: Path) -> None:
-    assert "--rank" in command("llm_peft_fa.train", "--resume", finished, "--rank", "8", code=2).stderr
+    assert "--rank" in here("train", "--resume", finished, "--rank", "8", code=2).stderr
     (newest,) = sorted((finished / "checkpoints").glob("step-*"))[-1:]
     file = newest / "trainable.safetensors"
     whole = file.read_bytes()
     try:
         file.write_bytes(whole[:100])
-        done = command("llm_peft_fa.train", "--resume", finished, code=2)
+        done = here("train", "--resume", finished, code=2)
         assert str(newest) in done.stderr
         assert "Traceback" not in done.stderr
     finally:
@@ -224,17 +262,21 @@ def test_resume_with_other_options_or_a_broken_checkpoint(finished: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate", "chat", "inspect"])
-def test_help_is_fast_and_teaches(name: str) -> None:
-    done = command(f"llm_peft_fa.{name}", "--help")
-    assert f"python -m llm_peft_fa.{name}" in done.stdout
-    check = f"import sys, llm_peft_fa.{name}; print('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", check], text=True).strip() == "False"
+def test_help_teaches(name: str) -> None:
+    assert f"python -m llm_peft_fa.{name}" in here(name, "--help").stdout
+
+
+def test_help_is_fast() -> None:
+    # The promise is 1.5 s; what decides it is that torch and transformers stay out until options are read.
+    names = ", ".join(f"llm_peft_fa.{name}" for name in ("train", "evaluate", "chat", "inspect"))
+    code = f"import sys, {names}; print('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
 
 
 def test_real_conversations_teach_a_random_model_something(real_chats: Path, gemma_dir: Path, tmp_path: Path) -> None:
     run = tmp_path / "real"
-    command(
-        "llm_peft_fa.train", "--model", gemma_dir, "--data", real_chats / "train.jsonl", "--validation-data",
+    here(
+        "train", "--model", gemma_dir, "--data", real_chats / "train.jsonl", "--validation-data",
         real_chats / "test.jsonl", "--max-steps", "4", "--batch-size", "4", "--test-prompts", "2",
         "--max-new-tokens", "4", "--track", "none", "--output", run,
     )  # fmt: skip

@@ -14,7 +14,9 @@ EXPECTED = [
     {"role": "user", "content": "پ"},
     {"role": "assistant", "content": "ج"},
 ]
-SHAREGPT = {"conversations": [{"from": "system", "value": "س"}, {"from": "human", "value": "پ"}, {"from": "gpt", "value": "ج"}]}
+SHAREGPT = {
+    "conversations": [{"from": "system", "value": "س"}, {"from": "human", "value": "پ"}, {"from": "gpt", "value": "ج"}]
+}
 MESSAGES = {"messages": EXPECTED}
 ALPACA = {"system": "س", "instruction": "پ", "input": "", "output": "ج"}
 
@@ -67,7 +69,13 @@ BAD = {
 
 def test_unusable_rows_are_counted_by_reason_and_named(tmp_path: Path) -> None:
     file = tmp_path / "bad.jsonl"
-    lines = [json.dumps(SHAREGPT), "{broken", '"text"', '{"question": "a"}', *(json.dumps({"conversations": t}) for t in BAD.values())]
+    lines = [
+        json.dumps(SHAREGPT),
+        "{broken",
+        '"text"',
+        '{"question": "a"}',
+        *(json.dumps({"conversations": t}) for t in BAD.values()),
+    ]
     file.write_text("\n".join(lines))
     reading = read_conversations(str(file), "train", ReadingOptions(on_bad_data="skip"))
     assert len(reading.conversations) == 1
@@ -110,7 +118,10 @@ def test_missing_files_splits_and_directories(tmp_path: Path) -> None:
 
 def test_validation_is_a_seeded_share(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
-    rows = [{"messages": [{"role": "user", "content": f"پرسش {n}"}, {"role": "assistant", "content": "پاسخ"}]} for n in range(40)]
+    rows = [
+        {"messages": [{"role": "user", "content": f"پرسش {n}"}, {"role": "assistant", "content": "پاسخ"}]}
+        for n in range(40)
+    ]
     file.write_text("\n".join(map(json.dumps, rows)))
     options = DataOptions(data=str(file), validation_fraction=0.1)
     sides = [[c.where for c in reading.conversations] for reading in training_and_validation(options, 3)]
@@ -135,4 +146,8 @@ def test_real_persian_conversations(real_chats: Path) -> None:
     reading = read_conversations(str(real_chats / "train.jsonl"), "train", ReadingOptions())
     assert len(reading.conversations) == 552
     assert not reading.reasons
-    assert {message["role"] for item in reading.conversations for message in item.messages} == {"system", "user", "assistant"}
+    assert {message["role"] for item in reading.conversations for message in item.messages} == {
+        "system",
+        "user",
+        "assistant",
+    }

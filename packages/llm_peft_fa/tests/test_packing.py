@@ -49,7 +49,10 @@ def test_packed_loss_and_gradients_equal_each_alone(model_dir: Path, own_attenti
 
 def test_packed_hidden_states_equal_each_alone(model_dir: Path) -> None:
     items = conversations()
-    ours, theirs = load_model(str(model_dir)), AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="eager")
+    ours, theirs = (
+        load_model(str(model_dir)),
+        AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="eager"),
+    )
     row = packed_row(items)
     with torch.no_grad():
         packed = ours.get_decoder()(
@@ -80,17 +83,28 @@ def test_changing_one_conversation_leaves_the_others_alone(model_dir: Path) -> N
 
 
 def test_generation_is_that_of_transformers(model_dir: Path) -> None:
-    ours, theirs = load_model(str(model_dir)), AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="eager")
+    ours, theirs = (
+        load_model(str(model_dir)),
+        AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="eager"),
+    )
     ids = torch.randint(300, 700, (3, 30), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :12] = mask[1, :3] = 0  # padded on the left
-    options = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": 24,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     one, two = ours.generate(ids, **options), theirs.generate(ids, **options)
     assert torch.equal(one.sequences, two.sequences)
     torch.testing.assert_close(torch.stack(one.logits), torch.stack(two.logits), atol=1e-5, rtol=1e-5)
 
 
-def test_check_packed_loss_refuses_a_model_that_scales_its_logits(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_packed_loss_refuses_a_model_that_scales_its_logits(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from labs_common.errors import LabError
 
     model = load_model(str(model_dir))

@@ -101,7 +101,9 @@ def test_troubles_are_caught_before_training(gemma_dir: Path) -> None:
     with pytest.raises(LabError, match="<bos> twice"):
         check_before_training(tokenizer, [encode(tokenizer, Conversation(CHAT, "a"))], stops)
 
-    tokenizer.chat_template = "{{ bos_token }}{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+    )
     with pytest.raises(LabError, match=r"a\.jsonl:3.*nothing in it to learn"):
         check_before_training(tokenizer, [good, encode(tokenizer, Conversation(CHAT[1:], "a.jsonl:3"))], stops)
 

@@ -17,8 +17,8 @@ from labs_common.cache import cached_directory
 from labs_common.progress import tracked
 from llm_peft_fa import persian_tasks, persian_words
 from llm_peft_fa.attention import NAME
-from llm_peft_fa.packing import packed_row
 from llm_peft_fa.packed import PackedCausalLM
+from llm_peft_fa.packing import packed_row
 from llm_peft_fa.templates import Encoded
 
 RECIPE = {

@@ -1,0 +1,278 @@
+"""Tokens per second and peak memory of LoRA fine-tuning: ours against a padded loop and TRL.
+
+    uv run python benchmarks/llm_training.py                    # the small shapes on a CPU, the real ones on a GPU
+    uv run python benchmarks/llm_training.py --shapes llama-small --passes 3
+
+Each trainer runs in a process of its own on the same data (64 sequences, lognormal lengths, the last 30 % of each
+learnt), base (random weights), adapter (LoRA r 16 on q and v) and machine. The first pass over the data warms up; the
+others are timed. Non-padding tokens are counted. The losses of ours and of the padded loop are compared step by step.
+"""
+
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from accelerate import Accelerator
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PretrainedConfig
+
+from labs_common.options import RunOptions, TrainingOptions
+from labs_common.run import Run, write_atomically
+from labs_common.training import Loop, peak_memory
+from llm_peft_fa.attention import NAME
+from llm_peft_fa.packed import PackedCausalLM
+from llm_peft_fa.packing import PackedSteps
+from llm_peft_fa.templates import Encoded
+
+BATCH = 8
+SMALL = {
+    "vocab_size": 32_000, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 2048,
+}  # fmt: skip
+SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama-small": lambda: LlamaConfig(**SMALL),
+    "gemma2-small": lambda: Gemma2Config(**SMALL, query_pre_attn_scalar=64, sliding_window=256),
+    # The published shapes of Llama 3.2 3B and Gemma 2 2B.
+    "llama-3.2-3b": lambda: LlamaConfig(
+        vocab_size=128_256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=131_072, tie_word_embeddings=True,
+    ),
+    "gemma-2-2b": lambda: Gemma2Config(
+        vocab_size=256_000, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=256, query_pre_attn_scalar=256, sliding_window=4096,
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Options:
+    """Compares trainers side by side and prints ratios."""
+
+    shapes: tuple[str, ...] = ()
+    """Which shapes; by default the small ones on a CPU and the real ones on a GPU."""
+    passes: int = 2
+    """Timed passes over the 64 sequences."""
+    output: Path = Path("benchmarks/results/llm_training.json")
+    """Where the figures go."""
+    worker: str | None = None
+    """Used by the benchmark itself: run one trainer in this process."""
+
+
+def main() -> None:
+    """Runs every trainer in a process of its own, prints the table and writes the figures."""
+    options = tyro.cli(Options)
+    shapes = options.shapes or (
+        ("llama-3.2-3b", "gemma-2-2b") if torch.cuda.is_available() else ("llama-small", "gemma2-small")
+    )
+    if options.worker is not None:
+        print(json.dumps(TRAINERS[options.worker](shapes[0], options.passes)))
+        return
+    figures: dict[str, dict[str, Any]] = {}
+    for shape in shapes:
+        figures[shape] = {}
+        for name in TRAINERS:
+            command = [sys.executable, __file__, "--worker", name, "--shapes", shape, "--passes", str(options.passes)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                figures[shape][name] = {"failed": done.stderr.strip().splitlines()[-1]}
+                print(f"{shape}, {name}: failed ({figures[shape][name]['failed']})", file=sys.stderr)
+            else:
+                figures[shape][name] = json.loads(done.stdout.splitlines()[-1])
+                print(f"{shape}, {name}: {figures[shape][name]['tokens_per_second']:.0f} tokens/s", file=sys.stderr)
+        show(shape, figures[shape])
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(options.output, json.dumps(figures, indent=1) + "\n")
+
+
+def show(shape: str, figures: dict[str, Any]) -> None:
+    """Prints one shape's table: absolute figures, and ours as a ratio to each."""
+    table = Table("trainer", "tokens/s", "ours is", "peak MiB", "ours needs", title=shape)
+    ours = figures["ours"]
+    for name, row in figures.items():
+        if "failed" in row:
+            table.add_row(name, "failed", "", "", "")
+            continue
+        speed = ours["tokens_per_second"] / row["tokens_per_second"]
+        memory = ours["peak_memory"] / row["peak_memory"]
+        peak = f"{row['peak_memory'] / 2**20:,.0f}"
+        table.add_row(name, f"{row['tokens_per_second']:,.0f}", f"{speed:.2f} x", peak, f"{memory:.2f} x")
+    Console().print(table)
+    if "losses" in figures.get("padded loop", {}):
+        difference = max(abs(a - b) for a, b in zip(ours["losses"], figures["padded loop"]["losses"], strict=True))
+        print(f"largest difference of the loss curves, ours to padded loop: {difference:.1e}")
+
+
+def sequences(vocabulary: int) -> list[Encoded]:
+    """64 random sequences: median length 100, 24 to 512 tokens."""
+    draw = random.Random(0)
+    made = []
+    for number in range(64):
+        length = min(512, max(24, int(draw.lognormvariate(4.605, 0.6))))
+        ids = [draw.randrange(10, vocabulary) for _ in range(length)]
+        made.append(Encoded(ids, [place >= 0.7 * length for place in range(length)], str(number)))
+    return made
+
+
+def adapted(shape: str, attention: str | None) -> PeftModel:
+    """The base with random weights, the same for every trainer, and its adapter."""
+    torch.manual_seed(0)
+    gpu = torch.cuda.is_available()
+    more = {} if attention is None else {"attn_implementation": attention}
+    with torch.device("cuda" if gpu else "cpu"):
+        base = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=torch.bfloat16 if gpu else torch.float32, **more)
+    torch.manual_seed(1)
+    config = LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return get_peft_model(base, config)
+
+
+@dataclass
+class InOrder(PackedSteps):
+    """Our training data without the shuffle, so that the padded loop can take the same steps."""
+
+    def steps(self, epoch: int, start: int) -> Any:
+        """Yields the rows of each step."""
+        for step in range(start, len(self)):
+            yield self.rows_of(self.conversations[step * self.batch_size : (step + 1) * self.batch_size])
+
+
+def ours(shape: str, passes: int) -> dict[str, Any]:
+    """The lab's own loop, as `llm_peft_fa.train` runs it."""
+    model = PackedCausalLM(adapted(shape, NAME)).train()
+    data = sequences(SHAPES[shape]().vocab_size)
+    options = TrainingOptions(epochs=passes + 1, learning_rate=1e-3, schedule="constant", warmup=0, save_every=10**9)
+    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run.start(options, RunOptions(output=Path(folder) / "run", track="none"), "benchmark", accelerator)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0)
+        prepared, optimizer = accelerator.prepare(model, optimizer)
+        source = InOrder(data, BATCH, 2048, 0)
+        loop = Loop(run, accelerator, prepared, optimizer, source, options, unit="tokens")
+        began = time.perf_counter()
+        for row in loop.batches():
+            if loop.step_number == len(source):
+                began = now()
+            loop.step(prepared(row.to(accelerator.device)) * row.weight, row.tokens)
+        seconds = now() - began
+        losses = [line["loss"] for line in run.lines("metrics.jsonl")]
+    return result(data, passes, seconds, losses)
+
+
+def padded_loop(shape: str, passes: int) -> dict[str, Any]:
+    """What a notebook does: batches padded to their longest, the model's own loss over the whole vocabulary."""
+    model = adapted(shape, None).train()
+    data = sequences(SHAPES[shape]().vocab_size)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0)
+    losses = []
+    began = time.perf_counter()
+    for epoch in range(passes + 1):
+        if epoch == 1:
+            began = now()
+        for at in range(0, len(data), BATCH):
+            batch = data[at : at + BATCH]
+            longest = max(len(item.ids) for item in batch)
+            ids = torch.zeros(len(batch), longest, dtype=torch.long)
+            labels = torch.full((len(batch), longest), -100)
+            mask = torch.zeros(len(batch), longest, dtype=torch.long)
+            for place, item in enumerate(batch):
+                length = len(item.ids)
+                ids[place, :length] = torch.tensor(item.ids)
+                mask[place, :length] = 1
+                labels[place, :length] = ids[place, :length].masked_fill(~torch.tensor(item.learnt), -100)
+            named = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+            loss = model(**{name: tensor.to(model.device) for name, tensor in named.items()}, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return result(data, passes, now() - began, losses)
+
+
+def trl(shape: str, passes: int, **settings: Any) -> dict[str, Any]:
+    """TRL's SFTTrainer on the same tokens, with these settings over its own defaults."""
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    class Clock(TrainerCallback):
+        began = 0.0
+        ended = 0.0
+
+        def on_epoch_begin(self, arguments: Any, state: Any, control: Any, **others: Any) -> None:
+            if self.began == 0 and state.global_step > 0:
+                self.began = now()
+
+        def on_train_end(self, arguments: Any, state: Any, control: Any, **others: Any) -> None:
+            self.ended = now()
+
+    data = sequences(SHAPES[shape]().vocab_size)
+    rows = [{"input_ids": item.ids, "assistant_masks": [int(flag) for flag in item.learnt]} for item in data]
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        config = SFTConfig(
+            output_dir=folder, num_train_epochs=passes + 1, learning_rate=1e-3, report_to="none", save_strategy="no",
+            logging_strategy="no", disable_tqdm=True, **settings,
+        )  # fmt: skip
+        trainer = SFTTrainer(
+            adapted(shape, None), args=config, train_dataset=Dataset.from_list(rows),
+            processing_class=any_tokenizer(PreTrainedTokenizerFast), callbacks=[clock],
+        )  # fmt: skip
+        trainer.train()
+    return result(data, passes, clock.ended - clock.began, None)
+
+
+def any_tokenizer(kind: Any) -> Any:
+    """SFTTrainer wants a tokenizer for its pad token, though the data are tokens already."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    return kind(
+        tokenizer_object=Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1}, "<pad>")), pad_token="<pad>", eos_token="<eos>"
+    )
+
+
+def now() -> float:
+    """Seconds, after the GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def result(data: list[Encoded], passes: int, seconds: float, losses: list[float] | None) -> dict[str, Any]:
+    """One row of the results."""
+    tokens = passes * sum(len(item.ids) for item in data)
+    found = {"tokens_per_second": tokens / seconds, "seconds": seconds, "peak_memory": peak_memory()}
+    return found if losses is None else found | {"losses": losses}
+
+
+def trl_best(shape: str, passes: int) -> dict[str, Any]:
+    """TRL's fastest settings here: packing; on a CPU float32 without recomputation, on a GPU Liger's kernels."""
+    if torch.cuda.is_available():
+        return trl(shape, passes, packing=True, max_length=2048, gradient_checkpointing=False, use_liger_kernel=True)
+    return trl(
+        shape, passes, packing=True, max_length=2048, per_device_train_batch_size=1, bf16=False,
+        gradient_checkpointing=False,
+    )  # fmt: skip
+
+
+TRAINERS: dict[str, Callable[[str, int], dict[str, Any]]] = {
+    "ours": ours,
+    "padded loop": padded_loop,
+    "TRL as it comes": trl,
+    "TRL, packing": lambda shape, passes: trl(shape, passes, packing=True),
+    "TRL, best settings": trl_best,
+}
+
+if __name__ == "__main__":
+    main()
