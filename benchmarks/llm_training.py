@@ -36,7 +36,7 @@ from llm_peft_fa.packing import PackedSteps
 from llm_peft_fa.templates import Encoded
 
 BATCH = 8
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 32_000, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 2048,
 }  # fmt: skip
@@ -209,11 +209,11 @@ def trl(shape: str, passes: int, **settings: Any) -> dict[str, Any]:
         began = 0.0
         ended = 0.0
 
-        def on_epoch_begin(self, arguments: Any, state: Any, control: Any, **others: Any) -> None:
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if self.began == 0 and state.global_step > 0:
                 self.began = now()
 
-        def on_train_end(self, arguments: Any, state: Any, control: Any, **others: Any) -> None:
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.ended = now()
 
     data = sequences(SHAPES[shape]().vocab_size)

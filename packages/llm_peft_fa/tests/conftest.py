@@ -27,7 +27,7 @@ def gemma_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = tiny._tokenizer(list(persian_tasks.plain_text(500, seed=1)), folder)
     torch.manual_seed(0)
     config = Gemma2Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=16, max_position_embeddings=4096,
         attn_logit_softcapping=5.0, final_logit_softcapping=3.0, initializer_range=0.3,
         pad_token_id=0, bos_token_id=2, eos_token_id=[1, tokenizer.convert_tokens_to_ids("<end_of_turn>")],

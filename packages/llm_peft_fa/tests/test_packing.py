@@ -99,7 +99,7 @@ def test_generation_is_that_of_transformers(model_dir: Path) -> None:
     }
     one, two = ours.generate(ids, **options), theirs.generate(ids, **options)
     assert torch.equal(one.sequences, two.sequences)
-    torch.testing.assert_close(torch.stack(one.logits), torch.stack(two.logits), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.stack(one.logits), torch.stack(two.logits), atol=1e-4, rtol=1e-4)
 
 
 def test_check_packed_loss_refuses_a_model_that_scales_its_logits(

@@ -114,21 +114,21 @@ def test_troubles_are_caught_before_training(gemma_dir: Path) -> None:
 
 def test_too_long(gemma_dir: Path) -> None:
     tokenizer = load_tokenizer(str(gemma_dir))
-    long = [{"role": "user", "content": "کتاب " * 50}, {"role": "assistant", "content": "نان"}]
-    answer = [{"role": "user", "content": "نان"}, {"role": "assistant", "content": "کتاب " * 50}]
+    long = [{"role": "user", "content": "کتاب " * 90}, {"role": "assistant", "content": "نان"}]
+    answer = [{"role": "user", "content": "نان"}, {"role": "assistant", "content": "کتاب " * 90}]
 
     def reading() -> Reading:
         return Reading("a", [Conversation(CHAT, "a:1"), Conversation(long, "a:2"), Conversation(answer, "a:3")])
 
-    with pytest.raises(LabError, match=r"a:2: too long: \d+ tokens, --max-length is 40"):
-        encode_all(tokenizer, reading(), 40, "error")
+    with pytest.raises(LabError, match=r"a:2: too long: \d+ tokens, --max-length is 60"):
+        encode_all(tokenizer, reading(), 60, "error")
     skipped = reading()
-    assert [item.where for item in encode_all(tokenizer, skipped, 40, "skip")] == ["a:1"]
+    assert [item.where for item in encode_all(tokenizer, skipped, 60, "skip")] == ["a:1"]
     assert skipped.reasons["too long"] == 2
     cut = reading()
-    kept = encode_all(tokenizer, cut, 40, "truncate")
+    kept = encode_all(tokenizer, cut, 60, "truncate")
     assert [item.where for item in kept] == ["a:1", "a:3"]
-    assert len(kept[1].ids) == 40
+    assert len(kept[1].ids) == 60
     assert cut.reasons["answer truncated away"] == 1
 
 

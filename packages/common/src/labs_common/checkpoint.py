@@ -99,8 +99,9 @@ def load_checkpoint(
 
 def changing_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Trainable parameters and buffers of `model` by name, contiguous and detached."""
-    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    tensors = {name: parameter for name, parameter in model.named_parameters() if name in names}
+    tensors: dict[str, torch.Tensor] = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     tensors |= {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
     return {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
 

@@ -310,7 +310,7 @@ def _signals(loop: Loop) -> Iterator[None]:
         signal.signal(number, before[number])
 
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in numbers}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
     try:
         for number in numbers:
             signal.signal(number, note)

@@ -25,7 +25,7 @@ def save_adapter(
     state = {name.removeprefix("model."): tensor for name, tensor in gathered.items()}
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    packed.model.save_pretrained(part, state_dict=state)  # type: ignore[operator]
+    packed.model.save_pretrained(str(part), state_dict=state)
     tokenizer.save_pretrained(part)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)

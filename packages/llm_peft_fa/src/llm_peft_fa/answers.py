@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import sacrebleu
 import torch
@@ -17,6 +18,7 @@ from llm_peft_fa.config import GenerationOptions
 from llm_peft_fa.data import Message, Reading
 from llm_peft_fa.model import stop_ids
 from llm_peft_fa.normalise import normalise
+from llm_peft_fa.packed import base_of
 from llm_peft_fa.templates import encode_prompt
 
 Scores = dict[str, float]
@@ -86,7 +88,7 @@ def answers(
     task: str = "answering",
 ) -> list[str]:
     """The model's greedy answers, in the order of the prompts, the same in every process."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     stops = stop_ids(base, tokenizer)
     mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
     encoded = {number: encode_prompt(tokenizer, prompts[number].messages) for number in mine}
@@ -96,14 +98,14 @@ def answers(
     said: dict[int, str] = {}
     for batch in tracked(batches, task, len(batches), shown=accelerator.is_main_process):
         ids = tokenizer.pad({"input_ids": [encoded[number] for number in batch]}, return_tensors="pt").to(base.device)
-        out = model.generate(
+        out = cast(Any, model).generate(
             **ids, max_new_tokens=options.max_new_tokens, do_sample=False,
             eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
         for number, answer in zip(batch, out[:, ids["input_ids"].shape[1] :].tolist(), strict=True):
             # Some tokenizers do not count the token that ends a turn among the special ones.
             until = next((place for place, token in enumerate(answer) if token in stops), len(answer))
-            said[number] = tokenizer.decode(answer[:until], skip_special_tokens=True).strip()
+            said[number] = str(tokenizer.decode(answer[:until], skip_special_tokens=True)).strip()
     everyone = dict(gather_object(list(said.items())))
     return [everyone[number] for number in range(len(prompts))]
 

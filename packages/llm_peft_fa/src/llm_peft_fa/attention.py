@@ -99,7 +99,7 @@ def _causal(
     mask = torch.zeros(length, length, dtype=q.dtype, device=q.device).masked_fill_(hidden, float("-inf"))
     if length < RECOMPUTED_FROM or not torch.is_grad_enabled():
         return _attend(q, k, v, mask, scale, softcap, dropout)
-    return checkpoint(_attend, q, k, v, mask, scale, softcap, dropout, use_reentrant=False)  # type: ignore[no-any-return]
+    return checkpoint(_attend, q, k, v, mask, scale, softcap, dropout, use_reentrant=False)
 
 
 def _attend(

@@ -1,6 +1,6 @@
 """Talks to a result: `python -m llm_peft_fa.chat --run runs/NAME`."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from labs_common.cli import run_command
 from llm_peft_fa.config import ChatConfig
@@ -36,7 +36,7 @@ def chat(config: ChatConfig) -> None:
         named = str(folder)
         base = config_from_yaml(TrainConfig, folder / "config.yaml").model.model
         tokenizer, model = load_tokenizer(str(folder / "adapter")), adapted_model(folder / "adapter", base)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    cast(torch.nn.Module, model).to("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.seed)
     console.print(f"{named}: /reset forgets the conversation, /quit leaves")
     opening: list[Message] = [{"role": "system", "content": config.system}] if config.system else []
@@ -60,18 +60,18 @@ def streamed_answer(
     import threading
 
     import torch
-    from peft import PeftModel
     from transformers import TextIteratorStreamer
 
     from llm_peft_fa.model import stop_ids
+    from llm_peft_fa.packed import base_of
     from llm_peft_fa.templates import encode_prompt
 
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     ids = torch.tensor([encode_prompt(tokenizer, messages)], device=base.device)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     sampling = {"do_sample": True, "temperature": config.temperature} if config.temperature else {"do_sample": False}
     thread = threading.Thread(
-        target=model.generate,
+        target=cast(Any, model).generate,
         kwargs={
             "input_ids": ids, "attention_mask": torch.ones_like(ids), "streamer": streamer,
             "max_new_tokens": config.max_new_tokens, "eos_token_id": sorted(stop_ids(base, tokenizer)),

@@ -24,7 +24,7 @@ def chunked_cross_entropy(
         together with the loss, chunk by chunk, so memory holds the logits of one chunk.
     """
     with _gathered(head):
-        return _ChunkedCrossEntropy.apply(hidden, head.weight, head.bias, targets, softcap)  # type: ignore[no-any-return]
+        return _ChunkedCrossEntropy.apply(hidden, head.weight, head.bias, targets, softcap)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -77,8 +77,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _gathered(head: torch.nn.Linear) -> contextlib.AbstractContextManager[Any]:
     """Under DeepSpeed ZeRO-3 the weight lies in parts over the processes; here it is needed whole."""
-    if hasattr(head.weight, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+    if hasattr(head.weight, "ds_status"):
+        import deepspeed
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-        return GatheredParameters([head.weight])  # type: ignore[no-any-return]
+        if head.weight.ds_status != ZeroParamStatus.AVAILABLE:  # a small or tied one may be whole already
+            return deepspeed.zero.GatheredParameters([head.weight])
     return contextlib.nullcontext()

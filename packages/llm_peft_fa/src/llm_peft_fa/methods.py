@@ -20,7 +20,7 @@ def lora(model: PreTrainedModel, options: MethodOptions) -> PeftModel:
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=options.rank,
-        lora_alpha=options.alpha,
+        lora_alpha=options.alpha,  # type: ignore[arg-type]  # PEFT divides it by the rank: any number will do
         lora_dropout=options.dropout,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
     )

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from labs_common.errors import LabError
 from llm_peft_fa.attention import NAME
@@ -44,6 +45,8 @@ def load_model(model: str, precision: str = "no") -> PreTrainedModel:
     Raises:
         LabError: there is no such model, or its files cannot be read.
     """
+    # Under ZeRO-3 transformers would load a model in parts that cannot run before the engine is there.
+    unset_hf_deepspeed_config()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     try:
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(

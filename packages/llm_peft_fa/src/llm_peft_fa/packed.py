@@ -1,6 +1,9 @@
 """A causal language model whose forward pass is the loss of a packed row."""
 
+from typing import cast
+
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from labs_common.errors import LabError
@@ -9,16 +12,23 @@ from llm_peft_fa.packing import PackedRow, packed_row
 from llm_peft_fa.templates import Encoded
 
 
+def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model of transformers inside an adapted one, with the adapted layers in it."""
+    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
 class PackedCausalLM(torch.nn.Module):
     """A causal language model, adapted or not, whose forward pass is the loss of a packed row."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    model: PreTrainedModel | PeftModel
+
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, row: PackedRow) -> torch.Tensor:
         """The row's summed negative log-likelihood over its learnt tokens, a float32 scalar."""
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        base = base_of(self.model)
         hidden = base.get_decoder()(
             input_ids=row.input_ids,
             position_ids=row.position_ids,

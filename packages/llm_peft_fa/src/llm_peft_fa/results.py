@@ -1,7 +1,7 @@
 """The sections of the reports that only this lab has."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from labs_common.progress import console
 from labs_common.report import (
@@ -26,7 +26,7 @@ from llm_peft_fa.templates import Encoded
 SHOWN = 40
 
 
-def data_section(run: Run, readings: dict[str, Reading], encoded: dict[str, Sequence[Encoded]]) -> Section:
+def data_section(run: Run, readings: dict[str, Reading], encoded: Mapping[str, Sequence[Encoded]]) -> Section:
     """What was trained and validated on: counts, lengths, what was left out, and one sample."""
     rows = []
     for name, reading in readings.items():

@@ -18,7 +18,7 @@ def show_learnt(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Enco
     for item in conversations:
         text = Text()
         for start, end in _stretches(item.learnt):
-            piece = tokenizer.decode(item.ids[start:end])
+            piece = str(tokenizer.decode(item.ids[start:end]))
             if not item.learnt[start]:
                 text.append(piece, "bright_black")
             else:

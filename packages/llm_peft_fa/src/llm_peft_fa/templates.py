@@ -29,7 +29,7 @@ PLAIN = """\
 {% endif %}"""
 
 # Llama's template writes today's date otherwise, and a run would not be the same tomorrow.
-FIXED = {"date_string": "26 Jul 2024"}
+FIXED: dict[str, Any] = {"date_string": "26 Jul 2024"}
 
 
 @dataclass(frozen=True)

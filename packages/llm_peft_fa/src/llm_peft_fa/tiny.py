@@ -123,5 +123,5 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast, softcaps: bool = True) -> Ge
         query_pre_attn_scalar=32, sliding_window=512, max_position_embeddings=8192, initializer_range=0.05,
         attn_logit_softcapping=50.0 if softcaps else None, final_logit_softcapping=30.0 if softcaps else None,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")],
+        eos_token_id=tokenizer.convert_tokens_to_ids(["<eos>", "<end_of_turn>"]),
     )  # fmt: skip
