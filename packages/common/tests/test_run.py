@@ -10,7 +10,7 @@ from labs_common.cache import cached_directory
 from labs_common.cli import config_from_yaml
 from labs_common.errors import LabError
 from labs_common.options import RunOptions
-from labs_common.run import Run, check_output, write_atomically
+from labs_common.run import Run, check_run_options, write_atomically
 
 
 @dataclass
@@ -54,8 +54,8 @@ def test_output_must_be_new(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path, tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(LabError, match="--output"):
-            check_output(RunOptions(output=path))
-    check_output(RunOptions(output=tmp_path / "new" / "er"))
+            check_run_options(RunOptions(output=path))
+    check_run_options(RunOptions(output=tmp_path / "new" / "er"))
     assert not (tmp_path / "new").exists()
 
 

@@ -10,7 +10,7 @@ import torch
 from labs_common.cli import run_command
 from labs_common.freezing import FrozenAudit, train_only
 from labs_common.options import RunOptions, TrainingOptions
-from labs_common.run import Run, check_output
+from labs_common.run import Run, check_run_options
 from labs_common.training import Loop, make_accelerator
 
 
@@ -49,7 +49,7 @@ class ToyData:
 
 
 def train(config: ToyConfig) -> None:
-    check_output(config.run)
+    check_run_options(config.run)
     accelerator = make_accelerator(config.training)
     run = Run.start(config, config.run, "toy", accelerator)
     torch.manual_seed(config.run.seed)

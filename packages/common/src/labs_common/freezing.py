@@ -1,6 +1,7 @@
 """What trains and what stays fixed, and the proof that the fixed part did not move."""
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -32,13 +33,16 @@ def fixed_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     The second part catches what `requires_grad=False` does not stop, such as the running statistics of a
     frozen BatchNorm that was left in training mode.
     """
+    seen: set[int] = set()  # a tied tensor belongs to the module that comes first
     for prefix, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         learns = any(parameter.requires_grad for parameter in own.values())
         tensors = {name: parameter for name, parameter in own.items() if not parameter.requires_grad}
         tensors |= {} if learns else dict(module.named_buffers(recurse=False))
         for name, tensor in tensors.items():
-            yield f"{prefix}.{name}" if prefix else name, tensor
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield f"{prefix}.{name}" if prefix else name, tensor
 
 
 def tensor_hash(tensor: torch.Tensor) -> str:
@@ -93,7 +97,9 @@ class FrozenAudit:
             row = rows.setdefault(_kind(name), {"trained": 0, "fixed": 0, "verified": 0})
             row["fixed"] += _size(tensor)
             row["verified"] += name in self.before
-        return [{"module": kind, **row} for kind, row in rows.items()]
+        # What every name begins with says nothing: model.base_model.model.
+        shared = os.path.commonpath([kind.replace(".", "/") for kind in rows]).replace("/", ".") if rows else ""
+        return [{"module": kind.removeprefix(f"{shared}."), **row} for kind, row in rows.items()]
 
 
 def _kind(name: str) -> str:

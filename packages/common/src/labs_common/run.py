@@ -1,6 +1,7 @@
 """A run is a directory: what was asked, on what machine, what was measured, and what came out."""
 
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -97,12 +98,14 @@ class Run:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def check_output(options: RunOptions) -> None:
-    """Refuses an output directory that cannot be used, before any work is done and without leaving a trace.
+def check_run_options(options: RunOptions) -> None:
+    """Refuses options that a run cannot start with, before any work is done and without leaving a trace.
 
     Raises:
-        LabError: it exists and is not empty, or no directory can be made there.
+        LabError: the output directory exists and is not empty, or cannot be made; the tracker is not installed.
     """
+    if options.track == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise LabError("--track wandb: is not installed; add the extra [wandb] to the package, or take tensorboard")
     if options.resume is not None:
         if not os.access(options.resume, os.W_OK):
             raise LabError(f"--resume {options.resume}: the directory cannot be written")

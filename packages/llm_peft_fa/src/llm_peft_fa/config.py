@@ -94,6 +94,8 @@ class GenerationOptions:
 class LanguageTrainingOptions(TrainingOptions):
     """How the weights are moved."""
 
+    epochs: int = 2
+    """Passes over the training data."""
     learning_rate: float = 5e-3
     """Highest learning rate, reached after the warm-up. The default suits the tiny base; 1e-4 to 2e-4 a 2B model."""
     merge: bool = False

@@ -20,15 +20,15 @@ def inspect(config: InspectConfig) -> None:
     from labs_common.options import RunOptions
     from labs_common.progress import console, tracked
     from labs_common.report import Figure, Section, Table, histogram_figure, save_figure, write_report
-    from labs_common.run import Run, check_output
+    from labs_common.run import Run, check_run_options
     from llm_peft_fa.config import DataOptions
     from llm_peft_fa.data import read_conversations, training_and_validation
     from llm_peft_fa.model import load_tokenizer
-    from llm_peft_fa.results import refused_blocks
+    from llm_peft_fa.results import print_refused, refused_blocks
     from llm_peft_fa.templates import encode
 
     options = RunOptions(output=config.output, seed=config.seed, track="none")
-    check_output(options)
+    check_run_options(options)
     # Everything is counted here, also what training would stop at.
     lenient = dataclasses.replace(config.reading, on_bad_data="skip")
     if config.reading.data is None:
@@ -74,10 +74,7 @@ def inspect(config: InspectConfig) -> None:
     path = write_report(run, f"What is in {reading.source}", f"{len(found):,} usable conversations.", sections)
     for name, value in rows:
         console.print(f"{name}: {value:,}")
-    for reason, count in reading.reasons.most_common():
-        console.print(f"left out: {count} × {reason}")
-    for example in reading.examples:
-        console.print(f"  {example}")
+    print_refused([reading])
     print(f"report: {path}")
 
 

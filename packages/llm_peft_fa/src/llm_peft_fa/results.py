@@ -1,7 +1,7 @@
 """The sections of the reports that only this lab has."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from labs_common.progress import console
 from labs_common.report import (
@@ -56,6 +56,15 @@ def refused_blocks(readings: Sequence[Reading]) -> list[Text | Table]:
     return blocks
 
 
+def print_refused(readings: Iterable[Reading]) -> None:
+    """Says which rows were left out: how many by reason, and the first few by place."""
+    for reading in readings:
+        for reason, count in reading.reasons.most_common():
+            console.print(f"{reading.source}: left out {count} × {reason}")
+        for example in reading.examples:
+            console.print(f"  {example}")
+
+
 def numbers_section(scores: dict[str, Scores], losses: dict[str, tuple[float, float]] | None = None) -> Section:
     """Scores before and after; `losses` adds rows of (before, after)."""
     rows: list[tuple[str, float | None, float | None]] = []
@@ -73,7 +82,7 @@ def numbers_section(scores: dict[str, Scores], losses: dict[str, tuple[float, fl
 def answers_section(comparison: Comparison) -> Section:
     """Prompts with the answers before and after; the user's own come first."""
     rows = [
-        (_asked(prompt), before, after, prompt.reference)
+        (_asked(prompt), _shown(before), _shown(after), prompt.reference)
         for prompt, before, after in zip(comparison.prompts, comparison.before, comparison.after, strict=True)
     ]
     columns = ("prompt", "before", "after", "reference")
@@ -81,6 +90,12 @@ def answers_section(comparison: Comparison) -> Section:
     if len(rows) > SHOWN:
         blocks.append(Table(columns, rows[SHOWN:], f"{len(rows) - SHOWN} more", folded=True))
     return Section("Answers before and after", list(blocks))
+
+
+def _shown(answer: str) -> str:
+    """An answer in one line; a long one by its beginning, since answers.json has all of it."""
+    line = " ".join(answer.split())
+    return line if len(line) <= 200 else line[:200] + " …"
 
 
 def _asked(prompt: Prompt) -> str:

@@ -27,7 +27,7 @@ def train(config: TrainConfig) -> None:
     from accelerate.utils import set_seed
 
     from labs_common.report import trained_section
-    from labs_common.run import Run, check_output
+    from labs_common.run import Run, check_run_options
     from labs_common.training import make_accelerator
     from llm_peft_fa.adapters import adapted_model, save_adapter, save_merged
     from llm_peft_fa.answers import collected_prompts, compared
@@ -36,12 +36,12 @@ def train(config: TrainConfig) -> None:
     from llm_peft_fa.model import load_model, load_tokenizer, model_path, stop_ids
     from llm_peft_fa.packed import PackedCausalLM, check_packed_loss
     from llm_peft_fa.packing import PackedSteps
-    from llm_peft_fa.results import data_section, finish_report
+    from llm_peft_fa.results import data_section, finish_report, print_refused
     from llm_peft_fa.show import show_learnt
     from llm_peft_fa.templates import check_before_training, encode_all
 
     clock = {"start": time.perf_counter()}
-    check_output(config.run)
+    check_run_options(config.run)
     readings = dict(zip(("training", "validation"), training_and_validation(config.data, config.run.seed), strict=True))
     prompts = collected_prompts(readings["validation"], config.generation, config.run.seed)
     accelerator = make_accelerator(config.training)
@@ -52,6 +52,8 @@ def train(config: TrainConfig) -> None:
         name: encode_all(tokenizer, reading, config.data.max_length, config.data.on_too_long)
         for name, reading in readings.items()
     }
+    if accelerator.is_main_process:
+        print_refused(readings.values())
     base = load_model(config.model.model, accelerator.mixed_precision)
     check_before_training(tokenizer, [*encoded["training"], *encoded["validation"]], stop_ids(base, tokenizer))
     if config.data.show_batch:
