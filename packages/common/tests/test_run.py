@@ -59,6 +59,12 @@ def test_output_must_be_new(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(LabError, match=r"--track wandb.*\[wandb\]"):
+        check_run_options(RunOptions(track="wandb"))
+
+
 def test_atomic_write_keeps_the_old_on_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
     write_atomically(path, "old")

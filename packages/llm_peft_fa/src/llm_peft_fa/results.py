@@ -113,8 +113,12 @@ def finish_report(
     this start ended, in order.
     """
     evaluations = [line for line in run.lines("metrics.jsonl") if "validation/loss" in line]
+    # With --patience the run went back to its best weights.
+    kept = (
+        min(evaluations[1:], key=lambda line: line["validation/loss"]) if config.training.patience else evaluations[-1]
+    )
     losses = {
-        name: (evaluations[0][key], evaluations[-1][key])
+        name: (evaluations[0][key], kept[key])
         for name, key in (("validation loss", "validation/loss"), ("validation perplexity", "validation/perplexity"))
     }
     moments = list(clock.items())
