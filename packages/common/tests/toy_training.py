@@ -73,6 +73,7 @@ def train(config: ToyConfig) -> None:
         if loop.step_number == config.nan_at:
             loss = loss * float("nan")
         if loop.step_number == config.signal_at and config.run.resume is None:
+            config.signal_at = -1  # once: the second one would not wait for the step
             signal.raise_signal(config.signal_number)
         loop.step(loss, len(x))
         if config.move_frozen:

@@ -24,7 +24,7 @@ from llm_peft_fa.templates import Encoded
 RECIPE = {
     "vocabulary": 1024,
     "paragraphs": 30_000,
-    "steps": 800,
+    "steps": 900,
     "blocks": 16,
     "block": 64,
     "learning_rate": 4e-3,
