@@ -95,7 +95,7 @@ def test_a_run_leaves_everything_that_it_promises(finished: Path) -> None:
     } <= names  # fmt: skip
     results = json.loads((finished / "results.json").read_text())
     assert results["after"]["validation loss"] < results["before"]["validation loss"]
-    assert {"exact match", "chrF", "distinct-1", "validation perplexity"} <= results["after"].keys()
+    assert {"exact match", "chrF", "words per answer", "validation perplexity"} <= results["after"].keys()
     html = (finished / "report.html").read_text(encoding="utf-8")
     for heading in ("What was asked", "Data", "What trained", "Curves", "Numbers", "Answers before and after", "Cost"):
         assert heading in html

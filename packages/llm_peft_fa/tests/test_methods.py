@@ -26,7 +26,7 @@ def test_lora_trains_all_linear_layers_but_the_head(model_dir: Path) -> None:
     assert modules == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert all(".lora_" in name for name in trained)
     layer = adapted.get_base_model().model.layers[0].self_attn.q_proj
-    x = torch.randn(5, 32)
+    x = torch.randn(5, layer.in_features)
     torch.nn.init.normal_(layer.lora_B["default"].weight)
     update = x @ layer.lora_A["default"].weight.T @ layer.lora_B["default"].weight.T * 6.0 / 3
     torch.testing.assert_close(layer(x), layer.base_layer(x) + update)
@@ -53,7 +53,7 @@ def test_adapter_and_merged_model_load_in_peft_and_transformers(model_dir: Path,
         plain = AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="eager")
         assert not torch.allclose(plain(ids).logits, expected, atol=1e-2)
         loaded = PeftModel.from_pretrained(plain, tmp_path / "adapter")
-        torch.testing.assert_close(loaded(ids).logits, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(loaded(ids).logits, expected, atol=1e-4, rtol=1e-4)
         save_merged(adapted_model(tmp_path / "adapter", str(model_dir)), tokenizer, tmp_path / "merged")
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
         assert merged.config._attn_implementation != "labs_packed"

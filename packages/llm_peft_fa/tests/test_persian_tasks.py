@@ -67,7 +67,7 @@ def test_conversations_are_seeded_and_varied() -> None:
 
 def test_pre_training_text_knows_the_facts_and_no_chat_format() -> None:
     text = "\n".join(plain_text(3000, seed=1))
-    assert "پایتخت کنیا نایروبی است." in text
+    assert re.search("پایتخت.{0,20}کنیا.{0,20}نایروبی", text, re.DOTALL)
     assert held_out("capital", {"x": "کنیا"}), "held-out facts are in the text: fine-tuning teaches how to ask"
     assert not re.search("<end_of_turn>\n<start_of_turn>model\n", text)
 
