@@ -40,11 +40,12 @@ def test_lora_names_targets_that_do_not_exist(model_dir: Path) -> None:
 
 
 def test_adapter_and_merged_model_load_in_peft_and_transformers(model_dir: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
     tokenizer = load_tokenizer(str(model_dir))
     adapted = lora(load_model(str(model_dir)), MethodOptions(rank=4))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
+            torch.nn.init.normal_(parameter, std=0.1)
     save_adapter(Accelerator(cpu=True), PackedCausalLM(adapted), tokenizer, tmp_path / "adapter")
     assert not list((tmp_path / "adapter").glob("*.bin"))
     ids = torch.randint(300, 700, (2, 24))
@@ -53,11 +54,12 @@ def test_adapter_and_merged_model_load_in_peft_and_transformers(model_dir: Path,
         plain = AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="eager")
         assert not torch.allclose(plain(ids).logits, expected, atol=1e-2)
         loaded = PeftModel.from_pretrained(plain, tmp_path / "adapter")
-        torch.testing.assert_close(loaded(ids).logits, expected, atol=1e-4, rtol=1e-4)
+        scale = expected.abs().max()
+        torch.testing.assert_close(loaded(ids).logits / scale, expected / scale, atol=1e-5, rtol=0)
         save_merged(adapted_model(tmp_path / "adapter", str(model_dir)), tokenizer, tmp_path / "merged")
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
         assert merged.config._attn_implementation != "labs_packed"
-        torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(merged(ids).logits / scale, expected / scale, atol=2e-5, rtol=0)
 
 
 def test_a_missing_adapter_is_named(model_dir: Path, tmp_path: Path) -> None:
