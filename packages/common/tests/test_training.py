@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,6 +103,14 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bytes(whole_run: Path, tmp_
     assert all(torch.equal(tensor, same[name]) for name, tensor in weights(run).items())
     assert (run / "metrics.jsonl").read_bytes() == (whole_run / "metrics.jsonl").read_bytes()
     assert len(list((run / "checkpoints").iterdir())) == 2, "only --keep checkpoints and no half-written one"
+
+
+def test_killed_before_the_first_checkpoint_it_starts_anew(whole_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "early"
+    shutil.copytree(whole_run, run)
+    shutil.rmtree(run / "checkpoints")
+    finish("--resume", run)
+    assert (run / "metrics.jsonl").read_bytes() == (whole_run / "metrics.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

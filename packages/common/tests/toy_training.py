@@ -66,6 +66,8 @@ def train(config: ToyConfig) -> None:
     audit = FrozenAudit(model)
     source = ToyData(config.micro_batches, accelerator.process_index, accelerator.num_processes)
     loop = Loop(run, accelerator, prepared, optimizer, source, config.training, config.run.seed)
+    if loop.step_number == 0:
+        loop.evaluated({"validation/loss": 9.0})
     for x, y in loop.batches():
         time.sleep(config.seconds_per_step)
         share = len(x) / 8 * accelerator.num_processes

@@ -134,11 +134,12 @@ class Loop:
         self._share = torch.zeros(2, dtype=torch.float64)  # loss and count of the open step, this process
         self._closing = False
         set_seed(seed, device_specific=True)
-        if run.resumed and (saved := checkpoints(run.path / "checkpoints")):
-            position = load_checkpoint(saved[-1], accelerator, model, optimizer)
-            self.step_number, self.count, self._best = position["step"], position["count"], position["best"]
         if run.resumed:
-            run.rewind(self.step_number)
+            if saved := checkpoints(run.path / "checkpoints"):
+                position = load_checkpoint(saved[-1], accelerator, model, optimizer)
+                self.step_number, self.count, self._best = position["step"], position["count"], position["best"]
+            # Killed before its first checkpoint it starts anew, with the evaluation before the first step.
+            run.rewind(self.step_number if saved else -1)
 
     def batches(self) -> Iterator[Any]:
         """Yields this process's micro-batches, from where a resumed run stopped, until the run is over.
