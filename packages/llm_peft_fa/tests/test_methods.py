@@ -1,65 +1,301 @@
+import hashlib
+import re
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
 from labs_common.errors import LabError
-from llm_peft_fa.adapters import adapted_model, save_adapter, save_merged
-from llm_peft_fa.config import Method, MethodOptions
-from llm_peft_fa.methods import METHODS, lora
+from llm_peft_fa.adalora import RankBudget, orthogonality
+from llm_peft_fa.adapters import adapted_model, initial_update, load_tuned, save_merged, save_tuned
+from llm_peft_fa.architecture import structure_of
+from llm_peft_fa.method_options import DEFAULTS, LEARNING_RATES, Method, MethodOptions, resolved
+from llm_peft_fa.methods import METHODS, Adapted, Setting
 from llm_peft_fa.model import load_model, load_tokenizer
-from llm_peft_fa.packed import PackedCausalLM
+from llm_peft_fa.packed import PackedCausalLM, virtual_tokens
+from llm_peft_fa.packing import packed_row
+from llm_peft_fa.templates import Encoded
+
+LINEAR = "(q|k|v|o|gate|up|down)_proj"
+STEPS = 6
+# Written down apart from the sources: what each method trains, by the names of PEFT and transformers.
+VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
+    "prompt_tuning": ({"virtual_tokens": 3}, r"prompt_encoder\.default\.embedding\.weight"),
+    "prompt_tuning random": ({"virtual_tokens": 3, "prompt_init": "random"}, r"prompt_encoder\..*"),
+    "prompt_tuning vocabulary": ({"virtual_tokens": 3, "prompt_init": "vocabulary"}, r"prompt_encoder\..*"),
+    "prefix_tuning": ({"virtual_tokens": 3}, r"prompt_encoder\.default\.embedding\.weight"),
+    "prefix_tuning projected": (
+        {"virtual_tokens": 3, "encoder_width": 8},
+        r"prompt_encoder\.default\.(embedding\.weight|transform\.[02]\.(weight|bias))",
+    ),
+    "p_tuning": ({"virtual_tokens": 3}, r"prompt_encoder\.default\.(embedding\.weight|mlp_head\.[024]\.(weight|bias))"),
+    "lora": ({"rank": 3}, rf".*{LINEAR}\.lora_[AB]\.default\.weight"),
+    "lora on q and v": ({"rank": 3, "target_modules": ("q_proj", "v_proj")}, r".*[qv]_proj\.lora_[AB]\.default\.weight"),
+    "rslora": ({"rank": 3}, rf".*{LINEAR}\.lora_[AB]\.default\.weight"),
+    "dora": ({"rank": 3}, rf".*{LINEAR}\.lora_([AB]\.default|magnitude_vector\.default)\.weight"),
+    "pissa": ({"rank": 3}, rf".*{LINEAR}\.lora_[AB]\.default\.weight"),
+    "olora": ({"rank": 3}, rf".*{LINEAR}\.lora_[AB]\.default\.weight"),
+    "adalora": ({"rank": 4}, rf".*{LINEAR}\.lora_[ABE]\.default"),
+    "vera": ({"rank": 5}, rf".*{LINEAR}\.vera_lambda_[bd]\.default"),
+    "loha": ({"rank": 3}, rf".*{LINEAR}\.hada_w[12]_[ab]\.default"),
+    "lokr": ({"rank": 3}, rf".*{LINEAR}\.lokr_w[12](_[ab])?\.default"),
+    "oft": ({"block_size": 8}, rf".*{LINEAR}\.oft_R\.default\.weight"),
+    "ia3": ({}, r".*(k|v|down)_proj\.ia3_l\.default"),
+    "layers": ({"layers": 1}, r"model\.layers\.[01]\..*"),
+    "layers first": ({"layers": 1, "which": "first"}, r"model\.layers\.0\..*"),
+    "layers last": ({"layers": 1, "which": "last", "train_final_norm": True}, r"model\.layers\.1\..*|model\.norm\.weight"),
+    "layers head": (
+        {"layers": 1, "which": "last", "train_head": True, "train_embeddings": True},
+        r"model\.layers\.1\..*|model\.embed_tokens\.weight|lm_head\.weight",
+    ),
+    "full": ({}, r".*"),
+}  # fmt: skip
 
 
-def test_every_method_of_the_command_line_exists() -> None:
-    assert set(get_args(Method)) == set(METHODS)
-
-
-def test_lora_trains_all_linear_layers_but_the_head(model_dir: Path) -> None:
-    adapted = lora(load_model(str(model_dir)), MethodOptions(rank=3, alpha=6.0))
-    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
-    modules = {name.split(".lora_")[0].rsplit(".", 1)[1] for name in trained}
-    assert modules == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert all(".lora_" in name for name in trained)
-    layer = adapted.get_base_model().model.layers[0].self_attn.q_proj
-    x = torch.randn(5, layer.in_features)
-    torch.nn.init.normal_(layer.lora_B["default"].weight)
-    update = x @ layer.lora_A["default"].weight.T @ layer.lora_B["default"].weight.T * 6.0 / 3
-    torch.testing.assert_close(layer(x), layer.base_layer(x) + update)
-
-
-def test_lora_names_targets_that_do_not_exist(model_dir: Path) -> None:
-    with pytest.raises(LabError, match="wq"):
-        lora(load_model(str(model_dir)), MethodOptions(target_modules=("wq",)))
-    with pytest.raises(LabError, match="lora"):
-        lora(load_model(str(model_dir)), MethodOptions(rank=0))
-
-
-def test_adapter_and_merged_model_load_in_peft_and_transformers(model_dir: Path, tmp_path: Path) -> None:
+def built(variant: str, folder: Path) -> Adapted:
+    method = variant.split()[0]
+    options = resolved(MethodOptions(method=method, **VARIANTS[variant][0]))
     torch.manual_seed(0)
+    return METHODS[method](load_model(str(folder)), options, Setting(load_tokenizer(str(folder)), STEPS))
+
+
+def trained(model: Adapted, steps: int = STEPS) -> PackedCausalLM:
+    """A few steps of the method on one packed row, as the training loop takes them."""
+    packed = PackedCausalLM(model).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02, weight_decay=0.01)
+    if "lora_E" in str(list(dict(model.named_parameters()))):
+        RankBudget(model, optimizer)
+    torch.manual_seed(1)
+    items = [Encoded(torch.randint(300, 700, (length,)).tolist(), [True] * length, "") for length in (9, 20, 5)]
+    row = packed_row(items, virtual=virtual_tokens(model))
+    for _ in range(steps):
+        (packed(row) / len(row.targets)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return packed
+
+
+def hashes(model: torch.nn.Module) -> dict[str, str]:
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {name: hashlib.sha256(t.detach().contiguous().numpy().tobytes()).hexdigest() for name, t in tensors.items()}
+
+
+def test_every_method_of_the_command_line_exists_and_is_tested() -> None:
+    methods = set(get_args(Method))
+    assert methods == set(METHODS) == set(DEFAULTS) == set(LEARNING_RATES)
+    assert {variant.split()[0] for variant in VARIANTS} == methods - {"qlora"}, "qlora has a test of its own"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_exactly_the_intended_parameters_change(variant: str, model_dir: Path) -> None:
+    model = built(variant, model_dir)
+    before = hashes(model)
+    intended = {name for name in dict(model.named_parameters()) if re.fullmatch(VARIANTS[variant][1], name)}
+    assert intended
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == intended
+    trained(model)
+    after = hashes(model)
+    changed = {name for name in before if before[name] != after[name]}
+    assert before.keys() == after.keys()
+    assert changed == intended
+    structure = structure_of(model)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    assert structure.trainable == sum(sizes[name] for name in intended)
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    twice = sizes[next(name for name in sizes if name.endswith("embed_tokens.weight"))] if tied else 0
+    assert (
+        sum(row.times * (cell.trained + cell.fixed) for row in structure.rows for cell in row.cells)
+        == sum(sizes.values()) + twice
+    ), "the drawing shows all"
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if " " not in name or "projected" in name])
+def test_the_result_loads_in_plain_peft_or_transformers(variant: str, model_dir: Path, tmp_path: Path) -> None:
+    model = built(variant, model_dir)
+    initial = initial_update(model)
+    packed = trained(model).eval()
+    save_tuned(Accelerator(cpu=True), packed, load_tokenizer(str(model_dir)), tmp_path, initial)
+    assert not list(tmp_path.rglob("*.bin"))
+    ids = torch.randint(300, 700, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        # Plain transformers: its own attention, and the base anew.
+        plain = AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="eager")
+        untuned = plain(ids).logits
+        if isinstance(model, PeftModel):
+            loaded = PeftModel.from_pretrained(plain, tmp_path / "adapter")
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")
+            assert loaded.config._attn_implementation == "eager"
+        own = {"attention_mask": torch.ones_like(ids)} if virtual_tokens(model) or "prefix" in variant else {}
+        expected = model(ids, **own).logits[:, -24:]
+        scale = expected.abs().max()
+        there = loaded.eval()(ids, **own).logits[:, -24:]
+        torch.testing.assert_close(there / scale, expected / scale, atol=1e-4, rtol=0)
+        assert not torch.allclose(untuned / scale, expected / scale, atol=1e-3), "training changed nothing"
+        ours = load_tuned(tmp_path, str(model_dir))
+        torch.testing.assert_close(ours(ids, **own).logits[:, -24:] / scale, expected / scale, atol=1e-4, rtol=0)
+        if isinstance(ours, PeftModel):
+            with ours.disable_adapter():
+                torch.testing.assert_close(ours(ids).logits / scale, untuned / scale, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("variant", ["prompt_tuning", "prefix_tuning", "prefix_tuning projected", "p_tuning"])
+def test_generation_with_a_soft_prompt_follows_its_own_logits(variant: str, model_dir: Path, tmp_path: Path) -> None:
+    save_tuned(Accelerator(cpu=True), trained(built(variant, model_dir)), load_tokenizer(str(model_dir)), tmp_path)
+    model = load_tuned(tmp_path, str(model_dir))
+    ids = torch.randint(300, 700, (2, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    padding = 5 if "prefix" in variant else 0  # on the left, as in a batch of prompts; `answers` pads no others
+    mask[0, :padding] = 0
+    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=-1)
+    for row, start in ((0, padding), (1, 0)):
+        text = ids[row : row + 1, start:]
+        for _ in range(8):
+            with torch.no_grad():
+                logits = model(input_ids=text, attention_mask=torch.ones_like(text)).logits
+            text = torch.cat([text, logits[:, -1:].argmax(-1)], 1)
+        assert out[row, 12:].tolist() == text[0, -8:].tolist()
+
+
+def test_lora_is_its_formula(model_dir: Path) -> None:
+    for variant, scale in (("lora", 32 / 3), ("rslora", 32 / 3**0.5)):
+        layer = built(variant, model_dir).get_base_model().model.layers[0].self_attn.q_proj
+        x = torch.randn(5, layer.in_features)
+        torch.nn.init.normal_(layer.lora_B["default"].weight)
+        update = x @ layer.lora_A["default"].weight.T @ layer.lora_B["default"].weight.T * scale
+        torch.testing.assert_close(layer(x), layer.base_layer(x) + update)
+
+
+def test_adalora_regularises_and_prunes_as_peft_does(model_dir: Path) -> None:
+    model = built("adalora", model_dir)
+    ids = torch.randint(300, 700, (1, 9))
+    regularised = model(input_ids=ids, labels=ids).loss - model.base_model.model(input_ids=ids, labels=ids).loss
+    assert orthogonality(model).item() == pytest.approx(regularised.item(), rel=1e-3)
+    row = packed_row([Encoded(ids[0].tolist(), [True] * 9, "")])
+    packed = PackedCausalLM(model)
+    added = packed.train()(row) - packed.eval()(row)
+    assert added.item() == pytest.approx(orthogonality(model).item() * 8, rel=1e-3)
+    trained(model)
+    left = [sum(kept) for kept in model.peft_config["default"].rank_pattern.values()]
+    start = model.peft_config["default"].init_r
+    assert sum(left) == 4 * len(left) < start * len(left), "the mean rank is --rank"
+
+
+def test_adalora_goes_on_from_its_state(model_dir: Path) -> None:
+    model = built("adalora", model_dir)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    budget = RankBudget(model, optimizer)
+    packed = PackedCausalLM(model).train()
+    row = packed_row([Encoded(torch.randint(300, 700, (12,)).tolist(), [True] * 12, "")])
+
+    def step() -> None:
+        packed(row).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    step()
+    saved = {
+        "budget": torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, budget.state_dict()),
+        "model": {name: p.clone() for name, p in model.state_dict().items()},
+        "optimizer": torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, optimizer.state_dict()),
+    }  # fmt: skip
+    for _ in range(3):
+        step()
+    expected = hashes(model)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    budget.adalora.rankallocator.reset_ipt()
+    budget.load_state_dict(saved["budget"])
+    for _ in range(3):
+        step()
+    assert hashes(model) == expected
+
+
+@pytest.mark.parametrize("variant", ["pissa", "olora"])
+def test_pissa_and_olora_become_adapters_as_peft_converts_them(variant: str, model_dir: Path, tmp_path: Path) -> None:
+    model = built(variant, model_dir)
+    initial = initial_update(model)
+    model.save_pretrained(tmp_path / "start")
+    packed = trained(model)
+    save_tuned(Accelerator(cpu=True), packed, load_tokenizer(str(model_dir)), tmp_path, initial)
+    model.save_pretrained(tmp_path / "peft", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    ours, theirs = (adapted_model(tmp_path / name, str(model_dir)) for name in ("adapter", "peft"))
+    theirs_state = get_peft_model_state_dict(theirs)
+    for name, tensor in get_peft_model_state_dict(ours).items():
+        assert tensor.shape == theirs_state[name].shape
+    ids = torch.randint(300, 700, (1, 16))
+    with torch.no_grad():
+        one, two = ours(ids).logits, theirs(ids).logits
+    torch.testing.assert_close(one / two.abs().max(), two / two.abs().max(), atol=2e-5, rtol=0)
+
+
+def test_merged_model_loads_in_transformers(model_dir: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(model_dir))
-    adapted = lora(load_model(str(model_dir)), MethodOptions(rank=4))
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    save_adapter(Accelerator(cpu=True), PackedCausalLM(adapted), tokenizer, tmp_path / "adapter")
-    assert not list((tmp_path / "adapter").glob("*.bin"))
+    model = built("lora", model_dir)
+    save_tuned(Accelerator(cpu=True), trained(model).eval(), tokenizer, tmp_path)
+    save_merged(tmp_path / "adapter", str(model_dir), tokenizer, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config._attn_implementation != "labs_packed"
     ids = torch.randint(300, 700, (2, 24))
     with torch.no_grad():
-        expected = adapted(ids).logits
-        plain = AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="eager")
-        assert not torch.allclose(plain(ids).logits, expected, atol=1e-2)
-        loaded = PeftModel.from_pretrained(plain, tmp_path / "adapter")
-        scale = expected.abs().max()
-        torch.testing.assert_close(loaded(ids).logits / scale, expected / scale, atol=1e-5, rtol=0)
-        save_merged(adapted_model(tmp_path / "adapter", str(model_dir)), tokenizer, tmp_path / "merged")
-        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-        assert merged.config._attn_implementation != "labs_packed"
-        torch.testing.assert_close(merged(ids).logits / scale, expected / scale, atol=2e-5, rtol=0)
+        expected = model(ids).logits
+        torch.testing.assert_close(
+            merged(ids).logits / expected.abs().max(), expected / expected.abs().max(), atol=2e-5, rtol=0
+        )
+
+
+def test_trained_weights_of_a_bf16_base_are_float32(llama_dir: Path) -> None:
+    options = resolved(MethodOptions(method="layers", layers=1, which="last"))
+    base = load_model(str(llama_dir), "bf16")
+    model = METHODS["layers"](base, options, Setting(load_tokenizer(str(llama_dir)), 2))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    with torch.autocast("cpu", torch.bfloat16):
+        packed_loss = PackedCausalLM(model)(packed_row([Encoded([2, 300, 301, 302], [True] * 4, "")]))
+    packed_loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"method": "full", "rank": 8}, "--rank: --method full takes none"),
+        ({"method": "prefix_tuning", "target_modules": ("q_proj",)}, "--target-modules"),
+        ({"method": "lora", "virtual_tokens": 8}, "--virtual-tokens"),
+        ({"method": "lora", "train_head": True}, "--train-head"),
+        ({"method": "lora", "rank": 0}, "--rank 0"),
+        ({"method": "lora", "dropout": 1.5}, "--dropout 1.5"),
+        ({"method": "prompt_tuning", "prompt_init": "random", "prompt_text": "x"}, "--prompt-text"),
+        ({"method": "prefix_tuning", "prompt_init": "vocabulary"}, "--prompt-init vocabulary"),
+        ({"method": "prefix_tuning", "prompt_init": "text", "encoder_width": 8}, "--prompt-init text"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(LabError, match=said):
+        resolved(MethodOptions(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"method": "lora", "target_modules": ("wq",)}, "wq"),
+        ({"method": "layers", "layers": 3}, "--layers 3"),
+        ({"method": "prefix_tuning", "virtual_tokens": 16}, "sliding window"),
+        ({"method": "oft", "block_size": 7}, "--block-size 7"),
+        ({"method": "layers", "layers": 1, "train_head": True}, "--train-embeddings"),
+        ({"method": "adalora"}, "adalora"),
+    ],
+)
+def test_options_that_do_not_fit_the_model_are_named(options: dict[str, Any], said: str, gemma_dir: Path) -> None:
+    setting = Setting(load_tokenizer(str(gemma_dir)), 3)
+    with pytest.raises(LabError, match=said):
+        METHODS[options["method"]](load_model(str(gemma_dir)), resolved(MethodOptions(**options)), setting)
 
 
 def test_a_missing_adapter_is_named(model_dir: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import os
 import random
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,19 +19,30 @@ from labs_common.errors import LabError
 SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
 
+class Stateful(Protocol):
+    """What a run must remember besides weights and optimizer, the same in every process."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and text, in dictionaries and lists."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` gave."""
+
+
 def save_checkpoint(
     path: Path,
     accelerator: Accelerator,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     position: dict[str, Any],
+    also: Stateful | None = None,
 ) -> None:
     """Writes a checkpoint to the directory `path`, in place of one that is there; called by all processes together.
 
     A checkpoint holds what changes: trainable parameters and buffers (`trainable.safetensors`), the
-    optimizer (`optimizer.pt`), the random generators of each process (`random-R.pt`) and the place in the
-    data (`position.json`). Where DeepSpeed or FSDP shard the weights, they write their own format
-    (`sharded/`). It appears under its name by one rename after everything is on disk, so that a process
+    optimizer (`optimizer.pt`), the random generators of each process (`random-R.pt`), the place in the
+    data (`position.json`) and the state of `also` (`also.pt`). Where DeepSpeed or FSDP shard the weights, they
+    write their own format (`sharded/`). It appears under its name by one rename after everything is on disk, so that a process
     killed at any moment leaves only whole checkpoints.
     """
     part = path.with_name(f".{path.name}.part")
@@ -50,6 +61,8 @@ def save_checkpoint(
         torch.save(state, part / "optimizer.pt")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        if also is not None:
+            torch.save(also.state_dict(), part / "also.pt")
         (part / "position.json").write_text(json.dumps(position), encoding="utf-8")
         for file in part.rglob("*"):
             if file.is_file():
@@ -66,7 +79,11 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(
-    path: Path, accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+    path: Path,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    also: Stateful | None = None,
 ) -> dict[str, Any]:
     """Puts model, optimizer and random generators back as `save_checkpoint` found them; returns the position.
 
@@ -86,6 +103,8 @@ def load_checkpoint(
             optimizer.load_state_dict(state["optimizer"])
             if accelerator.scaler is not None and "scaler" in state:
                 accelerator.scaler.load_state_dict(state["scaler"])
+        if also is not None:
+            also.load_state_dict(torch.load(path / "also.pt", weights_only=True, map_location="cpu"))
         _set_random_state(torch.load(random_file, weights_only=True, map_location="cpu"))
     except LabError:
         raise

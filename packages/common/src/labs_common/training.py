@@ -26,7 +26,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from labs_common.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from labs_common.checkpoint import Stateful, checkpoints, load_checkpoint, save_checkpoint
 from labs_common.errors import Interrupted, LabError, RunStopped
 from labs_common.options import Precision, Schedule, TrainingOptions
 from labs_common.progress import ProgressLine, console
@@ -56,6 +56,12 @@ def learning_rate_share(step: int, total: int, warmup: float, schedule: Schedule
     if schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * fallen))
     return 1 - fallen if schedule == "linear" else 1.0
+
+
+def total_steps(options: TrainingOptions, source: Source) -> int:
+    """The optimizer steps of a whole run."""
+    total = options.epochs * len(source)
+    return total if options.max_steps is None else min(total, options.max_steps)
 
 
 def make_accelerator(options: TrainingOptions) -> Accelerator:
@@ -91,6 +97,12 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the tensors that the optimizer keeps in this process (AdamW: two moments for each trained value)."""
+    kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
+
 class Loop:
     """Optimizer steps with accumulation, clipping, schedule, progress, checkpoints, resume and early stopping.
 
@@ -113,17 +125,18 @@ class Loop:
         options: TrainingOptions,
         seed: int = 0,
         unit: str = "samples",
+        also: Stateful | None = None,
     ) -> None:
         """Model and optimizer as `accelerator.prepare` returned them; `unit` names what `step` counts.
+
+        `also` is saved and resumed with them.
 
         Raises:
             LabError: the run is being resumed and its checkpoint cannot be read.
         """
         self.run, self.accelerator, self.model, self.optimizer = run, accelerator, model, optimizer
-        self.source, self.options, self.unit = source, options, unit
-        self.total = options.epochs * len(source)
-        if options.max_steps is not None:
-            self.total = min(self.total, options.max_steps)
+        self.source, self.options, self.unit, self.also = source, options, unit, also
+        self.total = total_steps(options, source)
         self.step_number = 0
         self.count = 0  # tokens or samples so far, over all processes
         self.evaluation_due = False
@@ -136,7 +149,7 @@ class Loop:
         set_seed(seed, device_specific=True)
         if run.resumed:
             if saved := checkpoints(run.path / "checkpoints"):
-                position = load_checkpoint(saved[-1], accelerator, model, optimizer)
+                position = load_checkpoint(saved[-1], accelerator, model, optimizer, also)
                 self.step_number, self.count, self._best = position["step"], position["count"], position["best"]
             # Killed before its first checkpoint it starts anew, with the evaluation before the first step.
             run.rewind(self.step_number if saved else -1)
@@ -162,7 +175,7 @@ class Loop:
         if self._signal:
             self._stop_interrupted(self._signal)
         if self._best:
-            load_checkpoint(self._best_path(), self.accelerator, self.model, self.optimizer)
+            load_checkpoint(self._best_path(), self.accelerator, self.model, self.optimizer, self.also)
 
     def step(self, loss: torch.Tensor, count: int) -> None:
         """Back-propagates a micro-batch's share of the loss; with the last one, moves the weights.
@@ -275,7 +288,7 @@ class Loop:
 
     def _save(self, path: Path) -> None:
         position = {"step": self.step_number, "count": self.count, "best": self._best}
-        save_checkpoint(path, self.accelerator, self.model, self.optimizer, position)
+        save_checkpoint(path, self.accelerator, self.model, self.optimizer, position, self.also)
         if self.accelerator.is_main_process:
             old_best = [best for best in path.parent.glob("best-*") if best != self._best_path()]
             for old in [*checkpoints(path.parent)[: -self.options.keep], *old_best]:

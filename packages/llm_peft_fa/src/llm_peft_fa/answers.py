@@ -2,23 +2,25 @@
 
 import random
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, cast
 
 import sacrebleu
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from labs_common.errors import LabError
 from labs_common.progress import tracked
 from llm_peft_fa.config import GenerationOptions
 from llm_peft_fa.data import Message, Reading
+from llm_peft_fa.methods import Adapted
 from llm_peft_fa.model import stop_ids
 from llm_peft_fa.normalise import normalise
-from llm_peft_fa.packed import base_of
+from llm_peft_fa.packed import base_of, virtual_tokens
 from llm_peft_fa.templates import encode_prompt
 
 Scores = dict[str, float]
@@ -38,10 +40,10 @@ class Comparison:
     """Answers of the base model and of the fine-tuned one to the same prompts, and their scores."""
 
     prompts: list[Prompt]
-    before: list[str]
+    before: list[str] | None
     after: list[str]
     scores: dict[str, Scores]
-    """"before" and "after"."""
+    """"before" (if the base answered) and "after"."""
 
 
 def collected_prompts(reading: Reading, options: GenerationOptions, seed: int) -> list[Prompt]:
@@ -65,36 +67,46 @@ def collected_prompts(reading: Reading, options: GenerationOptions, seed: int) -
 
 
 def compared(
-    model: PeftModel,
+    tuned: Adapted,
+    base: AbstractContextManager[Adapted] | None,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
     options: GenerationOptions,
     accelerator: Accelerator,
 ) -> Comparison:
-    """Answers all prompts with the adapter switched off and on; processes share the work."""
-    after = answers(model, tokenizer, prompts, options, accelerator, "answering, fine-tuned")
-    with model.disable_adapter():
+    """Answers all prompts with the fine-tuned model, and with the base if there is one; processes share the work."""
+    after = answers(tuned, tokenizer, prompts, options, accelerator, "answering, fine-tuned")
+    if base is None:
+        return Comparison(prompts, None, after, {"after": scores(prompts, after)})
+    with base as model:
         before = answers(model, tokenizer, prompts, options, accelerator, "answering, base")
     return Comparison(prompts, before, after, {"before": scores(prompts, before), "after": scores(prompts, after)})
 
 
 @torch.no_grad()
 def answers(
-    model: PreTrainedModel | PeftModel,
+    model: Adapted,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     options: GenerationOptions,
     accelerator: Accelerator,
     task: str = "answering",
 ) -> list[str]:
-    """The model's greedy answers, in the order of the prompts, the same in every process."""
+    """The model's greedy answers, in the order of the prompts, the same in every process.
+
+    Prompts of like length go together, padded on the left. With virtual tokens among the inputs only those of equal
+    length do: the padding would stand between a soft prompt and its text, where PEFT counts it as positions.
+    """
     base = base_of(model)
     stops = stop_ids(base, tokenizer)
     mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
     encoded = {number: encode_prompt(tokenizer, prompts[number].messages) for number in mine}
-    # Prompts of like length together: the batch is padded to its longest.
     order = sorted(mine, key=lambda number: (len(encoded[number]), number))
-    batches = [order[at : at + options.generation_batch] for at in range(0, len(order), options.generation_batch)]
+    alike = groupby(order, lambda number: len(encoded[number]) if virtual_tokens(model) else 0)
+    size = options.generation_batch
+    batches = [
+        group[at : at + size] for group in (list(found) for _, found in alike) for at in range(0, len(group), size)
+    ]
     said: dict[int, str] = {}
     for batch in tracked(batches, task, len(batches), shown=accelerator.is_main_process):
         ids = tokenizer.pad({"input_ids": [encoded[number] for number in batch]}, return_tensors="pt").to(base.device)

@@ -6,7 +6,7 @@ No mask over the whole row is ever made, nothing crosses a conversation whatever
 and the work grows with the squares of the conversations' lengths, not of the row's.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ SMALLEST_BLOCK = 32
 RECOMPUTED_FROM = 256
 
 Blocks = tuple[list[torch.Tensor], torch.Tensor]
+Prefix = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values by layer, (1, key heads, virtual tokens, head width)
 
 
 def blocks_of(lengths: list[int]) -> Blocks:
@@ -55,6 +56,7 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     blocks: Blocks | None = None,
+    prefix: Prefix | None = None,
     scaling: float | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
@@ -64,8 +66,8 @@ def packed_attention(
     """Attention as transformers calls it; `blocks` of `blocks_of` make it packed.
 
     `query` is (1, heads, row, head width); key and value have a divisor of its heads. `softcap` is Gemma 2's
-    attention soft-cap. With `sliding_window` w a position sees itself and the w - 1 before it. Returns
-    (1, row, heads, head width) and no weights.
+    attention soft-cap. With `sliding_window` w a position sees itself and the w - 1 before it. `prefix` stands before
+    each conversation (prefix tuning) and counts as positions. Returns (1, row, heads, head width) and no weights.
 
     Without `blocks` (generation) it is the ordinary masked attention of transformers.
     """
@@ -79,6 +81,9 @@ def packed_attention(
         q, k, v = (
             part.index_select(0, block.flatten()).view(*block.shape, *part.shape[1:]).transpose(1, 2) for part in parts
         )  # (conversations, heads, longest, head width)
+        if prefix is not None:
+            before = [part.expand(len(block), -1, -1, -1).to(k.dtype) for part in prefix[cast(int, module.layer_idx)]]
+            k, v = torch.cat([before[0], k], 2), torch.cat([before[1], v], 2)
         out = _causal(q, k, v, scale, softcap, sliding_window, dropout)
         results.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(results).index_select(0, back)[None], None
@@ -88,15 +93,14 @@ def _causal(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     scale: float, softcap: float | None, window: int | None, dropout: float,
 ) -> torch.Tensor:  # fmt: skip
-    length = q.shape[2]
-    if window is not None and length <= window:
+    length, seen = q.shape[2], k.shape[2]  # seen: a prefix and the conversation
+    if window is not None and seen <= window:
         window = None
-    if softcap is None and window is None:
+    if softcap is None and window is None and seen == length:
         return _attend(q, k, v, None, scale, None, dropout)
-    place = torch.arange(length, device=q.device)
-    distance = place[:, None] - place
+    distance = torch.arange(seen - length, seen, device=q.device)[:, None] - torch.arange(seen, device=q.device)
     hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
-    mask = torch.zeros(length, length, dtype=q.dtype, device=q.device).masked_fill_(hidden, float("-inf"))
+    mask = torch.zeros(length, seen, dtype=q.dtype, device=q.device).masked_fill_(hidden, float("-inf"))
     if length < RECOMPUTED_FROM or not torch.is_grad_enabled():
         return _attend(q, k, v, mask, scale, softcap, dropout)
     return checkpoint(_attend, q, k, v, mask, scale, softcap, dropout, use_reentrant=False)

@@ -1,12 +1,14 @@
 """Every option of the lab, once, with its help text and default. Imports nothing heavy: `--help` is fast."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from labs_common.errors import LabError
 from labs_common.options import RunOptions, TrainingOptions
+from llm_peft_fa.method_options import LEARNING_RATES, SOFT_PROMPTS, WITHOUT_PEFT, MethodOptions, resolved
 
-Method = Literal["lora"]
 OnBadData = Literal["error", "skip"]
 OnTooLong = Literal["error", "truncate", "skip"]
 
@@ -56,24 +58,9 @@ class DataOptions(ReadingOptions):
     """What to do with a longer one: stop and name it, cut its end off, or leave it out."""
     tokens_per_batch: int = 2048
     """Conversations are packed, without padding, into rows of up to this many tokens; a longer one fills its own."""
-    show_batch: bool = False
-    """Print the first batch with the learnt tokens in colour, and stop."""
-
-
-@dataclass
-class MethodOptions:
-    """What is fine-tuned."""
-
-    method: Method = "lora"
-    """lora: low-rank updates beside the linear layers (Hu et al. 2021)."""
-    rank: int = 16
-    """Rank of the update."""
-    alpha: float = 32.0
-    """The update is scaled by alpha / rank."""
-    dropout: float = 0.0
-    """Dropout before the update, in training."""
-    target_modules: tuple[str, ...] = ("all-linear",)
-    """Names of the layers to adapt, such as q_proj v_proj; all-linear is every linear layer but the vocabulary's."""
+    plain_text: Path | None = None
+    """Text file of the base's world, a paragraph per line: its loss before and after shows what was forgotten. With the
+    tiny base it is generated."""
 
 
 @dataclass
@@ -88,6 +75,8 @@ class GenerationOptions:
     """Longest answer, in tokens."""
     generation_batch: int = 32
     """Prompts answered at a time."""
+    answer_base: bool = True
+    """Answer the prompts with the base model too."""
 
 
 @dataclass
@@ -96,10 +85,9 @@ class LanguageTrainingOptions(TrainingOptions):
 
     epochs: int = 2
     """Passes over the training data."""
-    learning_rate: float = 5e-3
-    """Highest learning rate, reached after the warm-up. The default suits the tiny base; 1e-4 to 2e-4 a 2B model."""
-    merge: bool = False
-    """Also write the base with the update merged in, as a model that transformers loads."""
+    learning_rate: float = 0.0
+    """Highest learning rate, reached after the warm-up; 0 takes the method's own, which differs between the tiny base
+    and a real one (see docs/llm_peft_fa.md)."""
 
 
 @dataclass
@@ -117,6 +105,26 @@ class TrainConfig:
     training: LanguageTrainingOptions = field(default_factory=LanguageTrainingOptions)
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     run: RunOptions = field(default_factory=RunOptions)
+    merge: bool = False
+    """Also write the base with the update merged in, as a model that transformers loads."""
+    show_batch: bool = False
+    """Print the first batch with the learnt tokens in colour, and stop."""
+
+
+def complete(config: TrainConfig) -> TrainConfig:
+    """The config with the method's own defaults in the place of what was not given.
+
+    Raises:
+        LabError: options that the method does not have, or that contradict each other.
+    """
+    method = resolved(config.method)
+    if config.merge and method.method in (*SOFT_PROMPTS, *WITHOUT_PEFT):
+        why = "writes a whole model already" if method.method in WITHOUT_PEFT else "has no update that could be merged"
+        raise LabError(f"--merge: {method.method} {why}; drop --merge")
+    tiny, real = LEARNING_RATES[method.method]
+    rate = config.training.learning_rate or (tiny if config.model.model == "tiny" else real)
+    training = dataclasses.replace(config.training, learning_rate=rate)
+    return dataclasses.replace(config, method=method, training=training)
 
 
 @dataclass

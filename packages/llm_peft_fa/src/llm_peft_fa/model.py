@@ -1,9 +1,16 @@
 """The base model and its tokenizer: the tiny offline one, or any causal language model of transformers."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from labs_common.errors import LabError
@@ -36,11 +43,11 @@ def load_tokenizer(model: str, template: str = "auto") -> PreTrainedTokenizerBas
     return tokenizer
 
 
-def load_model(model: str, precision: str = "no") -> PreTrainedModel:
+def load_model(model: str, precision: str = "no", quantized: bool = False) -> PreTrainedModel:
     """A causal language model in evaluation mode whose attention can be packed.
 
     With Accelerate's `precision` bf16 the weights are kept in bfloat16, which suits a frozen base; else in
-    float32.
+    float32. `quantized`: the linear layers in 4-bit NF4 with double quantisation (Dettmers et al. 2023).
 
     Raises:
         LabError: there is no such model, or its files cannot be read.
@@ -48,9 +55,14 @@ def load_model(model: str, precision: str = "no") -> PreTrainedModel:
     # Under ZeRO-3 transformers would load a model in parts that cannot run before the engine is there.
     unset_hf_deepspeed_config()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    more: dict[str, Any] = {}
+    if quantized:
+        more["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
     try:
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            model_path(model), dtype=dtype, attn_implementation=NAME, use_safetensors=True
+            model_path(model), dtype=dtype, attn_implementation=NAME, use_safetensors=True, **more
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise LabError(_no_model(model, error)) from error

@@ -1,12 +1,15 @@
 """A causal language model whose forward pass is the loss of a packed row."""
 
-from typing import cast
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from accelerate import Accelerator
+from peft import AdaLoraModel, PeftModel, PeftType
 from transformers import PreTrainedModel
 
 from labs_common.errors import LabError
+from llm_peft_fa.adalora import orthogonality
 from llm_peft_fa.loss import chunked_cross_entropy
 from llm_peft_fa.packing import PackedRow, packed_row
 from llm_peft_fa.templates import Encoded
@@ -27,11 +30,13 @@ class PackedCausalLM(torch.nn.Module):
         self.model = model
 
     def forward(self, row: PackedRow) -> torch.Tensor:
-        """The row's summed negative log-likelihood over its learnt tokens, a float32 scalar."""
+        """The row's summed negative log-likelihood over its learnt tokens, a float32 scalar.
+
+        In training of AdaLoRA its regulariser is in it, as often as the row has learnt tokens.
+        """
         base = base_of(self.model)
         hidden = base.get_decoder()(
-            input_ids=row.input_ids,
-            position_ids=row.position_ids,
+            **self._inputs(base, row),
             # A mask of four dimensions is taken as it is: none is made for the row. With the cache on, and
             # without restarting positions, transformers would let conversations see each other.
             attention_mask=torch.zeros(1, 1, 1, 1, device=row.input_ids.device),
@@ -39,9 +44,47 @@ class PackedCausalLM(torch.nn.Module):
             blocks=row.blocks,
         ).last_hidden_state[0]  # (tokens, width)
         softcap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
-        return chunked_cross_entropy(
+        loss = chunked_cross_entropy(
             hidden.index_select(0, row.predicting), base.get_output_embeddings(), row.targets, softcap
         )
+        if self.training and isinstance(self.model, PeftModel) and isinstance(self.model.base_model, AdaLoraModel):
+            loss = loss + orthogonality(self.model) * len(row.targets)
+        return loss
+
+    def _inputs(self, base: PreTrainedModel, row: PackedRow) -> dict[str, Any]:
+        """Tokens and positions; with a soft prompt, its virtual tokens or keys and values for each conversation."""
+        ids, positions = row.input_ids, row.position_ids
+        if not isinstance(self.model, PeftModel) or not self.model.active_peft_config.is_prompt_learning:
+            return {"input_ids": ids, "position_ids": positions}
+        prompt: Any = self.model.get_prompt(batch_size=1)
+        if row.slots is None:  # prefix tuning
+            count = self.model.active_peft_config.num_virtual_tokens
+            prefix = [(layer.keys, layer.values) for layer in prompt.layers]
+            return {"input_ids": ids, "position_ids": positions + count, "prefix": prefix}
+        embedded = base.get_input_embeddings()(ids)  # (1, tokens, width)
+        virtual = prompt.to(embedded.dtype).repeat(1, len(row.slots), 1)
+        return {
+            "inputs_embeds": embedded.index_copy(1, row.slots.flatten(), virtual),
+            "position_ids": positions,
+        }
+
+
+def virtual_tokens(model: PreTrainedModel | PeftModel) -> int:
+    """How many slots each conversation needs in a packed row: virtual tokens among the inputs, none in a cache."""
+    if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning:
+        return 0
+    config = model.active_peft_config
+    return 0 if config.peft_type == PeftType.PREFIX_TUNING else int(config.num_virtual_tokens)
+
+
+@torch.no_grad()
+def mean_loss(model: torch.nn.Module, rows: Iterable[PackedRow], accelerator: Accelerator) -> float:
+    """Mean negative log-likelihood over the learnt tokens of `rows` (those of one `PackedSteps.rows_of`), in nats."""
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        total += model(row.to(accelerator.device)).double().cpu() * row.weight
+    return float(accelerator.reduce(total.to(accelerator.device), "mean"))
 
 
 @torch.no_grad()

@@ -25,6 +25,8 @@ class PackedRow:
         targets: (learnt,) those next tokens.
         weight: what the row's summed loss is multiplied by to be its share of the step's mean.
         tokens: how many tokens of conversations the row holds.
+        slots: (conversations, virtual tokens), where the virtual tokens of a soft prompt stand; `input_ids` are 0
+            there. None without a soft prompt.
     """
 
     input_ids: torch.Tensor
@@ -34,6 +36,7 @@ class PackedRow:
     targets: torch.Tensor
     weight: float
     tokens: int
+    slots: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "PackedRow":
         """The row on `device`."""
@@ -45,16 +48,21 @@ class PackedRow:
             blocks=([block.to(device, non_blocking=True) for block in gather], back.to(device, non_blocking=True)),
             predicting=self.predicting.to(device, non_blocking=True),
             targets=self.targets.to(device, non_blocking=True),
+            slots=None if self.slots is None else self.slots.to(device, non_blocking=True),
         )
 
 
-def packed_row(conversations: Sequence[Encoded], weight: float = 1.0) -> PackedRow:
-    """One row of these conversations, in this order."""
-    lengths = [len(item.ids) for item in conversations]
-    ids = torch.tensor([token for item in conversations for token in item.ids])
+def packed_row(conversations: Sequence[Encoded], weight: float = 1.0, virtual: int = 0) -> PackedRow:
+    """One row of these conversations, in this order, each with room for `virtual` virtual tokens before it."""
+    room = [0] * virtual
+    lengths = [virtual + len(item.ids) for item in conversations]
+    ids = torch.tensor([token for item in conversations for token in (*room, *item.ids)])
     # A conversation's first token is predicted by nothing, so the row before it never predicts into it.
-    learnt = torch.tensor([flag and place > 0 for item in conversations for place, flag in enumerate(item.learnt)])
+    learnt = torch.tensor(
+        [flag for item in conversations for flag in (*map(bool, room), False, *item.learnt[1:])], dtype=torch.bool
+    )
     targets_at = learnt.nonzero().flatten()
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
     return PackedRow(
         input_ids=ids[None],
         position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
@@ -62,7 +70,8 @@ def packed_row(conversations: Sequence[Encoded], weight: float = 1.0) -> PackedR
         predicting=targets_at - 1,
         targets=ids[targets_at],
         weight=weight,
-        tokens=sum(lengths),
+        tokens=sum(len(item.ids) for item in conversations),
+        slots=starts[:, None] + torch.arange(virtual) if virtual else None,
     )
 
 
@@ -71,14 +80,14 @@ def learnt_tokens(conversations: Sequence[Encoded]) -> int:
     return sum(sum(item.learnt[1:]) for item in conversations)
 
 
-def spread(conversations: Sequence[Encoded], tokens: int, multiple: int = 1) -> list[list[Encoded]]:
-    """Spreads conversations over rows of at most `tokens` tokens and about equal length.
+def spread(conversations: Sequence[Encoded], tokens: int, multiple: int = 1, virtual: int = 0) -> list[list[Encoded]]:
+    """Spreads conversations over rows of at most `tokens` tokens and about equal length, virtual tokens counted.
 
     The number of rows is the least `multiple` that suffices; rows may stay empty. A conversation longer
     than `tokens` gets a row that long. Longest first into the emptiest row (LPT, Graham 1969).
     """
-    limit = max([tokens, *(len(item.ids) for item in conversations)])
-    total = sum(len(item.ids) for item in conversations)
+    limit = max([tokens, *(virtual + len(item.ids) for item in conversations)])
+    total = sum(virtual + len(item.ids) for item in conversations)
     longest_first = sorted(conversations, key=lambda item: -len(item.ids))
     count = -(-max(1, -(-total // limit)) // multiple) * multiple
     while True:
@@ -87,7 +96,7 @@ def spread(conversations: Sequence[Encoded], tokens: int, multiple: int = 1) -> 
         for item in longest_first:
             place = sizes.index(min(sizes))
             rows[place].append(item)
-            sizes[place] += len(item.ids)
+            sizes[place] += virtual + len(item.ids)
         if max(sizes) <= limit:
             return rows
         count += multiple
@@ -97,7 +106,8 @@ def spread(conversations: Sequence[Encoded], tokens: int, multiple: int = 1) -> 
 class PackedSteps:
     """Training data for `labs_common.training.Loop`: shuffled every epoch by the seed, each conversation once.
 
-    `rank` of `processes` says which rows of a step are this process's.
+    `rank` of `processes` says which rows of a step are this process's; `virtual` is the number of virtual tokens that
+    a soft prompt puts before each conversation.
     """
 
     conversations: Sequence[Encoded]
@@ -106,6 +116,7 @@ class PackedSteps:
     seed: int
     rank: int = 0
     processes: int = 1
+    virtual: int = 0
 
     def __len__(self) -> int:
         """Optimizer steps in an epoch; the last may be smaller."""
@@ -120,13 +131,13 @@ class PackedSteps:
 
     def rows_of(self, conversations: Sequence[Encoded]) -> list[PackedRow]:
         """This process's rows of one step; their weighted losses add up to the mean over learnt tokens."""
-        rows = spread(conversations, self.tokens_per_batch, self.processes)
+        rows = spread(conversations, self.tokens_per_batch, self.processes, self.virtual)
         assert sum(map(learnt_tokens, rows)) == learnt_tokens(conversations), "packing lost tokens to learn"
         weight = self.processes / max(1, learnt_tokens(conversations))
         # Every process must take part in every pass: one without a conversation repeats one at no weight.
         shortest = min(conversations, key=lambda item: len(item.ids))
         idle = replace(shortest, learnt=[False] * len(shortest.ids))
         return [
-            packed_row(row, weight) if row else replace(packed_row([idle], 0.0), tokens=0)
+            packed_row(row, weight, self.virtual) if row else replace(packed_row([idle], 0.0, self.virtual), tokens=0)
             for row in rows[self.rank :: self.processes]
         ]

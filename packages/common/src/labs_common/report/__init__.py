@@ -1,6 +1,14 @@
 """The report: figures and one self-contained HTML page."""
 
-from labs_common.report.figures import bar_figure, curve_figure, histogram_figure
+from labs_common.report.figures import (
+    Cell,
+    Row,
+    architecture_figure,
+    bar_figure,
+    curve_figure,
+    histogram_figure,
+    scatter_figure,
+)
 from labs_common.report.page import Code, Figure, Section, Table, Text, save_figure, write_report
 from labs_common.report.sections import (
     asked_section,
@@ -11,11 +19,14 @@ from labs_common.report.sections import (
 )
 
 __all__ = [
+    "Cell",
     "Code",
     "Figure",
+    "Row",
     "Section",
     "Table",
     "Text",
+    "architecture_figure",
     "asked_section",
     "bar_figure",
     "cost_section",
@@ -24,6 +35,7 @@ __all__ = [
     "histogram_figure",
     "rerun_section",
     "save_figure",
+    "scatter_figure",
     "trained_section",
     "write_report",
 ]

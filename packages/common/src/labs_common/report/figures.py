@@ -7,13 +7,34 @@ around. They stand in the page's own text and tables, where the browser does bot
 import io
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import matplotlib as mpl
 from matplotlib.figure import Figure as Canvas
+from matplotlib.patches import Patch, Rectangle
 
 # Drawn in this colour, then replaced by the page's text colour.
 INK = "#010203"
-COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#64748b")
+COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#64748b", "#eab308", "#06b6d4", "#ec4899")
+FIXED, TRAINED = "#94a3b8", "#f97316"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A part of a network, and how many of its parameters train and stay fixed."""
+
+    name: str
+    trained: int
+    fixed: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """Parts of a network that stand side by side, as they do in `times` equal layers."""
+
+    name: str
+    cells: list[Cell]
+    times: int = 1
 
 
 def curve_figure(
@@ -56,6 +77,51 @@ def bar_figure(values: Mapping[str, Mapping[str, float]], across: str, limit: fl
         axes.set_xlim(0, limit)
     if len(names) > 1:
         axes.legend(frameon=False, labelcolor=INK, loc="lower right")
+    return _svg(canvas)
+
+
+def scatter_figure(
+    points: Mapping[str, tuple[float, float]], across: str, up: str, log_across: bool = False, best: Sequence[str] = ()
+) -> str:
+    """Named points (x, y); those in `best` are joined by a line, such as a Pareto front. Returns SVG."""
+    canvas, axes = _canvas(height=3.6)
+    for name, (x, y) in points.items():
+        chosen = name in best
+        axes.plot(x, y, "o", color=TRAINED if chosen else FIXED, markersize=7)
+        axes.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", color=INK, fontsize=8)
+    line = sorted(points[name] for name in best)
+    axes.plot([x for x, _ in line], [y for _, y in line], color=TRAINED, linewidth=1, alpha=0.6)
+    if log_across:
+        axes.set_xscale("log")
+    axes.margins(0.12)
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    return _svg(canvas)
+
+
+def architecture_figure(rows: Sequence[Row]) -> str:
+    """A network from its input (below) to its output: grey is fixed, orange trains, a strip is a part. Returns SVG."""
+    canvas, axes = _canvas(height=0.8 + 0.5 * len(rows))
+    for height, row in enumerate(rows):
+        width = 1 / len(row.cells)
+        for place, cell in enumerate(row.cells):
+            left, inner = place * width + 0.004, width - 0.008
+            whole = cell.trained and not cell.fixed
+            axes.add_patch(Rectangle((left, height + 0.1), inner, 0.8, color=TRAINED if whole else FIXED, alpha=0.75))
+            if cell.trained and cell.fixed:
+                axes.add_patch(Rectangle((left, height + 0.1), inner, 0.14, color=TRAINED))
+            name = cell.name.replace("_proj", "").replace("_layernorm", "").replace("_", " ")
+            size = 8 if len(row.cells) < 8 else 6
+            axes.text(left + inner / 2, height + 0.54, name, ha="center", va="center", color=INK, fontsize=size)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, len(rows))
+    axes.set_xticks([])
+    axes.set_yticks([place + 0.5 for place in range(len(rows))], [row.name for row in rows])
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    handles = [Patch(color=TRAINED, label="trains"), Patch(color=FIXED, label="fixed")]
+    axes.legend(handles=handles, frameon=False, labelcolor=INK, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     return _svg(canvas)
 
 
