@@ -42,8 +42,8 @@ def save_checkpoint(
     A checkpoint holds what changes: trainable parameters and buffers (`trainable.safetensors`), the
     optimizer (`optimizer.pt`), the random generators of each process (`random-R.pt`), the place in the
     data (`position.json`) and the state of `also` (`also.pt`). Where DeepSpeed or FSDP shard the weights, they
-    write their own format (`sharded/`). It appears under its name by one rename after everything is on disk, so that a process
-    killed at any moment leaves only whole checkpoints.
+    write their own format (`sharded/`). It appears under its name by one rename after everything is on disk,
+    so that a process killed at any moment leaves only whole checkpoints.
     """
     part = path.with_name(f".{path.name}.part")
     if accelerator.is_main_process:

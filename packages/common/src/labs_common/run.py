@@ -116,6 +116,15 @@ def check_run_options(options: RunOptions) -> None:
             raise LabError(f"--output {path}: is a file; name a directory")
         if any(path.iterdir()):
             raise LabError(f"--output {path}: is not empty; name another, or go on with it by --resume {path}")
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """Refuses an `--output` that cannot be made or written, without making it.
+
+    Raises:
+        LabError: that is so.
+    """
     parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise LabError(f"--output {path}: cannot be written (no permission in {parent})")

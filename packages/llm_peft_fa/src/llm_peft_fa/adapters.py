@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from labs_common.errors import LabError
 from llm_peft_fa.methods import Adapted
-from llm_peft_fa.model import load_model
+from llm_peft_fa.model import device_precision, load_model
 from llm_peft_fa.packed import PackedCausalLM
 
 FOLDERS = ("adapter", "model")  # where a run keeps its result: of PEFT's methods, and of layers and full
@@ -95,7 +95,7 @@ def load_tuned(run: Path, model: str, quantized: bool = False) -> Adapted:
         LabError: neither is there, or the adapter does not fit the base.
     """
     if (run / "model").is_dir():
-        return load_model(str(run / "model"), _precision())
+        return load_model(str(run / "model"), device_precision())
     return adapted_model(run / "adapter", model, quantized)
 
 
@@ -107,7 +107,7 @@ def adapted_model(folder: Path, model: str, quantized: bool = False) -> PeftMode
     """
     try:
         PeftConfig.from_pretrained(str(folder))
-        base = load_model(model, _precision(), quantized)
+        base = load_model(model, device_precision(), quantized)
         adapted: PeftModel = PeftModel.from_pretrained(base, str(folder))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error) or type(error).__name__).strip().splitlines()[0][:200]
@@ -122,7 +122,7 @@ def plain_base(tuned: Adapted, model: str) -> Iterator[Adapted]:
         with tuned.disable_adapter():
             yield tuned
     else:
-        base: PreTrainedModel = load_model(model, _precision())
+        base: PreTrainedModel = load_model(model, device_precision())
         torch.nn.Module.to(base, tuned.device)
         yield base
 
@@ -174,7 +174,3 @@ def _written_whole(folder: Path) -> Iterator[Path]:
     yield part
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
-
-
-def _precision() -> str:
-    return "bf16" if torch.cuda.is_available() else "no"

@@ -130,7 +130,7 @@ def scores(prompts: Sequence[Prompt], said: Sequence[str]) -> Scores:
     """
     found: Scores = {}
     checked = [
-        _same(answer, prompt.reference)
+        same(answer, prompt.reference)
         for prompt, answer in zip(prompts, said, strict=True)
         if prompt.verifiable and prompt.reference is not None
     ]
@@ -149,7 +149,7 @@ def scores(prompts: Sequence[Prompt], said: Sequence[str]) -> Scores:
     return found
 
 
-def _same(answer: str, reference: str) -> bool:
+def same(answer: str, reference: str) -> bool:
     """Equal but for spelling variants, spacing, and a full stop at the end."""
     one, other = (" ".join(normalise(text).split()).rstrip(" .") for text in (answer, reference))
     return one == other

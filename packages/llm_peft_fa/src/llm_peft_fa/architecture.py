@@ -1,5 +1,6 @@
 """A model as a stack of blocks, input first: what is in it, and how much of it trains."""
 
+import dataclasses
 import itertools
 from dataclasses import dataclass
 
@@ -7,7 +8,9 @@ import torch
 from peft import PeftModel, PeftType
 
 from labs_common.report import Cell, Row
-from llm_peft_fa.methods import Adapted
+from llm_peft_fa.method_options import MethodOptions
+from llm_peft_fa.methods import METHODS, Adapted, Setting
+from llm_peft_fa.model import load_tokenizer, unloaded_model
 from llm_peft_fa.packed import base_of
 
 
@@ -39,6 +42,18 @@ def structure_of(model: Adapted) -> Structure:
     parameters = list(model.parameters())
     trainable = sum(_size(parameter) for parameter in parameters if parameter.requires_grad)
     return Structure(type(base).__name__, rows, sum(map(_size, parameters)), trainable)
+
+
+def outline(model: str, options: MethodOptions) -> Adapted:
+    """The model under a method, without weights: what would train, and how much.
+
+    Values do not matter here, so methods that start from the base's weights start at random.
+    """
+    alike = {"pissa": "lora", "olora": "lora", "qlora": "lora"}
+    method = alike.get(options.method, options.method)
+    options = dataclasses.replace(options, prompt_init="random" if options.prompt_init else None)
+    setting = Setting(load_tokenizer(model), steps=100)
+    return METHODS[method](unloaded_model(model), options, setting)
 
 
 def _layer_cells(layer: torch.nn.Module) -> list[Cell]:

@@ -129,30 +129,49 @@ def complete(config: TrainConfig) -> TrainConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Answers test prompts with the base model and with a finished run's adapter, and compares.
+    """Measures a finished run, any adapter or any model, and its base beside it: loss, answers, scores.
 
     `python -m llm_peft_fa.evaluate --run runs/NAME --data test.jsonl`
+    `python -m llm_peft_fa.evaluate --adapter DIRECTORY --judge-file to_rate.csv`
+    `python -m llm_peft_fa.evaluate --model google/gemma-2-2b-it --base google/gemma-2-2b --data test.jsonl`
     """
 
     run: Path | None = None
     """Directory of a run; by default the newest under runs/."""
+    adapter: Path | None = None
+    """Directory of any adapter that PEFT loads, in the place of a run."""
+    model: str | None = None
+    """Any model (Hugging Face id or directory), in the place of a run."""
+    base: str | None = None
+    """The model to compare with; by default the one that the run or adapter was made from."""
+    template: str = "auto"
+    """Chat template, as in training; auto is the one that was saved with the run."""
     output: Path | None = None
-    """Where evaluation.json and evaluation.html go; by default the run's own directory."""
+    """Where evaluation.json and evaluation.html go; by default the run's or adapter's own directory."""
+    judge_file: Path | None = None
+    """Write a CSV table for people to rate: prompts with both answers as A and B in random order. Which is which goes
+    to a .key.json beside it."""
+    max_length: int = 4096
+    """Longer conversations are left out of the loss."""
     reading: ReadingOptions = field(default_factory=ReadingOptions)
     generation: GenerationOptions = field(default_factory=GenerationOptions)
+    seed: int = 0
+    """Seed of the choice of prompts; of a run it is the run's own."""
     debug: bool = False
     """Show the traceback of an error instead of one line."""
 
 
 @dataclass
 class ChatConfig:
-    """Talks to a finished run, or to any model. /reset forgets the conversation, /quit leaves.
+    """Talks to a finished run, an adapter or any model. /reset forgets the conversation, /quit leaves.
 
     `python -m llm_peft_fa.chat --run runs/NAME`
     """
 
     run: Path | None = None
     """Directory of a run; by default the newest under runs/."""
+    adapter: Path | None = None
+    """Directory of any adapter that PEFT loads, in the place of a run."""
     model: str | None = None
     """Talk to this model (Hugging Face id or directory) instead of a run."""
     system: str | None = None
@@ -168,15 +187,38 @@ class ChatConfig:
 
 
 @dataclass
-class InspectConfig:
-    """Says what is in a data file: counts, roles, lengths, samples, and the rows that cannot be used.
+class DemoConfig:
+    """A chat page in the browser: pick base, runs or models and ask two of them side by side (extra `demo`).
 
+    `python -m llm_peft_fa.demo`
+    """
+
+    runs: tuple[Path, ...] = ()
+    """Directories of runs; by default all finished ones under runs/, newest first."""
+    models: tuple[str, ...] = ()
+    """Further models: Hugging Face ids or directories."""
+    host: str = "127.0.0.1"
+    """Address that the page is served on; 0.0.0.0 lets other machines in."""
+    port: int = 7860
+    """Port that the page is served on."""
+    max_new_tokens: int = 128
+    """Longest answer, in tokens."""
+    debug: bool = False
+    """Show the traceback of an error instead of one line."""
+
+
+@dataclass
+class InspectConfig:
+    """Says what is in a model (parts, what a method would train, base or instruct) and in a data file.
+
+    `python -m llm_peft_fa.inspect --model google/gemma-2-2b --method layers`
     `python -m llm_peft_fa.inspect --data chats.jsonl`
     """
 
-    reading: ReadingOptions = field(default_factory=ReadingOptions)
     model: str = "tiny"
-    """Lengths are counted with this model's tokenizer."""
+    """The model: its parts are shown, and lengths are counted with its tokenizer. Its weights are not loaded."""
+    method: MethodOptions = field(default_factory=MethodOptions)
+    reading: ReadingOptions = field(default_factory=ReadingOptions)
     template: str = "auto"
     """Chat template, as in training."""
     samples: int = 5
@@ -185,5 +227,40 @@ class InspectConfig:
     """Where report.html goes; by default a new directory under runs/."""
     seed: int = 0
     """Seed of the choice of samples."""
+    debug: bool = False
+    """Show the traceback of an error instead of one line."""
+
+
+@dataclass
+class CompareConfig:
+    """Fine-tunes the same base with several methods on the same data and budget, and writes one report.
+
+    `python -m llm_peft_fa.compare` alone compares a useful subset on the tiny base in some minutes. The same command
+    started again goes on where it was stopped. With a real model:
+    `python -m llm_peft_fa.compare --methods lora,dora,prefix_tuning,layers:which=last --model google/gemma-2-2b
+    --data chats.jsonl --seeds 3 --search 3`
+    """
+
+    methods: str = "prompt_tuning,prefix_tuning,ia3,lora,dora,layers:layers=1,full"
+    """Methods, separated by commas; options of one follow after colons: lora:rank=64,layers:which=last:layers=1."""
+    seeds: int = 1
+    """Runs of each method, with seeds from --seed on: the table then has mean and spread."""
+    search: int = 0
+    """Learning rates tried for each method, threefold steps around its own; 0 takes its own."""
+    search_share: float = 0.25
+    """Share of a run's steps that each tried learning rate gets."""
+    launch: Path | None = None
+    """Accelerate configuration with which each run is launched, for several GPUs."""
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    training: LanguageTrainingOptions = field(default_factory=LanguageTrainingOptions)
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
+    output: Path | None = None
+    """Directory of the comparison; by default one under runs/ that the options name, so that the same command finds it
+    again."""
+    config: Path | None = None
+    """YAML file whose values take the place of the defaults; flags win."""
+    seed: int = 0
+    """The first seed."""
     debug: bool = False
     """Show the traceback of an error instead of one line."""

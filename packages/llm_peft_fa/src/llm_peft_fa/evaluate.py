@@ -1,10 +1,21 @@
-"""What fine-tuning changed: validation loss, answers before and after, and how right they are.
+"""Loss, answers and scores of any run, adapter or model, beside those of its base.
 
 `python -m llm_peft_fa.evaluate --run runs/NAME` repeats the evaluation of a run, on its data or on other.
 """
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from labs_common.cli import run_command
 from llm_peft_fa.config import EvaluateConfig
+
+if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
+    from accelerate import Accelerator
+
+    from llm_peft_fa.data import Reading
+    from llm_peft_fa.methods import Adapted
+    from llm_peft_fa.subjects import Subject
+    from llm_peft_fa.templates import Encoded
 
 
 def main() -> None:
@@ -13,51 +24,108 @@ def main() -> None:
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    """Loads a run's base and adapter, answers prompts with both, and writes evaluation.json and .html."""
+    """Answers prompts with a model and its base, and writes evaluation.json, .html and perhaps a table for judges."""
     from accelerate import Accelerator
 
-    from labs_common.cli import config_from_yaml, to_plain
+    from labs_common.cli import to_plain
     from labs_common.errors import LabError
     from labs_common.progress import console
     from labs_common.report import Section, Table, write_report
-    from labs_common.run import Run
-    from llm_peft_fa.adapters import adapted_model, latest_run
+    from labs_common.run import Run, check_writable
+    from llm_peft_fa.adapters import plain_base
     from llm_peft_fa.answers import collected_prompts, compared
-    from llm_peft_fa.config import TrainConfig
-    from llm_peft_fa.data import read_conversations, training_and_validation
-    from llm_peft_fa.model import load_tokenizer
-    from llm_peft_fa.results import answers_section, numbers_section
+    from llm_peft_fa.judging import check_judge_file, write_judge_file
+    from llm_peft_fa.results import answers_section, numbers_section, saved_answers
+    from llm_peft_fa.subjects import subject_of
+    from llm_peft_fa.templates import encode_all
 
-    folder = latest_run(config.run)
-    trained = config_from_yaml(TrainConfig, folder / "config.yaml")
-    output = config.output or folder
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LabError(f"--output {output}: cannot be written ({error.strerror})") from error
-    if config.reading.data is None:
-        _, reading = training_and_validation(trained.data, trained.run.seed)
-    else:
-        reading = read_conversations(config.reading.data, config.reading.split, config.reading)
+    subject = subject_of(config.run, config.adapter, config.model, config.base)
+    with_base = config.generation.answer_base and subject.base is not None
+    if config.judge_file is not None:
+        if not with_base:
+            raise LabError("--judge-file: needs two models to compare; name a run, an adapter, or a --base")
+        check_judge_file(config.judge_file)
+    output = config.output or config.run or config.adapter or _own_folder(subject)
+    check_writable(output)
+    seed = subject.trained.run.seed if subject.trained is not None else config.seed
+    reading = _reading(config, subject)
+    prompts = collected_prompts(reading, config.generation, seed)
     accelerator = Accelerator()
-    tokenizer = load_tokenizer(str(folder / "adapter"))
-    model = adapted_model(folder / "adapter", trained.model.model).to(accelerator.device)
-    prompts = collected_prompts(reading, config.generation, trained.run.seed)
-    comparison = compared(model, tokenizer, prompts, config.generation, accelerator)
-    run = Run(output, accelerator.is_main_process)
-    run.save_json("evaluation.json", {"config": to_plain(config), "scores": comparison.scores})
+    tokenizer = subject.load_tokenizer(config.template)
+    tuned = subject.load()
+    encoded = encode_all(tokenizer, reading, config.max_length, "skip")
+    losses = {"after": loss_of(tuned, encoded, accelerator)}
+    if with_base:
+        assert subject.base is not None
+        with plain_base(tuned, subject.base) as base:
+            losses["before"] = loss_of(base, encoded, accelerator, adapted=False)
+    before = plain_base(tuned, subject.base) if with_base and subject.base is not None else None
+    comparison = compared(tuned, before, tokenizer, prompts, config.generation, accelerator)
+    for side, values in comparison.scores.items():
+        if (loss := losses[side]) is not None:
+            values["validation loss"] = loss
+    if not accelerator.is_main_process:
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    run = Run(output)
+    run.save_json(
+        "evaluation.json",
+        {"config": to_plain(config), "scores": comparison.scores, "answers": saved_answers(comparison)},
+    )
+    if config.judge_file is not None:
+        write_judge_file(config.judge_file, comparison, subject.name, seed)
     sections = [
         Section("Data", [Table(("source", "conversations"), [(reading.source, len(reading.conversations))])]),
         numbers_section(comparison.scores),
         answers_section(comparison),
     ]
-    path = write_report(
-        run, f"Evaluation of {folder.name}", f"Base: {trained.model.model}", sections, "evaluation.html"
+    title = f"Evaluation of {subject.name}"
+    path = write_report(run, title, f"Base: {subject.base or 'none'}", sections, "evaluation.html")
+    for name, values in comparison.scores.items():
+        console.print(f"{name}: " + "  ".join(f"{key} {value:.3f}" for key, value in values.items()))
+    print(f"report: {path}")
+
+
+def loss_of(
+    model: "Adapted", encoded: "list[Encoded]", accelerator: "Accelerator", adapted: bool = True
+) -> float | None:
+    """Mean loss over the learnt tokens; None for an architecture that cannot be packed.
+
+    `adapted=False` is the base inside a model whose adapter is switched off.
+    """
+    from labs_common.errors import LabError
+    from labs_common.progress import console
+    from llm_peft_fa.packed import PackedCausalLM, base_of, check_packed_loss, mean_loss, virtual_tokens
+    from llm_peft_fa.packing import PackedSteps
+
+    try:
+        check_packed_loss(base_of(model))
+    except LabError as error:
+        console.print(f"no validation loss: {error}")
+        return None
+    subject = model if adapted else base_of(model)
+    steps = PackedSteps(
+        encoded, len(encoded), 2048, 0, accelerator.process_index, accelerator.num_processes, virtual_tokens(subject)
     )
-    if accelerator.is_main_process:
-        for name, values in comparison.scores.items():
-            console.print(f"{name}: " + "  ".join(f"{key} {value:.3f}" for key, value in values.items()))
-        print(f"report: {path}")
+    return mean_loss(PackedCausalLM(subject), steps.rows_of(encoded), accelerator)
+
+
+def _reading(config: EvaluateConfig, subject: "Subject") -> "Reading":
+    """--data, or the validation data of the run, or the generated tasks that are held out."""
+    from llm_peft_fa.config import TrainConfig
+    from llm_peft_fa.data import read_conversations, training_and_validation
+
+    if config.reading.data is not None:
+        return read_conversations(config.reading.data, config.reading.split, config.reading)
+    trained = subject.trained or TrainConfig()
+    return training_and_validation(trained.data, trained.run.seed)[1]
+
+
+def _own_folder(subject: "Subject") -> Path:
+    """Where the evaluation of a plain model, or of the newest run, goes."""
+    return Path("runs") / (
+        subject.name if subject.trained else f"evaluation-{subject.name.strip('./').replace('/', '-')}"
+    )
 
 
 if __name__ == "__main__":

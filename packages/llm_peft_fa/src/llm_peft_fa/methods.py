@@ -244,10 +244,15 @@ def check_machine(options: MethodOptions, accelerator: Accelerator) -> None:
     if (options.method == "full" or options.train_head) and stage_3:
         raise LabError("a head that trains is not supported under DeepSpeed ZeRO-3: launch with deepspeed_zero2.yaml")
     if options.method == "qlora":
-        _check_quantization()
+        check_quantization()
 
 
-def _check_quantization() -> None:
+def check_quantization() -> None:
+    """Makes sure that this machine can hold a model in 4 bits.
+
+    Raises:
+        LabError: bitsandbytes is missing, or has no kernels for this machine.
+    """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise LabError("--method qlora: needs bitsandbytes; install the extra llm-peft-fa[quantization]")
     try:

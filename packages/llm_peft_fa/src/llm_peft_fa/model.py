@@ -1,10 +1,13 @@
 """The base model and its tokenizer: the tiny offline one, or any causal language model of transformers."""
 
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -12,11 +15,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.utils.logging import disable_progress_bar
 
 from labs_common.errors import LabError
 from llm_peft_fa.attention import NAME
 from llm_peft_fa.templates import set_template
 from llm_peft_fa.tiny import tiny_base
+
+# PEFT asks for an old name at every model.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+if not sys.stderr.isatty():
+    disable_progress_bar()  # of reading weights, which would fill a log with characters meant for a terminal
 
 
 def model_path(model: str) -> str:
@@ -43,6 +52,11 @@ def load_tokenizer(model: str, template: str = "auto") -> PreTrainedTokenizerBas
     return tokenizer
 
 
+def own_template(model: str) -> bool:
+    """Whether the model's tokenizer comes with a chat template."""
+    return bool(AutoTokenizer.from_pretrained(model_path(model)).chat_template)
+
+
 def load_model(model: str, precision: str = "no", quantized: bool = False) -> PreTrainedModel:
     """A causal language model in evaluation mode whose attention can be packed.
 
@@ -67,6 +81,32 @@ def load_model(model: str, precision: str = "no", quantized: bool = False) -> Pr
     except (OSError, ValueError, RuntimeError) as error:
         raise LabError(_no_model(model, error)) from error
     return loaded.eval()
+
+
+def unloaded_model(model: str) -> PreTrainedModel:
+    """The model without its weights, on PyTorch's meta device: its parts and their shapes.
+
+    Raises:
+        LabError: there is no such model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model_path(model))
+        with torch.device("meta"):
+            made: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
+    except (OSError, ValueError) as error:
+        raise LabError(_no_model(model, error)) from error
+    made.tie_weights()
+    return made
+
+
+def device() -> str:
+    """Where models answer: the GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_precision() -> str:
+    """The precision in which models answer there, by Accelerate's name."""
+    return "bf16" if torch.cuda.is_available() else "no"
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -21,9 +21,13 @@ def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 class PackedCausalLM(torch.nn.Module):
-    """A causal language model, adapted or not, whose forward pass is the loss of a packed row."""
+    """A causal language model, adapted or not, whose forward pass is the loss of a packed row.
+
+    With `prompted` False it leaves a soft prompt out.
+    """
 
     model: PreTrainedModel | PeftModel
+    prompted = True
 
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         super().__init__()
@@ -54,8 +58,10 @@ class PackedCausalLM(torch.nn.Module):
     def _inputs(self, base: PreTrainedModel, row: PackedRow) -> dict[str, Any]:
         """Tokens and positions; with a soft prompt, its virtual tokens or keys and values for each conversation."""
         ids, positions = row.input_ids, row.position_ids
-        if not isinstance(self.model, PeftModel) or not self.model.active_peft_config.is_prompt_learning:
+        soft = isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning
+        if not (soft and self.prompted):
             return {"input_ids": ids, "position_ids": positions}
+        assert isinstance(self.model, PeftModel)
         prompt: Any = self.model.get_prompt(batch_size=1)
         if row.slots is None:  # prefix tuning
             count = self.model.active_peft_config.num_virtual_tokens

@@ -27,7 +27,7 @@ from labs_common.report import (
 )
 from labs_common.run import Run
 from llm_peft_fa.adapters import result_folder
-from llm_peft_fa.answers import Comparison, Prompt, Scores
+from llm_peft_fa.answers import Comparison, Scores
 from llm_peft_fa.architecture import Structure
 from llm_peft_fa.config import TrainConfig
 from llm_peft_fa.data import Reading
@@ -107,7 +107,7 @@ def answers_section(comparison: Comparison) -> Section:
     """Prompts with the answers before and after; the user's own come first."""
     before = comparison.before or [""] * len(comparison.prompts)
     rows = [
-        (asked(prompt), shown(first), shown(last), prompt.reference)
+        (asked(prompt.messages[-1]["content"]), shown(first), shown(last), prompt.reference)
         for prompt, first, last in zip(comparison.prompts, before, comparison.after, strict=True)
     ]
     columns = ("prompt", "before", "after", "reference")
@@ -138,9 +138,8 @@ def shown(answer: str) -> str:
     return line if len(line) <= 200 else line[:200] + " …"
 
 
-def asked(prompt: Prompt) -> str:
-    """The last question; a long one is shown by its end, where the question of a text stands."""
-    text = prompt.messages[-1]["content"]
+def asked(text: str) -> str:
+    """A question; a long one is shown by its end, where the question of a text stands."""
     return text if len(text) <= 400 else "… " + text[-400:]
 
 

@@ -1,5 +1,6 @@
 """Fine-tunes a language model on conversations: `accelerate launch -m llm_peft_fa.train --method lora`."""
 
+import dataclasses
 import time
 from typing import TYPE_CHECKING
 
@@ -135,7 +136,10 @@ def fine_tune(
             run.save_json("frozen.json", audit.before)
     loop = Loop(run, accelerator, prepared, optimizer, source, options, config.run.seed, unit="tokens", also=budget)
     if loop.step_number == 0:
-        loop.evaluated(held_out_losses(prepared, source, held_out, accelerator))
+        # Of the base: an update starts at zero, and a soft prompt is left out.
+        model.prompted, plain = False, dataclasses.replace(source, virtual=0)
+        loop.evaluated(held_out_losses(prepared, plain, held_out, accelerator))
+        model.prompted = True
     prepared.train()
     for row in loop.batches():
         loss = prepared(row.to(accelerator.device)) * row.weight

@@ -1,0 +1,181 @@
+"""Every method under one budget, and one report: `python -m llm_peft_fa.compare --methods lora,prefix_tuning,layers`.
+
+Each method and seed is a run of `llm_peft_fa.train` in a process of its own, so its peak memory is its own. What is
+finished is not run again: the same command goes on where it was stopped, and rebuilds the report when all is there.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+
+from labs_common.cache import recipe_key
+from labs_common.cli import config_to_yaml, flat_options, parse, run_command, to_plain
+from labs_common.errors import LabError
+from labs_common.options import RunOptions
+from llm_peft_fa.config import CompareConfig, TrainConfig, complete
+from llm_peft_fa.method_options import MethodOptions
+from llm_peft_fa.own_process import finished_run, locked
+
+
+def main() -> None:
+    """The command."""
+    run_command(compare, CompareConfig, "python -m llm_peft_fa.compare")
+
+
+def compare(config: CompareConfig) -> None:
+    """Plans the runs, does those that are missing, and writes the report."""
+    from labs_common.run import check_writable
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise LabError("compare starts one process per method itself: run it with python -m, and name the Accelerate "
+                       "configuration of several GPUs with --launch FILE")  # fmt: skip
+    if config.seeds < 1 or config.search < 0 or not 0 < config.search_share <= 1:
+        raise LabError("--seeds must be at least 1, --search at least 0, --search-share above 0 and at most 1")
+    if config.launch is not None and not config.launch.is_file():
+        raise LabError(f"--launch {config.launch}: no such file; name an Accelerate configuration")
+    planned = {spec: planned_run(config, spec) for spec in specs(config.methods)}
+    folder = config.output or Path("runs") / f"compare-{_model_name(config)}-{recipe_key(_identity(config))}"
+    check_writable(folder)
+
+    from labs_common.progress import console
+    from llm_peft_fa.comparison import check_plan, gathered, save_base_answers, steps_of
+    from llm_peft_fa.comparison_report import write_comparison
+
+    check_plan(planned)
+    _claim(folder, config)
+    seeds = range(config.seed, config.seed + config.seeds)
+    lock = folder / ".lock"
+    with locked(lock):
+        for seed in seeds:
+            save_base_answers(folder / "base" / f"seed-{seed}", _at(next(iter(planned.values())), seed))
+        if config.search:
+            steps = steps_of(next(iter(planned.values())))
+            budget = max(1, round(config.search_share * steps))
+            planned = {spec: _searched(config, run, folder / "search" / _slug(spec), budget, lock)
+                       for spec, run in planned.items()}  # fmt: skip
+        failed = {}
+        jobs = [(spec, seed) for seed in seeds for spec in planned]
+        for number, (spec, seed) in enumerate(jobs, 1):
+            console.print(f"[{number}/{len(jobs)}] {spec}, seed {seed}")
+            code = finished_run(_at(planned[spec], seed, folder / _slug(spec) / f"seed-{seed}"), lock, config.launch)
+            if code:
+                failed[f"{spec}, seed {seed}"] = code
+                console.print(f"{spec}, seed {seed}: stopped with exit code {code}; the others go on")
+        results = gathered(folder, {spec: _slug(spec) for spec in planned}, seeds)
+        write_comparison(folder, config, results, failed)
+
+
+def specs(methods: str) -> list[str]:
+    """The entries of --methods, each once.
+
+    Raises:
+        LabError: there is none, or one occurs twice.
+    """
+    found = [spec.strip() for spec in methods.split(",") if spec.strip()]
+    if not found:
+        raise LabError("--methods: is empty; name some, such as lora,prefix_tuning,layers")
+    twice = [spec for spec in found if found.count(spec) > 1]
+    if twice:
+        raise LabError(f"--methods: {twice[0]} occurs twice; give it other options, such as {twice[0]}:rank=8")
+    return found
+
+
+def planned_run(config: CompareConfig, spec: str) -> TrainConfig:
+    """The run of one entry of --methods: a method, and options of it after colons (`lora:rank=8:learning_rate=0.001`).
+
+    Raises:
+        LabError: there is no such method or option.
+    """
+    name, *options = spec.split(":")
+    rate = config.training.learning_rate
+    flags = [f"--method={name}"]
+    for option in options:
+        key, _, value = option.partition("=")
+        if key == "learning_rate":
+            try:
+                rate = float(value)
+            except ValueError:
+                raise LabError(f"--methods {spec}: learning_rate is a number, not {value!r}") from None
+        else:
+            flags.append(f"--{key.replace('_', '-')}" + (f"={value}" if value else ""))
+    try:
+        method = parse(MethodOptions, "--methods", flags)
+        return complete(
+            TrainConfig(
+                model=config.model, data=config.data, method=method,
+                training=dataclasses.replace(config.training, learning_rate=rate),
+                generation=dataclasses.replace(config.generation, answer_base=False),
+            )
+        )  # fmt: skip
+    except LabError as error:
+        raise LabError(f"--methods {spec}: {error}") from None
+
+
+def _searched(config: CompareConfig, run: TrainConfig, path: Path, steps: int, lock: Path) -> TrainConfig:
+    """The run with the best of --search learning rates: threefold steps around its own, `steps` steps each."""
+    from llm_peft_fa.comparison import validation_loss_of
+
+    middle = config.search // 2
+    tried = {}
+    for place in range(config.search):
+        rate = run.training.learning_rate * 3.0 ** (place - middle)
+        short = dataclasses.replace(
+            run,
+            training=dataclasses.replace(run.training, learning_rate=rate, max_steps=steps),
+            generation=dataclasses.replace(run.generation, test_prompts=0, prompts=None),
+        )
+        if finished_run(_at(short, config.seed, path / f"rate-{rate:.2g}"), lock, config.launch) == 0:
+            tried[rate] = validation_loss_of(path / f"rate-{rate:.2g}")
+    if not tried:
+        return run
+    best = min(tried, key=lambda rate: tried[rate])
+    return dataclasses.replace(run, training=dataclasses.replace(run.training, learning_rate=best))
+
+
+def _at(run: TrainConfig, seed: int, path: Path | None = None) -> TrainConfig:
+    return dataclasses.replace(run, run=RunOptions(output=path, seed=seed, track="none"))
+
+
+def _claim(folder: Path, config: CompareConfig) -> None:
+    """Makes the directory of this comparison, or makes sure that the one that is there is of it.
+
+    Raises:
+        LabError: it is of another comparison, or of something else.
+    """
+    file = folder / "config.yaml"
+    if not file.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise LabError(f"--output {folder}: is not empty and holds no comparison; name another directory")
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(config_to_yaml(config), encoding="utf-8")
+        return
+    from labs_common.cli import config_from_yaml
+
+    there = flat_options(config_from_yaml(CompareConfig, file))
+    changed = [name for name, value in flat_options(config).items() if there[name] != value and name not in ANYWAY]
+    if changed:
+        flags = ", ".join("--" + name.replace("_", "-") for name in changed)
+        raise LabError(f"--output {folder}: holds a comparison with another {flags}; name another directory")
+
+
+ANYWAY = ("output", "debug", "launch", "config")  # these do not make it another comparison
+
+
+def _identity(config: CompareConfig) -> dict[str, object]:
+    options = {name: to_plain(value) for name, value in flat_options(config).items() if name not in ANYWAY}
+    files = [
+        Path(str(path)) for path in (config.data.data, config.data.validation_data, config.data.plain_text) if path
+    ]
+    return {**options, "files": [[str(file), file.stat().st_mtime] for file in files if file.exists()]}
+
+
+def _model_name(config: CompareConfig) -> str:
+    return config.model.model.strip("./").replace("/", "-")
+
+
+def _slug(spec: str) -> str:
+    return spec.replace(":", "-").replace("/", "-")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""A chat page in the browser: `python -m llm_peft_fa.demo` (extra `demo`)."""
+
+import importlib.util
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from labs_common.cli import run_command
+from labs_common.errors import LabError
+from llm_peft_fa.config import DemoConfig
+
+if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
+    from transformers import PreTrainedTokenizerBase
+
+    from llm_peft_fa.methods import Adapted
+    from llm_peft_fa.subjects import Subject
+
+Turns = list[dict[str, Any]]  # what Gradio keeps of a conversation: role and content
+
+
+def main() -> None:
+    """The command."""
+    run_command(demo, DemoConfig, "python -m llm_peft_fa.demo")
+
+
+def demo(config: DemoConfig) -> None:
+    """Serves the page until Ctrl-C.
+
+    Raises:
+        LabError: Gradio is not installed, nothing is there to talk to, or the port is taken.
+    """
+    if importlib.util.find_spec("gradio") is None:
+        raise LabError("demo: needs Gradio; install the extra llm-peft-fa[demo]")
+    subjects = found_subjects(config)
+    with socket.socket() as probe:
+        if probe.connect_ex((config.host, config.port)) == 0:
+            raise LabError(f"--port {config.port}: is in use; name another")
+    page = chat_page(subjects, config.max_new_tokens)
+    page.launch(server_name=config.host, server_port=config.port, share=False, quiet=False, footer_links=[])
+
+
+def found_subjects(config: DemoConfig) -> "dict[str, Subject]":
+    """What the page offers, by name: runs, the bases they were made from, and --models.
+
+    Raises:
+        LabError: nothing is there.
+    """
+    from llm_peft_fa.adapters import FOLDERS
+    from llm_peft_fa.subjects import subject_of
+
+    runs = list(config.runs)
+    if not runs and not config.models:
+        finished = {folder.parent for name in FOLDERS for folder in Path("runs").glob(f"*/{name}")}
+        runs = sorted(finished, key=lambda run: -run.stat().st_mtime)
+    if not runs and not config.models:
+        raise LabError("no finished run under runs/; train one, or name --runs or --models")
+    found = [subject_of(run, None, None) for run in runs]
+    bases = dict.fromkeys([*(subject.base for subject in found if subject.base), *config.models])
+    found += [subject_of(None, None, name) for name in bases]
+    return {f"{subject.name} (base)" if subject.trained is None else subject.name: subject for subject in found}
+
+
+def chat_page(subjects: "dict[str, Subject]", max_new_tokens: int) -> Any:
+    """The page: a question goes to the models on both sides; Persian runs from right to left."""
+    import gradio
+
+    loaded: dict[str, tuple[Adapted, PreTrainedTokenizerBase]] = {}
+
+    def answer(name: str, turns: Turns) -> Iterator[str]:
+        from llm_peft_fa.streaming import streamed_answer
+
+        if name not in loaded:
+            loaded[name] = (subjects[name].load(), subjects[name].load_tokenizer())
+        model, tokenizer = loaded[name]
+        messages = [{"role": turn["role"], "content": _text(turn["content"])} for turn in turns]
+        said = ""
+        for piece in streamed_answer(model, tokenizer, messages, max_new_tokens):
+            said += piece
+            yield said
+
+    def ask(question: str, left: str, right: str, one: Turns, two: Turns) -> Iterator[tuple[str, Turns, Turns]]:
+        if not question.strip():
+            yield "", one, two
+            return
+        sides = [[*turns, {"role": "user", "content": question}] for turns in (one, two)]
+        yield "", sides[0], sides[1]
+        for place, name in enumerate((left, right)):
+            before = sides[place]
+            for said in answer(name, before):
+                sides[place] = [*before, {"role": "assistant", "content": said}]
+                yield "", sides[0], sides[1]
+
+    names = list(subjects)
+    with gradio.Blocks(title="llm_peft_fa") as page:
+        gradio.Markdown("### Two models, one question")
+        with gradio.Row():
+            left = gradio.Dropdown(names, value=names[-1], label="Left", elem_id="left")
+            right = gradio.Dropdown(names, value=names[0], label="Right", elem_id="right")
+        with gradio.Row():
+            one = gradio.Chatbot(rtl=True, label="Left", height=420, elem_id="answers-left")
+            two = gradio.Chatbot(rtl=True, label="Right", height=420, elem_id="answers-right")
+        question = gradio.Textbox(rtl=True, placeholder="پرسش خود را بنویسید", show_label=False, elem_id="question")
+        with gradio.Row():
+            send = gradio.Button("بپرس", variant="primary", elem_id="send")
+            forget = gradio.Button("گفت‌وگوی تازه", elem_id="forget")
+        inputs, outputs = [question, left, right, one, two], [question, one, two]
+        question.submit(ask, inputs, outputs)
+        send.click(ask, inputs, outputs)
+        forget.click(lambda: ("", [], []), None, outputs)
+        # Another model has not said what stands there.
+        left.change(lambda: [], None, one)
+        right.change(lambda: [], None, two)
+    return page
+
+
+def _text(content: Any) -> str:
+    """The text of a turn, which Gradio may keep as a list of parts."""
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text", "") for part in content if isinstance(part, dict))
+
+
+if __name__ == "__main__":
+    main()

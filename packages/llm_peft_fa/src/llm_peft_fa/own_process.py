@@ -1,0 +1,118 @@
+"""A training run in a process of its own, so that its peak memory is its own and nothing else dies with it.
+
+Processes are forked from a server that has imported the libraries once and done nothing else; with an Accelerate
+configuration they are launched by Accelerate instead.
+"""
+
+import fcntl
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+
+from labs_common.cli import config_to_yaml, run_command
+from labs_common.errors import Interrupted, LabError
+from llm_peft_fa.config import TrainConfig
+
+INTERRUPTED = 130
+WRONG_INPUT = 2
+PRELOADED = ["llm_peft_fa.train", "llm_peft_fa.results", "llm_peft_fa.adapters", "labs_common.training", "sacrebleu"]
+
+
+def finished_run(config: TrainConfig, lock: Path, launch: Path | None = None) -> int:
+    """Does the run that `config` names by its --output, or the rest of it, unless it is there; returns the exit code.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; the run was saved.
+        LabError: the run says that its input is wrong.
+    """
+    path = config.run.output
+    assert path is not None
+    if (path / "results.json").exists():
+        return 0
+    if (path / "config.yaml").exists():
+        arguments = ["--resume", str(path)]
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+        asked = path.with_suffix(".yaml")
+        asked.parent.mkdir(parents=True, exist_ok=True)
+        asked.write_text(config_to_yaml(config), encoding="utf-8")
+        arguments = ["--config", str(asked)]
+    code = _forked(arguments, lock) if launch is None else _launched(arguments, lock, launch)
+    if code == INTERRUPTED:
+        raise Interrupted(f"stopped in {path}, which is saved; the same command goes on from there")
+    if code == WRONG_INPUT:
+        raise LabError(f"{path}: could not be run, see the line above; mend it and start the same command again")
+    return code
+
+
+@contextmanager
+def locked(lock: Path) -> Iterator[None]:
+    """Waits until nobody works under this lock, then holds it together with the runs that are started meanwhile.
+
+    A run that outlives a killed comparison keeps it, so that no second process writes into the same directory.
+    """
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{lock.parent}: a run is still going on there; waiting for it to end", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def _forked(arguments: list[str], lock: Path) -> int:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=_train, args=(arguments, str(lock)))
+    process.start()
+    with _stopping(process):
+        process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def _train(arguments: list[str], lock: str) -> None:
+    """What the forked process does."""
+    from llm_peft_fa.train import train
+
+    sys.argv = ["llm-peft-fa-train", *arguments]
+    with Path(lock).open() as file, Path(os.devnull).open("w") as nothing:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        sys.stdout = nothing
+        run_command(train, TrainConfig, "llm-peft-fa-train", arguments)
+
+
+def _launched(arguments: list[str], lock: Path, launch: Path) -> int:
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launch)]
+    with lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        process = subprocess.Popen(
+            [*start, "-m", "llm_peft_fa.train", *arguments], stdout=subprocess.DEVNULL, pass_fds=[file.fileno()]
+        )
+        with _stopping(process):
+            return process.wait()
+
+
+@contextmanager
+def _stopping(process: "BaseProcess | subprocess.Popen[bytes]") -> Iterator[None]:
+    """Ctrl-C reaches the run by itself, SIGTERM is passed on; either way the run saves itself and ends first."""
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM:
+            process.terminate()
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
