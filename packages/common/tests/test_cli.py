@@ -34,6 +34,10 @@ def test_flags_have_no_prefix() -> None:
     assert not config.run.report
 
 
+def test_a_command_without_options_has_the_defaults() -> None:
+    assert parse(Config, "test", []) == Config()
+
+
 def test_yaml_goes_around(tmp_path: Path) -> None:
     config = parse(Config, "test", ["--names", "نام", "--kind", "y", "--max-steps", "7", "--schedule", "linear"])
     file = tmp_path / "config.yaml"

@@ -10,6 +10,8 @@ from labs_common.errors import LabError
 from llm_peft_fa.answers import Prompt, answers, collected_prompts, scores
 from llm_peft_fa.config import GenerationOptions
 from llm_peft_fa.data import Conversation, Reading
+from llm_peft_fa.method_options import MethodOptions, resolved
+from llm_peft_fa.methods import METHODS, Setting
 from llm_peft_fa.model import load_model, load_tokenizer
 from llm_peft_fa.templates import encode_prompt
 
@@ -48,6 +50,24 @@ def test_batched_answers_equal_transformers_one_by_one(model_dir: Path) -> None:
             0, ids.shape[1] :
         ]
         assert answer == tokenizer.decode(out, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
+def test_batched_answers_of_soft_prompts_equal_one_by_one(model_dir: Path, method: str) -> None:
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(str(model_dir))
+    options = resolved(MethodOptions(method=method, virtual_tokens=5, prompt_init="random"))
+    model = METHODS[method](load_model(str(model_dir)), options, Setting(tokenizer, 5))
+    prompts = [Prompt([{"role": "user", "content": "کتاب " * n}]) for n in (9, 1, 20, 3, 9)]
+    batched, single = (
+        answers(
+            model, tokenizer, prompts, GenerationOptions(max_new_tokens=8, generation_batch=size), Accelerator(cpu=True)
+        )
+        for size in (4, 1)
+    )
+    assert batched == single
+    if "llama" in str(model_dir):  # the random Gemma ends its answers at once
+        assert len(set(batched)) > 1
 
 
 def test_own_prompts_come_first(tmp_path: Path) -> None:

@@ -1,20 +1,19 @@
 """The commands, with the options that a user types."""
 
-import contextlib
-import importlib
-import io
 import json
-import os
+import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from commands import command, environment, here
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 torch.set_num_threads(1)  # as in the processes that are started here: the same bytes need the same threads
 
@@ -23,46 +22,6 @@ SMALL = (
     "--conversations", "60", "--batch-size", "8", "--epochs", "2", "--test-prompts", "6", "--max-new-tokens", "6",
     "--rank", "4", "--track", "none", "--tokens-per-batch", "300",
 )  # fmt: skip
-
-
-@dataclass
-class Done:
-    """What a command wrote."""
-
-    stdout: str
-    stderr: str
-
-
-def here(name: str, *arguments: object, code: int = 0, typed: str = "") -> Done:
-    """Runs a command in this process: importing everything anew for each would take minutes."""
-    out, err = io.StringIO(), io.StringIO()
-    found = 0
-    main = importlib.import_module(f"llm_peft_fa.{name}").main
-    before = sys.argv, sys.stdin
-    sys.argv, sys.stdin = [f"llm-peft-fa-{name}", *map(str, arguments)], io.StringIO(typed)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            main()
-    except SystemExit as stop:
-        found = int(stop.code or 0)
-    finally:
-        sys.argv, sys.stdin = before
-    assert found == code, err.getvalue()
-    return Done(out.getvalue(), err.getvalue())
-
-
-def environment(**more: str) -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | more
-
-
-def command(*arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
-    """Runs `python -m …` as a user does."""
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, arguments)],
-        env=environment(**more), capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +88,81 @@ def test_the_saved_config_runs_it_again(finished: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "again" / "report.html").exists()
 
 
+PREFIX = ("--method", "prefix_tuning", "--virtual-tokens", "4", "--encoder-width", "8", "--learning-rate", "0.01")
+
+
+@pytest.fixture(scope="module")
+def prefix(gemma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of prefix tuning with projection, in this process."""
+    run = tmp_path_factory.mktemp("prefix") / "run"
+    here(
+        "train",
+        "--model",
+        gemma_dir,
+        "--output",
+        run,
+        *without_rank(SMALL),
+        *PREFIX,
+        "--epochs",
+        "1",
+        "--no-answer-base",
+    )
+    return run
+
+
+def without_rank(options: tuple[str, ...]) -> list[str]:
+    place = options.index("--rank")
+    return [*options[:place], *options[place + 2 :]]
+
+
+def assert_same_prefix(run: Path, reference: Path, model: Path, tolerance: float) -> None:
+    """The saved prefixes are alike, and plain PEFT answers with the one as with the other."""
+    one, two = trained(run), trained(reference)
+    assert one.keys() == two.keys() == {"prompt_embeddings"}
+    scale = two["prompt_embeddings"].abs().max()
+    torch.testing.assert_close(
+        one["prompt_embeddings"] / scale, two["prompt_embeddings"] / scale, atol=tolerance, rtol=0
+    )
+    ids = torch.randint(300, 700, (1, 9))
+    logits = []
+    for folder in (run, reference):
+        plain = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager")
+        logits.append(
+            PeftModel.from_pretrained(plain, folder / "adapter")(ids, attention_mask=torch.ones_like(ids)).logits
+        )
+    torch.testing.assert_close(logits[0], logits[1], atol=tolerance * 10, rtol=0)
+
+
+def test_two_processes_save_a_prefix_that_loads(prefix: Path, gemma_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "two"
+    command(
+        "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29528", "-m", "llm_peft_fa.train",
+        "--model", gemma_dir, "--output", run, *without_rank(SMALL), *PREFIX, "--epochs", "1", "--no-answer-base",
+        ACCELERATE_USE_CPU="true",
+    )  # fmt: skip
+    assert_same_prefix(run, prefix, gemma_dir, 1e-5)
+
+
+def test_deepspeed_saves_a_prefix_that_loads(prefix: Path, gemma_dir: Path, tmp_path: Path) -> None:
+    """ZeRO-3 is the hard one: the encoder's weights lie in parts when the prefix is made for saving."""
+    pytest.importorskip("deepspeed", reason="needs the extra llm-peft-fa[deepspeed]")
+    run = tmp_path / "run"
+    command(
+        "accelerate.commands.launch", "--config_file", one_cpu(LAUNCH / "deepspeed_zero3.yaml", tmp_path), "-m",
+        "llm_peft_fa.train", "--model", gemma_dir, "--output", run, *without_rank(SMALL), *PREFIX, "--epochs", "1",
+        "--no-answer-base", DS_ACCELERATOR="cpu", MASTER_PORT="29538",
+    )  # fmt: skip
+    assert_same_prefix(run, prefix, gemma_dir, 1e-3)
+
+
+def one_cpu(config: Path, folder: Path) -> Path:
+    """A launch configuration for one process on a CPU."""
+    local = folder / config.name
+    values = yaml.safe_load(config.read_text()) | {"num_processes": 1, "use_cpu": True, "mixed_precision": "no"}
+    local.write_text(yaml.safe_dump(values))
+    return local
+
+
 def test_two_processes_equal_one(finished: Path, gemma_dir: Path, tmp_path: Path) -> None:
     run = tmp_path / "two"
     command(
@@ -158,12 +192,9 @@ def test_launch_configurations(file: str, finished: Path, gemma_dir: Path, tmp_p
     if config["distributed_type"] != "DEEPSPEED":
         return
     pytest.importorskip("deepspeed", reason="needs the extra llm-peft-fa[deepspeed]")
-    config |= {"num_processes": 1, "use_cpu": True, "mixed_precision": "no"}
-    local = tmp_path / file
-    local.write_text(yaml.safe_dump(config))
     run = tmp_path / "run"
     command(
-        "accelerate.commands.launch", "--config_file", local, "-m", "llm_peft_fa.train",
+        "accelerate.commands.launch", "--config_file", one_cpu(LAUNCH / file, tmp_path), "-m", "llm_peft_fa.train",
         "--model", gemma_dir, "--output", run, *SMALL, DS_ACCELERATOR="cpu", MASTER_PORT="29537",
     )  # fmt: skip
     assert losses(run) == pytest.approx(losses(finished), abs=1e-4)
@@ -196,11 +227,50 @@ def test_inspect_counts_and_reports(gemma_dir: Path, tmp_path: Path) -> None:
     good = {"instruction": "پایتخت ایران کجاست؟", "input": "", "output": "تهران"}
     file.write_text("\n".join([json.dumps(good)] * 3 + ["{bad"]))
     done = here("inspect", "--data", file, "--model", gemma_dir, "--output", tmp_path / "report")
-    assert "conversations: 3" in done.stderr
+    assert "conversations:  3" in done.stderr
+    assert "instruct" in done.stderr.lower()
+    assert "--method lora trains" in done.stderr
     assert f"{file}:4: bad JSON" in done.stderr
     html = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert "تهران" in html
     assert "<svg" in html
+
+
+def test_layers_leave_a_model_that_is_evaluated_and_forgetting_is_measured(gemma_dir: Path, tmp_path: Path) -> None:
+    text = tmp_path / "plain.txt"
+    text.write_text("پایتخت ایران تهران است.\n\nپایتخت فرانسه پاریس است.\n", encoding="utf-8")
+    run = tmp_path / "run"
+    options = [*without_rank(SMALL), "--epochs", "1", "--gradient-checkpointing"]
+    here("train", "--model", gemma_dir, "--method", "layers", "--layers", "1", "--which", "last", "--plain-text", text,
+         "--output", run, *options)  # fmt: skip
+    results = json.loads((run / "results.json").read_text())
+    assert results["before"]["plain text loss"] != results["after"]["plain text loss"]
+    assert results["cost"]["disk bytes"] == (run / "model" / "model.safetensors").stat().st_size
+    assert results["cost"]["optimizer bytes"] >= 8 * results["cost"]["trainable"]
+    own = AutoModelForCausalLM.from_pretrained(run / "model")
+    base = AutoModelForCausalLM.from_pretrained(gemma_dir)
+    changed = {name for name, p in own.named_parameters() if not torch.equal(p, base.get_parameter(name))}
+    assert changed == {name for name, _ in base.named_parameters() if name.startswith("model.layers.1.")}
+    here("evaluate", "--run", run, "--test-prompts", "6", "--max-new-tokens", "6", "--output", tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "evaluation.json").read_text())["scores"]
+    for side in ("before", "after"):
+        for name in again[side]:
+            assert again[side][name] == pytest.approx(results[side][name], rel=1e-5)
+    html = (run / "report.html").read_text(encoding="utf-8")
+    assert "input below" in html, "the drawing of what trains"
+
+
+def test_adalora_killed_and_resumed_gives_the_same_bytes(gemma_dir: Path, tmp_path: Path) -> None:
+    options = [*SMALL, "--model", gemma_dir, "--method", "adalora", "--no-answer-base", "--save-every", "4"]
+    here("train", *options, "--output", tmp_path / "whole")
+    here("train", *options, "--output", tmp_path / "killed")
+    for later in sorted((tmp_path / "killed" / "checkpoints").glob("step-*"))[1:]:
+        shutil.rmtree(later)
+    shutil.rmtree(tmp_path / "killed" / "adapter")
+    here("train", "--resume", tmp_path / "killed")
+    one, two = trained(tmp_path / "whole"), trained(tmp_path / "killed")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_show_batch_writes_nothing(gemma_dir: Path, tmp_path: Path) -> None:
@@ -219,6 +289,9 @@ def test_show_batch_writes_nothing(gemma_dir: Path, tmp_path: Path) -> None:
         (("--method", "magic"), "--method"),
         (("--model", "{nothing}"), "--model"),
         (("--target-modules", "wq"), "wq"),
+        (("--method", "full", "--rank", "4"), "--rank"),
+        (("--method", "prefix_tuning", "--merge"), "--merge"),
+        (("--plain-text", "{nothing}"), "--plain-text"),
         (("--template", "{nothing}"), "--template"),
         (("--prompts", "{nothing}"), "--prompts"),
         (("--output", "/proc/run"), "--output"),
@@ -263,14 +336,14 @@ def test_resume_with_other_options_or_a_broken_checkpoint(finished: Path) -> Non
         file.write_bytes(whole)
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "chat", "inspect"])
+@pytest.mark.parametrize("name", ["train", "compare", "evaluate", "chat", "demo", "inspect"])
 def test_help_teaches(name: str) -> None:
     assert f"python -m llm_peft_fa.{name}" in here(name, "--help").stdout
 
 
 def test_help_is_fast() -> None:
     # The promise is 1.5 s; what decides it is that torch and transformers stay out until options are read.
-    names = ", ".join(f"llm_peft_fa.{name}" for name in ("train", "evaluate", "chat", "inspect"))
+    names = ", ".join(f"llm_peft_fa.{name}" for name in ("train", "compare", "evaluate", "chat", "demo", "inspect"))
     code = f"import sys, {names}; print('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
 

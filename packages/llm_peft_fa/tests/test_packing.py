@@ -5,10 +5,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llm_peft_fa.config import MethodOptions
-from llm_peft_fa.methods import lora
-from llm_peft_fa.model import load_model
-from llm_peft_fa.packed import PackedCausalLM, check_packed_loss
+from llm_peft_fa.method_options import MethodOptions, resolved
+from llm_peft_fa.methods import METHODS, Adapted, Setting
+from llm_peft_fa.model import load_model, load_tokenizer
+from llm_peft_fa.packed import PackedCausalLM, check_packed_loss, virtual_tokens
 from llm_peft_fa.packing import PackedSteps, learnt_tokens, packed_row, spread
 from llm_peft_fa.templates import Encoded
 
@@ -20,6 +20,12 @@ def conversations(count: int = 9, seed: int = 0, longest: int = 90) -> list[Enco
         ids = [2, *(draw.randrange(300, 700) for _ in range(draw.randrange(4, longest)))]
         made.append(Encoded(ids, [draw.random() < 0.4 for _ in ids[:-1]] + [True], f"row {number}"))
     return made
+
+
+def adapted(folder: Path, method: str, **options: object) -> Adapted:
+    torch.manual_seed(0)
+    complete = resolved(MethodOptions(method=method, **options))
+    return METHODS[method](load_model(str(folder)), complete, Setting(load_tokenizer(str(folder)), 10))
 
 
 def own_loss(model: torch.nn.Module, item: Encoded) -> torch.Tensor:
@@ -120,19 +126,86 @@ def test_check_packed_loss_refuses_a_model_that_scales_its_logits(
         check_packed_loss(model)
 
 
-def test_gradient_checkpointing_changes_nothing(model_dir: Path) -> None:
-    row = packed_row(conversations(5))
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("prompt_tuning", {}),
+        ("prefix_tuning", {}),
+        ("prefix_tuning", {"encoder_width": 8}),
+        ("p_tuning", {}),
+    ],
+)
+def test_soft_prompts_packed_equal_pefts_own_forward(model_dir: Path, method: str, options: dict[str, int]) -> None:
+    """Loss and gradients: the prompt belongs to each conversation, and the sliding window counts a prefix."""
+    model = adapted(model_dir, method, virtual_tokens=5, **options)
+    items = [Encoded(item.ids, [False, *item.learnt[1:]], item.where) for item in conversations()]
+    row = packed_row(items, virtual=virtual_tokens(model))
+    loss = PackedCausalLM(model)(row)
+    loss.backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    model.get_base_model().set_attn_implementation("eager")
+    expected = torch.zeros(())
+    for item in items:
+        ids = torch.tensor([item.ids])
+        labels = ids.masked_fill(~torch.tensor([item.learnt]), -100)
+        # PEFT's prefix needs the cache; alone in the batch, a conversation cannot see another through it.
+        out = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, use_cache="prefix" in method)
+        expected = expected + out.loss * learnt_tokens([item])
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = parameter.grad.abs().max()
+            torch.testing.assert_close(ours[name] / scale, parameter.grad / scale, atol=1e-5, rtol=0)
+
+
+def test_a_soft_prompt_can_be_left_out(model_dir: Path) -> None:
+    items = conversations(4)
+    plain = PackedCausalLM(load_model(str(model_dir)))(packed_row(items)).item()
+    for method in ("prompt_tuning", "prefix_tuning"):
+        packed = PackedCausalLM(adapted(model_dir, method, virtual_tokens=5))
+        packed.prompted = False
+        assert packed(packed_row(items)).item() == pytest.approx(plain, rel=1e-6)
+
+
+def test_rows_with_virtual_tokens_keep_to_the_limit() -> None:
+    items = conversations(30)
+    rows = spread(items, 200, virtual=10)
+    assert all(sum(10 + len(item.ids) for item in row) <= 200 for row in rows)
+    row = packed_row(items[:3], virtual=10)
+    assert row.tokens == sum(len(item.ids) for item in items[:3])
+    assert row.input_ids.shape[1] == row.tokens + 30
+    assert row.slots.shape == (3, 10)
+    assert row.position_ids[0, row.slots].tolist() == [list(range(10))] * 3
+    assert row.input_ids[0, row.slots[:, -1] + 1].tolist() == [item.ids[0] for item in items[:3]]
+    assert torch.equal(row.targets, packed_row(items[:3]).targets)
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix_tuning", "prompt_tuning", "layers"])
+def test_gradient_checkpointing_changes_nothing(model_dir: Path, method: str) -> None:
     gradients = []
     for checkpointing in (False, True):
-        base = load_model(str(model_dir))
+        options = {"rank": 4} if method == "lora" else {"layers": 1} if method == "layers" else {"virtual_tokens": 5}
+        made = adapted(model_dir, method, **options)
         if checkpointing:
+            base = made.get_base_model() if hasattr(made, "get_base_model") else made
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        torch.manual_seed(0)
-        model = PackedCausalLM(lora(base, MethodOptions(rank=4))).train()
-        model(row).backward()
+        model = PackedCausalLM(made).train()
+        model(packed_row(conversations(5), virtual=virtual_tokens(made))).backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     for one, two in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
+        scale = one.abs().max().clamp(min=1e-9)
+        torch.testing.assert_close(one / scale, two / scale, atol=1e-5, rtol=0)
+
+
+def test_nothing_is_recorded_below_the_first_layer_that_trains(model_dir: Path) -> None:
+    model = adapted(model_dir, "layers", layers=1, which="last")
+    recorded = []
+    for layer in model.get_decoder().layers:
+        layer.register_forward_hook(lambda module, given, out: recorded.append(out.requires_grad))
+    PackedCausalLM(model)(packed_row(conversations(3)))
+    assert recorded == [False, True]
 
 
 def test_spread_keeps_every_conversation_once_and_the_limit() -> None:

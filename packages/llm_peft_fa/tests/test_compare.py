@@ -1,0 +1,213 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import environment, here
+
+from labs_common.errors import LabError
+from llm_peft_fa.compare import planned_run, specs
+from llm_peft_fa.comparison import (
+    Entry,
+    Results,
+    changing_pairs,
+    order_of,
+    pareto,
+    prompt_scores,
+    quality,
+    recommended,
+    within_noise,
+)
+from llm_peft_fa.comparison_report import stability_text, table_rows
+from llm_peft_fa.config import CompareConfig
+
+SMALL = (
+    "--conversations", "40", "--batch-size", "8", "--epochs", "1", "--test-prompts", "4", "--max-new-tokens", "4",
+    "--tokens-per-batch", "300",
+)  # fmt: skip
+
+
+def entry(name: str, right: list[int], trainable: int, seeds: int = 1, plain: float = 1.0) -> Entry:
+    """A method that answered `right` of ten prompts of each seed."""
+    result: dict[str, Any] = {
+        "config": {"training": {"learning_rate": 1e-3}},
+        "before": {"validation loss": 3.0, "plain text loss": 0.9},
+        "cost": {
+            "seconds": 1.0, "steps": 5, "tokens": 50, "tokens per second": 10.0, "peak memory": 2**20,
+            "trainable": trainable, "parameters": 1000, "optimizer bytes": 8 * trainable, "disk bytes": 4 * trainable,
+        },
+    }  # fmt: skip
+    results, answers = {}, {}
+    for seed in range(seeds):
+        count = right[seed % len(right)]
+        results[seed] = result | {
+            "after": {"exact match": count / 10, "validation loss": 1.0, "plain text loss": plain}
+        }
+        answers[seed] = [
+            {"prompt": "x", "reference": "تهران", "verifiable": True, "after": "تهران" if place < count else "شیراز"}
+            for place in range(10)
+        ]
+    return Entry(name, results, answers, [(1, 2.0), (2, 1.0)])
+
+
+def test_specs_become_runs() -> None:
+    config = CompareConfig()
+    assert len(specs(config.methods)) >= 6
+    run = planned_run(config, "layers:which=last:layers=1:train_final_norm:learning_rate=0.5")
+    assert (run.method.which, run.method.layers, run.method.train_final_norm) == ("last", 1, True)
+    assert run.training.learning_rate == 0.5
+    assert planned_run(config, "lora").training.learning_rate != planned_run(config, "full").training.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        ("", "is empty"),
+        ("lora,lora", "occurs twice"),
+        ("magic", "magic"),
+        ("lora:tokens=3", "tokens"),
+        ("full:rank=3", "--rank"),
+        ("lora:learning_rate=fast", "learning_rate"),
+    ],
+)
+def test_wrong_methods_are_named(methods: str, said: str) -> None:
+    with pytest.raises(LabError, match=said):
+        [planned_run(CompareConfig(), spec) for spec in specs(methods)]
+
+
+def test_the_rule_takes_the_smallest_within_noise() -> None:
+    entries = {
+        "big": entry("big", [9], 1000),
+        "small": entry("small", [8], 10),
+        "tiny": entry("tiny", [1], 1),
+    }
+    assert quality(entries["small"]) == 0.8
+    # One prompt of ten differs: mean 0.1, standard error 0.1. Eight differ: mean 0.8, standard error 0.13.
+    assert within_noise(entries["big"], entries["small"])
+    assert not within_noise(entries["big"], entries["tiny"])
+    best, equal = recommended(entries)
+    assert best.name == "small"
+    assert {found.name for found in equal} == {"big", "small"}
+
+
+def test_order_over_seeds_is_told() -> None:
+    stable = {"a": entry("a", [9, 8], 1, 2), "b": entry("b", [5, 6], 1, 2)}
+    assert order_of(stable, 0) == ["a", "b"]
+    assert changing_pairs(stable, [0, 1]) == []
+    assert "same with all 2 seeds" in stability_text(Results(stable, {}, {}), CompareConfig(seeds=2))
+    crossing = {"a": entry("a", [9, 5], 1, 2), "b": entry("b", [5, 6], 1, 2)}
+    assert changing_pairs(crossing, [0, 1]) == [("a", "b")]
+    assert "not stable" in stability_text(Results(crossing, {}, {}), CompareConfig(seeds=2))
+    assert "not known" in stability_text(Results({"a": entry("a", [9], 1)}, {}, {}), CompareConfig())
+
+
+def test_pareto_front() -> None:
+    points = {"cheap": (1.0, 0.2), "dear": (9.0, 0.9), "worse": (9.0, 0.5), "same": (1.0, 0.2), "middle": (4.0, 0.6)}
+    assert pareto(points) == ["cheap", "dear", "same", "middle"]
+    assert pareto({"a": (1.0, 3.0), "b": (2.0, 1.0), "c": (2.0, 2.0)}, higher_is_better=False) == ["a", "b"]
+
+
+def test_tables_have_mean_and_spread() -> None:
+    results = Results({"a": entry("a", [9, 5], 7, 2)}, {0: {"exact match": 0.0}, 1: {"exact match": 0.2}}, {})
+    row, base = table_rows(results)
+    assert (row["exact match"], row["trained parameters"]) == (0.7, 7)
+    assert row["exact match ±"] == pytest.approx(0.2828, abs=1e-4)
+    assert base == {
+        "method": "base", "exact match": 0.1, "exact match ±": pytest.approx(0.1414, abs=1e-4),
+        "validation loss": 3.0, "validation loss ±": 0.0, "plain text loss": 0.9, "plain text loss ±": 0.0,
+    }  # fmt: skip
+
+
+def test_answers_without_a_checkable_reference_are_scored_by_chrf() -> None:
+    rows = [
+        {"reference": "الف ب ج", "verifiable": False, "after": "الف ب ج"},
+        {"reference": "الف ب ج", "verifiable": False, "after": ""},
+        {"reference": None, "verifiable": False, "after": "چیزی"},
+    ]
+    assert prompt_scores(rows) == [1.0, 0.0]
+
+
+def test_killed_and_started_again_it_loses_at_most_the_method_under_way(llama_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "comparison"
+    options = ["--model", str(llama_dir), "--methods", "layers:layers=1,prefix_tuning:virtual_tokens=3,lora", *SMALL]
+    command = [sys.executable, "-m", "llm_peft_fa.compare", *options, "--output", str(folder)]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL, start_new_session=True)
+    second = folder / "prefix_tuning-virtual_tokens=3" / "seed-0"
+    for _ in range(6000):
+        if (second / "config.yaml").exists():
+            break
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    first = folder / "layers-layers=1" / "seed-0" / "results.json"
+    before = first.stat().st_mtime_ns
+    assert not (folder / "report.html").exists()
+
+    done = here("compare", *options, "--output", folder)
+    assert first.stat().st_mtime_ns == before, "what was finished is not run again"
+    assert f"report: {folder / 'report.html'}" in done.stdout
+    rows = json.loads((folder / "comparison.json").read_text())["rows"]
+    assert {row["method"] for row in rows} == {"layers:layers=1", "prefix_tuning:virtual_tokens=3", "lora", "base"}
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    for heading in ("Which method", "Numbers", "Quality against cost", "Curves", "Strengths", "answered by all"):
+        assert heading in html
+    results = [
+        json.loads((path / "results.json").read_text()) for path in folder.glob("*/seed-0") if "base" not in str(path)
+    ]
+    assert len(results) == 3
+    assert len({(result["cost"]["steps"], result["cost"]["tokens"]) for result in results}) == 1, "one budget"
+    assert len({result["before"]["validation loss"] for result in results}) == 1, "one base, without the soft prompt"
+    assert all(result["cost"]["optimizer bytes"] >= 8 * result["cost"]["trainable"] for result in results)
+
+    saved = (folder / "comparison.json").read_bytes()
+    (folder / "report.html").unlink()
+    here("compare", *options, "--output", folder)
+    assert (folder / "report.html").exists(), "the report is made again from the JSON"
+    assert (folder / "comparison.json").read_bytes() == saved
+    said = here("compare", *options, "--output", folder, "--epochs", "2", code=2).stderr
+    assert "--epochs" in said
+
+
+def test_the_best_rate_of_the_search_is_taken(llama_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "search"
+    here(
+        "compare", "--model", llama_dir, "--methods", "lora:rank=2:learning_rate=0.01", "--search", "2",
+        "--search-share", "0.5", *SMALL, "--output", folder,
+    )  # fmt: skip
+    tried = {
+        json.loads(file.read_text())["config"]["training"]["learning_rate"]: json.loads(file.read_text())
+        for file in folder.glob("search/*/rate-*/results.json")
+    }
+    assert sorted(tried) == pytest.approx([0.01 / 3, 0.01])
+    assert {result["cost"]["steps"] for result in tried.values()} == {2}, "half of five steps"
+    best = min(tried, key=lambda rate: tried[rate]["after"]["validation loss"])
+    (final,) = folder.glob("lora*/seed-0/results.json")
+    assert json.loads(final.read_text())["config"]["training"]["learning_rate"] == best
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (("--methods", "magic"), "magic"),
+        (("--methods", "lora", "--data", "missing.jsonl"), "missing.jsonl"),
+        (("--seeds", "0"), "--seeds"),
+        (("--launch", "missing.yaml"), "--launch"),
+        (("--output", "{full}"), "--output"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: tuple[str, ...], names: str, llama_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "something").write_text("x")
+    filled = [argument.format(full=tmp_path / "full") for argument in arguments]
+    if "--output" not in filled:
+        filled += ["--output", str(tmp_path / "out")]
+    done = here("compare", "--model", llama_dir, *filled, code=2)
+    said = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert len(said) == 1
+    assert names in said[0]
+    assert "Traceback" not in done.stderr

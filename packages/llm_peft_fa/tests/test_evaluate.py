@@ -1,0 +1,88 @@
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from commands import here
+
+from llm_peft_fa.adapters import save_tuned
+from llm_peft_fa.method_options import MethodOptions, resolved
+from llm_peft_fa.methods import METHODS, Setting
+from llm_peft_fa.model import load_model, load_tokenizer
+from llm_peft_fa.packed import PackedCausalLM
+
+SMALL = ("--test-prompts", "5", "--max-new-tokens", "4")
+
+
+@pytest.fixture(scope="module")
+def adapter(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prefix of PEFT's, as somebody else may have trained it."""
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(str(llama_dir))
+    options = resolved(MethodOptions(method="prefix_tuning", virtual_tokens=3, prompt_init="random"))
+    model = METHODS["prefix_tuning"](load_model(str(llama_dir)), options, Setting(tokenizer, 5))
+    folder = tmp_path_factory.mktemp("somewhere")
+    save_tuned(Accelerator(cpu=True), PackedCausalLM(model), tokenizer, folder)
+    return folder / "adapter"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    file = tmp_path / "data.jsonl"
+    rows = [{"instruction": f"پایتخت {n} کجاست؟", "output": f"شهر {n}"} for n in range(8)]
+    file.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return file
+
+
+def test_any_adapter_is_measured_beside_its_base_and_given_to_judges(adapter: Path, data: Path, tmp_path: Path) -> None:
+    judges = tmp_path / "to_rate.csv"
+    arguments = ("--adapter", adapter, "--data", data, *SMALL, "--output", tmp_path / "out", "--judge-file", judges)
+    here("evaluate", *arguments)
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert found["scores"]["before"]["validation loss"] != found["scores"]["after"]["validation loss"]
+    assert (tmp_path / "out" / "evaluation.html").exists()
+    with judges.open(encoding="utf-8-sig", newline="") as stream:
+        rows = list(csv.reader(stream))[1:]
+    key = json.loads((tmp_path / "to_rate.csv.key.json").read_text())
+    assert len(rows) == len(key) == 5
+    sides = set()
+    for row, which, answer in zip(rows, key, found["answers"], strict=True):
+        said = {"base": answer["before"], "adapter": answer["after"]}
+        assert (row[1], row[2], row[3]) == (answer["prompt"], said[which["A"]], said[which["B"]])
+        sides.add(which["A"])
+    assert sides == {"base", "adapter"}, "neither is always A"
+    assert "--judge-file" in here("evaluate", *arguments, code=2).stderr, "ratings are never overwritten"
+
+
+def test_any_model_is_measured_alone_or_beside_another(llama_dir: Path, data: Path, tmp_path: Path) -> None:
+    here("evaluate", "--model", llama_dir, "--data", data, *SMALL, "--output", tmp_path / "alone")
+    alone = json.loads((tmp_path / "alone" / "evaluation.json").read_text())["scores"]
+    assert alone.keys() == {"after"}
+    here("evaluate", "--model", llama_dir, "--base", llama_dir, "--data", data, *SMALL, "--output", tmp_path / "two")
+    two = json.loads((tmp_path / "two" / "evaluation.json").read_text())["scores"]
+    assert two["before"] == two["after"] == alone["after"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (("--run", "a", "--model", "b"), "--run and --model"),
+        (("--adapter", "{nothing}"), "--adapter"),
+        (("--model", "{nothing}"), "--model"),
+        (("--model", "{model}", "--judge-file", "x.csv"), "--judge-file"),
+        (("--model", "{model}", "--base", "{model}", "--judge-file", "missing/x.csv"), "--judge-file"),
+        (("--run", "{nothing}"), "--run"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: tuple[str, ...], names: str, llama_dir: Path, tmp_path: Path) -> None:
+    filled = [argument.format(nothing=tmp_path / "nothing", model=llama_dir) for argument in arguments]
+    done = here("evaluate", *filled, code=2)
+    assert names in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_chat_with_an_adapter(adapter: Path) -> None:
+    done = here("chat", "--adapter", adapter, "--max-new-tokens", "3", typed="سلام\n/quit\n")
+    assert done.stdout.count("> ") == 2
