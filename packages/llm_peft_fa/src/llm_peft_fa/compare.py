@@ -56,8 +56,10 @@ def compare(config: CompareConfig) -> None:
         failed = {}
         jobs = [(spec, seed) for seed in seeds for spec in planned]
         for number, (spec, seed) in enumerate(jobs, 1):
-            console.print(f"[{number}/{len(jobs)}] {spec}, seed {seed}")
-            code = finished_run(_at(planned[spec], seed, folder / _slug(spec) / f"seed-{seed}"), lock, config.launch)
+            path = folder / _slug(spec) / f"seed-{seed}"
+            there = ": there already" if (path / "results.json").exists() else ""
+            console.print(f"[{number}/{len(jobs)}] {spec}, seed {seed}{there}")
+            code = finished_run(_at(planned[spec], seed, path), lock, config.launch)
             if code:
                 failed[f"{spec}, seed {seed}"] = code
                 console.print(f"{spec}, seed {seed}: stopped with exit code {code}; the others go on")

@@ -160,9 +160,9 @@ def quality(entry: Entry, seed: int | None = None) -> float:
 
 
 def within_noise(best: Entry, other: Entry) -> bool:
-    """Whether `other` is no more than two standard errors worse than `best`, on the same prompts of the same seeds.
+    """Whether `other` is no more than one standard error worse than `best` (Breiman et al. 1984, section 3.4.3).
 
-    The standard error is that of the mean difference, pair by pair.
+    The standard error is that of the mean difference on the same prompts of the same seeds.
     """
     differences = [
         one - two
@@ -172,7 +172,7 @@ def within_noise(best: Entry, other: Entry) -> bool:
     if len(differences) < 2:
         return best.name == other.name
     error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return statistics.fmean(differences) <= 2 * error
+    return statistics.fmean(differences) <= error
 
 
 def recommended(entries: Mapping[str, Entry]) -> tuple[Entry, list[Entry]]:

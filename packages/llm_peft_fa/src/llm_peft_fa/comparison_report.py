@@ -100,12 +100,12 @@ def recommendation_section(results: Results, best: Entry, equal: Sequence[Entry]
     """The rule, what it gives, and how sure the order is."""
     words, names = quality_name(results), ", ".join(entry.name for entry in equal)
     top = max(results.entries.values(), key=quality)
-    remembers = min(results.entries.values(), key=lambda entry: statistics.fmean(entry.after("plain text loss") or [0]))
+    remembers = min(equal, key=lambda entry: statistics.fmean(entry.after("plain text loss") or [0]))
     blocks: list[Text | Table | Figure] = [
         Text(
-            f"Rule: of the methods whose {words} is within two standard errors of the best (of the mean difference on "
-            "the same prompts), take the one that trains the fewest parameters: it needs the smallest optimizer state "
-            "and the smallest file."
+            f"Rule (Breiman's one standard error): of the methods whose {words} is within one standard error of the "
+            "best, taken of the mean difference on the same prompts, take the one that trains the fewest parameters: it "
+            "needs the smallest optimizer state and the smallest file."
         ),
         Text(
             f"Best {words}: {top.name} ({quality(top):.3f}). Within noise of it: {names}. Of these {best.name} trains "
@@ -113,7 +113,7 @@ def recommendation_section(results: Results, best: Entry, equal: Sequence[Entry]
         ),
     ]
     if remembers.after("plain text loss"):
-        blocks.append(Text(f"If what the base knew must stay: {remembers.name} forgot the least."))
+        blocks.append(Text(f"Of those, {remembers.name} forgot the least of what the base knew."))
     blocks.append(Text(stability_text(results, config)))
     return Section("Which method", list(blocks))
 

@@ -98,8 +98,8 @@ def chat_page(subjects: "dict[str, Subject]", max_new_tokens: int) -> Any:
             left = gradio.Dropdown(names, value=names[-1], label="Left", elem_id="left")
             right = gradio.Dropdown(names, value=names[0], label="Right", elem_id="right")
         with gradio.Row():
-            one = gradio.Chatbot(rtl=True, label="Left", height=420, elem_id="answers-left")
-            two = gradio.Chatbot(rtl=True, label="Right", height=420, elem_id="answers-right")
+            one = gradio.Chatbot(rtl=True, label="Left", height=420, elem_id="answers-left", buttons=["copy"])
+            two = gradio.Chatbot(rtl=True, label="Right", height=420, elem_id="answers-right", buttons=["copy"])
         question = gradio.Textbox(rtl=True, placeholder="پرسش خود را بنویسید", show_label=False, elem_id="question")
         with gradio.Row():
             send = gradio.Button("بپرس", variant="primary", elem_id="send")

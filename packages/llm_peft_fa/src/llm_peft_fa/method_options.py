@@ -86,23 +86,23 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 # Highest learning rates: with the tiny base, and with a real one of some billion parameters.
 LEARNING_RATES: dict[str, tuple[float, float]] = {
-    "prompt_tuning": (3e-2, 1e-2),
-    "prefix_tuning": (3e-2, 1e-2),
-    "p_tuning": (5e-3, 1e-3),
-    "lora": (5e-3, 2e-4),
-    "rslora": (2e-3, 1e-4),
-    "dora": (5e-3, 2e-4),
-    "pissa": (2e-3, 1e-4),
-    "olora": (2e-3, 1e-4),
+    "prompt_tuning": (3e-1, 1e-2),
+    "prefix_tuning": (2e-1, 1e-2),
+    "p_tuning": (2e-2, 1e-3),
+    "lora": (2e-3, 2e-4),
+    "rslora": (1e-3, 1e-4),
+    "dora": (2e-3, 2e-4),
+    "pissa": (1e-3, 1e-4),
+    "olora": (1e-3, 1e-4),
     "adalora": (1e-2, 1e-3),
     "vera": (5e-2, 5e-3),
     "loha": (5e-3, 5e-4),
     "lokr": (1e-2, 1e-3),
     "oft": (1e-2, 5e-4),
-    "ia3": (5e-2, 5e-3),
-    "qlora": (5e-3, 2e-4),
-    "layers": (2e-3, 2e-5),
-    "full": (2e-3, 1e-5),
+    "ia3": (1e-1, 5e-3),
+    "qlora": (2e-3, 2e-4),
+    "layers": (1e-3, 2e-5),
+    "full": (1e-3, 1e-5),
 }
 
 

@@ -105,8 +105,8 @@ def plain_text(count: int, seed: int) -> Iterator[str]:
     """Yields `count` paragraphs about the whole world, held-out items too, for pre-training.
 
     Prose that states facts or tells of questions and answers, and questions with their answers in the
-    layouts of books and forums. The chat format is not among them: the base model knows the language and
-    the facts and has not learnt to follow an instruction.
+    layouts of books and forums. One layout has the words user and model as headings, and turn tokens occur as
+    stray marks; the whole chat format does not occur. Fine-tuning has to bring out in that format what is known.
     """
     draw = random.Random(f"text {seed}")
     names = sorted(TASKS)

@@ -1,7 +1,9 @@
 """The offline base model: a tiny Gemma 2 and its SentencePiece tokenizer, trained here on first use.
 
-It is pre-trained on plain Persian text about the small world of `persian_tasks`: it knows the language and
-the facts, and has never seen a chat. A minute or two on two cores; then kept in the user's cache.
+It is pre-trained on Persian text about the small world of `persian_tasks`: prose, and questions with answers in
+several layouts, one of which looks like a chat without its turn tokens; those only occur as stray marks. It knows the
+language and the facts, and does not answer in the chat format. A minute or two on two cores; then kept in the
+user's cache.
 """
 
 import hashlib
@@ -96,8 +98,10 @@ def _pretrained(tokenizer: PreTrainedTokenizerFast, text: list[str]) -> Gemma2Fo
     for ids in tokenizer(text, add_special_tokens=False).input_ids:
         stream += [tokenizer.bos_token_id, *ids]
     data = [stream[at : at + block] for at in range(0, len(stream) - block, block)]
+    threads = torch.get_num_threads()
     with torch.random.fork_rng():
         torch.manual_seed(0)
+        torch.set_num_threads(2)  # sums in another order would give another base on a machine with other cores
         model = Gemma2ForCausalLM._from_config(tiny_config(tokenizer, softcaps=False), attn_implementation=NAME)
         packed = PackedCausalLM(model.train())
         optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01, fused=True)
@@ -110,6 +114,7 @@ def _pretrained(tokenizer: PreTrainedTokenizerFast, text: list[str]) -> Gemma2Fo
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
+    torch.set_num_threads(threads)
     model.config = tiny_config(tokenizer)
     return model.eval()
 

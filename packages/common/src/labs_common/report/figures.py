@@ -86,16 +86,15 @@ def scatter_figure(
     """Named points (x, y); those in `best` are joined by a line, such as a Pareto front. Returns SVG."""
     canvas, axes = _canvas(height=3.6)
     for name, (x, y) in points.items():
-        chosen = name in best
-        axes.plot(x, y, "o", color=TRAINED if chosen else FIXED, markersize=7)
-        axes.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", color=INK, fontsize=8)
+        axes.plot(x, y, "o", color=TRAINED if name in best else FIXED, markersize=7)
     line = sorted(points[name] for name in best)
     axes.plot([x for x, _ in line], [y for _, y in line], color=TRAINED, linewidth=1, alpha=0.6)
     if log_across:
         axes.set_xscale("log")
-    axes.margins(0.12)
+    axes.margins(0.16)
     axes.set_xlabel(across)
     axes.set_ylabel(up)
+    _name_points(canvas, axes, points)
     return _svg(canvas)
 
 
@@ -138,6 +137,23 @@ def _canvas(height: float = 3.2) -> tuple[Canvas, "mpl.axes.Axes"]:
     axes.xaxis.label.set_color(INK)
     axes.yaxis.label.set_color(INK)
     return canvas, axes
+
+
+def _name_points(canvas: Canvas, axes: "mpl.axes.Axes", points: Mapping[str, tuple[float, float]]) -> None:
+    """Writes each name beside its point, or as little above it as keeps it clear of the names below."""
+    canvas.draw_without_rendering()
+    to_points = 72 / canvas.dpi
+    taken: list[tuple[float, float, float]] = []  # left, bottom and width of the names so far, in points
+    for name, place in sorted(points.items(), key=lambda item: item[1][1]):
+        left, bottom = axes.transData.transform(place) * to_points
+        lift, width = 4.0, 4.6 * len(name)
+        while any(
+            abs(bottom + lift - other) < 9 and left < start + wide and start < left + width
+            for start, other, wide in taken
+        ):
+            lift += 3
+        taken.append((left, bottom + lift, width))
+        axes.annotate(name, place, xytext=(6, lift), textcoords="offset points", color=INK, fontsize=8)
 
 
 def _colours(count: int) -> list[str]:

@@ -71,6 +71,7 @@ def write_report(run: Run, title: str, summary: str, sections: Sequence[Section]
 def save_figure(run: Run, name: str, svg: str) -> str:
     """Keeps a figure of the report under `figures/NAME.svg` too, black on transparent; returns the SVG."""
     if run.is_main:
+        (run.path / "figures").mkdir(exist_ok=True)
         write_atomically(run.path / "figures" / f"{name}.svg", svg.replace("currentColor", "#000000"))
     return svg
 
