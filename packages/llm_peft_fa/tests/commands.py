@@ -3,10 +3,14 @@
 import contextlib
 import importlib
 import io
+import multiprocessing
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+
+from llm_peft_fa.own_process import start_server
 
 
 @dataclass
@@ -37,6 +41,25 @@ def here(name: str, *arguments: object, code: int = 0, typed: str = "") -> Done:
 
 def environment(**more: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | more
+
+
+def forked(*arguments: object, **more: str) -> BaseProcess:
+    """Starts `llm_peft_fa.train` in a process of its own, forked from the server that `compare` uses too."""
+    start_server(None)
+    process = multiprocessing.get_context("forkserver").Process(target=_train, args=([*map(str, arguments)], more))
+    process.start()
+    return process
+
+
+def _train(arguments: list[str], more: dict[str, str]) -> None:
+    import torch
+
+    from llm_peft_fa.train import main
+
+    os.environ.update(more)
+    torch.set_num_threads(1)  # as in the other processes: the same bytes need the same threads
+    sys.argv = ["llm-peft-fa-train", *arguments]
+    main()
 
 
 def command(*arguments: object, **more: str) -> subprocess.CompletedProcess[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from commands import command, environment, here
+from commands import command, forked, here
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -65,15 +65,13 @@ def test_a_run_leaves_everything_that_it_promises(finished: Path) -> None:
 
 def test_killed_and_resumed_gives_the_same_bytes(finished: Path, gemma_dir: Path, tmp_path: Path) -> None:
     run = tmp_path / "killed"
-    start = [sys.executable, "-m", "llm_peft_fa.train"]
-    first = [*start, "--model", str(gemma_dir), "--output", str(run), *SMALL, "--merge", "--save-every", "5"]
-    process = subprocess.Popen(first, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = forked("--model", gemma_dir, "--output", run, *SMALL, "--merge", "--save-every", "5")
     for _ in range(4000):
         if (run / "checkpoints" / "step-00000005").exists():
             break
         time.sleep(0.02)
     process.kill()
-    process.wait()
+    process.join()
     assert not (run / "adapter").exists(), "the kill came too late to prove anything"
     here("train", "--resume", run)
     expected = trained(finished)
@@ -135,11 +133,23 @@ def assert_same_prefix(run: Path, reference: Path, model: Path, tolerance: float
 
 def test_two_processes_save_a_prefix_that_loads(prefix: Path, gemma_dir: Path, tmp_path: Path) -> None:
     run = tmp_path / "two"
-    command(
-        "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29528", "-m", "llm_peft_fa.train",
-        "--model", gemma_dir, "--output", run, *without_rank(SMALL), *PREFIX, "--epochs", "1", "--no-answer-base",
-        ACCELERATE_USE_CPU="true",
-    )  # fmt: skip
+    options = [
+        "--model",
+        gemma_dir,
+        "--output",
+        run,
+        *without_rank(SMALL),
+        *PREFIX,
+        "--epochs",
+        "1",
+        "--no-answer-base",
+    ]
+    shared = {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29528"}
+    # What torchrun sets; the LoRA test below goes through torchrun itself.
+    processes = [forked(*options, **shared, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
+    for process in processes:
+        process.join(timeout=200)
+    assert [process.exitcode for process in processes] == [0, 0]
     assert_same_prefix(run, prefix, gemma_dir, 1e-5)
 
 
@@ -189,8 +199,8 @@ def test_launch_configurations(file: str, finished: Path, gemma_dir: Path, tmp_p
     from accelerate.commands.config.config_args import ClusterConfig
 
     assert config.keys() <= ClusterConfig.__dataclass_fields__.keys()
-    if config["distributed_type"] != "DEEPSPEED":
-        return
+    if config["distributed_type"] != "DEEPSPEED" or config["deepspeed_config"]["zero_stage"] == 3:
+        return  # ZeRO-3 goes the whole road with prefix tuning, above
     pytest.importorskip("deepspeed", reason="needs the extra llm-peft-fa[deepspeed]")
     run = tmp_path / "run"
     command(
@@ -209,7 +219,8 @@ def test_evaluate_repeats_the_numbers_of_the_run(finished: Path, tmp_path: Path)
     again = json.loads((tmp_path / "evaluation.json").read_text())["scores"]
     first = json.loads((finished / "results.json").read_text())
     for side in ("before", "after"):
-        assert again[side] == {name: first[side][name] for name in again[side]}
+        for name, value in again[side].items():
+            assert first[side][name] == pytest.approx(value, rel=1e-6), "the loss is summed in other rows"
     assert (tmp_path / "evaluation.html").exists()
 
 

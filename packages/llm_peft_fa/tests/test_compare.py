@@ -32,8 +32,8 @@ SMALL = (
 )  # fmt: skip
 
 
-def entry(name: str, right: list[int], trainable: int, seeds: int = 1, plain: float = 1.0) -> Entry:
-    """A method that answered `right` of ten prompts of each seed."""
+def entry(name: str, right: list[int], trainable: int, seeds: int = 1, first: int = 0) -> Entry:
+    """A method that answered `right` of ten prompts of each seed, from the prompt `first` on."""
     result: dict[str, Any] = {
         "config": {"training": {"learning_rate": 1e-3}},
         "before": {"validation loss": 3.0, "plain text loss": 0.9},
@@ -45,11 +45,14 @@ def entry(name: str, right: list[int], trainable: int, seeds: int = 1, plain: fl
     results, answers = {}, {}
     for seed in range(seeds):
         count = right[seed % len(right)]
-        results[seed] = result | {
-            "after": {"exact match": count / 10, "validation loss": 1.0, "plain text loss": plain}
-        }
+        results[seed] = result | {"after": {"exact match": count / 10, "validation loss": 1.0, "plain text loss": 1.0}}
         answers[seed] = [
-            {"prompt": "x", "reference": "تهران", "verifiable": True, "after": "تهران" if place < count else "شیراز"}
+            {
+                "prompt": "x",
+                "reference": "تهران",
+                "verifiable": True,
+                "after": "تهران" if first <= place < first + count else "شیراز",
+            }
             for place in range(10)
         ]
     return Entry(name, results, answers, [(1, 2.0), (2, 1.0)])
@@ -83,11 +86,11 @@ def test_wrong_methods_are_named(methods: str, said: str) -> None:
 def test_the_rule_takes_the_smallest_within_noise() -> None:
     entries = {
         "big": entry("big", [9], 1000),
-        "small": entry("small", [8], 10),
+        "small": entry("small", [8], 10, first=2),
         "tiny": entry("tiny", [1], 1),
     }
     assert quality(entries["small"]) == 0.8
-    # One prompt of ten differs: mean 0.1, standard error 0.1. Eight differ: mean 0.8, standard error 0.13.
+    # Two are worse and one is better: mean 0.1, standard error 0.18. Eight are worse: mean 0.8, standard error 0.13.
     assert within_noise(entries["big"], entries["small"])
     assert not within_noise(entries["big"], entries["tiny"])
     best, equal = recommended(entries)

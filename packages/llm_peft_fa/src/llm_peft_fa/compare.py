@@ -14,7 +14,7 @@ from labs_common.errors import LabError
 from labs_common.options import RunOptions
 from llm_peft_fa.config import CompareConfig, TrainConfig, complete
 from llm_peft_fa.method_options import MethodOptions
-from llm_peft_fa.own_process import finished_run, locked
+from llm_peft_fa.own_process import finished_run, locked, start_server
 
 
 def main() -> None:
@@ -37,6 +37,7 @@ def compare(config: CompareConfig) -> None:
     folder = config.output or Path("runs") / f"compare-{_model_name(config)}-{recipe_key(_identity(config))}"
     check_writable(folder)
 
+    start_server(config.launch)
     from labs_common.progress import console
     from llm_peft_fa.comparison import check_plan, gathered, save_base_answers, steps_of
     from llm_peft_fa.comparison_report import write_comparison

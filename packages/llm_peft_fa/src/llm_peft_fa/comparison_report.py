@@ -104,8 +104,8 @@ def recommendation_section(results: Results, best: Entry, equal: Sequence[Entry]
     blocks: list[Text | Table | Figure] = [
         Text(
             f"Rule (Breiman's one standard error): of the methods whose {words} is within one standard error of the "
-            "best, taken of the mean difference on the same prompts, take the one that trains the fewest parameters: it "
-            "needs the smallest optimizer state and the smallest file."
+            "best, taken of the mean difference on the same prompts, take the one that trains the fewest parameters: "
+            "it needs the smallest optimizer state and the smallest file."
         ),
         Text(
             f"Best {words}: {top.name} ({quality(top):.3f}). Within noise of it: {names}. Of these {best.name} trains "

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
@@ -24,6 +25,13 @@ from llm_peft_fa.config import TrainConfig
 INTERRUPTED = 130
 WRONG_INPUT = 2
 PRELOADED = ["llm_peft_fa.train", "llm_peft_fa.results", "llm_peft_fa.adapters", "labs_common.training", "sacrebleu"]
+
+
+def start_server(launch: Path | None) -> None:
+    """Lets the server import the libraries while this process does, unless Accelerate will launch the runs."""
+    if launch is None:
+        multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+        forkserver.ensure_running()
 
 
 def finished_run(config: TrainConfig, lock: Path, launch: Path | None = None) -> int:
@@ -70,9 +78,7 @@ def locked(lock: Path) -> Iterator[None]:
 
 
 def _forked(arguments: list[str], lock: Path) -> int:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=_train, args=(arguments, str(lock)))
+    process = multiprocessing.get_context("forkserver").Process(target=_train, args=(arguments, str(lock)))
     process.start()
     with _stopping(process):
         process.join()
