@@ -15,7 +15,7 @@ from llm_peft_fa.adalora import RankBudget, orthogonality
 from llm_peft_fa.adapters import adapted_model, initial_update, load_tuned, save_merged, save_tuned
 from llm_peft_fa.architecture import structure_of
 from llm_peft_fa.method_options import DEFAULTS, LEARNING_RATES, Method, MethodOptions, resolved
-from llm_peft_fa.methods import METHODS, Adapted, Setting
+from llm_peft_fa.methods import METHODS, Adapted, Setting, check_quantization
 from llm_peft_fa.model import load_model, load_tokenizer
 from llm_peft_fa.packed import PackedCausalLM, virtual_tokens
 from llm_peft_fa.packing import packed_row
@@ -233,6 +233,38 @@ def test_pissa_and_olora_become_adapters_as_peft_converts_them(variant: str, mod
     with torch.no_grad():
         one, two = ours(ids).logits, theirs(ids).logits
     torch.testing.assert_close(one / two.abs().max(), two / two.abs().max(), atol=2e-5, rtol=0)
+
+
+def test_qlora_trains_beside_a_base_in_four_bits(model_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs the extra llm-peft-fa[quantization]")
+    check_quantization()
+    options = resolved(MethodOptions(method="qlora", rank=3))
+    torch.manual_seed(0)
+    base = load_model(str(model_dir), quantized=True)
+    model = METHODS["qlora"](base, options, Setting(load_tokenizer(str(model_dir)), STEPS))
+    quantized = {name for name, p in model.named_parameters() if p.dtype == torch.uint8}
+    assert {name.split(".")[-3] for name in quantized} == set(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    before = hashes(model)
+    packed = trained(model).eval()
+    after = hashes(model)
+    assert {name for name in before if before[name] != after[name]} == {name for name in before if ".lora_" in name}
+    save_tuned(Accelerator(cpu=True), packed, load_tokenizer(str(model_dir)), tmp_path)
+    ids = torch.randint(300, 700, (2, 24))
+    with torch.no_grad():
+        expected = model(ids).logits
+        loaded = load_tuned(tmp_path, str(model_dir), quantized=True)(ids).logits
+    torch.testing.assert_close(loaded / expected.abs().max(), expected / expected.abs().max(), atol=1e-4, rtol=0)
+    full = {name: p.numel() for name, p in load_model(str(model_dir)).named_parameters()}
+    structure = structure_of(model)
+    assert structure.parameters - structure.trainable == sum(full.values()), "two weights in a byte are counted as two"
+
+
+def test_qlora_without_its_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(LabError, match=r"llm-peft-fa\[quantization\]"):
+        check_quantization()
 
 
 def test_merged_model_loads_in_transformers(model_dir: Path, tmp_path: Path) -> None:

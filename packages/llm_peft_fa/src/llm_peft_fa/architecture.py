@@ -61,7 +61,8 @@ def _layer_cells(layer: torch.nn.Module) -> list[Cell]:
     parts: dict[str, list[torch.nn.Parameter]] = {}
     for name, parameter in layer.named_parameters():
         path = name.split(".")  # self_attn.q_proj.weight, or input_layernorm.weight
-        parts.setdefault(path[1] if len(path) > 2 else path[0], []).append(parameter)
+        part = path[1] if len(path) > 2 else path[0]
+        parts.setdefault("norms" if "norm" in part else part, []).append(parameter)
     return [_cell(name, parameters) for name, parameters in parts.items()]
 
 

@@ -109,9 +109,8 @@ def architecture_figure(rows: Sequence[Row]) -> str:
             axes.add_patch(Rectangle((left, height + 0.1), inner, 0.8, color=TRAINED if whole else FIXED, alpha=0.75))
             if cell.trained and cell.fixed:
                 axes.add_patch(Rectangle((left, height + 0.1), inner, 0.14, color=TRAINED))
-            name = cell.name.replace("_proj", "").replace("_layernorm", "").replace("_", " ")
-            size = 8 if len(row.cells) < 8 else 6
-            axes.text(left + inner / 2, height + 0.54, name, ha="center", va="center", color=INK, fontsize=size)
+            name = cell.name.replace("_proj", "").replace("_", " ")
+            axes.text(left + inner / 2, height + 0.54, name, ha="center", va="center", color=INK, fontsize=8)
     axes.set_xlim(0, 1)
     axes.set_ylim(0, len(rows))
     axes.set_xticks([])
