@@ -6,16 +6,18 @@
 The peer pads batches of 4 that are bucketed by length and computes the loss over the whole vocabulary, as PEFT's
 method_comparison does. Both train the same batches of the same 64 sequences with the same base, method, and learning
 rate, each in a process of its own. The first pass warms up, the others are timed; non-padding tokens are counted, and
-the losses are compared step by step. `layers` is also run with its frozen front recorded for the backward pass.
+the losses are compared step by step. Two further rows: the peer with batches of 4 as they come, not bucketed, and
+`layers` with its frozen front recorded for the backward pass.
 """
 
 import json
+import multiprocessing
 import random
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -74,8 +76,6 @@ class Options:
     """Timed passes over the 64 sequences."""
     output: Path = Path("benchmarks/results/llm_methods.json")
     """Where the figures go."""
-    worker: str | None = None
-    """Used by the benchmark itself: run one loop in this process."""
 
 
 def main() -> None:
@@ -83,26 +83,37 @@ def main() -> None:
     options = tyro.cli(Options)
     shape = options.shape or ("llama-3.2-3b" if torch.cuda.is_available() else "llama-small")
     methods = tuple(OPTIONS) if options.methods == ("all",) else options.methods
-    if options.worker is not None:
-        print(json.dumps(LOOPS[options.worker](methods[0], shape, options.passes)))
-        return
     figures: dict[str, dict[str, Any]] = {}
     for method in methods:
         figures[method] = {}
         for loop in LOOPS:
             if loop == "front recorded" and method != "layers":
                 continue
-            command = [sys.executable, __file__, "--worker", loop, "--methods", method, "--shape", shape]
-            done = subprocess.run(
-                [*command, "--passes", str(options.passes)], capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                raise SystemExit(f"{method}, {loop}: {done.stderr.strip().splitlines()[-1]}")
-            figures[method][loop] = json.loads(done.stdout.splitlines()[-1])
+            figures[method][loop] = in_own_process(loop, method, shape, options.passes)
             print(f"{method}, {loop}: {figures[method][loop]['tokens_per_second']:.0f} tokens/s", file=sys.stderr)
     show(shape, figures)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(options.output, json.dumps({shape: figures}, indent=1) + "\n")
+
+
+def in_own_process(loop: str, method: str, shape: str, passes: int) -> dict[str, Any]:
+    """One loop in a process forked from a server that has imported the libraries and done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["llm_methods", "peft", "transformers"])
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_send_result, args=(send, loop, method, shape, passes))
+    process.start()
+    send.close()
+    try:
+        found: dict[str, Any] = receive.recv()
+    except EOFError:
+        raise SystemExit(f"{method}, {loop}: failed, see above") from None
+    process.join()
+    return found
+
+
+def _send_result(send: Any, loop: str, method: str, shape: str, passes: int) -> None:
+    send.send(LOOPS[loop](method, shape, passes))
 
 
 def show(shape: str, figures: dict[str, dict[str, Any]]) -> None:
@@ -116,17 +127,20 @@ def show(shape: str, figures: dict[str, dict[str, Any]]) -> None:
             speed = ours["tokens_per_second"] / row["tokens_per_second"]
             memory = ours["peak_memory"] / row["peak_memory"]
             difference = max(abs(a - b) for a, b in zip(ours["losses"], row["losses"], strict=True))
+            same = "" if loop in ("ours", "padded, not bucketed") else f"{difference:.1e}"
             table.add_row(
                 method, loop, f"{row['tokens_per_second']:,.0f}", "" if loop == "ours" else f"{speed:.2f} x",
                 f"{row['peak_memory'] / 2**20:,.0f}", "" if loop == "ours" else f"{memory:.2f} x",
-                "" if loop == "ours" else f"{difference:.1e}",
+                same,
             )  # fmt: skip
     Console(width=120).print(table)
 
 
-def batches(shape: str) -> list[list[Encoded]]:
-    """Batches of 4 sequences of like length, in a seeded order."""
-    data = sorted(sequences(SHAPES[shape]().vocab_size), key=lambda item: len(item.ids))
+def batches(shape: str, bucketed: bool = True) -> list[list[Encoded]]:
+    """Batches of 4 sequences in a seeded order; bucketed: of like length."""
+    data = sequences(SHAPES[shape]().vocab_size)
+    if bucketed:
+        data.sort(key=lambda item: len(item.ids))
     cut = [data[at : at + BATCH] for at in range(0, len(data), BATCH)]
     return random.Random(0).sample(cut, len(cut))
 
@@ -175,10 +189,10 @@ def ours(method: str, shape: str, passes: int, recorded: bool = False) -> dict[s
     return result(data, passes, seconds, losses)
 
 
-def padded(method: str, shape: str, passes: int) -> dict[str, Any]:
+def padded(method: str, shape: str, passes: int, bucketed: bool = True) -> dict[str, Any]:
     """PEFT's style: padded to the longest of the batch, the model's own loss over the whole vocabulary."""
     model = cast(Any, model_of(method, shape, None))
-    cut = batches(shape)
+    cut = batches(shape, bucketed)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0)
     losses, began = [], now()
     for epoch in range(passes + 1):
@@ -208,7 +222,8 @@ def padded(method: str, shape: str, passes: int) -> dict[str, Any]:
 LOOPS: dict[str, Any] = {
     "ours": ours,
     "padded, whole vocabulary": padded,
-    "front recorded": lambda method, shape, passes: ours(method, shape, passes, recorded=True),
+    "padded, not bucketed": partial(padded, bucketed=False),
+    "front recorded": partial(ours, recorded=True),
 }
 
 if __name__ == "__main__":

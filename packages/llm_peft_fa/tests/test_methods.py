@@ -243,9 +243,15 @@ def test_qlora_trains_beside_a_base_in_four_bits(model_dir: Path, tmp_path: Path
     base = load_model(str(model_dir), quantized=True)
     model = METHODS["qlora"](base, options, Setting(load_tokenizer(str(model_dir)), STEPS))
     quantized = {name for name, p in model.named_parameters() if p.dtype == torch.uint8}
-    assert {name.split(".")[-3] for name in quantized} == set(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    )
+    assert {name.split(".")[-3] for name in quantized} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
     before = hashes(model)
     packed = trained(model).eval()
     after = hashes(model)

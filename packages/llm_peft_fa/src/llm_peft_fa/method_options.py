@@ -98,7 +98,7 @@ LEARNING_RATES: dict[str, tuple[float, float]] = {
     "vera": (5e-2, 5e-3),
     "loha": (5e-3, 5e-4),
     "lokr": (1e-2, 1e-3),
-    "oft": (1e-2, 5e-4),
+    "oft": (3e-3, 5e-4),
     "ia3": (1e-1, 5e-3),
     "qlora": (2e-3, 2e-4),
     "layers": (1e-3, 2e-5),

@@ -34,15 +34,15 @@ class Setting:
 def prompt_tuning(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> PeftModel:
     """Prompt tuning (Lester et al. 2021, section 2): virtual tokens' embeddings before each conversation."""
     inits = {"random": "RANDOM", "text": "TEXT", "vocabulary": "SAMPLE_VOCAB"}
-    of_text = {
-        "prompt_tuning_init_text": options.prompt_text,
-        "tokenizer_name_or_path": setting.tokenizer.name_or_path,
-    }
+    more: dict[str, Any] = {}
+    if options.prompt_init == "text":
+        more["prompt_tuning_init_text"] = options.prompt_text
+        more["tokenizer_name_or_path"] = setting.tokenizer.name_or_path
     config = peft.PromptTuningConfig(
         task_type="CAUSAL_LM",
         num_virtual_tokens=_set(options.virtual_tokens),
         prompt_tuning_init=inits[str(options.prompt_init)],
-        **(of_text if options.prompt_init == "text" else {}),
+        **more,
     )
     return _adapted(model, options, config, "prompt_encoder.")
 
