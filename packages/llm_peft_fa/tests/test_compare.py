@@ -214,3 +214,4 @@ def test_bad_input_is_one_line(arguments: tuple[str, ...], names: str, llama_dir
     assert len(said) == 1
     assert names in said[0]
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists(), "nothing is left behind"

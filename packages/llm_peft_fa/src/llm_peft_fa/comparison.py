@@ -56,19 +56,24 @@ class Results:
 
 
 def check_plan(planned: Mapping[str, TrainConfig]) -> None:
-    """Makes sure that every planned run can start, as far as can be told without its process.
+    """Makes sure that every planned run can start, as far as can be told without its process; writes nothing.
 
     Raises:
         LabError: the machine, the data or the model does not allow one.
     """
     from accelerate import PartialState
 
+    from llm_peft_fa.answers import collected_prompts
+    from llm_peft_fa.data import training_and_validation
+    from llm_peft_fa.forgetting import plain_paragraphs
     from llm_peft_fa.methods import check_quantization
     from llm_peft_fa.model import load_tokenizer
 
     if any(run.method.method == "qlora" for run in planned.values()):
         check_quantization()
     first = next(iter(planned.values()))
+    collected_prompts(training_and_validation(first.data, first.run.seed)[1], first.generation, first.run.seed)
+    plain_paragraphs(first)
     PartialState()
     load_tokenizer(first.model.model, first.model.template)
 
