@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from commands import command, forked, here
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -157,11 +159,28 @@ def test_deepspeed_saves_a_prefix_that_loads(prefix: Path, gemma_dir: Path, tmp_
     """ZeRO-3 is the hard one: the encoder's weights lie in parts when the prefix is made for saving."""
     pytest.importorskip("deepspeed", reason="needs the extra llm-peft-fa[deepspeed]")
     run = tmp_path / "run"
-    command(
-        "accelerate.commands.launch", "--config_file", one_cpu(LAUNCH / "deepspeed_zero3.yaml", tmp_path), "-m",
-        "llm_peft_fa.train", "--model", gemma_dir, "--output", run, *without_rank(SMALL), *PREFIX, "--epochs", "1",
-        "--no-answer-base", DS_ACCELERATOR="cpu", MASTER_PORT="29538",
-    )  # fmt: skip
+    options = [
+        "--model",
+        gemma_dir,
+        "--output",
+        run,
+        *without_rank(SMALL),
+        *PREFIX,
+        "--epochs",
+        "1",
+        "--no-answer-base",
+    ]
+    config = one_cpu(LAUNCH / "deepspeed_zero3.yaml", tmp_path)
+    # The environment in which `accelerate launch` would start the process; ZeRO-2 goes through it itself.
+    asked = launch_command_parser().parse_args(["--config_file", str(config), "train.py"])
+    launch, defaults, _ = _validate_launch_command(asked)
+    launch.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    _, variables = prepare_deepspeed_cmd_env(launch)
+    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29538"}
+    process = forked(*options, **(variables | one | {"DS_ACCELERATOR": "cpu"}))
+    process.join(timeout=200)
+    assert process.exitcode == 0
+    assert list(run.glob("checkpoints/*/sharded")), "DeepSpeed took part"
     assert_same_prefix(run, prefix, gemma_dir, 1e-3)
 
 
@@ -207,6 +226,7 @@ def test_launch_configurations(file: str, finished: Path, gemma_dir: Path, tmp_p
         "accelerate.commands.launch", "--config_file", one_cpu(LAUNCH / file, tmp_path), "-m", "llm_peft_fa.train",
         "--model", gemma_dir, "--output", run, *SMALL, DS_ACCELERATOR="cpu", MASTER_PORT="29537",
     )  # fmt: skip
+    assert list(run.glob("checkpoints/*/sharded")), "DeepSpeed took part"
     assert losses(run) == pytest.approx(losses(finished), abs=1e-4)
     expected = trained(finished)
     for name, tensor in trained(run).items():
@@ -272,7 +292,18 @@ def test_layers_leave_a_model_that_is_evaluated_and_forgetting_is_measured(gemma
 
 
 def test_adalora_killed_and_resumed_gives_the_same_bytes(gemma_dir: Path, tmp_path: Path) -> None:
-    options = [*SMALL, "--model", gemma_dir, "--method", "adalora", "--no-answer-base", "--save-every", "4"]
+    options = [
+        *SMALL,
+        "--model",
+        gemma_dir,
+        "--method",
+        "adalora",
+        "--no-answer-base",
+        "--save-every",
+        "3",
+        "--epochs",
+        "1",
+    ]
     here("train", *options, "--output", tmp_path / "whole")
     here("train", *options, "--output", tmp_path / "killed")
     for later in sorted((tmp_path / "killed" / "checkpoints").glob("step-*"))[1:]:
@@ -362,8 +393,8 @@ def test_help_is_fast() -> None:
 def test_real_conversations_teach_a_random_model_something(real_chats: Path, gemma_dir: Path, tmp_path: Path) -> None:
     run = tmp_path / "real"
     here(
-        "train", "--model", gemma_dir, "--data", real_chats / "train.jsonl", "--validation-data",
-        real_chats / "test.jsonl", "--max-steps", "4", "--batch-size", "4", "--test-prompts", "2",
+        "train", "--model", gemma_dir, "--data", real_chats / "train.jsonl", "--validation-fraction",
+        "0.02", "--max-steps", "3", "--batch-size", "4", "--test-prompts", "2",
         "--max-new-tokens", "4", "--track", "none", "--output", run,
     )  # fmt: skip
     results = json.loads((run / "results.json").read_text())

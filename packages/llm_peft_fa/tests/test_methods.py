@@ -1,3 +1,4 @@
+import functools
 import hashlib
 import re
 from pathlib import Path
@@ -8,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from labs_common.errors import LabError
 from llm_peft_fa.adalora import RankBudget, orthogonality
@@ -57,11 +58,16 @@ VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
 }  # fmt: skip
 
 
+@functools.cache
+def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(str(folder))
+
+
 def built(variant: str, folder: Path, precision: str = "no") -> Adapted:
     method = variant.split()[0]
     options = resolved(MethodOptions(method=method, **VARIANTS[variant][0]))
     torch.manual_seed(0)
-    return METHODS[method](load_model(str(folder), precision), options, Setting(load_tokenizer(str(folder)), STEPS))
+    return METHODS[method](load_model(str(folder), precision), options, Setting(tokenizer_of(folder), STEPS))
 
 
 def trained(model: Adapted, steps: int = STEPS) -> PackedCausalLM:
@@ -119,7 +125,7 @@ def test_the_result_loads_in_plain_peft_or_transformers(variant: str, model_dir:
     model = built(variant, model_dir)
     initial = initial_update(model)
     packed = trained(model).eval()
-    save_tuned(Accelerator(cpu=True), packed, load_tokenizer(str(model_dir)), tmp_path, initial)
+    save_tuned(Accelerator(cpu=True), packed, tokenizer_of(model_dir), tmp_path, initial)
     assert not list(tmp_path.rglob("*.bin"))
     ids = torch.randint(300, 700, (2, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -146,7 +152,7 @@ def test_the_result_loads_in_plain_peft_or_transformers(variant: str, model_dir:
 
 @pytest.mark.parametrize("variant", ["prompt_tuning", "prefix_tuning", "prefix_tuning projected", "p_tuning"])
 def test_generation_with_a_soft_prompt_follows_its_own_logits(variant: str, model_dir: Path, tmp_path: Path) -> None:
-    save_tuned(Accelerator(cpu=True), trained(built(variant, model_dir)), load_tokenizer(str(model_dir)), tmp_path)
+    save_tuned(Accelerator(cpu=True), trained(built(variant, model_dir)), tokenizer_of(model_dir), tmp_path)
     model = load_tuned(tmp_path, str(model_dir))
     ids = torch.randint(300, 700, (2, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
@@ -223,7 +229,7 @@ def test_pissa_and_olora_become_adapters_as_peft_converts_them(variant: str, mod
     initial = initial_update(model)
     model.save_pretrained(tmp_path / "start")
     packed = trained(model)
-    save_tuned(Accelerator(cpu=True), packed, load_tokenizer(str(model_dir)), tmp_path, initial)
+    save_tuned(Accelerator(cpu=True), packed, tokenizer_of(model_dir), tmp_path, initial)
     model.save_pretrained(tmp_path / "peft", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     ours, theirs = (adapted_model(tmp_path / name, str(model_dir)) for name in ("adapter", "peft"))
     theirs_state = get_peft_model_state_dict(theirs)
@@ -241,7 +247,7 @@ def test_qlora_trains_beside_a_base_in_four_bits(model_dir: Path, tmp_path: Path
     options = resolved(MethodOptions(method="qlora", rank=3))
     torch.manual_seed(0)
     base = load_model(str(model_dir), quantized=True)
-    model = METHODS["qlora"](base, options, Setting(load_tokenizer(str(model_dir)), STEPS))
+    model = METHODS["qlora"](base, options, Setting(tokenizer_of(model_dir), STEPS))
     quantized = {name for name, p in model.named_parameters() if p.dtype == torch.uint8}
     assert {name.split(".")[-3] for name in quantized} == {
         "q_proj",
@@ -256,7 +262,7 @@ def test_qlora_trains_beside_a_base_in_four_bits(model_dir: Path, tmp_path: Path
     packed = trained(model).eval()
     after = hashes(model)
     assert {name for name in before if before[name] != after[name]} == {name for name in before if ".lora_" in name}
-    save_tuned(Accelerator(cpu=True), packed, load_tokenizer(str(model_dir)), tmp_path)
+    save_tuned(Accelerator(cpu=True), packed, tokenizer_of(model_dir), tmp_path)
     ids = torch.randint(300, 700, (2, 24))
     with torch.no_grad():
         expected = model(ids).logits
@@ -274,7 +280,7 @@ def test_qlora_without_its_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_merged_model_loads_in_transformers(model_dir: Path, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(str(model_dir))
+    tokenizer = tokenizer_of(model_dir)
     model = built("lora", model_dir)
     save_tuned(Accelerator(cpu=True), trained(model).eval(), tokenizer, tmp_path)
     save_merged(tmp_path / "adapter", str(model_dir), tokenizer, tmp_path / "merged")
@@ -289,9 +295,9 @@ def test_merged_model_loads_in_transformers(model_dir: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_bf16_base_trains_in_float32_under_autocast(variant: str, model_dir: Path) -> None:
+def test_a_bf16_base_trains_in_float32_under_autocast(variant: str, llama_dir: Path) -> None:
     """What a GPU run does; the CPU has the same autocast."""
-    model = built(variant, model_dir, "bf16")
+    model = built(variant, llama_dir, "bf16")
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for n, p in model.named_parameters() if not p.requires_grad and "ranknum" not in n} <= {
         torch.bfloat16
@@ -338,7 +344,7 @@ def test_options_that_do_not_fit_are_named(options: dict[str, Any], said: str) -
     ],
 )
 def test_options_that_do_not_fit_the_model_are_named(options: dict[str, Any], said: str, gemma_dir: Path) -> None:
-    setting = Setting(load_tokenizer(str(gemma_dir)), 3)
+    setting = Setting(tokenizer_of(gemma_dir), 3)
     with pytest.raises(LabError, match=said):
         METHODS[options["method"]](load_model(str(gemma_dir)), resolved(MethodOptions(**options)), setting)
 
