@@ -24,10 +24,9 @@ from typing import Any, cast
 import torch
 import tyro
 from accelerate import Accelerator
-from llm_training import SHAPES, now, result, sequences
+from llm_training import SHAPES, now, random_base, result, sequences
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
 
 from labs_common.options import RunOptions, TrainingOptions
 from labs_common.run import Run, write_atomically
@@ -147,12 +146,7 @@ def batches(shape: str, bucketed: bool = True) -> list[list[Encoded]]:
 
 def model_of(method: str, shape: str, attention: str | None) -> Adapted:
     """The base with random weights, the same for both loops, under the method."""
-    torch.manual_seed(0)
-    gpu = torch.cuda.is_available()
-    more = {} if attention is None else {"attn_implementation": attention}
-    with torch.device("cuda" if gpu else "cpu"):
-        base = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=torch.bfloat16 if gpu else torch.float32, **more)
-    torch.manual_seed(1)
+    base = random_base(shape, attention)
     options = resolved(MethodOptions(method=cast(Any, method), **OPTIONS[method]))
     return METHODS[method](base, options, Setting(cast(Any, None), 64)).train()
 

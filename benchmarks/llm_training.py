@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import tyro
@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from labs_common.options import RunOptions, TrainingOptions
 from labs_common.run import Run, write_atomically
@@ -124,14 +124,20 @@ def sequences(vocabulary: int) -> list[Encoded]:
     return made
 
 
-def adapted(shape: str, attention: str | None) -> PeftModel:
-    """The base with random weights, the same for every trainer, and its adapter."""
+def random_base(shape: str, attention: str | None) -> PreTrainedModel:
+    """The base with random weights, the same for every trainer; what is random next is the same too."""
     torch.manual_seed(0)
     gpu = torch.cuda.is_available()
     more = {} if attention is None else {"attn_implementation": attention}
     with torch.device("cuda" if gpu else "cpu"):
         base = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=torch.bfloat16 if gpu else torch.float32, **more)
     torch.manual_seed(1)
+    return cast(PreTrainedModel, base)
+
+
+def adapted(shape: str, attention: str | None) -> PeftModel:
+    """The base and its adapter."""
+    base = random_base(shape, attention)
     config = LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     return get_peft_model(base, config)
 

@@ -9,8 +9,19 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import load_file
 
 from llm_peft_fa.own_process import start_server
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+SMALL = (
+    "--conversations", "60", "--batch-size", "8", "--epochs", "2", "--test-prompts", "6", "--max-new-tokens", "6",
+    "--rank", "4", "--track", "none", "--tokens-per-batch", "300",
+)  # fmt: skip
 
 
 @dataclass
@@ -52,8 +63,6 @@ def forked(*arguments: object, **more: str) -> BaseProcess:
 
 
 def _train(arguments: list[str], more: dict[str, str]) -> None:
-    import torch
-
     from llm_peft_fa.train import main
 
     os.environ.update(more)
@@ -70,3 +79,20 @@ def command(*arguments: object, **more: str) -> subprocess.CompletedProcess[str]
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done
+
+
+def without_rank(options: tuple[str, ...]) -> list[str]:
+    place = options.index("--rank")
+    return [*options[:place], *options[place + 2 :]]
+
+
+def trained(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def one_cpu(config: Path, folder: Path) -> Path:
+    """A launch configuration for one process on a CPU."""
+    local = folder / config.name
+    values = yaml.safe_load(config.read_text()) | {"num_processes": 1, "use_cpu": True, "mixed_precision": "no"}
+    local.write_text(yaml.safe_dump(values))
+    return local

@@ -10,20 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_deepspeed_cmd_env
-from commands import command, forked, here
-from peft import PeftModel
-from safetensors.torch import load_file
+from commands import LAUNCH, SMALL, command, forked, here, one_cpu, trained, without_rank
 from transformers import AutoModelForCausalLM
 
 torch.set_num_threads(1)  # as in the processes that are started here: the same bytes need the same threads
-
-LAUNCH = Path(__file__).parents[1] / "launch"
-SMALL = (
-    "--conversations", "60", "--batch-size", "8", "--epochs", "2", "--test-prompts", "6", "--max-new-tokens", "6",
-    "--rank", "4", "--track", "none", "--tokens-per-batch", "300",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +26,6 @@ def finished(gemma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     assert f"report: {run / 'report.html'}" in done.stdout
     return run
-
-
-def trained(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "adapter" / "adapter_model.safetensors")
 
 
 def losses(run: Path) -> list[float]:
@@ -86,110 +72,6 @@ def test_the_saved_config_runs_it_again(finished: Path, tmp_path: Path) -> None:
     here("train", "--config", finished / "config.yaml", "--output", tmp_path / "again", "--no-report")
     assert (tmp_path / "again" / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
     assert not (tmp_path / "again" / "report.html").exists()
-
-
-PREFIX = ("--method", "prefix_tuning", "--virtual-tokens", "4", "--encoder-width", "8", "--learning-rate", "0.01")
-
-
-@pytest.fixture(scope="module")
-def prefix(gemma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of prefix tuning with projection, in this process."""
-    run = tmp_path_factory.mktemp("prefix") / "run"
-    here(
-        "train",
-        "--model",
-        gemma_dir,
-        "--output",
-        run,
-        *without_rank(SMALL),
-        *PREFIX,
-        "--epochs",
-        "1",
-        "--no-answer-base",
-    )
-    return run
-
-
-def without_rank(options: tuple[str, ...]) -> list[str]:
-    place = options.index("--rank")
-    return [*options[:place], *options[place + 2 :]]
-
-
-def assert_same_prefix(run: Path, reference: Path, model: Path, tolerance: float) -> None:
-    """The saved prefixes are alike, and plain PEFT answers with the one as with the other."""
-    one, two = trained(run), trained(reference)
-    assert one.keys() == two.keys() == {"prompt_embeddings"}
-    scale = two["prompt_embeddings"].abs().max()
-    torch.testing.assert_close(
-        one["prompt_embeddings"] / scale, two["prompt_embeddings"] / scale, atol=tolerance, rtol=0
-    )
-    ids = torch.randint(300, 700, (1, 9))
-    logits = []
-    for folder in (run, reference):
-        plain = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager")
-        logits.append(
-            PeftModel.from_pretrained(plain, folder / "adapter")(ids, attention_mask=torch.ones_like(ids)).logits
-        )
-    torch.testing.assert_close(logits[0], logits[1], atol=tolerance * 10, rtol=0)
-
-
-def test_two_processes_save_a_prefix_that_loads(prefix: Path, gemma_dir: Path, tmp_path: Path) -> None:
-    run = tmp_path / "two"
-    options = [
-        "--model",
-        gemma_dir,
-        "--output",
-        run,
-        *without_rank(SMALL),
-        *PREFIX,
-        "--epochs",
-        "1",
-        "--no-answer-base",
-    ]
-    shared = {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29528"}
-    # What torchrun sets; the LoRA test below goes through torchrun itself.
-    processes = [forked(*options, **shared, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
-    for process in processes:
-        process.join(timeout=200)
-    assert [process.exitcode for process in processes] == [0, 0]
-    assert_same_prefix(run, prefix, gemma_dir, 1e-5)
-
-
-def test_deepspeed_saves_a_prefix_that_loads(prefix: Path, gemma_dir: Path, tmp_path: Path) -> None:
-    """ZeRO-3 is the hard one: the encoder's weights lie in parts when the prefix is made for saving."""
-    pytest.importorskip("deepspeed", reason="needs the extra llm-peft-fa[deepspeed]")
-    run = tmp_path / "run"
-    options = [
-        "--model",
-        gemma_dir,
-        "--output",
-        run,
-        *without_rank(SMALL),
-        *PREFIX,
-        "--epochs",
-        "1",
-        "--no-answer-base",
-    ]
-    config = one_cpu(LAUNCH / "deepspeed_zero3.yaml", tmp_path)
-    # The environment in which `accelerate launch` would start the process; ZeRO-2 goes through it itself.
-    asked = launch_command_parser().parse_args(["--config_file", str(config), "train.py"])
-    launch, defaults, _ = _validate_launch_command(asked)
-    launch.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
-    _, variables = prepare_deepspeed_cmd_env(launch)
-    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29538"}
-    process = forked(*options, **(variables | one | {"DS_ACCELERATOR": "cpu"}))
-    process.join(timeout=200)
-    assert process.exitcode == 0
-    assert list(run.glob("checkpoints/*/sharded")), "DeepSpeed took part"
-    assert_same_prefix(run, prefix, gemma_dir, 1e-3)
-
-
-def one_cpu(config: Path, folder: Path) -> Path:
-    """A launch configuration for one process on a CPU."""
-    local = folder / config.name
-    values = yaml.safe_load(config.read_text()) | {"num_processes": 1, "use_cpu": True, "mixed_precision": "no"}
-    local.write_text(yaml.safe_dump(values))
-    return local
 
 
 def test_two_processes_equal_one(finished: Path, gemma_dir: Path, tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ import os
 from pathlib import Path
 
 from labs_common.cache import recipe_key
-from labs_common.cli import config_to_yaml, flat_options, parse, run_command, to_plain
+from labs_common.cli import config_from_yaml, config_to_yaml, flat_options, parse, run_command, to_plain
 from labs_common.errors import LabError
 from labs_common.options import RunOptions
-from llm_peft_fa.config import CompareConfig, TrainConfig, complete
+from llm_peft_fa.config import CompareConfig, TrainConfig, complete, path_name
 from llm_peft_fa.method_options import MethodOptions
 from llm_peft_fa.own_process import finished_run, locked, start_server
 
@@ -34,7 +34,7 @@ def compare(config: CompareConfig) -> None:
     if config.launch is not None and not config.launch.is_file():
         raise LabError(f"--launch {config.launch}: no such file; name an Accelerate configuration")
     planned = {spec: planned_run(config, spec) for spec in specs(config.methods)}
-    folder = config.output or Path("runs") / f"compare-{_model_name(config)}-{recipe_key(_identity(config))}"
+    folder = config.output or Path("runs") / f"compare-{path_name(config.model.model)}-{recipe_key(_identity(config))}"
     check_writable(folder)
 
     start_server(config.launch)
@@ -145,15 +145,15 @@ def _claim(folder: Path, config: CompareConfig) -> None:
     Raises:
         LabError: it is of another comparison, or of something else.
     """
+    from labs_common.run import write_atomically
+
     file = folder / "config.yaml"
     if not file.exists():
         if folder.exists() and any(folder.iterdir()):
             raise LabError(f"--output {folder}: is not empty and holds no comparison; name another directory")
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(config_to_yaml(config), encoding="utf-8")
+        write_atomically(file, config_to_yaml(config))
         return
-    from labs_common.cli import config_from_yaml
-
     there = flat_options(config_from_yaml(CompareConfig, file))
     changed = [name for name, value in flat_options(config).items() if there[name] != value and name not in ANYWAY]
     if changed:
@@ -170,10 +170,6 @@ def _identity(config: CompareConfig) -> dict[str, object]:
         Path(str(path)) for path in (config.data.data, config.data.validation_data, config.data.plain_text) if path
     ]
     return {**options, "files": [[str(file), file.stat().st_mtime] for file in files if file.exists()]}
-
-
-def _model_name(config: CompareConfig) -> str:
-    return config.model.model.strip("./").replace("/", "-")
 
 
 def _slug(spec: str) -> str:

@@ -3,13 +3,16 @@
 `python -m llm_peft_fa.evaluate --run runs/NAME` repeats the evaluation of a run, on its data or on other.
 """
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from labs_common.cli import run_command
-from llm_peft_fa.config import EvaluateConfig
+from llm_peft_fa.config import EvaluateConfig, path_name
 
 if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
+    from collections.abc import Iterator
+
     from accelerate import Accelerator
 
     from llm_peft_fa.data import Reading
@@ -55,11 +58,14 @@ def evaluate(config: EvaluateConfig) -> None:
     tuned = subject.load()
     encoded = encode_all(tokenizer, reading, config.max_length, "skip")
     losses = {"after": loss_of(tuned, encoded, accelerator)}
-    if with_base:
-        assert subject.base is not None
-        with plain_base(tuned, subject.base) as base:
-            losses["before"] = loss_of(base, encoded, accelerator, adapted=False)
-    before = plain_base(tuned, subject.base) if with_base and subject.base is not None else None
+
+    @contextmanager
+    def measured_base(base: str) -> "Iterator[Adapted]":
+        with plain_base(tuned, base) as model:
+            losses["before"] = loss_of(model, encoded, accelerator, adapted=False)
+            yield model
+
+    before = measured_base(subject.base) if with_base and subject.base is not None else None
     comparison = compared(tuned, before, tokenizer, prompts, config.generation, accelerator)
     for side, values in comparison.scores.items():
         if (loss := losses[side]) is not None:
@@ -123,9 +129,7 @@ def _reading(config: EvaluateConfig, subject: "Subject") -> "Reading":
 
 def _own_folder(subject: "Subject") -> Path:
     """Where the evaluation of a plain model, or of the newest run, goes."""
-    return Path("runs") / (
-        subject.name if subject.trained else f"evaluation-{subject.name.strip('./').replace('/', '-')}"
-    )
+    return Path("runs") / (subject.name if subject.trained else f"evaluation-{path_name(subject.name)}")
 
 
 if __name__ == "__main__":

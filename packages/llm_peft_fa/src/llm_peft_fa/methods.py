@@ -149,20 +149,12 @@ def vera(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> Pe
 
 def loha(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> PeftModel:
     """LoHa (Hyeon-Woo et al. 2022, proposition 2): the product, entry by entry, of two low-rank updates."""
-    config = peft.LoHaConfig(
-        task_type="CAUSAL_LM", r=_set(options.rank), alpha=_set(options.alpha), module_dropout=_set(options.dropout),
-        target_modules=_targets(options),
-    )  # fmt: skip
-    return _adapted(model, options, config, ".hada_")
+    return _adapted(model, options, peft.LoHaConfig(**_products(options)), ".hada_")
 
 
 def lokr(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> PeftModel:
     """LoKr (Yeh et al. 2024, section 3): the Kronecker product of a small matrix and a low-rank one."""
-    config = peft.LoKrConfig(
-        task_type="CAUSAL_LM", r=_set(options.rank), alpha=_set(options.alpha), module_dropout=_set(options.dropout),
-        target_modules=_targets(options),
-    )  # fmt: skip
-    return _adapted(model, options, config, ".lokr_")
+    return _adapted(model, options, peft.LoKrConfig(**_products(options)), ".lokr_")
 
 
 def oft(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> PeftModel:
@@ -276,6 +268,14 @@ def _low_rank(model: PreTrainedModel, options: MethodOptions, **more: Any) -> Pe
         **more,
     )
     return _adapted(model, options, config, ".lora_")
+
+
+def _products(options: MethodOptions) -> dict[str, Any]:
+    """What LoHa and LoKr are configured with."""
+    return {
+        "task_type": "CAUSAL_LM", "r": options.rank, "alpha": options.alpha, "module_dropout": options.dropout,
+        "target_modules": _targets(options),
+    }  # fmt: skip
 
 
 def _adapted(model: PreTrainedModel, options: MethodOptions, config: PeftConfig, *trained: str) -> PeftModel:

@@ -5,7 +5,7 @@ import time
 from typing import TYPE_CHECKING
 
 from labs_common.cli import run_command
-from llm_peft_fa.config import TrainConfig, complete
+from llm_peft_fa.config import TrainConfig, complete, path_name
 
 if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
     import torch
@@ -82,7 +82,7 @@ def train(config: TrainConfig) -> None:
         "validation": encoded["validation"],
         "plain text": encoded_plain(tokenizer, paragraphs, config.data.max_length),
     }
-    run = Run.start(config, config.run, f"{method}-{config.model.model.strip('./').replace('/', '-')}", accelerator)
+    run = Run.start(config, config.run, f"{method}-{path_name(config.model.model)}", accelerator)
     clock["prepared"] = time.perf_counter()
     prepared, audit, optimizer_bytes = fine_tune(config, run, accelerator, PackedCausalLM(adapted), source, held_out)
     save_tuned(accelerator, prepared, tokenizer, run.path, initial)
