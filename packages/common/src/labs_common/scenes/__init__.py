@@ -1,0 +1,20 @@
+"""Procedurally drawn scenes: the offline data, written in the real formats and read back by the same readers."""
+
+from labs_common.scenes.captions import captions
+from labs_common.scenes.drawing import picture
+from labs_common.scenes.tasks import TASKS, Task
+from labs_common.scenes.world import COLOURS, SHAPES, TEXTURES, Scene, Thing, random_scene, scene_generator
+
+__all__ = [
+    "COLOURS",
+    "SHAPES",
+    "TASKS",
+    "TEXTURES",
+    "Scene",
+    "Task",
+    "Thing",
+    "captions",
+    "picture",
+    "random_scene",
+    "scene_generator",
+]

@@ -1,0 +1,155 @@
+"""Writes scenes as the real data sets are laid out: Flickr8k, CIFAR-10 as parquet, COCO.
+
+Picture `number` of a set is scene `number` of its seed. Splits are given as a range of numbers, so that no scene
+is in two of them.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from PIL import Image
+from pyarrow import parquet
+from shapely.affinity import scale
+from shapely.geometry import LineString, MultiPolygon, Polygon, box
+from shapely.ops import split
+
+from labs_common.scenes.captions import captions
+from labs_common.scenes.drawing import picture
+from labs_common.scenes.tasks import TASKS
+from labs_common.scenes.world import SHAPES, Scene, Thing, random_scene, scene_generator
+
+LEAST_PIXELS = 4.0  # a visible part with a smaller area is no instance
+
+
+def encoded(image: Image.Image, form: str = "png") -> bytes:
+    """The bytes of a picture file."""
+    stream = io.BytesIO()
+    image.save(stream, form, quality=92, compress_level=1)  # noise does not compress: do not try hard
+    return stream.getvalue()
+
+
+def captioned_scenes(seed: int, numbers: Iterable[int]) -> Iterator[tuple[int, Scene, list[str]]]:
+    """Yields number, scene and captions."""
+    for number in numbers:
+        generator = scene_generator(seed, number)
+        scene = random_scene(generator)
+        yield number, scene, captions(scene, generator)
+
+
+def write_flickr8k(folder: Path, numbers: Sequence[int], seed: int = 0, side: int = 64) -> None:
+    """`Images/*.jpg`, `captions.txt` (CSV) and `Flickr8k.token.txt` (tab-separated): both published forms."""
+    (folder / "Images").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, scene, sentences in captioned_scenes(seed, numbers):
+        name = f"scene_{number:06d}.jpg"
+        (folder / "Images" / name).write_bytes(encoded(picture(scene, side), "jpeg"))
+        rows += [(name, place, sentence) for place, sentence in enumerate(sentences)]
+    with (folder / "captions.txt").open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(("image", "caption"))
+        writer.writerows((name, sentence) for name, _, sentence in rows)
+    lines = "".join(f"{name}#{place}\t{sentence}\n" for name, place, sentence in rows)
+    (folder / "Flickr8k.token.txt").write_text(lines, encoding="utf-8")
+
+
+def write_parquet(folder: Path, task: str, splits: dict[str, Sequence[int]], seed: int = 0, side: int = 64) -> None:
+    """`SPLIT.parquet` with the columns `img` (bytes, path) and `label` (with class names), as CIFAR-10 on the hub."""
+    folder.mkdir(parents=True, exist_ok=True)
+    features = {"img": {"_type": "Image"}, "label": {"names": list(TASKS[task].classes), "_type": "ClassLabel"}}
+    schema = pa.schema(
+        [("img", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())],
+        metadata={"huggingface": json.dumps({"info": {"features": features}})},
+    )
+    for name, numbers in splits.items():
+        pictures, labels = [], []
+        for number in numbers:
+            scene, label = TASKS[task].sample(scene_generator(seed, number))
+            pictures.append({"bytes": encoded(picture(scene, side)), "path": f"{name}/{number:06d}.png"})
+            labels.append(label)
+        parquet.write_table(pa.table({"img": pictures, "label": labels}, schema), folder / f"{name}.parquet")
+
+
+def write_coco(
+    folder: Path,
+    splits: dict[str, Sequence[int]],
+    seed: int = 0,
+    side: int = 128,
+    category: Callable[[Thing], str] = lambda thing: thing.shape,
+    categories: Sequence[str] = tuple(SHAPES),
+    wanted: Callable[[Scene], bool] = lambda scene: True,
+) -> None:
+    """`SPLIT/*.jpg`, `annotations/instances_SPLIT.json` and `captions_SPLIT.json`.
+
+    An instance has its category, box, area, the polygons of what is visible of it and, under `attributes`, its colour,
+    texture and size and whether its pairing of shape and colour is `unseen`. Scenes that are not
+    `wanted` (such as those with unseen pairings) are left out.
+    """
+    (folder / "annotations").mkdir(parents=True, exist_ok=True)
+    ids = {name: place for place, name in enumerate(categories, 1)}
+    for split_name, numbers in splits.items():
+        (folder / split_name).mkdir(exist_ok=True)
+        images: list[dict[str, Any]] = []
+        instances: list[dict[str, Any]] = []
+        sentences: list[dict[str, Any]] = []
+        for number, scene, texts in captioned_scenes(seed, numbers):
+            if not wanted(scene):
+                continue
+            name = f"{number:012d}.jpg"
+            (folder / split_name / name).write_bytes(encoded(picture(scene, side), "jpeg"))
+            images.append({"id": number, "file_name": name, "width": side, "height": side})
+            for thing, polygons in visible_polygons(scene, side):
+                instances.append(
+                    {"id": len(instances) + 1, "image_id": number, "category_id": ids[category(thing)], "iscrowd": 0}
+                    | _measured(polygons)
+                    | {"attributes": {"colour": thing.colour, "texture": thing.texture, "size": thing.size,
+                                      "unseen": thing.unseen}}
+                )  # fmt: skip
+            sentences += [{"image_id": number, "caption": text} for text in texts]
+        shared = {"info": {"description": "drawn scenes", "version": "1"}, "licenses": [], "images": images}
+        kinds = [{"id": place, "name": name, "supercategory": "shape"} for name, place in ids.items()]
+        numbered = [{"id": place, **sentence} for place, sentence in enumerate(sentences, 1)]
+        for kind, content in (
+            ("instances", shared | {"annotations": instances, "categories": kinds}),
+            ("captions", shared | {"annotations": numbered}),
+        ):
+            text = json.dumps(content)
+            (folder / "annotations" / f"{kind}_{split_name}.json").write_text(text, encoding="utf-8")
+
+
+def visible_polygons(scene: Scene, side: int) -> Iterator[tuple[Thing, list[Polygon]]]:
+    """Yields each thing with the parts of it that nothing in front hides, as polygons without holes, in pixels."""
+    frame = box(0, 0, side, side)
+    outlines = [Polygon(thing.outline(side)) for thing in scene.things]
+    for place, (thing, outline) in enumerate(zip(scene.things, outlines, strict=True)):
+        seen = outline.intersection(frame)
+        for front in outlines[place + 1 :]:
+            seen = seen.difference(front)
+        parts = seen.geoms if isinstance(seen, MultiPolygon) else [seen]
+        whole = [part for polygon in parts if polygon.area >= LEAST_PIXELS for part in _without_holes(polygon)]
+        if whole:
+            yield thing, whole
+
+
+def _without_holes(polygon: Polygon) -> list[Polygon]:
+    """The same area as polygons that COCO's format can hold: cut through each hole."""
+    if not polygon.interiors:
+        return [polygon]
+    x = Polygon(polygon.interiors[0]).centroid.x
+    _, low, _, high = polygon.bounds
+    halves = split(polygon, scale(LineString([(x, low), (x, high)]), yfact=1.1)).geoms
+    return [part for half in halves for part in _without_holes(half)]
+
+
+def _measured(polygons: Sequence[Polygon]) -> dict[str, Any]:
+    left, top, right, bottom = MultiPolygon(polygons).bounds
+    corners = [[round(value, 2) for corner in polygon.exterior.coords[:-1] for value in corner] for polygon in polygons]
+    return {
+        "segmentation": corners,
+        "area": round(sum(polygon.area for polygon in polygons), 2),
+        "bbox": [round(left, 2), round(top, 2), round(right - left, 2), round(bottom - top, 2)],
+    }

@@ -1,0 +1,1 @@
+"""One trainable block of a pre-trained CNN or vision transformer."""
