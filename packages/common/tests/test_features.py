@@ -1,0 +1,139 @@
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from labs_common import features
+from labs_common.errors import LabError
+from labs_common.features import CachedRows, ComputedRows, cached_rows
+
+COUNT, WIDTH = 50, 6
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(features, "CHUNK_BYTES", 8 * WIDTH * 2)  # 8 rows of bf16
+    return tmp_path
+
+
+def front(view: int, places: Sequence[int]) -> torch.Tensor:
+    return torch.stack([torch.linspace(place, place + view + 1, WIDTH) for place in places])
+
+
+def make(recipe: object = 1, compute: features.Compute = front, views: int = 2) -> CachedRows:
+    return cached_rows("toy", recipe, COUNT, views, WIDTH, "bf16", compute, shown=False)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_cached_rows_are_the_computed_ones(precision: features.RowPrecision) -> None:
+    cached = cached_rows("toy", 1, COUNT, 2, WIDTH, precision, front, shown=False)
+    plain = ComputedRows(front, precision)
+    for view in (0, 1):
+        places = [49, 0, 7, 7, 8]
+        assert cached.rows(view, places).dtype == features.DTYPES[precision][0]
+        assert torch.equal(cached.rows(view, places), plain.rows(view, places))
+    assert cached.bytes_on_disk == 2 * COUNT * WIDTH * (4 if precision == "fp32" else 2)
+
+
+def test_computed_once_and_a_changed_recipe_is_a_miss() -> None:
+    asked: list[int] = []
+
+    def counted(view: int, places: Sequence[int]) -> torch.Tensor:
+        asked.extend(places)
+        return front(view, places)
+
+    make({"weights": "a"}, counted)
+    assert sorted(asked) == sorted([*range(COUNT), *range(COUNT)])
+    make({"weights": "a"}, counted)
+    assert len(asked) == 2 * COUNT
+    make({"weights": "b"}, counted)
+    assert len(asked) == 4 * COUNT
+
+
+def test_goes_on_after_an_error_where_it_stopped() -> None:
+    asked: list[int] = []
+
+    def failing(view: int, places: Sequence[int]) -> torch.Tensor:
+        if len(asked) == 3 * 8:
+            raise KeyboardInterrupt
+        asked.extend(places)
+        return front(view, places)
+
+    with pytest.raises(KeyboardInterrupt):
+        make(compute=failing)
+    done: list[int] = []
+
+    def counted(view: int, places: Sequence[int]) -> torch.Tensor:
+        done.extend(places)
+        return front(view, places)
+
+    rows = make(compute=counted)
+    assert len(done) == 2 * COUNT - 3 * 8
+    assert torch.equal(rows.rows(1, range(COUNT)), front(1, range(COUNT)).bfloat16())
+
+
+def _fill(log: str, chunk_bytes: int, seconds: float) -> None:
+    features.CHUNK_BYTES = chunk_bytes
+
+    def slow(view: int, places: Sequence[int]) -> torch.Tensor:
+        time.sleep(seconds)
+        with Path(log).open("a") as file:
+            file.write(json.dumps([os.getpid(), view, *places]) + "\n")
+        return front(view, places)
+
+    rows = make(compute=slow)
+    assert torch.equal(rows.rows(0, range(COUNT)), front(0, range(COUNT)).bfloat16())
+
+
+def test_processes_share_the_work_and_finish_what_a_killed_one_left(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    start = multiprocessing.get_context("fork").Process
+    two = [start(target=_fill, args=(str(log), features.CHUNK_BYTES, 0.05)) for _ in range(2)]
+    for process in two:
+        process.start()
+    for process in two:
+        process.join()
+    assert [process.exitcode for process in two] == [0, 0]
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    chunks = [(view, places[0]) for _, view, *places in lines]
+    assert len(chunks) == len(set(chunks)) == 14  # each once
+    assert len({pid for pid, *_ in lines}) == 2  # by both
+
+    shutil.rmtree(tmp_path / "foundation-labs")
+    log.unlink()
+    killed = start(target=_fill, args=(str(log), features.CHUNK_BYTES, 0.1))
+    killed.start()
+    while not log.exists() or len(log.read_text().splitlines()) < 3:
+        time.sleep(0.01)
+    waiting = start(target=_fill, args=(str(log), features.CHUNK_BYTES, 0.001))
+    waiting.start()  # meets the claim of the first one, which then dies with it
+    time.sleep(0.03)
+    assert killed.pid is not None
+    os.kill(killed.pid, signal.SIGKILL)
+    waiting.join()
+    assert waiting.exitcode == 0
+
+
+def test_a_full_disk_and_a_broken_cache_are_said_in_a_line(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(cache)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=100))
+    with pytest.raises(LabError, match=r"frozen features need 0.00 MB .* 0.00 MB are free.*--no-cache"):
+        make()
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    folder = make().folder
+    np.save(folder / "view-0.npy", np.zeros(3))
+    with pytest.raises(LabError, match=r"cannot be used .*view-0.npy holds.*delete it, or add --no-cache"):
+        make()
+    (folder / "view-1.npy").unlink()
+    with pytest.raises(LabError, match=r"cannot be used .*delete it, or add --no-cache"):
+        make()
