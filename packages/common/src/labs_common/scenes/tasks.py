@@ -7,7 +7,7 @@ import numpy as np
 
 from labs_common.scenes.world import COLOURS, MOST_THINGS, SHAPES, TEXTURES, Scene, random_look, random_scene
 
-MAIN = ((0.2, 0.34), (0.06, 0.11))  # a large thing first, small ones after it
+MAIN = ((0.22, 0.38), (0.07, 0.16))  # a large thing first, smaller ones after it
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class Task:
 
 
 def _shape(generator: np.random.Generator) -> tuple[Scene, int]:
-    scene = random_scene(generator, 1 + int(generator.integers(4)), MAIN)
+    scene = random_scene(generator, 1 + int(generator.integers(5)), MAIN)
     return scene, list(SHAPES).index(scene.things[0].shape)
 
 
 def _texture(generator: np.random.Generator) -> tuple[Scene, int]:
-    scene = random_scene(generator, 1 + int(generator.integers(4)), MAIN)
+    scene = random_scene(generator, 1 + int(generator.integers(5)), MAIN)
     return scene, TEXTURES.index(scene.things[0].texture)
 
 

@@ -1,0 +1,142 @@
+"""Every option of the lab, once, with its help text and default. Imports nothing heavy: `--help` is fast."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from labs_common.errors import LabError
+from labs_common.options import RunOptions, TrainingOptions
+
+Unfreeze = Literal["block", "head", "all"]
+Head = Literal["linear", "mlp"]
+Augment = Literal["flip", "crop"]
+OnBadData = Literal["error", "skip"]
+RowPrecision = Literal["bf16", "fp16", "fp32"]
+TINY = ("tiny-vit", "tiny-cnn")
+
+
+@dataclass
+class ModelOptions:
+    """Which network, and what of it trains."""
+
+    model: str = "tiny-vit"
+    """tiny-vit or tiny-cnn (pre-trained here on first use, offline), or any timm name; see python -m
+    vit_transfer.models."""
+    pretrained: bool = True
+    """Start from timm's pre-trained weights (downloaded on first use), or from random ones."""
+    weights: Path | None = None
+    """Start from this .safetensors file of the same architecture; its head may have other classes."""
+    image_size: int = 0
+    """Side of the pictures that the network sees, in pixels; 0 takes the network's own."""
+    unfreeze: Unfreeze = "block"
+    """What trains: the last block and the head, the head alone, or everything."""
+    block: str | None = None
+    """The block to unfreeze, as prefixes of parameter names with commas between (layer4.2); by default the last one of
+    the model's family."""
+    head: Head = "linear"
+    """New head: one linear layer, or an MLP with one hidden layer."""
+    head_width: int = 512
+    """Hidden width of the MLP head."""
+
+
+@dataclass
+class DataOptions:
+    """Which pictures."""
+
+    data: str | None = None
+    """CIFAR-10 (python batches or binary), a directory per class, .parquet files, or a Hugging Face id. Without it,
+    drawn scenes whose things are to be counted."""
+    validation_fraction: float = 0.1
+    """Share of the training pictures of every class set aside for validation, unless the data has its own; a test split
+    is not looked at before the end."""
+    test_fraction: float = 0.1
+    """Share set aside for the test if the data has no test split."""
+    limit: int = 0
+    """Take only this many training pictures, evenly over the classes; 0 takes all."""
+    on_bad_data: OnBadData = "error"
+    """What to do with pictures that cannot be used: stop and name them, or leave them out and count them."""
+    views: int = 1
+    """Versions of each training picture, one per epoch in turn: the first is the picture itself, the others are
+    augmented. Each takes its own room in the cache."""
+    augment: Augment = "crop"
+    """How: mirrored by chance, or a random crop that is mirrored by chance."""
+
+
+@dataclass
+class CacheOptions:
+    """What is kept of the frozen front."""
+
+    cache: bool = True
+    """Compute the frozen front once per picture and keep its output on disk; --no-cache runs it every epoch."""
+    boundary_precision: RowPrecision = "bf16"
+    """Precision in which the front hands over its output, cached or not."""
+
+
+@dataclass
+class PictureTrainingOptions(TrainingOptions):
+    """How the weights are moved."""
+
+    epochs: int = 16
+    """Passes over the training pictures."""
+    learning_rate: float = 0.0
+    """Highest learning rate, reached after the warm-up; 0 takes 3e-3 for a block or head of a tiny model, 2e-3 for
+    all of it, and 1e-3, 1e-3 and 1e-4 for a real one."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+    label_smoothing: float = 0.0
+    """Share of the target's weight that is spread over all classes."""
+
+
+@dataclass
+class TrainConfig:
+    """Trains one block of a pre-trained network on pictures, and reports what that gave.
+
+    `python -m vit_transfer.train` alone works offline in three minutes: it pre-trains a small vision transformer on
+    drawn shapes, then trains its last block to count things, beside its head alone and the same network from scratch.
+    The real thing is the same command:
+    `accelerate launch -m vit_transfer.train --model vit_small_patch16_224 --data cifar-10-batches-py`.
+    """
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    training: PictureTrainingOptions = field(default_factory=PictureTrainingOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+    baselines: Literal["auto", "yes", "no"] = "auto"
+    """Also train the head alone, and the whole network from scratch, on the same pictures for as many epochs; auto does
+    for a tiny model."""
+
+
+def complete(config: TrainConfig) -> TrainConfig:
+    """The config with a default in the place of what was left to the model.
+
+    Raises:
+        LabError: options that contradict each other, or are out of range.
+    """
+    model, data, training = config.model, config.data, config.training
+    if data.views < 1:
+        raise LabError("--views: must be at least 1")
+    for name, value in (("validation", data.validation_fraction), ("test", data.test_fraction)):
+        if not 0 < value < 0.9:
+            raise LabError(f"--{name}-fraction: must lie between 0 and 0.9")
+    if model.weights is not None and not model.weights.is_file():
+        raise LabError(f"--weights {model.weights}: no such file")
+    if model.weights is not None and model.weights.suffix != ".safetensors":
+        raise LabError(f"--weights {model.weights}: must be a .safetensors file; convert it with safetensors.torch")
+    if model.block is not None and model.unfreeze != "block":
+        raise LabError(f"--block: is what --unfreeze block trains; drop it, or --unfreeze {model.unfreeze}")
+    if model.image_size < 0 or model.head_width < 1 or data.limit < 0:
+        raise LabError("--image-size, --head-width and --limit must not be negative")
+    tiny = model.model in TINY
+    own = {"block": 3e-3, "head": 3e-3, "all": 2e-3} if tiny else {"block": 1e-3, "head": 1e-3, "all": 1e-4}
+    rate = training.learning_rate or own[model.unfreeze]
+    baselines = config.baselines if config.baselines != "auto" else "yes" if tiny and wants_baselines(model) else "no"
+    if baselines == "yes" and not wants_baselines(model):
+        raise LabError("--baselines yes: compares with --unfreeze block of a pre-trained model; drop one of them")
+    return dataclasses.replace(config, training=dataclasses.replace(training, learning_rate=rate), baselines=baselines)
+
+
+def wants_baselines(model: ModelOptions) -> bool:
+    """Whether head alone and from scratch are other things than what this run does."""
+    return model.unfreeze == "block" and (model.pretrained or model.weights is not None)

@@ -1,0 +1,190 @@
+"""The network: any timm model with a new head, and what of it trains."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.data import resolve_model_data_config
+from timm.models import register_model
+
+from labs_common.errors import LabError
+from labs_common.freezing import train_only
+from vit_transfer.catalogue import block_of
+from vit_transfer.config import TINY, ModelOptions
+from vit_transfer.cut import Cut
+from vit_transfer.first_tokens import FirstTokens, can_be_shortened, read_tokens
+
+
+class MlpHead(torch.nn.Sequential):
+    """width -> hidden -> classes with a ReLU between."""
+
+    def __init__(self, width: int, hidden: int, classes: int) -> None:
+        super().__init__(torch.nn.Linear(width, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, classes))
+
+
+@register_model
+def with_mlp_head(
+    pretrained: bool = False, base: str = "", hidden: int = 512, num_classes: int = 10, **others: Any
+) -> torch.nn.Module:
+    """Timm entry point of a model whose classifiers are MLPs: what an export of `--head mlp` names.
+
+    timm knows it after `import vit_transfer.model`.
+    """
+    own = {name: value for name, value in others.items() if not name.startswith("pretrained_cfg") and value is not None}
+    model = timm.create_model(base, pretrained=pretrained, num_classes=num_classes, **own)
+    return _with_mlp(model, hidden)
+
+
+def create(options: ModelOptions, classes: int) -> torch.nn.Module:
+    """The network with a fresh head for `classes` classes; take the seed first.
+
+    Raises:
+        LabError: timm has no such model, or its weights cannot be had.
+    """
+    if options.model in TINY:
+        from vit_transfer.tiny import tiny_model
+
+        model = tiny_model(options.model, classes, options.pretrained and options.weights is None, options.image_size)
+    else:
+        model = _from_timm(options, classes)
+    if options.weights is not None:
+        _load(model, options.weights)
+    return _with_mlp(model, options.head_width) if options.head == "mlp" else model
+
+
+def _from_timm(options: ModelOptions, classes: int) -> torch.nn.Module:
+    name = options.model
+    if not timm.is_model(name.removeprefix("timm/").split(".")[0]):
+        like = timm.list_models(f"*{name.split('_')[0].split('.')[0]}*")[:6]
+        hint = f"; like it are {', '.join(like)}" if like else ""
+        raise LabError(f"--model {name}: timm has no such model{hint}; python -m vit_transfer.models lists some")
+    known = timm.get_pretrained_cfg(name.removeprefix("timm/"), allow_unregistered=True)
+    fixed = known is not None and known.fixed_input_size
+    size: dict[str, Any] = {"img_size": options.image_size} if options.image_size and fixed else {}
+    pretrained = options.pretrained and options.weights is None
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=classes, **size)
+    except Exception as error:  # downloads fail in many ways; everything else about the name has been checked
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise LabError(f"--model {name}: cannot be made ({reason}); check the network, or give --weights FILE or "
+                       "--no-pretrained") from error  # fmt: skip
+
+
+def _load(model: torch.nn.Module, file: Path) -> None:
+    """Loads everything but the head.
+
+    Raises:
+        LabError: the file is broken or of another architecture.
+    """
+    try:
+        state = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise LabError(f"--weights {file}: cannot be read ({str(error).splitlines()[0]})") from error
+    heads = tuple(f"{name}." for name in classifiers(model))
+    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(heads)}
+    given = {name: tensor for name, tensor in state.items() if not name.startswith(heads)}
+    for name in own.keys() | given.keys():
+        if name not in given or name not in own or given[name].shape != own[name].shape:
+            raise LabError(f"--weights {file}: is of another architecture or image size (first difference: {name})")
+    model.load_state_dict(given, strict=False)
+
+
+def classifiers(model: Any) -> tuple[str, ...]:
+    """The names of the model's heads (two for a distilled DeiT)."""
+    names = model.pretrained_cfg["classifier"]
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _with_mlp(model: torch.nn.Module, hidden: int) -> torch.nn.Module:
+    for name in classifiers(model):
+        head = model.get_submodule(name)
+        if not isinstance(head, torch.nn.Linear):
+            raise LabError(f"--head mlp: the head of this model is a {type(head).__name__}; take --head linear")
+        model.set_submodule(name, MlpHead(head.in_features, hidden, head.out_features))
+    return model
+
+
+def unfreeze(model: torch.nn.Module, options: ModelOptions) -> tuple[str, ...]:
+    """Makes exactly the wanted part trainable; returns the prefixes of its parameters ("" for everything).
+
+    Raises:
+        LabError: there is no such block.
+    """
+    if options.unfreeze == "all":
+        train_only(model, lambda name: True)
+        return ("",)
+    block = block_of(model, options.block) if options.unfreeze == "block" else ()
+    prefixes = (*block, *classifiers(model))
+    train_only(model, lambda name: name.startswith(tuple(f"{prefix}." for prefix in prefixes)))
+    return prefixes
+
+
+class Transfer(torch.nn.Module):
+    """A network of which a part trains; it takes rows of the frozen front's output where there is a cut.
+
+    The frozen part is always in evaluation mode, so that no batch-norm statistic of it moves.
+    """
+
+    def __init__(self, model: torch.nn.Module, trained: Sequence[str], cut: Cut | None) -> None:
+        super().__init__()
+        self.model, self.trained = model, trained
+        self._cut = (cut,)  # not a submodule: its modules are the model's
+
+    @property
+    def cut(self) -> Cut | None:
+        """The cut, if there is one."""
+        return self._cut[0]
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Rows, or pictures where there is no cut, to logits (batch, classes)."""
+        if self.cut is None:
+            return self.model(inputs)
+        return self.cut.back(inputs.float())
+
+    def train(self, mode: bool = True) -> "Transfer":
+        """Sets the trained part to training mode."""
+        super().train(False)
+        for prefix in self.trained:
+            self.model.get_submodule(prefix).train(mode)
+        return self
+
+
+def transfer(model: torch.nn.Module, options: ModelOptions, size: int, cached: bool) -> Transfer:
+    """Freezes the model's front and cuts it off; without a cache a network that cannot be cut is run whole.
+
+    Raises:
+        LabError: there is no such block; or the network cannot be cut and should be `cached`.
+    """
+    trained = unfreeze(model, options)
+    model.eval()
+    if trained == ("",):
+        return Transfer(model, trained, None).eval()
+    example = torch.zeros(2, 3, size, size)
+    try:
+        cut = Cut(model, trained, example)
+    except LabError:
+        if cached:
+            raise
+        return Transfer(model, trained, None).eval()
+    shorten_last_block(model, cut)
+    return Transfer(model, trained, cut).eval()
+
+
+def shorten_last_block(model: Any, cut: Cut) -> None:
+    """Computes the last block of a vision transformer only for the tokens that its head reads, where that is exact."""
+    count = read_tokens(model)
+    if not count:
+        return
+    name = f"blocks.{len(model.blocks) - 1}"
+    block: Any = model.get_submodule(name)
+    if can_be_shortened(block) and cut.calls(name):
+        cut.replace(name, FirstTokens(block, count))
+
+
+def input_size(model: torch.nn.Module, options: ModelOptions) -> int:
+    """Side in pixels of the pictures that the network sees."""
+    return options.image_size or int(resolve_model_data_config(model)["input_size"][-1])

@@ -1,0 +1,120 @@
+"""The offline base models: a small CNN and a small vision transformer of timm, pre-trained here on first use.
+
+They learn which shape the largest thing of a drawn scene has. The transformer, which knows nothing of neighbourhood,
+also learns what shape each of its patches shows (token labelling, Jiang et al. 2021, eq. 4), without which it would
+need far more pictures. About a minute each on two cores; then kept in the user's cache.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+
+from labs_common.cache import cached_directory
+from labs_common.progress import tracked
+from labs_common.scenes import SHAPES, TASKS, Scene, picture, scene_generator
+
+SIDE, PATCH = 48, 8
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+RECIPES: dict[str, dict[str, Any]] = {
+    # Strides only down to 8: to count things a network has to see where they are.
+    "tiny-cnn": {
+        "architecture": "resnet10t", "arguments": {"channels": (24, 48, 64, 96), "output_stride": 8},
+        "pictures": 8000, "steps": 450, "batch": 64, "learning_rate": 4e-3,
+    },
+    "tiny-vit": {
+        "architecture": "vit_tiny_patch16_224",
+        "arguments": {"img_size": SIDE, "patch_size": PATCH, "embed_dim": 96, "depth": 4, "num_heads": 3},
+        "pictures": 8000, "steps": 650, "batch": 64, "learning_rate": 2e-3,
+    },
+}  # fmt: skip
+TOKEN_WEIGHT = 3.0
+
+
+def tiny_model(name: str, classes: int, pretrained: bool, size: int = 0) -> Any:
+    """A tiny model with a fresh head, pre-trained on shapes (now, if never before) or random."""
+    recipe = RECIPES[name]
+    model = _created(recipe, classes, size)
+    if pretrained:
+        folder = cached_directory(name, recipe | {"format": 1}, lambda folder: _make(folder, recipe))
+        state = load_file(folder / "model.safetensors")
+        if size not in (0, SIDE) and "pos_embed" in state:
+            from timm.layers import resample_abs_pos_embed
+
+            state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], model.patch_embed.grid_size)
+        heads = model.pretrained_cfg["classifier"] + "."
+        model.load_state_dict({key: value for key, value in state.items() if not key.startswith(heads)}, strict=False)
+    return model
+
+
+def _created(recipe: dict[str, Any], classes: int, size: int = 0) -> Any:
+    arguments = dict(recipe["arguments"])
+    if size and "img_size" in arguments:
+        arguments["img_size"] = size
+    shown = {"mean": MEAN, "std": STD, "input_size": (3, SIDE, SIDE), "crop_pct": 1.0, "pool_size": None}
+    return timm.create_model(
+        recipe["architecture"], num_classes=classes, pretrained_cfg_overlay=shown, **arguments
+    )  # fmt: skip
+
+
+def _make(folder: Path, recipe: dict[str, Any]) -> None:
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.set_num_threads(2)  # sums in another order would give another base on a machine with other cores
+        save_file(_pretrained(recipe).state_dict(), folder / "model.safetensors")
+    torch.set_num_threads(threads)
+
+
+def _pretrained(recipe: dict[str, Any]) -> torch.nn.Module:
+    """Trains on the shape task: AdamW with warm-up and cosine."""
+    name = recipe["architecture"]
+    images, labels, tokens = _shapes(recipe["pictures"], f"drawing shapes for the tiny {name}")
+    model = _created(recipe, len(SHAPES)).train()
+    by_patch = torch.nn.Linear(model.num_features, len(SHAPES) + 1) if hasattr(model, "patch_embed") else None
+    parameters = [*model.parameters(), *(by_patch.parameters() if by_patch is not None else ())]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.05, fused=True)
+    steps, batch = recipe["steps"], recipe["batch"]
+    order = torch.cat([torch.randperm(len(images)) for _ in range(-(-steps * batch // len(images)))])
+    for step in tracked(range(steps), f"pre-training the tiny {name} on shapes", steps):
+        rise, fall = min(1.0, (step + 1) / 80), 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = recipe["learning_rate"] * rise * fall
+        places = order[step * batch : (step + 1) * batch]
+        features = model.forward_features((images[places].float() / 255 - MEAN[0]) / STD[0])
+        loss = F.cross_entropy(model.forward_head(features), labels[places])
+        if by_patch is not None:
+            said = by_patch(features[:, model.num_prefix_tokens :])  # (batch, patches, shapes + 1)
+            loss = loss + TOKEN_WEIGHT * F.cross_entropy(said.flatten(0, 1), tokens[places].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def _shapes(count: int, task: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pictures (count, 3, side, side), the largest thing's shape (count,), and the shape at each patch's centre."""
+    images, labels, tokens = [], [], []
+    for number in tracked(range(count), task, count):
+        scene, label = TASKS["shape"].sample(scene_generator(1, number))
+        images.append(np.asarray(picture(scene, SIDE)))
+        labels.append(label)
+        tokens.append(_shape_by_patch(scene))
+    return (
+        torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
+        torch.tensor(labels),
+        torch.from_numpy(np.stack(tokens)).long(),
+    )
+
+
+def _shape_by_patch(scene: Scene) -> np.ndarray:
+    """The number of the shape at the centre of each patch, from 1, row by row; 0 is background."""
+    canvas = Image.new("L", (SIDE, SIDE))
+    for thing in scene.things:
+        ImageDraw.Draw(canvas).polygon(thing.outline(SIDE).ravel().tolist(), fill=1 + list(SHAPES).index(thing.shape))
+    return np.asarray(canvas)[PATCH // 2 :: PATCH, PATCH // 2 :: PATCH].ravel()
