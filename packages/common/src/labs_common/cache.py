@@ -15,6 +15,11 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "foundation-labs"
 
 
+def path_name(model: str) -> str:
+    """A model's id or directory as a part of a file name: google/gemma-2-2b gives google-gemma-2-2b."""
+    return model.strip("./").replace("/", "-")
+
+
 def recipe_key(recipe: Any) -> str:
     """Twelve hexadecimal digits that change with anything in `recipe` (JSON values)."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]

@@ -144,7 +144,7 @@ class Loop:
         self._rates = [group["lr"] for group in optimizer.param_groups]
         self._signal = 0  # the number of the signal that this process received
         self._stop = 0  # the signal that any process received, agreed on with each step
-        self._share = torch.zeros(2, dtype=torch.float64)  # loss and count of the open step, this process
+        self._share: dict[str, float] = {}  # loss, count and further metrics of the open step, this process
         self._closing = False
         set_seed(seed, device_specific=True)
         if run.resumed:
@@ -177,17 +177,20 @@ class Loop:
         if self._best:
             load_checkpoint(self._best_path(), self.accelerator, self.model, self.optimizer, self.also)
 
-    def step(self, loss: torch.Tensor, count: int) -> None:
+    def step(self, loss: torch.Tensor, count: int, **metrics: float) -> None:
         """Back-propagates a micro-batch's share of the loss; with the last one, moves the weights.
 
-        `count` is the number of samples or tokens of this micro-batch in this process.
+        `count` is the number of samples or tokens of this micro-batch in this process. `metrics` are this
+        micro-batch's shares of other means (an accuracy); they are added up as the loss is, and logged.
         """
-        self._share += torch.tensor([float(loss.detach()), count], dtype=torch.float64)
+        for name, value in {"loss": float(loss.detach()), "count": count, **metrics}.items():
+            self._share[name] = self._share.get(name, 0.0) + value
         if not self._closing:
             self.accelerator.backward(loss)
             return
         rate = self._set_learning_rate()
-        value, count_all, stop = self._over_processes()
+        means, count_all, stop = self._over_processes()
+        value = means["loss"]
         if not math.isfinite(value):
             self._stop_not_finite("the loss", value)
         self.accelerator.backward(loss)
@@ -199,9 +202,9 @@ class Loop:
         self._stop = stop
         self.step_number += 1
         self.count += count_all
-        self._share.zero_()
+        self._share = {}
         self.evaluation_due = self._is_evaluation_step()
-        self._log(value, rate, norm, count_all)
+        self._log(means, rate, norm, count_all)
 
     def evaluated(self, metrics: dict[str, float], watch: str | None = None, higher_is_better: bool = False) -> None:
         """Logs an evaluation and, with `--patience`, keeps the weights if `watch` is the best so far."""
@@ -236,16 +239,17 @@ class Loop:
             group["lr"] = rate * share
         return self.options.learning_rate * share
 
-    def _over_processes(self) -> tuple[float, int, int]:
-        """Loss (mean), count (sum) and the signal (any) over all processes."""
-        mine = torch.tensor([*self._share.tolist(), float(self._signal)], dtype=torch.float64)
+    def _over_processes(self) -> tuple[dict[str, float], int, int]:
+        """Loss and metrics (mean), count (sum) and the signal (any) over all processes."""
+        mine = torch.tensor([*self._share.values(), float(self._signal)], dtype=torch.float64)
         if self.accelerator.num_processes == 1:
             everyone = mine.unsqueeze(0)
         else:
             gathered = self.accelerator.gather(mine.to(self.accelerator.device)[None])
             everyone = gathered.cpu()
-        loss, count, stop = everyone[:, 0].mean(), everyone[:, 1].sum(), everyone[:, 2].max()
-        return float(loss), int(count), int(stop)
+        means = dict(zip(self._share, everyone.mean(0).tolist(), strict=False))
+        del means["count"]
+        return means, int(everyone[:, 1].sum()), int(everyone[:, -1].max())
 
     def _clipped_norm(self) -> float:
         limit = self.options.clip_norm or math.inf
@@ -260,11 +264,11 @@ class Loop:
         every = self.options.evaluate_every or len(self.source)
         return self.step_number % every == 0 or self.step_number == self.total
 
-    def _log(self, loss: float, rate: float, norm: float, count: int) -> None:
+    def _log(self, means: dict[str, float], rate: float, norm: float, count: int) -> None:
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         finite_norm = norm if math.isfinite(norm) else None  # fp16: the step was skipped and the scale halved
-        metrics = {"loss": loss, "learning_rate": rate, "gradient_norm": finite_norm, self.unit: self.count}
+        metrics = {**means, "learning_rate": rate, "gradient_norm": finite_norm, self.unit: self.count}
         self.run.append(
             "metrics.jsonl",
             {"step": self.step_number, "epoch": self.step_number / len(self.source), **metrics},
@@ -277,7 +281,7 @@ class Loop:
         self.run.append("timing.jsonl", {"step": self.step_number, self.unit: count, **timing})
         shown = {name: value for name, value in (metrics | timing).items() if value is not None}
         self.accelerator.log(shown, step=self.step_number)
-        self._line.advance(f"loss {loss:.3f}  lr {rate:.1e}  {count / seconds:,.0f} {self.unit}/s")
+        self._line.advance(f"loss {means['loss']:.3f}  lr {rate:.1e}  {count / seconds:,.0f} {self.unit}/s")
 
     def _save_if_due(self) -> None:
         if self._stop or self.step_number == self.total or self.step_number % self.options.save_every == 0:

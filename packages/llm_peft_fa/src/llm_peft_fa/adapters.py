@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from labs_common.errors import LabError
+from labs_common.run import written_whole
 from llm_peft_fa.methods import Adapted
 from llm_peft_fa.model import device_precision, load_model
 from llm_peft_fa.packed import PackedCausalLM
@@ -55,7 +55,7 @@ def save_tuned(
         return
     state = {name.removeprefix("model."): tensor for name, tensor in gathered.items()}
     folder = run / FOLDERS[not isinstance(tuned, PeftModel)]
-    with _written_whole(folder) as part:
+    with written_whole(folder) as part:
         if not isinstance(tuned, PeftModel):
             dtype = getattr(tuned.config, "dtype", None) or torch.float32
             tuned.save_pretrained(part, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
@@ -130,7 +130,7 @@ def plain_base(tuned: Adapted, model: str) -> Iterator[Adapted]:
 def save_merged(adapter: Path, model: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes the unquantised base plus its update as one model that `transformers` loads."""
     tuned = adapted_model(adapter, model)
-    with _written_whole(folder) as part:
+    with written_whole(folder) as part:
         tuned.merge_and_unload().save_pretrained(part)
         tokenizer.save_pretrained(part)
 
@@ -163,14 +163,3 @@ def latest_run(run: Path | None) -> Path:
         return finished[-1].parent
     result_folder(run)
     return run
-
-
-@contextlib.contextmanager
-def _written_whole(folder: Path) -> Iterator[Path]:
-    """Gives a new directory that takes the place of `folder` when everything is in it."""
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    yield part
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)

@@ -8,11 +8,11 @@ import dataclasses
 import os
 from pathlib import Path
 
-from labs_common.cache import recipe_key
+from labs_common.cache import path_name, recipe_key
 from labs_common.cli import config_from_yaml, config_to_yaml, flat_options, parse, run_command, to_plain
 from labs_common.errors import LabError
 from labs_common.options import RunOptions
-from llm_peft_fa.config import CompareConfig, TrainConfig, complete, path_name
+from llm_peft_fa.config import CompareConfig, TrainConfig, complete
 from llm_peft_fa.method_options import MethodOptions
 from llm_peft_fa.own_process import finished_run, locked, start_server
 

@@ -111,11 +111,6 @@ class TrainConfig:
     """Print the first batch with the learnt tokens in colour, and stop."""
 
 
-def path_name(model: str) -> str:
-    """A model's id or directory as a part of a file name: google/gemma-2-2b gives google-gemma-2-2b."""
-    return model.strip("./").replace("/", "-")
-
-
 def complete(config: TrainConfig) -> TrainConfig:
     """The config with the method's own defaults in the place of what was not given.
 

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from labs_common.cache import path_name
 from labs_common.cli import run_command
-from llm_peft_fa.config import EvaluateConfig, path_name
+from llm_peft_fa.config import EvaluateConfig
 
 if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
     from collections.abc import Iterator

@@ -4,8 +4,9 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING
 
+from labs_common.cache import path_name
 from labs_common.cli import run_command
-from llm_peft_fa.config import TrainConfig, complete, path_name
+from llm_peft_fa.config import TrainConfig, complete
 
 if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
     import torch

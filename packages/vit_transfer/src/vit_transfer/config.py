@@ -53,13 +53,13 @@ class DataOptions:
     test_fraction: float = 0.1
     """Share set aside for the test if the data has no test split."""
     limit: int = 0
-    """Take only this many training pictures, evenly over the classes; 0 takes all."""
+    """Take at most this many pictures of every split, evenly over the classes; 0 takes all."""
     on_bad_data: OnBadData = "error"
     """What to do with pictures that cannot be used: stop and name them, or leave them out and count them."""
     views: int = 1
     """Versions of each training picture, one per epoch in turn: the first is the picture itself, the others are
     augmented. Each takes its own room in the cache."""
-    augment: Augment = "crop"
+    augment: Augment = "flip"
     """How: mirrored by chance, or a random crop that is mirrored by chance."""
 
 

@@ -129,10 +129,11 @@ class Transfer(torch.nn.Module):
     The frozen part is always in evaluation mode, so that no batch-norm statistic of it moves.
     """
 
-    def __init__(self, model: torch.nn.Module, trained: Sequence[str], cut: Cut | None) -> None:
+    def __init__(self, name: str, model: torch.nn.Module, trained: Sequence[str], cut: Cut | None) -> None:
         super().__init__()
-        self.model, self.trained = model, trained
+        self.name, self.model, self.trained = name, model, trained
         self._cut = (cut,)  # not a submodule: its modules are the model's
+        self.eval()
 
     @property
     def cut(self) -> Cut | None:
@@ -153,25 +154,27 @@ class Transfer(torch.nn.Module):
         return self
 
 
-def transfer(model: torch.nn.Module, options: ModelOptions, size: int, cached: bool) -> Transfer:
-    """Freezes the model's front and cuts it off; without a cache a network that cannot be cut is run whole.
+def transfer(model: torch.nn.Module, options: ModelOptions, size: int, cached: bool, whole: bool = False) -> Transfer:
+    """Freezes the model's front and cuts it off; the model is on its device already.
+
+    `whole` is for weights that will be sharded: every block is called as a whole then, and without a cache the
+    network is not cut. Without a cache, one that cannot be cut is not cut either.
 
     Raises:
         LabError: there is no such block; or the network cannot be cut and should be `cached`.
     """
     trained = unfreeze(model, options)
     model.eval()
-    if trained == ("",):
-        return Transfer(model, trained, None).eval()
-    example = torch.zeros(2, 3, size, size)
-    try:
-        cut = Cut(model, trained, example)
-    except LabError:
-        if cached:
-            raise
-        return Transfer(model, trained, None).eval()
-    shorten_last_block(model, cut)
-    return Transfer(model, trained, cut).eval()
+    cut = None
+    if trained != ("",) and (cached or not whole):
+        try:
+            cut = Cut(model, trained, torch.zeros(2, 3, size, size, device=next(model.parameters()).device))
+        except LabError:
+            if cached:
+                raise
+    if cut is not None and not whole:
+        shorten_last_block(model, cut)
+    return Transfer(options.model, model, trained, cut)
 
 
 def shorten_last_block(model: Any, cut: Cut) -> None:

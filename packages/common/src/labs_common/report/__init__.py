@@ -7,9 +7,10 @@ from labs_common.report.figures import (
     bar_figure,
     curve_figure,
     histogram_figure,
+    matrix_figure,
     scatter_figure,
 )
-from labs_common.report.page import Code, Figure, Section, Table, Text, save_figure, write_report
+from labs_common.report.page import Code, Figure, Gallery, Section, Table, Text, save_figure, write_report
 from labs_common.report.sections import (
     asked_section,
     cost_section,
@@ -22,6 +23,7 @@ __all__ = [
     "Cell",
     "Code",
     "Figure",
+    "Gallery",
     "Row",
     "Section",
     "Table",
@@ -33,6 +35,7 @@ __all__ = [
     "curve_figure",
     "curves_section",
     "histogram_figure",
+    "matrix_figure",
     "rerun_section",
     "save_figure",
     "scatter_figure",

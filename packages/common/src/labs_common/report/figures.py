@@ -80,6 +80,28 @@ def bar_figure(values: Mapping[str, Mapping[str, float]], across: str, limit: fl
     return _svg(canvas)
 
 
+def matrix_figure(values: Sequence[Sequence[float]], names: Sequence[str], across: str, up: str) -> str:
+    """A square of counts with the same names on both sides, each row shaded by its shares. Returns SVG."""
+    count = len(names)
+    canvas, axes = _canvas(height=min(7.0, 1.6 + 0.42 * count))
+    for row, counts in enumerate(values):
+        total = max(1, sum(counts))
+        for column, value in enumerate(counts):
+            colour = COLOURS[0] if row == column else TRAINED
+            axes.add_patch(Rectangle((column, row), 1, 1, color=colour, alpha=0.85 * value / total, linewidth=0))
+            if value and count <= 20:
+                axes.text(column + 0.5, row + 0.5, f"{value:g}", ha="center", va="center", color=INK, fontsize=7)
+    axes.set_xlim(0, count)
+    axes.set_ylim(count, 0)
+    places = [place + 0.5 for place in range(count)]
+    axes.set_xticks(places, names, rotation=45 if max(map(len, names)) > 4 else 0, fontsize=8 if count <= 30 else 4)
+    axes.set_yticks(places, names, fontsize=8 if count <= 30 else 4)
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.grid(False)
+    return _svg(canvas)
+
+
 def scatter_figure(
     points: Mapping[str, tuple[float, float]], across: str, up: str, log_across: bool = False, best: Sequence[str] = ()
 ) -> str:

@@ -1,10 +1,13 @@
 """One HTML file that needs no network: sections of text, tables, figures and code."""
 
+import base64
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
+from PIL import Image
 
 from labs_common.run import Run, write_atomically
 
@@ -39,6 +42,15 @@ class Figure:
 
 
 @dataclass
+class Gallery:
+    """Pictures side by side, each with a line below it."""
+
+    pictures: Sequence[tuple[Image.Image, str]]
+    caption: str
+    kind: str = "gallery"
+
+
+@dataclass
 class Code:
     """A command or a file, as it is typed."""
 
@@ -51,7 +63,7 @@ class Section:
     """A heading and what stands under it."""
 
     title: str
-    blocks: list[Text | Table | Figure | Code] = field(default_factory=list)
+    blocks: list[Text | Table | Figure | Gallery | Code] = field(default_factory=list)
 
 
 def write_report(run: Run, title: str, summary: str, sections: Sequence[Section], name: str = "report.html") -> str:
@@ -60,6 +72,7 @@ def write_report(run: Run, title: str, summary: str, sections: Sequence[Section]
         loader=jinja2.PackageLoader("labs_common.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["cell"] = _cell
+    environment.filters["picture"] = _picture
     environment.tests["numeric"] = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
     page = environment.get_template("page.html").render(title=title, summary=summary, sections=sections)
     path = run.path / name
@@ -74,6 +87,13 @@ def save_figure(run: Run, name: str, svg: str) -> str:
         (run.path / "figures").mkdir(exist_ok=True)
         write_atomically(run.path / "figures" / f"{name}.svg", svg.replace("currentColor", "#000000"))
     return svg
+
+
+def _picture(image: Image.Image) -> str:
+    """The picture as a URL that holds it."""
+    stream = io.BytesIO()
+    image.save(stream, "png")
+    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 def _cell(value: Any) -> str:

@@ -1,0 +1,185 @@
+"""Pictures in: the three splits, checked and recorded, and the tensors that a network sees."""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from labs_common.cache import cached_directory
+from labs_common.data import LabelledPictures, checked, read_pictures, stratified_parts
+from labs_common.errors import LabError
+from labs_common.run import Run
+from labs_common.scenes import TASKS
+from vit_transfer.config import Augment, DataOptions
+
+SPLITS = ("train", "validation", "test")
+# The offline data: few enough pictures to train on that what was learnt before has to help.
+DEMO_TASK, DEMO_SIDE = "count", 48
+DEMO_SPLITS: dict[str, Sequence[int]] = {"train": range(400), "validation": range(400, 600), "test": range(600, 1600)}
+RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A picture as the network sees it: its middle square, resized, in the network's own mean and deviation."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    augment: Augment
+    seed: int
+
+    def levels(self, image: Image.Image, view: int, place: int) -> np.ndarray:
+        """(3, size, size) in 0 to 255; view 0 is plain, every other its own augmentation of picture `place`."""
+        side: float = min(image.size)
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        mirrored = False
+        if view:
+            generator = np.random.default_rng([self.seed, view, place])
+            mirrored = generator.random() < 0.5
+            if self.augment == "crop":
+                cut = side * generator.uniform(0.7, 1.0)
+                left, top = left + generator.uniform(0, side - cut), top + generator.uniform(0, side - cut)
+                side = cut
+        box = (left, top, left + side, top + side)
+        resized = image.resize((self.size, self.size), RESAMPLING[self.interpolation], box)
+        return np.asarray(ImageOps.mirror(resized) if mirrored else resized).transpose(2, 0, 1)
+
+    def normalised(self, levels: torch.Tensor) -> torch.Tensor:
+        """Levels (batch, 3, size, size) of 0 to 255 as the network reads them."""
+        mean, std = (torch.tensor(values, device=levels.device)[:, None, None] for values in (self.mean, self.std))
+        return (levels.float() / 255 - mean) / std
+
+
+def transform_of(model: torch.nn.Module, size: int, options: DataOptions, seed: int) -> Transform:
+    """What timm says that the model was trained on, without its crop: small pictures have nothing to spare."""
+    from timm.data import resolve_model_data_config
+
+    known = resolve_model_data_config(model)
+    return Transform(
+        size, tuple(known["mean"]), tuple(known["std"]),
+        known["interpolation"] if known["interpolation"] in RESAMPLING else "bicubic", options.augment, seed,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The pictures of a split as tensors, decoded in threads."""
+
+    pictures: LabelledPictures
+    transform: Transform
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    @cached_property
+    def labels(self) -> torch.Tensor:
+        """Class numbers (pictures,)."""
+        return torch.from_numpy(self.pictures.labels)
+
+    def batch(self, view: int, places: Sequence[int]) -> torch.Tensor:
+        """Pictures (places, 3, size, size) as the network reads them."""
+
+        def one(place: int) -> np.ndarray:
+            return self.transform.levels(self.pictures.image(place), view, place)
+
+        return self.transform.normalised(torch.from_numpy(np.stack(list(_threads().map(one, places)))))
+
+    def recipe(self, views: int) -> dict[str, Any]:
+        """All that the tensors depend on, as JSON values."""
+        said = asdict(self.transform) | {"pictures": self.pictures.fingerprint()}
+        if views == 1:  # nothing is drawn by chance
+            said.pop("augment"), said.pop("seed")
+        return said
+
+
+def read_splits(options: DataOptions, seed: int, shown: bool) -> dict[str, LabelledPictures]:
+    """Training, validation and test pictures by name, every one decoded once; splits that the data lacks are set aside.
+
+    Raises:
+        LabError: the data cannot be read, or some of it and --on-bad-data says so, or it is too small.
+    """
+    data = options.data or str(_demo_data())
+    found = read_pictures(data)
+    parts = {"train": found.train, "validation": found.validation, "test": found.test}
+    if options.data is None:
+        parts = {name: replace(part, source="drawn scenes") if part else None for name, part in parts.items()}
+    splits = {name: checked(part, options.on_bad_data, shown) for name, part in parts.items() if part is not None}
+    for name, share in (("test", options.test_fraction), ("validation", options.validation_fraction)):
+        if name not in splits:
+            kept, aside = stratified_parts(splits["train"].labels, share, seed)
+            if not len(aside):
+                raise LabError(f"--data {data}: {len(splits['train'])} pictures are too few for a {name} split: no "
+                               "class has two")  # fmt: skip
+            splits[name] = splits["train"].subset(aside)
+            splits["train"] = splits["train"].subset(kept)
+    if options.limit:
+        splits = {name: _at_most(part, options.limit, seed) for name, part in splits.items()}
+    missing = sorted(set(range(len(splits["train"].classes))) - set(splits["train"].labels.tolist()))
+    if missing:
+        raise LabError(f"--data {data}: no training picture of class {splits['train'].classes[missing[0]]}; take a "
+                       "larger --limit or other data")  # fmt: skip
+    return {name: splits[name] for name in SPLITS}
+
+
+def record_splits(run: Run, splits: dict[str, LabelledPictures]) -> None:
+    """Writes which picture is in which split to splits.json.
+
+    Raises:
+        LabError: the run is being resumed, and its pictures were others.
+    """
+    now = {name: {"fingerprint": part.fingerprint(), "pictures": list(part.names)} for name, part in splits.items()}
+    before = run.load_json("splits.json") if run.resumed else None
+    if before is None:
+        run.save_json("splits.json", now)
+    elif before != now:
+        changed = next(name for name in SPLITS if before[name] != now[name])
+        raise LabError(f"--resume {run.path}: the {changed} pictures have changed since the run began; bring them back "
+                       "or start a new run")  # fmt: skip
+
+
+def _at_most(pictures: LabelledPictures, limit: int, seed: int) -> LabelledPictures:
+    """At most `limit` pictures, evenly over the classes, in an order that does not change."""
+    generator = np.random.default_rng([seed, 1])
+    shuffled = generator.permutation(len(pictures))
+    turn = np.zeros(len(pictures), dtype=np.int64)  # how many of its class come before each
+    for label in np.unique(pictures.labels):
+        members = shuffled[pictures.labels[shuffled] == label]
+        turn[members] = np.arange(len(members))
+    return pictures.subset(np.sort(shuffled[np.argsort(turn[shuffled], kind="stable")[:limit]]))
+
+
+def _demo_data() -> Path:
+    """Drawn scenes whose things are to be counted, as parquet files."""
+    from labs_common.progress import console
+    from labs_common.scenes.files import write_parquet
+
+    recipe = {
+        "task": DEMO_TASK,
+        "side": DEMO_SIDE,
+        "splits": {name: [part[0], len(part)] for name, part in DEMO_SPLITS.items()},
+    }
+
+    def make(folder: Path) -> None:
+        console.print(f"drawing {sum(map(len, DEMO_SPLITS.values()))} scenes ({TASKS[DEMO_TASK].question})")
+        write_parquet(folder, DEMO_TASK, DEMO_SPLITS, seed=0, side=DEMO_SIDE)
+
+    return cached_directory("counting-scenes", recipe | {"format": 1}, make)
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(2, os.cpu_count() or 2), "decoding")

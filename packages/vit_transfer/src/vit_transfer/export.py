@@ -1,0 +1,74 @@
+"""The result on disk, as timm and transformers read it: `config.json` and `model.safetensors`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
+
+from labs_common.errors import LabError
+from labs_common.run import written_whole
+from vit_transfer.config import ModelOptions
+from vit_transfer.data import Transform
+from vit_transfer.model import Transfer
+
+FOLDER, WEIGHTS = "model", "model.safetensors"
+
+
+def save_model(
+    accelerator: Accelerator,
+    prepared: torch.nn.Module,
+    options: ModelOptions,
+    transform: Transform,
+    classes: Sequence[str],
+    folder: Path,
+) -> None:
+    """Writes the whole network under its timm name, with the names of its classes; called by all processes.
+
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it, and so does transformers'
+    `AutoModelForImageClassification.from_pretrained(FOLDER)`; that of `--head mlp` after `import vit_transfer.model`.
+    """
+    moving = accelerator.unwrap_model(prepared)
+    assert isinstance(moving, Transfer)
+    gathered = accelerator.get_state_dict(prepared)  # DeepSpeed and FSDP: the whole weights, on the main process
+    if not accelerator.is_main_process:
+        return
+    model: Any = moving.model
+    state = {name.removeprefix("model."): tensor.cpu().contiguous() for name, tensor in gathered.items()}
+    own: dict[str, Any] = {"label_names": list(classes)}
+    arguments: dict[str, Any] = {}
+    if options.head == "mlp":
+        own["pretrained_cfg"] = {"architecture": "with_mlp_head"}
+        arguments = {"base": model.pretrained_cfg["architecture"], "hidden": options.head_width}
+    shown = {"input_size": (3, transform.size, transform.size), "crop_pct": 1.0, "mean": transform.mean,
+             "std": transform.std, "interpolation": transform.interpolation}  # fmt: skip
+    with written_whole(folder) as part:
+        save_file(state, part / WEIGHTS, {"format": "pt"})
+        save_config_for_hf(model, str(part / "config.json"), own, arguments, shown)
+
+
+def load_exported(folder: Path) -> Any:
+    """The network that `save_model` wrote, in evaluation mode.
+
+    Raises:
+        LabError: none is there, or it is broken.
+    """
+    if not (folder / "config.json").is_file() or not (folder / WEIGHTS).is_file():
+        raise LabError(f"{folder}: holds no trained model (config.json and {WEIGHTS})")
+    try:
+        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise LabError(f"{folder}: the model cannot be read ({reason})") from error
+
+
+def class_names(folder: Path) -> list[str]:
+    """The names of the classes of an exported model, empty if it was written by another program."""
+    import json
+
+    return list(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("label_names", []))

@@ -1,0 +1,284 @@
+"""results.json and the sections of the report that only this lab has."""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from labs_common.cli import to_plain
+from labs_common.data import LabelledPictures
+from labs_common.freezing import FrozenAudit
+from labs_common.progress import console
+from labs_common.report import (
+    Figure,
+    Gallery,
+    Section,
+    Table,
+    Text,
+    architecture_figure,
+    asked_section,
+    bar_figure,
+    cost_section,
+    curve_figure,
+    curves_section,
+    matrix_figure,
+    rerun_section,
+    save_figure,
+    trained_section,
+    write_report,
+)
+from labs_common.run import Run
+from vit_transfer.architecture import Structure
+from vit_transfer.config import TrainConfig
+from vit_transfer.data import Tensors, Transform
+from vit_transfer.evaluate import Predictions, wilson_interval
+from vit_transfer.explain import heat_maps, overlaid
+from vit_transfer.export import FOLDER, load_exported
+
+MISTAKES, LOOKED_AT = 12, 8
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a training leaves behind besides the exported network.
+
+    Attributes:
+        optimizer_bytes: of its state, in a process.
+        cache_bytes: of the frozen features on disk.
+        clock: moments at which its parts ended, in order.
+    """
+
+    structure: Structure
+    audit: FrozenAudit
+    transform: Transform
+    optimizer_bytes: int
+    cache_bytes: int
+    clock: dict[str, float]
+
+
+def print_left_out(splits: Mapping[str, LabelledPictures]) -> None:
+    """Says which pictures were left out: how many by reason, and the first few by name."""
+    for source, pictures in {pictures.source: pictures for pictures in splits.values() if pictures.left_out}.items():
+        for reason, count in pictures.left_out.most_common():
+            console.print(f"{source}: left out {count} × {reason}")
+        for example in pictures.examples:
+            console.print(f"  {example}")
+
+
+def finish_report(
+    run: Run,
+    config: TrainConfig,
+    splits: Mapping[str, LabelledPictures],
+    fitted: Fitted,
+    scored: Mapping[str, Predictions],
+    clock: Mapping[str, float],
+) -> None:
+    """Writes results.json and the report, prints the main numbers and where the report is.
+
+    `scored` are the predictions on the test pictures, of this run first and then of what it is compared with.
+    """
+    results = results_of(run, config, fitted, scored)
+    run.save_json("results.json", results)
+    for name, found in results["test"].items():
+        low, high = found["interval"]
+        console.print(f"{name}: test accuracy {found['accuracy']:.3f} ({low:.3f} to {high:.3f})")
+    print(f"model: {run.path / FOLDER}")
+    if not config.run.report:
+        return
+    seconds = {name: now - before for (_, before), (name, now) in itertools.pairwise(clock.items())}
+    cost = cost_section(run, "pictures", seconds)
+    cost.blocks.append(Table(("", ""), [(name, value) for name, value in results["cost"].items()]))
+    own = scored["this run"]
+    body = [
+        asked_section(config),
+        data_section(run, splits),
+        structure_section(run, fitted),
+        _curves(run),
+        numbers_section(run, results),
+        *picture_sections(run, splits["test"], fitted.transform, own),
+        cost,
+        rerun_section(run),
+    ]
+    others = ", ".join(f"{name} {found.accuracy:.1%}" for name, found in scored.items() if name != "this run")
+    summary = f"Test accuracy {own.accuracy:.1%} with {fitted.structure.trainable:,} trained parameters" + (
+        f"; {others}." if others else "."
+    )
+    what = {"block": "The last block", "head": "The head", "all": "All"}[config.model.unfreeze]
+    path = write_report(run, f"{what} of {config.model.model}", summary, body)
+    print(f"report: {path}")
+
+
+def results_of(run: Run, config: TrainConfig, fitted: Fitted, scored: Mapping[str, Predictions]) -> dict[str, Any]:
+    """All that a comparison needs of a run: its config, scores, costs, machine and versions."""
+    timing = list(run.lines("timing.jsonl"))
+    seconds, pictures = (sum(line[key] for line in timing) for key in ("seconds", "pictures"))
+    evaluations = [line for line in run.lines("metrics.jsonl") if "validation/loss" in line]
+    # With --patience the run went back to its best weights.
+    kept = min(evaluations, key=lambda line: line["validation/loss"]) if config.training.patience else evaluations[-1]
+    environment = run.load_json("environment.json")
+    return {
+        "config": to_plain(config),
+        "validation": {"loss": kept["validation/loss"], "accuracy": kept["validation/accuracy"]},
+        "test": {
+            name: {
+                "accuracy": found.accuracy,
+                "interval": list(wilson_interval(found.accuracy, len(found.labels))),
+                "loss": found.loss,
+                "pictures": len(found.labels),
+            }
+            for name, found in scored.items()
+        },
+        "cost": {
+            "seconds": seconds,
+            "steps": len(timing),
+            "pictures": pictures,
+            "pictures per second": pictures / seconds if seconds else 0.0,
+            "peak memory": max((line["peak_memory"] for line in timing), default=0),
+            "trainable": fitted.structure.trainable,
+            "parameters": fitted.structure.parameters,
+            "optimizer bytes": fitted.optimizer_bytes,
+            "cache bytes": fitted.cache_bytes,
+        },
+        "environment": {
+            **{key: environment[key] for key in ("git_commit", "python", "platform", "cpu_count", "gpus")},
+            "packages": {name: environment["packages"].get(name) for name in ("torch", "timm", "accelerate")},
+        },
+    }
+
+
+def data_section(run: Run, splits: Mapping[str, LabelledPictures]) -> Section:
+    """Where the pictures are from, how many of each class are in each split, and one of each class."""
+    first = splits["train"]
+    rows = [(name, part.source, len(part), part.fingerprint()) for name, part in splits.items()]
+    section = Section("Data", [Table(("split", "source", "pictures", "fingerprint"), rows)])
+    for part in {part.source: part for part in splits.values() if part.left_out}.values():
+        found = [(reason, count) for reason, count in part.left_out.most_common()]
+        section.blocks.append(Table(("left out because", "pictures"), found, f"Pictures of {part.source} left out."))
+        section.blocks.append(Text("First: " + "; ".join(part.examples)))
+    counts = {name: np.bincount(part.labels, minlength=len(first.classes)) for name, part in splits.items()}
+    by_class = [(name, *(int(count[place]) for count in counts.values())) for place, name in enumerate(first.classes)]
+    section.blocks.append(Table(("class", *counts), by_class, "Pictures of each class.", folded=True))
+    samples = [
+        (first.image(int(np.flatnonzero(first.labels == place)[0])), name)
+        for place, name in enumerate(first.classes[:20])
+    ]
+    section.blocks.append(Gallery(samples, "One training picture of each class, as it is stored."))
+    return section
+
+
+def structure_section(run: Run, fitted: Fitted) -> Section:
+    """What trained: the audit's verdict and table, and the network drawn with what is fixed and what trains."""
+    section = trained_section(fitted.audit)
+    structure = fitted.structure
+    drawing = save_figure(run, "architecture", architecture_figure(structure.rows))
+    caption = (
+        f"{structure.name}, input below: {structure.trainable:,} of {structure.parameters:,} parameters train. The "
+        "statistics of a fixed batch normalisation stay fixed too: they are among the verified tensors."
+    )
+    section.blocks.insert(1, Figure(drawing, caption))
+    return section
+
+
+def numbers_section(run: Run, results: Mapping[str, Any]) -> Section:
+    """Accuracy on the test pictures, beside what it is compared with."""
+    rows = [
+        (name, found["accuracy"], "{:.3f} to {:.3f}".format(*found["interval"]), found["loss"])
+        for name, found in results["test"].items()
+    ]
+    section = Section("Numbers", [Table(("", "test accuracy", "95 % interval", "test loss"), rows)])
+    if len(rows) > 1:
+        bars = {name: {"test accuracy": found["accuracy"]} for name, found in results["test"].items()}
+        figure = save_figure(run, "baselines", bar_figure(bars, "test accuracy", 1.0))
+        section.blocks.append(
+            Figure(figure, "The same pictures for as many epochs: this run; the head alone; all weights from random.")
+        )
+    note = (
+        "Measured once, on the network read back from disk and run whole on the test pictures; the interval is "
+        "Wilson's score interval."
+    )
+    section.blocks.append(Text(note))
+    return section
+
+
+def picture_sections(run: Run, test: LabelledPictures, transform: Transform, found: Predictions) -> list[Section]:
+    """Per-class table, confusion matrix, the most confident mistakes, and where the network looked."""
+    confusion = found.confusion()
+    names = test.classes
+    hits, there, said = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    rows = [
+        (name, int(there[place]), _share(hits[place], there[place]), _share(hits[place], said[place]))
+        for place, name in enumerate(names)
+    ]
+    figure = save_figure(run, "confusion", matrix_figure(confusion.tolist(), names, "predicted class", "true class"))
+    classes = Section(
+        "Classes",
+        [
+            Table(("class", "test pictures", "recall", "precision"), rows),
+            Figure(figure, "Test pictures by true and predicted class; blue was right."),
+        ],
+    )
+    sure = found.probabilities.max(1)
+    wrong = np.flatnonzero(found.said != found.labels)
+    worst = wrong[np.argsort(-sure[wrong], kind="stable")][:MISTAKES]
+    mistakes = [(test.image(int(place)), _line(names, found, int(place))) for place in worst]
+    said_so = f"{len(wrong)} of {len(found.labels)} are wrong; these with the most confidence."
+    return [
+        classes,
+        Section("Mistakes", [Gallery(mistakes, said_so)] if mistakes else [Text("None.")]),
+        looked_section(run, test, transform, found),
+    ]
+
+
+def looked_section(run: Run, test: LabelledPictures, transform: Transform, found: Predictions) -> Section:
+    """Heat-maps of the exported network, on test pictures spread over the classes and on the first mistakes."""
+    wrong = np.flatnonzero(found.said != found.labels)[: LOOKED_AT // 4]
+    right = [np.flatnonzero((found.labels == place) & (found.said == place))[:1] for place in range(len(test.classes))]
+    places = [int(place) for place in np.concatenate([*right, wrong])[-LOOKED_AT:]]
+    model = load_exported(run.path / FOLDER)
+    images = Tensors(test, transform).batch(0, places)
+    method, maps = heat_maps(model, images, torch.from_numpy(found.said[places]))
+    shown = [
+        (overlaid(_seen(test.image(place), transform), heat), _line(test.classes, found, place))
+        for place, heat in zip(places, maps, strict=True)
+    ]
+    caption = f"Test pictures and, beside each, its map by {method}: bright is what counted for the prediction."
+    return Section("Where it looked", [Gallery(shown, caption)])
+
+
+def _curves(run: Run) -> Section:
+    section = curves_section(run, ("training/loss", "validation/loss"))
+    lines = [line for line in run.lines("metrics.jsonl") if "validation/accuracy" in line]
+    epochs = [line["step"] for line in lines]
+    accuracies = {name: (epochs, [line[f"{name}/accuracy"] for line in lines]) for name in ("training", "validation")}
+    svg = save_figure(run, "accuracy", curve_figure(accuracies, "optimizer step", "accuracy"))
+    section.blocks.insert(0, Figure(svg, "Accuracy by epoch: on the training pictures as they were trained on, and on "
+                                         "the validation pictures after it."))  # fmt: skip
+    rows = [
+        tuple(line[key] for key in ("step", "training/loss", "training/accuracy", "validation/loss",
+                                    "validation/accuracy"))
+        for line in lines
+    ]  # fmt: skip
+    columns = ("step", "training loss", "training accuracy", "validation loss", "validation accuracy")
+    section.blocks.append(Table(columns, rows, "every evaluation", folded=True))
+    return section
+
+
+def _seen(image: Image.Image, transform: Transform) -> Image.Image:
+    """The picture's middle square, which is what the network sees."""
+    levels = dataclasses.replace(transform, size=min(image.size)).levels(image, 0, 0)
+    return Image.fromarray(levels.transpose(1, 2, 0))
+
+
+def _line(names: Sequence[str], found: Predictions, place: int) -> str:
+    said = int(found.said[place])
+    sure = f"{names[said]} ({found.probabilities[place, said]:.0%})"
+    return sure if said == found.labels[place] else f"{sure}, is {names[found.labels[place]]}"
+
+
+def _share(part: int, whole: int) -> float | None:
+    return float(part / whole) if whole else None
