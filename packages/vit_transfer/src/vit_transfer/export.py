@@ -1,5 +1,6 @@
 """The result on disk, as timm and transformers read it: `config.json` and `model.safetensors`."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,12 @@ def save_model(
              "std": transform.std, "interpolation": transform.interpolation}  # fmt: skip
     with written_whole(folder) as part:
         save_file(state, part / WEIGHTS, {"format": "pt"})
+        # timm's public `save_for_hf` would write the model's own weights, which may be sharded.
         save_config_for_hf(model, str(part / "config.json"), own, arguments, shown)
+        config = json.loads((part / "config.json").read_text(encoding="utf-8"))
+        # It is at the top too. transformers passes both on and then fails; timm needs only the other one.
+        config["model_args"].pop("num_classes", None)
+        (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load_exported(folder: Path) -> Any:
@@ -69,6 +75,4 @@ def load_exported(folder: Path) -> Any:
 
 def class_names(folder: Path) -> list[str]:
     """The names of the classes of an exported model, empty if it was written by another program."""
-    import json
-
     return list(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("label_names", []))

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
-from timm.models import register_model
+from timm.models import load_pretrained, register_model, resolve_pretrained_cfg
 
 from labs_common.errors import LabError
 from labs_common.freezing import train_only
@@ -28,15 +28,22 @@ class MlpHead(torch.nn.Sequential):
 
 @register_model
 def with_mlp_head(
-    pretrained: bool = False, base: str = "", hidden: int = 512, num_classes: int = 10, **others: Any
+    pretrained: bool = False, pretrained_cfg: Any = None, base: str = "", hidden: int = 512, **others: Any
 ) -> torch.nn.Module:
     """Timm entry point of a model whose classifiers are MLPs: what an export of `--head mlp` names.
 
-    timm knows it after `import vit_transfer.model`.
+    timm knows it after `import vit_transfer.model`. `base` is built without weights of its own: they would be
+    replaced, and might have to be downloaded.
     """
-    own = {name: value for name, value in others.items() if not name.startswith("pretrained_cfg") and value is not None}
-    model = timm.create_model(base, pretrained=pretrained, num_classes=num_classes, **own)
-    return _with_mlp(model, hidden)
+    shown = resolve_pretrained_cfg("with_mlp_head", pretrained_cfg=pretrained_cfg).to_dict() if pretrained_cfg else {}
+    own = {name: shown[name] for name in ("num_classes",) if name in shown}
+    own |= {name: value for name, value in others.items() if value is not None}
+    model: Any = _with_mlp(timm.create_model(base, pretrained=False, **own), hidden)
+    if shown:
+        model.pretrained_cfg = shown
+    if pretrained:
+        load_pretrained(model, num_classes=model.num_classes)
+    return model
 
 
 def create(options: ModelOptions, classes: int) -> torch.nn.Module:
