@@ -15,7 +15,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from llm_peft_fa.own_process import start_server
+from labs_common.own_process import start_server
+from llm_peft_fa.compare import LIBRARIES
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 SMALL = (
@@ -56,7 +57,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def forked(*arguments: object, **more: str) -> BaseProcess:
     """Starts `llm_peft_fa.train` in a process of its own, forked from the server that `compare` uses too."""
-    start_server(None)
+    start_server(None, LIBRARIES)
     process = multiprocessing.get_context("forkserver").Process(target=_train, args=([*map(str, arguments)], more))
     process.start()
     return process

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from commands import environment, here
 
+from labs_common.comparing import entries_of, pareto
 from labs_common.errors import LabError
-from llm_peft_fa.compare import planned_run, specs
+from llm_peft_fa.compare import planned_run
 from llm_peft_fa.comparison import (
     Entry,
     Results,
     changing_pairs,
     order_of,
-    pareto,
     prompt_scores,
     quality,
     recommended,
@@ -60,7 +60,7 @@ def entry(name: str, right: list[int], trainable: int, seeds: int = 1, first: in
 
 def test_specs_become_runs() -> None:
     config = CompareConfig()
-    assert len(specs(config.methods)) >= 6
+    assert len(entries_of("--methods", config.methods)) >= 6
     run = planned_run(config, "layers:which=last:layers=1:train_final_norm:learning_rate=0.5")
     assert (run.method.which, run.method.layers, run.method.train_final_norm) == ("last", 1, True)
     assert run.training.learning_rate == 0.5
@@ -80,7 +80,7 @@ def test_specs_become_runs() -> None:
 )
 def test_wrong_methods_are_named(methods: str, said: str) -> None:
     with pytest.raises(LabError, match=said):
-        [planned_run(CompareConfig(), spec) for spec in specs(methods)]
+        [planned_run(CompareConfig(), spec) for spec in entries_of("--methods", methods)]
 
 
 def test_the_rule_takes_the_smallest_within_noise() -> None:

@@ -8,13 +8,16 @@ import dataclasses
 import os
 from pathlib import Path
 
-from labs_common.cache import path_name, recipe_key
-from labs_common.cli import config_from_yaml, config_to_yaml, flat_options, parse, run_command, to_plain
+from labs_common.cache import path_name
+from labs_common.cli import parse, run_command
+from labs_common.comparing import claim, comparison_folder, entries_of, name_and_flags, slug
 from labs_common.errors import LabError
 from labs_common.options import RunOptions
+from labs_common.own_process import finished_run, locked, start_server
 from llm_peft_fa.config import CompareConfig, TrainConfig, complete
 from llm_peft_fa.method_options import MethodOptions
-from llm_peft_fa.own_process import finished_run, locked, start_server
+
+LIBRARIES = ["llm_peft_fa.train", "llm_peft_fa.results", "llm_peft_fa.adapters", "labs_common.training", "sacrebleu"]
 
 
 def main() -> None:
@@ -33,17 +36,18 @@ def compare(config: CompareConfig) -> None:
         raise LabError("--seeds must be at least 1, --search at least 0, --search-share above 0 and at most 1")
     if config.launch is not None and not config.launch.is_file():
         raise LabError(f"--launch {config.launch}: no such file; name an Accelerate configuration")
-    planned = {spec: planned_run(config, spec) for spec in specs(config.methods)}
-    folder = config.output or Path("runs") / f"compare-{path_name(config.model.model)}-{recipe_key(_identity(config))}"
+    planned = {spec: planned_run(config, spec) for spec in entries_of("--methods", config.methods)}
+    files = (config.data.data, config.data.validation_data, config.data.plain_text)
+    folder = config.output or comparison_folder(f"compare-{path_name(config.model.model)}", config, files)
     check_writable(folder)
 
-    start_server(config.launch)
+    start_server(config.launch, LIBRARIES)
     from labs_common.progress import console
     from llm_peft_fa.comparison import check_plan, gathered, save_base_answers, steps_of
     from llm_peft_fa.comparison_report import write_comparison
 
     check_plan(planned)
-    _claim(folder, config)
+    claim(folder, config)
     seeds = range(config.seed, config.seed + config.seeds)
     lock = folder / ".lock"
     with locked(lock):
@@ -52,35 +56,20 @@ def compare(config: CompareConfig) -> None:
         if config.search:
             steps = steps_of(next(iter(planned.values())))
             budget = max(1, round(config.search_share * steps))
-            planned = {spec: _searched(config, run, folder / "search" / _slug(spec), budget, lock)
+            planned = {spec: _searched(config, run, folder / "search" / slug(spec), budget, lock)
                        for spec, run in planned.items()}  # fmt: skip
         failed = {}
         jobs = [(spec, seed) for seed in seeds for spec in planned]
         for number, (spec, seed) in enumerate(jobs, 1):
-            path = folder / _slug(spec) / f"seed-{seed}"
+            path = folder / slug(spec) / f"seed-{seed}"
             there = ": there already" if (path / "results.json").exists() else ""
             console.print(f"[{number}/{len(jobs)}] {spec}, seed {seed}{there}")
-            code = finished_run(_at(planned[spec], seed, path), lock, config.launch)
+            code = _finished(_at(planned[spec], seed, path), lock, config)
             if code:
                 failed[f"{spec}, seed {seed}"] = code
                 console.print(f"{spec}, seed {seed}: stopped with exit code {code}; the others go on")
-        results = gathered(folder, {spec: _slug(spec) for spec in planned}, seeds)
+        results = gathered(folder, {spec: slug(spec) for spec in planned}, seeds)
         write_comparison(folder, config, results, failed)
-
-
-def specs(methods: str) -> list[str]:
-    """The entries of --methods, each once.
-
-    Raises:
-        LabError: there is none, or one occurs twice.
-    """
-    found = [spec.strip() for spec in methods.split(",") if spec.strip()]
-    if not found:
-        raise LabError("--methods: is empty; name some, such as lora,prefix_tuning,layers")
-    twice = [spec for spec in found if found.count(spec) > 1]
-    if twice:
-        raise LabError(f"--methods: {twice[0]} occurs twice; give it other options, such as {twice[0]}:rank=8")
-    return found
 
 
 def planned_run(config: CompareConfig, spec: str) -> TrainConfig:
@@ -89,18 +78,18 @@ def planned_run(config: CompareConfig, spec: str) -> TrainConfig:
     Raises:
         LabError: there is no such method or option.
     """
-    name, *options = spec.split(":")
+    name, options = name_and_flags(spec)
     rate = config.training.learning_rate
     flags = [f"--method={name}"]
     for option in options:
-        key, _, value = option.partition("=")
-        if key == "learning_rate":
+        if option.startswith("--learning-rate"):
+            value = option.partition("=")[2]
             try:
                 rate = float(value)
             except ValueError:
                 raise LabError(f"--methods {spec}: learning_rate is a number, not {value!r}") from None
         else:
-            flags.append(f"--{key.replace('_', '-')}" + (f"={value}" if value else ""))
+            flags.append(option)
     try:
         method = parse(MethodOptions, "--methods", flags)
         return complete(
@@ -127,7 +116,7 @@ def _searched(config: CompareConfig, run: TrainConfig, path: Path, steps: int, l
             training=dataclasses.replace(run.training, learning_rate=rate, max_steps=steps),
             generation=dataclasses.replace(run.generation, test_prompts=0, prompts=None),
         )
-        if finished_run(_at(short, config.seed, path / f"rate-{rate:.2g}"), lock, config.launch) == 0:
+        if _finished(_at(short, config.seed, path / f"rate-{rate:.2g}"), lock, config) == 0:
             tried[rate] = validation_loss_of(path / f"rate-{rate:.2g}")
     if not tried:
         return run
@@ -139,41 +128,9 @@ def _at(run: TrainConfig, seed: int, path: Path | None = None) -> TrainConfig:
     return dataclasses.replace(run, run=RunOptions(output=path, seed=seed, track="none"))
 
 
-def _claim(folder: Path, config: CompareConfig) -> None:
-    """Makes the directory of this comparison, or makes sure that the one that is there is of it.
-
-    Raises:
-        LabError: it is of another comparison, or of something else.
-    """
-    from labs_common.run import write_atomically
-
-    file = folder / "config.yaml"
-    if not file.exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise LabError(f"--output {folder}: is not empty and holds no comparison; name another directory")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, config_to_yaml(config))
-        return
-    there = flat_options(config_from_yaml(CompareConfig, file))
-    changed = [name for name, value in flat_options(config).items() if there[name] != value and name not in ANYWAY]
-    if changed:
-        flags = ", ".join("--" + name.replace("_", "-") for name in changed)
-        raise LabError(f"--output {folder}: holds a comparison with another {flags}; name another directory")
-
-
-ANYWAY = ("output", "debug", "launch", "config")  # these do not make it another comparison
-
-
-def _identity(config: CompareConfig) -> dict[str, object]:
-    options = {name: to_plain(value) for name, value in flat_options(config).items() if name not in ANYWAY}
-    files = [
-        Path(str(path)) for path in (config.data.data, config.data.validation_data, config.data.plain_text) if path
-    ]
-    return {**options, "files": [[str(file), file.stat().st_mtime] for file in files if file.exists()]}
-
-
-def _slug(spec: str) -> str:
-    return spec.replace(":", "-").replace("/", "-")
+def _finished(run: TrainConfig, lock: Path, config: CompareConfig) -> int:
+    assert run.run.output is not None
+    return finished_run("llm_peft_fa.train", run, run.run.output, lock, config.launch)
 
 
 if __name__ == "__main__":

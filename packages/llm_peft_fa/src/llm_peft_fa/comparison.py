@@ -187,20 +187,6 @@ def recommended(entries: Mapping[str, Entry]) -> tuple[Entry, list[Entry]]:
     return min(equal, key=lambda entry: entry.cost("trainable")[0]), equal
 
 
-def pareto(points: Mapping[str, tuple[float, float]], higher_is_better: bool = True) -> list[str]:
-    """The names of (cost, quality) that no other beats in one and equals in the other."""
-    sign = 1 if higher_is_better else -1
-    front = []
-    for name, (cost, value) in points.items():
-        beaten = any(
-            other_cost <= cost and sign * other >= sign * value and (other_cost, other) != (cost, value)
-            for other_cost, other in points.values()
-        )
-        if not beaten:
-            front.append(name)
-    return front
-
-
 def order_of(entries: Mapping[str, Entry], seed: int) -> list[str]:
     """The methods that have this seed, best first."""
     there = [entry for entry in entries.values() if seed in entry.answers]

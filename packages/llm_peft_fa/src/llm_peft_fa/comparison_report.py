@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from labs_common.comparing import pareto
 from labs_common.progress import console
 from labs_common.report import (
     Figure,
@@ -25,7 +26,6 @@ from llm_peft_fa.comparison import (
     Results,
     changing_pairs,
     order_of,
-    pareto,
     quality,
     recommended,
     within_noise,

@@ -5,44 +5,43 @@ configuration they are launched by Accelerate instead.
 """
 
 import fcntl
+import importlib
 import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 
-from labs_common.cli import config_to_yaml, run_command
+from labs_common.cli import config_to_yaml
 from labs_common.errors import Interrupted, LabError
-from llm_peft_fa.config import TrainConfig
 
 INTERRUPTED = 130
 WRONG_INPUT = 2
-PRELOADED = ["llm_peft_fa.train", "llm_peft_fa.results", "llm_peft_fa.adapters", "labs_common.training", "sacrebleu"]
 
 
-def start_server(launch: Path | None) -> None:
-    """Lets the server import the libraries while this process does, unless Accelerate will launch the runs."""
+def start_server(launch: Path | None, libraries: Sequence[str]) -> None:
+    """Lets the server import `libraries` while this process does, unless Accelerate will launch the runs."""
     if launch is None:
-        multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+        multiprocessing.get_context("forkserver").set_forkserver_preload([*libraries])
         forkserver.ensure_running()
 
 
-def finished_run(config: TrainConfig, lock: Path, launch: Path | None = None) -> int:
-    """Does the run that `config` names by its --output, or the rest of it, unless it is there; returns the exit code.
+def finished_run(module: str, config: object, path: Path, lock: Path, launch: Path | None = None) -> int:
+    """Does the run that `config` describes, or the rest of it, unless it is there; returns the exit code.
+
+    `module` has the command (`llm_peft_fa.train`), and `path` is the --output that `config` names.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; the run was saved.
         LabError: the run says that its input is wrong.
     """
-    path = config.run.output
-    assert path is not None
     if (path / "results.json").exists():
         return 0
     if (path / "config.yaml").exists():
@@ -53,7 +52,7 @@ def finished_run(config: TrainConfig, lock: Path, launch: Path | None = None) ->
         asked.parent.mkdir(parents=True, exist_ok=True)
         asked.write_text(config_to_yaml(config), encoding="utf-8")
         arguments = ["--config", str(asked)]
-    code = _forked(arguments, lock) if launch is None else _launched(arguments, lock, launch)
+    code = _forked(module, arguments, lock) if launch is None else _launched(module, arguments, lock, launch)
     if code == INTERRUPTED:
         raise Interrupted(f"stopped in {path}, which is saved; the same command goes on from there")
     if code == WRONG_INPUT:
@@ -77,8 +76,8 @@ def locked(lock: Path) -> Iterator[None]:
         yield
 
 
-def _forked(arguments: list[str], lock: Path) -> int:
-    process = multiprocessing.get_context("forkserver").Process(target=_train, args=(arguments, str(lock)))
+def _forked(module: str, arguments: list[str], lock: Path) -> int:
+    process = multiprocessing.get_context("forkserver").Process(target=_run, args=(module, arguments, str(lock)))
     process.start()
     with _stopping(process):
         process.join()
@@ -86,23 +85,21 @@ def _forked(arguments: list[str], lock: Path) -> int:
     return process.exitcode
 
 
-def _train(arguments: list[str], lock: str) -> None:
+def _run(module: str, arguments: list[str], lock: str) -> None:
     """What the forked process does."""
-    from llm_peft_fa.train import train
-
-    sys.argv = ["llm-peft-fa-train", *arguments]
+    sys.argv = [f"python -m {module}", *arguments]
     with Path(lock).open() as file, Path(os.devnull).open("w") as nothing:
         fcntl.flock(file, fcntl.LOCK_SH)
         sys.stdout = nothing
-        run_command(train, TrainConfig, "llm-peft-fa-train", arguments)
+        importlib.import_module(module).main()
 
 
-def _launched(arguments: list[str], lock: Path, launch: Path) -> int:
+def _launched(module: str, arguments: list[str], lock: Path, launch: Path) -> int:
     start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launch)]
     with lock.open() as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         process = subprocess.Popen(
-            [*start, "-m", "llm_peft_fa.train", *arguments], stdout=subprocess.DEVNULL, pass_fds=[file.fileno()]
+            [*start, "-m", module, *arguments], stdout=subprocess.DEVNULL, pass_fds=[file.fileno()]
         )
         with _stopping(process):
             return process.wait()

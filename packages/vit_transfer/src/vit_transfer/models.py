@@ -1,0 +1,113 @@
+"""The catalogue on the screen: `python -m vit_transfer.models`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from labs_common.cli import run_command
+from labs_common.errors import LabError
+
+
+@dataclass
+class ModelsConfig:
+    """Lists the families that the lab compares: for each network its last block and what that block holds.
+
+    `python -m vit_transfer.models` lists the catalogue, `python -m vit_transfer.models --names resnet50,convnext_tiny`
+    those networks, with the names of the parameters that `--unfreeze block` trains.
+    """
+
+    names: str | None = None
+    """Networks, separated by commas, instead of the whole catalogue; of a network that is not in it, its parts."""
+    debug: bool = False
+    """Show the traceback of an error instead of one line."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A network in numbers.
+
+    Attributes:
+        block: prefixes of the parameters of its last block; empty if the catalogue does not know its class.
+        in_block: parameters of the block, without the head.
+        names: of those parameters.
+        parameters: of the whole network, with its own head.
+        side: of its pictures, in pixels.
+        parts: its children by name.
+    """
+
+    block: tuple[str, ...]
+    in_block: int
+    names: list[str]
+    parameters: int
+    side: int
+    parts: list[str]
+
+
+def main() -> None:
+    """The command."""
+    run_command(models, ModelsConfig, "python -m vit_transfer.models")
+
+
+def models(config: ModelsConfig) -> None:
+    """Prints the table, and the names of the parameters if networks were named."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from vit_transfer.catalogue import CATALOGUE, family
+    from vit_transfer.config import TINY
+
+    if config.names is None:
+        names = [name for members in CATALOGUE.values() for name in members] + list(TINY)
+    else:
+        names = [name.strip() for name in config.names.split(",") if name.strip()]
+    if not names:
+        raise LabError("--names: is empty; name some networks, such as resnet50,deit_small_patch16_224")
+    table = Table("family", "network", "last block", "of it, M", "all, M", "side")
+    found = {name: listed(name) for name in names}
+    for name, row in found.items():
+        numbers = (f"{row.in_block / 1e6:.2f}", f"{row.parameters / 1e6:.2f}", str(row.side))
+        table.add_row(family(name) or "–", name, ", ".join(row.block) or "name one with --block", *numbers)
+    # As wide as the table needs where the output is a file.
+    console = Console(soft_wrap=True)
+    console = console if console.is_terminal else Console(width=140)
+    console.print(table)
+    if config.names is None:
+        console.print("M: million parameters. --model NAME takes one; any other timm network goes with --block.")
+        return
+    for name, row in found.items():
+        said = row.names if row.block else row.parts
+        console.print(f"{name}, {'trained by --unfreeze block' if row.block else 'its parts'}:", *said, sep="\n  ")
+
+
+def listed(name: str) -> Listed:
+    """The network's figures, found without making its weights.
+
+    Raises:
+        LabError: timm has no such network.
+    """
+    import torch
+
+    from vit_transfer.catalogue import block_of
+    from vit_transfer.config import ModelOptions
+    from vit_transfer.model import create, input_size
+
+    options = ModelOptions(model=name, pretrained=False)
+    with torch.device("meta"):
+        network: Any = create(options, 1000)
+    try:
+        block = block_of(network, None)
+    except LabError:
+        block = ()
+    inside = tuple(f"{prefix}." for prefix in block)
+    own = {key: value.numel() for key, value in network.named_parameters() if inside and key.startswith(inside)}
+    return Listed(
+        block,
+        sum(own.values()),
+        list(own),
+        sum(value.numel() for value in network.parameters()),
+        input_size(network, options),
+        [part for part, _ in network.named_children()],
+    )
+
+
+if __name__ == "__main__":
+    main()
