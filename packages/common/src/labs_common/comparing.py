@@ -1,7 +1,10 @@
 """What every lab's `compare` needs: entries of a list with options after colons, a directory that is its own."""
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from labs_common.cache import recipe_key
 from labs_common.cli import config_from_yaml, config_to_yaml, flat_options, to_plain
@@ -78,3 +81,37 @@ def pareto(points: Mapping[str, tuple[float, float]], higher_is_better: bool = T
         if not beaten:
             front.append(name)
     return front
+
+
+def within_one_error(differences: Sequence[float]) -> bool:
+    """Whether a mean difference from the best is no more than one standard error (Breiman et al. 1984, 3.4.3).
+
+    `differences` are those of each case, best minus other; at least two.
+    """
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return statistics.fmean(differences) <= error
+
+
+def mean_and_spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    """{name: mean, "name ±": standard deviation}, without the latter for one value and empty for none."""
+    if not values:
+        return {}
+    found = {name: statistics.fmean(values)}
+    return found | ({f"{name} ±": statistics.stdev(values)} if len(values) > 1 else {})
+
+
+def cell(row: Mapping[str, Any], name: str) -> str | float | None:
+    """What `mean_and_spread` put into `row`, as a table shows it."""
+    if name not in row:
+        return None
+    if f"{name} ±" in row and row[f"{name} ±"] > 0:
+        return f"{figure_text(row[name])} ± {figure_text(row[f'{name} ±'])}"
+    value: float = row[name]
+    return int(value) if float(value).is_integer() and value >= 100 else value
+
+
+def figure_text(value: float) -> str:
+    """A number with three digits, or with all before the point."""
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

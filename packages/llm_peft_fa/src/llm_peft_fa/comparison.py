@@ -1,7 +1,6 @@
 """The results of a comparison's runs: read from their directories, put in order, and judged by stated rules."""
 
 import json
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import sacrebleu
 import torch
 
+from labs_common.comparing import within_one_error
 from labs_common.run import Run, write_atomically
 from llm_peft_fa.config import TrainConfig
 
@@ -176,8 +176,7 @@ def within_noise(best: Entry, other: Entry) -> bool:
     ]
     if len(differences) < 2:
         return best.name == other.name
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return statistics.fmean(differences) <= error
+    return within_one_error(differences)
 
 
 def recommended(entries: Mapping[str, Entry]) -> tuple[Entry, list[Entry]]:

@@ -1,13 +1,12 @@
 """The report of a comparison, made from its runs' JSON alone."""
 
 import itertools
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from labs_common.comparing import pareto
+from labs_common.comparing import cell, figure_text, mean_and_spread, pareto
 from labs_common.progress import console
 from labs_common.report import (
     Figure,
@@ -72,7 +71,7 @@ def write_comparison(folder: Path, config: CompareConfig, results: Results, fail
     ]
     path = write_report(run, f"Fine-tuning methods on {config.model.model}", summary, sections)
     for row in rows:
-        said = "  ".join(f"{name} {_said(row[name])}" for name in (*SCORES, "training seconds") if name in row)
+        said = "  ".join(f"{name} {figure_text(row[name])}" for name in (*SCORES, "training seconds") if name in row)
         console.print(f"{row['method']}: {said}")
     console.print(f"recommended: {best.name}")
     print(f"report: {path}")
@@ -84,15 +83,15 @@ def table_rows(results: Results) -> list[dict[str, Any]]:
     for entry in sorted(results.entries.values(), key=lambda entry: -quality(entry)):
         row: dict[str, Any] = {"method": entry.name, "learning rate": _first(entry)["training"]["learning_rate"]}
         for name in SCORES:
-            row |= _mean_and_spread(name, entry.after(name))
+            row |= mean_and_spread(name, entry.after(name))
         for name, cost in COSTS:
-            row |= _mean_and_spread(name, cost(entry))
+            row |= mean_and_spread(name, cost(entry))
         rows.append(row)
     base: dict[str, Any] = {"method": "base"}
     first = next(iter(results.entries.values()))
     for name in SCORES:
         values = [scores[name] for scores in results.base_scores.values() if name in scores] or first.before(name)
-        base |= _mean_and_spread(name, values)
+        base |= mean_and_spread(name, values)
     return [*rows, base]
 
 
@@ -144,9 +143,9 @@ def numbers_section(
 ) -> Section:
     """The tables of quality and of cost."""
     present = [name for name in SCORES if any(name in row for row in rows)]
-    quality_rows = [(row["method"], *(_cell(row, name) for name in present)) for row in rows]
+    quality_rows = [(row["method"], *(cell(row, name) for name in present)) for row in rows]
     costs = [name for name, _ in COSTS]
-    cost_rows = [(row["method"], row["learning rate"], *(_cell(row, name) for name in costs)) for row in rows[:-1]]
+    cost_rows = [(row["method"], row["learning rate"], *(cell(row, name) for name in costs)) for row in rows[:-1]]
     blocks: list[Text | Table | Figure] = [
         Table(("method", *present), quality_rows, "Quality after training, best first."),
         Table(("method", "learning rate", *costs), cost_rows, "Cost of training; each method in a process of its own."),
@@ -222,11 +221,11 @@ def strengths_section(results: Results) -> Section:
             if len(values) < 2 or entry.name not in values:
                 continue
             ordered = sorted(values.values(), reverse=higher)
-            text = f"{name} {_said(values[entry.name])}"
+            text = f"{name} {figure_text(values[entry.name])}"
             if values[entry.name] == ordered[0] != ordered[-1]:
                 good.append(f"best {text}")
             elif values[entry.name] == ordered[-1] != ordered[0]:
-                bad.append(f"worst {text} (best {_said(ordered[0])})")
+                bad.append(f"worst {text} (best {figure_text(ordered[0])})")
         share = entry.cost("trainable")[0] / entry.cost("parameters")[0]
         rows.append((entry.name, f"{share:.2%}", "; ".join(good) or "–", "; ".join(bad) or "–"))
     columns = ("method", "trains", "strengths", "weaknesses")
@@ -280,25 +279,3 @@ def quality_name(results: Results) -> str:
 def _first(entry: Entry) -> dict[str, Any]:
     config: dict[str, Any] = next(iter(entry.results.values()))["config"]
     return config
-
-
-def _mean_and_spread(name: str, values: Sequence[float]) -> dict[str, float]:
-    if not values:
-        return {}
-    found = {name: statistics.fmean(values)}
-    return found | ({f"{name} ±": statistics.stdev(values)} if len(values) > 1 else {})
-
-
-def _cell(row: Mapping[str, Any], name: str) -> str | float | None:
-    if name not in row:
-        return None
-    if f"{name} ±" in row and row[f"{name} ±"] > 0:
-        return f"{_said(row[name])} ± {_said(row[f'{name} ±'])}"
-    value: float = row[name]
-    return int(value) if float(value).is_integer() and value > 1000 else value
-
-
-def _said(value: float) -> str:
-    if not math.isfinite(value):
-        return str(value)
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

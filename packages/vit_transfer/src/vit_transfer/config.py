@@ -108,6 +108,59 @@ class TrainConfig:
     for a tiny model."""
 
 
+@dataclass
+class CompareConfig:
+    """Trains several networks on the same pictures with one budget and reports on them: CNNs beside transformers.
+
+    `python -m vit_transfer.compare` alone compares a small CNN and a small transformer offline, each with its last
+    block, its head alone and from scratch. The same command started again goes on where it was stopped. For real:
+    `python -m vit_transfer.compare --models resnet50,densenet121,deit_small_patch16_224,swin_tiny_patch4_window7_224
+    --data cifar-10-batches-py --head mlp --seeds 3`
+    """
+
+    models: str = (
+        "tiny-vit,tiny-cnn,tiny-vit:unfreeze=head,tiny-cnn:unfreeze=head,"
+        "tiny-vit:unfreeze=all:no-pretrained,tiny-cnn:unfreeze=all:no-pretrained"
+    )
+    """Networks, separated by commas; options of one follow after colons: resnet50:unfreeze=head:learning_rate=1e-3."""
+    seeds: int = 1
+    """Runs of each, with seeds from --seed on: the table then has mean and spread."""
+    launch: Path | None = None
+    """Accelerate configuration with which each run is launched, for several GPUs."""
+    head: Head = "linear"
+    """New head of all: one linear layer, or an MLP with one hidden layer."""
+    head_width: int = 512
+    """Hidden width of the MLP head."""
+    image_size: int = 0
+    """Side of the pictures that the networks see, in pixels; 0 takes each one's own."""
+    data: DataOptions = field(default_factory=DataOptions)
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    training: PictureTrainingOptions = field(default_factory=PictureTrainingOptions)
+    output: Path | None = None
+    """Directory of the comparison; by default one under runs/ that the options name, so that the same command finds it
+    again."""
+    config: Path | None = None
+    """YAML file whose values take the place of the defaults; flags win."""
+    seed: int = 0
+    """The first seed."""
+    debug: bool = False
+    """Show the traceback of an error instead of one line."""
+
+
+@dataclass
+class ModelsConfig:
+    """Lists the families that the lab compares: for each network its last block and what that block holds.
+
+    `python -m vit_transfer.models` lists the catalogue, `python -m vit_transfer.models --names resnet50,convnext_tiny`
+    those networks, with the names of the parameters that `--unfreeze block` trains.
+    """
+
+    names: str | None = None
+    """Networks, separated by commas, instead of the whole catalogue; of a network that is not in it, its parts."""
+    debug: bool = False
+    """Show the traceback of an error instead of one line."""
+
+
 def complete(config: TrainConfig) -> TrainConfig:
     """The config with a default in the place of what was left to the model.
 

@@ -1,5 +1,6 @@
 """The network: any timm model with a new head, and what of it trains."""
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def create(options: ModelOptions, classes: int) -> torch.nn.Module:
 def _from_timm(options: ModelOptions, classes: int) -> torch.nn.Module:
     name = options.model
     if not timm.is_model(name.removeprefix("timm/").split(".")[0]):
-        like = timm.list_models(f"*{name.split('_')[0].split('.')[0]}*")[:6]
+        like = difflib.get_close_matches(name, timm.list_models(), 4)
         hint = f"; like it are {', '.join(like)}" if like else ""
         raise LabError(f"--model {name}: timm has no such model{hint}; python -m vit_transfer.models lists some")
     known = timm.get_pretrained_cfg(name.removeprefix("timm/"), allow_unregistered=True)

@@ -1,24 +1,12 @@
 """The catalogue on the screen: `python -m vit_transfer.models`."""
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 from labs_common.cli import run_command
 from labs_common.errors import LabError
-
-
-@dataclass
-class ModelsConfig:
-    """Lists the families that the lab compares: for each network its last block and what that block holds.
-
-    `python -m vit_transfer.models` lists the catalogue, `python -m vit_transfer.models --names resnet50,convnext_tiny`
-    those networks, with the names of the parameters that `--unfreeze block` trains.
-    """
-
-    names: str | None = None
-    """Networks, separated by commas, instead of the whole catalogue; of a network that is not in it, its parts."""
-    debug: bool = False
-    """Show the traceback of an error instead of one line."""
+from vit_transfer.config import TINY, ModelsConfig
 
 
 @dataclass(frozen=True)
@@ -53,7 +41,6 @@ def models(config: ModelsConfig) -> None:
     from rich.table import Table
 
     from vit_transfer.catalogue import CATALOGUE, family
-    from vit_transfer.config import TINY
 
     if config.names is None:
         names = [name for members in CATALOGUE.values() for name in members] + list(TINY)
@@ -66,9 +53,7 @@ def models(config: ModelsConfig) -> None:
     for name, row in found.items():
         numbers = (f"{row.in_block / 1e6:.2f}", f"{row.parameters / 1e6:.2f}", str(row.side))
         table.add_row(family(name) or "–", name, ", ".join(row.block) or "name one with --block", *numbers)
-    # As wide as the table needs where the output is a file.
-    console = Console(soft_wrap=True)
-    console = console if console.is_terminal else Console(width=140)
+    console = Console(width=None if sys.stdout.isatty() else 140)  # a file has no width of its own
     console.print(table)
     if config.names is None:
         console.print("M: million parameters. --model NAME takes one; any other timm network goes with --block.")

@@ -82,7 +82,11 @@ def finish_report(
 
     `scored` are the predictions on the test pictures, of this run first and then of what it is compared with.
     """
-    results = results_of(run, config, fitted, scored)
+    seconds = {name: now - before for (_, before), (name, now) in itertools.pairwise(clock.items())}
+    results = results_of(run, config, fitted, scored, seconds)
+    own = scored["this run"]
+    said = {"classes": list(splits["test"].classes), "labels": own.labels.tolist(), "said": own.said.tolist()}
+    run.save_json("predictions.json", said)
     run.save_json("results.json", results)
     for name, found in results["test"].items():
         low, high = found["interval"]
@@ -90,10 +94,8 @@ def finish_report(
     print(f"model: {run.path / FOLDER}")
     if not config.run.report:
         return
-    seconds = {name: now - before for (_, before), (name, now) in itertools.pairwise(clock.items())}
     cost = cost_section(run, "pictures", seconds)
     cost.blocks.append(Table(("", ""), [(name, value) for name, value in results["cost"].items()]))
-    own = scored["this run"]
     body = [
         asked_section(config),
         data_section(run, splits),
@@ -113,7 +115,13 @@ def finish_report(
     print(f"report: {path}")
 
 
-def results_of(run: Run, config: TrainConfig, fitted: Fitted, scored: Mapping[str, Predictions]) -> dict[str, Any]:
+def results_of(
+    run: Run,
+    config: TrainConfig,
+    fitted: Fitted,
+    scored: Mapping[str, Predictions],
+    by_part: Mapping[str, float],
+) -> dict[str, Any]:
     """All that a comparison needs of a run: its config, scores, costs, machine and versions."""
     timing = list(run.lines("timing.jsonl"))
     seconds, pictures = (sum(line[key] for line in timing) for key in ("seconds", "pictures"))
@@ -135,6 +143,7 @@ def results_of(run: Run, config: TrainConfig, fitted: Fitted, scored: Mapping[st
         },
         "cost": {
             "seconds": seconds,
+            "preparation seconds": by_part["prepared"],
             "steps": len(timing),
             "pictures": pictures,
             "pictures per second": pictures / seconds if seconds else 0.0,

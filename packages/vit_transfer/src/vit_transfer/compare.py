@@ -1,0 +1,106 @@
+"""Several networks under one budget, and one report: `python -m vit_transfer.compare --models resnet50,deit_small_…`.
+
+Each network and seed is a run of `vit_transfer.train` in a process of its own, so its peak memory is its own. What is
+finished is not run again: the same command goes on where it was stopped, and rebuilds the report when all is there.
+"""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+
+from labs_common.cli import parse, run_command
+from labs_common.comparing import claim, comparison_folder, entries_of, name_and_flags, slug
+from labs_common.errors import LabError
+from labs_common.options import RunOptions
+from labs_common.own_process import finished_run, locked, start_server
+from vit_transfer.config import TINY, CompareConfig, ModelOptions, TrainConfig, complete
+
+LIBRARIES = ["vit_transfer.train", "vit_transfer.results", "vit_transfer.baselines", "labs_common.training", "timm"]
+
+
+def main() -> None:
+    """The command."""
+    run_command(compare, CompareConfig, "python -m vit_transfer.compare")
+
+
+def compare(config: CompareConfig) -> None:
+    """Plans the runs, does those that are missing, and writes the report."""
+    from labs_common.run import check_writable
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise LabError("compare starts one process per network itself: run it with python -m, and name the Accelerate "
+                       "configuration of several GPUs with --launch FILE")  # fmt: skip
+    if config.seeds < 1:
+        raise LabError("--seeds must be at least 1")
+    if config.launch is not None and not config.launch.is_file():
+        raise LabError(f"--launch {config.launch}: no such file; name an Accelerate configuration")
+    planned = {spec: planned_run(config, spec) for spec in entries_of("--models", config.models)}
+    folder = config.output or comparison_folder("compare-networks", config, [config.data.data])
+    check_writable(folder)
+
+    start_server(config.launch, LIBRARIES)
+    from labs_common.progress import console
+    from vit_transfer.comparison import gathered
+    from vit_transfer.comparison_report import write_comparison
+    from vit_transfer.data import read_splits
+    from vit_transfer.tiny import tiny_model
+    from vit_transfer.train import check_network
+
+    splits = read_splits(config.data, config.seed, shown=True)
+    for run in planned.values():
+        check_network(run, splits)
+        if run.model.model in TINY and run.model.pretrained:
+            tiny_model(run.model.model, 2, pretrained=True)  # here, so that no run's memory is that of making it
+    claim(folder, config)
+    seeds = range(config.seed, config.seed + config.seeds)
+    lock = folder / ".lock"
+    with locked(lock):
+        failed = {}
+        jobs = [(spec, seed) for seed in seeds for spec in planned]
+        for number, (spec, seed) in enumerate(jobs, 1):
+            path = folder / slug(spec) / f"seed-{seed}"
+            there = ": there already" if (path / "results.json").exists() else ""
+            console.print(f"[{number}/{len(jobs)}] {spec}, seed {seed}{there}")
+            wanted = dataclasses.replace(planned[spec], run=RunOptions(output=path, seed=seed, track="none"))
+            code = finished_run("vit_transfer.train", wanted, path, lock, config.launch)
+            if code:
+                failed[f"{spec}, seed {seed}"] = code
+                console.print(f"{spec}, seed {seed}: stopped with exit code {code}; the others go on")
+        entries = gathered(folder, {spec: slug(spec) for spec in planned}, seeds)
+        write_comparison(folder, config, entries, splits["test"], failed)
+
+
+@dataclass
+class ComparedOptions(ModelOptions):
+    """What may follow a network's name after colons."""
+
+    learning_rate: float = 0.0
+    """Highest learning rate."""
+
+
+def planned_run(config: CompareConfig, spec: str) -> TrainConfig:
+    """The run of one entry of --models: a network, and options of it after colons (`resnet50:unfreeze=head`).
+
+    Raises:
+        LabError: there is no such option, or its value is wrong.
+    """
+    name, flags = name_and_flags(spec)
+    shared = [
+        f"--{option}={getattr(config, option.replace('-', '_'))}" for option in ("head", "head-width", "image-size")
+    ]
+    try:
+        found = parse(ComparedOptions, "--models", [f"--model={name}", *shared, *flags])
+        options = {field.name: getattr(found, field.name) for field in dataclasses.fields(ModelOptions)}
+        rate = found.learning_rate or config.training.learning_rate
+        return complete(
+            TrainConfig(
+                model=ModelOptions(**options), data=config.data, cache=config.cache,
+                training=dataclasses.replace(config.training, learning_rate=rate), baselines="no",
+            )
+        )  # fmt: skip
+    except LabError as error:
+        raise LabError(f"--models {spec}: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
