@@ -1,11 +1,13 @@
 """What the block is compared with: the head alone, and the whole network from random weights, at the same budget."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
+from labs_common.cache import path_name
 from labs_common.data import LabelledPictures
 from labs_common.errors import Interrupted
 from labs_common.progress import console
@@ -35,7 +37,7 @@ def baseline_configs(config: TrainConfig) -> dict[str, TrainConfig]:
 
 
 def trained_baselines(
-    config: TrainConfig, run: Run, accelerator: Accelerator, splits: dict[str, LabelledPictures]
+    configs: Mapping[str, TrainConfig], run: Run, accelerator: Accelerator, splits: dict[str, LabelledPictures]
 ) -> dict[str, Path]:
     """Trains what is not there yet; returns each one's directory under the run.
 
@@ -43,8 +45,8 @@ def trained_baselines(
         Interrupted: Ctrl-C; what was done is saved, and resuming the run goes on from there.
     """
     folders = {}
-    for name, wanted in baseline_configs(config).items():
-        folder = folders[name] = run.path / "baselines" / name.replace(" ", "-")
+    for name, wanted in configs.items():
+        folder = folders[name] = run.path / "baselines" / path_name(name).replace(" ", "-")
         if (folder / FOLDER).is_dir():
             continue
         if accelerator.is_main_process:

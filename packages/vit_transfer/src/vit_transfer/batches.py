@@ -27,12 +27,14 @@ class Batch(NamedTuple):
     Attributes:
         inputs: rows (pictures, width), or pictures where the network is not cut.
         targets: class numbers (pictures,).
+        view: the version of the pictures.
         places: of the pictures in their split.
         share: what the mean loss is multiplied by, so that the step's loss is the mean over all processes' pictures.
     """
 
     inputs: torch.Tensor
     targets: torch.Tensor
+    view: int
     places: Sequence[int]
     share: float
 
@@ -46,7 +48,7 @@ class PictureRows:
 
     def batch(self, view: int, places: Sequence[int], share: float = 1.0) -> Batch:
         """The pictures at these places."""
-        return Batch(self.rows.rows(view, places), self.labels[list(places)], places, share)
+        return Batch(self.rows.rows(view, places), self.labels[list(places)], view, places, share)
 
 
 @dataclass

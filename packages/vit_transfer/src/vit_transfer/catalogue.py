@@ -80,6 +80,12 @@ def block_of(model: torch.nn.Module, block: str | None) -> tuple[str, ...]:
     return prefixes
 
 
+def classifiers(model: Any) -> tuple[str, ...]:
+    """The names of the model's heads (two for a distilled DeiT)."""
+    names = model.pretrained_cfg["classifier"]
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
 def _in_order(*path: str) -> Callable[[torch.nn.Module], tuple[str, ...]]:
     """The last child of the last child … below `path`."""
 

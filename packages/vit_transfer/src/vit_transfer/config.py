@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from labs_common.errors import LabError
 from labs_common.options import RunOptions, TrainingOptions
@@ -11,9 +11,11 @@ from labs_common.options import RunOptions, TrainingOptions
 Unfreeze = Literal["block", "head", "all"]
 Head = Literal["linear", "mlp"]
 Augment = Literal["flip", "crop"]
+Asked = Literal["auto", "yes", "no"]
 OnBadData = Literal["error", "skip"]
 RowPrecision = Literal["bf16", "fp16", "fp32"]
-TINY = ("tiny-vit", "tiny-cnn")
+TINY = ("tiny-vit", "tiny-cnn", "tiny-deit")
+Distillation = Literal["hard", "soft"]
 
 
 @dataclass
@@ -21,7 +23,7 @@ class ModelOptions:
     """Which network, and what of it trains."""
 
     model: str = "tiny-vit"
-    """tiny-vit or tiny-cnn (pre-trained here on first use, offline), or any timm name; see python -m
+    """tiny-vit, tiny-cnn or tiny-deit (pre-trained here on first use, offline), or any timm name; see python -m
     vit_transfer.models."""
     pretrained: bool = True
     """Start from timm's pre-trained weights (downloaded on first use), or from random ones."""
@@ -103,9 +105,34 @@ class TrainConfig:
     cache: CacheOptions = field(default_factory=CacheOptions)
     training: PictureTrainingOptions = field(default_factory=PictureTrainingOptions)
     run: RunOptions = field(default_factory=RunOptions)
-    baselines: Literal["auto", "yes", "no"] = "auto"
+    baselines: Asked = "auto"
     """Also train the head alone, and the whole network from scratch, on the same pictures for as many epochs; auto does
     for a tiny model."""
+
+
+@dataclass
+class DistillConfig(TrainConfig):
+    """Trains a transformer with a distillation token to say what a CNN says, and reports what that gave (DeiT).
+
+    `python -m vit_transfer.distill` alone works offline: it trains the last block of a small CNN to count things, then
+    a small transformer with it as teacher, and without. The real thing is the same command:
+    `accelerate launch -m vit_transfer.distill --model deit_tiny_distilled_patch16_224 --teacher runs/block-resnet50-…
+    --data cifar-10-batches-py --views 10 --augment crop`.
+    """
+
+    model: ModelOptions = field(default_factory=lambda: ModelOptions(model="tiny-deit", unfreeze="all"))
+    data: DataOptions = field(default_factory=lambda: DataOptions(views=8, augment="crop"))
+    teacher: str = "tiny-cnn"
+    """A finished run's directory, or a network's name: its last block is then trained on the same pictures first."""
+    distillation: Distillation = "hard"
+    """What the distillation head learns: the teacher's class, or its probabilities at --temperature."""
+    weight: float = 0.0
+    """Share of the loss that is the teacher's; 0 takes the paper's, 0.5 for hard and 0.1 for soft."""
+    temperature: float = 3.0
+    """By which soft distillation divides both sides' logits."""
+    baselines: Asked = "auto"
+    """Also train the same network without a teacher, on the same pictures for as many epochs; auto does for a tiny
+    model."""
 
 
 @dataclass
@@ -161,7 +188,10 @@ class ModelsConfig:
     """Show the traceback of an error instead of one line."""
 
 
-def complete(config: TrainConfig) -> TrainConfig:
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+def complete(config: Config) -> Config:
     """The config with a default in the place of what was left to the model.
 
     Raises:
@@ -188,6 +218,24 @@ def complete(config: TrainConfig) -> TrainConfig:
     if baselines == "yes" and not wants_baselines(model):
         raise LabError("--baselines yes: compares with --unfreeze block of a pre-trained model; drop one of them")
     return dataclasses.replace(config, training=dataclasses.replace(training, learning_rate=rate), baselines=baselines)
+
+
+def complete_distillation(config: DistillConfig) -> DistillConfig:
+    """`complete` for a distillation.
+
+    Raises:
+        LabError: options that contradict each other, or are out of range.
+    """
+    if not 0 <= config.weight <= 1 or config.temperature <= 0:
+        raise LabError("--weight must lie between 0 and 1, --temperature above 0")
+    if config.distillation == "hard" and config.temperature != DistillConfig().temperature:
+        raise LabError("--temperature: is of --distillation soft; drop it, or add --distillation soft")
+    baselines: Asked = config.baselines
+    if baselines == "auto":
+        baselines = "yes" if config.model.model in TINY else "no"
+    weight = config.weight or {"hard": 0.5, "soft": 0.1}[config.distillation]
+    found = complete(dataclasses.replace(config, baselines="no"))
+    return dataclasses.replace(found, baselines=baselines, weight=weight)
 
 
 def wants_baselines(model: ModelOptions) -> bool:

@@ -14,7 +14,7 @@ from timm.models import load_pretrained, register_model, resolve_pretrained_cfg
 
 from labs_common.errors import LabError
 from labs_common.freezing import train_only
-from vit_transfer.catalogue import block_of
+from vit_transfer.catalogue import block_of, classifiers
 from vit_transfer.config import TINY, ModelOptions
 from vit_transfer.cut import Cut
 from vit_transfer.first_tokens import FirstTokens, can_be_shortened, read_tokens
@@ -101,12 +101,6 @@ def _load(model: torch.nn.Module, file: Path) -> None:
     model.load_state_dict(given, strict=False)
 
 
-def classifiers(model: Any) -> tuple[str, ...]:
-    """The names of the model's heads (two for a distilled DeiT)."""
-    names = model.pretrained_cfg["classifier"]
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
 def _with_mlp(model: torch.nn.Module, hidden: int) -> torch.nn.Module:
     for name in classifiers(model):
         head = model.get_submodule(name)
@@ -137,9 +131,11 @@ class Transfer(torch.nn.Module):
     The frozen part is always in evaluation mode, so that no batch-norm statistic of it moves.
     """
 
-    def __init__(self, name: str, model: torch.nn.Module, trained: Sequence[str], cut: Cut | None) -> None:
+    def __init__(
+        self, name: str, model: torch.nn.Module, trained: Sequence[str], cut: Cut | None, by_head: bool = False
+    ) -> None:
         super().__init__()
-        self.name, self.model, self.trained = name, model, trained
+        self.name, self.model, self.trained, self.by_head = name, model, trained, by_head
         self._cut = (cut,)  # not a submodule: its modules are the model's
         self.eval()
 
@@ -148,31 +144,45 @@ class Transfer(torch.nn.Module):
         """The cut, if there is one."""
         return self._cut[0]
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Rows, or pictures where there is no cut, to logits (batch, classes)."""
-        if self.cut is None:
-            return self.model(inputs)
-        return self.cut.back(inputs.float())
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Rows, or pictures where there is no cut, to logits (batch, classes); `by_head`, in training, to two of them.
+
+        Else the mean of the class head and the distillation head is taken.
+        """
+        logits = self.model(inputs) if self.cut is None else self.cut.back(inputs.float())
+        return (logits[0] + logits[1]) / 2 if isinstance(logits, tuple) and not self.training else logits
 
     def train(self, mode: bool = True) -> "Transfer":
         """Sets the trained part to training mode."""
         super().train(False)
+        self.training = mode
+        if self.by_head:
+            self.model.training = mode  # its own flag alone: it then gives what both heads say
         for prefix in self.trained:
             self.model.get_submodule(prefix).train(mode)
         return self
 
 
-def transfer(model: torch.nn.Module, options: ModelOptions, size: int, cached: bool, whole: bool = False) -> Transfer:
+def transfer(
+    model: Any, options: ModelOptions, size: int, cached: bool, whole: bool = False, by_head: bool = False
+) -> Transfer:
     """Freezes the model's front and cuts it off; the model is on its device already.
 
     `whole` is for weights that will be sharded: every block is called as a whole then, and without a cache the
     network is not cut. Without a cache, one that cannot be cut is not cut either.
 
     Raises:
-        LabError: there is no such block; or the network cannot be cut and should be `cached`.
+        LabError: there is no such block; the network cannot be cut and should be `cached`; or it has no distillation
+            token and should train `by_head`.
     """
     trained = unfreeze(model, options)
     model.eval()
+    if by_head:
+        if not hasattr(model, "head_dist"):
+            raise LabError(f"--model {options.model}: has no distillation token; take one that has, such as "
+                           "deit_tiny_distilled_patch16_224")  # fmt: skip
+        model.set_distilled_training(True)
+        model.training = True  # for the cut, which records what the forward does now
     cut = None
     if trained != ("",) and (cached or not whole):
         try:
@@ -182,7 +192,7 @@ def transfer(model: torch.nn.Module, options: ModelOptions, size: int, cached: b
                 raise
     if cut is not None and not whole:
         shorten_last_block(model, cut)
-    return Transfer(options.model, model, trained, cut)
+    return Transfer(options.model, model, trained, cut, by_head)
 
 
 def shorten_last_block(model: Any, cut: Cut) -> None:

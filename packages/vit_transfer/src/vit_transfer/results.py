@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,6 @@ from PIL import Image
 
 from labs_common.cli import to_plain
 from labs_common.data import LabelledPictures
-from labs_common.freezing import FrozenAudit
 from labs_common.progress import console
 from labs_common.report import (
     Figure,
@@ -33,32 +31,14 @@ from labs_common.report import (
     write_report,
 )
 from labs_common.run import Run
-from vit_transfer.architecture import Structure
 from vit_transfer.config import TrainConfig
 from vit_transfer.data import Tensors, Transform
 from vit_transfer.evaluate import Predictions, wilson_interval
 from vit_transfer.explain import heat_maps, overlaid
 from vit_transfer.export import FOLDER, load_exported
+from vit_transfer.fitting import Fitted
 
 MISTAKES, LOOKED_AT = 12, 8
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What a training leaves behind besides the exported network.
-
-    Attributes:
-        optimizer_bytes: of its state, in a process.
-        cache_bytes: of the frozen features on disk.
-        clock: moments at which its parts ended, in order.
-    """
-
-    structure: Structure
-    audit: FrozenAudit
-    transform: Transform
-    optimizer_bytes: int
-    cache_bytes: int
-    clock: dict[str, float]
 
 
 def print_left_out(splits: Mapping[str, LabelledPictures]) -> None:
@@ -77,10 +57,14 @@ def finish_report(
     fitted: Fitted,
     scored: Mapping[str, Predictions],
     clock: Mapping[str, float],
+    title: str,
+    compared: str,
+    more: Sequence[Section] = (),
 ) -> None:
     """Writes results.json and the report, prints the main numbers and where the report is.
 
-    `scored` are the predictions on the test pictures, of this run first and then of what it is compared with.
+    `scored` are the predictions on the test pictures, of this run first and then of what it is compared with, which
+    `compared` says in words; `more` are sections that follow the numbers.
     """
     seconds = {name: now - before for (_, before), (name, now) in itertools.pairwise(clock.items())}
     results = results_of(run, config, fitted, scored, seconds)
@@ -101,7 +85,8 @@ def finish_report(
         data_section(run, splits),
         structure_section(run, fitted),
         _curves(run),
-        numbers_section(run, results),
+        numbers_section(run, results, compared),
+        *more,
         *picture_sections(run, splits["test"], fitted.transform, own),
         cost,
         rerun_section(run),
@@ -110,8 +95,7 @@ def finish_report(
     summary = f"Test accuracy {own.accuracy:.1%} with {fitted.structure.trainable:,} trained parameters" + (
         f"; {others}." if others else "."
     )
-    what = {"block": "The last block", "head": "The head", "all": "All"}[config.model.unfreeze]
-    path = write_report(run, f"{what} of {config.model.model}", summary, body)
+    path = write_report(run, title, summary, body)
     print(f"report: {path}")
 
 
@@ -193,7 +177,7 @@ def structure_section(run: Run, fitted: Fitted) -> Section:
     return section
 
 
-def numbers_section(run: Run, results: Mapping[str, Any]) -> Section:
+def numbers_section(run: Run, results: Mapping[str, Any], compared: str) -> Section:
     """Accuracy on the test pictures, beside what it is compared with."""
     rows = [
         (name, found["accuracy"], "{:.3f} to {:.3f}".format(*found["interval"]), found["loss"])
@@ -203,9 +187,7 @@ def numbers_section(run: Run, results: Mapping[str, Any]) -> Section:
     if len(rows) > 1:
         bars = {name: {"test accuracy": found["accuracy"]} for name, found in results["test"].items()}
         figure = save_figure(run, "baselines", bar_figure(bars, "test accuracy", 1.0))
-        section.blocks.append(
-            Figure(figure, "The same pictures for as many epochs: this run; the head alone; all weights from random.")
-        )
+        section.blocks.append(Figure(figure, compared))
     note = (
         "Measured once, on the network read back from disk and run whole on the test pictures; the interval is "
         "Wilson's score interval."

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from labs_common.cache import cached_directory
 from labs_common.progress import tracked
 from labs_common.scenes import SHAPES, TASKS, Scene, picture, scene_generator
+from vit_transfer.catalogue import classifiers
 
 SIDE, PATCH = 48, 8
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -33,22 +34,34 @@ RECIPES: dict[str, dict[str, Any]] = {
         "arguments": {"img_size": SIDE, "patch_size": PATCH, "embed_dim": 96, "depth": 4, "num_heads": 3},
         "pictures": 8000, "steps": 650, "batch": 64, "learning_rate": 2e-3,
     },
+    # The same with a distillation token, which begins as a copy of the class token.
+    "tiny-deit": {
+        "architecture": "deit_tiny_distilled_patch16_224",
+        "arguments": {"img_size": SIDE, "patch_size": PATCH, "embed_dim": 96, "depth": 4, "num_heads": 3},
+        "base": "tiny-vit",
+    },
 }  # fmt: skip
 TOKEN_WEIGHT = 3.0
 
 
 def tiny_model(name: str, classes: int, pretrained: bool, size: int = 0) -> Any:
     """A tiny model with a fresh head, pre-trained on shapes (now, if never before) or random."""
-    recipe = RECIPES[name]
-    model = _created(recipe, classes, size)
+    model = _created(RECIPES[name], classes, size)
     if pretrained:
-        folder = cached_directory(name, recipe | {"format": 1}, lambda folder: _make(folder, recipe))
+        base = RECIPES[name].get("base", name)
+        recipe = RECIPES[base]
+        folder = cached_directory(base, recipe | {"format": 1}, lambda folder: _make(folder, recipe))
         state = load_file(folder / "model.safetensors")
+        if base != name:
+            positions = state["pos_embed"]
+            state |= {"dist_token": state["cls_token"], "pos_embed": torch.cat([positions[:, :1], positions], 1)}
         if size not in (0, SIDE) and "pos_embed" in state:
             from timm.layers import resample_abs_pos_embed
 
-            state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], model.patch_embed.grid_size)
-        heads = model.pretrained_cfg["classifier"] + "."
+            state["pos_embed"] = resample_abs_pos_embed(
+                state["pos_embed"], model.patch_embed.grid_size, num_prefix_tokens=model.num_prefix_tokens
+            )
+        heads = tuple(f"{head}." for head in classifiers(model))
         model.load_state_dict({key: value for key, value in state.items() if not key.startswith(heads)}, strict=False)
     return model
 
