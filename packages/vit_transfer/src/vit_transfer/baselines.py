@@ -1,4 +1,4 @@
-"""What the block is compared with: the head alone, and the whole network from random weights, at the same budget."""
+"""Trainings beside the run's own: what it is compared with, a teacher, or the networks to attack."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from labs_common.data import LabelledPictures
 from labs_common.errors import Interrupted
 from labs_common.progress import console
 from labs_common.run import Run
-from vit_transfer.config import TrainConfig, complete
+from vit_transfer.config import AttackConfig, DistillConfig, ModelOptions, TrainConfig, complete
 from vit_transfer.export import FOLDER
 from vit_transfer.train import fit
 
@@ -36,6 +36,20 @@ def baseline_configs(config: TrainConfig) -> dict[str, TrainConfig]:
     }
 
 
+def named_config(name: str, config: DistillConfig | AttackConfig) -> TrainConfig:
+    """The training of a network that is only named: its last block, on the plain pictures, with the same budget."""
+    return complete(
+        TrainConfig(
+            model=ModelOptions(model=name),
+            data=dataclasses.replace(config.data, views=1),
+            cache=config.cache,
+            training=dataclasses.replace(config.training, learning_rate=0.0),
+            run=config.run,
+            baselines="no",
+        )
+    )
+
+
 def trained_baselines(
     configs: Mapping[str, TrainConfig], run: Run, accelerator: Accelerator, splits: dict[str, LabelledPictures]
 ) -> dict[str, Path]:
@@ -50,7 +64,7 @@ def trained_baselines(
         if (folder / FOLDER).is_dir():
             continue
         if accelerator.is_main_process:
-            console.print(f"for comparison: {name}")
+            console.print(f"training {name}")
             folder.mkdir(parents=True, exist_ok=True)
         accelerator.wait_for_everyone()
         try:

@@ -121,7 +121,8 @@ class DistillConfig(TrainConfig):
     """
 
     model: ModelOptions = field(default_factory=lambda: ModelOptions(model="tiny-deit", unfreeze="all"))
-    data: DataOptions = field(default_factory=lambda: DataOptions(views=8, augment="crop"))
+    data: DataOptions = field(default_factory=lambda: DataOptions(views=16, augment="crop"))
+    training: PictureTrainingOptions = field(default_factory=lambda: PictureTrainingOptions(epochs=32))
     teacher: str = "tiny-cnn"
     """A finished run's directory, or a network's name: its last block is then trained on the same pictures first."""
     distillation: Distillation = "hard"
@@ -133,6 +134,35 @@ class DistillConfig(TrainConfig):
     baselines: Asked = "auto"
     """Also train the same network without a teacher, on the same pictures for as many epochs; auto does for a tiny
     model."""
+
+
+@dataclass
+class AttackConfig:
+    """Finds for each network one perturbation that changes what it says of most pictures, and shows what it fools.
+
+    `python -m vit_transfer.attack` alone works offline: it trains the last blocks of a small CNN and a small
+    transformer to count things, then attacks both. For real:
+    `python -m vit_transfer.attack --models runs/block-resnet50-…,runs/block-deit_small-… --data cifar-10-batches-py`
+    """
+
+    models: str = "tiny-cnn,tiny-vit"
+    """Networks, separated by commas: directories of finished runs, or names: their last block is then trained on the
+    pictures first."""
+    norm: Literal["linf", "l2"] = "linf"
+    """What is bounded: the largest change of a level, or the square root of the summed squares of all."""
+    radius: float = 0.0
+    """The bound, on levels of 0 to 255; 0 takes the paper's: 10 for linf, and for l2 2000 at 224 pixels, in proportion
+    to the side at other sizes."""
+    wanted: float = 0.8
+    """Fooling rate on the pictures used at which the search ends."""
+    passes: int = 10
+    """Most passes over the pictures used."""
+    used: str = "50,100,200"
+    """Numbers of training pictures that a perturbation is made from, separated by commas."""
+    data: DataOptions = field(default_factory=DataOptions)
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    training: PictureTrainingOptions = field(default_factory=PictureTrainingOptions)
+    run: RunOptions = field(default_factory=RunOptions)
 
 
 @dataclass

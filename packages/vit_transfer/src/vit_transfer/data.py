@@ -92,11 +92,15 @@ class Tensors:
 
     def batch(self, view: int, places: Sequence[int]) -> torch.Tensor:
         """Pictures (places, 3, size, size) as the network reads them."""
+        return self.transform.normalised(self.levels(view, places))
+
+    def levels(self, view: int, places: Sequence[int]) -> torch.Tensor:
+        """Pictures (places, 3, size, size) at the network's size, in 0 to 255."""
 
         def one(place: int) -> np.ndarray:
             return self.transform.levels(self.pictures.image(place), view, place)
 
-        return self.transform.normalised(torch.from_numpy(np.stack(list(_threads().map(one, places)))))
+        return torch.from_numpy(np.stack(list(_threads().map(one, places))))
 
     def recipe(self, views: int) -> dict[str, Any]:
         """All that the tensors depend on, as JSON values."""

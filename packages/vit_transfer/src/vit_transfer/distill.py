@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from labs_common.cli import run_command
-from vit_transfer.config import DistillConfig, ModelOptions, TrainConfig, complete, complete_distillation
+from vit_transfer.config import DistillConfig, TrainConfig, complete_distillation
 
 if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
     import torch
@@ -32,12 +32,12 @@ def distill(config: DistillConfig) -> None:
     from labs_common.cache import path_name
     from labs_common.run import Run, check_run_options
     from labs_common.training import make_accelerator
-    from vit_transfer.baselines import trained_baselines
+    from vit_transfer.baselines import named_config, trained_baselines
     from vit_transfer.data import Tensors, read_splits, record_splits
     from vit_transfer.evaluate import predicted
-    from vit_transfer.export import FOLDER, load_exported
+    from vit_transfer.export import FOLDER, finished_network, load_exported
     from vit_transfer.results import finish_report, print_left_out
-    from vit_transfer.teacher import distillation_section, finished_teacher, teacher_of
+    from vit_transfer.teacher import distillation_section, teacher_of
     from vit_transfer.train import check_network
 
     clock = {"start": time.perf_counter()}
@@ -49,14 +49,16 @@ def distill(config: DistillConfig) -> None:
     if accelerator.is_main_process:
         print_left_out(splits)
     check_network(config, splits, by_head=True)
-    folder = finished_teacher(config.teacher, splits["train"].classes)
+    folder = finished_network("--teacher", config.teacher, splits["train"].classes)
     if folder is None:
-        check_network(teacher_config(config), splits)
+        check_network(named_config(config.teacher, config), splits)
     run = Run.start(config, config.run, f"distilled-{path_name(config.model.model)}", accelerator)
     record_splits(run, splits)
     if folder is None:
         name = f"teacher {config.teacher}"
-        folder = trained_baselines({name: teacher_config(config)}, run, accelerator, splits)[name] / FOLDER
+        folder = (
+            trained_baselines({name: named_config(config.teacher, config)}, run, accelerator, splits)[name] / FOLDER
+        )
     teacher = teacher_of(folder, splits["train"], config, accelerator)
     clock["teacher"] = time.perf_counter()
     fitted = fit_distilled(config, run, accelerator, splits, teacher.said)
@@ -127,16 +129,6 @@ def teacher_loss(student: "torch.Tensor", teacher: "torch.Tensor", config: Disti
     return t * t * F.kl_div(
         (student / t).log_softmax(1), (teacher / t).log_softmax(1), reduction="batchmean", log_target=True
     )  # fmt: skip
-
-
-def teacher_config(config: DistillConfig) -> TrainConfig:
-    """The training of a teacher that is named by its network: its last block, on the plain pictures, as long."""
-    training = dataclasses.replace(config.training, learning_rate=0.0)
-    data = dataclasses.replace(config.data, views=1)
-    model = ModelOptions(model=config.teacher)
-    return complete(
-        TrainConfig(model=model, data=data, cache=config.cache, training=training, run=config.run, baselines="no")
-    )
 
 
 def alone_config(config: DistillConfig) -> TrainConfig:

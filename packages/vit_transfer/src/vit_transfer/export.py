@@ -76,3 +76,23 @@ def load_exported(folder: Path) -> Any:
 def class_names(folder: Path) -> list[str]:
     """The names of the classes of an exported model, empty if it was written by another program."""
     return list(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("label_names", []))
+
+
+def finished_network(option: str, value: str, classes: Sequence[str]) -> Path | None:
+    """The directory of an exported network, if `value` names one or a run that has one; None for a network's name.
+
+    Raises:
+        LabError: the directory holds none, or one of other classes.
+    """
+    path = Path(value)
+    if not path.exists():
+        if path.is_absolute() or value.startswith(".") or len(path.parts) > 1:
+            raise LabError(f"{option} {value}: no such directory")
+        return None
+    folder = path / FOLDER if (path / FOLDER).is_dir() else path
+    if not (folder / "config.json").is_file():
+        raise LabError(f"{option} {value}: holds no trained network; name a finished run of vit_transfer.train")
+    if class_names(folder) != list(classes):
+        raise LabError(f"{option} {value}: knows other classes than the data ({', '.join(class_names(folder)[:4])} …); "
+                       "train one on this data")  # fmt: skip
+    return folder

@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 
 from labs_common.data import LabelledPictures
-from labs_common.errors import LabError
 from labs_common.features import ComputedRows, Rows, cached_rows
 from labs_common.freezing import tensor_hash
 from labs_common.report import Section, Table, Text
@@ -18,7 +17,7 @@ from labs_common.run import Run
 from vit_transfer.config import DistillConfig, ModelOptions
 from vit_transfer.data import Tensors, Transform, transform_of
 from vit_transfer.evaluate import Predictions, predicted, wilson_interval
-from vit_transfer.export import FOLDER, class_names, load_exported
+from vit_transfer.export import FOLDER, load_exported
 from vit_transfer.model import input_size
 
 
@@ -33,26 +32,6 @@ class Teacher:
 
     said: Rows
     transform: Transform
-
-
-def finished_teacher(teacher: str, classes: Sequence[str]) -> Path | None:
-    """The directory of an exported network, if `teacher` names one or a run that has one; None for a network's name.
-
-    Raises:
-        LabError: the directory holds none, or one of other classes.
-    """
-    path = Path(teacher)
-    if not path.exists():
-        if path.is_absolute() or teacher.startswith(".") or len(path.parts) > 1:
-            raise LabError(f"--teacher {teacher}: no such directory")
-        return None
-    folder = path / FOLDER if (path / FOLDER).is_dir() else path
-    if not (folder / "config.json").is_file():
-        raise LabError(f"--teacher {teacher}: holds no trained network; name a finished run of vit_transfer.train")
-    if class_names(folder) != list(classes):
-        raise LabError(f"--teacher {teacher}: knows other classes than the data ({', '.join(class_names(folder)[:4])} "
-                       "…); train one on this data")  # fmt: skip
-    return folder
 
 
 def teacher_of(folder: Path, pictures: LabelledPictures, config: DistillConfig, accelerator: Accelerator) -> Teacher:

@@ -1,0 +1,145 @@
+"""Perturbations that change what a network says: DeepFool, the fast gradient, and universal ones made of the first.
+
+Pictures and perturbations are levels of 0 to 255 at the network's own size; many pictures are kept as bytes. A
+perturbed picture is a picture: levels outside 0 to 255 are clipped before the network sees them.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+Norm = Literal["linf", "l2"]
+EVALUATION_BATCH = 64
+
+
+class OnLevels(torch.nn.Module):
+    """A fixed network that takes levels of 0 to 255 (batch, 3, size, size)."""
+
+    def __init__(self, model: torch.nn.Module, normalised: Callable[[torch.Tensor], torch.Tensor], size: int) -> None:
+        super().__init__()
+        self.model, self.normalised, self.size = model.eval().requires_grad_(False), normalised, size
+
+    def forward(self, levels: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, classes)."""
+        logits: torch.Tensor = self.model(self.normalised(levels.clamp(0, 255)))
+        return logits.float()
+
+
+def deepfool(
+    model: torch.nn.Module, picture: torch.Tensor, classes: int = 10, steps: int = 50, overshoot: float = 0.02
+) -> torch.Tensor:
+    """The least change, in the sense of l2, that makes `model` say something else of `picture` (3, height, width).
+
+    Moosavi-Dezfooli et al. 2016, algorithm 2: the nearest face of the linearised decision region, again and again,
+    among the `classes` likeliest classes. Returns the change, (1 + overshoot) times what reaches the boundary; after
+    `steps` steps it may fall short.
+    """
+    with torch.no_grad():
+        likeliest = model(picture[None])[0].argsort(descending=True)[:classes]
+    first, others = likeliest[0], likeliest[1:]
+    change = torch.zeros_like(picture)
+    for _ in range(steps):
+        # One copy per other class: all gradients in one backward pass.
+        copies = (picture + (1 + overshoot) * change).expand(len(others), *picture.shape).contiguous().requires_grad_()
+        with torch.enable_grad():
+            logits = model(copies)
+            if logits[0].argmax() != first:
+                break
+            gaps = logits.gather(1, others[:, None])[:, 0] - logits[:, first]
+            (gradients,) = torch.autograd.grad(gaps.sum(), copies)
+        lengths = gradients.flatten(1).norm(dim=1) + 1e-8
+        distances = gaps.detach().abs() / lengths
+        nearest = distances.argmin()
+        change = change + (distances[nearest] + 1e-4) * gradients[nearest] / lengths[nearest]
+    return (1 + overshoot) * change
+
+
+def projected(change: torch.Tensor, norm: Norm, radius: float) -> torch.Tensor:
+    """The nearest perturbation within the ball of `radius` around zero (Moosavi-Dezfooli et al. 2017, eq. 3)."""
+    if norm == "linf":
+        return change.clamp(-radius, radius)
+    return change * (radius / change.norm().clamp(min=radius))
+
+
+def fast_gradient(
+    model: torch.nn.Module, pictures: torch.Tensor, labels: torch.Tensor, norm: Norm, radius: float
+) -> torch.Tensor:
+    """One step of `radius` up the loss, for each picture its own (Goodfellow et al. 2015, section 4).
+
+    The sign of the gradient for linf, its direction for l2. Returns (batch, 3, height, width).
+    """
+    return _step(_gradient(model, pictures, labels), norm, radius)
+
+
+def universal_fast_gradient(
+    model: torch.nn.Module, pictures: torch.Tensor, labels: torch.Tensor, norm: Norm, radius: float
+) -> torch.Tensor:
+    """The same step for all pictures: up their summed loss. Returns (3, height, width)."""
+    total = torch.zeros_like(pictures[0], dtype=torch.float32)
+    for some, known in zip(pictures.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True):
+        total += _gradient(model, some, known).sum(0)
+    return _step(total[None], norm, radius)[0]
+
+
+def _gradient(model: torch.nn.Module, pictures: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    pictures = pictures.float().clone().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(F.cross_entropy(model(pictures), labels, reduction="sum"), pictures)
+    return gradient
+
+
+def _step(gradient: torch.Tensor, norm: Norm, radius: float) -> torch.Tensor:
+    if norm == "linf":
+        return radius * gradient.sign()
+    return radius * gradient / gradient.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None, None]
+
+
+@torch.no_grad()
+def said_of(model: torch.nn.Module, pictures: torch.Tensor, change: torch.Tensor | None = None) -> torch.Tensor:
+    """The class numbers (pictures,) said of pictures with `change` added, one for all or each picture's own."""
+    found = []
+    for first in range(0, len(pictures), EVALUATION_BATCH):
+        some = pictures[first : first + EVALUATION_BATCH].float()
+        own = change if change is None or change.dim() == 3 else change[first : first + EVALUATION_BATCH]
+        found.append(model(some if own is None else some + own).argmax(1))
+    return torch.cat(found)
+
+
+def fooling_rate(before: torch.Tensor, after: torch.Tensor) -> float:
+    """Share of pictures of which something else is said, right or wrong (Moosavi-Dezfooli et al. 2017, eq. 1)."""
+    return float((before != after).float().mean())
+
+
+def universal_perturbation(
+    model: torch.nn.Module,
+    pictures: torch.Tensor,
+    norm: Norm,
+    radius: float,
+    wanted: float = 0.8,
+    passes: int = 10,
+    seed: int = 0,
+    each: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> torch.Tensor:
+    """One perturbation (3, height, width) that changes what is said of most `pictures` (count, 3, height, width).
+
+    Moosavi-Dezfooli et al. 2017, algorithm 1: for every picture that is not fooled yet, DeepFool's least change is
+    added and the sum is projected on the ball of `radius`; until the fooling rate on these pictures is `wanted`, or
+    after `passes` passes the best of all. `each` goes over the order of a pass, for a progress bar.
+    """
+    before = said_of(model, pictures)
+    change = torch.zeros_like(pictures[0], dtype=torch.float32)
+    best, best_rate = change, 0.0
+    for number in range(passes):
+        order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed + number)).tolist()
+        for place in each(order):
+            perturbed = pictures[place] + change
+            if int(said_of(model, perturbed[None])[0]) == before[place]:
+                change = projected(change + deepfool(model, perturbed), norm, radius)
+        rate = fooling_rate(before, said_of(model, pictures, change))
+        if rate > best_rate:
+            best, best_rate = change, rate
+        if rate >= wanted:
+            break
+    return best
