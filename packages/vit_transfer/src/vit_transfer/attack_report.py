@@ -184,18 +184,19 @@ def numbers_section(
     victims: Mapping[str, Victim], methods: Mapping[str, Mapping[str, float]], config: AttackConfig
 ) -> Section:
     """Fooling rates by method, and what is left of the accuracy."""
-    columns = ("network", "test accuracy", "with the perturbation", "radius", *next(iter(methods.values())))
-    rows = []
+    accuracies = []
     for name, victim in victims.items():
         after = said_of(victim.model, victim.test, victim.strongest)
-        accuracy = [float((said == victim.labels).float().mean()) for said in (victim.said, after)]
-        rows.append((name, *accuracy, f"{victim.radius:g}", *methods[name].values()))
+        both = [float((said == victim.labels).float().mean()) for said in (victim.said, after)]
+        accuracies.append((name, *both, f"{victim.radius:g}"))
+    rates = [(method, *(found[method] for found in methods.values())) for method in next(iter(methods.values()))]
     text = (
         f"Fooling rate: the share of test pictures of which something else is said, right or wrong. All changes lie in "
-        f"the {'ℓ∞' if config.norm == 'linf' else 'ℓ2'} ball of the radius, on levels of 0 to 255. The last column is "
+        f"the {'ℓ∞' if config.norm == 'linf' else 'ℓ2'} ball of the radius, on levels of 0 to 255. The last row is "
         "no universal change: each picture gets its own."
     )
-    return Section("Numbers", [Table(columns, rows), Text(text)])
+    columns = ("network", "test accuracy", "with the perturbation", "radius")
+    return Section("Numbers", [Table(columns, accuracies), Table(("fooling rate", *victims), rates), Text(text)])
 
 
 def count_section(run: Run, by_count: Mapping[str, Sequence[Mapping[str, float]]]) -> Section:

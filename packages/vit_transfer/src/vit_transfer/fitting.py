@@ -11,6 +11,7 @@ from accelerate.utils import set_seed
 from labs_common.checkpoint import SHARDED
 from labs_common.data import LabelledPictures
 from labs_common.freezing import FrozenAudit
+from labs_common.progress import console
 from labs_common.run import Run
 from labs_common.training import Loop, state_bytes
 from vit_transfer.architecture import Structure, structure_of
@@ -19,7 +20,7 @@ from vit_transfer.config import TrainConfig
 from vit_transfer.data import Tensors, Transform, transform_of
 from vit_transfer.evaluate import mean_scores, training_scores
 from vit_transfer.export import FOLDER, save_model
-from vit_transfer.model import create, input_size, transfer
+from vit_transfer.model import create, has_batch_norm, input_size, transfer
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,12 @@ def set_up(
         network = create(config.model, len(splits["train"].classes)).to(accelerator.device)
     size = input_size(network, config.model)
     sharded = accelerator.distributed_type in SHARDED
-    model = transfer(network, config.model, size, config.cache.cache, sharded, by_head)
+    several = accelerator.num_processes > 1
+    together = several and accelerator.device.type == "cuda"
+    model = transfer(network, config.model, size, config.cache.cache, sharded, by_head, together)
+    if several and not together and shown and has_batch_norm(network, model.trained):
+        console.print("batch normalisation takes the statistics of each process's own pictures here: torch shares them "
+                      "between GPUs only, so the result depends on the number of processes")  # fmt: skip
     structure = structure_of(network)
     transform = transform_of(network, size, config.data, config.run.seed)
     views = {"train": config.data.views, "validation": 1}

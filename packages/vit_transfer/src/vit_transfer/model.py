@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
+from timm.layers import convert_sync_batchnorm
 from timm.models import load_pretrained, register_model, resolve_pretrained_cfg
 
 from labs_common.errors import LabError
@@ -164,18 +165,30 @@ class Transfer(torch.nn.Module):
 
 
 def transfer(
-    model: Any, options: ModelOptions, size: int, cached: bool, whole: bool = False, by_head: bool = False
+    model: Any,
+    options: ModelOptions,
+    size: int,
+    cached: bool,
+    whole: bool = False,
+    by_head: bool = False,
+    together: bool = False,
 ) -> Transfer:
     """Freezes the model's front and cuts it off; the model is on its device already.
 
     `whole` is for weights that will be sharded: every block is called as a whole then, and without a cache the
-    network is not cut. Without a cache, one that cannot be cut is not cut either.
+    network is not cut. Without a cache, one that cannot be cut is not cut either. `together` lets the trained batch
+    normalisations take their statistics over all processes.
 
     Raises:
         LabError: there is no such block; the network cannot be cut and should be `cached`; or it has no distillation
             token and should train `by_head`.
     """
     trained = unfreeze(model, options)
+    if together:
+        for prefix in trained:
+            part = convert_sync_batchnorm(model.get_submodule(prefix))
+            if prefix:
+                model.set_submodule(prefix, part)
     model.eval()
     if by_head:
         if not hasattr(model, "head_dist"):
@@ -209,3 +222,9 @@ def shorten_last_block(model: Any, cut: Cut) -> None:
 def input_size(model: torch.nn.Module, options: ModelOptions) -> int:
     """Side in pixels of the pictures that the network sees."""
     return options.image_size or int(resolve_model_data_config(model)["input_size"][-1])
+
+
+def has_batch_norm(model: torch.nn.Module, trained: Sequence[str]) -> bool:
+    """Whether a trained part normalises by the statistics of its batch."""
+    kinds = torch.nn.modules.batchnorm._BatchNorm
+    return any(isinstance(layer, kinds) for prefix in trained for layer in model.get_submodule(prefix).modules())
