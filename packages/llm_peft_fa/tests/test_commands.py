@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from commands import LAUNCH, SMALL, command, forked, here, one_cpu, trained, without_rank
+from commands import LAUNCH, SMALL, forked, here, trained, without_rank
+from lab_commands import command, losses, one_cpu
 from transformers import AutoModelForCausalLM
 
 torch.set_num_threads(1)  # as in the processes that are started here: the same bytes need the same threads
@@ -26,12 +27,6 @@ def finished(gemma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     assert f"report: {run / 'report.html'}" in done.stdout
     return run
-
-
-def losses(run: Path) -> list[float]:
-    return [
-        line["loss"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in line
-    ]
 
 
 def test_a_run_leaves_everything_that_it_promises(finished: Path) -> None:

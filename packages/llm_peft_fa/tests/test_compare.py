@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import environment, here
+from commands import here
+from lab_commands import environment
 
 from labs_common.comparing import entries_of, pareto
 from labs_common.errors import LabError

@@ -6,7 +6,8 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
-from commands import LAUNCH, SMALL, forked, here, one_cpu, trained, without_rank
+from commands import LAUNCH, SMALL, forked, here, trained, without_rank
+from lab_commands import one_cpu
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 

@@ -130,7 +130,7 @@ def universal_perturbation(
     """
     before = said_of(model, pictures)
     change = torch.zeros_like(pictures[0], dtype=torch.float32)
-    best, best_rate = change, 0.0
+    best, best_rate = change, -1.0
     for number in range(passes):
         order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed + number)).tolist()
         for place in each(order):

@@ -37,7 +37,7 @@ def distill(config: DistillConfig) -> None:
     from vit_transfer.evaluate import predicted
     from vit_transfer.export import FOLDER, finished_network, load_exported
     from vit_transfer.results import finish_report, print_left_out
-    from vit_transfer.teacher import distillation_section, teacher_of
+    from vit_transfer.teacher import distillation_section, head_predictions, teacher_of
     from vit_transfer.train import check_network
 
     clock = {"start": time.perf_counter()}
@@ -74,9 +74,10 @@ def distill(config: DistillConfig) -> None:
         model = load_exported(path)
         test = Tensors(splits["test"], teacher.transform if name == "the teacher" else fitted.transform)
         scored[name] = predicted(model, test, accelerator, f"testing, {name}")
+    by_head = head_predictions(folders["this run"], Tensors(splits["test"], fitted.transform), accelerator)
     clock["tested"] = time.perf_counter()
     if accelerator.is_main_process:
-        heads = distillation_section(run, Tensors(splits["test"], fitted.transform), scored, accelerator)
+        heads = distillation_section(run, scored, by_head)
         title = f"{config.teacher} distilled into {config.model.model}"
         compared = "This run; the same network and budget without a teacher, if that was asked for; the teacher."
         finish_report(run, config, splits, fitted, scored, clock, title, compared, [heads])

@@ -99,7 +99,8 @@ def _load(model: torch.nn.Module, file: Path) -> None:
     for name in own.keys() | given.keys():
         if name not in given or name not in own or given[name].shape != own[name].shape:
             raise LabError(f"--weights {file}: is of another architecture or image size (first difference: {name})")
-    model.load_state_dict(given, strict=False)
+    if not next(model.parameters()).is_meta:  # else it is only being checked
+        model.load_state_dict(given, strict=False)
 
 
 def _with_mlp(model: torch.nn.Module, hidden: int) -> torch.nn.Module:

@@ -12,12 +12,12 @@ from accelerate import Accelerator
 from labs_common.data import LabelledPictures
 from labs_common.features import ComputedRows, Rows, cached_rows
 from labs_common.freezing import tensor_hash
-from labs_common.report import Section, Table, Text
+from labs_common.report import Figure, Section, Table, curve_figure, save_figure
 from labs_common.run import Run
 from vit_transfer.config import DistillConfig, ModelOptions
 from vit_transfer.data import Tensors, Transform, transform_of
 from vit_transfer.evaluate import Predictions, predicted, wilson_interval
-from vit_transfer.export import FOLDER, load_exported
+from vit_transfer.export import load_exported
 from vit_transfer.model import input_size
 
 
@@ -61,30 +61,36 @@ def teacher_of(folder: Path, pictures: LabelledPictures, config: DistillConfig, 
     return Teacher(said, transform)
 
 
-def distillation_section(
-    run: Run, test: Tensors, scored: Mapping[str, Predictions], accelerator: Accelerator
-) -> Section:
-    """What each head of the student says of the test pictures, and how often it is what the teacher says."""
-    model = load_exported(run.path / FOLDER)
+def head_predictions(folder: Path, test: Tensors, accelerator: Accelerator) -> dict[str, Predictions]:
+    """What each head of an exported student says of the test pictures; called by all processes."""
+    model = load_exported(folder)
     model.set_distilled_training(True)
-    teacher, both = scored["the teacher"], scored["this run"]
     heads = {"class head": 0, "distillation head": 1}
-    found = {
+    return {
         name: predicted(OneHead(model, place), test, accelerator, f"testing, {name}") for name, place in heads.items()
     }
+
+
+def distillation_section(run: Run, scored: Mapping[str, Predictions], by_head: Mapping[str, Predictions]) -> Section:
+    """How right each head of the student is, and how often it says what the teacher says."""
+    teacher, both = scored["the teacher"], scored["this run"]
     rows = [
-        (name, said.accuracy, "{:.3f} to {:.3f}".format(*wilson_interval(said.accuracy, len(test))),
+        (name, said.accuracy, "{:.3f} to {:.3f}".format(*wilson_interval(said.accuracy, len(said.labels))),
          float((said.said == teacher.said).mean()))
-        for name, said in {**found, "their mean (this run)": both, "the teacher": teacher}.items()
+        for name, said in {**by_head, "their mean (this run)": both, "the teacher": teacher}.items()
     ]  # fmt: skip
     lines = [line for line in run.lines("metrics.jsonl") if "agreement" in line]
-    text = (
-        f"At the end of training the distillation head said what the teacher said for {lines[-1]['agreement']:.1%} of "
-        "the last batch." if lines else ""
-    )  # fmt: skip
     columns = ("", "test accuracy", "95 % interval", "says what the teacher says")
     caption = "The two heads by themselves; in use the mean of their logits is taken."
-    return Section("Student and teacher", [Table(columns, rows, caption), Text(text)])
+    steps = ([line["step"] for line in lines], [line["agreement"] for line in lines])
+    figure = save_figure(run, "agreement", curve_figure({"agreement": steps}, "optimizer step", "agreement"))
+    return Section(
+        "Student and teacher",
+        [
+            Table(columns, rows, caption),
+            Figure(figure, "Share of each batch of which the distillation head says what the teacher says."),
+        ],
+    )
 
 
 class OneHead(torch.nn.Module):

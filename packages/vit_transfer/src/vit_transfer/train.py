@@ -63,7 +63,7 @@ def train(config: TrainConfig) -> None:
 
 
 def check_network(config: TrainConfig, splits: "dict[str, LabelledPictures]", by_head: bool = False) -> None:
-    """Makes sure that there is such a network and that it can be cut, before a run begins; without its weights.
+    """Makes sure that there is such a network, that it can be cut and that --weights fit it, before a run begins.
 
     Raises:
         LabError: it is not so.
@@ -72,7 +72,7 @@ def check_network(config: TrainConfig, splits: "dict[str, LabelledPictures]", by
 
     from vit_transfer.model import create, input_size, transfer
 
-    options = dataclasses.replace(config.model, pretrained=False, weights=None)
+    options = dataclasses.replace(config.model, pretrained=False)
     with torch.device("meta"):
         network = create(options, len(splits["train"].classes))
         transfer(network, options, input_size(network, options), config.cache.cache, by_head=by_head)

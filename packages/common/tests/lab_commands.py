@@ -1,0 +1,94 @@
+"""Runs a lab's commands, in this process or as a user does: for the tests of all labs."""
+
+import contextlib
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+import yaml
+
+from labs_common.own_process import start_server
+
+
+@dataclass
+class Done:
+    """What a command wrote."""
+
+    stdout: str
+    stderr: str
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines that say what was wrong."""
+        return [line for line in self.stderr.splitlines() if line.startswith("error")]
+
+
+def here(module: str, *arguments: object, code: int = 0, typed: str = "") -> Done:
+    """Runs `python -m MODULE` in this process: importing everything anew for each would take minutes."""
+    out, err = io.StringIO(), io.StringIO()
+    found = 0
+    main = importlib.import_module(module).main
+    before = sys.argv, sys.stdin
+    sys.argv, sys.stdin = [module.replace(".", "-").replace("_", "-"), *map(str, arguments)], io.StringIO(typed)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as stop:
+        found = int(stop.code or 0)
+    finally:
+        sys.argv, sys.stdin = before
+    assert found == code, err.getvalue()
+    return Done(out.getvalue(), err.getvalue())
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | more
+
+
+def forked(module: str, libraries: list[str], *arguments: object, **more: str) -> BaseProcess:
+    """Starts a command in a process of its own, forked from the server that `compare` uses too."""
+    start_server(None, libraries)
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_run, args=(module, [*map(str, arguments)], more)
+    )
+    process.start()
+    return process
+
+
+def _run(module: str, arguments: list[str], more: dict[str, str]) -> None:
+    os.environ.update(more)
+    torch.set_num_threads(1)  # as in the other processes: the same bytes need the same threads
+    sys.argv = [module, *arguments]
+    importlib.import_module(module).main()
+
+
+def command(*arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m …` as a user does."""
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)],
+        env=environment(**more), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def losses(run: Path) -> list[float]:
+    """The training loss of each step."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def one_cpu(config: Path, folder: Path) -> Path:
+    """A launch configuration for one process on a CPU."""
+    local = folder / config.name
+    values = yaml.safe_load(config.read_text()) | {"num_processes": 1, "use_cpu": True, "mixed_precision": "no"}
+    local.write_text(yaml.safe_dump(values))
+    return local

@@ -1,0 +1,61 @@
+"""Small pictures, and small networks with random weights."""
+
+import os
+from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the promises tested here are about a CPU
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from labs_common.scenes.files import write_parquet
+from vit_transfer.config import ModelOptions
+from vit_transfer.model import create
+
+torch.set_num_threads(1)  # as in the processes that are started here: the same bytes need the same threads
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads what another machine's user has in the cache, nor leaves anything there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Drawn scenes with a class each, in three splits."""
+    folder = tmp_path_factory.mktemp("scenes")
+    splits = {"train": range(48), "validation": range(48, 60), "test": range(60, 84)}
+    write_parquet(folder, "texture", splits, seed=0, side=32)
+    return folder
+
+
+def weights(folder: Path, name: str) -> Path:
+    """A file of random weights, to stand for pre-trained ones."""
+    torch.manual_seed(0)
+    file = folder / f"{name}.safetensors"
+    save_file(create(ModelOptions(model=name, pretrained=False), 7).state_dict(), file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def vit_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of the tiny vision transformer."""
+    return weights(tmp_path_factory.mktemp("vit"), "tiny-vit")
+
+
+@pytest.fixture(scope="session")
+def cnn_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of the tiny CNN."""
+    return weights(tmp_path_factory.mktemp("cnn"), "tiny-cnn")
+
+
+@pytest.fixture(scope="session")
+def real_pictures() -> Path:
+    """The directory of real CIFAR-10 pictures that some tests read, if this machine has it."""
+    folder = Path(__file__).parents[4] / "shared" / "data" / "cifar10-mini"
+    if not folder.is_dir():
+        pytest.skip(f"no real pictures here (looked for ../shared/data/{folder.name})")
+    return folder

@@ -1,0 +1,157 @@
+"""The comparison: its plan, its rules and the command."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lab_commands
+import numpy as np
+import pytest
+
+from labs_common.errors import LabError
+from vit_transfer.catalogue import CATALOGUE
+from vit_transfer.compare import planned_run
+from vit_transfer.comparison import (
+    Entry,
+    best_of_kind,
+    hard_pictures,
+    paper_table,
+    recommended,
+    within_noise,
+)
+from vit_transfer.comparison_report import paper_section, table_rows
+from vit_transfer.config import CompareConfig, DataOptions
+
+
+def entry(
+    name: str, model: str, right: list[int], trainable: int, pretrained: bool = True, last: bool = False
+) -> Entry:
+    """A network that got so many of each seed's ten pictures `right`: the first ones, or the `last`."""
+    results: dict[int, dict[str, Any]] = {}
+    marks = {}
+    for seed, count in enumerate(right):
+        marks[seed] = (np.arange(10) < count)[:: -1 if last else 1]
+        results[seed] = {
+            "config": {
+                "model": {"model": model, "unfreeze": "block", "pretrained": pretrained, "weights": None},
+                "training": {"learning_rate": 1e-3},
+            },
+            "validation": {"loss": 1.0},
+            "test": {"this run": {"accuracy": count / 10}},
+            "cost": {
+                "seconds": 1.0, "steps": 5, "pictures": 50, "pictures per second": 50.0, "peak memory": 2**20,
+                "trainable": trainable, "parameters": 1000, "optimizer bytes": 8, "cache bytes": 2**21,
+                "preparation seconds": 2.0,
+            },
+        }  # fmt: skip
+    return Entry(name, results, marks, [(1.0, 0.5)])
+
+
+def entries(*made: Entry) -> dict[str, Entry]:
+    return {one.name: one for one in made}
+
+
+def test_specs_become_runs() -> None:
+    config = CompareConfig(head="mlp", image_size=64, data=DataOptions(limit=30))
+    run = planned_run(config, "resnet50:unfreeze=head:learning_rate=0.5:no-pretrained:image_size=96")
+    assert (run.model.model, run.model.unfreeze, run.model.pretrained) == ("resnet50", "head", False)
+    assert (run.model.head, run.model.image_size, run.training.learning_rate) == ("mlp", 96, 0.5)
+    assert run.data.limit == 30
+    assert run.baselines == "no"
+    assert planned_run(config, "tiny-vit").training.learning_rate == 3e-3
+    with pytest.raises(LabError, match="--models resnet50:unfreeze=some"):
+        planned_run(config, "resnet50:unfreeze=some")
+    with pytest.raises(LabError, match="--models resnet50:depth=3"):
+        planned_run(config, "resnet50:depth=3")
+
+
+def test_the_fewest_parameters_within_noise_are_recommended() -> None:
+    large, small = entry("large", "resnet50", [9, 9], 900), entry("small", "resnet18", [9, 8], 300, last=True)
+    weak = entry("weak", "vgg11", [3, 4], 100)
+    found = entries(large, small, weak)
+    assert within_noise(large, small)
+    assert not within_noise(large, weak)
+    best, equal = recommended(found)
+    assert best.name == "small"
+    assert {one.name for one in equal} == {"large", "small"}
+    rows = table_rows(found)
+    assert [row["network"] for row in rows] == ["large", "small", "weak"]
+    assert rows[1]["test accuracy"] == pytest.approx(0.85)
+    assert rows[1]["test accuracy ±"] == pytest.approx(np.std([0.9, 0.8], ddof=1))
+    assert rows[0]["kind"] == "CNN"
+
+
+def test_the_best_of_each_kind_starts_from_pretrained_weights() -> None:
+    found = entries(
+        entry("cnn", "resnet50", [5], 1), entry("scratch", "resnet18", [9], 1, pretrained=False),
+        entry("vit", "deit_small_patch16_224", [6], 1), entry("other", "convnext_tiny", [9], 1),
+    )  # fmt: skip
+    assert {kind: one.name for kind, one in best_of_kind(found).items()} == {"CNN": "cnn", "transformer": "vit"}
+    assert found["other"].kind == "other"
+    assert hard_pictures(found, 0).tolist() == [9]
+
+
+def test_the_papers_table(tmp_path: Path) -> None:
+    table = paper_table()
+    assert [row.network for row in table] == [name for members in CATALOGUE.values() for name in members]
+    section = paper_section(entries(entry("mine", "resnet50", [9], 1)), CompareConfig())
+    shown = section.blocks[1].rows
+    unknown = [row for row in table if row.accuracy is None]
+    assert [row[1] for row in shown] == ["resnet50"]
+    assert shown[0][3] == "90.00"
+    assert ("not on file" in shown[0]) == (next(row for row in table if row.network == "resnet50") in unknown)
+    wrong = tmp_path / "table.csv"
+    for line in ("resnet50,ResNet,120,Table 1", "resnet50,ResNet,90,", "resnet5,ResNet,90,Table 1"):
+        wrong.write_text(f"# why\nnetwork,family,accuracy,source\n{line}\n")
+        with pytest.raises(ValueError, match="resnet5"):
+            paper_table(wrong)
+    wrong.write_text("network,family,accuracy,source\nresnet50,ResNet,93.5,Table 1\n")
+    assert paper_table(wrong)[0].accuracy == 93.5
+
+
+def test_the_command_goes_on_where_it_was_stopped(scenes: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "comparison"
+    options = ("--data", scenes, "--epochs", "2", "--batch-size", "8", "--models",
+               "tiny-vit:no-pretrained,tiny-cnn:no-pretrained:unfreeze=head", "--output", folder)  # fmt: skip
+    done = lab_commands.here("vit_transfer.compare", *options)
+    assert f"report: {folder / 'report.html'}" in done.stdout
+    first = folder / "tiny-vit-no-pretrained" / "seed-0" / "results.json"
+    results = [json.loads(file.read_text()) for file in folder.glob("*/seed-0/results.json")]
+    assert len(results) == 2
+    assert len({(result["cost"]["steps"], result["cost"]["pictures"]) for result in results}) == 1, "one budget"
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    for heading in ("Which network", "Numbers", "CNNs beside transformers", "Reference table", "cost", "Hard for all"):
+        assert heading in html
+    assert "not on file" in html
+    before, saved = first.stat().st_mtime_ns, (folder / "comparison.json").read_bytes()
+    (folder / "tiny-cnn-no-pretrained-unfreeze=head" / "seed-0" / "results.json").unlink()
+    (folder / "report.html").unlink()
+    lab_commands.here("vit_transfer.compare", *options)
+    assert first.stat().st_mtime_ns == before, "what was finished is not run again"
+    assert (folder / "report.html").exists()
+    rows, again = (json.loads(text)["rows"] for text in (saved, (folder / "comparison.json").read_bytes()))
+    assert [row["test accuracy"] for row in rows] == [row["test accuracy"] for row in again]
+    assert "--epochs" in lab_commands.here("vit_transfer.compare", *options, "--epochs", "3", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (("--models", "resnt18"), "resnt18"),
+        (("--models", "resnet18,resnet18"), "occurs twice"),
+        (("--models", "resnet18", "--data", "missing"), "missing"),
+        (("--seeds", "0"), "--seeds"),
+        (("--launch", "missing.yaml"), "--launch"),
+        (("--models", "tiny-vit:no-pretrained", "--output", "{full}"), "--output"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: tuple[str, ...], names: str, scenes: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "something").write_text("x")
+    filled = [argument.format(full=tmp_path / "full") for argument in arguments]
+    filled += [] if "--data" in filled else ["--data", str(scenes)]
+    filled += [] if "--output" in filled else ["--output", str(tmp_path / "out")]
+    done = lab_commands.here("vit_transfer.compare", *filled, code=2)
+    assert len(done.errors) == 1, done.stderr
+    assert names in done.errors[0]
+    assert not (tmp_path / "out").exists(), "nothing is left behind"

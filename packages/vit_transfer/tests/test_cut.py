@@ -1,0 +1,149 @@
+"""A cut network computes what the whole one does; so does its shortened last block, gradients included."""
+
+import pytest
+import torch
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+from labs_common.errors import LabError
+from vit_transfer.config import ModelOptions
+from vit_transfer.cut import Cut
+from vit_transfer.first_tokens import FirstTokens, can_be_shortened, read_tokens
+from vit_transfer.model import create, transfer
+
+# One of each family, with the smallest pictures that it takes.
+SIZES = {
+    "vgg11": 32, "resnet18": 32, "densenet121": 32, "inception_v3": 75, "legacy_xception": 71, "xception41": 64,
+    "efficientnet_b0": 32, "mobilenetv2_100": 32, "mobilenetv3_small_100": 32, "vit_tiny_patch16_224": 64,
+    "deit_tiny_distilled_patch16_224": 64, "swin_tiny_patch4_window7_224": 224, "tiny-vit": 48, "tiny-deit": 48,
+}  # fmt: skip
+
+
+def made(name: str, **options: object) -> tuple[nn.Module, ModelOptions, int]:
+    torch.manual_seed(0)
+    size = SIZES.get(name, 32)
+    chosen = ModelOptions(model=name, pretrained=False, image_size=size, **options)
+    return create(chosen, 10), chosen, size
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_front_and_back_are_the_whole(name: str) -> None:
+    network, options, size = made(name)
+    images = torch.randn(3, 3, size, size)
+    model = transfer(network, options, size, cached=True).eval()
+    with torch.no_grad():
+        whole = network(images)
+        assert model.cut is not None
+        rows = model.cut.front(images)
+        assert rows.shape == (3, model.cut.width)
+        # Random weights of a deep network give logits of very different sizes.
+        scale = float(whole.abs().max())
+        torch.testing.assert_close(model(rows), whole, atol=2e-5 * scale, rtol=0)
+    trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not {key for key, _ in model.cut.front.named_parameters()} & {key.removeprefix("model.") for key in trained}
+
+
+@pytest.mark.parametrize("trained", [("head",), ("blocks.2", "head"), ("blocks.0", "head")])
+def test_gradients_through_the_cut(trained: tuple[str, ...]) -> None:
+    network, _, size = made("tiny-vit")
+    images, targets = torch.randn(4, 3, size, size), torch.tensor([0, 1, 2, 3])
+    cut = Cut(network.eval(), trained, images[:2])
+    parameters = [p for name, p in network.named_parameters() if name.startswith(tuple(f"{t}." for t in trained))]
+    plain = torch.autograd.grad(nn.functional.cross_entropy(network(images), targets), parameters)
+    rows = cut.front(images).detach()
+    through = torch.autograd.grad(nn.functional.cross_entropy(cut.back(rows), targets), parameters)
+    for one, other in zip(plain, through, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+def test_several_tensors_cross_where_the_network_needs_them() -> None:
+    class Skipping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.first(x)
+            return (self.last(y.relu()) + y).mean((2, 3)) + x.mean()
+
+    network = Skipping()
+    images = torch.randn(2, 3, 8, 8)
+    with pytest.raises(LabError, match="not a tensor with a row per picture"):
+        Cut(network, ("last",), images)  # the mean of the batch has no row per picture
+
+    class Branching(Skipping):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.first(x)
+            return (self.last(y.relu()) + y).mean((2, 3))
+
+    network = Branching()
+    cut = Cut(network, ("last",), images)
+    assert len(cut.shapes) == 2, "the input of the last layer, and what is added to its output"
+    torch.testing.assert_close(cut.back(cut.front(images)), network(images))
+
+
+def test_a_network_that_cannot_be_traced_says_so() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(x) if x.sum() > 0 else x
+
+    with pytest.raises(LabError, match="--no-cache"):
+        Cut(Branches(), ("last",), torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("options", [{}, {"qkv_bias": True}, {"qkv_bias": True, "init_values": 0.3}])
+def test_first_tokens_are_the_blocks_with_gradients(count: int, options: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    block = Block(24, 3, **options).double().eval()
+    with torch.no_grad():  # norms that do something
+        for norm in (block.norm1, block.norm2):
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.uniform_(-0.5, 0.5)
+    assert can_be_shortened(block)
+    x = torch.randn(5, 11, 24, dtype=torch.float64)
+    weight = torch.randn(5, count, 24, dtype=torch.float64)
+    short = FirstTokens(block, count)
+    torch.testing.assert_close(short(x), block(x)[:, :count], atol=1e-12, rtol=0)
+    names = [name for name, _ in block.named_parameters()]
+    assert names == [name for name, _ in short.named_parameters()]
+    plain = torch.autograd.grad((block(x)[:, :count] * weight).sum(), list(block.parameters()))
+    shortened = torch.autograd.grad((short(x) * weight).sum(), list(short.parameters()))
+    for name, one, other in zip(names, plain, shortened, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-11, rtol=0, msg=name)
+
+
+def test_only_where_it_is_exact() -> None:
+    small = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    assert read_tokens(VisionTransformer(**small)) == 1
+    assert read_tokens(VisionTransformer(**small, global_pool="avg")) == 0
+    assert read_tokens(made("tiny-deit")[0]) == 2
+    assert not can_be_shortened(Block(24, 3, qk_norm=True))
+    assert not can_be_shortened(Block(24, 3, attn_drop=0.1))
+    pooled = VisionTransformer(**small, global_pool="avg", num_classes=3)
+    pooled.pretrained_cfg = {"classifier": "head"}
+    model = transfer(pooled.eval(), ModelOptions(), 32, cached=True)
+    assert model.cut is not None
+    assert not any(isinstance(layer, FirstTokens) for layer in model.cut.back.modules())
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model(model.cut.front(images)), pooled(images), atol=1e-5, rtol=0)
+
+
+def test_by_head_gives_both_in_training_and_their_mean_otherwise() -> None:
+    network, options, size = made("tiny-deit")
+    images = torch.randn(2, 3, size, size)
+    model = transfer(network, options, size, cached=True, by_head=True)
+    assert model.cut is not None
+    rows = model.cut.front(images)
+    one, two = model.train()(rows)
+    features = network.eval().forward_features(images)
+    torch.testing.assert_close(one, network.head(features[:, 0]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(two, network.head_dist(features[:, 1]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.eval()(rows), (one + two) / 2)
+    network, options, size = made("tiny-vit")
+    with pytest.raises(LabError, match="no distillation token"):
+        transfer(network, options, size, cached=True, by_head=True)

@@ -1,0 +1,133 @@
+"""Distillation: the losses of the paper, the teacher's answers, and the command."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import lab_commands
+import numpy as np
+import pytest
+import torch
+from lab_commands import losses
+from safetensors.torch import load_file
+
+from vit_transfer.config import DistillConfig, complete_distillation
+from vit_transfer.distill import teacher_loss
+from vit_transfer.model import create
+
+
+def test_losses_are_those_of_the_paper() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(5, 7, dtype=torch.float64), 3 * torch.randn(5, 7, dtype=torch.float64)
+    hard = complete_distillation(DistillConfig())
+    soft = complete_distillation(dataclasses.replace(DistillConfig(), distillation="soft"))
+    assert (hard.weight, soft.weight, soft.temperature) == (0.5, 0.1, 3.0)
+
+    def softmax(x: np.ndarray) -> np.ndarray:
+        e = np.exp(x - x.max(1, keepdims=True))
+        return e / e.sum(1, keepdims=True)
+
+    s, t = student.numpy(), teacher.numpy()
+    likeliest = -np.log(softmax(s)[np.arange(5), t.argmax(1)]).mean()
+    assert float(teacher_loss(student, teacher, hard)) == pytest.approx(likeliest)
+    p, q = softmax(t / 3), softmax(s / 3)
+    divergence = 9 * (p * (np.log(p) - np.log(q))).sum(1).mean()
+    assert float(teacher_loss(student, teacher, soft)) == pytest.approx(divergence)
+    assert float(teacher_loss(teacher, teacher, soft)) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_tiny_one_starts_from_the_tiny_transformer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from vit_transfer import tiny
+    from vit_transfer.config import ModelOptions
+
+    random = create(ModelOptions(model="tiny-vit", pretrained=False), 8)
+    monkeypatch.setattr(tiny, "_pretrained", lambda recipe: random)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = create(ModelOptions(model="tiny-deit"), 5)
+    assert torch.equal(made.dist_token, random.cls_token)
+    assert torch.equal(made.pos_embed[:, 2:], random.pos_embed[:, 1:])
+    assert torch.equal(made.blocks[2].attn.qkv.weight, random.blocks[2].attn.qkv.weight)
+    assert made.head.out_features == made.head_dist.out_features == 5
+    larger = create(ModelOptions(model="tiny-deit", image_size=64), 5)
+    assert larger(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
+
+
+@pytest.fixture(scope="module")
+def shared(scenes: Path) -> tuple[object, ...]:
+    return ("--data", scenes, "--batch-size", "8", "--epochs", "3", "--views", "2", "--track", "none")
+
+
+@pytest.fixture(scope="module")
+def teacher(shared: tuple[object, ...], cnn_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a CNN."""
+    run = tmp_path_factory.mktemp("teacher") / "run"
+    lab_commands.here("vit_transfer.train", "--model", "tiny-cnn", "--weights", cnn_file, *shared, "--epochs", "2",
+                      "--baselines", "no", "--no-report", "--output", run)  # fmt: skip
+    return run
+
+
+@pytest.mark.parametrize("distillation", ["hard", "soft"])
+def test_the_command(distillation: str, shared: tuple[object, ...], teacher: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = (
+        "--model",
+        "tiny-deit",
+        "--no-pretrained",
+        "--teacher",
+        teacher,
+        "--distillation",
+        distillation,
+        *shared,
+    )
+    done = lab_commands.here("vit_transfer.distill", *arguments, "--output", run)
+    assert f"report: {run / 'report.html'}" in done.stdout
+    results = json.loads((run / "results.json").read_text())
+    assert list(results["test"]) == ["this run", "without a teacher", "the teacher"]
+    taught = json.loads((teacher / "results.json").read_text())["test"]["this run"]
+    assert results["test"]["the teacher"]["accuracy"] == taught["accuracy"], "the teacher is what was trained"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= line["agreement"] <= 1 for line in lines if "loss" in line)
+    html = (run / "report.html").read_text(encoding="utf-8")
+    for words in ("distilled into tiny-deit", "Student and teacher", "distillation head", "without a teacher"):
+        assert words in html
+    assert losses(run) != losses(run / "baselines" / "without-a-teacher")
+
+    # Only the last block and the heads, from a cached front: as without a cache.
+    block = (*arguments, "--unfreeze", "block", "--baselines", "no", "--no-report", "--boundary-precision", "fp32")
+    lab_commands.here("vit_transfer.distill", *block, "--output", tmp_path / "cached")
+    lab_commands.here("vit_transfer.distill", *block, "--no-cache", "--output", tmp_path / "plain")
+    assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "cached"), abs=1e-4)
+    expected = load_file(tmp_path / "cached" / "model" / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "plain" / "model" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=0)
+
+
+def test_two_processes_equal_one(shared: tuple[object, ...], teacher: Path, tmp_path: Path) -> None:
+    arguments = ("--model", "tiny-deit", "--no-pretrained", "--teacher", teacher, "--baselines", "no", *shared)
+    lab_commands.here("vit_transfer.distill", *arguments, "--no-report", "--output", tmp_path / "one")
+    lab_commands.command(
+        "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533", "-m", "vit_transfer.distill",
+        *arguments, "--output", tmp_path / "two", ACCELERATE_USE_CPU="true", XDG_CACHE_HOME=str(tmp_path),
+    )  # fmt: skip
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (("--model", "tiny-vit"), "no distillation token"),
+        (("--teacher", "runs/missing"), "runs/missing"),
+        (("--teacher", "resnt18"), "resnt18"),
+        (("--teacher", "{empty}"), "--teacher"),
+        (("--weight", "2"), "--weight"),
+        (("--temperature", "2"), "--distillation soft"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: tuple[str, ...], names: str, scenes: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    filled = [argument.format(empty=tmp_path / "empty") for argument in arguments]
+    filled += ["--no-pretrained", "--data", str(scenes), "--output", str(tmp_path / "run")]
+    done = lab_commands.here("vit_transfer.distill", *filled, code=2)
+    assert len(done.errors) == 1, done.stderr
+    assert names in done.errors[0]
+    assert not (tmp_path / "run").exists()

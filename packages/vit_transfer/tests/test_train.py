@@ -1,0 +1,311 @@
+"""The training command, with the options that a user types."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lab_commands
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from lab_commands import command, losses, one_cpu
+from safetensors.torch import load_file
+
+from vit_transfer.compare import LIBRARIES
+from vit_transfer.export import class_names, load_exported
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+SMALL = ("--batch-size", "8", "--epochs", "3", "--track", "none", "--image-size", "32")
+
+
+def here(*arguments: object, code: int = 0) -> lab_commands.Done:
+    return lab_commands.here("vit_transfer.train", *arguments, code=code)
+
+
+def trained(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def options(vit_file: Path, scenes: Path) -> tuple[object, ...]:
+    # The file has positions for 48-pixel pictures.
+    return ("--model", "tiny-vit", "--weights", vit_file, "--data", scenes, *SMALL[:-2], "--baselines", "no")
+
+
+@pytest.fixture(scope="module")
+def finished(options: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run of the real command."""
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    done = command(
+        "accelerate.commands.launch", "--config_file", LAUNCH / "cpu.yaml", "-m", "vit_transfer.train",
+        *options, "--output", run, "--save-every", "4", XDG_CACHE_HOME=str(run.parent),
+    )  # fmt: skip
+    assert f"report: {run / 'report.html'}" in done.stdout
+    return run
+
+
+def test_a_run_leaves_everything_that_it_promises(finished: Path, scenes: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert {
+        "config.yaml", "environment.json", "metrics.jsonl", "timing.jsonl", "results.json", "predictions.json",
+        "splits.json", "report.html", "figures", "checkpoints", "model", "frozen.json",
+    } <= names  # fmt: skip
+    results = json.loads((finished / "results.json").read_text())
+    predictions = json.loads((finished / "predictions.json").read_text())
+    said, labels = np.array(predictions["said"]), np.array(predictions["labels"])
+    assert results["test"]["this run"]["accuracy"] == pytest.approx((said == labels).mean())
+    assert len(labels) == 24
+    assert results["cost"]["cache bytes"] == (48 + 12) * 37 * 96 * 2, "bf16 of what the block reads, nothing more"
+    html = (finished / "report.html").read_text(encoding="utf-8")
+    for heading in (
+        "What was asked",
+        "Data",
+        "What trained",
+        "Curves",
+        "Numbers",
+        "Classes",
+        "Mistakes",
+        "Where it looked",
+        "Cost",
+    ):
+        assert heading in html
+    assert "attention roll-out" in html
+    assert "hashed before and after training: all are unchanged" in html
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    by_epoch = [line for line in lines if "validation/loss" in line]
+    assert len(by_epoch) == 3
+    assert {"training/loss", "training/accuracy", "validation/accuracy"} <= by_epoch[0].keys()
+    assert by_epoch[-1]["training/loss"] < by_epoch[0]["training/loss"]
+
+
+def test_killed_and_resumed_gives_the_same_bytes(finished: Path, options: tuple[object, ...], tmp_path: Path) -> None:
+    run = tmp_path / "killed"
+    arguments = (*options, "--output", run, "--save-every", "4", "--no-cache")
+    process = lab_commands.forked("vit_transfer.train", LIBRARIES, *arguments)
+    for _ in range(4000):
+        if (run / "checkpoints" / "step-00000004").exists():
+            break
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    assert not (run / "model").exists(), "the kill came too late to prove anything"
+    here("--resume", run)
+    # Without a cache and killed, or with one and not: the same steps and the same weights.
+    expected = trained(finished)
+    assert losses(run) == pytest.approx(losses(finished), abs=1e-4)
+    whole = tmp_path / "whole"
+    here(*options, "--output", whole, "--save-every", "4", "--no-cache")
+    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    one, two = trained(run), trained(whole)
+    assert one.keys() == two.keys() == expected.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert (run / "predictions.json").read_bytes() == (whole / "predictions.json").read_bytes()
+
+
+def test_the_saved_config_runs_it_again(finished: Path, tmp_path: Path) -> None:
+    here("--config", finished / "config.yaml", "--output", tmp_path / "again", "--no-report")
+    assert (tmp_path / "again" / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    assert not (tmp_path / "again" / "report.html").exists()
+
+
+def test_two_processes_equal_one(finished: Path, options: tuple[object, ...], tmp_path: Path) -> None:
+    run = tmp_path / "two"
+    command(
+        "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531", "-m", "vit_transfer.train",
+        *options, "--output", run, ACCELERATE_USE_CPU="true", XDG_CACHE_HOME=str(tmp_path),
+    )  # fmt: skip
+    assert losses(run) == pytest.approx(losses(finished), abs=1e-4)
+    expected = trained(finished)
+    for name, tensor in trained(run).items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=0)
+    # Both took part in one cache.
+    (cache,) = tmp_path.glob("foundation-labs/features-tiny-vit-train-*")
+    assert (cache / "view-0.npy").stat().st_size >= 48 * 37 * 96 * 2
+
+
+def test_only_what_should_move_has_moved(finished: Path, vit_file: Path) -> None:
+    before, after = load_file(vit_file), trained(finished)
+    moved = {name for name in before if name in after and not torch.equal(before[name], after[name])}
+    assert moved == {name for name in after if name.startswith(("blocks.3.", "head."))}
+
+
+def test_baselines_and_views(cnn_file: Path, scenes: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    here("--model", "tiny-cnn", "--weights", cnn_file, "--data", scenes, *SMALL, "--epochs", "2", "--views", "2",
+         "--augment", "crop", "--baselines", "yes", "--output", run)  # fmt: skip
+    results = json.loads((run / "results.json").read_text())
+    assert list(results["test"]) == ["this run", "head only", "from scratch"]
+    base, block, head, scratch = (
+        load_file(cnn_file),
+        trained(run),
+        trained(run / "baselines" / "head-only"),
+        trained(run / "baselines" / "from-scratch"),
+    )
+    same = {name for name in base if name in block and torch.equal(base[name], block[name])}
+    assert {name.split(".")[0] for name in base if name not in same} == {"layer4", "fc"}
+    changed = {name for name in head if name in base and not torch.equal(base[name], head[name])}
+    assert {name.split(".")[0] for name in changed} == {"fc"}
+    assert not any(torch.equal(base[name], scratch[name]) for name in base if name.endswith("conv1.weight"))
+    assert "Grad-CAM" in (run / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_real_pictures_cached_uncached_and_exported(name: str, head: str, real_pictures: Path, tmp_path: Path) -> None:
+    """Random weights of the real network, on real pictures; the export in timm and in transformers."""
+    shared = ("--model", name, "--no-pretrained", "--image-size", "64", "--data", real_pictures, "--limit", "60",
+              "--batch-size", "20", "--epochs", "2", "--head", head, "--no-report", "--track", "none")  # fmt: skip
+    here(*shared, "--output", tmp_path / "cached")
+    here(*shared, "--output", tmp_path / "again")  # what the first one kept
+    assert losses(tmp_path / "again") == losses(tmp_path / "cached")
+    here(*shared, "--output", tmp_path / "plain", "--no-cache")
+    assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "cached"), abs=1e-4)
+    folder = tmp_path / "cached" / "model"
+    assert class_names(folder) == [
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    ]
+    images = torch.randn(2, 3, 64, 64)
+    own = load_exported(folder)
+    config = json.loads((folder / "config.json").read_text())
+    built = timm.create_model(
+        config["architecture"], num_classes=10, checkpoint_path=str(folder / "model.safetensors"),
+        **config["model_args"],
+    ).eval()  # fmt: skip
+    transformers: Any = pytest.importorskip("transformers", reason="reads the export too")
+    wrapped = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(built(images), own(images))
+        torch.testing.assert_close(wrapped(images).logits, own(images))
+    assert wrapped.config.id2label[3] == "cat"
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in LAUNCH.glob("*.yaml")))
+def test_launch_configurations(file: str, finished: Path, options: tuple[object, ...], tmp_path: Path) -> None:
+    """Each is a config that Accelerate knows; ZeRO-3's takes the whole road, with one process on a CPU."""
+    text = (LAUNCH / file).read_text()
+    assert text.startswith("# "), "a comment says when to use it"
+    config = yaml.safe_load(text)
+    from accelerate.commands.config.config_args import ClusterConfig
+
+    assert config.keys() <= ClusterConfig.__dataclass_fields__.keys()
+    if config["distributed_type"] != "DEEPSPEED" or config["deepspeed_config"]["zero_stage"] != 3:
+        return
+    pytest.importorskip("deepspeed", reason="needs the extra vit-transfer[deepspeed]")
+    run = tmp_path / "run"
+    command(
+        "accelerate.commands.launch", "--config_file", one_cpu(LAUNCH / file, tmp_path), "-m", "vit_transfer.train",
+        *options, "--output", run, "--save-every", "4", DS_ACCELERATOR="cpu", MASTER_PORT="29541",
+        XDG_CACHE_HOME=str(tmp_path),
+    )  # fmt: skip
+    assert list(run.glob("checkpoints/*/sharded")), "DeepSpeed took part"
+    assert losses(run) == pytest.approx(losses(finished), abs=1e-3)
+    expected = trained(finished)
+    for name, tensor in trained(run).items():
+        torch.testing.assert_close(tensor, expected[name], atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (("--data", "missing-pictures"), "missing-pictures"),
+        (("--data", "{broken}"), "broken.parquet"),
+        (("--data", "{truncated}"), "truncated"),
+        (("--model", "resnt18"), "resnet18"),
+        (("--model", "convnext_tiny"), "--block"),
+        (("--block", "blocks.9"), "blocks.9"),
+        (("--block", "blocks.3", "--unfreeze", "head"), "--block"),
+        (("--weights", "missing.safetensors"), "--weights"),
+        (("--weights", "{broken}"), "--weights"),
+        (("--weights", "{other}"), "--weights"),
+        (("--views", "0"), "--views"),
+        (("--validation-fraction", "1"), "--validation-fraction"),
+        (("--unfreeze", "nothing"), "--unfreeze"),
+        (("--output", "/proc/run"), "--output"),
+        (("--resume", "{broken}"), "--resume"),
+        (("--baselines", "yes", "--no-pretrained"), "--baselines"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    arguments: tuple[str, ...], names: str, scenes: Path, cnn_file: Path, tmp_path: Path
+) -> None:
+    broken, truncated = tmp_path / "broken.parquet", tmp_path / "truncated"
+    broken.write_bytes(b"PAR1 and no more")
+    for kind in ("cat", "dog"):
+        (truncated / kind).mkdir(parents=True)
+        for number in range(3):
+            (truncated / kind / f"{number}.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    filled = [argument.format(broken=broken, truncated=truncated, other=cnn_file) for argument in arguments]
+    if "--resume" not in filled:
+        for flag, value in (("--model", "tiny-vit"), ("--data", str(scenes)), ("--output", str(tmp_path / "run"))):
+            filled += [] if flag in filled else [flag, value]
+        if "--weights" not in filled and "--no-pretrained" not in filled:
+            filled.append("--no-pretrained")
+    done = here(*filled, code=2)
+    assert len(done.errors) == 1, done.stderr
+    assert names in done.errors[0]
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.parquet", "truncated"]
+    assert "Traceback" in here(*filled, "--debug", code=2).stderr
+
+
+def test_resume_with_other_options_pictures_or_a_broken_checkpoint(
+    options: tuple[object, ...], scenes: Path, tmp_path: Path
+) -> None:
+    run, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(scenes, data)
+    changed = [data if argument == scenes else argument for argument in options]
+    here(*changed, "--output", run, "--max-steps", "4", "--save-every", "2")
+    assert "--head-width" in here("--resume", run, "--head-width", "8", code=2).stderr
+    (newest,) = sorted((run / "checkpoints").glob("step-*"))[-1:]
+    file = newest / "trainable.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100])
+    done = here("--resume", run, code=2)
+    assert str(newest) in done.stderr
+    assert "Traceback" not in done.stderr
+    file.write_bytes(whole)
+    (data / "validation.parquet").unlink()
+    assert "have changed since the run began" in here("--resume", run, code=2).stderr
+
+
+def test_skipped_pictures_are_counted(tmp_path: Path, scenes: Path) -> None:
+    from PIL import Image
+
+    for kind in ("cat", "dog"):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+        for number in range(8):
+            Image.new("RGB", (20, 20), (number * 20, 0, 0)).save(tmp_path / "data" / kind / f"{number}.png")
+    (tmp_path / "data" / "cat" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    shared = ("--model", "tiny-vit", "--no-pretrained", "--data", tmp_path / "data", "--epochs", "1", "--test-fraction",
+              "0.3", "--validation-fraction", "0.3", "--track", "none")  # fmt: skip
+    assert "0.png" in here(*shared, "--output", tmp_path / "run", code=2).stderr
+    done = here(*shared, "--on-bad-data", "skip", "--output", tmp_path / "run")
+    assert "left out 1" in done.stderr
+    assert "left out because" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["train", "compare", "distill", "attack", "models"])
+def test_help_teaches(name: str) -> None:
+    assert f"python -m vit_transfer.{name}" in lab_commands.here(f"vit_transfer.{name}", "--help").stdout
+
+
+def test_help_is_fast() -> None:
+    # What decides it is that torch and timm stay out until options are read.
+    names = ", ".join(f"vit_transfer.{name}" for name in ("train", "compare", "distill", "attack", "models"))
+    code = f"import sys, {names}; print('torch' in sys.modules or 'timm' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
