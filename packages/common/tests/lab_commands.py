@@ -49,10 +49,6 @@ def here(module: str, *arguments: object, code: int = 0, typed: str = "") -> Don
     return Done(out.getvalue(), err.getvalue())
 
 
-def environment(**more: str) -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | more
-
-
 def forked(module: str, libraries: list[str], *arguments: object, **more: str) -> BaseProcess:
     """Starts a command in a process of its own, forked from the server that `compare` uses too."""
     start_server(None, libraries)
@@ -74,7 +70,7 @@ def command(*arguments: object, **more: str) -> subprocess.CompletedProcess[str]
     """Runs `python -m …` as a user does."""
     done = subprocess.run(
         [sys.executable, "-m", *map(str, arguments)],
-        env=environment(**more), capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | more, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done

@@ -1,9 +1,6 @@
 """Tiny random models of real architectures, with a real tokenizer."""
 
-import os
 from pathlib import Path
-
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the promises tested here are about a CPU
 
 import pytest
 import torch

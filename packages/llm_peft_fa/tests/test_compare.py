@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from commands import here
-from lab_commands import environment
 
 from labs_common.comparing import entries_of, pareto
 from labs_common.errors import LabError
@@ -140,7 +139,7 @@ def test_killed_and_started_again_it_loses_at_most_the_method_under_way(llama_di
     folder = tmp_path / "comparison"
     options = ["--model", str(llama_dir), "--methods", "layers:layers=1,prefix_tuning:virtual_tokens=3,lora", *SMALL]
     command = [sys.executable, "-m", "llm_peft_fa.compare", *options, "--output", str(folder)]
-    process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(command, env=os.environ, stderr=subprocess.DEVNULL, start_new_session=True)
     second = folder / "prefix_tuning-virtual_tokens=3" / "seed-0"
     for _ in range(6000):
         if (second / "config.yaml").exists():

@@ -1,10 +1,6 @@
 """Small pictures, and small networks with random weights."""
 
-import os
 from pathlib import Path
-
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the promises tested here are about a CPU
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch

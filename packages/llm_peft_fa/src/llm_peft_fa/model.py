@@ -80,6 +80,10 @@ def load_model(model: str, precision: str = "no", quantized: bool = False) -> Pr
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise LabError(_no_model(model, error)) from error
+    for layer in loaded.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            # On such a CPU bitsandbytes would repack the weights in place when they are first used for inference.
+            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     return loaded.eval()
 
 
