@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import lab_commands
@@ -100,6 +101,22 @@ def test_the_command(distillation: str, shared: tuple[object, ...], teacher: Pat
     expected = load_file(tmp_path / "cached" / "model" / "model.safetensors")
     for name, tensor in load_file(tmp_path / "plain" / "model" / "model.safetensors").items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=0)
+
+
+def test_resumed_it_gives_the_same_bytes(shared: tuple[object, ...], teacher: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    lab_commands.here(
+        "vit_transfer.distill", "--model", "tiny-deit", "--no-pretrained", "--teacher", teacher, "--unfreeze", "block",
+        *shared, "--save-every", "5", "--output", run,
+    )  # fmt: skip
+    _, *later = sorted((run / "checkpoints").glob("step-*"))
+    assert later
+    paths = [run / "model" / "model.safetensors", run / "metrics.jsonl", run / "predictions.json"]
+    before = [path.read_bytes() for path in paths]
+    for path in (*later, run / "model", run / "baselines" / "without-a-teacher" / "model"):
+        shutil.rmtree(path)
+    lab_commands.here("vit_transfer.distill", "--resume", run)
+    assert [path.read_bytes() for path in paths] == before
 
 
 def test_two_processes_equal_one(shared: tuple[object, ...], teacher: Path, tmp_path: Path) -> None:

@@ -68,7 +68,13 @@ class LabelledPictures:
         )
 
     def fingerprint(self) -> str:
-        """Twenty-four hexadecimal digits that change with any picture or their order (labels do not count)."""
+        """Twenty-four hexadecimal digits that change with any picture or their order (labels do not count).
+
+        Raises:
+            ValueError: the pictures have not been `checked`, which computes their digests.
+        """
+        if len(self.digests) != len(self):
+            raise ValueError("pictures have a fingerprint only after checked()")
         return hashlib.blake2b(b"".join(self.digests), digest_size=12).hexdigest()
 
 

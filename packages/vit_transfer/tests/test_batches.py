@@ -1,0 +1,116 @@
+"""What a cached front depends on, and how pictures are dealt to steps and processes."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from labs_common.data import LabelledPictures, checked, read_pictures
+from vit_transfer.batches import PictureRows, PictureSteps, front_recipe
+from vit_transfer.config import DataOptions, ModelOptions
+from vit_transfer.data import Tensors, Transform, read_splits, transform_of
+from vit_transfer.model import Transfer, create, transfer
+
+
+def made(seed: int = 0, **options: object) -> Transfer:
+    chosen = ModelOptions(model="tiny-vit", pretrained=False, **options)
+    torch.manual_seed(seed)
+    return transfer(create(chosen, 4), chosen, 48, cached=True)
+
+
+def test_the_key_of_a_front() -> None:
+    accelerator = Accelerator(cpu=True)
+    first = front_recipe(made(), accelerator)
+    assert front_recipe(made(), accelerator) == first
+    assert front_recipe(made(seed=1), accelerator)["weights"] != first["weights"]
+    assert front_recipe(made(unfreeze="head"), accelerator)["code"] != first["code"]
+    other = made()
+    with torch.no_grad():
+        other.model.blocks[3].attn.qkv.weight.add_(1)  # trained: no part of the front
+    assert front_recipe(other, accelerator) == first
+    with torch.no_grad():
+        other.model.blocks[0].attn.qkv.weight.view(-1)[0].add_(1e-3)
+    assert front_recipe(other, accelerator) != first
+
+
+@pytest.fixture
+def pictures(scenes: Path) -> LabelledPictures:
+    found = read_pictures(str(scenes)).train
+    assert found is not None
+    return checked(found, "error", shown=False)
+
+
+def test_the_key_of_the_pictures(pictures: LabelledPictures) -> None:
+    transform = transform_of(made().model, 48, DataOptions(), 0)
+    first = Tensors(pictures, transform).recipe(1)
+    assert Tensors(pictures, transform).recipe(1) == first
+    for change in ({"size": 40}, {"mean": (0.4, 0.5, 0.5)}, {"interpolation": "nearest"}):
+        assert Tensors(pictures, dataclasses.replace(transform, **change)).recipe(1) != first
+    assert Tensors(pictures.subset([1, 2, 3]), transform).recipe(1) != first
+    # What is drawn by chance counts only where something is.
+    seeded = dataclasses.replace(transform, seed=1)
+    assert Tensors(pictures, seeded).recipe(1) == first
+    assert Tensors(pictures, seeded).recipe(2) != Tensors(pictures, transform).recipe(2)
+
+
+def test_views_are_augmented_and_repeatable(pictures: LabelledPictures) -> None:
+    for augment in ("flip", "crop"):
+        transform = Transform(32, (0.5,) * 3, (0.25,) * 3, "bilinear", augment, 0)
+        tensors = Tensors(pictures, transform)
+        plain = tensors.batch(0, range(16))
+        views = [tensors.batch(view, range(16)) for view in (1, 2)]
+        assert torch.equal(views[0], tensors.batch(1, range(16)))
+        changed = [(view != plain).flatten(1).any(1) for view in views]
+        assert all(int(some.sum()) > 4 for some in changed)
+        assert not torch.equal(*views)
+        assert not torch.equal(views[0], Tensors(pictures, dataclasses.replace(transform, seed=1)).batch(1, range(16)))
+        if augment == "flip":
+            mirrored = plain[changed[0]].flip(3)
+            torch.testing.assert_close(views[0][changed[0]], mirrored, atol=0.05, rtol=0)
+
+
+def test_every_picture_once_an_epoch_whatever_the_processes() -> None:
+    class Places:
+        def rows(self, view: int, places: list[int]) -> torch.Tensor:
+            return torch.tensor(places, dtype=torch.float32)[:, None]
+
+    data = PictureRows(Places(), torch.arange(23))
+
+    def dealt(rank: int, processes: int, epoch: int = 0, start: int = 0) -> list[tuple[list[int], float]]:
+        source = PictureSteps(data, 5, 2, seed=3, rank=rank, processes=processes)
+        assert len(source) == 5
+        steps = [batch for (batch,) in source.steps(epoch, start)]
+        assert all(batch.view == epoch % 2 for batch in steps)
+        assert all(batch.targets.tolist() == list(batch.places) == batch.inputs[:, 0].tolist() for batch in steps)
+        return [(list(batch.places), batch.share) for batch in steps]
+
+    alone = dealt(0, 1)
+    assert sorted(place for places, _ in alone for place in places) == list(range(23))
+    assert dealt(0, 1, start=2) == alone[2:]
+    assert dealt(0, 1, epoch=1) != alone
+    both = [dealt(rank, 2) for rank in range(2)]
+    for step, (places, _) in enumerate(alone):
+        parts = [both[rank][step] for rank in range(2)]
+        assert sorted(parts[0][0] + parts[1][0]) == sorted(places)
+        # Each process's mean times its share, averaged over the processes, is the mean of all.
+        mean = sum(share * sum(part) / len(part) for part, share in parts) / 2
+        assert mean == pytest.approx(sum(places) / len(places))
+    # More processes than pictures in the last step: the others take part with nothing.
+    last = [dealt(rank, 5)[-1] for rank in range(5)]
+    assert [share for _, share in last].count(0.0) == 2
+
+
+def test_small_data_gets_its_splits(pictures: LabelledPictures, scenes: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.parquet").write_bytes((scenes / "train.parquet").read_bytes())
+    options = DataOptions(data=str(tmp_path), validation_fraction=0.25, test_fraction=0.25)
+    splits = read_splits(options, 0, shown=False)
+    names = [set(part.names) for part in splits.values()]
+    assert list(splits) == ["train", "validation", "test"]
+    assert sum(map(len, names)) == len(set.union(*names)) == len(pictures)
+    assert read_splits(options, 0, shown=False)["test"].names == splits["test"].names
+    assert read_splits(options, 1, shown=False)["test"].names != splits["test"].names
+    limited = read_splits(dataclasses.replace(options, limit=8), 0, shown=False)
+    assert len(limited["train"]) == 8
+    assert len(set(limited["train"].labels.tolist())) == 4, "evenly over the classes"
