@@ -60,7 +60,8 @@ def attack(config: AttackConfig) -> None:
     trained = {name: path / FOLDER for name, path in trained_baselines(wanted, run, accelerator, splits).items()}
     clock["trained"] = time.perf_counter()
     victims = {
-        name: Victim.of(folder or trained[name], splits, config, accelerator.device) for name, folder in folders.items()
+        name: Victim.of(folder or trained[name], splits, config, max(counts), accelerator.device)
+        for name, folder in folders.items()
     }
     try:
         for name, victim in victims.items():

@@ -70,21 +70,24 @@ class Victim:
 
     @classmethod
     def of(
-        cls, folder: Path, splits: Mapping[str, LabelledPictures], config: AttackConfig, device: torch.device
+        cls,
+        folder: Path,
+        splits: Mapping[str, LabelledPictures],
+        config: AttackConfig,
+        count: int,
+        device: torch.device,
     ) -> "Victim":
-        """Reads an exported network, and the pictures at its size.
+        """Reads an exported network, and at its size `count` training pictures and all test pictures.
 
         Raises:
             LabError: it cannot be read.
         """
-        from vit_transfer.attack import counts_of
-
         network = load_exported(folder).to(device)
         size = input_size(network, ModelOptions())
         transform = transform_of(network, size, config.data, config.run.seed)
         model = OnLevels(network, transform.normalised, size)
         train, test = splits["train"], splits["test"]
-        order = np.random.default_rng(config.run.seed).permutation(len(train))[: max(counts_of(config.used))]
+        order = np.random.default_rng(config.run.seed).permutation(len(train))[:count]
         used = Tensors(train, transform).levels(0, order.tolist()).to(device)
         shown = Tensors(test, transform).levels(0, range(len(test))).to(device)
         scale = size / PAPER_SIDE if config.norm == "l2" else 1.0
