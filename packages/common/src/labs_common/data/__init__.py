@@ -1,16 +1,20 @@
 """Readers: one per real on-disk format."""
 
+from labs_common.data.captions import CaptionedPictures, caption_splits, read_captioned
 from labs_common.data.images import BadPictureError, decoded
 from labs_common.data.pictures import LabelledPictures, OnBadData, checked, stratified_parts
 from labs_common.data.readers import PictureSplits, read_pictures
 
 __all__ = [
     "BadPictureError",
+    "CaptionedPictures",
     "LabelledPictures",
     "OnBadData",
     "PictureSplits",
+    "caption_splits",
     "checked",
     "decoded",
+    "read_captioned",
     "read_pictures",
     "stratified_parts",
 ]

@@ -75,7 +75,7 @@ class LabelledPictures:
         """
         if len(self.digests) != len(self):
             raise ValueError("pictures have a fingerprint only after checked()")
-        return hashlib.blake2b(b"".join(self.digests), digest_size=12).hexdigest()
+        return digests_of(self.digests)
 
 
 def checked(pictures: LabelledPictures, on_bad_data: OnBadData, shown: bool = True) -> LabelledPictures:
@@ -86,25 +86,40 @@ def checked(pictures: LabelledPictures, on_bad_data: OnBadData, shown: bool = Tr
     """
     if len(pictures) == 0:
         raise LabError(f"--data {pictures.source}: holds no pictures")
-    with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
-        found = pool.map(_examined, pictures.contents)
-        outcomes = list(tracked(found, f"checking {pictures.source}", len(pictures), shown))
+    outcomes = examined(pictures.contents, f"checking {pictures.source}", shown)
     digests = tuple(digest for digest, _ in outcomes)
     reasons = [reason for _, reason in outcomes]
     for place, label in enumerate(pictures.labels):
         if not 0 <= label < len(pictures.classes):
             reasons[place] = f"label {label} is outside of the {len(pictures.classes)} classes"
-    bad = [(place, reason) for place, reason in enumerate(reasons) if reason]
+    bad = [(pictures.names[place], reason) for place, reason in enumerate(reasons) if reason]
     if not bad:
         return replace(pictures, digests=digests)
-    named = tuple(f"{pictures.names[place]}: {reason}" for place, reason in bad[:NAMED])
     if on_bad_data == "error" or len(bad) == len(pictures):
-        more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
         remedy = "mend them, or leave them out with --on-bad-data skip" if len(bad) < len(pictures) else "none is left"
-        raise LabError(f"--data {pictures.source}: {len(bad)} of {len(pictures)} pictures cannot be used: "
-                       f"{'; '.join(named)}{more}; {remedy}")  # fmt: skip
+        raise LabError(refusal(pictures.source, bad, remedy, len(pictures)))
     kept = replace(pictures, digests=digests).subset([place for place, reason in enumerate(reasons) if not reason])
-    return replace(kept, left_out=Counter(reason for _, reason in bad), examples=named)
+    examples = tuple(f"{name}: {reason}" for name, reason in bad[:NAMED])
+    return replace(kept, left_out=Counter(reason for _, reason in bad), examples=examples)
+
+
+def examined(contents: Sequence[np.ndarray | bytes | Path], task: str, shown: bool = True) -> list[tuple[bytes, str]]:
+    """Each content's hash, and why it cannot be used ("" if it can); decoded in threads."""
+    with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
+        return list(tracked(pool.map(_examined, contents), task, len(contents), shown))
+
+
+def refusal(source: str, faults: Sequence[tuple[str, str]], remedy: str, total: int = 0) -> str:
+    """The line that names the first of the faults, each a name and a reason, and the remedy."""
+    named = "; ".join(f"{name}: {reason}" for name, reason in faults[:NAMED])
+    more = f" and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
+    of = f"{len(faults)} of {total} pictures" if total else f"{len(faults)} captions or pictures"
+    return f"--data {source}: {of} cannot be used: {named}{more}; {remedy}"
+
+
+def digests_of(digests: Sequence[bytes]) -> str:
+    """Twenty-four hexadecimal digits that change with any of the digests or their order."""
+    return hashlib.blake2b(b"".join(digests), digest_size=12).hexdigest()
 
 
 def stratified_parts(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
