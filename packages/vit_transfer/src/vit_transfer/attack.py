@@ -59,18 +59,18 @@ def attack(config: AttackConfig) -> None:
     record_splits(run, splits)
     trained = {name: path / FOLDER for name, path in trained_baselines(wanted, run, accelerator, splits).items()}
     clock["trained"] = time.perf_counter()
-    victims = {
-        name: Victim.of(folder or trained[name], splits, config, max(counts), accelerator.device)
-        for name, folder in folders.items()
-    }
     try:
+        victims = {
+            name: Victim.of(folder or trained[name], splits, config, max(counts), accelerator.device)
+            for name, folder in folders.items()
+        }
         for name, victim in victims.items():
             for count in counts:
                 victim.perturbations[count] = perturbation(run, config, name, victim, count)
+        clock["perturbed"] = time.perf_counter()
+        finish_attack_report(run, config, splits, victims, clock)
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; everything is saved: go on with --resume {run.path}") from None
-    clock["perturbed"] = time.perf_counter()
-    finish_attack_report(run, config, splits, victims, clock)
+        raise Interrupted(f"interrupted; what was found is saved: go on with --resume {run.path}") from None
     accelerator.end_training()
 
 
