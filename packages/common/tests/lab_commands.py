@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
@@ -88,3 +89,11 @@ def one_cpu(config: Path, folder: Path) -> Path:
     values = yaml.safe_load(config.read_text()) | {"num_processes": 1, "use_cpu": True, "mixed_precision": "no"}
     local.write_text(yaml.safe_dump(values))
     return local
+
+
+def real_data(name: str) -> Path:
+    """A directory of real data that some tests read; they are skipped on a machine that does not have it."""
+    folder = Path(__file__).parents[4] / "shared" / "data" / name
+    if not folder.is_dir():
+        pytest.skip(f"no real data here (looked for ../shared/data/{name})")
+    return folder

@@ -2,6 +2,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from lab_commands import real_data
 from PIL import Image
 
 from labs_common.data import caption_splits, read_captioned
@@ -123,10 +124,7 @@ def test_the_official_lists_are_kept_and_copies_leave_the_training(folder: Path)
 
 
 def test_real_captions() -> None:
-    folder = Path(__file__).parents[4] / "shared" / "data" / "flickr8k-mini"
-    if not folder.is_dir():
-        pytest.skip(f"no real captions here (looked for ../shared/data/{folder.name})")
-    pictures = read_captioned(folder, shown=False)
+    pictures = read_captioned(real_data("flickr8k-mini"), shown=False)
     assert len(pictures) == 800
     assert {len(sentences) for sentences in pictures.captions} == {5}
     assert {name: len(part) for name, part in caption_splits(pictures).items()} == {

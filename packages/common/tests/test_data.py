@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lab_commands import real_data
 from PIL import Image
 
 from labs_common.data import BadPictureError, checked, decoded, read_pictures, stratified_parts
@@ -242,9 +243,7 @@ def test_stratified_parts() -> None:
 
 
 def test_real_cifar10() -> None:
-    folder = Path(__file__).parents[4] / "shared" / "data" / "cifar10-mini"
-    if not folder.is_dir():
-        pytest.skip("no real CIFAR-10 here (looked for ../shared/data/cifar10-mini)")
+    folder = real_data("cifar10-mini")
     splits = read_pictures(str(folder))
     assert splits.test is not None
     assert np.bincount(splits.train.labels).tolist() == [1000] * 10

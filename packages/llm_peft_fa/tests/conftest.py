@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lab_commands import real_data
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llm_peft_fa import persian_tasks, tiny
@@ -58,8 +59,5 @@ def model_dir(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="session")
 def real_chats() -> Path:
-    """The directory of real Persian conversations that some tests read, if this machine has it."""
-    folder = Path(__file__).parents[4] / "shared" / "data" / "persian-qa-chat"
-    if not folder.is_dir():
-        pytest.skip(f"no real conversations here (looked for ../shared/data/{folder.name})")
-    return folder
+    """Real Persian conversations."""
+    return real_data("persian-qa-chat")

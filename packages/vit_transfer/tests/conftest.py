@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lab_commands import real_data
 from safetensors.torch import save_file
 
 from labs_common.scenes.files import write_parquet
@@ -53,8 +54,5 @@ def cnn_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def real_pictures() -> Path:
-    """The directory of real CIFAR-10 pictures that some tests read, if this machine has it."""
-    folder = Path(__file__).parents[4] / "shared" / "data" / "cifar10-mini"
-    if not folder.is_dir():
-        pytest.skip(f"no real pictures here (looked for ../shared/data/{folder.name})")
-    return folder
+    """Real CIFAR-10 pictures."""
+    return real_data("cifar10-mini")

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from labs_common.data.images import BadPictureError, decoded
-from labs_common.data.pictures import NAMED, OnBadData, digests_of, examined, refusal
+from labs_common.data.pictures import NAMED, OnBadData, digests_of, examined, named_picture, refusal
 from labs_common.errors import LabError
 
 PICTURE_FOLDERS = ("Images", "Flicker8k_Dataset", "Flickr8k_Dataset", "images")
@@ -54,10 +53,7 @@ class CaptionedPictures:
         Raises:
             LabError: it cannot be decoded; it is named.
         """
-        try:
-            return decoded(self.contents[place])
-        except BadPictureError as error:
-            raise LabError(f"--data {self.source}: {self.names[place]}: {error}") from error
+        return named_picture(self.contents[place], self.source, self.names[place])
 
     def subset(self, places: Sequence[int] | np.ndarray) -> "CaptionedPictures":
         """The pictures at these places, in this order."""

@@ -52,10 +52,7 @@ class LabelledPictures:
         Raises:
             LabError: it cannot be decoded; it is named.
         """
-        try:
-            return decoded(self.contents[place])
-        except BadPictureError as error:
-            raise LabError(f"--data {self.source}: {self.names[place]}: {error}") from error
+        return named_picture(self.contents[place], self.source, self.names[place])
 
     def subset(self, places: Sequence[int] | np.ndarray) -> "LabelledPictures":
         """The pictures at these places, in this order."""
@@ -101,6 +98,18 @@ def checked(pictures: LabelledPictures, on_bad_data: OnBadData, shown: bool = Tr
     kept = replace(pictures, digests=digests).subset([place for place, reason in enumerate(reasons) if not reason])
     examples = tuple(f"{name}: {reason}" for name, reason in bad[:NAMED])
     return replace(kept, left_out=Counter(reason for _, reason in bad), examples=examples)
+
+
+def named_picture(content: np.ndarray | bytes | Path, source: str, name: str) -> Image.Image:
+    """The picture in RGB.
+
+    Raises:
+        LabError: it cannot be decoded; it is named.
+    """
+    try:
+        return decoded(content)
+    except BadPictureError as error:
+        raise LabError(f"--data {source}: {name}: {error}") from error
 
 
 def examined(contents: Sequence[np.ndarray | bytes | Path], task: str, shown: bool = True) -> list[tuple[bytes, str]]:
