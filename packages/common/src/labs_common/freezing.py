@@ -55,6 +55,14 @@ def tensor_hash(tensor: torch.Tensor) -> str:
     return hashlib.blake2b(data.numpy().data, digest_size=16).hexdigest()
 
 
+def state_hash(module: torch.nn.Module) -> str:
+    """Thirty-two hexadecimal digits that change with any weight or buffer that the module saves."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, tensor in module.state_dict().items():
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor_hash(tensor)}".encode())
+    return found.hexdigest()
+
+
 @dataclass
 class FrozenAudit:
     """Hashes of everything that must stay fixed, taken when it is made; `check` compares.

@@ -35,7 +35,6 @@ def attack(config: AttackConfig) -> None:
     from vit_transfer.baselines import named_config, trained_baselines
     from vit_transfer.data import read_splits, record_splits
     from vit_transfer.export import FOLDER, finished_network
-    from vit_transfer.results import print_left_out
     from vit_transfer.train import check_network
 
     clock = {"start": time.perf_counter()}
@@ -48,7 +47,6 @@ def attack(config: AttackConfig) -> None:
     check_run_options(config.run)
     accelerator = make_accelerator(config.training)
     splits = read_splits(config.data, config.run.seed, shown=True)
-    print_left_out(splits)
     if max(counts) > len(splits["train"]):
         raise LabError(f"--used {max(counts)}: there are only {len(splits['train'])} training pictures")
     folders = {name: finished_network("--models", name, splits["train"].classes) for name in names}

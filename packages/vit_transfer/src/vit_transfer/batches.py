@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from labs_common.cache import path_name
 from labs_common.features import CachedRows, ComputedRows, Rows, cached_rows
-from labs_common.freezing import tensor_hash
+from labs_common.freezing import state_hash
 from vit_transfer.config import CacheOptions
 from vit_transfer.data import Tensors
 from vit_transfer.model import Transfer
@@ -122,15 +122,12 @@ def front_recipe(model: Transfer, accelerator: Accelerator) -> dict[str, Any]:
     """All that the front's output depends on besides the pictures: its code, its weights, the arithmetic."""
     cut = model.cut
     assert cut is not None
-    weights = hashlib.blake2b(digest_size=16)
-    for name, tensor in cut.front.state_dict().items():
-        weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor_hash(tensor)}".encode())
     modules = [f"{name}: {type(layer).__name__}({layer.extra_repr()})" for name, layer in cut.front.named_modules()]
     code = hashlib.sha256("\n".join([cut.front.graph_module.code, *modules]).encode()).hexdigest()
     return {
         "model": model.name,
         "code": code,
-        "weights": weights.hexdigest(),
+        "weights": state_hash(cut.front),
         "precision": accelerator.mixed_precision,
         "torch": torch.__version__.split("+")[0],
         "timm": timm.__version__,

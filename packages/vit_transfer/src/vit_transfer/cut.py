@@ -97,7 +97,8 @@ def _traced(model: torch.nn.Module, trained: Sequence[str]) -> fx.Graph:
     except Exception as error:  # tracing runs the network's own code, which may fail in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise LabError(f"--model: this network cannot be cut ({reason}); add --no-cache") from error
-    fixed = set([node for node in graph.nodes if node.op == "placeholder"][1:])
+    _, *others_given = (node for node in graph.nodes if node.op == "placeholder")
+    fixed = set(others_given)
     for node in graph.nodes:  # the tracer's checks that these were not varied
         if any(before in fixed for before in node.all_input_nodes):
             fixed.add(node)

@@ -1,7 +1,7 @@
 """Pictures in: the three splits, checked and recorded, and the tensors that a network sees."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from labs_common.cache import cached_directory
 from labs_common.data import LabelledPictures, checked, read_pictures, stratified_parts
 from labs_common.errors import LabError
+from labs_common.progress import console
 from labs_common.run import Run
 from labs_common.scenes import TASKS
 from vit_transfer.config import Augment, DataOptions
@@ -113,6 +114,8 @@ class Tensors:
 def read_splits(options: DataOptions, seed: int, shown: bool) -> dict[str, LabelledPictures]:
     """Training, validation and test pictures by name, every one decoded once; splits that the data lacks are set aside.
 
+    What was left out is printed if `shown`.
+
     Raises:
         LabError: the data cannot be read, or some of it and --on-bad-data says so, or it is too small.
     """
@@ -136,7 +139,18 @@ def read_splits(options: DataOptions, seed: int, shown: bool) -> dict[str, Label
     if missing:
         raise LabError(f"--data {data}: no training picture of class {splits['train'].classes[missing[0]]}; take a "
                        "larger --limit or other data")  # fmt: skip
+    if shown:
+        _print_left_out(splits)
     return {name: splits[name] for name in SPLITS}
+
+
+def _print_left_out(splits: Mapping[str, LabelledPictures]) -> None:
+    """Says which pictures were left out: how many by reason, and the first few by name."""
+    for source, pictures in {pictures.source: pictures for pictures in splits.values() if pictures.left_out}.items():
+        for reason, count in pictures.left_out.most_common():
+            console.print(f"{source}: left out {count} × {reason}")
+        for example in pictures.examples:
+            console.print(f"  {example}")
 
 
 def record_splits(run: Run, splits: dict[str, LabelledPictures]) -> None:
@@ -168,7 +182,6 @@ def _at_most(pictures: LabelledPictures, limit: int, seed: int) -> LabelledPictu
 
 def _demo_data() -> Path:
     """Drawn scenes whose things are to be counted, as parquet files."""
-    from labs_common.progress import console
     from labs_common.scenes.files import write_parquet
 
     recipe = {

@@ -36,7 +36,7 @@ def distill(config: DistillConfig) -> None:
     from vit_transfer.data import Tensors, read_splits, record_splits
     from vit_transfer.evaluate import predicted
     from vit_transfer.export import FOLDER, finished_network, load_exported
-    from vit_transfer.results import finish_report, print_left_out
+    from vit_transfer.results import finish_report
     from vit_transfer.teacher import distillation_section, head_predictions, teacher_of
     from vit_transfer.train import check_network
 
@@ -46,8 +46,6 @@ def distill(config: DistillConfig) -> None:
     accelerator = make_accelerator(config.training)
     with accelerator.main_process_first():
         splits = read_splits(config.data, config.run.seed, accelerator.is_main_process)
-    if accelerator.is_main_process:
-        print_left_out(splits)
     check_network(config, splits, by_head=True)
     folder = finished_network("--teacher", config.teacher, splits["train"].classes)
     if folder is None:

@@ -41,15 +41,6 @@ from vit_transfer.fitting import Fitted
 MISTAKES, LOOKED_AT = 12, 8
 
 
-def print_left_out(splits: Mapping[str, LabelledPictures]) -> None:
-    """Says which pictures were left out: how many by reason, and the first few by name."""
-    for source, pictures in {pictures.source: pictures for pictures in splits.values() if pictures.left_out}.items():
-        for reason, count in pictures.left_out.most_common():
-            console.print(f"{source}: left out {count} × {reason}")
-        for example in pictures.examples:
-            console.print(f"  {example}")
-
-
 def finish_report(
     run: Run,
     config: TrainConfig,

@@ -1,6 +1,5 @@
 """The teacher of a distillation: a fixed network, and what it says of every training picture."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from accelerate import Accelerator
 
 from labs_common.data import LabelledPictures
 from labs_common.features import ComputedRows, Rows, cached_rows
-from labs_common.freezing import tensor_hash
+from labs_common.freezing import state_hash
 from labs_common.report import Figure, Section, Table, curve_figure, save_figure
 from labs_common.run import Run
 from vit_transfer.config import DistillConfig, ModelOptions
@@ -50,11 +49,8 @@ def teacher_of(folder: Path, pictures: LabelledPictures, config: DistillConfig, 
 
     if not config.cache.cache:
         return Teacher(ComputedRows(compute, "fp32"), transform)
-    weights = hashlib.blake2b(digest_size=16)
-    for name, tensor in model.state_dict().items():
-        weights.update(f"{name} {tensor_hash(tensor)}".encode())
     config_text = (folder / "config.json").read_text(encoding="utf-8")
-    recipe = {"weights": weights.hexdigest(), "config": config_text, "tensors": tensors.recipe(config.data.views),
+    recipe = {"weights": state_hash(model), "config": config_text, "tensors": tensors.recipe(config.data.views),
               "torch": torch.__version__.split("+")[0]}  # fmt: skip
     said = cached_rows("teacher", recipe, len(tensors), config.data.views, model.num_classes, "fp32", compute,
                        accelerator.is_main_process)  # fmt: skip

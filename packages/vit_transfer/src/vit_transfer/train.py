@@ -29,7 +29,7 @@ def train(config: TrainConfig) -> None:
     from vit_transfer.data import Tensors, read_splits, record_splits
     from vit_transfer.evaluate import predicted
     from vit_transfer.export import FOLDER, load_exported
-    from vit_transfer.results import finish_report, print_left_out
+    from vit_transfer.results import finish_report
 
     clock = {"start": time.perf_counter()}
     config = complete(config)
@@ -37,8 +37,6 @@ def train(config: TrainConfig) -> None:
     accelerator = make_accelerator(config.training)
     with accelerator.main_process_first():
         splits = read_splits(config.data, config.run.seed, accelerator.is_main_process)
-    if accelerator.is_main_process:
-        print_left_out(splits)
     check_network(config, splits)
     run = Run.start(config, config.run, f"{config.model.unfreeze}-{path_name(config.model.model)}", accelerator)
     record_splits(run, splits)
