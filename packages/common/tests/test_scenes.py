@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from labs_common.scenes import SHAPES, TASKS, TEXTURES, captions, picture, random_scene, scene_generator
-from labs_common.scenes.files import captioned_scenes, write_coco, write_flickr8k, write_parquet
+from labs_common.scenes.files import captioned_scenes, read_truth, write_coco, write_flickr8k, write_parquet
 from labs_common.scenes.world import BACKGROUNDS, COLOURS, Scene, Thing
 
 NUMBERS = ["no", "one", "two", "three", "four", "five", "six"]
@@ -130,6 +130,9 @@ def test_flickr8k_in_both_published_forms(tmp_path: Path) -> None:
     assert len(tokens) == 20
     assert {row["image"] for row in rows} == {file.name for file in (tmp_path / "Images").iterdir()}
     assert Image.open(tmp_path / "Images" / rows[0]["image"]).size == (64, 64)
+    drawn = {f"scene_{number:06d}.jpg": scene for number, scene, _ in captioned_scenes(2, range(10, 14))}
+    assert read_truth(tmp_path) == drawn
+    assert read_truth(tmp_path / "Images") == {}
 
 
 def test_parquet_is_read_by_datasets(tmp_path: Path) -> None:

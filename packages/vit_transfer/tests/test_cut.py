@@ -5,9 +5,9 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
+from labs_common.cut import Cut
 from labs_common.errors import LabError
 from vit_transfer.config import ModelOptions
-from vit_transfer.cut import Cut
 from vit_transfer.first_tokens import FirstTokens, can_be_shortened, read_tokens
 from vit_transfer.model import create, transfer
 

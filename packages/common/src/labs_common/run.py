@@ -65,7 +65,7 @@ class Run:
         return run
 
     def append(self, file: str, line: dict[str, Any]) -> None:
-        """Adds one JSON line to `file` (metrics.jsonl or timing.jsonl)."""
+        """Adds one JSON line to `file` (metrics.jsonl, timing.jsonl or a lab's own); it has a `step`."""
         if self.is_main:
             with (self.path / file).open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -81,7 +81,7 @@ class Run:
     def rewind(self, step: int) -> None:
         """Drops the lines after `step`: they belong to steps that a killed process did and that come again."""
         if self.is_main:
-            for file in ("metrics.jsonl", "timing.jsonl"):
+            for file in sorted(path.name for path in self.path.glob("*.jsonl")):
                 kept = [line for line in self.lines(file) if line["step"] <= step]
                 write_atomically(
                     self.path / file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)

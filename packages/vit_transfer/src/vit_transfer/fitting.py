@@ -12,9 +12,9 @@ from labs_common.checkpoint import SHARDED
 from labs_common.data import LabelledPictures
 from labs_common.freezing import FrozenAudit
 from labs_common.progress import console
+from labs_common.report.structure import Structure, structure_of
 from labs_common.run import Run
 from labs_common.training import Loop, state_bytes
-from vit_transfer.architecture import Structure, structure_of
 from vit_transfer.batches import PictureRows, PictureSteps, disk_bytes, rows_of
 from vit_transfer.config import TrainConfig
 from vit_transfer.data import Tensors, Transform, transform_of

@@ -13,11 +13,11 @@ from timm.data import resolve_model_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.models import load_pretrained, register_model, resolve_pretrained_cfg
 
+from labs_common.cut import Cut
 from labs_common.errors import LabError
 from labs_common.freezing import train_only
 from vit_transfer.catalogue import block_of, classifiers
 from vit_transfer.config import TINY, ModelOptions
-from vit_transfer.cut import Cut
 from vit_transfer.first_tokens import FirstTokens, can_be_shortened, read_tokens
 
 

@@ -5,7 +5,6 @@ also learns what shape each of its patches shows (token labelling, Jiang et al. 
 need far more pictures. About a minute each on two cores; then kept in the user's cache.
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 from labs_common.cache import cached_directory
+from labs_common.pretraining import pretrain, reproducible
 from labs_common.progress import tracked
 from labs_common.scenes import SHAPES, TASKS, Scene, picture, scene_generator
 from vit_transfer.catalogue import classifiers
@@ -77,36 +77,28 @@ def _created(recipe: dict[str, Any], classes: int, size: int = 0) -> Any:
 
 
 def _make(folder: Path, recipe: dict[str, Any]) -> None:
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        torch.set_num_threads(2)  # sums in another order would give another base on a machine with other cores
+    with reproducible():
         save_file(_pretrained(recipe).state_dict(), folder / "model.safetensors")
-    torch.set_num_threads(threads)
 
 
 def _pretrained(recipe: dict[str, Any]) -> torch.nn.Module:
-    """Trains on the shape task: AdamW with warm-up and cosine."""
+    """Trains on the shape task."""
     name = recipe["architecture"]
     images, labels, tokens = _shapes(recipe["pictures"], f"drawing shapes for the tiny {name}")
     model = _created(recipe, len(SHAPES)).train()
     by_patch = torch.nn.Linear(model.num_features, len(SHAPES) + 1) if hasattr(model, "patch_embed") else None
-    parameters = [*model.parameters(), *(by_patch.parameters() if by_patch is not None else ())]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.05, fused=True)
-    steps, batch = recipe["steps"], recipe["batch"]
-    order = torch.cat([torch.randperm(len(images)) for _ in range(-(-steps * batch // len(images)))])
-    for step in tracked(range(steps), f"pre-training the tiny {name} on shapes", steps):
-        rise, fall = min(1.0, (step + 1) / 80), 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.param_groups[0]["lr"] = recipe["learning_rate"] * rise * fall
-        places = order[step * batch : (step + 1) * batch]
+
+    def loss_of(places: torch.Tensor) -> torch.Tensor:
         features = model.forward_features((images[places].float() / 255 - MEAN[0]) / STD[0])
         loss = F.cross_entropy(model.forward_head(features), labels[places])
         if by_patch is not None:
             said = by_patch(features[:, model.num_prefix_tokens :])  # (batch, patches, shapes + 1)
             loss = loss + TOKEN_WEIGHT * F.cross_entropy(said.flatten(0, 1), tokens[places].flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        return loss
+
+    parameters = [*model.parameters(), *(by_patch.parameters() if by_patch is not None else ())]
+    pretrain(parameters, loss_of, len(images), recipe["steps"], recipe["batch"], recipe["learning_rate"],
+             f"pre-training the tiny {name} on shapes")  # fmt: skip
     return model.eval()
 
 

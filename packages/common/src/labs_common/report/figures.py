@@ -62,6 +62,16 @@ def histogram_figure(values: Sequence[float], across: str, up: str = "count", bi
     return _svg(canvas)
 
 
+def count_scatter_figure(counts: Mapping[int, int], across: str, up: str, limit: int) -> str:
+    """How often each whole number occurs, as points, with a line after `limit`. Returns SVG."""
+    canvas, axes = _canvas()
+    axes.scatter(list(counts), list(counts.values()), s=22, color=COLOURS[0])
+    axes.axvline(limit + 0.5, color=TRAINED, linewidth=1.2)
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    return _svg(canvas)
+
+
 def bar_figure(values: Mapping[str, Mapping[str, float]], across: str, limit: float | None = None) -> str:
     """Horizontal bars: one group per key of `values`, one bar per key of the inner mappings. Returns SVG."""
     canvas, axes = _canvas(height=0.8 + 0.32 * max(4, len(values)))

@@ -3,11 +3,23 @@
 from labs_common.scenes.captions import captions
 from labs_common.scenes.drawing import picture
 from labs_common.scenes.tasks import TASKS, Task
-from labs_common.scenes.world import COLOURS, SHAPES, TEXTURES, Scene, Thing, random_scene, scene_generator
+from labs_common.scenes.world import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Scene,
+    Thing,
+    random_scene,
+    scene_generator,
+)
 
 __all__ = [
+    "BACKGROUNDS",
     "COLOURS",
     "SHAPES",
+    "SIZES",
     "TASKS",
     "TEXTURES",
     "Scene",

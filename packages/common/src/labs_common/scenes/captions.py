@@ -9,6 +9,7 @@ from labs_common.scenes.world import Scene, Thing
 
 PER_PICTURE = 5
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
+RELATIONS = ("to the left of", "to the right of", "above", "below")
 CLEARLY = 0.12  # how much farther left or higher a thing must be for the caption to say so
 
 
@@ -55,26 +56,28 @@ def _sentences(scene: Scene, generator: np.random.Generator) -> Iterator[str]:
     order = [things[place] for place in generator.permutation(len(things))]
     yield f"{_listed([_a(described(thing, 0)) for thing in order])} {ground}"
     main = max(things, key=lambda thing: thing.radius)
-    yield f"{_a(described(main))} {_where(main)}"
+    yield f"{_a(described(main))} {place_of(main)}"
     for thing in order:
         yield f"there is {_a(described(thing))} {ground}"
         yield f"{_a(described(thing, 1))} in the picture"
-        yield f"a picture with {_a(described(thing, 0))} {_where(thing)}"
+        yield f"a picture with {_a(described(thing, 0))} {place_of(thing)}"
         yield f"{_a(thing.shape)} that is {thing.colour} and {thing.texture}"
 
 
 def _counted(things: Sequence[Thing]) -> str:
     """How many of each shape, such as "two stars and one moon"."""
     counts = Counter(thing.shape for thing in things)
-    parts = [f"{NUMBERS[number]} {_several(shape, number)}" for shape, number in counts.items()]
+    parts = [f"{NUMBERS[number]} {several(shape, number)}" for shape, number in counts.items()]
     return _listed(parts)
 
 
-def _several(shape: str, number: int) -> str:
+def several(shape: str, number: int) -> str:
+    """The word for so many things of a shape."""
     return shape if number == 1 else shape + ("es" if shape == "cross" else "s")
 
 
-def _where(thing: Thing) -> str:
+def place_of(thing: Thing) -> str:
+    """Where in the picture the thing's middle is, in thirds: "in the upper left corner"."""
     across = "left" if thing.x < 0.38 else "right" if thing.x > 0.62 else ""
     down = "upper" if thing.y < 0.38 else "lower" if thing.y > 0.62 else ""
     if across and down:

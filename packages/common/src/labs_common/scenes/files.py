@@ -8,9 +8,11 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from PIL import Image
 from pyarrow import parquet
@@ -33,28 +35,55 @@ def encoded(image: Image.Image, form: str = "png") -> bytes:
     return stream.getvalue()
 
 
-def captioned_scenes(seed: int, numbers: Iterable[int]) -> Iterator[tuple[int, Scene, list[str]]]:
+Sample = Callable[[np.random.Generator], Scene]
+TRUTH = "scenes.json"
+
+
+def captioned_scenes(
+    seed: int, numbers: Iterable[int], sample: Sample = random_scene
+) -> Iterator[tuple[int, Scene, list[str]]]:
     """Yields number, scene and captions."""
     for number in numbers:
         generator = scene_generator(seed, number)
-        scene = random_scene(generator)
+        scene = sample(generator)
         yield number, scene, captions(scene, generator)
 
 
-def write_flickr8k(folder: Path, numbers: Sequence[int], seed: int = 0, side: int = 64) -> None:
-    """`Images/*.jpg`, `captions.txt` (CSV) and `Flickr8k.token.txt` (tab-separated): both published forms."""
+def write_flickr8k(
+    folder: Path, numbers: Sequence[int], seed: int = 0, side: int = 64, sample: Sample = random_scene
+) -> None:
+    """`Images/*.jpg`, `captions.txt` (CSV) and `Flickr8k.token.txt` (tab-separated): both published forms.
+
+    Beside them `scenes.json` says what each picture shows; see `read_truth`.
+    """
     (folder / "Images").mkdir(parents=True, exist_ok=True)
     rows = []
-    for number, scene, sentences in captioned_scenes(seed, numbers):
+    truth = {}
+    for number, scene, sentences in captioned_scenes(seed, numbers, sample):
         name = f"scene_{number:06d}.jpg"
         (folder / "Images" / name).write_bytes(encoded(picture(scene, side), "jpeg"))
+        truth[name] = asdict(scene)
         rows += [(name, place, sentence) for place, sentence in enumerate(sentences)]
+    (folder / TRUTH).write_text(json.dumps(truth), encoding="utf-8")
     with (folder / "captions.txt").open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(("image", "caption"))
         writer.writerows((name, sentence) for name, _, sentence in rows)
     lines = "".join(f"{name}#{place}\t{sentence}\n" for name, place, sentence in rows)
     (folder / "Flickr8k.token.txt").write_text(lines, encoding="utf-8")
+
+
+def read_truth(folder: Path) -> dict[str, Scene]:
+    """The scene that each picture of `write_flickr8k` shows, by the picture's name; empty for other data."""
+    if not (folder / TRUTH).is_file():
+        return {}
+    truth = json.loads((folder / TRUTH).read_text(encoding="utf-8"))
+    return {
+        name: Scene(
+            **{**found, "light": tuple(found["light"]), "things": tuple(Thing(**thing) for thing in found["things"])}
+        )
+        for name, found in truth.items()
+    }
 
 
 def write_parquet(folder: Path, task: str, splits: dict[str, Sequence[int]], seed: int = 0, side: int = 64) -> None:

@@ -15,6 +15,7 @@ COLOURS = {
 }  # fmt: skip
 TEXTURES = ("plain", "striped", "dotted", "checked")
 BACKGROUNDS = {"dark": (32, 34, 40), "grey": (112, 114, 118), "teal": (40, 105, 110), "brown": (98, 74, 52)}
+SIZES = ("small", "medium", "large")
 SMALL, LARGE = 0.11, 0.19  # a radius below is called small, one above large
 MOST_THINGS = 6
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from labs_common.report import Cell, Row
+from labs_common.report.figures import Cell, Row
 
 
 @dataclass(frozen=True)

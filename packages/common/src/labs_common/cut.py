@@ -42,8 +42,8 @@ class Cut:
             values = plain_front(example)
         for node, value in zip(crossing, values, strict=True):
             if not isinstance(value, torch.Tensor) or value.shape[:1] != example.shape[:1]:
-                raise LabError(f"--block {','.join(trained)}: cannot cut there ({node.name} is not a tensor with a row "
-                               "per picture); name a larger --block, or add --no-cache")  # fmt: skip
+                raise LabError(f"the network cannot be cut before {', '.join(trained)} ({node.name} is not a tensor "
+                               "with a row per picture); let a larger part of it train, or add --no-cache")  # fmt: skip
         self.shapes = [tuple(value.shape[1:]) for value in values]
         self.widths = [math.prod(shape) for shape in self.shapes]
         self.width = sum(self.widths)

@@ -1,0 +1,122 @@
+"""Several captioners under one budget, and one report: `python -m caption_lab.compare --data flickr8k`.
+
+Each model and seed is a run of `caption_lab.train` in a process of its own, so its peak memory is its own. What is
+finished is not run again: the same command goes on where it was stopped, and rebuilds the report when all is there.
+"""
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+
+from caption_lab.config import (
+    MODELS,
+    TINY,
+    CompareConfig,
+    DecoderOptions,
+    EncoderOptions,
+    TrainConfig,
+    complete,
+)
+from labs_common.cli import parse, run_command
+from labs_common.comparing import claim, comparison_folder, entries_of, name_and_flags, slug
+from labs_common.errors import LabError
+from labs_common.options import RunOptions
+from labs_common.own_process import finished_run, locked, start_server
+
+LIBRARIES = ["caption_lab.train", "caption_lab.results", "caption_lab.fitting", "labs_common.training", "timm"]
+
+
+def main() -> None:
+    """The command."""
+    run_command(compare, CompareConfig, "python -m caption_lab.compare")
+
+
+def compare(config: CompareConfig) -> None:
+    """Plans the runs, does those that are missing, and writes the report."""
+    from labs_common.run import check_writable
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise LabError("compare starts one process per model itself: run it with python -m, and name the Accelerate "
+                       "configuration of several GPUs with --launch FILE")  # fmt: skip
+    if config.seeds < 1:
+        raise LabError("--seeds must be at least 1")
+    if config.launch is not None and not config.launch.is_file():
+        raise LabError(f"--launch {config.launch}: no such file; name an Accelerate configuration")
+    planned = {spec: planned_run(config, spec) for spec in entries_of("--models", config.models)}
+    folder = config.output or comparison_folder("compare-captioners", config, [config.data.data])
+    check_writable(folder)
+
+    start_server(config.launch, LIBRARIES)
+    from caption_lab.comparison import gathered, write_comparison
+    from caption_lab.data import read_data
+    from caption_lab.encoder import make_encoder
+    from caption_lab.model import pool_of
+    from caption_lab.tiny import tiny_weights
+    from labs_common.progress import console
+
+    if any(run.encoder.encoder == TINY and run.encoder.pretrained for run in planned.values()):
+        tiny_weights()  # made here, so that no run's memory is that of making it
+    data = read_data(config.data, config.seed, shown=True)
+    for run in planned.values():
+        make_encoder(dataclasses.replace(run.encoder, pretrained=False), pool_of(run.model, run.encoder)).train_last(
+            run.encoder.unfreeze, False
+        )
+    claim(folder, config)
+    seeds = range(config.seed, config.seed + config.seeds)
+    lock = folder / ".lock"
+    with locked(lock):
+        failed = {}
+        jobs = [(spec, seed) for seed in seeds for spec in planned]
+        for number, (spec, seed) in enumerate(jobs, 1):
+            path = folder / slug(spec) / f"seed-{seed}"
+            there = ": there already" if (path / "results.json").exists() else ""
+            console.print(f"[{number}/{len(jobs)}] {spec}, seed {seed}{there}")
+            wanted = dataclasses.replace(planned[spec], run=RunOptions(output=path, seed=seed, track="none"))
+            code = finished_run("caption_lab.train", wanted, path, lock, config.launch)
+            if code:
+                failed[f"{spec}, seed {seed}"] = code
+                console.print(f"{spec}, seed {seed}: stopped with exit code {code}; the others go on")
+        entries = gathered(folder, {spec: slug(spec) for spec in planned}, seeds)
+        write_comparison(folder, config, entries, data.splits["test"], data.truth, failed)
+
+
+@dataclass
+class ComparedOptions:
+    """What may follow a model's name after colons."""
+
+    encoder: EncoderOptions = field(default_factory=EncoderOptions)
+    decoder: DecoderOptions = field(default_factory=DecoderOptions)
+    learning_rate: float = 0.0
+    """Highest learning rate."""
+    label_smoothing: float = 0.0
+    """Share of the target's weight that is spread over all words."""
+    scheduled_sampling: float = 0.0
+    """Share of the input words that the model's own guesses replace at the end of training."""
+
+
+def planned_run(config: CompareConfig, spec: str) -> TrainConfig:
+    """The run of one entry of --models: a model, and options of it after colons (`transformer:mask_words=0.1`).
+
+    Raises:
+        LabError: there is no such model or option, or its value is wrong.
+    """
+    name, flags = name_and_flags(spec)
+    kind = next((model for model in MODELS if model == name), None)
+    if kind is None:
+        raise LabError(f"--models {spec}: no such model; there are {', '.join(MODELS)}")
+    try:
+        own = parse(ComparedOptions, "--models", flags)
+        options = ("learning_rate", "label_smoothing", "scheduled_sampling")
+        given = {option: getattr(own, option) or getattr(config.training, option) for option in options}
+        return complete(
+            TrainConfig(
+                model=kind, encoder=own.encoder, decoder=own.decoder, vocabulary=config.vocabulary, data=config.data,
+                cache=config.cache, training=dataclasses.replace(config.training, **given), decoding=config.decoding,
+            )
+        )  # fmt: skip
+    except LabError as error:
+        raise LabError(f"--models {spec}: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

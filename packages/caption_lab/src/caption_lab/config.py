@@ -1,0 +1,360 @@
+"""Every option of the lab, once, with its help text and default. Imports nothing heavy: `--help` is fast."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from labs_common.errors import LabError
+from labs_common.options import RunOptions, TrainingOptions
+
+Model = Literal["show_tell", "show_attend_tell", "transformer"]
+MODELS: tuple[Model, ...] = ("show_tell", "show_attend_tell", "transformer")
+Objective = Literal["cross-entropy", "scst"]
+Watch = Literal["cider", "bleu-4", "loss"]
+OnBadData = Literal["error", "skip"]
+RowPrecision = Literal["bf16", "fp16", "fp32"]
+TINY = "tiny-cnn"
+ENCODERS = {"show_tell": "resnet50", "show_attend_tell": "resnet50", "transformer": "efficientnet_b0"}
+
+
+@dataclass
+class EncoderOptions:
+    """What looks at the picture."""
+
+    encoder: str = TINY
+    """tiny-cnn (pre-trained here on first use, offline) or any timm name: resnet50, efficientnet_b0, convnext_tiny,
+    vit_small_patch16_224."""
+    pretrained: bool = True
+    """Start from timm's pre-trained weights (downloaded on first use), or from random ones."""
+    weights: Path | None = None
+    """Start from this .safetensors file of the same architecture; a classifier in it is not used."""
+    image_size: int = 0
+    """Side of the pictures that the encoder sees, in pixels; 0 takes the encoder's own. Twice the side gives four times
+    as many places to attend to."""
+    pool: int = 0
+    """show_tell sees the picture as one vector: the means over so many parts of it across and down, side by side. 0
+    takes 1, which is the global feature of the papers, and 3 with the tiny encoder."""
+    unfreeze: int = 0
+    """How many of the encoder's last stages train as well. What is before them is computed once and kept."""
+
+
+@dataclass
+class DecoderOptions:
+    """What writes the words."""
+
+    width: int = 0
+    """Width of words and states; 0 takes 512, and with the tiny encoder 256 for an LSTM and 128 for the transformer."""
+    layers: int = 0
+    """Layers of the transformer; 0 takes 2 with the tiny encoder and 4 with a real one. The LSTMs have one."""
+    heads: int = 8
+    """Attention heads of the transformer."""
+    dropout: float | None = None
+    """Share of values that are dropped in training; by default 0.1 for the transformer and 0.3 for the LSTMs, with the
+    tiny encoder none."""
+    attention_penalty: float = 1.0
+    """Weight of show_attend_tell's doubly stochastic penalty: every place should be looked at as much as any other."""
+    mask_words: float = 0.0
+    """Share of the transformer's input words that are replaced by a mask in training."""
+
+
+@dataclass
+class VocabularyOptions:
+    """How captions become words."""
+
+    lowercase: bool = True
+    """Write everything small."""
+    punctuation: bool = False
+    """Keep punctuation, each mark a word of its own; else it is taken out (man's becomes mans, t-shirt becomes t
+    shirt)."""
+    digits: bool = True
+    """Keep digits."""
+    symbols: bool = False
+    """Keep symbols such as & and $, each a word of its own."""
+    min_count: int = 0
+    """Words that occur less often in the training captions become <unk>; 0 takes 1 for drawn scenes and 3 for other
+    data."""
+    vocabulary_size: int = 0
+    """Keep at most this many words, the most frequent ones; 0 keeps all."""
+    max_length: int = 0
+    """Most words of a caption, longer ones are cut; 0 takes the length that 99 % of the training captions stay
+    within."""
+
+
+@dataclass
+class DataOptions:
+    """Which pictures and captions."""
+
+    data: str | None = None
+    """Flickr8k or a directory like it: pictures with captions.txt (image,caption) or Flickr8k.token.txt. Without it,
+    drawn scenes with captions."""
+    splits: Path | None = None
+    """Directory with the official lists Flickr_8k.trainImages.txt, …devImages.txt and …testImages.txt; else splits are
+    drawn by picture, 80/10/10."""
+    limit: int = 0
+    """Take at most this many training pictures, and an eighth of that for validation and test each; 0 takes all."""
+    on_bad_data: OnBadData = "error"
+    """What to do with pictures and captions that cannot be used: stop and name them, or leave them out and count
+    them."""
+
+
+@dataclass
+class CacheOptions:
+    """What is kept of the frozen encoder."""
+
+    cache: bool = True
+    """Compute the frozen part of the encoder once per picture and keep its output on disk; --no-cache runs it every
+    epoch."""
+    boundary_precision: RowPrecision = "bf16"
+    """Precision in which the frozen part hands over its output, cached or not."""
+
+
+@dataclass
+class DecodingOptions:
+    """How captions are written by a trained model."""
+
+    beam: int = 3
+    """Captions that are followed at once; 1 takes the most probable word each time."""
+    length_penalty: float = 0.7
+    """Beams are ranked by log-probability / words ** this; 0 prefers short captions."""
+    no_repeat: int = 0
+    """No sequence of so many words occurs twice in a caption; 0 allows it."""
+    top_p: float = 0.0
+    """Draw words by chance from the most probable ones that together have this probability (nucleus); 0 does not
+    draw."""
+    temperature: float = 1.0
+    """Drawing is bolder above 1, more careful below."""
+
+
+@dataclass
+class CaptionTrainingOptions(TrainingOptions):
+    """How the weights are moved."""
+
+    epochs: int = 0
+    """Passes over the training captions; 0 takes 3 for drawn scenes, 5 for --objective scst, else 20."""
+    batch_size: int = 64
+    """Captions per optimizer step, over all processes together; pictures with --objective scst."""
+    learning_rate: float = 0.0
+    """Highest learning rate, reached after the warm-up; 0 takes 3e-3 for an LSTM and 2e-3 for the transformer with the
+    tiny encoder, 4e-4 and 3e-4 with a real one, 5e-5 for --objective scst."""
+    encoder_learning_rate: float = 1e-4
+    """That of the encoder's stages that train."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+    label_smoothing: float = 0.0
+    """Share of the target's weight that is spread over all words."""
+    scheduled_sampling: float = 0.0
+    """Share of the input words that the model's own guesses replace at the end of training, rising from none."""
+    watch: Watch = "cider"
+    """What --patience looks at, on the validation pictures."""
+    watch_pictures: int = 200
+    """How many validation pictures are captioned after every epoch."""
+
+
+@dataclass
+class TrainConfig:
+    """Trains a model that describes pictures, and reports how well it does.
+
+    `python -m caption_lab.train` alone works offline: it pre-trains a small CNN on drawn shapes, then learns to
+    describe drawn scenes. The real thing is the same command:
+    `accelerate launch -m caption_lab.train --model transformer --encoder efficientnet_b0 --data flickr8k`.
+    Then `python -m caption_lab.caption photo.jpg --checkpoint runs/…`.
+    """
+
+    model: Model = "transformer"
+    """show_tell: an LSTM that saw the picture once (Vinyals et al. 2015). show_attend_tell: an LSTM that looks at a
+    part of it for each word (Xu et al. 2015). transformer: attention to words and picture."""
+    encoder: EncoderOptions = field(default_factory=EncoderOptions)
+    decoder: DecoderOptions = field(default_factory=DecoderOptions)
+    vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    training: CaptionTrainingOptions = field(default_factory=CaptionTrainingOptions)
+    decoding: DecodingOptions = field(default_factory=DecodingOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+    objective: Objective = "cross-entropy"
+    """cross-entropy: the next word of the training captions. scst: more CIDEr in the captions that the model itself
+    writes (self-critical, Rennie et al. 2017); needs --start."""
+    start: Path | None = None
+    """Begin with the model of this finished run, of which the encoder, decoder and vocabulary are taken."""
+
+
+@dataclass
+class EvaluateConfig:
+    """Measures a trained captioner on pictures with captions: BLEU, ROUGE-L, CIDEr-D, diversity; writes a report.
+
+    `python -m caption_lab.evaluate --checkpoint runs/…` uses the test pictures that the run set aside;
+    `--data flickr8k --split all` any others.
+    """
+
+    checkpoint: Path | None = None
+    """Directory of a finished run; by default the newest under runs/."""
+    data: DataOptions = field(default_factory=DataOptions)
+    split: Literal["train", "validation", "test", "all"] = "test"
+    """Which pictures; without --data, of the run's own."""
+    beams: str = "1,3,5"
+    """Beam widths to compare, separated by commas."""
+    decoding: DecodingOptions = field(default_factory=DecodingOptions)
+    batch_size: int = 64
+    """Pictures at once."""
+    output: Path | None = None
+    """Directory of the report; by default evaluation-… in the run's."""
+    debug: bool = False
+    """Show the traceback of an error instead of one line."""
+
+
+@dataclass
+class CaptionConfig:
+    """Describes pictures: `python -m caption_lab.caption photo.jpg holiday/ "more/*.png" --checkpoint runs/…`."""
+
+    pictures: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Picture files, directories of them, or patterns with *."""
+    checkpoint: Path | None = None
+    """Directory of a finished run; by default the newest under runs/."""
+    heatmap: Path | None = None
+    """Also draw where the model looked for each word into this file; of several pictures into one each (NAME-1.png,
+    …)."""
+    decoding: DecodingOptions = field(default_factory=DecodingOptions)
+    seed: int = 0
+    """Seed of --top-p."""
+    batch_size: int = 32
+    """Pictures at once."""
+    on_bad_data: OnBadData = "error"
+    """What to do with pictures that cannot be read: stop and name them, or leave them out."""
+    debug: bool = False
+    """Show the traceback of an error instead of one line."""
+
+
+@dataclass
+class DemoConfig:
+    """Serves a page that describes pictures: `python -m caption_lab.demo --checkpoint runs/…` (extra `demo`)."""
+
+    checkpoint: Path | None = None
+    """Directory of a finished run; by default the newest under runs/."""
+    decoding: DecodingOptions = field(default_factory=DecodingOptions)
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 lets other machines in."""
+    port: int = 7860
+    """Port to listen on."""
+    debug: bool = False
+    """Show the traceback of an error instead of one line."""
+
+
+@dataclass
+class PrepareConfig:
+    """Looks at the captions before anything is trained: vocabulary, lengths, samples; writes files and a report.
+
+    `python -m caption_lab.prepare --data flickr8k` writes vocabulary.json and tokenizer.json.
+    """
+
+    data: DataOptions = field(default_factory=DataOptions)
+    vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
+    output: Path | None = None
+    """Directory of what is written; by default a new one under runs/."""
+    seed: int = 0
+    """Seed of the splits and of the pictures that are shown."""
+    debug: bool = False
+    """Show the traceback of an error instead of one line."""
+
+
+@dataclass
+class CompareConfig:
+    """Trains several captioners on the same captions with one budget and reports on them beside the papers' figures.
+
+    `python -m caption_lab.compare` alone compares the three models offline. The same command started again goes on
+    where it was stopped. For real: `python -m caption_lab.compare --data flickr8k --models
+    show_tell:encoder=resnet50,show_attend_tell:encoder=resnet50,transformer:encoder=efficientnet_b0 --training.epochs
+    20`
+    """
+
+    models: str = ",".join(MODELS)
+    """Models, separated by commas; options of one follow after colons: transformer:mask_words=0.1:encoder=resnet18."""
+    seeds: int = 1
+    """Runs of each, with seeds from --seed on: the table then has mean and spread."""
+    launch: Path | None = None
+    """Accelerate configuration with which each run is launched, for several GPUs."""
+    vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    training: CaptionTrainingOptions = field(default_factory=CaptionTrainingOptions)
+    decoding: DecodingOptions = field(default_factory=DecodingOptions)
+    output: Path | None = None
+    """Directory of the comparison; by default one under runs/ that the options name, so that the same command finds it
+    again."""
+    config: Path | None = None
+    """YAML file whose values take the place of the defaults; flags win."""
+    seed: int = 0
+    """The first seed."""
+    debug: bool = False
+    """Show the traceback of an error instead of one line."""
+
+
+def complete(config: TrainConfig) -> TrainConfig:
+    """The config with a default in the place of what was left to the model and the data.
+
+    Raises:
+        LabError: options that contradict each other, or are out of range.
+    """
+    encoder, decoder, training, words = config.encoder, config.decoder, config.training, config.vocabulary
+    scst = config.objective == "scst"
+    _check(config)
+    tiny, drawn, lstm = encoder.encoder == TINY, config.data.data is None, config.model != "transformer"
+    rate = (
+        5e-5
+        if scst
+        else {(True, True): 3e-3, (True, False): 2e-3, (False, True): 4e-4, (False, False): 3e-4}[tiny, lstm]
+    )
+    return dataclasses.replace(
+        config,
+        encoder=dataclasses.replace(encoder, pool=encoder.pool or (3 if tiny else 1)),
+        decoder=dataclasses.replace(
+            decoder,
+            width=decoder.width or (512 if not tiny else 256 if lstm else 128),
+            layers=decoder.layers or (2 if tiny else 4),
+            dropout=decoder.dropout if decoder.dropout is not None else 0.0 if tiny else 0.3 if lstm else 0.1,
+        ),
+        vocabulary=dataclasses.replace(words, min_count=words.min_count or (1 if drawn else 3)),
+        training=dataclasses.replace(
+            training,
+            learning_rate=training.learning_rate or rate,
+            epochs=training.epochs or (5 if scst else 3 if drawn else 20),
+        ),
+    )
+
+
+def _check(config: TrainConfig) -> None:
+    encoder, decoder, training = config.encoder, config.decoder, config.training
+    if (config.objective == "scst") != (config.start is not None):
+        raise LabError("--objective scst and --start RUN belong together: it goes on from a captioner that can write")
+    if config.objective == "scst" and (training.scheduled_sampling or decoder.mask_words or training.label_smoothing):
+        raise LabError("--scheduled-sampling, --mask-words and --label-smoothing are of --objective cross-entropy; "
+                       "drop them")  # fmt: skip
+    if decoder.mask_words and config.model != "transformer":
+        raise LabError("--mask-words: is of --model transformer")
+    for flag, value in (("mask-words", decoder.mask_words), ("scheduled-sampling", training.scheduled_sampling),
+                        ("label-smoothing", training.label_smoothing), ("dropout", decoder.dropout or 0)):  # fmt: skip
+        if not 0 <= value < 1:
+            raise LabError(f"--{flag}: must lie between 0 and 1")
+    if encoder.weights is not None and not encoder.weights.is_file():
+        raise LabError(f"--weights {encoder.weights}: no such file")
+    if encoder.weights is not None and encoder.weights.suffix != ".safetensors":
+        raise LabError(f"--weights {encoder.weights}: must be a .safetensors file; convert it with safetensors.torch")
+    if min(encoder.image_size, encoder.unfreeze, encoder.pool, decoder.width, decoder.layers, config.data.limit) < 0:
+        raise LabError("--image-size, --unfreeze, --pool, --width, --layers and --limit must not be negative")
+    if config.data.splits is not None and not config.data.splits.is_dir():
+        raise LabError(f"--splits {config.data.splits}: no such directory")
+    check_decoding(config.decoding)
+
+
+def check_decoding(options: DecodingOptions) -> None:
+    """Refuses decoding options that are out of range.
+
+    Raises:
+        LabError: one is.
+    """
+    if options.beam < 1 or options.no_repeat < 0 or options.length_penalty < 0:
+        raise LabError("--beam must be at least 1, --no-repeat and --length-penalty not negative")
+    if not 0 <= options.top_p <= 1 or options.temperature <= 0:
+        raise LabError("--top-p must lie between 0 and 1, --temperature above 0")

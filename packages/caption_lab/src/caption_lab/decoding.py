@@ -1,0 +1,172 @@
+"""How captions are written: greedily, by beam search, or by chance; all pictures of a batch at once."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from caption_lab.config import DecodingOptions
+from caption_lab.vocabulary import END, PAD, START, UNK
+
+NEVER = (PAD, START, UNK)  # these are never written
+
+
+@dataclass(frozen=True)
+class Written:
+    """The captions of a batch of pictures.
+
+    Attributes:
+        words: numbers of each caption's words, with `<end>` unless it was cut off.
+        log_probabilities: of each caption, the sum over its words.
+        attention: (words, places) of each caption if the decoder attends and it was asked for, else empty.
+    """
+
+    words: list[list[int]]
+    log_probabilities: list[float]
+    attention: list[torch.Tensor]
+
+
+def write(
+    decoder: Any,
+    features: torch.Tensor,
+    length: int,
+    options: DecodingOptions,
+    generator: torch.Generator | None = None,
+    attention: bool = False,
+) -> Written:
+    """Captions for features (pictures, …), of at most `length` words with `<end>`; `generator` is for `top_p`."""
+    if options.top_p or options.beam == 1:
+        return roll_out(decoder, features, length, options, generator, attention)
+    return beam_search(decoder, features, length, options, attention)
+
+
+@torch.no_grad()
+def roll_out(
+    decoder: Any,
+    features: torch.Tensor,
+    length: int,
+    options: DecodingOptions,
+    generator: torch.Generator | None = None,
+    attention: bool = False,
+) -> Written:
+    """The most probable next word every time, or with `top_p` one drawn by chance (Holtzman et al. 2020, eq. 2, 3)."""
+    fixed, moving = decoder.begin(features)
+    words = torch.full((len(features), 1, 1), START, device=features.device)
+    total = torch.zeros(len(features), device=features.device)
+    over = torch.zeros(len(features), dtype=torch.bool, device=features.device)
+    looked = []
+    while words.shape[2] <= length and not bool(over.all()):
+        logits, moving, seen = decoder.step(words[:, :, -1], fixed, moving)
+        logs = log_probabilities(logits, _banned(words, options, logits))[:, 0]  # (pictures, vocabulary)
+        chosen = _drawn(logs, options, generator) if options.top_p else logs.argmax(-1)
+        total += torch.where(over, 0.0, logs.gather(1, chosen[:, None])[:, 0])
+        words = torch.cat([words, torch.where(over, PAD, chosen)[:, None, None]], 2)
+        over = over | (chosen == END)
+        if attention and seen is not None:
+            looked.append(seen[:, 0])
+    return _written(words[:, 0], total, torch.stack(looked, 1) if looked else None)
+
+
+@torch.no_grad()
+def beam_search(
+    decoder: Any, features: torch.Tensor, length: int, options: DecodingOptions, attention: bool = False
+) -> Written:
+    """The best caption that following `options.beam` beginnings of each picture finds.
+
+    Ranked by log-probability / words ** `length_penalty`, `<end>` counting as a word. A picture leaves the batch when
+    no beginning that is still open can get ahead of its best finished caption.
+    """
+    beams, power = options.beam, options.length_penalty
+    fixed, moving = decoder.begin(features)
+    moving = {name: tensor.expand(-1, beams, *tensor.shape[2:]) for name, tensor in moving.items()}
+    device = features.device
+    words = torch.full((len(features), beams, 1), START, device=device)
+    total = torch.full((len(features), beams), -torch.inf, device=device)
+    total[:, 0] = 0.0  # all beams are the same now: only the first counts
+    counts = torch.zeros(len(features), beams, device=device)
+    over = torch.zeros(len(features), beams, dtype=torch.bool, device=device)
+    looked: torch.Tensor | None = None
+    places = torch.arange(len(features), device=device)  # of the pictures that are still searched
+    found: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = {}
+    for step in range(length):
+        logits, moving, seen = decoder.step(words[:, :, -1], fixed, moving)
+        logs = log_probabilities(logits, _banned(words, options, logits))
+        # A finished caption goes on as itself, and as nothing else.
+        logs = logs.masked_fill(over[..., None], -torch.inf)
+        logs[..., PAD] = torch.where(over, 0.0, logs[..., PAD])
+        totals, lengths = total[..., None] + logs, (counts + ~over)[..., None].expand_as(logs)
+        _, best = (totals / lengths**power).flatten(1).topk(beams)
+        beam, word = best // logs.shape[-1], best % logs.shape[-1]
+        total, counts = totals.flatten(1).gather(1, best), lengths.flatten(1).gather(1, best)
+        words = torch.cat([_of_beams(words, beam), word[..., None]], 2)
+        over = over.gather(1, beam) | (word == END)
+        moving = {name: _of_beams(tensor, beam) for name, tensor in moving.items()}
+        if attention and seen is not None:
+            now = _of_beams(seen, beam)[:, :, None]
+            looked = now if looked is None else torch.cat([_of_beams(looked, beam), now], 2)
+        score = total / counts**power
+        finished = score.masked_fill(~over, -torch.inf).amax(1)
+        # Probabilities only fall: this is the most that an open beginning can still reach.
+        reachable = (total / length**power).masked_fill(over, -torch.inf).amax(1)
+        done = (finished >= reachable) | (step == length - 1)
+        if not (bool(done.all()) or done.sum() * 4 >= len(done)):  # taking a few out costs more than it saves
+            continue
+        first = score.masked_fill(~over & (step < length - 1), -torch.inf).argmax(1)
+        for place in done.nonzero()[:, 0].tolist():
+            kept = int(first[place])
+            seen_there = None if looked is None else looked[place, kept]
+            found[int(places[place])] = (words[place, kept], total[place, kept], seen_there)
+        if bool(done.all()):
+            break
+        words, total, counts, over, places = (tensor[~done] for tensor in (words, total, counts, over, places))
+        fixed, moving = ({name: tensor[~done] for name, tensor in part.items()} for part in (fixed, moving))
+        looked = None if looked is None else looked[~done]
+    captions = [found[place] for place in range(len(features))]
+    words_of = [[word for word in words[1:].tolist() if word != PAD] for words, _, _ in captions]
+    seen_of = [
+        seen[: len(words)].cpu() for words, (_, _, seen) in zip(words_of, captions, strict=True) if seen is not None
+    ]
+    return Written(words_of, [float(total) for _, total, _ in captions], seen_of)
+
+
+def log_probabilities(logits: torch.Tensor, banned: torch.Tensor | None = None) -> torch.Tensor:
+    """Of the next words (…, vocabulary), among those that are ever written and not `banned`."""
+    logits = logits.float().index_fill(-1, torch.tensor(NEVER, device=logits.device), -torch.inf)
+    return (logits if banned is None else logits.masked_fill(banned, -torch.inf)).log_softmax(-1)
+
+
+def repeating(words: torch.Tensor, size: int, vocabulary: int) -> torch.Tensor:
+    """Which words (pictures, beams, vocabulary) would end a sequence of `size` words that `words` already have."""
+    banned = torch.zeros(*words.shape[:2], vocabulary, dtype=torch.bool, device=words.device)
+    if words.shape[2] >= size:
+        windows = words.unfold(2, size, 1)  # (pictures, beams, windows, size)
+        begun = words[:, :, None, words.shape[2] - size + 1 :]
+        same = (windows[..., :-1] == begun).all(-1)
+        # Where nothing repeats, a word that is never written anyway is banned.
+        banned.scatter_(2, torch.where(same, windows[..., -1], PAD), True)
+    banned[..., END] = False
+    return banned
+
+
+def _banned(words: torch.Tensor, options: DecodingOptions, logits: torch.Tensor) -> torch.Tensor | None:
+    return repeating(words, options.no_repeat, logits.shape[-1]) if options.no_repeat else None
+
+
+def _drawn(logs: torch.Tensor, options: DecodingOptions, generator: torch.Generator | None) -> torch.Tensor:
+    """A word of each picture, by chance, from the smallest set of words that together have `top_p`."""
+    shares, order = (logs / options.temperature).softmax(-1).sort(-1, descending=True)
+    before = shares.cumsum(-1) - shares
+    shares = shares.masked_fill(before >= options.top_p, 0.0)
+    return order.gather(1, torch.multinomial(shares, 1, generator=generator))[:, 0]
+
+
+def _of_beams(tensor: torch.Tensor, beam: torch.Tensor) -> torch.Tensor:
+    """The entries of (pictures, beams, …) that belong to the chosen beams (pictures, beams)."""
+    return tensor[torch.arange(len(beam), device=beam.device)[:, None], beam]
+
+
+def _written(words: torch.Tensor, total: torch.Tensor, looked: torch.Tensor | None) -> Written:
+    """From words (captions, length) that begin with `<start>` and end in padding, and what was looked at for them."""
+    captions = [[word for word in row if word != PAD] for row in words[:, 1:].tolist()]
+    attention = [] if looked is None else [seen[: len(row)] for seen, row in zip(looked.cpu(), captions, strict=True)]
+    return Written(captions, total.tolist(), attention)

@@ -1,0 +1,73 @@
+"""A page in the browser that describes pictures: `python -m caption_lab.demo` (extra `demo`)."""
+
+import importlib.util
+import socket
+from dataclasses import replace
+from typing import Any
+
+from caption_lab.caption import newest_run
+from caption_lab.config import DemoConfig, check_decoding
+from labs_common.cli import run_command
+from labs_common.errors import LabError
+
+
+def main() -> None:
+    """The command."""
+    run_command(demo, DemoConfig, "python -m caption_lab.demo")
+
+
+def demo(config: DemoConfig) -> None:
+    """Serves the page until Ctrl-C.
+
+    Raises:
+        LabError: Gradio is not installed, no captioner is there, or the port is taken.
+    """
+    check_decoding(config.decoding)
+    if importlib.util.find_spec("gradio") is None:
+        raise LabError("demo: needs Gradio; install the extra caption-lab[demo]")
+    with socket.socket() as probe:
+        if probe.connect_ex((config.host, config.port)) == 0:
+            raise LabError(f"--port {config.port}: is in use; name another")
+    page = caption_page(config)
+    page.launch(server_name=config.host, server_port=config.port, share=False, quiet=False, footer_links=[])
+
+
+def caption_page(config: DemoConfig) -> Any:
+    """The page: a picture in, its caption and where the captioner looked out."""
+    import gradio
+
+    from caption_lab.decoding import write
+    from caption_lab.export import features_of, load_captioner
+    from caption_lab.looking import looked_at, word_tiles
+
+    captioner = load_captioner(config.checkpoint or newest_run())
+
+    def described(image: Any, beam: float) -> tuple[str, list[Any]]:
+        if image is None:
+            return "", []
+        options = replace(config.decoding, beam=int(beam))
+        image = image.convert("RGB")
+        looks = looked_at(captioner, [image], options)
+        if looks:
+            ((words, attention),) = looks
+            return " ".join(words), word_tiles(image, words, attention)
+        features = features_of(captioner, captioner.transform.normalised([captioner.transform.levels(image)]))
+        (numbers,) = write(captioner.model.decoder, features, captioner.length, options).words
+        return captioner.vocabulary.decode(numbers), []
+
+    with gradio.Blocks(title="caption_lab") as page:
+        gradio.Markdown(f"### What is in the picture? ({captioner.kind})")
+        with gradio.Row():
+            with gradio.Column():
+                image = gradio.Image(type="pil", label="Picture", elem_id="picture")
+                beam = gradio.Slider(1, 10, value=config.decoding.beam, step=1, label="Beams")
+                send = gradio.Button("Describe", variant="primary", elem_id="send")
+            with gradio.Column():
+                caption = gradio.Textbox(label="Caption", elem_id="caption", interactive=False)
+                looks = gradio.Gallery(label="Where it looked for each word", columns=4, elem_id="looks")
+        send.click(described, [image, beam], [caption, looks])
+    return page
+
+
+if __name__ == "__main__":
+    main()

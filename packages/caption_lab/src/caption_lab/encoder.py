@@ -1,0 +1,229 @@
+"""The encoder: any timm network without its classifier, giving one vector per place of its last grid."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.data import resolve_model_data_config
+from torch import nn
+
+from caption_lab.config import TINY, EncoderOptions
+from caption_lab.tiny import RECIPE, tiny_arguments, tiny_weights
+from labs_common.cut import Cut
+from labs_common.errors import LabError
+
+
+class Encoder(nn.Module):
+    """A timm network whose forward ends at its last grid; of that the means over `pool` × `pool` parts, side by side.
+
+    It stays in evaluation mode, so that no batch-norm statistic moves, also in stages that train.
+
+    Attributes:
+        architecture: what `timm.create_model` is given, with `arguments`.
+        pool: 0 to keep the grid.
+        size: side of its pictures in pixels.
+        mean: of its pictures' channels, with `std`.
+        grid: rows and columns of places.
+        width: of each place's vector; of the one vector if it is pooled.
+        stages: prefixes of the parameters that train.
+    """
+
+    def __init__(self, architecture: str, arguments: dict[str, Any], size: int, pool: int) -> None:
+        """The network with random weights.
+
+        Raises:
+            LabError: its output is no grid of vectors.
+        """
+        super().__init__()
+        self.architecture, self.arguments, self.pool = architecture, arguments, pool
+        self.network: Any = timm.create_model(architecture, num_classes=0, **arguments)
+        self.network.eval()
+        known = resolve_model_data_config(self.network)
+        self.size = size or int(known["input_size"][-1])
+        self.mean, self.std = tuple(known["mean"]), tuple(known["std"])
+        self.interpolation = str(known["interpolation"])
+        self.stages: tuple[str, ...] = ()
+        self._cut: tuple[Cut, ...] = ()  # not a submodule: its modules are the network's
+        self._skip: int = int(getattr(self.network, "num_prefix_tokens", 0))
+        with torch.no_grad():
+            device = next(self.network.parameters()).device
+            look: Any = self.network.forward_features
+            try:
+                example = look(torch.zeros(2, 3, self.size, self.size, device=device))
+            except (AssertionError, RuntimeError) as error:
+                reason = str(error).splitlines()[0]
+                raise LabError(f"--image-size {self.size}: {architecture} takes no such pictures ({reason})") from error
+        if not isinstance(example, torch.Tensor) or example.dim() not in (3, 4):
+            raise LabError(f"--encoder {architecture}: gives no grid of vectors; take another")
+        if example.dim() == 3:
+            places = example.shape[1] - self._skip
+            side = round(places**0.5)
+            self.grid = tuple(getattr(self.network.patch_embed, "grid_size", (side, side)))
+            self.width = example.shape[2]
+            self._layout = "tokens"
+        else:
+            last = example.shape[1] != self.network.num_features
+            self.grid = tuple(example.shape[1:3] if last else example.shape[2:])
+            self.width = example.shape[3] if last else example.shape[1]
+            self._layout = "channels last" if last else "channels first"
+
+        if pool > min(self.grid):
+            raise LabError(f"--pool {pool}: the encoder's grid is {self.grid[0]} × {self.grid[1]} only")
+        self.width *= pool**2 or 1
+
+    @property
+    def places(self) -> int:
+        """How many vectors it gives."""
+        return 1 if self.pool else self.grid[0] * self.grid[1]
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Pictures (batch, 3, size, size) to (batch, places, width), or (batch, width) if it is pooled."""
+        features = self.network.forward_features(pictures)
+        if self._layout == "tokens":
+            features = features[:, self._skip :]
+        elif self._layout == "channels last":
+            features = features.flatten(1, 2)
+        else:
+            features = features.flatten(2).transpose(1, 2)
+        if not self.pool:
+            return features
+        grid = features.transpose(1, 2).unflatten(2, self.grid)
+        return F.adaptive_avg_pool2d(grid, self.pool).flatten(1)
+
+    def train_last(self, count: int, frozen_is_kept: bool) -> None:
+        """Lets the last `count` stages train; cuts the network before them where their input is to be kept.
+
+        Raises:
+            LabError: it has no so many stages, or cannot be cut there.
+        """
+        self._cut = ()
+        self.stages = tuple(f"network.{name}" for name in last_stages(self.network, count))
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(
+                name.startswith(tuple(f"{stage}." for stage in self.stages)) if self.stages else False
+            )
+        if self.stages and frozen_is_kept:
+            device = next(self.parameters()).device
+            self._cut = (Cut(self, self.stages, torch.zeros(2, 3, self.size, self.size, device=device)),)
+
+    @property
+    def row_width(self) -> int:
+        """Values in a row of `front`."""
+        return self._cut[0].width if self._cut else self.places * self.width
+
+    @property
+    def has_front(self) -> bool:
+        """Whether a part of it gives the same for a picture all the time."""
+        return bool(self._cut) or not self.stages
+
+    def front(self, pictures: torch.Tensor) -> torch.Tensor:
+        """What does not train: pictures (batch, 3, size, size) to rows (batch, row_width)."""
+        rows = self._cut[0].front(pictures) if self._cut else self(pictures).flatten(1)
+        return rows
+
+    @property
+    def front_module(self) -> nn.Module:
+        """The module whose weights and code decide what `front` gives."""
+        return self._cut[0].front if self._cut else self
+
+    def back(self, rows: torch.Tensor) -> torch.Tensor:
+        """What trains: rows (or pictures, where nothing is frozen) to features, as `forward` gives them."""
+        if not self.has_front:
+            return self(rows)
+        if self._cut:
+            return self._cut[0].back(rows.float())
+        return rows.float() if self.pool else rows.float().unflatten(1, (self.places, self.width))
+
+    def train(self, mode: bool = True) -> "Encoder":
+        """Stays as it is: no statistic of it moves, nothing of it is dropped."""
+        return self
+
+
+def make_encoder(options: EncoderOptions, pool: int) -> Encoder:
+    """The encoder with the weights that the options name; what trains is not decided yet.
+
+    Raises:
+        LabError: timm has no such network, its weights cannot be had, or the file is of another.
+    """
+    tiny = options.encoder == TINY
+    architecture = RECIPE["architecture"] if tiny else options.encoder
+    arguments = tiny_arguments() if tiny else _arguments(options)
+    try:
+        encoder = Encoder(architecture, arguments, options.image_size, pool)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise LabError(f"--encoder {options.encoder}: cannot be made ({str(error).splitlines()[0]})") from error
+    if options.weights is not None:
+        _load(encoder.network, _read(options.weights), options)
+    elif options.pretrained and tiny:
+        encoder.network.load_state_dict(tiny_weights())
+    elif options.pretrained:
+        try:
+            weights = timm.create_model(architecture, pretrained=True, num_classes=0, **arguments).state_dict()
+        except Exception as error:  # downloads fail in many ways; everything else about the name has been checked
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise LabError(f"--encoder {options.encoder}: its weights cannot be had ({reason}); check the network, or "
+                           "give --weights FILE or --no-pretrained") from error  # fmt: skip
+        encoder.network.load_state_dict(weights)
+    return encoder
+
+
+def _arguments(options: EncoderOptions) -> dict[str, Any]:
+    name = options.encoder.removeprefix("timm/")
+    if not timm.is_model(name.split(".")[0]):
+        like = difflib.get_close_matches(name, timm.list_models(), 4)
+        hint = f"; like it are {', '.join(like)}" if like else ""
+        raise LabError(f"--encoder {options.encoder}: timm has no such model{hint}")
+    known = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    fixed = known is not None and known.fixed_input_size
+    return {"img_size": options.image_size} if options.image_size and fixed else {}
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise LabError(f"--weights {file}: cannot be read ({str(error).splitlines()[0]})") from error
+
+
+def _load(network: nn.Module, state: dict[str, torch.Tensor], options: EncoderOptions) -> None:
+    own = network.state_dict()
+    for name, tensor in own.items():
+        if name not in state or state[name].shape != tensor.shape:
+            raise LabError(f"--weights {options.weights}: is of another architecture or image size (first difference: "
+                           f"{name})")  # fmt: skip
+    network.load_state_dict({name: state[name] for name in own})
+
+
+def last_stages(network: Any, count: int) -> list[str]:
+    """Prefixes of the parameters of the last `count` stages, and of all that comes after them.
+
+    A stage ends where timm lists a feature map (`feature_info`): layer1 to layer4 of a ResNet, each block of a ViT.
+
+    Raises:
+        LabError: the network has no so many.
+    """
+    if not count:
+        return []
+    known = getattr(network, "feature_info", None)
+    ends = [str(entry["module"]) for entry in (known if isinstance(known, list) else getattr(known, "info", []))]
+    if count >= len(ends):
+        raise LabError(
+            f"--unfreeze {count}: {type(network).__name__} has {max(0, len(ends) - 1)} stages that can train"
+        )
+    before = ends[-count - 1]
+    names = list(dict.fromkeys(_unit(name) for name, _ in network.named_parameters()))
+    inside = [place for place, name in enumerate(names) if name == before or name.startswith(f"{before}.")]
+    if not inside:
+        raise LabError(f"--unfreeze: the stages of {type(network).__name__} are not known")
+    return names[inside[-1] + 1 :]
+
+
+def _unit(parameter: str) -> str:
+    """The part of the network that a parameter belongs to: layer4 or blocks.6."""
+    first, *rest = parameter.split(".")
+    return f"{first}.{rest[0]}" if rest and rest[0].isdigit() and len(rest) > 1 else first

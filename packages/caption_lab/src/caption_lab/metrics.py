@@ -1,0 +1,118 @@
+"""BLEU, ROUGE-L and CIDEr-D of captions, and how varied they are. Everything works on words that are already cleaned.
+
+METEOR is left out: the papers used version 1.5, which is a Java program with paraphrase tables. What Python has
+(`nltk.translate.meteor_score`) follows an older definition and gives other numbers (nltk issue 2655).
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from sacrebleu.metrics.bleu import BLEU
+
+Words = Sequence[str]
+ORDERS = 4
+SIGMA = 6.0
+BETA = 1.2
+
+
+def caption_metrics(captions: Sequence[Words], references: Sequence[Sequence[Words]]) -> dict[str, float]:
+    """All metrics of captions, one for each picture, against that picture's references.
+
+    BLEU and ROUGE-L are in per cent as in the papers, CIDEr-D as coco-caption gives it (1.0 is usually printed as 100).
+    """
+    found = {f"bleu-{order}": value for order, value in enumerate(bleu(captions, references), 1)}
+    found["rouge-l"] = 100 * float(np.mean([rouge_l(c, r) for c, r in zip(captions, references, strict=True)]))
+    found["cider"] = float(np.mean(CiderD(references).scores(captions, range(len(captions)))))
+    return found | diversity(captions)
+
+
+def bleu(captions: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
+    """BLEU-1 to BLEU-4 in per cent, of the corpus, not smoothed (Papineni et al. 2002)."""
+    most = max(map(len, references))
+    # sacrebleu takes the first reference of every picture, then the second, …; None where there is none.
+    streams: Any = [[" ".join(r[place]) if place < len(r) else None for r in references] for place in range(most)]
+    said = [" ".join(caption) for caption in captions]
+    scores = []
+    for order in range(1, ORDERS + 1):
+        metric = BLEU(tokenize="none", smooth_method="none", max_ngram_order=order, force=True)
+        scores.append(float(metric.corpus_score(said, streams).score))
+    return scores
+
+
+def rouge_l(caption: Words, references: Sequence[Words]) -> float:
+    """ROUGE-L as coco-caption defines it: F with beta 1.2 of the best precision and the best recall (Lin 2004)."""
+    if not caption:
+        return 0.0
+    common = [longest_common(caption, reference) for reference in references]
+    precision = max(common) / len(caption)
+    recall = max(length / len(reference) for length, reference in zip(common, references, strict=True))
+    if not precision or not recall:
+        return 0.0
+    return (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision)
+
+
+def longest_common(one: Words, other: Words) -> int:
+    """The length of the longest sequence of words that is in both, not necessarily without gaps."""
+    row = [0] * (len(other) + 1)
+    for word in one:
+        before = 0
+        for place, there in enumerate(other, 1):
+            before, row[place] = row[place], before + 1 if word == there else max(row[place], row[place - 1])
+    return row[-1]
+
+
+class CiderD:
+    """CIDEr-D (Vedantam et al. 2015, section 6): likeness of n-grams, the rare ones counting more.
+
+    How rare an n-gram is comes from the pictures whose references this is made of.
+    """
+
+    def __init__(self, references: Sequence[Sequence[Words]]) -> None:
+        counted = [[_grams(reference) for reference in of_picture] for of_picture in references]
+        self._rarity = Counter(gram for of_picture in counted for gram in set().union(*of_picture))
+        self._pictures = math.log(len(references)) if len(references) else 0.0
+        self._references = [[self._vector(grams) for grams in of_picture] for of_picture in counted]
+
+    def scores(self, captions: Sequence[Words], pictures: Sequence[int]) -> np.ndarray:
+        """The score of each caption against the references of its picture (captions,), from 0 to 10."""
+        found = [self._score(caption, self._references[p]) for caption, p in zip(captions, pictures, strict=True)]
+        return np.array(found, dtype=np.float64)
+
+    def _vector(self, grams: Counter[tuple[str, ...]]) -> tuple[list[dict[tuple[str, ...], float]], list[float], int]:
+        """Weight of each n-gram by order, the vectors' lengths, and how many bigrams there are."""
+        weights: list[dict[tuple[str, ...], float]] = [{} for _ in range(ORDERS)]
+        for gram, count in grams.items():
+            weights[len(gram) - 1][gram] = count * (self._pictures - math.log(max(1, self._rarity[gram])))
+        norms = [math.sqrt(sum(value * value for value in vector.values())) for vector in weights]
+        return weights, norms, sum(count for gram, count in grams.items() if len(gram) == 2)
+
+    def _score(
+        self, caption: Words, references: Sequence[tuple[list[dict[tuple[str, ...], float]], list[float], int]]
+    ) -> float:
+        weights, norms, length = self._vector(_grams(caption))
+        total = 0.0
+        for theirs, their_norms, their_length in references:
+            closeness = math.exp(-((length - their_length) ** 2) / (2 * SIGMA**2))
+            for own, other, norm, their_norm in zip(weights, theirs, norms, their_norms, strict=True):
+                if norm and their_norm:
+                    shared = sum(min(value, other[gram]) * other[gram] for gram, value in own.items() if gram in other)
+                    total += closeness * shared / (norm * their_norm)
+        return 10 * total / ORDERS / len(references)
+
+
+def _grams(words: Words) -> Counter[tuple[str, ...]]:
+    return Counter(
+        tuple(words[place : place + order]) for order in range(1, ORDERS + 1) for place in range(len(words) - order + 1)
+    )
+
+
+def diversity(captions: Sequence[Words]) -> dict[str, float]:
+    """Share of captions that are unlike all others, how many different words they use, and their mean length."""
+    return {
+        "distinct": len({tuple(caption) for caption in captions}) / len(captions),
+        "words used": float(len({word for caption in captions for word in caption})),
+        "length": float(np.mean([len(caption) for caption in captions])),
+    }

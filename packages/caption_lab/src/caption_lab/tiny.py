@@ -1,0 +1,142 @@
+"""The offline encoder: a small CNN of timm, pre-trained here on first use on what drawn scenes show.
+
+It learns which shape, colour, texture and size each place of its grid shows and where that place is, and, from the mean
+over all places, which pairs of shape and colour there are, where each shape lies, and the background. About two minutes
+on two cores; then kept in the user's cache.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+
+from labs_common.cache import cached_directory
+from labs_common.pretraining import pretrain, reproducible
+from labs_common.progress import tracked
+from labs_common.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Scene,
+    picture,
+    random_scene,
+    scene_generator,
+)
+
+SIDE, CELL = 48, 8
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+THIRDS = 3
+NAMES = {
+    kind: [*names, *BACKGROUNDS]
+    for kind, names in (("shape", SHAPES), ("colour", COLOURS), ("texture", TEXTURES), ("size", SIZES))
+}
+BACKGROUND, FACTS = 0.2, 50.0
+RECIPE: dict[str, Any] = {
+    "architecture": "resnet10t", "arguments": {"channels": (32, 64, 96, 128), "output_stride": CELL},
+    "pictures": 10000, "steps": 1800, "batch": 32, "learning_rate": 4e-3, "things": 3,
+    "shapes": ("circle", "square", "triangle", "star", "moon"),
+    "colours": ("red", "yellow", "green", "blue", "purple", "white"), "textures": ("plain", "striped", "dotted"),
+    "radii": ((0.14, 0.17), (0.22, 0.27)),  # nothing between medium and large
+}  # fmt: skip
+
+
+def demo_scene(generator: np.random.Generator) -> Scene:
+    """One to three things of `RECIPE`'s shapes, colours and textures: as much as 48 pixels and two minutes can tell."""
+    count = 1 + int(generator.integers(RECIPE["things"]))
+    names = [RECIPE[kind] for kind in ("shapes", "colours", "textures")]
+    looks = [tuple(kind[generator.integers(len(kind))] for kind in names) for _ in range(count)]
+    radii = [RECIPE["radii"][generator.integers(2)] for _ in range(count)]
+    return random_scene(generator, count, radii, looks)
+
+
+def tiny_arguments() -> dict[str, Any]:
+    """What timm's `create_model` needs to build the network, besides its name."""
+    shown = {"mean": MEAN, "std": STD, "input_size": (3, SIDE, SIDE), "crop_pct": 1.0, "pool_size": None}
+    return dict(RECIPE["arguments"]) | {"pretrained_cfg_overlay": shown}
+
+
+def tiny_weights() -> dict[str, torch.Tensor]:
+    """The pre-trained weights, made now if never before."""
+    return load_file(cached_directory("caption-tiny-cnn", RECIPE | {"format": 1}, _make) / "model.safetensors")
+
+
+def _make(folder: Path) -> None:
+    with reproducible():
+        state = _pretrained().state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
+
+
+def _pretrained() -> torch.nn.Module:
+    images, cells, wholes = _scenes(RECIPE["pictures"])
+    model: Any = timm.create_model(RECIPE["architecture"], num_classes=0, **tiny_arguments()).train()
+    # Half as long again without this layout on a CPU.
+    model, images = (thing.to(memory_format=torch.channels_last) for thing in (model, images))
+    kinds = [*(len(names) for names in NAMES.values()), SIDE // CELL, SIDE // CELL]
+    by_cell = torch.nn.Conv2d(model.num_features, sum(kinds), 1)
+    of_whole = torch.nn.Linear(model.num_features, wholes.shape[1])
+
+    # Most places show background: it counts less.
+    weights = [torch.tensor([BACKGROUND if n in BACKGROUNDS else 1.0 for n in names]) for names in NAMES.values()]
+    weights += [torch.full((SIDE // CELL,), 0.2)] * 2
+
+    def loss_of(places: torch.Tensor) -> torch.Tensor:
+        features = model.forward_features((images[places].float() / 255 - MEAN[0]) / STD[0])  # (batch, width, 6, 6)
+        said = by_cell(features).split(kinds, 1)
+        losses = [
+            F.cross_entropy(logits, cells[places, kind].long(), weight)
+            for kind, (logits, weight) in enumerate(zip(said, weights, strict=True))
+        ]
+        there = of_whole(features.mean((2, 3)))
+        return sum(losses) + FACTS * F.binary_cross_entropy_with_logits(there, wholes[places].float())
+
+    parameters = [*model.parameters(), *by_cell.parameters(), *of_whole.parameters()]
+    pretrain(parameters, loss_of, len(images), RECIPE["steps"], RECIPE["batch"], RECIPE["learning_rate"],
+             "pre-training the tiny CNN on scenes")  # fmt: skip
+    return model.eval()
+
+
+def _scenes(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pictures (count, 3, side, side), kinds by cell (count, 3, rows, columns), and what there is (count, facts)."""
+    images, cells, wholes = [], [], []
+    for number in tracked(range(count), "drawing scenes for the tiny CNN", count):
+        scene = demo_scene(scene_generator(1, number))
+        images.append(np.asarray(picture(scene, SIDE)))
+        cells.append(_kinds_by_cell(scene))
+        wholes.append(_facts(scene))
+    return (
+        torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
+        torch.from_numpy(np.stack(cells)),
+        torch.from_numpy(np.stack(wholes)),
+    )
+
+
+def _kinds_by_cell(scene: Scene) -> np.ndarray:
+    """What is at each cell's middle, as numbers in each of `NAMES`, and its row and column (6, rows, columns)."""
+    found = []
+    for kind, names in NAMES.items():
+        canvas = Image.new("L", (SIDE, SIDE), names.index(scene.background))
+        for thing in scene.things:
+            ImageDraw.Draw(canvas).polygon(thing.outline(SIDE).ravel().tolist(), fill=names.index(getattr(thing, kind)))
+        found.append(np.asarray(canvas)[CELL // 2 :: CELL, CELL // 2 :: CELL])
+    return np.stack([*found, *np.indices(found[0].shape, dtype=np.uint8)])
+
+
+def _facts(scene: Scene) -> np.ndarray:
+    """Ones for the pairs of shape and colour there are, the thirds that each shape is in, and the background."""
+    shapes, colours = list(SHAPES), list(COLOURS)
+    pairs = np.zeros((len(shapes), len(colours)), dtype=np.uint8)
+    places = np.zeros((len(shapes), 2, THIRDS), dtype=np.uint8)
+    for thing in scene.things:
+        shape = shapes.index(thing.shape)
+        pairs[shape, colours.index(thing.colour)] = 1
+        places[shape, 0, min(THIRDS - 1, int(thing.x * THIRDS))] = 1
+        places[shape, 1, min(THIRDS - 1, int(thing.y * THIRDS))] = 1
+    ground = np.array([name == scene.background for name in BACKGROUNDS], dtype=np.uint8)
+    return np.concatenate([pairs.ravel(), places.ravel(), ground])

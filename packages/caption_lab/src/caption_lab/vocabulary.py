@@ -1,0 +1,170 @@
+"""Captions as words and words as numbers; the same as a Hugging Face `tokenizer.json`.
+
+| token | number | what it is for |
+|---|---|---|
+| `<pad>` | 0 | fills a caption up to the length of the longest beside it; nothing is learnt from it |
+| `<start>` | 1 | what the model reads before the first word |
+| `<end>` | 2 | what it writes when the caption is over: without it, it could not stop |
+| `<unk>` | 3 | stands for a word that is too rare to be learnt; never written |
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
+
+from caption_lab.config import VocabularyOptions
+from labs_common.errors import LabError
+from labs_common.run import write_atomically
+
+SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
+PAD, START, END, UNK = range(4)
+FILE, TOKENIZER = "vocabulary.json", "tokenizer.json"
+COVERED = 0.99  # of the training captions are no longer than the chosen length
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """What becomes of capitals, punctuation, digits and symbols; see `VocabularyOptions`.
+
+    What is not kept becomes a space, but for apostrophes, which vanish; what is kept is a word of its own.
+    """
+
+    lowercase: bool = True
+    punctuation: bool = False
+    digits: bool = True
+    symbols: bool = False
+
+    @cached_property
+    def normalizer(self) -> Any:
+        """The part that changes characters, as `tokenizers` does it."""
+        steps: list[Any] = [normalizers.NFC()]
+        if self.lowercase:
+            steps.append(normalizers.Lowercase())
+        if not self.punctuation:
+            steps.append(normalizers.Replace(Regex("['’]"), ""))
+        dropped = {r"\p{P}": self.punctuation, r"\p{S}": self.symbols, r"\p{N}": self.digits}
+        steps += [normalizers.Replace(Regex(kind), " ") for kind, kept in dropped.items() if not kept]
+        return normalizers.Sequence(steps)
+
+    @cached_property
+    def splitter(self) -> Any:
+        """The part that finds words."""
+        return pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[\p{P}\p{S}]"), "isolated")]
+        )
+
+    def words(self, caption: str) -> list[str]:
+        """The words of a caption."""
+        return [word for word, _ in self.splitter.pre_tokenize_str(self.normalizer.normalize_str(caption))]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Words by number, the special tokens first.
+
+    Attributes:
+        words: all of them.
+        cleaning: how captions become words.
+        length: most words of a caption that the model is trained on.
+    """
+
+    words: tuple[str, ...]
+    cleaning: Cleaning
+    length: int
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The same as a tokenizer of Hugging Face: `<start>` and `<end>` around the words."""
+        numbers = {word: number for number, word in enumerate(self.words)}
+        tokenizer = Tokenizer(WordLevel(numbers, unk_token=SPECIAL[UNK]))
+        tokenizer.add_special_tokens(list(SPECIAL))
+        tokenizer.encode_special_tokens = True  # a caption that contains "<end>" does not end there
+        tokenizer.normalizer = self.cleaning.normalizer
+        tokenizer.pre_tokenizer = self.cleaning.splitter
+        ends = [(SPECIAL[START], START), (SPECIAL[END], END)]
+        tokenizer.post_processor = TemplateProcessing(single="<start> $A <end>", special_tokens=ends)
+        return tokenizer
+
+    def encode(self, caption: str) -> list[int]:
+        """`<start>`, the first `length` words, `<end>`, as numbers."""
+        numbers: list[int] = self.tokenizer.encode(caption).ids
+        return [*numbers[: self.length + 1], END] if len(numbers) > self.length + 2 else numbers
+
+    def decode(self, numbers: Iterable[int]) -> str:
+        """The words between `<start>` and the first `<end>`, with spaces between."""
+        found = []
+        for number in numbers:
+            if number == END:
+                break
+            if number not in (PAD, START):
+                found.append(self.words[number])
+        return " ".join(found)
+
+    def save(self, folder: Path) -> None:
+        """Writes `vocabulary.json` and `tokenizer.json`, each in one move."""
+        said = {"words": self.words, "cleaning": asdict(self.cleaning), "length": self.length}
+        write_atomically(folder / FILE, json.dumps(said, ensure_ascii=False, indent=1) + "\n")
+        write_atomically(folder / TOKENIZER, self.tokenizer.to_str(pretty=True) + "\n")
+
+
+def load_vocabulary(folder: Path) -> Vocabulary:
+    """What `Vocabulary.save` wrote.
+
+    Raises:
+        LabError: it is missing or broken.
+    """
+    try:
+        said = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        found = Vocabulary(tuple(said["words"]), Cleaning(**said["cleaning"]), int(said["length"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LabError(f"{folder / FILE}: cannot be read ({error})") from error
+    if found.words[: len(SPECIAL)] != SPECIAL:
+        raise LabError(f"{folder / FILE}: does not begin with {' '.join(SPECIAL)}")
+    return found
+
+
+def build_vocabulary(captions: Iterable[str], options: VocabularyOptions) -> Vocabulary:
+    """The words of these (training) captions, most frequent first, equal ones by alphabet.
+
+    Raises:
+        LabError: no word is frequent enough.
+    """
+    cleaning = Cleaning(options.lowercase, options.punctuation, options.digits, options.symbols)
+    cleaned = [cleaning.words(caption) for caption in captions]
+    counts = Counter(word for words in cleaned for word in words if word not in SPECIAL)
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    kept = [word for word, count in ranked if count >= options.min_count]
+    if options.vocabulary_size:
+        kept = kept[: options.vocabulary_size]
+    if not kept:
+        raise LabError(f"--min-count {options.min_count}: no word occurs so often in {len(cleaned)} captions")
+    length = options.max_length or covering_length([len(words) for words in cleaned])
+    return Vocabulary((*SPECIAL, *kept), cleaning, length)
+
+
+def covering_length(lengths: Sequence[int], share: float = COVERED) -> int:
+    """The smallest length that `share` of the captions do not exceed."""
+    ordered = sorted(lengths)
+    return max(1, ordered[math.ceil(share * len(ordered)) - 1])
+
+
+def padded(captions: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Captions of different lengths as one tensor (captions, longest), and a mask of it that is true at words."""
+    longest = max(map(len, captions))
+    numbers = torch.full((len(captions), longest), PAD)
+    for row, caption in enumerate(captions):
+        numbers[row, : len(caption)] = torch.tensor(caption)
+    return numbers, numbers != PAD

@@ -1,0 +1,86 @@
+import pytest
+import torch
+
+from caption_lab.decoders import ShowAttendTell, ShowTell
+from caption_lab.transformer import TransformerCaptioner
+from caption_lab.vocabulary import PAD, START
+
+
+def made(name: str, dropout: float = 0.0) -> tuple[torch.nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    grid = torch.randn(3, 6, 10)
+    return {
+        "show_tell": (ShowTell(20, 10, 16, dropout), grid.mean(1)),
+        "show_attend_tell": (ShowAttendTell(20, 10, 16, dropout), grid),
+        "transformer": (TransformerCaptioner(20, 10, 6, 16, 3, 4, dropout, 9), grid),
+    }[name]
+
+
+NAMES = ("show_tell", "show_attend_tell", "transformer")
+WORDS = torch.tensor(
+    [[START, 5, 6, 7, 8, 9, 10, 11], [START, 5, 4, 4, 2, PAD, PAD, PAD], [START, 9, 9, 2, PAD, PAD, PAD, PAD]]
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_at_a_time_is_all_at_once(name: str) -> None:
+    model, features = made(name)
+    model.eval()
+    output = model(features, WORDS)
+    fixed, moving = model.begin(features)
+    beams = 2  # the same twice
+    moving = {key: tensor.expand(-1, beams, *tensor.shape[2:]) for key, tensor in moving.items()}
+    for place in range(WORDS.shape[1]):
+        logits, moving, attention = model.step(WORDS[:, None, place].expand(-1, beams), fixed, moving)
+        there = WORDS[:, place] != PAD
+        for beam in range(beams):
+            torch.testing.assert_close(logits[there, beam], output.logits[there, place], atol=1e-5, rtol=1e-4)
+        if attention is not None:
+            torch.testing.assert_close(attention.sum(-1), torch.ones(3, beams))
+            if output.attention is not None:
+                torch.testing.assert_close(attention[:, 0], output.attention[:, place], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_comes_later_and_padding_change_nothing(name: str) -> None:
+    model, features = made(name)
+    model.eval()
+    whole = model(features, WORDS).logits
+    torch.testing.assert_close(model(features, WORDS[:, :4]).logits, whole[:, :4], atol=1e-5, rtol=1e-4)
+    changed = WORDS.clone()
+    changed[0, 5:] = 3
+    torch.testing.assert_close(model(features, changed).logits[0, :5], whole[0, :5], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_picture_matters_and_everything_learns(name: str) -> None:
+    model, features = made(name)
+    assert not torch.allclose(model(features, WORDS).logits[0, 0], model(features.flip(0), WORDS).logits[0, 0])
+    model(features, WORDS).logits.square().mean().backward()
+    still = [key for key, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    assert not still
+
+
+def test_dropout_is_only_for_training() -> None:
+    for name in NAMES:
+        model, features = made(name, dropout=0.5)
+        assert not torch.equal(model(features, WORDS).logits, model(features, WORDS).logits)
+        model.eval()
+        assert torch.equal(model(features, WORDS).logits, model(features, WORDS).logits)
+
+
+def test_soft_attention_is_the_papers() -> None:
+    """Xu et al. 2015, section 3.1.2 and 4.2, written out for one picture and one word."""
+    model, features = made("show_attend_tell")
+    model.eval()
+    a = model.scaled(features[0])
+    hidden, cell = model.first_hidden(a.mean(0)), model.first_cell(a.mean(0))
+    energies = torch.stack([model.energy(torch.tanh(model.of_place(a_i) + model.of_state(hidden)))[0] for a_i in a])
+    alpha = energies.softmax(0)
+    z = torch.sigmoid(model.gate(hidden)) * sum(weight * a_i for weight, a_i in zip(alpha, a, strict=True))
+    word = model.embedding.weight[START]
+    hidden, _ = model.cell(torch.cat([word, z])[None], (hidden[None], cell[None]))
+    logits = model.to_words(word + model.from_state(hidden[0]) + model.from_context(z))
+    output = model(features, WORDS[:, :1])
+    torch.testing.assert_close(output.attention[0, 0], alpha)
+    torch.testing.assert_close(output.logits[0, 0], logits)

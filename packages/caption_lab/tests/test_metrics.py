@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+
+from caption_lab.metrics import CiderD, bleu, caption_metrics, diversity, longest_common, rouge_l
+
+WORDS = ["a", "the", "dog", "cat", "runs", "sits", "on", "red", "grass", "two", "and", "white", "near", "big", "ball"]
+
+
+@pytest.fixture(scope="module")
+def corpus() -> tuple[list[list[str]], list[list[list[str]]]]:
+    """Captions that share something with their references, of one to fourteen words."""
+    generator = np.random.default_rng(0)
+    references, captions = [], []
+    for _ in range(40):
+        base = generator.choice(WORDS, generator.integers(4, 14)).tolist()
+        those = []
+        for _ in range(5):
+            kept = [word for word in base if generator.random() < 0.8] or base
+            those.append(kept + generator.choice(WORDS, generator.integers(0, 4)).tolist())
+        references.append(those)
+        captions.append([w for w in base if generator.random() < 0.9] + generator.choice(WORDS, 2).tolist())
+    captions[0] = ["dog"]
+    return captions, references
+
+
+def as_dicts(captions: list[list[str]], references: list[list[list[str]]]) -> tuple[dict, dict]:
+    gts = {place: [" ".join(words) for words in those] for place, those in enumerate(references)}
+    return gts, {place: [" ".join(words)] for place, words in enumerate(captions)}
+
+
+def test_bleu_is_that_of_coco_caption_and_nltk(corpus: tuple) -> None:
+    captions, references = corpus
+    ours = bleu(captions, references)
+    peer = pytest.importorskip("pycocoevalcap.bleu.bleu", reason="an independent BLEU")
+    theirs, _ = peer.Bleu(4).compute_score(*as_dicts(captions, references), verbose=0)
+    assert ours == pytest.approx([100 * value for value in theirs], rel=1e-6)
+    nltk = pytest.importorskip("nltk.translate.bleu_score", reason="another independent BLEU")
+    captions, references = captions[1:], references[1:]  # nltk counts n-grams of captions that are too short for one
+    ours = bleu(captions, references)
+    for order in range(1, 5):
+        weights = tuple(1 / order for _ in range(order))
+        assert ours[order - 1] == pytest.approx(100 * nltk.corpus_bleu(references, captions, weights), rel=1e-6)
+
+
+def test_rouge_l_and_cider_are_those_of_coco_caption(corpus: tuple) -> None:
+    captions, references = corpus
+    gts, res = as_dicts(captions, references)
+    rouge = pytest.importorskip("pycocoevalcap.rouge.rouge", reason="an independent ROUGE-L").Rouge()
+    _, each = rouge.compute_score(gts, res)
+    assert [rouge_l(c, r) for c, r in zip(captions, references, strict=True)] == pytest.approx(each.tolist())
+    cider = pytest.importorskip("pycocoevalcap.cider.cider", reason="an independent CIDEr-D").Cider()
+    mean, each = cider.compute_score(gts, res)
+    ours = CiderD(references).scores(captions, range(len(captions)))
+    assert ours.tolist() == pytest.approx(each.tolist(), abs=1e-9)
+    assert caption_metrics(captions, references)["cider"] == pytest.approx(mean)
+
+
+def test_as_many_references_as_there_are(corpus: tuple) -> None:
+    captions, references = corpus
+    captions, references = captions[1:], references[1:]
+    fewer = [those[: 1 + place % 5] for place, those in enumerate(references)]
+    nltk = pytest.importorskip("nltk.translate.bleu_score", reason="an independent BLEU")
+    assert bleu(captions, fewer)[3] == pytest.approx(100 * nltk.corpus_bleu(fewer, captions), rel=1e-6)
+
+
+def test_perfect_and_empty_captions() -> None:
+    references = [[["a", "red", "dog", "runs", "fast"]], [["two", "cats", "sit", "on", "grass"]]]
+    perfect = caption_metrics([those[0] for those in references], references)
+    assert perfect["bleu-4"] == pytest.approx(100)
+    assert perfect["rouge-l"] == pytest.approx(100)
+    assert perfect["cider"] == pytest.approx(10)
+    nothing = caption_metrics([[], []], references)
+    assert nothing["bleu-1"] == nothing["rouge-l"] == nothing["cider"] == 0
+    # Saying it twice is not better: the length is punished and counts are clipped.
+    twice = CiderD(references).scores([references[0][0] * 2], [0])
+    assert twice[0] < 5
+
+
+def test_longest_common_sequence() -> None:
+    assert longest_common(list("abcbdab"), list("bdcaba")) == 4
+    assert longest_common([], list("a")) == 0
+
+
+def test_diversity() -> None:
+    found = diversity([["a", "dog"], ["a", "dog"], ["a", "cat", "sits"]])
+    assert found == {"distinct": 2 / 3, "words used": 4, "length": pytest.approx(7 / 3)}

@@ -1,0 +1,328 @@
+"""The commands, with the options that a user types."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lab_commands
+import numpy as np
+import pytest
+import torch
+import yaml
+from lab_commands import command, losses, one_cpu
+from PIL import Image
+from safetensors.torch import load_file
+
+from caption_lab.compare import LIBRARIES
+from caption_lab.metrics import caption_metrics
+from caption_lab.vocabulary import Cleaning
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+SMALL = ("--no-pretrained", "--width", "32", "--batch-size", "32", "--epochs", "3", "--track", "none")
+
+
+def here(*arguments: object, code: int = 0) -> lab_commands.Done:
+    return lab_commands.here("caption_lab.train", *arguments, code=code)
+
+
+def trained(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def options(scenes: Path) -> tuple[object, ...]:
+    return ("--model", "show_attend_tell", "--data", scenes, *SMALL)
+
+
+@pytest.fixture(scope="module")
+def finished(options: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run."""
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    done = here(*options, "--output", run, "--save-every", "4")
+    assert f"report: {run / 'report.html'}" in done.stdout
+    return run
+
+
+def test_a_run_leaves_everything_that_it_promises(finished: Path, scenes: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert {
+        "config.yaml", "environment.json", "metrics.jsonl", "timing.jsonl", "samples.jsonl", "results.json",
+        "captions.json", "splits.json", "report.html", "figures", "checkpoints", "model", "frozen.json",
+    } <= names  # fmt: skip
+    assert {path.name for path in (finished / "model").iterdir()} == {
+        "config.json", "model.safetensors", "vocabulary.json", "tokenizer.json",
+    }  # fmt: skip
+    results = json.loads((finished / "results.json").read_text())
+    splits = json.loads((finished / "splits.json").read_text())
+    assert [len(splits[name]["pictures"]) for name in ("train", "validation", "test")] == [48, 6, 6]
+    said = json.loads((finished / "captions.json").read_text())
+    assert [row["image"] for row in said] == splits["test"]["pictures"]
+    # The metrics are those of the captions that are there.
+    references: dict[str, list[list[str]]] = {}
+    for line in (scenes / "Flickr8k.token.txt").read_text().splitlines():
+        name, caption = line.split("\t")
+        references.setdefault(name.split("#")[0], []).append(Cleaning().words(caption))
+    again = caption_metrics([row["caption"].split() for row in said], [references[row["image"]] for row in said])
+    assert results["test"]["metrics"] == pytest.approx(again)
+    assert results["claims"]["of another picture"]["by kind"], "drawn scenes are judged"
+    html = (finished / "report.html").read_text(encoding="utf-8")
+    for heading in ("What was asked", "Data", "What trained", "Curves", "Numbers", "Captions", "Where it looked",
+                    "Errors", "Beside the papers", "Cost"):  # fmt: skip
+        assert f">{heading}<" in html, heading
+    assert "hashed before and after training: all are unchanged" in html
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    by_epoch = [line for line in lines if "validation/loss" in line]
+    assert len(by_epoch) == 3
+    assert by_epoch[-1]["validation/loss"] < by_epoch[0]["validation/loss"]
+    assert all("penalty" in line for line in lines if "loss" in line)
+    samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in samples] == [line["step"] for line in by_epoch]
+
+
+def test_killed_and_resumed_gives_the_same_bytes(finished: Path, options: tuple[object, ...], tmp_path: Path) -> None:
+    run = tmp_path / "killed"
+    process = lab_commands.forked("caption_lab.train", LIBRARIES, *options, "--output", run, "--save-every", "4")
+    for _ in range(4000):
+        if (run / "checkpoints" / "step-00000004").exists():
+            break
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    assert not (run / "model").exists(), "the kill came too late to prove anything"
+    here("--resume", run)
+    for name in ("metrics.jsonl", "samples.jsonl", "captions.json"):
+        assert (run / name).read_bytes() == (finished / name).read_bytes(), name
+    one, two = trained(run), trained(finished)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_uncached_and_in_two_processes_it_is_the_same(
+    finished: Path, options: tuple[object, ...], tmp_path: Path
+) -> None:
+    run = tmp_path / "two"
+    command(
+        "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29551", "-m", "caption_lab.train",
+        *options, "--output", run, "--no-cache", "--no-report", ACCELERATE_USE_CPU="true", XDG_CACHE_HOME=str(tmp_path),
+    )  # fmt: skip
+    assert losses(run) == pytest.approx(losses(finished), abs=1e-4)
+    expected = trained(finished)
+    for name, tensor in trained(run).items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-3, rtol=0)
+    assert (run / "captions.json").read_bytes() == (finished / "captions.json").read_bytes()
+
+
+@pytest.mark.parametrize("model", ["show_tell", "transformer"])
+def test_unfrozen_stages_train_and_nothing_else(model: str, scenes: Path, tmp_path: Path) -> None:
+    shared = ("--model", model, "--data", scenes, *SMALL, "--epochs", "1", "--unfreeze", "1", "--no-report",
+              "--encoder-learning-rate", "1e-2", "--label-smoothing", "0.1", "--scheduled-sampling", "0.5")  # fmt: skip
+    here(*shared, "--output", tmp_path / "cached", "--boundary-precision", "fp32")
+    here(*shared, "--output", tmp_path / "plain", "--no-cache", "--boundary-precision", "fp32")
+    assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "cached"), abs=1e-4)
+    here(*shared, "--output", tmp_path / "none", "--max-steps", "1", "--learning-rate", "1e-12",
+         "--encoder-learning-rate", "1e-12")  # fmt: skip
+    before, after = trained(tmp_path / "none"), trained(tmp_path / "cached")
+    moved = {name for name in before if not torch.allclose(before[name], after[name], atol=1e-6)}
+    assert {name for name in moved if name.startswith("encoder")}
+    assert all("layer4" in name for name in moved if name.startswith("encoder"))
+    assert not any("running" in name for name in moved)
+
+
+def test_early_stopping_self_critical_training_and_captions(finished: Path, scenes: Path, tmp_path: Path) -> None:
+    run = tmp_path / "scst"
+    shared = ("--data", scenes, "--objective", "scst", "--batch-size", "16", "--track", "none")
+    assert "--model show_attend_tell" in here(*shared, "--start", finished, code=2).stderr
+    here("--model", "show_attend_tell", *shared, "--start", finished, "--epochs", "2", "--learning-rate", "1e-3",
+         "--watch", "cider", "--patience", "1", "--output", run)  # fmt: skip
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all("reward" in line for line in lines if "loss" in line)
+    changed = [name for name, tensor in trained(run).items() if not torch.equal(tensor, trained(finished)[name])]
+    assert changed
+    assert all(name.startswith("decoder") for name in changed)
+    assert "--start" in here(*shared, "--model", "show_tell", code=2).stderr
+
+
+def test_caption_command(finished: Path, scenes: Path, tmp_path: Path) -> None:
+    """In a process of its own, on pictures that no training saw, by file, directory and pattern."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for number, size in enumerate([(90, 40), (40, 90), (300, 300)]):
+        Image.fromarray(generator.integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    Image.new("L", (50, 50)).save(folder / "grey.jpg")
+    (folder / "notes.txt").write_text("no picture")
+    heat = tmp_path / "heat.png"
+    done = command("caption_lab.caption", folder, folder / "0.png", "--checkpoint", finished, "--heatmap", heat)
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    assert [Path(name).name for name, _ in rows] == ["0.png", "1.png", "2.png", "grey.jpg"]
+    assert sorted(path.name for path in tmp_path.glob("heat*")) == [f"heat-{number}.png" for number in (1, 2, 3, 4)]
+    Image.open(tmp_path / "heat-1.png").verify()
+
+    def said(*arguments: object, code: int = 0) -> lab_commands.Done:
+        return lab_commands.here("caption_lab.caption", *arguments, "--checkpoint", finished, code=code)
+
+    by_pattern = said(f"{folder}/*.png", "--beam", "3").stdout.splitlines()
+    assert [line.split("\t") for line in by_pattern] == rows[:3]
+    said(folder / "0.png", "--heatmap", heat, "--top-p", "0.9")
+    assert heat.exists()
+    (folder / "empty.jpg").write_bytes(b"")
+    assert "empty.jpg" in said(folder, code=2).errors[0]
+    assert len(said(folder, "--on-bad-data", "skip").stdout.splitlines()) == 4
+    for wrong in (("nothing.png",), (), (folder / "0.png", "--heatmap", "heat.txt"), (folder / "0.png", "--beam", "0")):
+        assert len(said(*wrong, code=2).errors) == 1
+
+
+def test_evaluate_command(finished: Path, scenes: Path, tmp_path: Path) -> None:
+    def said(*arguments: object, code: int = 0) -> lab_commands.Done:
+        return lab_commands.here("caption_lab.evaluate", "--checkpoint", finished, *arguments, code=code)
+
+    said("--beams", "1,3", "--output", tmp_path / "own")
+    found = json.loads((tmp_path / "own" / "evaluation.json").read_text())
+    results = json.loads((finished / "results.json").read_text())
+    assert found["by beam"]["3"] == pytest.approx(results["test"]["metrics"]), "the run's own test pictures again"
+    assert "Beam widths" in (tmp_path / "own" / "report.html").read_text()
+    said("--beams", "1", "--data", scenes, "--split", "all", "--output", tmp_path / "all")
+    assert json.loads((tmp_path / "all" / "evaluation.json").read_text())["pictures"] == 60
+    assert "--beams" in said("--beams", "none", code=2).stderr
+
+
+@pytest.mark.parametrize("model", ["show_tell", "show_attend_tell", "transformer"])
+def test_real_photographs(model: str, real_pictures: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    here("--model", model, "--encoder", "resnet18", "--no-pretrained", "--image-size", "64", "--width", "64",
+         "--layers", "1", "--data", real_pictures, "--limit", "160", "--epochs", "3", "--batch-size", "40",
+         "--learning-rate", "3e-3", "--track", "none", "--output", run)  # fmt: skip
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    by_epoch = [line["validation/loss"] for line in lines if "validation/loss" in line]
+    assert by_epoch[-1] < by_epoch[0]
+    results = json.loads((run / "results.json").read_text())
+    assert results["test"]["metrics"]["bleu-1"] > 5
+    assert not results["claims"], "nobody knows what is true of a photograph"
+    html = (run / "report.html").read_text(encoding="utf-8")
+    assert (">Where it looked<" in html) == (model != "show_tell")
+    other = sorted((real_pictures / "Images").iterdir())[0]
+    assert lab_commands.here("caption_lab.caption", other, "--checkpoint", run).stdout.startswith(str(other))
+
+
+def test_prepare(scenes: Path, tmp_path: Path) -> None:
+    run = tmp_path / "prepared"
+    lab_commands.here("caption_lab.prepare", "--data", scenes, "--vocabulary-size", "12", "--output", run)
+    found = json.loads((run / "statistics.json").read_text())
+    assert found["pictures"] == 60
+    assert found["captions"] == 300
+    assert 0 < found["unknown words, test"] < 0.5
+    html = (run / "report.html").read_text()
+    for said in ("&lt;start&gt;", "20 most frequent words", "Lengths", "copies of pictures"):
+        assert said in html
+    assert {"vocabulary.json", "tokenizer.json", "splits.json"} <= {path.name for path in run.iterdir()}
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in LAUNCH.glob("*.yaml")))
+def test_launch_configurations(file: str, finished: Path, options: tuple[object, ...], tmp_path: Path) -> None:
+    """Each is a config that Accelerate knows; ZeRO-3's takes the whole road, with one process on a CPU."""
+    text = (LAUNCH / file).read_text()
+    assert text.startswith("# "), "a comment says when to use it"
+    config = yaml.safe_load(text)
+    from accelerate.commands.config.config_args import ClusterConfig
+
+    assert config.keys() <= ClusterConfig.__dataclass_fields__.keys()
+    if config["distributed_type"] != "DEEPSPEED" or config["deepspeed_config"]["zero_stage"] != 3:
+        return
+    pytest.importorskip("deepspeed", reason="needs the extra caption-lab[deepspeed]")
+    run = tmp_path / "run"
+    command(
+        "accelerate.commands.launch", "--config_file", one_cpu(LAUNCH / file, tmp_path), "-m", "caption_lab.train",
+        *options, "--output", run, "--save-every", "4", "--no-report", DS_ACCELERATOR="cpu", MASTER_PORT="29561",
+        XDG_CACHE_HOME=str(tmp_path),
+    )  # fmt: skip
+    assert list(run.glob("checkpoints/*/sharded")), "DeepSpeed took part"
+    assert losses(run) == pytest.approx(losses(finished), abs=1e-3)
+    expected = trained(finished)
+    for name, tensor in trained(run).items():
+        torch.testing.assert_close(tensor, expected[name], atol=3e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (("--data", "missing-pictures"), "missing-pictures"),
+        (("--encoder", "resnt50"), "resnet50"),
+        (("--weights", "missing.safetensors"), "--weights"),
+        (("--unfreeze", "9"), "--unfreeze"),
+        (("--mask-words", "0.1", "--model", "show_tell"), "--mask-words"),
+        (("--scheduled-sampling", "1.5"), "--scheduled-sampling"),
+        (("--objective", "scst"), "--start"),
+        (("--beam", "0"), "--beam"),
+        (("--top-p", "2"), "--top-p"),
+        (("--min-count", "10000"), "--min-count"),
+        (("--splits", "missing-lists"), "--splits"),
+        (("--model", "lstm"), "--model"),
+        (("--output", "/proc/run"), "--output"),
+        (("--pool", "40", "--model", "show_tell"), "--pool"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    arguments: tuple[str, ...], names: str, scenes: Path, tmp_path: Path
+) -> None:
+    filled = [*arguments, "--no-pretrained"]
+    for flag, value in (("--data", str(scenes)), ("--output", str(tmp_path / "run"))):
+        filled += [] if flag in filled else [flag, value]
+    done = here(*filled, code=2)
+    assert len(done.errors) == 1, done.stderr
+    assert names in done.errors[0]
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_pictures_and_captions_are_named_counted_and_left_out(scenes: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(scenes, data)
+    (data / "Flickr8k.token.txt").unlink()
+    names = sorted(path.name for path in (data / "Images").iterdir())
+    (data / "Images" / names[0]).write_bytes(b"")
+    (data / "Images" / names[1]).unlink()
+    huge = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (60000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0\0\0\0\0"
+    (data / "Images" / names[2]).write_bytes(huge)
+    Image.new("RGB", (8, 8)).save(data / "Images" / "nobody.jpg")
+    with (data / "captions.txt").open("ab") as stream:
+        stream.write(names[5].encode() + b",\xff\xfe caption\n" + names[6].encode() + b",  \n")
+    shared = ("--data", data, *SMALL, "--epochs", "1")
+    done = here(*shared, "--output", tmp_path / "run", code=2)
+    assert len(done.errors) == 1
+    assert names[1] in done.errors[0] or names[0] in done.errors[0]
+    assert not (tmp_path / "run").exists()
+    done = here(*shared, "--output", tmp_path / "run", "--on-bad-data", "skip")
+    for reason in ("not UTF-8", "empty caption", "captions without a picture", "picture without captions"):
+        assert f"left out 1 × {reason}" in done.stderr
+    html = (tmp_path / "run" / "report.html").read_text()
+    assert "left out because" in html
+    splits = json.loads((tmp_path / "run" / "splits.json").read_text())
+    kept = {name for part in splits.values() for name in part["pictures"]}
+    assert kept == set(names[3:])
+
+
+def test_resume_with_other_options_or_pictures(options: tuple[object, ...], scenes: Path, tmp_path: Path) -> None:
+    run, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(scenes, data)
+    changed = [data if argument == scenes else argument for argument in options]
+    here(*changed, "--output", run, "--max-steps", "2", "--save-every", "1", "--no-report")
+    assert "--width" in here("--resume", run, "--width", "8", code=2).stderr
+    Image.new("RGB", (8, 8)).save(data / "Images" / "scene_000000.jpg")
+    assert "have changed since the run began" in here("--resume", run, code=2).stderr
+
+
+COMMANDS = ("prepare", "train", "evaluate", "compare", "caption", "demo")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_teaches(name: str) -> None:
+    assert f"python -m caption_lab.{name}" in lab_commands.here(f"caption_lab.{name}", "--help").stdout
+
+
+def test_help_is_fast() -> None:
+    # What decides it is that torch and timm stay out until options are read.
+    names = ", ".join(f"caption_lab.{name}" for name in COMMANDS)
+    code = f"import sys, {names}; print('torch' in sys.modules or 'timm' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
