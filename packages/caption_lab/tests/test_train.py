@@ -142,10 +142,15 @@ def test_early_stopping_self_critical_training_and_captions(finished: Path, scen
     assert changed
     assert all(name.startswith("decoder") for name in changed)
     assert "--start" in here(*shared, "--model", "show_tell", code=2).stderr
+    assert "drop their options" in here(*shared, "--start", finished, "--width", "8", code=2).stderr
 
 
 def test_caption_command(finished: Path, scenes: Path, tmp_path: Path) -> None:
     """In a process of its own, on pictures that no training saw, by file, directory and pattern."""
+
+    def said(*arguments: object, code: int = 0) -> lab_commands.Done:
+        return lab_commands.here("caption_lab.caption", *arguments, "--checkpoint", finished, code=code)
+
     folder = tmp_path / "pictures"
     folder.mkdir()
     generator = np.random.default_rng(0)
@@ -154,14 +159,14 @@ def test_caption_command(finished: Path, scenes: Path, tmp_path: Path) -> None:
     Image.new("L", (50, 50)).save(folder / "grey.jpg")
     (folder / "notes.txt").write_text("no picture")
     heat = tmp_path / "heat.png"
-    done = command("caption_lab.caption", folder, folder / "0.png", "--checkpoint", finished, "--heatmap", heat)
-    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    named = (folder, folder / "0.png")
+    process = lab_commands.forked("caption_lab.caption", LIBRARIES, *named, "--checkpoint", finished, "--heatmap", heat)
+    process.join()
+    assert process.exitcode == 0
+    rows = [line.split("\t") for line in said(*named).stdout.splitlines()]
     assert [Path(name).name for name, _ in rows] == ["0.png", "1.png", "2.png", "grey.jpg"]
     assert sorted(path.name for path in tmp_path.glob("heat*")) == [f"heat-{number}.png" for number in (1, 2, 3, 4)]
     Image.open(tmp_path / "heat-1.png").verify()
-
-    def said(*arguments: object, code: int = 0) -> lab_commands.Done:
-        return lab_commands.here("caption_lab.caption", *arguments, "--checkpoint", finished, code=code)
 
     by_pattern = said(f"{folder}/*.png", "--beam", "3").stdout.splitlines()
     assert [line.split("\t") for line in by_pattern] == rows[:3]
@@ -234,7 +239,7 @@ def test_launch_configurations(file: str, finished: Path, options: tuple[object,
     run = tmp_path / "run"
     command(
         "accelerate.commands.launch", "--config_file", one_cpu(LAUNCH / file, tmp_path), "-m", "caption_lab.train",
-        *options, "--output", run, "--save-every", "4", "--no-report", DS_ACCELERATOR="cpu", MASTER_PORT="29561",
+        *options, "--output", run, "--save-every", "4", "--watch-pictures", "1", "--no-report", DS_ACCELERATOR="cpu", MASTER_PORT="29561",
         XDG_CACHE_HOME=str(tmp_path),
     )  # fmt: skip
     assert list(run.glob("checkpoints/*/sharded")), "DeepSpeed took part"

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import timm
@@ -21,6 +21,7 @@ from labs_common.features import CachedRows, ComputedRows, Rows, cached_rows
 from labs_common.freezing import state_hash
 
 FRONT_BATCH = 64
+Order = Literal["captions", "by picture", "pictures"]
 
 
 class Batch(NamedTuple):
@@ -63,34 +64,42 @@ class CaptionRows:
 
 @dataclass
 class CaptionSteps:
-    """Training data for `labs_common.training.Loop`: captions shuffled every epoch by the seed.
+    """Training data for `labs_common.training.Loop`: shuffled every epoch by the seed.
 
-    With `by_picture` each picture comes once in an epoch, with its first caption.
+    `order` shuffles captions; pictures, of which all captions follow each other ("by picture"); or pictures of which
+    only the first caption comes ("pictures").
     """
 
     data: CaptionRows
     batch_size: int
     seed: int
-    by_picture: bool = False
+    order: Order = "captions"
     rank: int = 0
     processes: int = 1
 
     def __post_init__(self) -> None:
-        first: dict[int, int] = {}
+        of_picture: dict[int, list[int]] = {}
         for number, (picture, _) in enumerate(self.data.pairs):
-            first.setdefault(picture, number)
-        self._numbers = list(first.values()) if self.by_picture else list(range(len(self.data.pairs)))
+            of_picture.setdefault(picture, []).append(number)
+        of_each = list(of_picture.values())
+        # What stays together when the order is drawn.
+        self._parts = {
+            "captions": [[number] for numbers in of_each for number in numbers],
+            "by picture": of_each,
+            "pictures": [numbers[:1] for numbers in of_each],
+        }[self.order]
 
     def __len__(self) -> int:
         """Optimizer steps in an epoch; the last may be smaller."""
-        return -(-len(self._numbers) // self.batch_size)
+        return -(-sum(map(len, self._parts)) // self.batch_size)
 
     def steps(self, epoch: int, start: int) -> Iterator[list[Batch]]:
         """Yields this process's part of each step of the epoch, read while the step before is computed.
 
         The reading thread computes nothing with torch: threads of its own would take the time of the computing ones.
         """
-        order = np.random.default_rng([self.seed, epoch]).permutation(self._numbers).tolist()
+        shuffled = np.random.default_rng([self.seed, epoch]).permutation(len(self._parts)).tolist()
+        order = [number for part in shuffled for number in self._parts[part]]
 
         def read(step: int) -> Batch:
             return self.batch(order[step * self.batch_size : (step + 1) * self.batch_size])

@@ -41,6 +41,14 @@ class Step(NamedTuple):
     attention: torch.Tensor | None
 
 
+def of_captions(known: tuple[Tensors, Tensors], of_features: torch.Tensor | None) -> tuple[Tensors, Tensors]:
+    """What `begin` knows of pictures, for each of their captions."""
+    if of_features is None:
+        return known
+    fixed, moving = ({name: tensor[of_features] for name, tensor in part.items()} for part in known)
+    return fixed, moving
+
+
 def first_state(features: int, width: int) -> nn.Module:
     """An MLP from what was seen to the LSTM's first state or cell."""
     return nn.Sequential(nn.Linear(features, width), nn.Tanh(), nn.Linear(width, width))
@@ -65,9 +73,12 @@ class ShowTell(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.to_words = nn.Linear(width, vocabulary)
 
-    def forward(self, features: torch.Tensor, words: torch.Tensor) -> Output:
-        """Features (captions, width of features) and words (captions, length) to what follows each word."""
-        _, first = self.begin(features)
+    def forward(self, features: torch.Tensor, words: torch.Tensor, of_features: torch.Tensor | None = None) -> Output:
+        """Features (pictures, width of features) and words (captions, length) to what follows each word.
+
+        `of_features` (captions,) says whose captions they are; without it, one of each picture.
+        """
+        _, first = of_captions(self.begin(features), of_features)
         hidden, cell = first["hidden"][:, 0], first["cell"][:, 0]
         states, _ = self.lstm(self.dropout(self.embedding(words)), (hidden[None], cell[None]))
         return Output(self.to_words(self.dropout(states)), None)
@@ -109,10 +120,13 @@ class ShowAttendTell(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.to_words = nn.Linear(width, vocabulary)
 
-    def forward(self, features: torch.Tensor, words: torch.Tensor) -> Output:
-        """Features (captions, places, width of features) and words (captions, length) to what follows each word."""
+    def forward(self, features: torch.Tensor, words: torch.Tensor, of_features: torch.Tensor | None = None) -> Output:
+        """Features (pictures, places, width of features) and words (captions, length) to what follows each word.
+
+        `of_features` (captions,) says whose captions they are; without it, one of each picture.
+        """
         embedded = self.dropout(self.embedding(words))
-        fixed, moving = self.begin(features)
+        fixed, moving = of_captions(self.begin(features), of_features)
         states, contexts, attentions = [], [], []
         for word in embedded.unbind(1):
             attention, context, moving = self._looked(word[:, None], fixed, moving)

@@ -71,7 +71,6 @@ class Encoder(nn.Module):
             self.grid = tuple(example.shape[1:3] if last else example.shape[2:])
             self.width = example.shape[3] if last else example.shape[1]
             self._layout = "channels last" if last else "channels first"
-
         if pool > min(self.grid):
             raise LabError(f"--pool {pool}: the encoder's grid is {self.grid[0]} × {self.grid[1]} only")
         self.width *= pool**2 or 1
@@ -123,7 +122,7 @@ class Encoder(nn.Module):
 
     def front(self, pictures: torch.Tensor) -> torch.Tensor:
         """What does not train: pictures (batch, 3, size, size) to rows (batch, row_width)."""
-        rows = self._cut[0].front(pictures) if self._cut else self(pictures).flatten(1)
+        rows: torch.Tensor = self._cut[0].front(pictures) if self._cut else self(pictures).flatten(1)
         return rows
 
     @property

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 
-from caption_lab.batches import CaptionRows, CaptionSteps, disk_bytes, encoded_pairs, front_rows
+from caption_lab.batches import CaptionRows, CaptionSteps, Order, disk_bytes, encoded_pairs, front_rows
 from caption_lab.config import TrainConfig
 from caption_lab.data import Captions, PictureTensors, transform_of
 from caption_lab.export import FOLDER, load_captioner, save_captioner
@@ -149,7 +149,8 @@ def set_up(made: Made, run: Run, accelerator: Accelerator, data: Captions) -> Fi
     elif shown:
         run.save_json("frozen.json", audit.before)
     scst = config.objective == "scst"
-    source = CaptionSteps(rows["train"], options.batch_size, config.run.seed, scst, accelerator.process_index,
+    order: Order = "pictures" if scst else "by picture" if options.by_picture else "captions"
+    source = CaptionSteps(rows["train"], options.batch_size, config.run.seed, order, accelerator.process_index,
                           accelerator.num_processes)  # fmt: skip
     loop = Loop(run, accelerator, prepared, optimizer, source, options, config.run.seed, unit="captions")
     prepared.train()
@@ -194,7 +195,7 @@ def validation_loss(fitting: Fitting) -> float:
         chosen = chosen or data.pairs[:1]
         words = padded([words for _, words in chosen])[0].to(accelerator.device)
         rows, of_rows = (t.to(accelerator.device) for t in data.of_pictures([picture for picture, _ in chosen]))
-        loss = next_word_loss(fitting.model(rows[of_rows], words[:, :-1]).logits, words[:, 1:])
+        loss = next_word_loss(fitting.model(rows, of_rows, words[:, :-1]).logits, words[:, 1:])
         count = int((words[:, 1:] != 0).sum())
         sums += torch.tensor([float(loss) * count, count], dtype=torch.float64) * there
     everyone = accelerator.reduce(sums.float().to(accelerator.device)) if accelerator.num_processes > 1 else sums

@@ -18,9 +18,12 @@ class ImageCaptioningModel(nn.Module):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
 
-    def forward(self, rows: torch.Tensor, words: torch.Tensor) -> Output:
-        """Rows of the encoder's front (captions, …) and words (captions, length) to what follows each word."""
-        return self.decoder(self.encoder.back(rows), words)
+    def forward(self, rows: torch.Tensor, of_rows: torch.Tensor, words: torch.Tensor) -> Output:
+        """What follows each of the words (captions, length) that are about the pictures `of_rows` (captions,).
+
+        `rows` (pictures, …) are of the encoder's front: what a picture's captions share is computed once.
+        """
+        return self.decoder(self.encoder.back(rows), words, of_rows)
 
 
 def make_decoder(model: Model, options: DecoderOptions, vocabulary: int, length: int, encoder: Encoder) -> Any:

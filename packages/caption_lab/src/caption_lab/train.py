@@ -79,15 +79,15 @@ def caption_loss(fitting: "Fitting", batch: "Batch") -> "tuple[torch.Tensor, dic
     from caption_lab.objectives import attention_penalty, masked, next_word_loss, with_own_guesses
 
     options, loop, device = fitting.config.training, fitting.loop, fitting.accelerator.device
-    rows, words = batch.rows.to(device)[batch.of_rows.to(device)], batch.words.to(device)
+    rows, of_rows, words = (tensor.to(device) for tensor in (batch.rows, batch.of_rows, batch.words))
     inputs, targets = words[:, :-1], words[:, 1:]
     if hidden := fitting.config.decoder.mask_words:
         inputs = masked(inputs, hidden, len(fitting.vocabulary))
     if guessed := options.scheduled_sampling * loop.step_number / loop.total:
         with torch.no_grad():
-            first = fitting.model(rows, inputs)
+            first = fitting.model(rows, of_rows, inputs)
         inputs = with_own_guesses(inputs, first, guessed)
-    output = fitting.model(rows, inputs)
+    output = fitting.model(rows, of_rows, inputs)
     loss = next_word_loss(output.logits, targets, options.label_smoothing) * batch.of_words
     if output.attention is None:
         return loss, {}
@@ -102,9 +102,9 @@ def self_critical_loss(fitting: "Fitting", batch: "Batch") -> "tuple[torch.Tenso
 
     assert fitting.critic is not None
     device = fitting.accelerator.device
-    rows = batch.rows.to(device)[batch.of_rows.to(device)]
-    words, advantages, reward = fitting.critic.drawn(fitting.plain, rows, batch.pictures)
-    logits = fitting.model(rows, words[:, :-1]).logits
+    rows, of_rows = batch.rows.to(device), batch.of_rows.to(device)
+    words, advantages, reward = fitting.critic.drawn(fitting.plain, rows[of_rows], batch.pictures)
+    logits = fitting.model(rows, of_rows, words[:, :-1]).logits
     loss = policy_loss(logits, words[:, 1:], advantages) * batch.of_captions
     return loss, {"reward": reward * batch.of_captions}
 

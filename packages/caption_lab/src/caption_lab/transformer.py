@@ -44,10 +44,14 @@ class TransformerCaptioner(nn.Module):
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
-    def forward(self, features: torch.Tensor, words: torch.Tensor) -> Output:
-        """Features (captions, places, width of features) and words (captions, length) to what follows each word."""
+    def forward(self, features: torch.Tensor, words: torch.Tensor, of_features: torch.Tensor | None = None) -> Output:
+        """Features (pictures, places, width of features) and words (captions, length) to what follows each word.
+
+        `of_features` (captions,) says whose captions they are; without it, one of each picture.
+        """
         length = words.shape[1]
         memory = self.from_places(features) + self.place_positions
+        memory = memory if of_features is None else memory[of_features]
         causal = torch.ones(length, length, dtype=torch.bool, device=words.device).triu(1)  # true: may not be looked at
         x = self.dropout(self._embedded(words) + self.positions[:length])
         x = self.layers(x, memory, tgt_mask=causal, tgt_key_padding_mask=words == PAD, tgt_is_causal=True)
