@@ -3,11 +3,11 @@
     uv run python benchmarks/captioning.py                                     # three models at 224 pixels
     uv run python benchmarks/captioning.py --models transformer:efficientnet_b0 --pictures 128
 
-Training: ours, with captions shuffled and with --by-picture, against the two usual ways; all in processes of their own,
-on the same drawn pictures with five captions each, with the same random encoder and decoder. "by caption" loads, resizes
-and encodes the picture of every caption, as most PyTorch tutorials do; "by picture" does it once in an epoch for all five
-captions, as Keras's example does. Each has the batches of one of ours, so losses are compared step by step. Both pad
-captions to the fixed length.
+Training: ours, with captions shuffled and with --by-picture, against the two usual ways; all in processes of their
+own, on the same drawn pictures with five captions each, with the same random encoder and decoder. "by caption"
+loads, resizes and encodes the picture of every caption, as most PyTorch tutorials do; "by picture" does it once in
+an epoch for all five captions, as Keras's example does. Each has the batches of one of ours, so losses are compared
+step by step. Both pad captions to the fixed length.
 
 Beam search of 5 on features that are there already: ours takes 64 pictures at once, keeps states, keys and values, and
 computes what depends on the picture alone once; the usual way takes one picture at a time and repeats it for every beam
