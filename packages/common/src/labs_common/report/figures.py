@@ -85,8 +85,8 @@ def bar_figure(values: Mapping[str, Mapping[str, float]], across: str, limit: fl
     axes.set_xlabel(across)
     if limit is not None:
         axes.set_xlim(0, limit)
-    if len(names) > 1:
-        axes.legend(frameon=False, labelcolor=INK, loc="lower right")
+    if len(names) > 1:  # above: long bars would lie under it
+        axes.legend(frameon=False, labelcolor=INK, ncols=min(4, len(names)), loc="lower left", bbox_to_anchor=(0, 1))
     return _svg(canvas)
 
 

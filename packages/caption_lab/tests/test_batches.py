@@ -1,0 +1,93 @@
+from collections import Counter
+
+import pytest
+import torch
+
+from caption_lab.batches import Batch, CaptionRows, CaptionSteps, Order
+from caption_lab.decoders import ShowAttendTell, ShowTell
+from caption_lab.objectives import next_word_loss
+from caption_lab.transformer import TransformerCaptioner
+from caption_lab.vocabulary import END, START
+
+
+class Counted:
+    """Rows that say which pictures were read."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        self.table, self.read = table, Counter[int]()
+
+    def rows(self, view: int, places: list[int]) -> torch.Tensor:
+        self.read.update(places)
+        return self.table[places]
+
+
+@pytest.fixture
+def data() -> CaptionRows:
+    torch.manual_seed(0)
+    pairs = [
+        (picture, [START, *range(4, 5 + (picture + place) % 4), END]) for picture in range(7) for place in range(5)
+    ]
+    return CaptionRows(Counted(torch.randn(7, 24)), pairs)
+
+
+def captions(batch: Batch) -> list[tuple[int, tuple[int, ...]]]:
+    return [
+        (picture, tuple(word for word in words if word))
+        for picture, words in zip(batch.pictures, batch.words.tolist(), strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("order", "count"), [("captions", 35), ("by picture", 35), ("pictures", 7)])
+def test_every_epoch_has_each_once_in_another_order(data: CaptionRows, order: Order, count: int) -> None:
+    steps = CaptionSteps(data, 8, 0, order)
+    epochs = [[pair for (batch,) in steps.steps(epoch, 0) for pair in captions(batch)] for epoch in (0, 1)]
+    every = [(picture, tuple(words)) for picture, words in data.pairs]
+    expected = every[::5] if order == "pictures" else every
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(expected)
+    assert epochs[0] != epochs[1]
+    assert len(steps) == -(-count // 8)
+    resumed = [pair for (batch,) in steps.steps(0, 2) for pair in captions(batch)]
+    assert resumed == epochs[0][16:]
+    if order == "by picture":
+        assert [picture for picture, _ in epochs[0]] == [
+            epochs[0][5 * place][0] for place in range(7) for _ in range(5)
+        ]
+
+
+def test_a_picture_is_read_once_for_all_its_captions(data: CaptionRows) -> None:
+    list(CaptionSteps(data, 10, 0, "by picture").steps(0, 0))
+    assert set(data.rows.read.values()) == {1}
+
+
+def decoders() -> list[torch.nn.Module]:
+    torch.manual_seed(1)
+    return [ShowTell(12, 24, 16, 0.0), ShowAttendTell(12, 6, 16, 0.0), TransformerCaptioner(12, 6, 4, 16, 1, 2, 0.0, 9)]
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_parts_of_a_step_add_up_and_shared_features_change_nothing(data: CaptionRows, number: int) -> None:
+    decoder = decoders()[number]
+
+    def loss_of(batch: Batch, shared: bool) -> torch.Tensor:
+        features = batch.rows if number == 0 else batch.rows.unflatten(1, (4, 6))
+        inputs, targets = batch.words[:, :-1], batch.words[:, 1:]
+        if shared:
+            logits = decoder(features, inputs, batch.of_rows).logits
+        else:
+            logits = decoder(features[batch.of_rows], inputs).logits
+        return next_word_loss(logits, targets) * batch.of_words
+
+    whole = [batch for (batch,) in CaptionSteps(data, 16, 0).steps(0, 0)]
+    parts = [[batch for (batch,) in CaptionSteps(data, 16, 0, "captions", rank, 3).steps(0, 0)] for rank in range(3)]
+    for step, batch in enumerate(whole):
+        expected = loss_of(batch, shared=False)
+        torch.testing.assert_close(loss_of(batch, shared=True), expected)
+        mean = sum(loss_of(part[step], shared=True) for part in parts) / 3
+        torch.testing.assert_close(mean, expected)
+        assert sum(part[step].of_captions for part in parts) == pytest.approx(3)
+
+
+def test_a_process_without_a_part_takes_part_without_weight(data: CaptionRows) -> None:
+    steps = CaptionSteps(data, 16, 0, "captions", rank=4, processes=5)
+    last = list(steps.steps(0, 2))[0][0]  # three captions are left for five processes
+    assert (last.of_words, last.of_captions, len(last.pictures)) == (0, 0, 1)
