@@ -89,5 +89,5 @@ def test_parts_of_a_step_add_up_and_shared_features_change_nothing(data: Caption
 
 def test_a_process_without_a_part_takes_part_without_weight(data: CaptionRows) -> None:
     steps = CaptionSteps(data, 16, 0, "captions", rank=4, processes=5)
-    last = list(steps.steps(0, 2))[0][0]  # three captions are left for five processes
+    (last,) = next(iter(steps.steps(0, 2)))  # three captions are left for five processes
     assert (last.of_words, last.of_captions, len(last.pictures)) == (0, 0, 1)
