@@ -5,7 +5,6 @@ finished is not run again: the same command goes on where it was stopped, and re
 """
 
 import dataclasses
-import os
 from dataclasses import dataclass, field
 
 from caption_lab.config import (
@@ -18,10 +17,9 @@ from caption_lab.config import (
     complete,
 )
 from labs_common.cli import parse, run_command
-from labs_common.comparing import claim, comparison_folder, entries_of, name_and_flags, slug
+from labs_common.comparing import check_compared, claim, comparison_folder, entries_of, name_and_flags, slug
 from labs_common.errors import LabError
-from labs_common.options import RunOptions
-from labs_common.own_process import finished_run, locked, start_server
+from labs_common.own_process import finished_runs, locked, start_server
 
 LIBRARIES = ["caption_lab.train", "caption_lab.results", "caption_lab.fitting", "labs_common.training", "timm"]
 
@@ -35,13 +33,7 @@ def compare(config: CompareConfig) -> None:
     """Plans the runs, does those that are missing, and writes the report."""
     from labs_common.run import check_writable
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise LabError("compare starts one process per model itself: run it with python -m, and name the Accelerate "
-                       "configuration of several GPUs with --launch FILE")  # fmt: skip
-    if config.seeds < 1:
-        raise LabError("--seeds must be at least 1")
-    if config.launch is not None and not config.launch.is_file():
-        raise LabError(f"--launch {config.launch}: no such file; name an Accelerate configuration")
+    check_compared("model", config.seeds, config.launch)
     planned = {spec: planned_run(config, spec) for spec in entries_of("--models", config.models)}
     folder = config.output or comparison_folder("compare-captioners", config, [config.data.data])
     check_writable(folder)
@@ -52,7 +44,6 @@ def compare(config: CompareConfig) -> None:
     from caption_lab.encoder import make_encoder
     from caption_lab.model import pool_of
     from caption_lab.tiny import tiny_weights
-    from labs_common.progress import console
 
     if any(run.encoder.encoder == TINY and run.encoder.pretrained for run in planned.values()):
         tiny_weights()  # made here, so that no run's memory is that of making it
@@ -65,17 +56,7 @@ def compare(config: CompareConfig) -> None:
     seeds = range(config.seed, config.seed + config.seeds)
     lock = folder / ".lock"
     with locked(lock):
-        failed = {}
-        jobs = [(spec, seed) for seed in seeds for spec in planned]
-        for number, (spec, seed) in enumerate(jobs, 1):
-            path = folder / slug(spec) / f"seed-{seed}"
-            there = ": there already" if (path / "results.json").exists() else ""
-            console.print(f"[{number}/{len(jobs)}] {spec}, seed {seed}{there}")
-            wanted = dataclasses.replace(planned[spec], run=RunOptions(output=path, seed=seed, track="none"))
-            code = finished_run("caption_lab.train", wanted, path, lock, config.launch)
-            if code:
-                failed[f"{spec}, seed {seed}"] = code
-                console.print(f"{spec}, seed {seed}: stopped with exit code {code}; the others go on")
+        failed = finished_runs("caption_lab.train", planned, folder, seeds, lock, config.launch)
         entries = gathered(folder, {spec: slug(spec) for spec in planned}, seeds)
         write_comparison(folder, config, entries, data.splits["test"], data.truth, failed)
 

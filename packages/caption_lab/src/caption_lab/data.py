@@ -1,10 +1,7 @@
 """Pictures and captions in: the three splits, recorded, and pictures as the encoder sees them."""
 
-import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +13,13 @@ from caption_lab.config import DataOptions
 from caption_lab.encoder import Encoder
 from caption_lab.tiny import RECIPE, demo_scene
 from labs_common.cache import cached_directory
-from labs_common.data import CaptionedPictures, caption_splits, read_captioned
-from labs_common.errors import LabError
+from labs_common.data import CaptionedPictures, caption_splits, print_left_out, read_captioned
+from labs_common.data.images import RESAMPLING, decoding_threads
 from labs_common.progress import console
-from labs_common.run import Run
 from labs_common.scenes import Scene
 
-SPLITS = ("train", "validation", "test")
 # The offline data. The numbers of its scenes are others than those that the encoder was pre-trained on: its seed is 0.
 DEMO_SIDE, DEMO_COUNT = 64, 9000
-RESAMPLING = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
 
 
 @dataclass(frozen=True)
@@ -70,7 +59,7 @@ class PictureTensors:
 
     def batch(self, places: Sequence[int]) -> torch.Tensor:
         """Pictures (places, 3, size, size)."""
-        levels = threads().map(lambda place: self.transform.levels(self.pictures.image(place)), places)
+        levels = decoding_threads().map(lambda place: self.transform.levels(self.pictures.image(place)), places)
         return self.transform.normalised(list(levels))
 
     def recipe(self) -> dict[str, Any]:
@@ -135,31 +124,6 @@ def at_most(pictures: CaptionedPictures, count: int, seed: int) -> CaptionedPict
     return pictures.subset(np.sort(np.random.default_rng([seed, 3]).permutation(len(pictures))[:count]))
 
 
-def print_left_out(splits: Mapping[str, CaptionedPictures]) -> None:
-    """Says what was left out: how much by reason, and the first few by name."""
-    left_out = {reason: count for part in splits.values() for reason, count in part.left_out.items()}
-    for reason, count in left_out.items():
-        console.print(f"left out {count} × {reason}")
-    for example in splits["train"].examples if left_out else ():
-        console.print(f"  {example}")
-
-
-def record_splits(run: Run, splits: Mapping[str, CaptionedPictures]) -> None:
-    """Writes which picture is in which split to splits.json.
-
-    Raises:
-        LabError: the run is being resumed, and its pictures were others.
-    """
-    now = {name: {"fingerprint": part.fingerprint(), "pictures": list(part.names)} for name, part in splits.items()}
-    before = run.load_json("splits.json") if run.resumed else None
-    if before is None:
-        run.save_json("splits.json", now)
-    elif before != now:
-        changed = next(name for name in SPLITS if before[name] != now[name])
-        raise LabError(f"--resume {run.path}: the {changed} pictures have changed since the run began; bring them back "
-                       "or start a new run")  # fmt: skip
-
-
 def _demo_data() -> Path:
     """Drawn scenes with five captions each, as Flickr8k is laid out."""
     from labs_common.scenes.files import write_flickr8k
@@ -171,9 +135,3 @@ def _demo_data() -> Path:
     return cached_directory(
         "captioned-scenes", {"side": DEMO_SIDE, "count": DEMO_COUNT, "scenes": RECIPE, "format": 1}, make
     )
-
-
-@cache
-def threads() -> ThreadPoolExecutor:
-    """For decoding and resizing pictures."""
-    return ThreadPoolExecutor(max(2, os.cpu_count() or 2), "decoding")

@@ -84,8 +84,8 @@ def chosen_pictures(
     Raises:
         LabError: they cannot be read, or the run does not say which pictures it had.
     """
-    from caption_lab.data import Captions, print_left_out, read_data, read_folder, truth_of
-    from labs_common.data import read_captioned
+    from caption_lab.data import Captions, read_data, read_folder, truth_of
+    from labs_common.data import print_left_out, read_captioned
 
     options, seed = config.data, 0
     if options.data is None:

@@ -23,7 +23,7 @@ from labs_common.errors import LabError
 from labs_common.freezing import FrozenAudit
 from labs_common.progress import console
 from labs_common.run import Run
-from labs_common.training import Loop, state_bytes
+from labs_common.training import Loop, state_bytes, training_means
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def scores(fitting: Fitting) -> dict[str, float]:
     if accelerator.is_main_process:
         console.print(f"{fitting.sample}: {captions[0]}")
     fitting.model.train()
-    return training_loss(run) | found
+    return training_means(run, "captions", ("loss",)) | found
 
 
 @torch.no_grad()
@@ -200,20 +200,6 @@ def validation_loss(fitting: Fitting) -> float:
         sums += torch.tensor([float(loss) * count, count], dtype=torch.float64) * there
     everyone = accelerator.reduce(sums.float().to(accelerator.device)) if accelerator.num_processes > 1 else sums
     return float(everyone[0] / everyone[1])
-
-
-def training_loss(run: Run) -> dict[str, float]:
-    """Mean loss over the captions since the last evaluation, in the main process."""
-    steps: list[tuple[int, float]] = []
-    before = 0
-    for line in run.lines("metrics.jsonl") if run.is_main else ():
-        if "loss" not in line:
-            steps = []
-        else:
-            steps.append((line["captions"] - before, line["loss"]))
-            before = line["captions"]
-    count = sum(captions for captions, _ in steps)
-    return {"training/loss": sum(captions * loss for captions, loss in steps) / count} if count else {}
 
 
 def _captions(fitting: Fitting) -> list[str]:

@@ -25,9 +25,10 @@ def prepare(config: PrepareConfig) -> None:
     """Writes vocabulary.json, tokenizer.json, splits.json, statistics.json and a report."""
     from accelerate import Accelerator
 
-    from caption_lab.data import read_data, record_splits
+    from caption_lab.data import read_data
     from caption_lab.results import data_section
     from caption_lab.vocabulary import build_vocabulary
+    from labs_common.data import record_splits
     from labs_common.options import RunOptions
     from labs_common.progress import console
     from labs_common.report import asked_section, rerun_section, write_report

@@ -23,11 +23,12 @@ def main() -> None:
 
 def train(config: TrainConfig) -> None:
     """The road: pictures and captions, captioner, training, evaluation of what was written, report."""
-    from caption_lab.data import read_data, record_splits
+    from caption_lab.data import read_data
     from caption_lab.evaluation import evaluated
     from caption_lab.export import load_captioner
     from caption_lab.fitting import make
     from caption_lab.results import finish_report
+    from labs_common.data import record_splits
     from labs_common.run import Run, check_run_options
     from labs_common.training import make_accelerator
 

@@ -1,6 +1,7 @@
 """What every lab's `compare` needs: entries of a list with options after colons, a directory that is its own."""
 
 import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,6 +46,21 @@ def comparison_folder(name: str, config: object, files: Sequence[str | Path | No
     options = {key: to_plain(value) for key, value in flat_options(config).items() if key not in ANYWAY}
     there = [Path(file) for file in files if file and Path(file).exists()]
     return Path("runs") / f"{name}-{recipe_key({**options, 'files': [[str(f), f.stat().st_mtime] for f in there]})}"
+
+
+def check_compared(what: str, seeds: int, launch: Path | None) -> None:
+    """Refuses a comparison that cannot start; `what` names one of the things that are compared.
+
+    Raises:
+        LabError: it was launched for several processes, --seeds is too small, or there is no --launch file.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise LabError(f"compare starts one process per {what} itself: run it with python -m, and name the Accelerate "
+                       "configuration of several GPUs with --launch FILE")  # fmt: skip
+    if seeds < 1:
+        raise LabError("--seeds must be at least 1")
+    if launch is not None and not launch.is_file():
+        raise LabError(f"--launch {launch}: no such file; name an Accelerate configuration")
 
 
 def claim(folder: Path, config: object) -> None:

@@ -4,6 +4,7 @@ Processes are forked from a server that has imported the libraries once and done
 configuration they are launched by Accelerate instead.
 """
 
+import dataclasses
 import fcntl
 import importlib
 import multiprocessing
@@ -12,15 +13,19 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from labs_common.cli import config_to_yaml
+from labs_common.comparing import slug
 from labs_common.errors import Interrupted, LabError
+from labs_common.options import RunOptions
+from labs_common.progress import console
 
 INTERRUPTED = 130
 WRONG_INPUT = 2
@@ -58,6 +63,31 @@ def finished_run(module: str, config: object, path: Path, lock: Path, launch: Pa
     if code == WRONG_INPUT:
         raise LabError(f"{path}: could not be run, see the line above; mend it and start the same command again")
     return code
+
+
+def finished_runs(
+    module: str, planned: Mapping[str, Any], folder: Path, seeds: Sequence[int], lock: Path, launch: Path | None
+) -> dict[str, int]:
+    """Does each planned run with each seed, in FOLDER/NAME/seed-SEED, unless it is there.
+
+    Returns the exit codes of those that failed. Configs have their `RunOptions` under `run`.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; the run under way was saved.
+        LabError: a run says that its input is wrong.
+    """
+    failed = {}
+    jobs = [(name, seed) for seed in seeds for name in planned]
+    for number, (name, seed) in enumerate(jobs, 1):
+        path = folder / slug(name) / f"seed-{seed}"
+        there = ": there already" if (path / "results.json").exists() else ""
+        console.print(f"[{number}/{len(jobs)}] {name}, seed {seed}{there}")
+        wanted = dataclasses.replace(planned[name], run=RunOptions(output=path, seed=seed, track="none"))
+        code = finished_run(module, wanted, path, lock, launch)
+        if code:
+            failed[f"{name}, seed {seed}"] = code
+            console.print(f"{name}, seed {seed}: stopped with exit code {code}; the others go on")
+    return failed
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Protocol
@@ -105,6 +105,27 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the tensors that the optimizer keeps in this process (AdamW: two moments for each trained value)."""
     kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
+
+def training_means(run: Run, unit: str, names: Sequence[str]) -> dict[str, float]:
+    """Means (`training/NAME`) over the `unit`s since the last evaluation, from metrics.jsonl, in the main process."""
+    counts: list[float] = []
+    values: list[list[float]] = []
+    before = 0
+    for line in run.lines("metrics.jsonl") if run.is_main else ():
+        if "loss" not in line:
+            counts, values = [], []
+        else:
+            counts.append(line[unit] - before)
+            values.append([line[name] for name in names])
+            before = line[unit]
+    if not sum(counts):
+        return {}
+    columns = zip(names, zip(*values, strict=True), strict=True)
+    return {
+        f"training/{name}": sum(count * value for count, value in zip(counts, column, strict=True)) / sum(counts)
+        for name, column in columns
+    }
 
 
 class Loop:

@@ -5,15 +5,14 @@ finished is not run again: the same command goes on where it was stopped, and re
 """
 
 import dataclasses
-import os
 from pathlib import Path
 
 from labs_common.cache import path_name
 from labs_common.cli import parse, run_command
-from labs_common.comparing import claim, comparison_folder, entries_of, name_and_flags, slug
+from labs_common.comparing import check_compared, claim, comparison_folder, entries_of, name_and_flags, slug
 from labs_common.errors import LabError
 from labs_common.options import RunOptions
-from labs_common.own_process import finished_run, locked, start_server
+from labs_common.own_process import finished_run, finished_runs, locked, start_server
 from llm_peft_fa.config import CompareConfig, TrainConfig, complete
 from llm_peft_fa.method_options import MethodOptions
 
@@ -29,20 +28,15 @@ def compare(config: CompareConfig) -> None:
     """Plans the runs, does those that are missing, and writes the report."""
     from labs_common.run import check_writable
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise LabError("compare starts one process per method itself: run it with python -m, and name the Accelerate "
-                       "configuration of several GPUs with --launch FILE")  # fmt: skip
-    if config.seeds < 1 or config.search < 0 or not 0 < config.search_share <= 1:
-        raise LabError("--seeds must be at least 1, --search at least 0, --search-share above 0 and at most 1")
-    if config.launch is not None and not config.launch.is_file():
-        raise LabError(f"--launch {config.launch}: no such file; name an Accelerate configuration")
+    check_compared("method", config.seeds, config.launch)
+    if config.search < 0 or not 0 < config.search_share <= 1:
+        raise LabError("--search must be at least 0, --search-share above 0 and at most 1")
     planned = {spec: planned_run(config, spec) for spec in entries_of("--methods", config.methods)}
     files = (config.data.data, config.data.validation_data, config.data.plain_text)
     folder = config.output or comparison_folder(f"compare-{path_name(config.model.model)}", config, files)
     check_writable(folder)
 
     start_server(config.launch, LIBRARIES)
-    from labs_common.progress import console
     from llm_peft_fa.comparison import check_plan, gathered, save_base_answers, steps_of
     from llm_peft_fa.comparison_report import write_comparison
 
@@ -58,16 +52,7 @@ def compare(config: CompareConfig) -> None:
             budget = max(1, round(config.search_share * steps))
             planned = {spec: _searched(config, run, folder / "search" / slug(spec), budget, lock)
                        for spec, run in planned.items()}  # fmt: skip
-        failed = {}
-        jobs = [(spec, seed) for seed in seeds for spec in planned]
-        for number, (spec, seed) in enumerate(jobs, 1):
-            path = folder / slug(spec) / f"seed-{seed}"
-            there = ": there already" if (path / "results.json").exists() else ""
-            console.print(f"[{number}/{len(jobs)}] {spec}, seed {seed}{there}")
-            code = _finished(_at(planned[spec], seed, path), lock, config)
-            if code:
-                failed[f"{spec}, seed {seed}"] = code
-                console.print(f"{spec}, seed {seed}: stopped with exit code {code}; the others go on")
+        failed = finished_runs("llm_peft_fa.train", planned, folder, seeds, lock, config.launch)
         results = gathered(folder, {spec: slug(spec) for spec in planned}, seeds)
         write_comparison(folder, config, results, failed)
 

@@ -29,11 +29,12 @@ def main() -> None:
 
 def attack(config: AttackConfig) -> None:
     """The road: pictures, networks, a perturbation for each network and number of pictures, measurement, report."""
+    from labs_common.data import record_splits
     from labs_common.run import Run, check_run_options
     from labs_common.training import make_accelerator
     from vit_transfer.attack_report import Victim, finish_attack_report
     from vit_transfer.baselines import named_config, trained_baselines
-    from vit_transfer.data import read_splits, record_splits
+    from vit_transfer.data import read_splits
     from vit_transfer.export import FOLDER, finished_network
     from vit_transfer.train import check_network
 

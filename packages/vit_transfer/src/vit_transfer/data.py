@@ -1,10 +1,8 @@
 """Pictures in: the three splits, checked and recorded, and the tensors that a network sees."""
 
-import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,10 @@ import torch
 from PIL import Image, ImageOps
 
 from labs_common.cache import cached_directory
-from labs_common.data import LabelledPictures, checked, read_pictures, stratified_parts
+from labs_common.data import LabelledPictures, checked, print_left_out, read_pictures, stratified_parts
+from labs_common.data.images import RESAMPLING, decoding_threads
 from labs_common.errors import LabError
 from labs_common.progress import console
-from labs_common.run import Run
 from labs_common.scenes import TASKS
 from vit_transfer.config import Augment, DataOptions
 
@@ -24,12 +22,6 @@ SPLITS = ("train", "validation", "test")
 # The offline data: few enough pictures to train on that what was learnt before has to help.
 DEMO_TASK, DEMO_SIDE = "count", 48
 DEMO_SPLITS: dict[str, Sequence[int]] = {"train": range(400), "validation": range(400, 600), "test": range(600, 1600)}
-RESAMPLING = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
 
 
 @dataclass(frozen=True)
@@ -101,7 +93,7 @@ class Tensors:
         def one(place: int) -> np.ndarray:
             return self.transform.levels(self.pictures.image(place), view, place)
 
-        return torch.from_numpy(np.stack(list(_threads().map(one, places))))
+        return torch.from_numpy(np.stack(list(decoding_threads().map(one, places))))
 
     def recipe(self, views: int) -> dict[str, Any]:
         """All that the tensors depend on, as JSON values."""
@@ -140,33 +132,8 @@ def read_splits(options: DataOptions, seed: int, shown: bool) -> dict[str, Label
         raise LabError(f"--data {data}: no training picture of class {splits['train'].classes[missing[0]]}; take a "
                        "larger --limit or other data")  # fmt: skip
     if shown:
-        _print_left_out(splits)
+        print_left_out(splits)
     return {name: splits[name] for name in SPLITS}
-
-
-def _print_left_out(splits: Mapping[str, LabelledPictures]) -> None:
-    """Says which pictures were left out: how many by reason, and the first few by name."""
-    for source, pictures in {pictures.source: pictures for pictures in splits.values() if pictures.left_out}.items():
-        for reason, count in pictures.left_out.most_common():
-            console.print(f"{source}: left out {count} × {reason}")
-        for example in pictures.examples:
-            console.print(f"  {example}")
-
-
-def record_splits(run: Run, splits: dict[str, LabelledPictures]) -> None:
-    """Writes which picture is in which split to splits.json.
-
-    Raises:
-        LabError: the run is being resumed, and its pictures were others.
-    """
-    now = {name: {"fingerprint": part.fingerprint(), "pictures": list(part.names)} for name, part in splits.items()}
-    before = run.load_json("splits.json") if run.resumed else None
-    if before is None:
-        run.save_json("splits.json", now)
-    elif before != now:
-        changed = next(name for name in SPLITS if before[name] != now[name])
-        raise LabError(f"--resume {run.path}: the {changed} pictures have changed since the run began; bring them back "
-                       "or start a new run")  # fmt: skip
 
 
 def _at_most(pictures: LabelledPictures, limit: int, seed: int) -> LabelledPictures:
@@ -195,8 +162,3 @@ def _demo_data() -> Path:
         write_parquet(folder, DEMO_TASK, DEMO_SPLITS, seed=0, side=DEMO_SIDE)
 
     return cached_directory("counting-scenes", recipe | {"format": 1}, make)
-
-
-@cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(2, os.cpu_count() or 2), "decoding")

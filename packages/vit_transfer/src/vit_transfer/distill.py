@@ -30,10 +30,11 @@ def main() -> None:
 def distill(config: DistillConfig) -> None:
     """The road: pictures, teacher, student, the student without a teacher, evaluation of what was written, report."""
     from labs_common.cache import path_name
+    from labs_common.data import record_splits
     from labs_common.run import Run, check_run_options
     from labs_common.training import make_accelerator
     from vit_transfer.baselines import named_config, trained_baselines
-    from vit_transfer.data import Tensors, read_splits, record_splits
+    from vit_transfer.data import Tensors, read_splits
     from vit_transfer.evaluate import predicted
     from vit_transfer.export import FOLDER, finished_network, load_exported
     from vit_transfer.results import finish_report

@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from labs_common.progress import tracked
-from labs_common.run import Run
 from vit_transfer.batches import PictureRows
 from vit_transfer.data import Tensors
 
@@ -39,25 +38,6 @@ def mean_scores(
     everyone = accelerator.reduce(sums.float().to(accelerator.device)) if accelerator.num_processes > 1 else sums
     loss, right = (everyone.double().cpu() / len(data.labels)).tolist()
     return {"loss": loss, "accuracy": right}
-
-
-def training_scores(run: Run) -> dict[str, float]:
-    """Mean loss and accuracy over the optimizer steps since the last evaluation, in the main process."""
-    steps: list[tuple[int, float, float]] = []
-    before = 0
-    for line in run.lines("metrics.jsonl") if run.is_main else ():
-        if "loss" not in line:
-            steps = []
-        else:
-            steps.append((line["pictures"] - before, line["loss"], line["accuracy"]))
-            before = line["pictures"]
-    count = sum(pictures for pictures, _, _ in steps)
-    if not count:
-        return {}
-    return {
-        "training/loss": sum(pictures * loss for pictures, loss, _ in steps) / count,
-        "training/accuracy": sum(pictures * accuracy for pictures, _, accuracy in steps) / count,
-    }
 
 
 @dataclass(frozen=True)

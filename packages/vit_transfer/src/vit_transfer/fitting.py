@@ -14,11 +14,11 @@ from labs_common.freezing import FrozenAudit
 from labs_common.progress import console
 from labs_common.report.structure import Structure, structure_of
 from labs_common.run import Run
-from labs_common.training import Loop, state_bytes
+from labs_common.training import Loop, state_bytes, training_means
 from vit_transfer.batches import PictureRows, PictureSteps, disk_bytes, rows_of
 from vit_transfer.config import TrainConfig
 from vit_transfer.data import Tensors, Transform, transform_of
-from vit_transfer.evaluate import mean_scores, training_scores
+from vit_transfer.evaluate import mean_scores
 from vit_transfer.export import FOLDER, save_model
 from vit_transfer.model import create, has_batch_norm, input_size, transfer
 
@@ -122,7 +122,8 @@ def scores(fitting: Fitting) -> dict[str, float]:
         fitting.model, fitting.rows["validation"], fitting.config.training.batch_size, fitting.accelerator
     )
     fitting.model.train()
-    return training_scores(fitting.run) | {f"validation/{name}": value for name, value in held_out.items()}
+    before = training_means(fitting.run, "pictures", ("loss", "accuracy"))
+    return before | {f"validation/{name}": value for name, value in held_out.items()}
 
 
 def finished(fitting: Fitting, splits: Mapping[str, LabelledPictures]) -> Fitted:

@@ -4,6 +4,7 @@ from labs_common.data.captions import CaptionedPictures, caption_splits, read_ca
 from labs_common.data.images import BadPictureError, decoded
 from labs_common.data.pictures import LabelledPictures, OnBadData, checked, stratified_parts
 from labs_common.data.readers import PictureSplits, read_pictures
+from labs_common.data.splits import print_left_out, record_splits
 
 __all__ = [
     "BadPictureError",
@@ -14,7 +15,9 @@ __all__ = [
     "caption_splits",
     "checked",
     "decoded",
+    "print_left_out",
     "read_captioned",
     "read_pictures",
+    "record_splits",
     "stratified_parts",
 ]

@@ -1,14 +1,24 @@
 """Picture files, decoded with Pillow: bombs are refused, broken files are named."""
 
 import io
+import os
 import struct
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 MOST_PIXELS = 64_000_000  # a picture that claims more is taken for a decompression bomb
+# As timm names them.
+RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 
 
@@ -42,6 +52,12 @@ def decoded(content: bytes | Path | np.ndarray) -> Image.Image:
         raise BadPictureError("empty" if _size(content) == 0 else "no picture that Pillow knows") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise BadPictureError(f"truncated or broken ({str(error).splitlines()[0]})") from error
+
+
+@cache
+def decoding_threads() -> ThreadPoolExecutor:
+    """Threads in which pictures are decoded and resized: Pillow does both without the interpreter's lock."""
+    return ThreadPoolExecutor(max(2, os.cpu_count() or 2), "decoding")
 
 
 def _size(content: bytes | Path) -> int:
