@@ -7,7 +7,7 @@ import lab_commands
 import pytest
 
 from caption_lab.compare import planned_run
-from caption_lab.config import CaptionTrainingOptions, CompareConfig, DataOptions, DemoConfig
+from caption_lab.config import CaptionTrainingOptions, CompareConfig, DataOptions, DecodingOptions
 from caption_lab.published import PUBLISHED
 from labs_common.errors import LabError
 
@@ -64,7 +64,7 @@ def the_page(run: Path) -> None:
 
     from caption_lab.demo import caption_page
 
-    page = caption_page(DemoConfig(checkpoint=run))
+    page = caption_page(run, DecodingOptions())
     (described,) = [function.fn for function in page.fns.values()]
     caption, looks = described(Image.new("RGB", (50, 30), "red"), 2)
     assert isinstance(caption, str)

@@ -74,7 +74,7 @@ def test_last_stages(name: str, count: int, stages: list[str]) -> None:
 def test_front_and_back_are_the_whole(name: str, count: int) -> None:
     torch.manual_seed(0)
     options = EncoderOptions(encoder=name, pretrained=False, image_size=32)
-    encoder = make_encoder(options, 0)
+    encoder = make_encoder(options)
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
     encoder.train_last(count, frozen_is_kept=True)
     pictures = torch.randn(4, 3, 32, 32)
@@ -98,14 +98,14 @@ def test_weights_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "weights.safetensors"
     whole = timm.create_model("resnet18", num_classes=7)
     save_file(whole.state_dict(), file)
-    encoder = make_encoder(EncoderOptions(encoder="resnet18", weights=file), 1)
+    encoder = make_encoder(EncoderOptions(encoder="resnet18", weights=file, pool=1))
     assert torch.equal(encoder.network.conv1.weight, whole.conv1.weight)
     with pytest.raises(LabError, match="first difference"):
-        make_encoder(EncoderOptions(encoder="resnet34", weights=file), 1)
+        make_encoder(EncoderOptions(encoder="resnet34", weights=file, pool=1))
 
 
 def test_unknown_networks_and_sizes_are_named() -> None:
     with pytest.raises(LabError, match="resnet50"):
-        make_encoder(EncoderOptions(encoder="resnt50"), 0)
+        make_encoder(EncoderOptions(encoder="resnt50"))
     with pytest.raises(LabError, match="--image-size 4"):
-        make_encoder(EncoderOptions(encoder="vit_tiny_patch16_224", pretrained=False, image_size=4), 0)
+        make_encoder(EncoderOptions(encoder="vit_tiny_patch16_224", pretrained=False, image_size=4))

@@ -266,6 +266,7 @@ def test_launch_configurations(file: str, finished: Path, options: tuple[object,
         (("--model", "lstm"), "--model"),
         (("--output", "/proc/run"), "--output"),
         (("--pool", "40", "--model", "show_tell"), "--pool"),
+        (("--pool", "2", "--model", "transformer"), "--pool"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(

@@ -42,16 +42,13 @@ def compare(config: CompareConfig) -> None:
     from caption_lab.comparison import gathered, write_comparison
     from caption_lab.data import read_data
     from caption_lab.encoder import make_encoder
-    from caption_lab.model import pool_of
     from caption_lab.tiny import tiny_weights
 
     if any(run.encoder.encoder == TINY and run.encoder.pretrained for run in planned.values()):
         tiny_weights()  # made here, so that no run's memory is that of making it
     data = read_data(config.data, config.seed, shown=True)
     for run in planned.values():
-        make_encoder(dataclasses.replace(run.encoder, pretrained=False), pool_of(run.model, run.encoder)).train_last(
-            run.encoder.unfreeze, False
-        )
+        make_encoder(dataclasses.replace(run.encoder, pretrained=False)).train_last(run.encoder.unfreeze, False)
     claim(folder, config)
     seeds = range(config.seed, config.seed + config.seeds)
     lock = folder / ".lock"

@@ -306,10 +306,11 @@ def complete(config: TrainConfig) -> TrainConfig:
         own = dataclasses.replace(training, learning_rate=training.learning_rate or 5e-5, epochs=training.epochs or 5)
         return dataclasses.replace(config, training=own)
     tiny, lstm = encoder.encoder == TINY, config.model != "transformer"
+    pool = 0 if config.model != "show_tell" else 3 if tiny else 1
     rates = {(True, True): 3e-3, (True, False): 2e-3, (False, True): 4e-4, (False, False): 3e-4}
     return dataclasses.replace(
         config,
-        encoder=dataclasses.replace(encoder, pool=encoder.pool or (3 if tiny else 1)),
+        encoder=dataclasses.replace(encoder, pool=encoder.pool or pool),
         decoder=dataclasses.replace(
             decoder,
             width=decoder.width or (512 if not tiny else 256 if lstm else 128),
@@ -349,6 +350,8 @@ def _check(config: TrainConfig) -> None:
         raise LabError(f"--weights {encoder.weights}: must be a .safetensors file; convert it with safetensors.torch")
     if min(encoder.image_size, encoder.unfreeze, encoder.pool, decoder.width, config.data.limit) < 0:
         raise LabError("--image-size, --unfreeze, --pool, --width and --limit must not be negative")
+    if encoder.pool and config.model != "show_tell":
+        raise LabError("--pool: is of --model show_tell; the others look at places")
     if decoder.layers < 1 or decoder.heads < 1:
         raise LabError("--layers and --heads must be at least 1")
     if config.model == "transformer" and decoder.width % decoder.heads:

@@ -3,10 +3,11 @@
 import importlib.util
 import socket
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from caption_lab.caption import newest_run
-from caption_lab.config import DemoConfig, check_decoding
+from caption_lab.config import DecodingOptions, DemoConfig, check_decoding
 from labs_common.cli import run_command
 from labs_common.errors import LabError
 
@@ -25,14 +26,15 @@ def demo(config: DemoConfig) -> None:
     check_decoding(config.decoding)
     if importlib.util.find_spec("gradio") is None:
         raise LabError("demo: needs Gradio; install the extra caption-lab[demo]")
+    checkpoint = config.checkpoint or newest_run()
     with socket.socket() as probe:
         if probe.connect_ex((config.host, config.port)) == 0:
             raise LabError(f"--port {config.port}: is in use; name another")
-    page = caption_page(config)
+    page = caption_page(checkpoint, config.decoding)
     page.launch(server_name=config.host, server_port=config.port, share=False, quiet=False, footer_links=[])
 
 
-def caption_page(config: DemoConfig) -> Any:
+def caption_page(checkpoint: Path, decoding: DecodingOptions) -> Any:
     """The page: a picture in, its caption and where the captioner looked out."""
     import gradio
 
@@ -40,12 +42,12 @@ def caption_page(config: DemoConfig) -> Any:
     from caption_lab.export import features_of, load_captioner
     from caption_lab.looking import looked_at, word_tiles
 
-    captioner = load_captioner(config.checkpoint or newest_run())
+    captioner = load_captioner(checkpoint)
 
     def described(image: Any, beam: float) -> tuple[str, list[Any]]:
         if image is None:
             return "", []
-        options = replace(config.decoding, beam=int(beam))
+        options = replace(decoding, beam=int(beam))
         image = image.convert("RGB")
         looks = looked_at(captioner, [image], options)
         if looks:
@@ -60,7 +62,7 @@ def caption_page(config: DemoConfig) -> Any:
         with gradio.Row():
             with gradio.Column():
                 image = gradio.Image(type="pil", label="Picture", elem_id="picture")
-                beam = gradio.Slider(1, 10, value=config.decoding.beam, step=1, label="Beams")
+                beam = gradio.Slider(1, 10, value=decoding.beam, step=1, label="Beams")
                 send = gradio.Button("Describe", variant="primary", elem_id="send")
             with gradio.Column():
                 caption = gradio.Textbox(label="Caption", elem_id="caption", interactive=False)

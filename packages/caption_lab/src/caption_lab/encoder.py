@@ -143,7 +143,7 @@ class Encoder(nn.Module):
         return self
 
 
-def make_encoder(options: EncoderOptions, pool: int) -> Encoder:
+def make_encoder(options: EncoderOptions) -> Encoder:
     """The encoder with the weights that the options name; what trains is not decided yet.
 
     Raises:
@@ -153,7 +153,7 @@ def make_encoder(options: EncoderOptions, pool: int) -> Encoder:
     architecture = RECIPE["architecture"] if tiny else options.encoder
     arguments = tiny_arguments() if tiny else _arguments(options)
     try:
-        encoder = Encoder(architecture, arguments, options.image_size, pool)
+        encoder = Encoder(architecture, arguments, options.image_size, options.pool)
     except (RuntimeError, ValueError, TypeError) as error:
         raise LabError(f"--encoder {options.encoder}: cannot be made ({str(error).splitlines()[0]})") from error
     if options.weights is not None:

@@ -44,10 +44,5 @@ def make_model(
     Raises:
         LabError: the encoder cannot be had.
     """
-    looking = make_encoder(encoder, pool_of(model, encoder))
+    looking = make_encoder(encoder)
     return ImageCaptioningModel(looking, make_decoder(model, decoder, vocabulary, length, looking))
-
-
-def pool_of(model: Model, options: EncoderOptions) -> int:
-    """Into how many parts across and down the encoder's grid is averaged; 0 if the decoder looks at places."""
-    return options.pool if model == "show_tell" else 0
