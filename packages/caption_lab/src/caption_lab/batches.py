@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +18,7 @@ from labs_common.cache import path_name
 from labs_common.data import CaptionedPictures
 from labs_common.features import CachedRows, ComputedRows, Rows, cached_rows
 from labs_common.freezing import state_hash
+from labs_common.training import read_ahead
 
 FRONT_BATCH = 64
 Order = Literal["captions", "by picture", "pictures"]
@@ -104,13 +104,7 @@ class CaptionSteps:
         def read(step: int) -> Batch:
             return self.batch(order[step * self.batch_size : (step + 1) * self.batch_size])
 
-        with ThreadPoolExecutor(1, "reading") as reader:
-            coming = reader.submit(read, start)
-            for step in range(start, len(self)):
-                batch = coming.result()
-                if step + 1 < len(self):
-                    coming = reader.submit(read, step + 1)
-                yield [batch]
+        return ([batch] for batch in read_ahead(read, range(start, len(self))))
 
     def batch(self, numbers: list[int]) -> Batch:
         """This process's part of one step, of which `numbers` are all captions."""

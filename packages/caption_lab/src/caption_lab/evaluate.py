@@ -28,6 +28,7 @@ def evaluate(config: EvaluateConfig) -> None:
     check_decoding(config.decoding)
     beams = _beams(config)
 
+    import torch
     from accelerate import Accelerator
 
     from caption_lab.evaluation import evaluated
@@ -44,9 +45,10 @@ def evaluate(config: EvaluateConfig) -> None:
     check_writable(output)
     pictures, truth, source = chosen_pictures(config, checkpoint)
     accelerator = Accelerator()
+    kept: dict[int, torch.Tensor] = {}
     found = {
         beam: evaluated(captioner, pictures, truth, dataclasses.replace(config.decoding, beam=beam), accelerator,
-                        config.batch_size)
+                        config.batch_size, kept=kept)
         for beam in beams
     }  # fmt: skip
     if not accelerator.is_main_process:
@@ -84,7 +86,7 @@ def chosen_pictures(
     Raises:
         LabError: they cannot be read, or the run does not say which pictures it had.
     """
-    from caption_lab.data import Captions, read_data, read_folder, truth_of
+    from caption_lab.data import Captions, at_most, read_data, read_folder, truth_of
     from labs_common.data import print_left_out, read_captioned
 
     options, seed = config.data, 0
@@ -93,12 +95,16 @@ def chosen_pictures(
         if not file.is_file():
             raise LabError(f"--checkpoint {checkpoint}: holds no config.yaml that names its pictures; name --data")
         trained = config_from_yaml(TrainConfig, file)
-        options = dataclasses.replace(trained.data, on_bad_data=config.data.on_bad_data)
+        options = dataclasses.replace(
+            trained.data, on_bad_data=config.data.on_bad_data, limit=options.limit or trained.data.limit,
+            splits=options.splits or trained.data.splits,
+        )  # fmt: skip
         seed = trained.run.seed
     if config.split == "all":
         folder = read_folder(options)
         pictures = read_captioned(folder, options.on_bad_data)
         print_left_out({"all": pictures})
+        pictures = at_most(pictures, options.limit, seed) if options.limit else pictures
         return pictures, truth_of(folder, [pictures]), options.data
     data: Captions = read_data(options, seed, shown=True)
     return data.splits[config.split], data.truth, options.data

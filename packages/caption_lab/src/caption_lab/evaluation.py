@@ -58,20 +58,24 @@ def evaluated(
     accelerator: Accelerator,
     batch_size: int = 64,
     seed: int = 0,
+    kept: dict[int, torch.Tensor] | None = None,
 ) -> Evaluation:
-    """Runs the whole captioner on the pictures; the processes share them. Drawing begins with `seed`."""
+    """Runs the whole captioner on the pictures; the processes share them. Drawing begins with `seed`.
+
+    Several calls for the same pictures that get the same `kept` run the encoder once.
+    """
     tensors = PictureTensors(pictures, captioner.transform)
     model = captioner.model.to(accelerator.device)
-    kept: dict[int, torch.Tensor] = {}
+    reused = bool(truth) or kept is not None  # drawn pictures are written about several times
+    kept = {} if kept is None else kept
 
     def features(places: Sequence[int]) -> torch.Tensor:
         missing = [place for place in places if place not in kept]
         if missing:
             found = features_of(captioner, tensors.batch(missing).to(accelerator.device))
-            if truth:  # these are written about again
-                kept.update(zip(missing, found, strict=True))
-            else:
+            if not reused:
                 return found
+            kept.update(zip(missing, found, strict=True))
         return torch.stack([kept[place] for place in places])
 
     def written(by: DecodingOptions, task: str, number: int = 0) -> list[str]:

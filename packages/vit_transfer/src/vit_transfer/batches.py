@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from accelerate import Accelerator
 from labs_common.cache import path_name
 from labs_common.features import CachedRows, ComputedRows, Rows, cached_rows
 from labs_common.freezing import state_hash
+from labs_common.training import read_ahead
 from vit_transfer.config import CacheOptions
 from vit_transfer.data import Tensors
 from vit_transfer.model import Transfer
@@ -73,13 +73,7 @@ class PictureSteps:
         def read(step: int) -> Batch:
             return self.batch(epoch % self.views, order[step * self.batch_size : (step + 1) * self.batch_size])
 
-        with ThreadPoolExecutor(1, "reading") as reader:
-            coming = reader.submit(read, start)
-            for step in range(start, len(self)):
-                batch = coming.result()
-                if step + 1 < len(self):
-                    coming = reader.submit(read, step + 1)
-                yield [batch]
+        return ([batch] for batch in read_ahead(read, range(start, len(self))))
 
     def batch(self, view: int, places: list[int]) -> Batch:
         """This process's part of one step, of which `places` are all pictures."""
