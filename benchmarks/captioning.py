@@ -36,20 +36,20 @@ from torch.utils.data import DataLoader, Dataset
 from caption_lab.batches import encoded_pairs
 from caption_lab.config import (
     CaptionTrainingOptions,
-    DataOptions,
     DecodingOptions,
     EncoderOptions,
     TrainConfig,
     VocabularyOptions,
     complete,
 )
-from caption_lab.data import Captions, PictureTensors, read_data, transform_of
+from caption_lab.data import read_data, transform_of
 from caption_lab.decoders import ShowAttendTell, ShowTell
 from caption_lab.decoding import beam_search, log_probabilities
 from caption_lab.fitting import Made, make
 from caption_lab.objectives import attention_penalty, next_word_loss
 from caption_lab.vocabulary import END, PAD, START
-from labs_common.options import RunOptions
+from labs_common.data.described import Captions, PictureTensors
+from labs_common.options import CaptionDataOptions, RunOptions
 from labs_common.run import Run, write_atomically
 from labs_common.scenes.files import write_flickr8k
 from labs_common.training import make_accelerator, peak_memory
@@ -142,7 +142,7 @@ def set_up(options: Options, by_picture: bool = False) -> tuple[Captions, Made]:
             model=kind,  # type: ignore[arg-type]
             encoder=EncoderOptions(encoder=encoder, pretrained=False, image_size=224),
             vocabulary=VocabularyOptions(min_count=1),
-            data=DataOptions(data=str(options.data)),
+            data=CaptionDataOptions(data=str(options.data)),
             training=CaptionTrainingOptions(
                 epochs=options.epochs, batch_size=BATCH, learning_rate=RATE, weight_decay=DECAY, schedule="constant",
                 by_picture=by_picture, warmup=0, clip_norm=0, watch_pictures=1,

@@ -11,11 +11,11 @@ import torch
 from accelerate import Accelerator
 
 from caption_lab.config import CacheOptions
-from caption_lab.data import PictureTensors
 from caption_lab.encoder import Encoder
 from caption_lab.vocabulary import Vocabulary, padded
 from labs_common.cache import path_name
 from labs_common.data import CaptionedPictures
+from labs_common.data.described import PictureTensors
 from labs_common.features import CachedRows, ComputedRows, Rows, cached_rows
 from labs_common.freezing import state_hash
 from labs_common.training import read_ahead

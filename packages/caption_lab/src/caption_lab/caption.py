@@ -1,14 +1,11 @@
 """Describes pictures: `python -m caption_lab.caption photo.jpg holiday/ "more/*.png" --checkpoint runs/NAME`."""
 
-import glob
-from collections.abc import Sequence
 from pathlib import Path
 
-from caption_lab.config import CaptionConfig, check_decoding
+from caption_lab.config import FINISHED, TRAIN, CaptionConfig, check_decoding
 from labs_common.cli import run_command
 from labs_common.errors import LabError
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 NAMED = 5
 
 
@@ -24,8 +21,11 @@ def caption(config: CaptionConfig) -> None:
         LabError: no picture or no captioner is there, or a picture cannot be read and --on-bad-data says so.
     """
     check_decoding(config.decoding)
+    from labs_common.data.images import picture_files
+    from labs_common.run import newest_run
+
     files = picture_files(config.pictures)
-    checkpoint = config.checkpoint or newest_run()
+    checkpoint = config.checkpoint or newest_run(FINISHED, TRAIN)
     if config.heatmap is not None and config.heatmap.suffix.lower() != ".png":
         raise LabError(f"--heatmap {config.heatmap}: must end in .png")
 
@@ -70,43 +70,6 @@ def caption(config: CaptionConfig) -> None:
         ((said, attention),) = looked_at(captioner, [image], config.decoding)
         save_heatmap(image, said, attention, target)
         console.print(f"heat-map: {target}")
-
-
-def picture_files(named: Sequence[str]) -> list[Path]:
-    """The files that are named: themselves, those of a directory, those that fit a pattern; each once.
-
-    Raises:
-        LabError: a name stands for nothing.
-    """
-    if not named:
-        raise LabError("name pictures: files, directories or patterns")
-    found: dict[Path, None] = {}
-    for name in named:
-        path = Path(name)
-        if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-        elif path.exists():
-            files = [path]
-        else:
-            files = sorted(map(Path, glob.glob(name, recursive=True)))
-        if not files:
-            raise LabError(f"{name}: " + ("no picture in that directory" if path.is_dir() else "no such file"))
-        found |= dict.fromkeys(files)
-    return list(found)
-
-
-def newest_run() -> Path:
-    """The finished captioner under runs/ that was written last.
-
-    Raises:
-        LabError: there is none.
-    """
-    finished = sorted(Path("runs").glob("*/model/vocabulary.json"), key=lambda file: -file.stat().st_mtime)
-    if not finished:
-        raise LabError(
-            "--checkpoint: no finished run under runs/; train one with python -m caption_lab.train, or name one"
-        )
-    return finished[0].parent.parent
 
 
 if __name__ == "__main__":

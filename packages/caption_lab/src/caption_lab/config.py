@@ -8,15 +8,15 @@ from typing import Literal
 import tyro
 
 from labs_common.errors import LabError
-from labs_common.options import RunOptions, TrainingOptions
+from labs_common.options import CaptionDataOptions, OnBadData, RunOptions, TrainingOptions
 
 Model = Literal["show_tell", "show_attend_tell", "transformer"]
 MODELS: tuple[Model, ...] = ("show_tell", "show_attend_tell", "transformer")
 Objective = Literal["cross-entropy", "scst"]
 Watch = Literal["cider", "bleu-4", "loss"]
-OnBadData = Literal["error", "skip"]
 RowPrecision = Literal["bf16", "fp16", "fp32"]
 TINY = "tiny-cnn"
+TRAIN, FINISHED = "caption_lab.train", "vocabulary.json"  # what writes a captioner, and how one is known
 
 
 @dataclass
@@ -80,23 +80,6 @@ class VocabularyOptions:
     max_length: int = 0
     """Most words of a caption, longer ones are cut; 0 takes the length that 99 % of the training captions stay
     within."""
-
-
-@dataclass
-class DataOptions:
-    """Which pictures and captions."""
-
-    data: str | None = None
-    """Flickr8k or a directory like it: pictures with captions.txt (image,caption) or Flickr8k.token.txt. Without it,
-    drawn scenes with captions."""
-    splits: Path | None = None
-    """Directory with the official lists Flickr_8k.trainImages.txt, …devImages.txt and …testImages.txt; else splits are
-    drawn by picture, 80/10/10."""
-    limit: int = 0
-    """Take at most this many training pictures, and an eighth of that for validation and test each; 0 takes all."""
-    on_bad_data: OnBadData = "error"
-    """What to do with pictures and captions that cannot be used: stop and name them, or leave them out and count
-    them."""
 
 
 @dataclass
@@ -171,7 +154,7 @@ class TrainConfig:
     encoder: EncoderOptions = field(default_factory=EncoderOptions)
     decoder: DecoderOptions = field(default_factory=DecoderOptions)
     vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
-    data: DataOptions = field(default_factory=DataOptions)
+    data: CaptionDataOptions = field(default_factory=CaptionDataOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     training: CaptionTrainingOptions = field(default_factory=CaptionTrainingOptions)
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
@@ -193,7 +176,7 @@ class EvaluateConfig:
 
     checkpoint: Path | None = None
     """Directory of a finished run; by default the newest under runs/."""
-    data: DataOptions = field(default_factory=DataOptions)
+    data: CaptionDataOptions = field(default_factory=CaptionDataOptions)
     split: Literal["train", "validation", "test", "all"] = "test"
     """Which pictures; without --data, of the run's own."""
     beams: str = "1,3,5"
@@ -251,7 +234,7 @@ class PrepareConfig:
     `python -m caption_lab.prepare --data flickr8k` writes vocabulary.json and tokenizer.json.
     """
 
-    data: DataOptions = field(default_factory=DataOptions)
+    data: CaptionDataOptions = field(default_factory=CaptionDataOptions)
     vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
     output: Path | None = None
     """Directory of what is written; by default a new one under runs/."""
@@ -278,7 +261,7 @@ class CompareConfig:
     launch: Path | None = None
     """Accelerate configuration with which each run is launched, for several GPUs."""
     vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
-    data: DataOptions = field(default_factory=DataOptions)
+    data: CaptionDataOptions = field(default_factory=CaptionDataOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     training: CaptionTrainingOptions = field(default_factory=CaptionTrainingOptions)
     decoding: DecodingOptions = field(default_factory=DecodingOptions)

@@ -6,8 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from caption_lab.caption import newest_run
-from caption_lab.config import DecodingOptions, DemoConfig, check_decoding
+from caption_lab.config import FINISHED, TRAIN, DecodingOptions, DemoConfig, check_decoding
 from labs_common.cli import run_command
 from labs_common.errors import LabError
 
@@ -23,10 +22,12 @@ def demo(config: DemoConfig) -> None:
     Raises:
         LabError: Gradio is not installed, no captioner is there, or the port is taken.
     """
+    from labs_common.run import newest_run
+
     check_decoding(config.decoding)
     if importlib.util.find_spec("gradio") is None:
         raise LabError("demo: needs Gradio; install the extra caption-lab[demo]")
-    checkpoint = config.checkpoint or newest_run()
+    checkpoint = config.checkpoint or newest_run(FINISHED, TRAIN)
     with socket.socket() as probe:
         if probe.connect_ex((config.host, config.port)) == 0:
             raise LabError(f"--port {config.port}: is in use; name another")

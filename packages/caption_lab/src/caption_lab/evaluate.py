@@ -4,8 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from caption_lab.caption import newest_run
-from caption_lab.config import EvaluateConfig, TrainConfig, check_decoding
+from caption_lab.config import FINISHED, TRAIN, EvaluateConfig, TrainConfig, check_decoding
 from labs_common.cli import config_from_yaml, run_command
 from labs_common.errors import LabError
 
@@ -37,9 +36,9 @@ def evaluate(config: EvaluateConfig) -> None:
     from labs_common.cli import to_plain
     from labs_common.progress import console
     from labs_common.report import Section, Table, asked_section, write_report
-    from labs_common.run import Run, check_writable
+    from labs_common.run import Run, check_writable, newest_run
 
-    checkpoint = config.checkpoint or newest_run()
+    checkpoint = config.checkpoint or newest_run(FINISHED, TRAIN)
     captioner = load_captioner(checkpoint)
     output = config.output or checkpoint / f"evaluation-{config.split}"
     check_writable(output)
@@ -86,8 +85,9 @@ def chosen_pictures(
     Raises:
         LabError: they cannot be read, or the run does not say which pictures it had.
     """
-    from caption_lab.data import Captions, at_most, read_data, read_folder, truth_of
+    from caption_lab.data import drawn_scenes, read_data
     from labs_common.data import print_left_out, read_captioned
+    from labs_common.data.described import at_most, truth_of
 
     options, seed = config.data, 0
     if options.data is None:
@@ -101,12 +101,12 @@ def chosen_pictures(
         )  # fmt: skip
         seed = trained.run.seed
     if config.split == "all":
-        folder = read_folder(options)
+        folder = Path(options.data) if options.data else drawn_scenes()
         pictures = read_captioned(folder, options.on_bad_data)
         print_left_out({"all": pictures})
         pictures = at_most(pictures, options.limit, seed) if options.limit else pictures
         return pictures, truth_of(folder, [pictures]), options.data
-    data: Captions = read_data(options, seed, shown=True)
+    data = read_data(options, seed, shown=True)
     return data.splits[config.split], data.truth, options.data
 
 

@@ -9,10 +9,10 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from caption_lab.config import DecodingOptions
-from caption_lab.data import PictureTensors
 from caption_lab.export import Captioner, features_of
 from caption_lab.writing import captions_of, references_of, scored
 from labs_common.data import CaptionedPictures
+from labs_common.data.described import PictureTensors
 from labs_common.scenes import Scene
 from labs_common.scenes.judging import Claim, claims_of
 

@@ -11,10 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from caption_lab.config import DecoderOptions, Model
-from caption_lab.data import Transform, transform_of
+from caption_lab.data import transform_of
 from caption_lab.encoder import Encoder
 from caption_lab.model import ImageCaptioningModel, make_decoder
 from caption_lab.vocabulary import Vocabulary, load_vocabulary
+from labs_common.data.described import Transform
 from labs_common.errors import LabError
 from labs_common.run import written_whole
 

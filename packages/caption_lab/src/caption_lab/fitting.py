@@ -12,13 +12,14 @@ from accelerate.utils import broadcast_object_list, set_seed
 
 from caption_lab.batches import CaptionRows, CaptionSteps, Order, disk_bytes, encoded_pairs, front_rows
 from caption_lab.config import TrainConfig
-from caption_lab.data import Captions, PictureTensors, transform_of
+from caption_lab.data import transform_of
 from caption_lab.export import FOLDER, load_captioner, save_captioner
 from caption_lab.model import ImageCaptioningModel, make_model
 from caption_lab.objectives import GREEDY, SelfCritic, next_word_loss
 from caption_lab.vocabulary import Vocabulary, build_vocabulary, padded
 from caption_lab.writing import captions_of, references_of, scored
 from labs_common.checkpoint import SHARDED
+from labs_common.data.described import Captions, PictureTensors
 from labs_common.errors import LabError
 from labs_common.freezing import FrozenAudit
 from labs_common.progress import console

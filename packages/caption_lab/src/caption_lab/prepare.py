@@ -8,8 +8,8 @@ from caption_lab.config import PrepareConfig
 from labs_common.cli import run_command
 
 if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
-    from caption_lab.data import Captions
     from caption_lab.vocabulary import Vocabulary
+    from labs_common.data.described import Captions
     from labs_common.report import Section
     from labs_common.run import Run
 

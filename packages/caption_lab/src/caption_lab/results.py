@@ -9,7 +9,6 @@ import numpy as np
 from PIL import Image
 
 from caption_lab.config import DecodingOptions, TrainConfig
-from caption_lab.data import Captions
 from caption_lab.evaluation import Evaluation, Truthfulness, mistakes
 from caption_lab.export import FOLDER, Captioner
 from caption_lab.fitting import Fitted
@@ -19,6 +18,7 @@ from caption_lab.published import PUBLISHED, SOURCE
 from caption_lab.writing import references_of
 from labs_common.cli import to_plain
 from labs_common.data import CaptionedPictures
+from labs_common.data.described import Captions
 from labs_common.progress import console
 from labs_common.report import (
     Figure,

@@ -11,8 +11,8 @@ if TYPE_CHECKING:  # the real imports wait until the command line has been read:
     from accelerate import Accelerator
 
     from caption_lab.batches import Batch
-    from caption_lab.data import Captions
     from caption_lab.fitting import Fitted, Fitting, Made
+    from labs_common.data.described import Captions
     from labs_common.run import Run
 
 

@@ -23,12 +23,13 @@ from labs_common.cache import cache_directory, cached_directory
 from labs_common.errors import LabError
 from labs_common.progress import ProgressLine, console
 
-RowPrecision = Literal["bf16", "fp16", "fp32"]
+RowPrecision = Literal["bf16", "fp16", "fp32", "uint8"]
 # numpy has no bfloat16: its bits are kept as 16-bit integers
 DTYPES: dict[str, tuple[torch.dtype, type[np.generic]]] = {
     "bf16": (torch.bfloat16, np.int16),
     "fp16": (torch.float16, np.float16),
     "fp32": (torch.float32, np.float32),
+    "uint8": (torch.uint8, np.uint8),  # decoded pictures
 }
 CHUNK_BYTES = 32 * 2**20
 # Gives the front's output (places, width) for these places of the data, in a view.

@@ -10,6 +10,7 @@ from typing import Literal
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Tracker = Literal["tensorboard", "wandb", "none"]
+OnBadData = Literal["error", "skip"]
 
 
 @dataclass
@@ -62,6 +63,23 @@ class TrainingOptions:
     """Optimizer steps between checkpoints. Ctrl-C writes one as well."""
     keep: int = 2
     """How many of the newest checkpoints stay on disk."""
+
+
+@dataclass
+class CaptionDataOptions:
+    """Which pictures with captions."""
+
+    data: str | None = None
+    """Flickr8k or a directory like it: pictures with captions.txt (image,caption) or Flickr8k.token.txt. Without it,
+    drawn scenes with captions."""
+    splits: Path | None = None
+    """Directory with the official lists Flickr_8k.trainImages.txt, …devImages.txt and …testImages.txt; else splits are
+    drawn by picture, 80/10/10."""
+    limit: int = 0
+    """Take at most this many training pictures, and an eighth of that for validation and test each; 0 takes all."""
+    on_bad_data: OnBadData = "error"
+    """What to do with pictures and captions that cannot be used: stop and name them, or leave them out and count
+    them."""
 
 
 # A resumed run may change these; every other option would make it another run.

@@ -218,3 +218,15 @@ def _git_commit() -> str | None:
     except OSError:
         return None
     return found.stdout.strip() or None
+
+
+def newest_run(file: str, command: str) -> Path:
+    """The finished run under runs/ whose `model/FILE` was written last.
+
+    Raises:
+        LabError: there is none; `command` is the module that would make one.
+    """
+    finished = sorted(Path("runs").glob(f"*/model/{file}"), key=lambda found: -found.stat().st_mtime)
+    if not finished:
+        raise LabError(f"--checkpoint: no finished run under runs/; train one with python -m {command}, or name one")
+    return finished[0].parent.parent

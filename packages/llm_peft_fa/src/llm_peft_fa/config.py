@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from labs_common.errors import LabError
-from labs_common.options import RunOptions, TrainingOptions
+from labs_common.options import OnBadData, RunOptions, TrainingOptions
 from llm_peft_fa.method_options import LEARNING_RATES, SOFT_PROMPTS, WITHOUT_PEFT, MethodOptions, resolved
 
-OnBadData = Literal["error", "skip"]
 OnTooLong = Literal["error", "truncate", "skip"]
 
 

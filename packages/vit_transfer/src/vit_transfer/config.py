@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from labs_common.errors import LabError
-from labs_common.options import RunOptions, TrainingOptions
+from labs_common.options import OnBadData, RunOptions, TrainingOptions
 
 Unfreeze = Literal["block", "head", "all"]
 Head = Literal["linear", "mlp"]
 Augment = Literal["flip", "crop"]
 Asked = Literal["auto", "yes", "no"]
-OnBadData = Literal["error", "skip"]
 RowPrecision = Literal["bf16", "fp16", "fp32"]
 TINY = ("tiny-vit", "tiny-cnn", "tiny-deit")
 Distillation = Literal["hard", "soft"]

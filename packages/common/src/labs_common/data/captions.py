@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from labs_common.data.images import SUFFIXES
 from labs_common.data.pictures import NAMED, OnBadData, digests_of, examined, named_picture, refusal
 from labs_common.errors import LabError
 
@@ -20,7 +21,6 @@ LISTS = {
     "validation": "Flickr_8k.devImages.txt",
     "test": "Flickr_8k.testImages.txt",
 }
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)

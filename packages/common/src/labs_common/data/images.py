@@ -1,15 +1,19 @@
 """Picture files, decoded with Pillow: bombs are refused, broken files are named."""
 
+import glob
 import io
 import os
 import struct
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from labs_common.errors import LabError
 
 MOST_PIXELS = 64_000_000  # a picture that claims more is taken for a decompression bomb
 # As timm names them.
@@ -58,6 +62,29 @@ def decoded(content: bytes | Path | np.ndarray) -> Image.Image:
 def decoding_threads() -> ThreadPoolExecutor:
     """Threads in which pictures are decoded and resized: Pillow does both without the interpreter's lock."""
     return ThreadPoolExecutor(max(2, os.cpu_count() or 2), "decoding")
+
+
+def picture_files(named: Sequence[str]) -> list[Path]:
+    """The files that are named: themselves, those of a directory, those that fit a pattern; each once.
+
+    Raises:
+        LabError: a name stands for nothing.
+    """
+    if not named:
+        raise LabError("name pictures: files, directories or patterns")
+    found: dict[Path, None] = {}
+    for name in named:
+        path = Path(name)
+        if path.is_dir():
+            files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        elif path.exists():
+            files = [path]
+        else:
+            files = sorted(map(Path, glob.glob(name, recursive=True)))
+        if not files:
+            raise LabError(f"{name}: " + ("no picture in that directory" if path.is_dir() else "no such file"))
+        found |= dict.fromkeys(files)
+    return list(found)
 
 
 def _size(content: bytes | Path) -> int:

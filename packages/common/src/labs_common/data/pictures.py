@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import Image
 
 from labs_common.data.images import BadPictureError, decoded
 from labs_common.errors import LabError
+from labs_common.options import OnBadData
 from labs_common.progress import tracked
 
-OnBadData = Literal["error", "skip"]
 NAMED = 5  # how many bad pictures an error names
 
 

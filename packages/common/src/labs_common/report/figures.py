@@ -112,6 +112,18 @@ def matrix_figure(values: Sequence[Sequence[float]], names: Sequence[str], acros
     return _svg(canvas)
 
 
+def heat_figure(values: Sequence[Sequence[float]], across: str, up: str) -> str:
+    """Values (rows, columns) as colours, with a bar that says which is which. Returns SVG."""
+    canvas, axes = _canvas(height=5.2)
+    axes.grid(False)
+    shown = axes.imshow(values, cmap="viridis", interpolation="nearest", aspect="auto")
+    bar = canvas.colorbar(shown, ax=axes)
+    bar.ax.tick_params(colors=INK)
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    return _svg(canvas)
+
+
 def scatter_figure(
     points: Mapping[str, tuple[float, float]], across: str, up: str, log_across: bool = False, best: Sequence[str] = ()
 ) -> str:

@@ -1,0 +1,269 @@
+"""One face for every model that reads pictures, and captions if it can: ours and released ones, all frozen.
+
+```
+encoder = load_encoder("RN50:openai")
+encoder.features(pictures)   # what a probe reads
+encoder.image(pictures), encoder.text(["a dog"])   # where pictures and captions meet
+```
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from clip_lab.config import FINISHED, TRAIN
+from clip_lab.export import Loaded, is_ours, load_model
+from clip_lab.model import CocaModel, SimVlmModel, rows_of
+from labs_common.data.images import RESAMPLING
+from labs_common.errors import LabError
+from labs_common.freezing import state_hash
+from labs_common.run import newest_run
+
+TEXTS = 256
+
+
+@dataclass(frozen=True)
+class View:
+    """A picture as a tower sees it: squeezed into its square, or the middle square of it.
+
+    Attributes:
+        squeezed: whether nothing is cut off.
+    """
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    squeezed: bool
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """(3, size, size)."""
+        how = RESAMPLING.get(self.interpolation, Image.Resampling.BICUBIC)
+        if not self.squeezed:
+            scale = self.size / min(image.size)
+            whole = [max(self.size, round(side * scale)) for side in image.size]
+            image = image.resize((whole[0], whole[1]), how)
+            left, top = (whole[0] - self.size) // 2, (whole[1] - self.size) // 2
+            image = image.crop((left, top, left + self.size, top + self.size))
+        elif image.size != (self.size, self.size):
+            image = image.resize((self.size, self.size), how)
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        levels = torch.from_numpy(np.asarray(image)).permute(2, 0, 1)
+        return (levels.float() / 255 - mean) / std
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A frozen model.
+
+    Attributes:
+        name: as it was asked for.
+        module: all of its weights.
+        features: pictures (pictures, 3, size, size) to what a probe reads (pictures, width).
+        image: the same to embeddings of length 1; None where it has none.
+        text: sentences to embeddings of length 1; None where it has none.
+        scale: what cosines are multiplied by.
+        ours: the model, where it is one of this lab.
+    """
+
+    name: str
+    module: torch.nn.Module
+    view: View
+    features: Callable[[torch.Tensor], torch.Tensor]
+    image: Callable[[torch.Tensor], torch.Tensor] | None
+    text: Callable[[Sequence[str]], torch.Tensor] | None
+    scale: float
+    ours: Loaded | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.module.parameters()).device
+
+    @torch.no_grad()
+    def embedded(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Pictures (pictures, 3, size, size) to embeddings (pictures, width), on the CPU.
+
+        Raises:
+            LabError: it has none.
+        """
+        if self.image is None:
+            raise LabError(f"--checkpoint {self.name}: has no embeddings of pictures that captions could be compared "
+                           "with; take a model that was trained with --objective clip, siglip or coca")  # fmt: skip
+        return self.image(pictures.to(self.device)).float().cpu()
+
+    @torch.no_grad()
+    def read(self, sentences: Sequence[str]) -> torch.Tensor:
+        """Sentences to embeddings (sentences, width), on the CPU.
+
+        Raises:
+            LabError: it has none.
+        """
+        if self.text is None:
+            raise LabError(f"--checkpoint {self.name}: reads no text; name a model with a text tower")
+        parts = [self.text(sentences[at : at + TEXTS]).float().cpu() for at in range(0, len(sentences), TEXTS)]
+        return torch.cat(parts)
+
+    def recipe(self) -> dict[str, Any]:
+        """All that its output for a picture depends on, as JSON values."""
+        view = {name: getattr(self.view, name) for name in ("size", "mean", "std", "interpolation", "squeezed")}
+        return {"weights": state_hash(self.module), "view": view, "torch": torch.__version__.split("+")[0]}
+
+
+def load_encoder(spec: str, device: torch.device | None = None) -> Encoder:
+    """The model that `--checkpoint` names, frozen, in evaluation mode.
+
+    A finished run of ours or its `model/` (by default the newest under runs/); `MODEL:PRETRAINED` of open_clip, such as
+    `RN50:openai`; `timm:NAME`, an image tower alone; else a CLIP of transformers by its name or directory.
+
+    Raises:
+        LabError: it cannot be had.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    path = Path(spec) if spec else newest_run(FINISHED, TRAIN)
+    if is_ours(path) or (spec and path.is_dir() and not (path / "config.json").is_file()):
+        if (path / "open_clip_config.json").is_file():
+            return frozen(_open_clip(spec, f"local-dir:{path}", None), device)
+        return frozen(of_ours(load_model(path), spec or str(path)), device)
+    if spec.startswith("timm:"):
+        return frozen(_timm(spec), device)
+    if path.is_dir():
+        return frozen(_transformers(spec), device)
+    name, colon, pretrained = spec.partition(":")
+    return frozen(_open_clip(spec, name, pretrained) if colon else _transformers(spec), device)
+
+
+def frozen(encoder: Encoder, device: torch.device) -> Encoder:
+    """The same on its device, in evaluation mode, without gradients."""
+    encoder.module.to(device).eval().requires_grad_(False)
+    return encoder
+
+
+def of_ours(loaded: Loaded, name: str) -> Encoder:
+    """A model of this lab."""
+    model, shape = loaded.model, loaded.transform
+    view = View(shape.size, shape.mean, shape.std, shape.interpolation, squeezed=True)
+    if isinstance(model, SimVlmModel):
+        return Encoder(name, model, view, lambda x: model.image(x).feature, None, None, 1.0, loaded)
+
+    def features(pictures: torch.Tensor) -> torch.Tensor:
+        rows = rows_of(model, pictures)
+        return model.pooled(rows) if isinstance(model, CocaModel) else rows
+
+    def text(sentences: Sequence[str]) -> torch.Tensor:
+        return model.embed_texts(loaded.words(sentences).to(next(model.parameters()).device))
+
+    scale = float(model.scale().detach())
+    return Encoder(name, model, view, features, lambda x: model.embedded(rows_of(model, x)), text, scale, loaded)
+
+
+def _transformers(spec: str) -> Encoder:
+    from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPModel, VisionTextDualEncoderModel
+
+    try:
+        config = AutoConfig.from_pretrained(spec)
+        kinds: dict[str, Any] = {"clip": CLIPModel, "vision-text-dual-encoder": VisionTextDualEncoderModel}
+        model: Any = kinds.get(config.model_type, AutoModel).from_pretrained(spec)
+        tokenizer = AutoTokenizer.from_pretrained(spec)
+        view = _processor_view(spec, config)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise LabError(f"--checkpoint {spec}: cannot be had ({reason}); name a run, MODEL:PRETRAINED of open_clip, "
+                       "timm:NAME, or a CLIP of transformers") from error  # fmt: skip
+    if not hasattr(model, "get_image_features"):
+        raise LabError(f"--checkpoint {spec}: {type(model).__name__} is no CLIP; for an image tower alone write "
+                       "timm:NAME")  # fmt: skip
+
+    def pooled(output: Any) -> torch.Tensor:
+        return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+    def text(sentences: Sequence[str]) -> torch.Tensor:
+        siglip = {"padding": "max_length"} if "siglip" in config.model_type else {"padding": True}
+        read = tokenizer(list(sentences), truncation=True, return_tensors="pt", **siglip).to(model.device)
+        return F.normalize(pooled(model.get_text_features(**read)), dim=-1)
+
+    return Encoder(
+        spec, model, view, lambda x: pooled(model.vision_model(pixel_values=x)),
+        lambda x: F.normalize(pooled(model.get_image_features(pixel_values=x)), dim=-1), text,
+        float(model.logit_scale.detach().exp()),
+    )  # fmt: skip
+
+
+def _processor_view(spec: str, config: Any) -> View:
+    """How the model's own image processor sees a picture."""
+    from transformers import AutoImageProcessor
+
+    known = AutoImageProcessor.from_pretrained(spec)
+    size = known.crop_size if getattr(known, "do_center_crop", False) else known.size
+    side = int(getattr(size, "height", None) or size["height"])
+    names = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+    squeezed = not getattr(known, "do_center_crop", False)
+    return View(
+        side, tuple(known.image_mean), tuple(known.image_std), names.get(int(known.resample), "bicubic"), squeezed
+    )
+
+
+def _open_clip(spec: str, name: str, pretrained: str | None) -> Encoder:
+    import open_clip
+
+    architecture = name.removeprefix("local-dir:")
+    if not name.startswith("local-dir:") and architecture not in open_clip.list_models():
+        raise LabError(f"--checkpoint {spec}: open_clip has no model {architecture}; as in RN50:openai or "
+                       "ViT-B-32:laion2b_s34b_b79k")  # fmt: skip
+    try:
+        model: Any = open_clip.create_model(name, pretrained=pretrained or None, weights_only=True)
+        tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:  # downloads fail in many ways; the architecture has been checked
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise LabError(f"--checkpoint {spec}: its weights cannot be had ({reason})") from error
+    known = open_clip.get_model_preprocess_cfg(model)
+    size = known["size"]
+    side = int(size if isinstance(size, int) else size[0])
+    view = View(side, tuple(known["mean"]), tuple(known["std"]), known.get("interpolation", "bicubic"),
+                known.get("resize_mode", "shortest") == "squash")  # fmt: skip
+
+    def text(sentences: Sequence[str]) -> torch.Tensor:
+        device = next(model.parameters()).device
+        return model.encode_text(tokenizer(list(sentences)).to(device), normalize=True)
+
+    return Encoder(
+        spec, model, view, _before_projection(model), lambda x: model.encode_image(x, normalize=True), text,
+        float(model.logit_scale.detach().exp()),
+    )  # fmt: skip
+
+
+def _before_projection(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What the paper's probe reads: a ViT's feature before its projection; a ResNet's pool projects by itself."""
+    visual = model.visual
+    if hasattr(visual, "trunk"):  # a timm tower
+        return lambda x: visual.trunk(x)
+    if getattr(visual, "proj", None) is None:
+        return lambda x: visual(x)
+
+    def pooled(pictures: torch.Tensor) -> torch.Tensor:
+        kept, visual.proj = visual.proj, None
+        try:
+            found: torch.Tensor = visual(pictures)
+        finally:
+            visual.proj = kept
+        return found
+
+    return pooled
+
+
+def _timm(spec: str) -> Encoder:
+    from clip_lab.config import ImageOptions
+    from clip_lab.image import make_image_tower
+
+    name, _, how = spec.removeprefix("timm:").partition(",")
+    if how not in ("", "random"):
+        raise LabError(f"--checkpoint {spec}: after the name only ,random may follow (weights that were never trained)")
+    tower = make_image_tower(ImageOptions(image=name, image_pretrained=not how))
+    view = View(tower.size, tower.mean, tower.std, tower.interpolation, squeezed=False)
+    return Encoder(spec, tower, view, lambda x: tower(x).feature, None, None, 1.0)

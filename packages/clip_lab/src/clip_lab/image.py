@@ -1,0 +1,159 @@
+"""Image towers: any timm network without its classifier, and the tiny one for CPUs."""
+
+import difflib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.data import resolve_model_data_config
+from torch import nn
+
+from clip_lab.config import TINY, ImageOptions
+from labs_common.errors import LabError
+
+# Small enough for a CPU; a grid of 4 × 4 places for 32 pixels.
+TINY_TOWER: dict[str, Any] = {
+    "architecture": "resnet10t",
+    "arguments": {"channels": (32, 64, 96, 128), "output_stride": 8},
+}
+TINY_SIDE, TINY_MEAN, TINY_STD = 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+
+class Seen(NamedTuple):
+    """What a tower makes of pictures: a feature each (pictures, width), and one per place (pictures, places, width)."""
+
+    feature: torch.Tensor
+    places: torch.Tensor
+
+
+class ImageTower(nn.Module):
+    """A timm network; its feature is what its own classifier would read, its places those of its last grid.
+
+    Attributes:
+        architecture: what `timm.create_model` is given, with `arguments`.
+        stages: 0, or how many of a CNN's stages there are; the last of them then gives the places, and their mean is
+            the feature.
+        size: side of its pictures in pixels.
+        mean: of its pictures' channels, with `std`.
+        width: of the feature and of each place.
+        count: how many places there are.
+    """
+
+    def __init__(self, architecture: str, arguments: dict[str, Any], size: int, stages: int = 0) -> None:
+        """The network with random weights.
+
+        Raises:
+            LabError: its output is no grid, or it takes no pictures of this size.
+        """
+        super().__init__()
+        self.architecture, self.arguments, self.stages = architecture, arguments, stages
+        self.network: Any = timm.create_model(architecture, num_classes=0, **arguments)
+        known = resolve_model_data_config(self.network)
+        self.size = size or int(known["input_size"][-1])
+        self.mean, self.std = tuple(known["mean"]), tuple(known["std"])
+        self.interpolation = str(known["interpolation"])
+        self._skip = int(getattr(self.network, "num_prefix_tokens", 0))
+        if stages:
+            self._keep_stages()
+        before = self.network.training
+        self.network.eval()
+        with torch.no_grad():
+            try:
+                seen = self(torch.zeros(2, 3, self.size, self.size, device=next(self.parameters()).device))
+            except (AssertionError, RuntimeError) as error:
+                reason = str(error).splitlines()[0]
+                raise LabError(f"--image-size {self.size}: {architecture} takes no such pictures ({reason})") from error
+        self.network.train(before)
+        self.count, self.width = seen.places.shape[1:]
+        if seen.feature.dim() != 2 or seen.feature.shape[1] != self.width:
+            raise LabError(f"--image {architecture}: its feature is not as wide as its grid; take another")
+
+    def forward(self, pictures: torch.Tensor) -> Seen:
+        """Pictures (batch, 3, size, size)."""
+        if self.stages:
+            places = self._places(
+                self.network.forward_intermediates(
+                    pictures, indices=[self.stages], intermediates_only=True, stop_early=True, output_fmt="NCHW"
+                )[0]
+            )
+            return Seen(places.mean(1), places)
+        grid = self.network.forward_features(pictures)
+        return Seen(self.network.forward_head(grid, pre_logits=True), self._places(grid))
+
+    def _places(self, grid: torch.Tensor) -> torch.Tensor:
+        if grid.dim() == 3:  # a transformer's (batch, tokens, width)
+            return grid[:, self._skip :]
+        if grid.dim() != 4:
+            raise LabError(f"--image {self.architecture}: gives no grid of vectors; take another")
+        last = grid.shape[3] == self.network.num_features and grid.shape[1] != self.network.num_features
+        return grid.flatten(1, 2) if last else grid.flatten(2).transpose(1, 2)
+
+    def _keep_stages(self) -> None:
+        try:
+            self.network.prune_intermediate_layers([self.stages], prune_norm=True, prune_head=True)
+        except (AttributeError, AssertionError, IndexError, TypeError) as error:
+            raise LabError(f"--image-stages {self.stages}: {self.architecture} has no such stage") from error
+
+
+def make_image_tower(options: ImageOptions) -> ImageTower:
+    """The tower with the weights that the options name.
+
+    Raises:
+        LabError: timm has no such network, its weights cannot be had, or the file is of another.
+    """
+    tiny = options.image == TINY
+    architecture = TINY_TOWER["architecture"] if tiny else options.image
+    arguments = tiny_arguments(options.image_size) if tiny else _arguments(options)
+    try:
+        tower = ImageTower(architecture, arguments, options.image_size, options.image_stages)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise LabError(f"--image {options.image}: cannot be made ({str(error).splitlines()[0]})") from error
+    if options.image_weights is not None:
+        _load(tower, _read(options.image_weights), f"--image-weights {options.image_weights}")
+    elif options.image_pretrained:
+        if tiny:
+            raise LabError(f"--image-pretrained: {TINY} is always trained from scratch; name a timm network in --image")
+        try:
+            weights = timm.create_model(architecture, pretrained=True, num_classes=0, **arguments).state_dict()
+        except Exception as error:  # downloads fail in many ways; everything else about the name has been checked
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise LabError(f"--image {options.image}: its weights cannot be had ({reason}); check the network, or give "
+                           "--image-weights FILE") from error  # fmt: skip
+        _load(tower, weights, f"--image {options.image}")
+    return tower
+
+
+def tiny_arguments(size: int = 0) -> dict[str, Any]:
+    """What timm's `create_model` needs to build the tiny network, besides its name."""
+    side = size or TINY_SIDE
+    shown = {"mean": TINY_MEAN, "std": TINY_STD, "input_size": (3, side, side), "crop_pct": 1.0}
+    return dict(TINY_TOWER["arguments"]) | {"pretrained_cfg_overlay": shown}
+
+
+def _arguments(options: ImageOptions) -> dict[str, Any]:
+    name = options.image.removeprefix("timm/")
+    if not timm.is_model(name.split(".")[0]):
+        like = difflib.get_close_matches(name, timm.list_models(), 4)
+        hint = f"; like it are {', '.join(like)}" if like else ""
+        raise LabError(f"--image {options.image}: timm has no such model{hint}")
+    known = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    fixed = known is not None and known.fixed_input_size
+    return {"img_size": options.image_size} if options.image_size and fixed else {}
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise LabError(f"--image-weights {file}: cannot be read ({str(error).splitlines()[0]})") from error
+
+
+def _load(tower: ImageTower, state: dict[str, torch.Tensor], option: str) -> None:
+    own = tower.network.state_dict()
+    for name, tensor in own.items():
+        if name not in state or state[name].shape != tensor.shape:
+            raise LabError(f"{option}: is of another architecture or image size (first difference: {name})")
+    tower.network.load_state_dict({name: state[name] for name in own})

@@ -1,0 +1,314 @@
+"""results.json and the sections of the report that only this lab has."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from clip_lab.config import TrainConfig
+from clip_lab.evaluation import Evaluation, Queries
+from clip_lab.export import FOLDER, Loaded
+from clip_lab.fitting import Fitted
+from clip_lab.recall import AMONG
+from labs_common.cli import to_plain
+from labs_common.data import CaptionedPictures
+from labs_common.data.described import Captions
+from labs_common.progress import console
+from labs_common.report import (
+    Figure,
+    Gallery,
+    Section,
+    Table,
+    Text,
+    architecture_figure,
+    asked_section,
+    cost_section,
+    curve_figure,
+    curves_section,
+    heat_figure,
+    rerun_section,
+    save_figure,
+    trained_section,
+    write_report,
+)
+from labs_common.report.structure import structure_of
+from labs_common.run import Run
+
+SHOWN, MATRIX, WORST = 5, 40, 6
+RIGHT, WRONG = "#16a34a", "#dc2626"
+WAYS = {"text_to_image": "a picture for a caption", "image_to_text": "captions for a picture"}
+QUERIES = {"first": "first picture right", "among": "one of the first five right", "chance": "first right by chance"}
+
+
+def finish_report(
+    run: Run,
+    config: TrainConfig,
+    data: Captions,
+    loaded: Loaded,
+    fitted: Fitted,
+    found: Evaluation,
+    clock: Mapping[str, float],
+) -> None:
+    """Writes results.json and the report, prints the main numbers and where the report is."""
+    seconds = {name: now - before for (_, before), (name, now) in itertools.pairwise(clock.items())}
+    run.save_json("results.json", results_of(run, config, fitted, found, seconds))
+    print_scores(found)
+    print(f"model: {run.path / FOLDER}")
+    if not config.run.report:
+        return
+    test = data.splits["test"]
+    cost = cost_section(run, "pictures", seconds)
+    kept = [("optimizer state, MiB", fitted.optimizer_bytes / 2**20),
+            ("pictures and features on disk, MiB", fitted.cache_bytes / 2**20)]  # fmt: skip
+    cost.blocks.append(Table(("", ""), kept))
+    sections = [
+        asked_section(config),
+        data_section(data),
+        _structure_section(run, loaded, fitted),
+        _curves(run, config),
+        numbers_section(found),
+        *query_sections(found, test),
+        _matrix_section(run, found, test),
+        *retrieval_sections(found, test),
+        cost,
+        rerun_section(run),
+    ]
+    path = write_report(run, f"{config.objective} finds pictures", summary_of(found), sections)
+    print(f"report: {path}")
+
+
+def print_scores(found: Evaluation) -> None:
+    """The main numbers, for the terminal."""
+    for way, said in WAYS.items():
+        ours = "  ".join(f"R@{k} {found.metrics[f'{way}/recall@{k}']:.3f}" for k in AMONG)
+        chance = "  ".join(f"{found.chance[f'{way}/recall@{k}']:.3f}" for k in AMONG)
+        rank, guessed = (metrics[f"{way}/median rank"] for metrics in (found.metrics, found.chance))
+        ranks = f"median rank {rank:g} (by chance {guessed:g})"
+        console.print(f"{said}, of {found.ranked} pictures: {ours} (by chance {chance})  {ranks}", highlight=False)
+    if found.perplexity is not None:
+        console.print(f"perplexity of the test captions: {found.perplexity:.2f}")
+    for kind, queries in found.queries.items():
+        console.print(f"searches for {kind}: first picture right {queries.first:.0%}, one of five {queries.among:.0%} "
+                      f"(by chance {queries.chance:.1%})")  # fmt: skip
+
+
+def results_of(
+    run: Run, config: TrainConfig, fitted: Fitted, found: Evaluation, by_part: Mapping[str, float]
+) -> dict[str, Any]:
+    """All that a comparison needs of a run: its config, scores, costs, machine and versions."""
+    timing = list(run.lines("timing.jsonl"))
+    seconds, pictures = (sum(line[key] for line in timing) for key in ("seconds", "pictures"))
+    environment = run.load_json("environment.json")
+    return {
+        "config": to_plain(config),
+        "evaluations": [line for line in run.lines("metrics.jsonl") if "validation/loss" in line],
+        "test": {
+            "metrics": found.metrics, "chance": found.chance, "pictures": found.ranked, "perplexity": found.perplexity,
+            "captions": len(found.of_picture),
+        },
+        "queries": {
+            kind: {"count": queries.count, **{key: getattr(queries, key) for key in QUERIES}}
+            for kind, queries in found.queries.items()
+        },
+        "cost": {
+            "seconds": seconds,
+            "preparation seconds": by_part["prepared"],
+            "steps": len(timing),
+            "pictures": pictures,
+            "pictures per second": pictures / seconds if seconds else 0.0,
+            "peak memory": max((line["peak_memory"] for line in timing), default=0),
+            "trained": fitted.parameters["trained"],
+            "parameters": fitted.parameters["all"],
+            "optimizer bytes": fitted.optimizer_bytes,
+            "cache bytes": fitted.cache_bytes,
+        },
+        "environment": {
+            **{key: environment[key] for key in ("git_commit", "python", "platform", "cpu_count", "gpus")},
+            "packages": {name: environment["packages"].get(name) for name in ("torch", "timm", "accelerate")},
+        },
+    }  # fmt: skip
+
+
+def data_section(data: Captions) -> Section:
+    """Where the pictures are from, how many there are in each split, and some with their captions."""
+    splits = data.splits
+    rows = [
+        (name, part.source, len(part), sum(map(len, part.captions)), part.fingerprint())
+        for name, part in splits.items()
+    ]
+    section = Section("Data", [Table(("split", "source", "pictures", "captions", "fingerprint"), rows)])
+    if data.left_out:
+        section.blocks.append(Table(("left out because", "how many"), list(data.left_out.items())))
+        section.blocks.append(Text("First: " + "; ".join(splits["train"].examples)))
+    first = splits["train"]
+    samples = [(shown(first.image(place)), " · ".join(first.captions[place])) for place in range(min(6, len(first)))]
+    section.blocks.append(Gallery(samples, "Training pictures with their captions."))
+    return section
+
+
+def _structure_section(run: Run, loaded: Loaded, fitted: Fitted) -> Section:
+    section = trained_section(fitted.audit)
+    model = loaded.model
+    frozen = set(fitted.audit.before)
+    for name, parameter in model.named_parameters():  # read back, nothing of it trains
+        parameter.requires_grad_(name not in frozen)
+    rows = [*structure_of(model.image.network).rows]
+    if text := getattr(model, "text", None):
+        rows += structure_of(text).rows
+    rows += [row for row in structure_of(model).rows if not row.name.startswith(("image", "text"))]
+    drawing = save_figure(run, "architecture", architecture_figure(rows))
+    model.requires_grad_(False)
+    caption = (
+        f"From below: image tower, text tower, what joins them. {fitted.parameters['trained']:,} of "
+        f"{fitted.parameters['all']:,} parameters train; captions have at most {loaded.words.length} pieces of "
+        f"{len(loaded.words):,}."
+    )
+    section.blocks.insert(1, Figure(drawing, caption))
+    return section
+
+
+def _curves(run: Run, config: TrainConfig) -> Section:
+    section = curves_section(run, ("training/loss", "validation/loss"))
+    every = list(run.lines("metrics.jsonl"))
+    lines = [line for line in every if "validation/recall" in line]
+    if lines:
+        epochs = [line["step"] for line in lines]
+        curves = {
+            f"R@{k}, {said}": (epochs, [line[f"validation/{way}/recall@{k}"] for line in lines])
+            for way, said in WAYS.items()
+            for k in (1, 10)
+        }
+        svg = save_figure(run, "recall", curve_figure(curves, "optimizer step", "recall"))
+        section.blocks.append(Figure(svg, "Recall among the validation pictures after each epoch."))
+    scales = [line for line in every if "logit_scale" in line]
+    if scales:
+        curve = {"temperature": ([line["step"] for line in scales], [1 / line["logit_scale"] for line in scales])}
+        svg = save_figure(run, "temperature", curve_figure(curve, "optimizer step", "temperature"))
+        section.blocks.append(Figure(svg, "The learnt temperature: cosines are divided by it."))
+    evaluations = [line for line in every if "validation/loss" in line]
+    keys = [key for key in evaluations[-1] if key != "step"] if evaluations else []
+    rows = [[line["step"], *(line.get(key) for key in keys)] for line in evaluations]
+    section.blocks.append(Table(["step", *(key.replace("/", " ").replace("_", " ") for key in keys)], rows,
+                                "every evaluation", True))  # fmt: skip
+    return section
+
+
+def numbers_section(found: Evaluation) -> Section:
+    """Recall and rank beside those of a random order."""
+    columns = ("", *(f"R@{k}" for k in AMONG), "median rank")
+    rows = []
+    for way, said in WAYS.items():
+        for name, metrics in ((said, found.metrics), (f"{said}, by chance", found.chance)):
+            rows.append((name, *(metrics[f"{way}/recall@{k}"] for k in AMONG), metrics[f"{way}/median rank"]))
+    captions = len(found.of_picture)
+    note = (
+        f"Measured once, on the model read back from disk, among {found.ranked} test pictures and their {captions:,} "
+        "captions. A caption has found its picture if that is among the first k; a picture has found its captions if "
+        "any of them is. Captions that are true of several pictures count as wrong with all but their own."
+    )
+    section = Section("Numbers", [Table(columns, rows), Text(note)])
+    if found.perplexity is not None:
+        section.blocks.append(Text(f"Perplexity of the test captions with their pictures: {found.perplexity:.2f}."))
+    return section
+
+
+def query_sections(found: Evaluation, test: CaptionedPictures) -> list[Section]:
+    """Searches whose answers are known, because it is known what was drawn."""
+    if not found.queries:
+        return []
+    rows = [
+        (kind, queries.count, queries.first, queries.among, queries.chance) for kind, queries in found.queries.items()
+    ]
+    blocks: list[Any] = [
+        Text("What is drawn is known, so it can be checked whether what is found is what was asked for:"),
+        Table(("sentences about", "how many", *QUERIES.values()), rows),
+    ]
+    for queries in found.queries.values():
+        blocks += [_query_gallery(sentence, places, right, test) for sentence, places, right in queries.examples[:2]]
+    return [Section("Searches", blocks)]
+
+
+def _query_gallery(sentence: str, places: Sequence[int], right: Sequence[bool], test: CaptionedPictures) -> Gallery:
+    tiles = [
+        (framed(shown(test.image(place)), yes), "right" if yes else test.captions[place][0])
+        for place, yes in zip(places, right, strict=True)
+    ]
+    return Gallery(tiles, f"“{sentence}”")
+
+
+def _matrix_section(run: Run, found: Evaluation, test: CaptionedPictures) -> Section:
+    """Cosines of some test pictures with a caption of each."""
+    count = min(MATRIX, found.ranked)
+    first = [int(np.flatnonzero(found.of_picture == place)[0]) for place in range(count)]
+    values = found.similarity[first][:, :count]
+    svg = save_figure(run, "similarity", heat_figure(values.tolist(), "picture", "caption of picture"))
+    own, others = values.diagonal().mean(), (values.sum() - values.diagonal().sum()) / max(1, count * (count - 1))
+    said = (
+        f"{count} test pictures with their first captions: {own:.3f} on the diagonal on average, {others:.3f} off it."
+    )
+    return Section("Who is like whom", [Figure(svg, said)])
+
+
+def retrieval_sections(found: Evaluation, test: CaptionedPictures) -> list[Section]:
+    """Captions with the pictures that they find, evenly from all; and those whose own picture comes last."""
+    captions = [caption for of in test.captions[: found.ranked] for caption in of]
+    own = found.similarity[torch.arange(len(captions)), torch.from_numpy(found.of_picture)]
+    ranks = (found.similarity > own[:, None]).sum(1)
+    even = np.linspace(0, len(captions) - 1, min(SHOWN, len(captions))).round().astype(int)
+    blocks: list[Any] = [_caption_gallery(int(place), captions, found, test) for place in even]
+    text = Text("The picture that the caption was written about has a green frame.")
+    sections = [Section("Captions and what they find", [text, *blocks])]
+    worst = ranks.argsort(descending=True)[:WORST].tolist()
+    tiles = [
+        (shown(test.image(int(found.of_picture[place]))), f"{captions[place]} — {int(ranks[place]) + 1:,}th of "
+         f"{found.ranked:,}") for place in worst
+    ]  # fmt: skip
+    sections.append(Section("Errors", [Gallery(tiles, "Captions whose own picture comes last.")]))
+    return sections
+
+
+def _caption_gallery(place: int, captions: Sequence[str], found: Evaluation, test: CaptionedPictures) -> Gallery:
+    scores, pictures = found.similarity[place].topk(min(SHOWN, found.ranked))
+    own = int(found.of_picture[place])
+    tiles = [
+        (framed(shown(test.image(int(picture))), True) if int(picture) == own else shown(test.image(int(picture))),
+         f"{float(score):.3f}")
+        for score, picture in zip(scores, pictures, strict=True)
+    ]  # fmt: skip
+    rank = int((found.similarity[place] > found.similarity[place, own]).sum()) + 1
+    return Gallery(tiles, f"“{captions[place]}” (its picture is number {rank})")
+
+
+def summary_of(found: Evaluation) -> str:
+    """The main result in two sentences."""
+    metrics, chance = found.metrics, found.chance
+    keys = [f"text_to_image/{name}" for name in ("recall@1", "recall@10", "median rank")]
+    first, ten, rank = (metrics[key] for key in keys)
+    guessed = [chance[key] for key in keys]
+    said = (
+        f"Among {found.ranked:,} test pictures a caption finds its own first in {first:.1%} of cases and among ten in "
+        f"{ten:.1%} (by chance {guessed[0]:.1%} and {guessed[1]:.1%}); its median rank is {rank:g} (by chance "
+        f"{guessed[2]:g})."
+    )
+    related: Queries | None = found.queries.get("two things and their relation")
+    if related is not None and related.count:
+        said += (
+            f" Searches such as “a red circle to the left of a blue square” show a right picture first in "
+            f"{related.first:.0%} of cases (by chance {related.chance:.1%})."
+        )
+    return said
+
+
+def shown(image: Image.Image, side: int = 160) -> Image.Image:
+    """A picture as large as a report wants it."""
+    scale = side / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC)
+
+
+def framed(image: Image.Image, right: bool) -> Image.Image:
+    """The picture in a frame of the colour for right or wrong."""
+    return ImageOps.expand(ImageOps.crop(image, 4), 4, RIGHT if right else WRONG)

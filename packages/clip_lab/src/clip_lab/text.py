@@ -1,0 +1,89 @@
+"""Text towers: our own causal transformer with its feature at the end token, or any Hugging Face encoder."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from clip_lab.transformer import Block, initialise
+from labs_common.errors import LabError
+
+
+class Read(NamedTuple):
+    """Of captions a feature each (captions, width), and a state per word (captions, length, width)."""
+
+    feature: torch.Tensor
+    states: torch.Tensor
+
+
+class TextTower(nn.Module):
+    """CLIP's text tower (Radford et al. 2021, section 2.4): causal, so that CoCa can go on from its states.
+
+    Attributes:
+        length: most words, start and end token among them.
+        end: the end token.
+    """
+
+    def __init__(self, vocabulary: int, width: int, layers: int, heads: int, length: int, end: int) -> None:
+        super().__init__()
+        self.vocabulary, self.width, self.length, self.end = vocabulary, width, length, end
+        self.heads = heads
+        self.words = nn.Embedding(vocabulary, width)
+        self.places = nn.Parameter(torch.randn(length, width) * 0.01)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        nn.init.normal_(self.words.weight, std=0.02)
+        initialise(self.blocks, width, layers)
+
+    def forward(self, words: torch.Tensor) -> Read:
+        """Words (captions, length), each with an end token, after which nothing matters."""
+        states = self.words(words) + self.places[: words.shape[1]]
+        for block in self.blocks:
+            states = block(states, causal=True)
+        states = self.norm(states)
+        return Read(states[torch.arange(len(words), device=words.device), last_of(words, self.end)], states)
+
+
+class PretrainedText(nn.Module):
+    """A Hugging Face encoder; its feature is the pooler's output where it has one, else the mean over the words."""
+
+    def __init__(self, network: Any, length: int, end: int) -> None:
+        super().__init__()
+        self.network, self.end = network, end
+        self.width = int(network.config.hidden_size)
+        self.vocabulary = int(network.config.vocab_size)
+        self.length = min(length, int(getattr(network.config, "max_position_embeddings", length)))
+
+    def forward(self, words: torch.Tensor) -> Read:
+        """Words (captions, length), each with an end token, after which nothing matters."""
+        mask = torch.arange(words.shape[1], device=words.device) <= last_of(words, self.end)[:, None]
+        found = self.network(input_ids=words, attention_mask=mask.long())
+        states = found.last_hidden_state
+        feature = getattr(found, "pooler_output", None)
+        if feature is None:
+            feature = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return Read(feature, states)
+
+
+def last_of(words: torch.Tensor, end: int) -> torch.Tensor:
+    """The place of the first end token of each caption (captions,)."""
+    return (words == end).int().argmax(1)
+
+
+def pretrained_text(name: str, pretrained: bool, length: int, end: int) -> PretrainedText:
+    """The Hugging Face encoder of this name or path.
+
+    Raises:
+        LabError: there is none, or it is no encoder.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if getattr(config, "is_encoder_decoder", False):
+            raise LabError(f"--text {name}: is an encoder with a decoder; take an encoder such as bert-base-uncased")
+        network = AutoModel.from_pretrained(name) if pretrained else AutoModel.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise LabError(f"--text {name}: cannot be had ({reason}); name a model of the hub or a directory") from error
+    return PretrainedText(network.float(), length, end)

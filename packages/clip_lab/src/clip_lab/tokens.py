@@ -1,0 +1,156 @@
+"""Captions as numbers: a SentencePiece model trained on them, CLIP's own BPE, or any Hugging Face tokenizer.
+
+All three end as one kind of thing, a fast Hugging Face tokenizer, which is saved with the model.
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerFast
+
+from labs_common.errors import LabError
+
+PAD, UNKNOWN, START, END = "<pad>", "<unk>", "<start>", "<end>"  # the end is not 2: transformers' CLIP misreads that
+LONGEST, COVERED = 77, 99
+
+
+@dataclass(frozen=True)
+class Words:
+    """A tokenizer and the most pieces of a caption, start and end among them."""
+
+    backend: Any
+    length: int
+
+    @property
+    def end(self) -> int:
+        """The number of the end token."""
+        found = self.backend.eos_token_id
+        return int(self.backend.sep_token_id if found is None else found)
+
+    @property
+    def pad(self) -> int:
+        """What fills a caption after its end; nothing is made of it."""
+        found = self.backend.pad_token_id
+        return self.end if found is None else int(found)
+
+    @property
+    def start(self) -> int | None:
+        """The number of the start token, if it has one."""
+        found = self.backend.bos_token_id
+        return self.backend.cls_token_id if found is None else found
+
+    def __len__(self) -> int:
+        return len(self.backend)
+
+    def numbers(self, sentence: str) -> list[int]:
+        """A sentence from start to end token, cut to the length."""
+        first = [] if self.start is None else [self.start]
+        found = self.backend(sentence, add_special_tokens=False, verbose=False).input_ids
+        return [*first, *found[: self.length - len(first) - 1], self.end]
+
+    def __call__(self, sentences: Sequence[str]) -> torch.Tensor:
+        """(sentences, length of the longest)."""
+        return self.together([self.numbers(sentence) for sentence in sentences])
+
+    def together(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Captions of several lengths as one tensor (captions, longest)."""
+        found = np.full((len(rows), max(map(len, rows), default=1)), self.pad, dtype=np.int64)
+        for place, row in enumerate(rows):
+            found[place, : len(row)] = row
+        return torch.from_numpy(found)
+
+    def save(self, folder: Path) -> None:
+        """Writes `tokenizer.json` and `tokenizer_config.json`."""
+        self.backend.save_pretrained(folder)
+
+
+def make_words(kind: str, captions: Sequence[str], vocabulary: int, length: int) -> Words:
+    """The tokenizer of this kind; one that is trained learns from `captions`. Length 0 is found from them.
+
+    Raises:
+        LabError: it cannot be had, or lacks an end token.
+    """
+    if kind == "sentencepiece":
+        backend: Any = trained_sentencepiece(captions, vocabulary)
+    elif kind == "clip":
+        backend = clip_bpe()
+    else:
+        try:
+            backend = AutoTokenizer.from_pretrained(kind)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise LabError(f"--tokenizer {kind}: cannot be had ({reason}); take sentencepiece, clip, or a directory "
+                           "with a tokenizer.json") from error  # fmt: skip
+    if backend.eos_token_id is None and backend.sep_token_id is None:
+        raise LabError(f"--tokenizer {kind}: has no token that ends a sentence; take another")
+    words = Words(backend, length or LONGEST)
+    if not length:
+        lengths = [len(words.numbers(caption)) for caption in captions]
+        words = Words(backend, int(np.ceil(np.percentile(lengths, COVERED))))
+    return words
+
+
+def trained_sentencepiece(captions: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A unigram SentencePiece model (Kudo 2018) of the captions, in small letters, as a fast tokenizer.
+
+    Raises:
+        LabError: there are too few captions.
+    """
+    written = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(captions), model_writer=written, model_type="unigram", vocab_size=vocabulary,
+            hard_vocab_limit=False, character_coverage=1.0, normalization_rule_name="nmt_nfkc_cf",
+            pad_id=0, unk_id=1, bos_id=2, eos_id=3, pad_piece=PAD, unk_piece=UNKNOWN, bos_piece=START, eos_piece=END,
+            num_threads=1, minloglevel=2,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise LabError(f"--tokenizer sentencepiece: cannot be trained on {len(captions)} captions "
+                       f"({str(error).splitlines()[-1]}); take --tokenizer clip") from error  # fmt: skip
+    model = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
+    pieces = [(model.id_to_piece(number), model.get_score(number)) for number in range(len(model))]
+    fast = Tokenizer(models.Unigram(pieces, 1))
+    fast.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip(), normalizers.Replace(Regex(r"\s+"), " ")]
+    )
+    fast.pre_tokenizer = pre_tokenizers.Metaspace()
+    fast.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast, pad_token=PAD, unk_token=UNKNOWN, bos_token=START, eos_token=END
+    )
+
+
+def clip_bpe() -> CLIPTokenizer:
+    """CLIP's byte-pair vocabulary of 49,408, from the file that comes with open_clip."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    known = SimpleTokenizer()
+    merges = sorted(known.bpe_ranks, key=lambda pair: known.bpe_ranks[pair])
+    names = ("<|startoftext|>", "<|endoftext|>")
+    encoder = {_special(name): number for name, number in known.encoder.items()}
+    return CLIPTokenizer(vocab=encoder, merges=merges, bos_token=names[0], eos_token=names[1], unk_token=names[1],
+                         pad_token=names[1])  # fmt: skip
+
+
+def load_words(folder: Path, length: int) -> Words:
+    """What `Words.save` wrote.
+
+    Raises:
+        LabError: it is missing or broken.
+    """
+    try:
+        return Words(PreTrainedTokenizerFast.from_pretrained(folder), length)
+    except (OSError, ValueError, KeyError) as error:
+        raise LabError(f"{folder}: its tokenizer cannot be read ({str(error).splitlines()[0]})") from error
+
+
+def _special(name: str) -> str:
+    """open_clip writes <start_of_text> where OpenAI wrote <|startoftext|>."""
+    return {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}.get(name, name)

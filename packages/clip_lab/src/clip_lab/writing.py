@@ -1,0 +1,66 @@
+"""What models that write make of captions: how probable they are with a picture."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from clip_lab.export import Loaded
+from clip_lab.model import ClipModel, places_of_end
+from clip_lab.objectives import PADDED, suffix_targets
+
+AT_ONCE = 256
+
+
+def writes(loaded: Loaded) -> bool:
+    """Whether the model predicts words; CLIP and SigLIP do not."""
+    return not isinstance(loaded.model, ClipModel)
+
+
+@torch.no_grad()
+def log_likelihoods(
+    loaded: Loaded, rows: torch.Tensor, captions: Sequence[str], of_picture: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each caption with its picture, and how many words that is of, the end among them.
+
+    Args:
+        loaded: a model that writes.
+        rows: of the image tower (pictures, width).
+        captions: sentences.
+        of_picture: the row of each one's picture.
+
+    Returns:
+        Both (captions,).
+    """
+    model = loaded.model
+    assert not isinstance(model, ClipModel)
+    device = next(model.parameters()).device
+    sums, counts = [], []
+    for first in range(0, len(captions), AT_ONCE):
+        words = loaded.words(captions[first : first + AT_ONCE]).to(device)
+        pictures = rows[torch.as_tensor(of_picture[first : first + AT_ONCE])].to(device)
+        logits = model.next_words(pictures, words).float()
+        start = torch.ones(len(words), dtype=torch.long, device=device)
+        targets = suffix_targets(words, start, places_of_end(model, words))
+        loss = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=PADDED, reduction="none")
+        sums.append(-loss.sum(1).cpu())
+        counts.append((targets != PADDED).sum(1).cpu())
+    return torch.cat(sums), torch.cat(counts)
+
+
+def perplexity(loaded: Loaded, rows: torch.Tensor, captions: Sequence[str], of_picture: Sequence[int]) -> float:
+    """Exp of the mean loss over all words of the captions, with their pictures."""
+    sums, counts = log_likelihoods(loaded, rows, captions, of_picture)
+    return float((-sums.sum() / counts.sum()).exp())
+
+
+def likelihood_matrix(loaded: Loaded, rows: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
+    """How much more probable each caption is with each picture than with any (captions, pictures).
+
+    log p(caption | picture) less log of its mean over the pictures: else short and common captions would fit all.
+    """
+    places = list(range(len(rows)))
+    scores = torch.stack(
+        [log_likelihoods(loaded, rows, [caption] * len(rows), places)[0] for caption in captions]
+    )  # (captions, pictures)
+    return scores - (scores.logsumexp(1, keepdim=True) - torch.log(torch.tensor(float(len(rows)))))
