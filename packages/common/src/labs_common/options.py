@@ -82,5 +82,23 @@ class CaptionDataOptions:
     them."""
 
 
+@dataclass
+class ClassDataOptions:
+    """Which pictures with classes."""
+
+    data: str | None = None
+    """CIFAR-10 (python batches or binary), a directory per class, .parquet files, or a Hugging Face id. Without it,
+    drawn scenes."""
+    validation_fraction: float = 0.1
+    """Share of the training pictures of every class set aside for validation, unless the data has its own; a test split
+    is not looked at before the end."""
+    test_fraction: float = 0.1
+    """Share set aside for the test if the data has no test split."""
+    limit: int = 0
+    """Take at most this many pictures of every split, evenly over the classes; 0 takes all."""
+    on_bad_data: OnBadData = "error"
+    """What to do with pictures that cannot be used: stop and name them, or leave them out and count them."""
+
+
 # A resumed run may change these; every other option would make it another run.
 RESUME_MAY_CHANGE = frozenset({"output", "resume", "config", "track", "report", "debug", "save_every", "keep"})

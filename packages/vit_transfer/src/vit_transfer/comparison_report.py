@@ -21,6 +21,7 @@ from labs_common.report import (
     scatter_figure,
     write_report,
 )
+from labs_common.report.classes import wilson_interval
 from labs_common.run import Run
 from vit_transfer.catalogue import family
 from vit_transfer.comparison import (
@@ -35,7 +36,6 @@ from vit_transfer.comparison import (
     within_noise,
 )
 from vit_transfer.config import CompareConfig
-from vit_transfer.evaluate import wilson_interval
 
 COSTS: tuple[tuple[str, Callable[[Entry], list[float]]], ...] = (
     ("trained parameters", lambda entry: entry.cost("trainable")),

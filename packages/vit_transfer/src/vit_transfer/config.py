@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from labs_common.errors import LabError
-from labs_common.options import OnBadData, RunOptions, TrainingOptions
+from labs_common.options import ClassDataOptions, RunOptions, TrainingOptions
 
 Unfreeze = Literal["block", "head", "all"]
 Head = Literal["linear", "mlp"]
@@ -42,21 +42,9 @@ class ModelOptions:
 
 
 @dataclass
-class DataOptions:
-    """Which pictures."""
+class DataOptions(ClassDataOptions):
+    """Which pictures, and what training does to them."""
 
-    data: str | None = None
-    """CIFAR-10 (python batches or binary), a directory per class, .parquet files, or a Hugging Face id. Without it,
-    drawn scenes whose things are to be counted."""
-    validation_fraction: float = 0.1
-    """Share of the training pictures of every class set aside for validation, unless the data has its own; a test split
-    is not looked at before the end."""
-    test_fraction: float = 0.1
-    """Share set aside for the test if the data has no test split."""
-    limit: int = 0
-    """Take at most this many pictures of every split, evenly over the classes; 0 takes all."""
-    on_bad_data: OnBadData = "error"
-    """What to do with pictures that cannot be used: stop and name them, or leave them out and count them."""
     views: int = 1
     """Versions of each training picture, one per epoch in turn: the first is the picture itself, the others are
     augmented. Each takes its own room in the cache."""

@@ -1,7 +1,7 @@
 """Pictures in: the three splits, checked and recorded, and the tensors that a network sees."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,13 @@ import torch
 from PIL import Image, ImageOps
 
 from labs_common.cache import cached_directory
-from labs_common.data import LabelledPictures, checked, print_left_out, read_pictures, stratified_parts
+from labs_common.data import LabelledPictures
+from labs_common.data.classes import read_classes
 from labs_common.data.images import RESAMPLING, decoding_threads
-from labs_common.errors import LabError
 from labs_common.progress import console
 from labs_common.scenes import TASKS
 from vit_transfer.config import Augment, DataOptions
 
-SPLITS = ("train", "validation", "test")
 # The offline data: few enough pictures to train on that what was learnt before has to help.
 DEMO_TASK, DEMO_SIDE = "count", 48
 DEMO_SPLITS: dict[str, Sequence[int]] = {"train": range(400), "validation": range(400, 600), "test": range(600, 1600)}
@@ -104,47 +103,8 @@ class Tensors:
 
 
 def read_splits(options: DataOptions, seed: int, shown: bool) -> dict[str, LabelledPictures]:
-    """Training, validation and test pictures by name, every one decoded once; splits that the data lacks are set aside.
-
-    What was left out is printed if `shown`.
-
-    Raises:
-        LabError: the data cannot be read, or some of it and --on-bad-data says so, or it is too small.
-    """
-    data = options.data or str(_demo_data())
-    found = read_pictures(data)
-    parts = {"train": found.train, "validation": found.validation, "test": found.test}
-    if options.data is None:
-        parts = {name: replace(part, source="drawn scenes") if part else None for name, part in parts.items()}
-    splits = {name: checked(part, options.on_bad_data, shown) for name, part in parts.items() if part is not None}
-    for name, share in (("test", options.test_fraction), ("validation", options.validation_fraction)):
-        if name not in splits:
-            kept, aside = stratified_parts(splits["train"].labels, share, seed)
-            if not len(aside):
-                raise LabError(f"--data {data}: {len(splits['train'])} pictures are too few for a {name} split: no "
-                               "class has two")  # fmt: skip
-            splits[name] = splits["train"].subset(aside)
-            splits["train"] = splits["train"].subset(kept)
-    if options.limit:
-        splits = {name: _at_most(part, options.limit, seed) for name, part in splits.items()}
-    missing = sorted(set(range(len(splits["train"].classes))) - set(splits["train"].labels.tolist()))
-    if missing:
-        raise LabError(f"--data {data}: no training picture of class {splits['train'].classes[missing[0]]}; take a "
-                       "larger --limit or other data")  # fmt: skip
-    if shown:
-        print_left_out(splits)
-    return {name: splits[name] for name in SPLITS}
-
-
-def _at_most(pictures: LabelledPictures, limit: int, seed: int) -> LabelledPictures:
-    """At most `limit` pictures, evenly over the classes, in an order that does not change."""
-    generator = np.random.default_rng([seed, 1])
-    shuffled = generator.permutation(len(pictures))
-    turn = np.zeros(len(pictures), dtype=np.int64)  # how many of its class come before each
-    for label in np.unique(pictures.labels):
-        members = shuffled[pictures.labels[shuffled] == label]
-        turn[members] = np.arange(len(members))
-    return pictures.subset(np.sort(shuffled[np.argsort(turn[shuffled], kind="stable")[:limit]]))
+    """The splits of --data, or of the drawn scenes; see `read_classes`."""
+    return read_classes(options, seed, shown, _demo_data)
 
 
 def _demo_data() -> Path:

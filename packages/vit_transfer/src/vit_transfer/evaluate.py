@@ -1,8 +1,5 @@
 """Losses and accuracies: of a split while training, and of the exported network on the test pictures."""
 
-import math
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -10,6 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from labs_common.progress import tracked
+from labs_common.report.classes import Predictions
 from vit_transfer.batches import PictureRows
 from vit_transfer.data import Tensors
 
@@ -40,40 +38,6 @@ def mean_scores(
     return {"loss": loss, "accuracy": right}
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """What a network says about a split.
-
-    Attributes:
-        probabilities: (pictures, classes).
-        labels: the true class numbers (pictures,).
-    """
-
-    probabilities: np.ndarray
-    labels: np.ndarray
-
-    @property
-    def said(self) -> np.ndarray:
-        """The most probable class of each picture."""
-        return self.probabilities.argmax(1)
-
-    @property
-    def accuracy(self) -> float:
-        """Share of pictures whose most probable class is the true one."""
-        return float((self.said == self.labels).mean())
-
-    @property
-    def loss(self) -> float:
-        """Mean cross-entropy."""
-        right = self.probabilities[np.arange(len(self.labels)), self.labels]
-        return float(-np.log(np.maximum(right, 1e-30)).mean())
-
-    def confusion(self) -> np.ndarray:
-        """Pictures by true class (rows) and predicted class (columns)."""
-        classes = self.probabilities.shape[1]
-        return np.bincount(self.labels * classes + self.said, minlength=classes**2).reshape(classes, classes)
-
-
 @torch.no_grad()
 def predicted(model: torch.nn.Module, tensors: Tensors, accelerator: Accelerator, task: str) -> Predictions:
     """Runs the whole network, in float32, on the pictures of a split; the processes share them."""
@@ -88,11 +52,3 @@ def predicted(model: torch.nn.Module, tensors: Tensors, accelerator: Accelerator
     everyone = gather_object(found) if accelerator.num_processes > 1 else found
     rows = [row for _, row in sorted(everyone)]
     return Predictions(np.array(rows), tensors.pictures.labels)
-
-
-def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """The 95 % score interval of a share measured on `count` cases (Wilson 1927)."""
-    z2 = 1.959963984540054**2
-    middle = share + z2 / (2 * count)
-    half = math.sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count**2)))
-    return (middle - half) / (1 + z2 / count), (middle + half) / (1 + z2 / count)

@@ -24,21 +24,26 @@ from labs_common.report import (
     cost_section,
     curve_figure,
     curves_section,
-    matrix_figure,
     rerun_section,
     save_figure,
     trained_section,
     write_report,
 )
+from labs_common.report.classes import (
+    Predictions,
+    class_data_section,
+    class_sections,
+    said_line,
+    wilson_interval,
+)
 from labs_common.run import Run
 from vit_transfer.config import TrainConfig
 from vit_transfer.data import Tensors, Transform
-from vit_transfer.evaluate import Predictions, wilson_interval
 from vit_transfer.explain import heat_maps, overlaid
 from vit_transfer.export import FOLDER, load_exported
 from vit_transfer.fitting import Fitted
 
-MISTAKES, LOOKED_AT = 12, 8
+LOOKED_AT = 8
 
 
 def finish_report(
@@ -73,12 +78,13 @@ def finish_report(
     cost.blocks.append(Table(("", ""), [(name, value) for name, value in results["cost"].items()]))
     body = [
         asked_section(config),
-        data_section(run, splits),
+        class_data_section(splits),
         structure_section(run, fitted),
         _curves(run),
         numbers_section(run, results, compared),
         *more,
-        *picture_sections(run, splits["test"], fitted.transform, own),
+        *class_sections(run, splits["test"], own),
+        looked_section(run, splits["test"], fitted.transform, own),
         cost,
         rerun_section(run),
     ]
@@ -135,26 +141,6 @@ def results_of(
     }
 
 
-def data_section(run: Run, splits: Mapping[str, LabelledPictures]) -> Section:
-    """Where the pictures are from, how many of each class are in each split, and one of each class."""
-    first = splits["train"]
-    rows = [(name, part.source, len(part), part.fingerprint()) for name, part in splits.items()]
-    section = Section("Data", [Table(("split", "source", "pictures", "fingerprint"), rows)])
-    for part in {part.source: part for part in splits.values() if part.left_out}.values():
-        found = [(reason, count) for reason, count in part.left_out.most_common()]
-        section.blocks.append(Table(("left out because", "pictures"), found, f"Pictures of {part.source} left out."))
-        section.blocks.append(Text("First: " + "; ".join(part.examples)))
-    counts = {name: np.bincount(part.labels, minlength=len(first.classes)) for name, part in splits.items()}
-    by_class = [(name, *(int(count[place]) for count in counts.values())) for place, name in enumerate(first.classes)]
-    section.blocks.append(Table(("class", *counts), by_class, "Pictures of each class.", folded=True))
-    samples = [
-        (first.image(int(np.flatnonzero(first.labels == place)[0])), name)
-        for place, name in enumerate(first.classes[:20])
-    ]
-    section.blocks.append(Gallery(samples, "One training picture of each class, as it is stored."))
-    return section
-
-
 def structure_section(run: Run, fitted: Fitted) -> Section:
     """What trained: the audit's verdict and table, and the network drawn with what is fixed and what trains."""
     section = trained_section(fitted.audit)
@@ -187,35 +173,6 @@ def numbers_section(run: Run, results: Mapping[str, Any], compared: str) -> Sect
     return section
 
 
-def picture_sections(run: Run, test: LabelledPictures, transform: Transform, found: Predictions) -> list[Section]:
-    """Per-class table, confusion matrix, the most confident mistakes, and where the network looked."""
-    confusion = found.confusion()
-    names = test.classes
-    hits, there, said = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    rows = [
-        (name, int(there[place]), _share(hits[place], there[place]), _share(hits[place], said[place]))
-        for place, name in enumerate(names)
-    ]
-    figure = save_figure(run, "confusion", matrix_figure(confusion.tolist(), names, "predicted class", "true class"))
-    classes = Section(
-        "Classes",
-        [
-            Table(("class", "test pictures", "recall", "precision"), rows),
-            Figure(figure, "Test pictures by true and predicted class; blue was right."),
-        ],
-    )
-    sure = found.probabilities.max(1)
-    wrong = np.flatnonzero(found.said != found.labels)
-    worst = wrong[np.argsort(-sure[wrong], kind="stable")][:MISTAKES]
-    mistakes = [(test.image(int(place)), _line(names, found, int(place))) for place in worst]
-    said_so = f"{len(wrong)} of {len(found.labels)} are wrong; these with the most confidence."
-    return [
-        classes,
-        Section("Mistakes", [Gallery(mistakes, said_so)] if mistakes else [Text("None.")]),
-        looked_section(run, test, transform, found),
-    ]
-
-
 def looked_section(run: Run, test: LabelledPictures, transform: Transform, found: Predictions) -> Section:
     """Heat-maps of the exported network, on test pictures spread over the classes and on the first mistakes."""
     wrong = np.flatnonzero(found.said != found.labels)[: LOOKED_AT // 4]
@@ -225,7 +182,7 @@ def looked_section(run: Run, test: LabelledPictures, transform: Transform, found
     images = Tensors(test, transform).batch(0, places)
     method, maps = heat_maps(model, images, torch.from_numpy(found.said[places]))
     shown = [
-        (overlaid(_seen(test.image(place), transform), heat), _line(test.classes, found, place))
+        (overlaid(_seen(test.image(place), transform), heat), said_line(test.classes, found, place))
         for place, heat in zip(places, maps, strict=True)
     ]
     caption = f"Test pictures and, beside each, its map by {method}: bright is what counted for the prediction."
@@ -254,13 +211,3 @@ def _seen(image: Image.Image, transform: Transform) -> Image.Image:
     """The picture's middle square, which is what the network sees."""
     levels = dataclasses.replace(transform, size=min(image.size)).levels(image, 0, 0)
     return Image.fromarray(levels.transpose(1, 2, 0))
-
-
-def _line(names: Sequence[str], found: Predictions, place: int) -> str:
-    said = int(found.said[place])
-    sure = f"{names[said]} ({found.probabilities[place, said]:.0%})"
-    return sure if said == found.labels[place] else f"{sure}, is {names[found.labels[place]]}"
-
-
-def _share(part: int, whole: int) -> float | None:
-    return float(part / whole) if whole else None

@@ -12,10 +12,11 @@ from labs_common.data import LabelledPictures
 from labs_common.features import ComputedRows, Rows, cached_rows
 from labs_common.freezing import state_hash
 from labs_common.report import Figure, Section, Table, curve_figure, save_figure
+from labs_common.report.classes import Predictions, wilson_interval
 from labs_common.run import Run
 from vit_transfer.config import DistillConfig, ModelOptions
 from vit_transfer.data import Tensors, Transform, transform_of
-from vit_transfer.evaluate import Predictions, predicted, wilson_interval
+from vit_transfer.evaluate import predicted
 from vit_transfer.export import load_exported
 from vit_transfer.model import input_size
 
