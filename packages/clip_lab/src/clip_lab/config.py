@@ -8,7 +8,7 @@ from typing import Literal
 import tyro
 
 from labs_common.errors import LabError
-from labs_common.options import CaptionDataOptions, OnBadData, RunOptions, TrainingOptions
+from labs_common.options import CaptionDataOptions, ClassDataOptions, OnBadData, RunOptions, TrainingOptions
 
 Objective = Literal["clip", "siglip", "coca", "simvlm"]
 OBJECTIVES: tuple[Objective, ...] = ("clip", "siglip", "coca", "simvlm")
@@ -196,23 +196,6 @@ class RetrieveConfig:
 
 
 @dataclass
-class ClassDataOptions:
-    """Which pictures with classes."""
-
-    data: str | None = None
-    """CIFAR-10 as published (python, binary, parquet), a folder of classes, or a Hugging Face id; by default drawn
-    things to be named."""
-    validation_fraction: float = 0.1
-    """Share of the training pictures that is set aside where there is no validation split."""
-    test_fraction: float = 0.2
-    """Share that is set aside for the test where there is no test split."""
-    limit: int = 0
-    """Take at most this many pictures of each split; 0 takes all."""
-    on_bad_data: OnBadData = "error"
-    """What to do with pictures that cannot be used: stop and name them, or leave them out and count them."""
-
-
-@dataclass
 class ProbeConfig:
     """One fully connected layer on a frozen image tower: how much do its features tell?
 
@@ -300,6 +283,21 @@ class DemoConfig:
     """Address to listen on; 0.0.0.0 lets other machines in."""
     port: int = 7860
     """Port to listen on."""
+    debug: bool = False
+    """Show the traceback of an error instead of one line."""
+
+
+@dataclass
+class ExportConfig:
+    """Writes a model in another library's format: `python -m clip_lab.export --checkpoint runs/… --output exported`."""
+
+    checkpoint: Path | None = None
+    """A finished run with --objective clip or siglip; by default the newest under runs/."""
+    to: Literal["transformers", "open_clip"] = "transformers"
+    """transformers: a VisionTextDualEncoderModel. open_clip: what `create_model("local-dir:DIRECTORY")` reads, of image
+    towers with timm's own arguments and the own text tower."""
+    output: Path = Path("exported")
+    """Directory to write; it must not exist yet."""
     debug: bool = False
     """Show the traceback of an error instead of one line."""
 

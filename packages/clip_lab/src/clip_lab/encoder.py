@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from clip_lab.config import FINISHED, TRAIN
-from clip_lab.export import Loaded, is_ours, load_model
 from clip_lab.model import CocaModel, SimVlmModel, rows_of
+from clip_lab.stored import Loaded, is_ours, load_model
 from labs_common.data.images import RESAMPLING
 from labs_common.errors import LabError
 from labs_common.freezing import state_hash
@@ -54,7 +54,7 @@ class View:
         elif image.size != (self.size, self.size):
             image = image.resize((self.size, self.size), how)
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
-        levels = torch.from_numpy(np.asarray(image)).permute(2, 0, 1)
+        levels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         return (levels.float() / 255 - mean) / std
 
 

@@ -9,9 +9,9 @@ import torch
 
 from clip_lab.data import COLOURS, SHAPES
 from clip_lab.encoder import Encoder, frozen, of_ours
-from clip_lab.export import Loaded
 from clip_lab.model import SimVlmModel, rows_of
 from clip_lab.recall import chance_metrics, retrieval_metrics
+from clip_lab.stored import Loaded
 from clip_lab.writing import likelihood_matrix, perplexity, writes
 from labs_common.data import CaptionedPictures
 from labs_common.data.described import PictureTensors

@@ -19,8 +19,8 @@ from clip_lab.batches import (
 )
 from clip_lab.config import TrainConfig
 from clip_lab.data import transform_of
-from clip_lab.export import FOLDER, save_model
 from clip_lab.model import ClipModel, Model, make_model
+from clip_lab.stored import FOLDER, save_model
 from clip_lab.tokens import Words, make_words
 from labs_common.data import CaptionedPictures
 from labs_common.data.described import Captions, PictureTensors

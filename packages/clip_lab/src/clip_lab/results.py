@@ -10,9 +10,9 @@ from PIL import Image, ImageOps
 
 from clip_lab.config import TrainConfig
 from clip_lab.evaluation import Evaluation, Queries
-from clip_lab.export import FOLDER, Loaded
 from clip_lab.fitting import Fitted
 from clip_lab.recall import AMONG
+from clip_lab.stored import FOLDER, Loaded
 from labs_common.cli import to_plain
 from labs_common.data import CaptionedPictures
 from labs_common.data.described import Captions

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerFast
 
 from labs_common.errors import LabError
@@ -122,6 +122,10 @@ def trained_sentencepiece(captions: Sequence[str], vocabulary: int) -> PreTraine
     )
     fast.pre_tokenizer = pre_tokenizers.Metaspace()
     fast.decoder = decoders.Metaspace()
+    # For other programs that read it; ours add both tokens themselves, so that a cut caption still ends.
+    fast.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A {END}", pair=f"{START} $A {END} $B {END}", special_tokens=[(START, 2), (END, 3)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=fast, pad_token=PAD, unk_token=UNKNOWN, bos_token=START, eos_token=END
     )

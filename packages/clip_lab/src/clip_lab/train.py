@@ -27,9 +27,9 @@ def train(config: TrainConfig) -> None:
     """The road: pictures and captions, model, training, evaluation of what was written, report."""
     from clip_lab.data import read_data
     from clip_lab.evaluation import evaluated
-    from clip_lab.export import load_model
     from clip_lab.fitting import make
     from clip_lab.results import finish_report
+    from clip_lab.stored import load_model
     from labs_common.data import record_splits
     from labs_common.run import Run, check_run_options
     from labs_common.training import make_accelerator

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from clip_lab.export import Loaded
 from clip_lab.model import ClipModel, places_of_end
 from clip_lab.objectives import PADDED, suffix_targets
+from clip_lab.stored import Loaded
 
 AT_ONCE = 256
 

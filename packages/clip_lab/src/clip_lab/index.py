@@ -1,0 +1,185 @@
+"""Embeddings of a folder's pictures on disk: only new and changed pictures are computed again.
+
+An index is a directory: `vectors.safetensors` (pictures, width), `pictures.json` with each one's path, size and time of
+change, and, after a search with FAISS, `inverted.faiss`. It is written in one move.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from clip_lab.config import OnBadData
+from clip_lab.encoder import Encoder
+from labs_common.cache import cache_directory, recipe_key
+from labs_common.data.images import SUFFIXES, BadPictureError, decoded, decoding_threads
+from labs_common.errors import LabError
+from labs_common.progress import console, tracked
+from labs_common.run import written_whole
+
+LISTS, PROBES = 4, 32  # of an inverted file: lists per root of the pictures, and how many are searched
+NAMED = 5
+
+
+@dataclass(frozen=True)
+class Index:
+    """Pictures and where they are in the space.
+
+    Attributes:
+        files: their paths.
+        vectors: of length 1 (pictures, width).
+        folder: where it is kept.
+    """
+
+    files: tuple[Path, ...]
+    vectors: torch.Tensor
+    folder: Path
+
+    def nearest(self, queries: torch.Tensor, top: int, search: str = "exact") -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores and places (queries, top) of the most similar pictures, best first.
+
+        Raises:
+            LabError: FAISS is asked for and not installed.
+        """
+        top = min(top, len(self.files))
+        if search == "exact":
+            scores, places = (queries @ self.vectors.T).topk(top, 1)
+            return scores, places
+        found = self._inverted()
+        scores, places = found.search(queries.numpy(), top)
+        return torch.from_numpy(scores), torch.from_numpy(places)
+
+    def _inverted(self) -> Any:
+        """FAISS's inverted file of the vectors, read from disk or made now."""
+        try:
+            import faiss
+        except ImportError as error:
+            raise LabError("--search faiss: needs FAISS; install the extra clip-lab[faiss]") from error
+        file = self.folder / "inverted.faiss"
+        if file.is_file():
+            found: Any = faiss.read_index(str(file))
+        else:
+            count, width = self.vectors.shape
+            lists = max(1, min(round(LISTS * count**0.5), count // 39))  # FAISS wants 39 pictures to learn a list from
+            found = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, lists, faiss.METRIC_INNER_PRODUCT)
+            found.train(self.vectors.numpy())
+            found.add(self.vectors.numpy())
+            part = file.with_suffix(".part")
+            faiss.write_index(found, str(part))
+            part.replace(file)
+        found.nprobe = PROBES
+        return found
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """All pictures in a folder and its folders.
+
+    Raises:
+        LabError: there is no such folder, or none in it.
+    """
+    if not folder.is_dir():
+        raise LabError(f"--data {folder}: no such directory")
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    if not files:
+        raise LabError(f"--data {folder}: holds no pictures")
+    return files
+
+
+def indexed(
+    files: Sequence[Path], name: str, encoder: Encoder, kept: Path | None, batch_size: int,
+    on_bad_data: OnBadData = "skip",
+) -> Index:  # fmt: skip
+    """The index of these pictures, with what was not yet in it computed now; `name` says which pictures they are.
+
+    Raises:
+        LabError: some cannot be read and `on_bad_data` says so, or none can; or the index is of another model.
+    """
+    recipe = encoder.recipe()
+    where = kept or cache_directory() / f"index-{recipe_key([recipe, name])}"
+    known, vectors = _read(where, recipe, "" if kept is None else f"--index {kept}")
+    stamps = [_stamp(file) for file in files]
+    wanted = [number for number, (file, stamp) in enumerate(zip(files, stamps, strict=True))
+              if known.get(str(file), (None, None))[1] != stamp]  # fmt: skip
+    new, bad = _embedded([files[number] for number in wanted], encoder, batch_size)
+    if bad:
+        _say_bad(name, bad, on_bad_data, len(bad) == len(files))
+    rows, there = [], []
+    fresh = {str(files[wanted[place]]): vector for place, vector in new.items()}
+    for file, stamp in zip(files, stamps, strict=True):
+        vector = fresh.get(str(file))
+        if vector is None and str(file) in known and known[str(file)][1] == stamp:
+            vector = vectors[known[str(file)][0]]
+        if vector is not None:
+            rows.append(vector)
+            there.append((file, stamp))
+    index = Index(tuple(file for file, _ in there), torch.stack(rows), where)
+    if fresh or len(there) != len(known):
+        _write(where, recipe, there, index.vectors)
+        console.print(f"index: {len(there):,} pictures in {where} ({len(fresh):,} computed now)")
+    return index
+
+
+def _embedded(files: Sequence[Path], encoder: Encoder, batch_size: int) -> tuple[dict[int, torch.Tensor], list[str]]:
+    """The vector of each file by its place, and what could not be read."""
+    found: dict[int, torch.Tensor] = {}
+    bad = []
+
+    def seen(file: Path) -> torch.Tensor | str:
+        try:
+            return encoder.view(decoded(file))
+        except BadPictureError as error:
+            return f"{file}: {error}"
+
+    starts = range(0, len(files), batch_size)
+    for first in tracked(starts, "embedding pictures", len(starts), len(starts) > 1):
+        outcomes = list(decoding_threads().map(seen, files[first : first + batch_size]))
+        good = [(first + place, one) for place, one in enumerate(outcomes) if isinstance(one, torch.Tensor)]
+        bad += [one for one in outcomes if isinstance(one, str)]
+        if good:
+            vectors = encoder.embedded(torch.stack([picture for _, picture in good]))
+            found |= dict(zip((place for place, _ in good), vectors, strict=True))
+    return found, bad
+
+
+def _say_bad(name: str, bad: Sequence[str], on_bad_data: OnBadData, all_of_them: bool) -> None:
+    more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
+    said = "; ".join(bad[:NAMED]) + more
+    if on_bad_data == "error" or all_of_them:
+        raise LabError(f"--data {name}: {said}; --on-bad-data skip leaves out what cannot be read")
+    console.print(f"left out {len(bad)} pictures that cannot be read: {said}")
+
+
+def _stamp(file: Path) -> list[int]:
+    known = file.stat()
+    return [known.st_size, known.st_mtime_ns]
+
+
+def _read(where: Path, recipe: dict[str, Any], option: str) -> tuple[dict[str, tuple[int, list[int]]], torch.Tensor]:
+    """What is known: place and stamp of each file, and the vectors."""
+    if not (where / "pictures.json").is_file():
+        if option and where.exists() and any(where.iterdir()):
+            raise LabError(f"{option}: is not empty and no index; name another directory")
+        return {}, torch.empty(0)
+    try:
+        said = json.loads((where / "pictures.json").read_text(encoding="utf-8"))
+        vectors = load_file(where / "vectors.safetensors")["vectors"]
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise LabError(
+            f"{option or where}: the index cannot be read ({str(error).splitlines()[0]}); delete it"
+        ) from error
+    if said["recipe"] != json.loads(json.dumps(recipe)):
+        raise LabError(f"{option or where}: was made by another model; name another directory, or delete it")
+    return {file: (place, stamp) for place, (file, stamp) in enumerate(said["pictures"])}, vectors
+
+
+def _write(where: Path, recipe: dict[str, Any], there: Sequence[tuple[Path, list[int]]], vectors: torch.Tensor) -> None:
+    where.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(where) as part:
+        save_file({"vectors": vectors.contiguous()}, part / "vectors.safetensors")
+        said = {"recipe": recipe, "pictures": [[str(file), stamp] for file, stamp in there]}
+        (part / "pictures.json").write_text(json.dumps(said), encoding="utf-8")
