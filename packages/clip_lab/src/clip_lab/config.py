@@ -322,8 +322,10 @@ class CompareConfig:
     batch: BatchOptions = field(default_factory=BatchOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     training: ClipTrainingOptions = field(default_factory=ClipTrainingOptions)
-    ranked: int = 100
+    ranked: int = 60
     """Test pictures among which every model finds captions: SimVLM has to read each caption with each picture."""
+    classes: str | None = None
+    """Pictures with classes to be named, as --data of zero_shot; by default drawn things."""
     output: Path | None = None
     """Directory of the comparison; by default one under runs/ that the options name, so that the same command finds it
     again."""

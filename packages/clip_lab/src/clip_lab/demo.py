@@ -1,0 +1,85 @@
+"""A page in the browser that searches: `python -m clip_lab.demo --data photos` (extra `demo`)."""
+
+import importlib.util
+import socket
+from typing import Any
+
+from clip_lab.config import DemoConfig
+from labs_common.cli import run_command
+from labs_common.errors import LabError
+
+
+def main() -> None:
+    """The command."""
+    run_command(demo, DemoConfig, "python -m clip_lab.demo")
+
+
+def demo(config: DemoConfig) -> None:
+    """Serves the page until Ctrl-C.
+
+    Raises:
+        LabError: Gradio is not installed, no model or picture is there, or the port is taken.
+    """
+    if importlib.util.find_spec("gradio") is None:
+        raise LabError("demo: needs Gradio; install the extra clip-lab[demo]")
+    if config.top < 1:
+        raise LabError("--top: must be at least 1")
+    with socket.socket() as probe:
+        if probe.connect_ex((config.host, config.port)) == 0:
+            raise LabError(f"--port {config.port}: is in use; name another")
+    page = search_page(config)
+    page.launch(server_name=config.host, server_port=config.port, share=False, quiet=False, footer_links=[])
+
+
+def search_page(config: DemoConfig) -> Any:
+    """The page: a sentence in, pictures out; a picture in, captions and similar pictures out."""
+    import gradio
+    import torch
+
+    from clip_lab.encoder import load_encoder
+    from clip_lab.retrieve import known_captions, searched
+    from labs_common.data.images import decoded
+
+    encoder = load_encoder(config.checkpoint)
+    index, test = searched(config.data, encoder, config.index, 64)
+    captions = known_captions(config.captions, config.data, test)
+    read = encoder.read(captions) if captions else torch.empty(0)
+
+    def tiles(queries: torch.Tensor) -> list[tuple[Any, str]]:
+        scores, places = index.nearest(queries, config.top)
+        return [(decoded(index.files[place]), f"{score:.3f} {index.files[place].name}")
+                for score, place in zip(scores[0].tolist(), places[0].tolist(), strict=True)]  # fmt: skip
+
+    def by_sentence(sentence: str) -> list[tuple[Any, str]]:
+        return tiles(encoder.read([sentence])) if sentence.strip() else []
+
+    def by_picture(image: Any) -> tuple[list[list[Any]], list[tuple[Any, str]]]:
+        if image is None:
+            return [], []
+        vector = encoder.embedded(encoder.view(image.convert("RGB"))[None])
+        if not captions:
+            return [], tiles(vector)
+        scores, places = (vector @ read.T).topk(min(config.top, len(captions)), 1)
+        rows = [[f"{score:.3f}", captions[place]] for score, place in
+                zip(scores[0].tolist(), places[0].tolist(), strict=True)]  # fmt: skip
+        return rows, tiles(vector)
+
+    with gradio.Blocks(title="clip_lab") as page:
+        gradio.Markdown(f"### Search {len(index.files):,} pictures ({encoder.name})")
+        with gradio.Tab("A sentence"):
+            sentence = gradio.Textbox(label="What to look for", elem_id="sentence")
+            search = gradio.Button("Search", variant="primary", elem_id="search")
+            found = gradio.Gallery(label="Most similar first", columns=4, elem_id="found")
+        with gradio.Tab("A picture"):
+            image = gradio.Image(type="pil", label="Picture", elem_id="picture")
+            ask = gradio.Button("Search", variant="primary", elem_id="ask")
+            said = gradio.Dataframe(headers=["cosine", "caption"], label="Captions", elem_id="captions")
+            like = gradio.Gallery(label="Similar pictures", columns=4, elem_id="like")
+        search.click(by_sentence, [sentence], [found])
+        sentence.submit(by_sentence, [sentence], [found])
+        ask.click(by_picture, [image], [said, like])
+    return page
+
+
+if __name__ == "__main__":
+    main()
