@@ -34,7 +34,7 @@ class Part(NamedTuple):
         crops: how each is augmented (pictures, 5), see `augmented`; None if nothing is.
         words: (pictures × captions of each, length), padded; of a frozen text tower its features.
         ids: the number of each picture, the same for copies of one (pictures,).
-        prefix: how many words of each caption SimVLM is given (captions,).
+        prefix: how many words of each caption are given and not predicted, the start among them (captions,).
         of_words: what a mean over this part's words is multiplied by, so that shares add up in a process and average
             over processes to the mean over all words of the step.
     """
@@ -84,7 +84,7 @@ class ClipSteps:
     """Training data for `labs_common.training.Loop`: pictures shuffled every epoch by the seed, captions drawn.
 
     Augmentation, captions and prefixes of a picture depend on the seed, the epoch and the picture alone, not on the
-    process that has it.
+    process that has it. With `prefixes`, some first words of each caption are given (SimVLM); else the start alone.
     """
 
     data: Pairs
@@ -95,6 +95,7 @@ class ClipSteps:
     chunk: int
     seed: int
     views: int = 1
+    prefixes: bool = False
     rank: int = 0
     processes: int = 1
 
@@ -152,7 +153,8 @@ class ClipSteps:
         chosen = np.resize(generator.permutation(len(captions)), self.captions).tolist()
         crop = drawn_crop(generator, self.augment)
         words = [captions[number] for number in chosen]
-        return _Drawn(chosen, words, [1 + int(generator.integers(len(row) - 1)) for row in words], crop)
+        prefix = [1 + int(generator.integers(len(row) - 1)) if self.prefixes else 1 for row in words]
+        return _Drawn(chosen, words, prefix, crop)
 
 
 class _Drawn(NamedTuple):

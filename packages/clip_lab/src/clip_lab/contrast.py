@@ -143,17 +143,14 @@ def _statistics_kept(model: torch.nn.Module) -> Iterator[None]:
 
 
 def caption_share(fitting: Fitting, part: Part, logits: torch.Tensor) -> torch.Tensor:
-    """A part's share of the mean loss over all words of the step; CoCa's, of every word."""
+    """A part's share of the mean loss over all words of the step that follow their captions' prefixes."""
     words = part.words.to(logits.device)
-    whole = torch.ones(len(words), dtype=torch.long, device=words.device)
-    targets = suffix_targets(words, whole, places_of_end(fitting.plain, words))
+    targets = suffix_targets(words, part.prefix.to(logits.device), places_of_end(fitting.plain, words))
     return caption_loss(logits.float(), targets) * part.of_words
 
 
 def suffix_share(fitting: Fitting, part: Part) -> torch.Tensor:
-    """A part's share of the mean loss over all words of the step that follow their captions' prefixes; SimVLM's."""
+    """The same for SimVLM, which reads the prefix as it reads the picture."""
     device = fitting.accelerator.device
-    words, prefix = part.words.to(device), part.prefix.to(device)
-    logits = fitting.model(pictures_of(fitting, part), words, prefix)
-    targets = suffix_targets(words, prefix, places_of_end(fitting.plain, words))
-    return caption_loss(logits.float(), targets) * part.of_words
+    logits = fitting.model(pictures_of(fitting, part), part.words.to(device), part.prefix.to(device))
+    return caption_share(fitting, part, logits)

@@ -120,7 +120,8 @@ def set_up(
         run.save_json("frozen.json", audit.before)
     batch = config.batch
     source = ClipSteps(pairs["train"], words, options.batch_size, batch.captions_per_picture, augment, batch.chunk,
-                       config.run.seed, image.views, accelerator.process_index, processes)  # fmt: skip
+                       config.run.seed, image.views, config.objective == "simvlm", accelerator.process_index,
+                       processes)  # fmt: skip
     loop = Loop(run, accelerator, prepared, optimizer, source, options, config.run.seed, unit="pictures")
     training_mode(prepared, plain)
     return Fitting(config, run, accelerator, prepared, plain, words, optimizer, loop, pairs, audit, prepared_at)

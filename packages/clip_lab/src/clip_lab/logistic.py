@@ -52,8 +52,10 @@ def fitted_layers(
 def _by_scikit_learn(features: torch.Tensor, labels: torch.Tensor, classes: int, penalty: float) -> Layer:
     from sklearn.linear_model import LogisticRegression
 
-    # Its C weighs the summed loss against half the squared weights.
-    model = LogisticRegression(C=1 / (penalty * len(labels)), max_iter=MOST_ITERATIONS, tol=GRADIENT)
+    # Its C weighs the summed loss against half the squared weights. For two classes it has one row, the difference of
+    # ours, whose square is twice that of both.
+    rows = 2 if len(labels.unique()) == 2 else 1
+    model = LogisticRegression(C=rows / (penalty * len(labels)), max_iter=MOST_ITERATIONS, tol=GRADIENT)
     model.fit(features.float().numpy(), labels.numpy())
     weight, bias = torch.zeros(classes, features.shape[1]), torch.full((classes,), -1e4)
     there = torch.from_numpy(model.classes_.astype(np.int64))

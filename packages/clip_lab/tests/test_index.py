@@ -1,0 +1,122 @@
+"""Indexes of folders: only what is new or changed is computed, and what is found is what is there."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from clip_lab.encoder import Encoder, View, load_encoder
+from clip_lab.index import Index, indexed, pictures_in
+from labs_common.errors import LabError
+
+
+class Counting(torch.nn.Module):
+    """Embeds a picture as its mean colour, and counts pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.seen = torch.nn.Parameter(torch.ones(1)), 0
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        self.seen += len(pictures)
+        return torch.nn.functional.normalize(pictures.mean((2, 3)) + 1e-6, dim=1)
+
+
+@pytest.fixture
+def encoder() -> Encoder:
+    module = Counting()
+    return Encoder("counting", module, View(8, (0.0,) * 3, (1.0,) * 3, "bilinear", True), module, module, None, 1.0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    pictures = tmp_path / "pictures"
+    (pictures / "more").mkdir(parents=True)
+    for number, colour in enumerate(("red", "green", "blue", "yellow", "white")):
+        Image.new("RGB", (20, 10), colour).save(pictures / ("more" if number > 2 else ".") / f"{colour}.png")
+    return pictures
+
+
+def seen(encoder: Encoder) -> int:
+    module: Any = encoder.module
+    count, module.seen = module.seen, 0
+    return int(count)
+
+
+def test_only_new_and_changed_pictures_are_computed(folder: Path, encoder: Encoder, tmp_path: Path) -> None:
+    kept = tmp_path / "index"
+
+    def again() -> Index:
+        return indexed(pictures_in(folder), "it", encoder, kept, 2)
+
+    first = again()
+    assert [file.name for file in first.files] == ["blue.png", "green.png", "white.png", "yellow.png", "red.png"]
+    assert seen(encoder) == 5
+    assert torch.equal(again().vectors, first.vectors)
+    assert seen(encoder) == 0
+    Image.new("RGB", (20, 10), "black").save(folder / "green.png")
+    os.utime(folder / "green.png", ns=(1, 1))
+    Image.new("RGB", (20, 10), "pink").save(folder / "pink.png")
+    (folder / "blue.png").unlink()
+    found = again()
+    assert seen(encoder) == 2
+    assert [file.name for file in found.files] == ["green.png", "white.png", "yellow.png", "pink.png", "red.png"]
+    expected = indexed(pictures_in(folder), "it", encoder, tmp_path / "anew", 8)
+    assert torch.equal(found.vectors, expected.vectors)
+    scores, places = found.nearest(torch.tensor([[1.0, 0, 0]]), 9)
+    assert found.files[places[0, 0]].name == "red.png"
+    assert scores.shape == (1, 5)
+    assert scores[0].tolist() == sorted(scores[0].tolist(), reverse=True)
+
+
+def test_pictures_that_cannot_be_read_are_left_out_or_named(folder: Path, encoder: Encoder, tmp_path: Path) -> None:
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    files = pictures_in(folder)
+    assert len(indexed(files, "it", encoder, tmp_path / "index", 2).files) == 5
+    with pytest.raises(LabError, match=r"broken\.jpg"):
+        indexed(files, "it", encoder, tmp_path / "other", 2, "error")
+    with pytest.raises(LabError, match="holds no pictures"):
+        pictures_in(tmp_path / "index")
+    with pytest.raises(LabError, match="no such directory"):
+        pictures_in(tmp_path / "missing")
+
+
+def test_an_index_of_another_model_or_of_something_else_is_refused(
+    folder: Path, encoder: Encoder, tmp_path: Path
+) -> None:
+    files, kept = pictures_in(folder), tmp_path / "index"
+    indexed(files, "it", encoder, kept, 2)
+    with torch.no_grad():
+        encoder.module.weight.fill_(2)  # type: ignore[operator, union-attr]
+    with pytest.raises(LabError, match="another model"):
+        indexed(files, "it", encoder, kept, 2)
+    with pytest.raises(LabError, match="not empty"):
+        indexed(files, "it", encoder, folder, 2)
+    save_file({"other": torch.ones(1)}, kept / "vectors.safetensors")
+    with pytest.raises(LabError, match="cannot be read"):
+        indexed(files, "it", encoder, kept, 2)
+
+
+def test_faiss_finds_what_the_matrix_product_finds(tmp_path: Path) -> None:
+    pytest.importorskip("faiss", reason="needs the extra clip-lab[faiss]")
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.nn.functional.normalize(torch.randn(3000, 8, generator=generator), dim=1)
+    index = Index(tuple(Path(f"{number}.png") for number in range(3000)), vectors, tmp_path)
+    queries = vectors[:50] + 0.01 * torch.randn(50, 8, generator=generator)
+    exact, fast = (index.nearest(queries, 5, search) for search in ("exact", "faiss"))
+    assert (exact[1][:, 0] == fast[1][:, 0]).double().mean() > 0.95
+    torch.testing.assert_close(exact[0][:, 0], fast[0][:, 0], atol=1e-2, rtol=0)
+    assert (tmp_path / "inverted.faiss").is_file()
+    again = index.nearest(queries, 5, "faiss")
+    assert torch.equal(again[1], fast[1])
+
+
+def test_what_is_no_model_is_named(tmp_path: Path) -> None:
+    for spec, said in ((str(tmp_path), "no trained model"), ("timm:resnt50", "resnet50"), ("RN51:openai", "RN51"),
+                       ("someone/something", "someone/something")):  # fmt: skip
+        with pytest.raises(LabError, match=said):
+            load_encoder(spec)

@@ -1,0 +1,149 @@
+"""Towers and models: what sees what, and what the parts are equal to."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from clip_lab.config import TINY, HeadOptions, ImageOptions
+from clip_lab.image import ImageTower, make_image_tower
+from clip_lab.model import ClipModel, CocaModel, Scale, SimVlmModel, built, rows_of
+from clip_lab.text import PretrainedText, TextTower
+from labs_common.errors import LabError
+
+HEAD = HeadOptions(embedding=24, queries=3, decoder_layers=2)
+WORDS = torch.tensor([[2, 5, 6, 7, 3, 0, 0], [2, 8, 9, 10, 11, 12, 3]])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def towers() -> tuple[ImageTower, TextTower]:
+    return make_image_tower(ImageOptions()), TextTower(20, 32, 2, 4, 9, 3)
+
+
+def test_the_text_tower_sees_only_what_came_before_and_reads_at_the_end() -> None:
+    text = towers()[1].eval()
+    read = text(WORDS)
+    later = WORDS.clone()
+    later[0, 5:], later[1, 4:] = 9, 13
+    other = text(later)
+    torch.testing.assert_close(read.states[1, :4], other.states[1, :4])
+    assert not torch.allclose(read.states[1, 4:], other.states[1, 4:])
+    torch.testing.assert_close(read.feature[0], other.feature[0])  # what follows the end is nothing
+    torch.testing.assert_close(read.feature, torch.stack([read.states[0, 4], read.states[1, 6]]))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        (TINY, {}), (TINY, {"image_size": 48}), (TINY, {"image_stages": 3}), ("test_vit", {"image_size": 32}),
+        ("test_convnext", {"image_size": 64}), ("test_resnet", {"image_size": 64}), ("test_efficientnet", {"image_size": 64}),
+        ("swin_tiny_patch4_window7_224", {}),
+    ],
+)  # fmt: skip
+def test_image_towers_give_a_feature_and_places(name: str, options: dict[str, int]) -> None:
+    if "swin" in name:  # its grid has its channels last
+        tower = ImageTower(name, {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "img_size": 64}, 64)
+    else:
+        tower = make_image_tower(dataclasses.replace(ImageOptions(image=name), **options))
+    tower.eval()
+    pictures = torch.randn(2, 3, tower.size, tower.size)
+    seen = tower(pictures)
+    assert seen.feature.shape == (2, tower.width)
+    assert seen.places.shape == (2, tower.count, tower.width)
+    if tower.stages:
+        torch.testing.assert_close(seen.feature, seen.places.mean(1))
+    else:
+        torch.testing.assert_close(seen.feature, tower.network(pictures))
+
+
+def test_unknown_towers_and_stages_are_named() -> None:
+    with pytest.raises(LabError, match="resnet50"):
+        make_image_tower(ImageOptions(image="resnt50"))
+    with pytest.raises(LabError, match="--image-stages 9"):
+        make_image_tower(ImageOptions(image_stages=9))
+    with pytest.raises(LabError, match="--image-size 33"):
+        make_image_tower(ImageOptions(image="test_vit", image_size=33))
+
+
+def test_the_scale_never_passes_a_hundred_and_can_come_down_again() -> None:
+    scale = Scale(1 / 0.07)
+    assert scale().item() == pytest.approx(1 / 0.07)
+    with torch.no_grad():
+        scale.logit_scale.fill_(math.log(500))
+    found = scale()
+    assert found.item() == pytest.approx(100, rel=1e-5)
+    found.backward()
+    assert scale.logit_scale.grad is not None
+    assert float(scale.logit_scale.grad) > 0
+
+
+@pytest.mark.parametrize("objective", ["clip", "siglip", "coca"])
+def test_rows_of_a_frozen_tower_give_what_pictures_give(objective: str) -> None:
+    model = built(objective, *towers(), HEAD).eval()  # type: ignore[arg-type]
+    assert isinstance(model, ClipModel | CocaModel)
+    pictures = torch.randn(2, 3, 32, 32)
+    found, again = model(pictures, WORDS), model(rows_of(model, pictures), WORDS)
+    for one, other in zip(found, again, strict=True):
+        if one is not None:
+            torch.testing.assert_close(one, other)
+    torch.testing.assert_close(found.image.norm(dim=1), torch.ones(2))
+    torch.testing.assert_close(found.text, model.embed_texts(WORDS))
+    assert (found.bias is not None) == (objective == "siglip")
+    if objective == "siglip":
+        assert (found.scale.item(), found.bias.item()) == (pytest.approx(10), -10)
+
+
+def test_coca_writes_from_the_picture_and_what_came_before() -> None:
+    model = built("coca", *towers(), HEAD).eval()
+    assert isinstance(model, CocaModel)
+    pictures = torch.randn(2, 3, 32, 32)
+    logits = model(pictures, WORDS).logits
+    assert logits.shape == (2, 6, 20)
+    later, other = WORDS.clone(), pictures.clone()
+    later[1, 4] = 17
+    torch.testing.assert_close(model(pictures, later).logits[1, :4], logits[1, :4])
+    assert not torch.allclose(model(pictures, later).logits[1, 4], logits[1, 4])
+    other[0] += 1
+    assert not torch.allclose(model(other, WORDS).logits[0], logits[0])
+    # Several captions of a picture, and captions in any order, get their own picture.
+    two = model(pictures, WORDS.repeat_interleave(2, 0)).logits
+    torch.testing.assert_close(two[::2], logits)
+    turned = model(pictures, WORDS.flip(0), torch.tensor([1, 0])).logits
+    torch.testing.assert_close(turned.flip(0), logits)
+
+
+def test_simvlm_reads_its_prefix_both_ways_and_writes_the_rest() -> None:
+    model = built("simvlm", *towers(), HEAD).eval()
+    assert isinstance(model, SimVlmModel)
+    pictures = torch.randn(2, 3, 32, 32)
+    prefix = torch.tensor([1, 3])
+    logits = model(pictures, WORDS, prefix)
+    later = WORDS.clone()
+    later[1, 2] = 17  # within the prefix: seen from all places, also those before it
+    assert not torch.allclose(model(pictures, later, prefix)[1, 0], logits[1, 0])
+    later = WORDS.clone()
+    later[1, 4] = 17  # after it: only seen from there on
+    torch.testing.assert_close(model(pictures, later, prefix)[1, :4], logits[1, :4])
+    assert not torch.allclose(model(pictures, later, prefix)[1, 4], logits[1, 4])
+    rows = rows_of(model, pictures)
+    torch.testing.assert_close(model.next_words(rows, WORDS), model(rows, WORDS, torch.ones(2, dtype=torch.long)))
+
+
+def test_a_hugging_face_encoder_reads_with_its_pooler_or_the_mean() -> None:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    pooled = PretrainedText(BertModel(config), 9, 3).eval()
+    read = pooled(WORDS)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0], [1] * 7])
+    expected = pooled.network(input_ids=WORDS, attention_mask=mask)
+    torch.testing.assert_close(read.feature, expected.pooler_output)
+    plain = PretrainedText(BertModel(config, add_pooling_layer=False), 9, 3).eval()
+    states = plain.network(input_ids=WORDS, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(plain(WORDS).feature[0], states[0, :5].mean(0))
+    torch.testing.assert_close(plain(WORDS).feature[1], states[1].mean(0))

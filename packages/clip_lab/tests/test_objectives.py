@@ -1,0 +1,220 @@
+"""The objectives against other implementations of them, and against the paper's own gradient."""
+
+from pathlib import Path
+
+import lab_commands
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clip_lab.objectives import PADDED, Columns, caption_loss, clip_loss, siglip_loss, suffix_targets
+from clip_lab.recall import chance_metrics, retrieval_metrics
+
+
+def embeddings(count: int, width: int = 16, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    image, text = (torch.randn(count, width, generator=generator, dtype=torch.float64) for _ in range(2))
+    return F.normalize(image, dim=1).requires_grad_(), F.normalize(text, dim=1).requires_grad_()
+
+
+def gradients(loss: torch.Tensor, *of: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(loss, of)
+
+
+def test_clip_is_open_clips_in_value_and_gradient() -> None:
+    open_clip = pytest.importorskip("open_clip")
+    image, text = embeddings(11)
+    scale = torch.tensor(14.3, dtype=torch.float64, requires_grad=True)
+    ids = torch.arange(11)
+    for chunk in (1, 4, 4096):
+        ours = clip_loss(image, text, scale, ids, ids, chunk=chunk)
+        theirs = open_clip.ClipLoss()(image, text, scale)
+        torch.testing.assert_close(ours, theirs)
+        for one, other in zip(gradients(ours, image, text, scale), gradients(theirs, image, text, scale), strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_siglip_is_open_clips_in_value_and_gradient() -> None:
+    open_clip = pytest.importorskip("open_clip")
+    image, text = embeddings(9)
+    scale, bias = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (10.0, -10.0))
+    ids = torch.arange(9)
+    ours = siglip_loss(image, text, scale, bias, ids, ids, chunk=2)
+    theirs = open_clip.loss.SigLipLoss()(image, text, scale, bias)
+    torch.testing.assert_close(ours, theirs)
+    every = (image, text, scale, bias)
+    for one, other in zip(gradients(ours, *every), gradients(theirs, *every), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_coca_is_open_clips() -> None:
+    open_clip = pytest.importorskip("open_clip")
+    image, text = embeddings(5)
+    scale = torch.tensor(7.0, dtype=torch.float64)
+    logits = torch.randn(5, 6, 13, dtype=torch.float64)
+    labels = torch.randint(1, 13, (5, 6))
+    labels[:, 4:] = 0  # open_clip's padding
+    theirs = open_clip.CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0, pad_id=0)(
+        image, text, logits.permute(0, 1, 2), labels, scale
+    )
+    ids = torch.arange(5)
+    ours = clip_loss(image, text, scale, ids, ids), 2.0 * caption_loss(logits, labels.masked_fill(labels == 0, PADDED))
+    torch.testing.assert_close(ours[0], theirs[0])
+    torch.testing.assert_close(ours[1], theirs[1])
+
+
+def test_several_positives_are_supervised_contrast() -> None:
+    """Against SupConLoss of pytorch-metric-learning, one direction at a time."""
+    losses = pytest.importorskip("pytorch_metric_learning.losses")
+    image, text = embeddings(6)
+    more = F.normalize(torch.randn(6, 16, dtype=torch.float64), dim=1)
+    captions, temperature = torch.cat([text, more]), 0.2
+    ids, text_ids = torch.tensor([0, 1, 2, 3, 4, 0]), torch.tensor([0, 1, 2, 3, 4, 0, 4, 4, 1, 2, 3, 0])
+    supervised = losses.SupConLoss(temperature=temperature)
+    expected = (
+        supervised(image, ids, ref_emb=captions, ref_labels=text_ids)
+        + supervised(captions, text_ids, ref_emb=image, ref_labels=ids)
+    ) / 2
+    scale = torch.tensor(1 / temperature, dtype=torch.float64)
+    torch.testing.assert_close(clip_loss(image, captions, scale, ids, text_ids, chunk=5), expected)
+
+
+def test_captions_of_one_picture_do_not_push_each_other_away() -> None:
+    """With both captions of a picture where it is, its own second caption is no error; taken as a negative it is."""
+    image = F.normalize(torch.eye(3, 4, dtype=torch.float64), dim=1)
+    text, scale = image.repeat_interleave(2, 0), torch.tensor(100.0, dtype=torch.float64)
+    ids = torch.arange(3)
+    together = clip_loss(image, text, scale, ids, ids.repeat_interleave(2))
+    pairs = torch.arange(6)
+    apart = clip_loss(text, text, scale, pairs, pairs)
+    # Spread evenly over two captions: the entropy of that is what remains of one direction.
+    assert float(together) == pytest.approx(torch.tensor(2.0).log().item() / 2, abs=1e-6)
+    assert float(apart) > float(together)
+
+
+def test_gradient_is_the_papers_closed_form() -> None:
+    """Of one direction by an unnormalised picture vector: sum over captions of (p - y) times the cosine's gradient."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(4, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(4, 8, generator=generator, dtype=torch.float64)
+    tau, ids = 0.07, torch.arange(4)
+    scale = torch.tensor(1 / tau, dtype=torch.float64)
+    loss = clip_loss(F.normalize(x, dim=1), F.normalize(y, dim=1), scale, ids, ids)
+    (found,) = gradients(loss, x)
+    expected = torch.zeros_like(found)
+    norms_x, norms_y = x.detach().norm(dim=1), y.norm(dim=1)
+    s = x.detach() @ y.T / (tau * norms_x[:, None] * norms_y)
+    by_picture, by_caption = s.softmax(1), s.softmax(0)
+    for i in range(4):
+        for j in range(4):
+            own = float(i == j)
+            weight = ((by_picture[i, j] - own) + (by_caption[i, j] - own)) / 8
+            dot = x.detach()[i] @ y[j]
+            slope = y[j] / (tau * norms_x[i] * norms_y[j]) - dot * x.detach()[i] / (tau * norms_x[i] ** 3 * norms_y[j])
+            expected[i] += weight * slope
+    torch.testing.assert_close(found, expected)
+
+
+def test_rows_of_a_part_against_the_columns_of_all_are_the_whole() -> None:
+    """What each of two processes computes, on average, in value and gradient."""
+    image, text = embeddings(8)
+    ids = torch.arange(8)
+    scale = torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
+    columns = Columns(image, text, ids, ids)
+    parts = [clip_loss(image[at], text[at], scale, ids[at], ids[at], columns) for at in (slice(4), slice(4, 8))]
+    whole = clip_loss(image, text, scale, ids, ids)
+    torch.testing.assert_close(sum(parts) / 2, whole)
+    mine, expected = gradients(sum(parts) / 2, image, text, scale), gradients(whole, image, text, scale)
+    for one, other in zip(mine, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+SCRIPT = """
+import os, sys, torch, torch.distributed as dist, torch.nn.functional as F
+from clip_lab.objectives import clip_loss, gathered, siglip_loss
+dist.init_process_group("gloo")
+rank, count = dist.get_rank(), dist.get_world_size()
+torch.manual_seed(0)
+x, y = torch.randn(8, 6), torch.randn(16, 6)
+towers = [torch.nn.Linear(6, 5, bias=False) for _ in range(2)]
+scale, bias = torch.tensor(11.0, requires_grad=True), torch.tensor(-3.0, requires_grad=True)
+weights = [*(tower.weight for tower in towers), scale, bias]
+ids = torch.arange(8)
+for name in ("clip", "siglip"):
+    def loss_of(x, y, ids, alone):
+        image, text = F.normalize(towers[0](x), dim=1), F.normalize(towers[1](y), dim=1)
+        of = ids.repeat_interleave(2)
+        columns = None if alone else gathered(image, text, ids, of)
+        if name == "clip":
+            return clip_loss(image, text, scale, ids, of, columns, 3) + 0 * bias
+        return siglip_loss(image, text, scale, bias, ids, of, columns, 3)
+    whole = loss_of(x, y, ids, True)
+    expected = torch.autograd.grad(whole, weights)
+    each = 8 // count
+    at, at2 = slice(rank * each, (rank + 1) * each), slice(rank * 2 * each, (rank + 1) * 2 * each)
+    mine = loss_of(x[at], y[at2], ids[at], False)
+    mean = mine.detach().clone()
+    dist.all_reduce(mean)
+    torch.testing.assert_close(mean / count, whole.detach(), atol=1e-5, rtol=1e-5)
+    for gradient, wanted in zip(torch.autograd.grad(mine, weights), expected):
+        dist.all_reduce(gradient)
+        torch.testing.assert_close(gradient / count, wanted, atol=1e-5, rtol=1e-5)
+print("equal")
+"""
+
+
+def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(SCRIPT)
+    done = lab_commands.command("torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571", script)
+    assert done.stdout.count("equal") == 2
+
+
+def test_suffixes_begin_after_the_prefix_and_end_with_the_end() -> None:
+    words = torch.tensor([[2, 7, 8, 9, 3, 0], [2, 5, 3, 0, 0, 0]])
+    found = suffix_targets(words, torch.tensor([1, 2]), torch.tensor([4, 2]))
+    assert found.tolist() == [[7, 8, 9, 3, PADDED], [PADDED, 3, PADDED, PADDED, PADDED]]
+    assert suffix_targets(words, torch.tensor([3, 1]), torch.tensor([4, 2]))[0].tolist() == [
+        PADDED,
+        PADDED,
+        9,
+        3,
+        PADDED,
+    ]
+
+
+def test_recall_is_scikit_learns() -> None:
+    top_k = pytest.importorskip("sklearn.metrics").top_k_accuracy_score
+    generator = torch.Generator().manual_seed(1)
+    of_picture = torch.arange(12).repeat_interleave(5)
+    similarity = torch.randn(60, 12, generator=generator)
+    similarity[torch.arange(60), of_picture] += 1
+    found = retrieval_metrics(similarity, of_picture.numpy())
+    for k in (1, 5, 10):
+        assert found[f"text_to_image/recall@{k}"] == pytest.approx(
+            top_k(of_picture.numpy(), similarity.numpy(), k=k, labels=range(12))
+        )
+        # A picture has found its captions if one of them is among its first k.
+        best = [
+            any(of_picture[place] == picture for place in similarity[:, picture].topk(k).indices)
+            for picture in range(12)
+        ]
+        assert found[f"image_to_text/recall@{k}"] == pytest.approx(sum(best) / 12)
+    ranks = sorted(1 + int((similarity[row] > similarity[row, of_picture[row]]).sum()) for row in range(60))
+    assert found["text_to_image/median rank"] == (ranks[29] + ranks[30]) / 2
+
+
+def test_a_model_that_tells_nothing_apart_is_not_rewarded() -> None:
+    found = retrieval_metrics(torch.ones(50, 10), torch.arange(10).repeat_interleave(5).numpy())
+    assert found["text_to_image/recall@1"] == 0
+    assert found["text_to_image/median rank"] == 5.5
+
+
+def test_chance_is_what_random_scores_give() -> None:
+    generator = torch.Generator().manual_seed(0)
+    of_picture = torch.arange(30).repeat_interleave(5).numpy()
+    drawn = [retrieval_metrics(torch.randn(150, 30, generator=generator), of_picture) for _ in range(150)]
+    expected = chance_metrics(150, 30)
+    for name, value in expected.items():
+        mean = sum(one[name] for one in drawn) / len(drawn)
+        assert mean == pytest.approx(value, rel=0.12, abs=0.01), name
