@@ -133,7 +133,7 @@ def to_open_clip(loaded: "Loaded", folder: Path) -> None:
             "embed_dim": model.image_projection.out_features,
             "custom_text": True,
             "init_logit_scale": float(model.scale().detach().log()),
-            "init_logit_bias": None if model.scale.logit_bias is None else float(model.scale.logit_bias),
+            "init_logit_bias": None if model.scale.bias is None else float(model.scale.bias),
             "vision_cfg": {"timm_model_name": tower.architecture, "timm_model_pretrained": False, "timm_pool": "",
                            "timm_proj": "linear", "image_size": tower.size},
             "text_cfg": {"context_length": text.length, "vocab_size": text.vocabulary, "width": text.width,
@@ -148,8 +148,8 @@ def to_open_clip(loaded: "Loaded", folder: Path) -> None:
     state |= {f"text.{name}": tensor for name, tensor in _as_open_clip_text(text).items()}
     state["text.text_projection"] = model.text_projection.weight.T
     state["logit_scale"] = model.scale().detach().log()
-    if model.scale.logit_bias is not None:
-        state["logit_bias"] = model.scale.logit_bias
+    if model.scale.bias is not None:
+        state["logit_bias"] = model.scale.bias
     with written_whole(folder) as part:
         save_file({name: tensor.detach().contiguous().clone() for name, tensor in state.items()},
                   part / "open_clip_model.safetensors", {"format": "pt"})  # fmt: skip

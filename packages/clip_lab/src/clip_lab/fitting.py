@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 
 from clip_lab.batches import (
     ClipSteps,
@@ -17,7 +17,7 @@ from clip_lab.batches import (
     picture_ids,
     picture_rows,
 )
-from clip_lab.config import TrainConfig
+from clip_lab.config import OWN, TrainConfig
 from clip_lab.data import transform_of
 from clip_lab.model import ClipModel, Model, make_model
 from clip_lab.stored import FOLDER, save_model
@@ -80,7 +80,9 @@ def make(config: TrainConfig, data: Captions, accelerator: Accelerator) -> tuple
     with accelerator.main_process_first():  # weights are downloaded on their first use
         set_seed(config.run.seed)
         captions = [caption for of_picture in data.splits["train"].captions for caption in of_picture]
-        words = make_words(config.text.tokenizer, captions, config.text.vocabulary, config.text.max_length)
+        text = config.text
+        option = "--tokenizer" if text.text == OWN else "--text"
+        words = make_words(text.tokenizer, captions, text.vocabulary, text.max_length, option)
         model = make_model(config.objective, config.image, config.text, config.head, words)
         longest = getattr(getattr(model, "text", model), "length", words.length)
         return model, Words(words.backend, min(words.length, longest))
@@ -108,7 +110,7 @@ def set_up(
     prepared_at = time.perf_counter()
     if processes > 1 and accelerator.device.type == "cuda":
         model.image.network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.image.network)
-    if accelerator.device.type == "cpu":
+    if accelerator.device.type == "cpu" and accelerator.distributed_type != DistributedType.DEEPSPEED:
         model.image.to(memory_format=torch.channels_last)  # half as fast again for small CNNs
     optimizer = torch.optim.AdamW(_groups(config, model), betas=(0.9, 0.98), fused=True)
     prepared, optimizer = accelerator.prepare(model, optimizer)

@@ -35,13 +35,19 @@ class Scale(nn.Module):
 
     def __init__(self, start: float, bias: float | None = None) -> None:
         super().__init__()
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(start)))
-        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
+        # One value each, not none: DeepSpeed cannot send tensors without a dimension.
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(start)]))
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor([bias]))
 
     def forward(self) -> torch.Tensor:
         """The factor, never above 100; there its gradient goes on, so that it can come down again."""
         clipped = self.logit_scale.clamp(max=math.log(MOST_SCALE))
-        return (self.logit_scale + (clipped - self.logit_scale).detach()).exp()
+        return (self.logit_scale + (clipped - self.logit_scale).detach()).exp()[0]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """What SigLIP adds to scaled cosines (scalar)."""
+        return None if self.logit_bias is None else self.logit_bias[0]
 
 
 class ClipModel(nn.Module):
@@ -66,9 +72,7 @@ class ClipModel(nn.Module):
 
     def forward(self, pictures: torch.Tensor, words: torch.Tensor) -> Embedded:
         """Pictures (pictures, 3, size, size) or what the frozen tower made of them; captions (captions, length)."""
-        return Embedded(
-            self.embedded(rows_of(self, pictures)), self.embed_texts(words), self.scale(), self.scale.logit_bias
-        )
+        return Embedded(self.embedded(rows_of(self, pictures)), self.embed_texts(words), self.scale(), self.scale.bias)
 
     def embedded(self, rows: torch.Tensor) -> torch.Tensor:
         """The tower's features (pictures, width) to embeddings of length 1."""

@@ -71,7 +71,7 @@ class Words:
         self.backend.save_pretrained(folder)
 
 
-def make_words(kind: str, captions: Sequence[str], vocabulary: int, length: int) -> Words:
+def make_words(kind: str, captions: Sequence[str], vocabulary: int, length: int, option: str = "--tokenizer") -> Words:
     """The tokenizer of this kind; one that is trained learns from `captions`. Length 0 is found from them.
 
     Raises:
@@ -86,10 +86,11 @@ def make_words(kind: str, captions: Sequence[str], vocabulary: int, length: int)
             backend = AutoTokenizer.from_pretrained(kind)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
-            raise LabError(f"--tokenizer {kind}: cannot be had ({reason}); take sentencepiece, clip, or a directory "
-                           "with a tokenizer.json") from error  # fmt: skip
+            remedy = "sentencepiece, clip, " if option == "--tokenizer" else "own, "
+            raise LabError(f"{option} {kind}: its tokenizer cannot be had ({reason}); take {remedy}a name, or "
+                           "a directory with a tokenizer.json") from error  # fmt: skip
     if backend.eos_token_id is None and backend.sep_token_id is None:
-        raise LabError(f"--tokenizer {kind}: has no token that ends a sentence; take another")
+        raise LabError(f"{option} {kind}: has no token that ends a sentence; take another")
     words = Words(backend, length or LONGEST)
     if not length:
         lengths = [len(words.numbers(caption)) for caption in captions]
