@@ -46,10 +46,10 @@ class View:
         """(3, size, size)."""
         how = RESAMPLING.get(self.interpolation, Image.Resampling.BICUBIC)
         if not self.squeezed:
-            scale = self.size / min(image.size)
-            whole = [max(self.size, round(side * scale)) for side in image.size]
+            # As torchvision counts: down, and half a pixel to the even side.
+            whole = [int(self.size * side / min(image.size)) for side in image.size]
             image = image.resize((whole[0], whole[1]), how)
-            left, top = (whole[0] - self.size) // 2, (whole[1] - self.size) // 2
+            left, top = (round((side - self.size) / 2) for side in whole)
             image = image.crop((left, top, left + self.size, top + self.size))
         elif image.size != (self.size, self.size):
             image = image.resize((self.size, self.size), how)
