@@ -101,7 +101,7 @@ class BatchOptions:
     chunk: int = 0
     """Pictures that go through the towers at once; a larger batch is then put together by gradient caching, with the
     same result. 0 takes the whole batch."""
-    loss_chunk: int = 4096
+    loss_chunk: int = 1024
     """Rows of the similarity matrix at once."""
 
 

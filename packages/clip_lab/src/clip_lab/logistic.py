@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 COARSE = tuple(10.0**power for power in range(-6, 7, 2))
 FINEST = 1 / 8  # of a power of ten
-MOST_ITERATIONS, MEMORY, GRADIENT = 1000, 10, 1e-4
+MOST_ITERATIONS, MEMORY, GRADIENT, HALVINGS = 1000, 10, 1e-4, 20
 
 
 @dataclass(frozen=True)
@@ -77,30 +77,36 @@ def solved(features: torch.Tensor, labels: torch.Tensor, classes: int, penalties
     free = torch.ones(x.shape[1], 1, device=x.device)
     free[-1] = 0.0  # biases are not penalised
     count, width = x.shape
+    # Weights are sought in units in which curvatures are alike, from a millionth to a million of penalty.
+    unit = (lam[:, None, None] * free + x.pow(2).mean(0)[:, None] / 4).rsqrt()  # (penalties, width + 1, 1)
 
-    def value_and_gradient(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of weights (penalties, width + 1, classes)."""
+    def value_and_gradient(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of weights in their units (penalties, width + 1, classes)."""
+        w = v * unit
         logits = (x @ w.transpose(0, 1).reshape(width, -1)).view(count, len(lam), classes)
         logs = logits.log_softmax(2)
         fit = -(logs * target[:, None]).sum((0, 2)) / count
         residual = (logs.exp() - target[:, None]) / count
         slope = (x.T @ residual.view(count, -1)).view(width, len(lam), classes).transpose(0, 1)
         kept = w * free
-        return fit + lam / 2 * kept.pow(2).sum((1, 2)), slope + lam[:, None, None] * kept
+        return fit + lam / 2 * kept.pow(2).sum((1, 2)), (slope + lam[:, None, None] * kept) * unit
 
-    w = torch.zeros(len(lam), width, classes, device=x.device)
-    w = _minimised(value_and_gradient, w)
+    w = _minimised(value_and_gradient, torch.zeros(len(lam), width, classes, device=x.device), unit) * unit
     return [Layer(one[:-1].T.contiguous(), one[-1].clone()) for one in w]
 
 
 def _minimised(
-    value_and_gradient: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], w: torch.Tensor
+    value_and_gradient: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], w: torch.Tensor, unit: torch.Tensor
 ) -> torch.Tensor:
-    """The minimum of each of several functions, the first dimension of `w` being which."""
+    """The minimum of each of several functions, the first dimension of `w` being which.
+
+    It is there when no slope by what `w * unit` stands for is above the tolerance.
+    """
     value, gradient = value_and_gradient(w)
     pairs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # steps, changes of the gradient, 1 / s·y
+    stuck = torch.zeros_like(value, dtype=torch.bool)  # float32 tells no lower value apart
     for _ in range(MOST_ITERATIONS):
-        open_ = gradient.abs().amax((1, 2)) > GRADIENT
+        open_ = ((gradient / unit).abs().amax((1, 2)) > GRADIENT) & ~stuck
         if not bool(open_.any()):
             break
         direction = -_curved(gradient, pairs)
@@ -108,19 +114,23 @@ def _minimised(
         uphill = slope >= 0
         direction = torch.where(uphill[:, None, None], -gradient, direction)
         slope = torch.where(uphill, -gradient.pow(2).sum((1, 2)), slope)
-        first = 1.0 if pairs else (1 / gradient.norm(dim=(1, 2)).clamp(min=1e-12)).clamp(max=1.0)
-        length = torch.ones_like(value) * first * open_
-        for _ in range(30):
+        length = torch.ones_like(value) * open_
+        for _ in range(HALVINGS):
             new = w + length[:, None, None] * direction
             new_value, new_gradient = value_and_gradient(new)
-            short = open_ & (new_value > value + 1e-4 * length * slope + 1e-7 * value.abs())
+            short = open_ & (new_value > value + 1e-4 * length * slope)
             if not bool(short.any()):
                 break
             length = torch.where(short, length / 2, length)
+        stuck |= short
+        new, new_value, new_gradient = (
+            torch.where(short.view(-1, *[1] * (old.dim() - 1)), old, other)
+            for old, other in ((w, new), (value, new_value), (gradient, new_gradient))
+        )
         step, change = new - w, new_gradient - gradient
         product = (step * change).sum((1, 2))
-        sound = product > 1e-10  # where it is not, the pair counts for nothing
-        pairs.append((step, change, torch.where(sound, 1 / product.clamp(min=1e-10), 0.0)))
+        sound = product > 1e-12  # where it is not, the pair counts for nothing
+        pairs.append((step, change, torch.where(sound, 1 / product.clamp(min=1e-12), 0.0)))
         pairs = pairs[-MEMORY:]
         w, value, gradient = new, new_value, new_gradient
     return w
