@@ -125,8 +125,9 @@ def shown(figures: dict[str, Any]) -> list[tuple[str, ...]]:
                      f"{probe['scikit'] / probe['ours']:.2f} x",
                      f"objectives {probe['objectives'][0]:.6f}, {probe['objectives'][1]:.6f}; "
                      f"accuracies {probe['accuracies'][0]:.4f}, {probe['accuracies'][1]:.4f}"))  # fmt: skip
+        ratio = f"{probe['sweep'] / probe['batched']:.2f} x"
         rows.append((f"{len(COARSE)} penalties at once, s", f"{probe['batched']:.2f}",
-                     f"scikit-learn {probe['sweep']:.2f}", f"{probe['sweep'] / probe['batched']:.2f} x", ""))  # fmt: skip
+                     f"scikit-learn {probe['sweep']:.2f}", ratio, ""))  # fmt: skip
     if features := figures.get("features"):
         rows.append(("features, pictures/s", f"{features['whole']:.1f}", f"the bare tower {features['bare']:.1f}",
                      f"{features['whole'] / features['bare']:.2f}",

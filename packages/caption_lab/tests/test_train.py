@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from lab_commands import command, losses, one_cpu
+from lab_commands import command, in_two_processes, losses, one_cpu
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -103,9 +103,9 @@ def test_uncached_and_in_two_processes_it_is_the_same(
     finished: Path, options: tuple[object, ...], tmp_path: Path
 ) -> None:
     run = tmp_path / "two"
-    command(
-        "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29551", "-m", "caption_lab.train",
-        *options, "--output", run, "--no-cache", "--no-report", ACCELERATE_USE_CPU="true", XDG_CACHE_HOME=str(tmp_path),
+    in_two_processes(
+        "caption_lab.train", LIBRARIES, 29551,
+        *options, "--output", run, "--no-cache", "--no-report", XDG_CACHE_HOME=str(tmp_path),
     )  # fmt: skip
     assert losses(run) == pytest.approx(losses(finished), abs=1e-4)
     expected = trained(finished)

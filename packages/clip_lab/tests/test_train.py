@@ -11,7 +11,7 @@ import lab_commands
 import pytest
 import torch
 import yaml
-from lab_commands import command, losses, one_cpu
+from lab_commands import command, in_two_processes, losses, one_cpu
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -100,9 +100,9 @@ def test_in_two_processes_and_in_parts_it_is_the_same(
 ) -> None:
     """Half the batch in each process, in parts of three pictures, nothing cached: the same run."""
     run = tmp_path / "two"
-    command(
-        "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29572", "-m", "clip_lab.train", *options,
-        "--output", run, "--no-cache", "--chunk", "3", "--loss-chunk", "5", "--no-report", ACCELERATE_USE_CPU="true",
+    in_two_processes(
+        "clip_lab.train", LIBRARIES, 29572, *options,
+        "--output", run, "--no-cache", "--chunk", "3", "--loss-chunk", "5", "--no-report",
         XDG_CACHE_HOME=str(tmp_path),
     )  # fmt: skip
     one, two = of_first_step(finished), of_first_step(run)

@@ -60,6 +60,24 @@ def forked(module: str, libraries: list[str], *arguments: object, **more: str) -
     return process
 
 
+def in_two_processes(module: str, libraries: list[str], port: int, *arguments: object, **more: str) -> None:
+    """Runs a command in two processes that find each other as those of torchrun do.
+
+    They are forked from the server that `compare` uses: importing everything in both would take half a minute. That
+    torchrun itself starts them is for the core's own tests.
+    """
+    both = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+    processes = [
+        forked(module, libraries, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **both, **more) for rank in range(2)
+    ]
+    for process in processes:
+        process.join(240)
+        if process.exitcode is None:
+            process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
 def _run(module: str, arguments: list[str], more: dict[str, str]) -> None:
     os.environ.update(more)
     torch.set_num_threads(1)  # as in the other processes: the same bytes need the same threads

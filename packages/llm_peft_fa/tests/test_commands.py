@@ -11,8 +11,10 @@ import pytest
 import torch
 import yaml
 from commands import LAUNCH, SMALL, forked, here, trained, without_rank
-from lab_commands import command, losses, one_cpu
+from lab_commands import command, in_two_processes, losses, one_cpu
 from transformers import AutoModelForCausalLM
+
+from llm_peft_fa.compare import LIBRARIES
 
 torch.set_num_threads(1)  # as in the processes that are started here: the same bytes need the same threads
 
@@ -71,9 +73,9 @@ def test_the_saved_config_runs_it_again(finished: Path, tmp_path: Path) -> None:
 
 def test_two_processes_equal_one(finished: Path, gemma_dir: Path, tmp_path: Path) -> None:
     run = tmp_path / "two"
-    command(
-        "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29527", "-m", "llm_peft_fa.train",
-        "--model", gemma_dir, "--output", run, *SMALL, ACCELERATE_USE_CPU="true",
+    in_two_processes(
+        "llm_peft_fa.train", LIBRARIES, 29527,
+        "--model", gemma_dir, "--output", run, *SMALL,
     )  # fmt: skip
     assert losses(run) == pytest.approx(losses(finished), abs=1e-5)
     expected = trained(finished)

@@ -12,6 +12,7 @@ import torch
 from lab_commands import losses
 from safetensors.torch import load_file
 
+from vit_transfer.compare import LIBRARIES
 from vit_transfer.config import DistillConfig, complete_distillation
 from vit_transfer.distill import teacher_loss
 from vit_transfer.model import create
@@ -122,9 +123,9 @@ def test_resumed_it_gives_the_same_bytes(shared: tuple[object, ...], teacher: Pa
 def test_two_processes_equal_one(shared: tuple[object, ...], teacher: Path, tmp_path: Path) -> None:
     arguments = ("--model", "tiny-deit", "--no-pretrained", "--teacher", teacher, "--baselines", "no", *shared)
     lab_commands.here("vit_transfer.distill", *arguments, "--no-report", "--output", tmp_path / "one")
-    lab_commands.command(
-        "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533", "-m", "vit_transfer.distill",
-        *arguments, "--output", tmp_path / "two", ACCELERATE_USE_CPU="true", XDG_CACHE_HOME=str(tmp_path),
+    lab_commands.in_two_processes(
+        "vit_transfer.distill", LIBRARIES, 29533,
+        *arguments, "--output", tmp_path / "two", XDG_CACHE_HOME=str(tmp_path),
     )  # fmt: skip
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
 

@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 import yaml
-from lab_commands import command, losses, one_cpu
+from lab_commands import command, in_two_processes, losses, one_cpu
 from safetensors.torch import load_file
 
 from vit_transfer.compare import LIBRARIES
@@ -113,9 +113,9 @@ def test_the_saved_config_runs_it_again(finished: Path, tmp_path: Path) -> None:
 
 def test_two_processes_equal_one(finished: Path, options: tuple[object, ...], tmp_path: Path) -> None:
     run = tmp_path / "two"
-    command(
-        "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531", "-m", "vit_transfer.train",
-        *options, "--output", run, ACCELERATE_USE_CPU="true", XDG_CACHE_HOME=str(tmp_path),
+    in_two_processes(
+        "vit_transfer.train", LIBRARIES, 29531,
+        *options, "--output", run, XDG_CACHE_HOME=str(tmp_path),
     )  # fmt: skip
     assert losses(run) == pytest.approx(losses(finished), abs=1e-4)
     expected = trained(finished)
