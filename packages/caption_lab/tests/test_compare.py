@@ -7,13 +7,14 @@ import lab_commands
 import pytest
 
 from caption_lab.compare import planned_run
-from caption_lab.config import CaptionTrainingOptions, CompareConfig, DataOptions, DecodingOptions
+from caption_lab.config import CaptionTrainingOptions, CompareConfig, DecodingOptions
 from caption_lab.published import PUBLISHED
 from labs_common.errors import LabError
+from labs_common.options import CaptionDataOptions
 
 
 def test_an_entry_becomes_a_run_with_its_own_options() -> None:
-    config = CompareConfig(data=DataOptions(limit=30), training=CaptionTrainingOptions(label_smoothing=0.2))
+    config = CompareConfig(data=CaptionDataOptions(limit=30), training=CaptionTrainingOptions(label_smoothing=0.2))
     run = planned_run(config, "transformer:mask_words=0.1:encoder=resnet18:no-pretrained:learning_rate=0.5")
     assert (run.model, run.encoder.encoder, run.encoder.pretrained) == ("transformer", "resnet18", False)
     assert (run.decoder.mask_words, run.training.learning_rate, run.training.label_smoothing) == (0.1, 0.5, 0.2)

@@ -12,7 +12,7 @@ from caption_lab.evaluation import mistakes
 from caption_lab.export import load_captioner
 from caption_lab.looking import looked_at, word_tiles
 from caption_lab.metrics import CiderD
-from caption_lab.results import METRICS, published_section, shown
+from caption_lab.results import METRICS, published_section
 from caption_lab.vocabulary import Cleaning
 from labs_common.comparing import cell, figure_text, mean_and_spread, pareto, within_one_error
 from labs_common.data import CaptionedPictures
@@ -30,6 +30,7 @@ from labs_common.report import (
     scatter_figure,
     write_report,
 )
+from labs_common.report.captioned import shown
 from labs_common.run import Run
 from labs_common.scenes import Scene
 from labs_common.scenes.judging import GRAMMAR, KINDS

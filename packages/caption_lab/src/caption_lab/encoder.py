@@ -1,14 +1,10 @@
 """The encoder: any timm network without its classifier, giving one vector per place of its last grid."""
 
-import difflib
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import nn
 
@@ -16,6 +12,7 @@ from caption_lab.config import TINY, EncoderOptions
 from caption_lab.tiny import RECIPE, tiny_arguments, tiny_weights
 from labs_common.cut import Cut
 from labs_common.errors import LabError
+from labs_common.networks import load_exactly, read_weights, timm_arguments
 
 
 class Encoder(nn.Module):
@@ -151,13 +148,13 @@ def make_encoder(options: EncoderOptions) -> Encoder:
     """
     tiny = options.encoder == TINY
     architecture = RECIPE["architecture"] if tiny else options.encoder
-    arguments = tiny_arguments() if tiny else _arguments(options)
+    arguments = tiny_arguments() if tiny else timm_arguments(options.encoder, options.image_size, "--encoder")
     try:
         encoder = Encoder(architecture, arguments, options.image_size, options.pool)
     except (RuntimeError, ValueError, TypeError) as error:
         raise LabError(f"--encoder {options.encoder}: cannot be made ({str(error).splitlines()[0]})") from error
     if options.weights is not None:
-        _load(encoder.network, _read(options.weights), options)
+        load_exactly(encoder.network, read_weights(options.weights, "--weights"), f"--weights {options.weights}")
     elif options.pretrained and tiny:
         encoder.network.load_state_dict(tiny_weights())
     elif options.pretrained:
@@ -169,33 +166,6 @@ def make_encoder(options: EncoderOptions) -> Encoder:
                            "give --weights FILE or --no-pretrained") from error  # fmt: skip
         encoder.network.load_state_dict(weights)
     return encoder
-
-
-def _arguments(options: EncoderOptions) -> dict[str, Any]:
-    name = options.encoder.removeprefix("timm/")
-    if not timm.is_model(name.split(".")[0]):
-        like = difflib.get_close_matches(name, timm.list_models(), 4)
-        hint = f"; like it are {', '.join(like)}" if like else ""
-        raise LabError(f"--encoder {options.encoder}: timm has no such model{hint}")
-    known = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    fixed = known is not None and known.fixed_input_size
-    return {"img_size": options.image_size} if options.image_size and fixed else {}
-
-
-def _read(file: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise LabError(f"--weights {file}: cannot be read ({str(error).splitlines()[0]})") from error
-
-
-def _load(network: nn.Module, state: dict[str, torch.Tensor], options: EncoderOptions) -> None:
-    own = network.state_dict()
-    for name, tensor in own.items():
-        if name not in state or state[name].shape != tensor.shape:
-            raise LabError(f"--weights {options.weights}: is of another architecture or image size (first difference: "
-                           f"{name})")  # fmt: skip
-    network.load_state_dict({name: state[name] for name in own})
 
 
 def last_stages(network: Any, count: int) -> list[str]:

@@ -26,12 +26,12 @@ def prepare(config: PrepareConfig) -> None:
     from accelerate import Accelerator
 
     from caption_lab.data import read_data
-    from caption_lab.results import data_section
     from caption_lab.vocabulary import build_vocabulary
     from labs_common.data import record_splits
     from labs_common.options import RunOptions
     from labs_common.progress import console
     from labs_common.report import asked_section, rerun_section, write_report
+    from labs_common.report.captioned import captioned_data_section
     from labs_common.run import Run, check_run_options
 
     options = RunOptions(output=config.output, track="none")
@@ -53,7 +53,7 @@ def prepare(config: PrepareConfig) -> None:
             console.print(f"{name}: {value:,.4g}")
     sections = [
         asked_section(config),
-        data_section(data),
+        captioned_data_section(data),
         *word_sections(run, data, vocabulary, found),
         rerun_section(run),
     ]

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from caption_lab.config import DecodingOptions, TrainConfig
 from caption_lab.evaluation import Evaluation, Truthfulness, mistakes
@@ -37,6 +36,7 @@ from labs_common.report import (
     trained_section,
     write_report,
 )
+from labs_common.report.captioned import captioned_data_section, shown
 from labs_common.report.structure import structure_of
 from labs_common.run import Run
 from labs_common.scenes import Scene
@@ -72,7 +72,7 @@ def finish_report(
                                         ("features kept on disk, MiB", fitted.cache_bytes / 2**20)]))  # fmt: skip
     sections = [
         asked_section(config),
-        data_section(data),
+        captioned_data_section(data),
         _structure_section(run, config, captioner, fitted),
         _curves(run, data.splits["validation"]),
         *evaluation_sections(run, found, test, data.truth, captioner, config.decoding),
@@ -133,23 +133,6 @@ def results_of(
             "packages": {name: environment["packages"].get(name) for name in ("torch", "timm", "accelerate")},
         },
     }
-
-
-def data_section(data: Captions) -> Section:
-    """Where the pictures are from, how many there are in each split, and some with their captions."""
-    splits = data.splits
-    rows = [
-        (name, part.source, len(part), sum(map(len, part.captions)), part.fingerprint())
-        for name, part in splits.items()
-    ]
-    section = Section("Data", [Table(("split", "source", "pictures", "captions", "fingerprint"), rows)])
-    if data.left_out:
-        section.blocks.append(Table(("left out because", "how many"), list(data.left_out.items())))
-        section.blocks.append(Text("First: " + "; ".join(splits["train"].examples)))
-    first = splits["train"]
-    samples = [(shown(first.image(place)), " · ".join(first.captions[place])) for place in range(min(6, len(first)))]
-    section.blocks.append(Gallery(samples, "Training pictures with their captions."))
-    return section
 
 
 def _structure_section(run: Run, config: TrainConfig, captioner: Captioner, fitted: Fitted) -> Section:
@@ -292,12 +275,6 @@ def _summary(found: Evaluation) -> str:
     if "written" in found.claims:
         said += f" {found.claims['written'].whole:.0%} of them are right in all that they claim."
     return said
-
-
-def shown(image: Image.Image, side: int = 200) -> Image.Image:
-    """A picture as large as a report wants it."""
-    scale = side / max(image.size)
-    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
 
 
 def _by_kind(truth: Truthfulness) -> list[tuple[str, tuple[int, int]]]:

@@ -15,7 +15,6 @@ from clip_lab.evaluation import picture_rows_of
 from clip_lab.logistic import fitted_layers
 from clip_lab.model import SimVlmModel
 from clip_lab.recall import retrieval_metrics
-from clip_lab.results import shown
 from clip_lab.stored import Loaded
 from clip_lab.templates import filled
 from clip_lab.writing import likelihood_matrix, perplexity, writes
@@ -37,6 +36,7 @@ from labs_common.report import (
     save_figure,
     write_report,
 )
+from labs_common.report.captioned import shown
 from labs_common.run import Run
 
 TEMPLATE, PENALTY, NAMED = "a {} in the picture", 1e-3, 240

@@ -1,18 +1,15 @@
 """Image towers: any timm network without its classifier, and the tiny one for CPUs."""
 
-import difflib
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import nn
 
 from clip_lab.config import TINY, ImageOptions
 from labs_common.errors import LabError
+from labs_common.networks import load_exactly, read_weights, timm_arguments
 
 # Small enough for a CPU; a grid of 4 × 4 places for 32 pixels.
 TINY_TOWER: dict[str, Any] = {
@@ -106,13 +103,16 @@ def make_image_tower(options: ImageOptions) -> ImageTower:
     """
     tiny = options.image == TINY
     architecture = TINY_TOWER["architecture"] if tiny else options.image
-    arguments = tiny_arguments(options.image_size) if tiny else _arguments(options)
+    arguments = (
+        tiny_arguments(options.image_size) if tiny else timm_arguments(options.image, options.image_size, "--image")
+    )
     try:
         tower = ImageTower(architecture, arguments, options.image_size, options.image_stages)
     except (RuntimeError, ValueError, TypeError) as error:
         raise LabError(f"--image {options.image}: cannot be made ({str(error).splitlines()[0]})") from error
     if options.image_weights is not None:
-        _load(tower, _read(options.image_weights), f"--image-weights {options.image_weights}")
+        own = read_weights(options.image_weights, "--image-weights")
+        load_exactly(tower.network, own, f"--image-weights {options.image_weights}")
     elif options.image_pretrained:
         if tiny:
             raise LabError(f"--image-pretrained: {TINY} is always trained from scratch; name a timm network in --image")
@@ -122,7 +122,7 @@ def make_image_tower(options: ImageOptions) -> ImageTower:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise LabError(f"--image {options.image}: its weights cannot be had ({reason}); check the network, or give "
                            "--image-weights FILE") from error  # fmt: skip
-        _load(tower, weights, f"--image {options.image}")
+        load_exactly(tower.network, weights, f"--image {options.image}")
     return tower
 
 
@@ -131,29 +131,3 @@ def tiny_arguments(size: int = 0) -> dict[str, Any]:
     side = size or TINY_SIDE
     shown = {"mean": TINY_MEAN, "std": TINY_STD, "input_size": (3, side, side), "crop_pct": 1.0}
     return dict(TINY_TOWER["arguments"]) | {"pretrained_cfg_overlay": shown}
-
-
-def _arguments(options: ImageOptions) -> dict[str, Any]:
-    name = options.image.removeprefix("timm/")
-    if not timm.is_model(name.split(".")[0]):
-        like = difflib.get_close_matches(name, timm.list_models(), 4)
-        hint = f"; like it are {', '.join(like)}" if like else ""
-        raise LabError(f"--image {options.image}: timm has no such model{hint}")
-    known = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    fixed = known is not None and known.fixed_input_size
-    return {"img_size": options.image_size} if options.image_size and fixed else {}
-
-
-def _read(file: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise LabError(f"--image-weights {file}: cannot be read ({str(error).splitlines()[0]})") from error
-
-
-def _load(tower: ImageTower, state: dict[str, torch.Tensor], option: str) -> None:
-    own = tower.network.state_dict()
-    for name, tensor in own.items():
-        if name not in state or state[name].shape != tensor.shape:
-            raise LabError(f"{option}: is of another architecture or image size (first difference: {name})")
-    tower.network.load_state_dict({name: state[name] for name in own})

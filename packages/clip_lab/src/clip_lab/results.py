@@ -34,6 +34,7 @@ from labs_common.report import (
     trained_section,
     write_report,
 )
+from labs_common.report.captioned import captioned_data_section, shown
 from labs_common.report.structure import structure_of
 from labs_common.run import Run
 
@@ -66,7 +67,7 @@ def finish_report(
     cost.blocks.append(Table(("", ""), kept))
     sections = [
         asked_section(config),
-        data_section(data),
+        captioned_data_section(data),
         _structure_section(run, loaded, fitted),
         _curves(run, config),
         numbers_section(found),
@@ -130,23 +131,6 @@ def results_of(
             "packages": {name: environment["packages"].get(name) for name in ("torch", "timm", "accelerate")},
         },
     }  # fmt: skip
-
-
-def data_section(data: Captions) -> Section:
-    """Where the pictures are from, how many there are in each split, and some with their captions."""
-    splits = data.splits
-    rows = [
-        (name, part.source, len(part), sum(map(len, part.captions)), part.fingerprint())
-        for name, part in splits.items()
-    ]
-    section = Section("Data", [Table(("split", "source", "pictures", "captions", "fingerprint"), rows)])
-    if data.left_out:
-        section.blocks.append(Table(("left out because", "how many"), list(data.left_out.items())))
-        section.blocks.append(Text("First: " + "; ".join(splits["train"].examples)))
-    first = splits["train"]
-    samples = [(shown(first.image(place)), " · ".join(first.captions[place])) for place in range(min(6, len(first)))]
-    section.blocks.append(Gallery(samples, "Training pictures with their captions."))
-    return section
 
 
 def _structure_section(run: Run, loaded: Loaded, fitted: Fitted) -> Section:
@@ -300,13 +284,6 @@ def summary_of(found: Evaluation) -> str:
             f"{related.first:.0%} of cases (by chance {related.chance:.1%})."
         )
     return said
-
-
-def shown(image: Image.Image, side: int = 160) -> Image.Image:
-    """A picture as large as a report wants it."""
-    scale = side / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return image.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC)
 
 
 def framed(image: Image.Image, right: bool) -> Image.Image:

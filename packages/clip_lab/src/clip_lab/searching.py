@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure as Canvas
-from PIL import Image
 
 from clip_lab.encoder import Encoder
 from clip_lab.index import Index
 from labs_common.data.images import BadPictureError, decoded
 from labs_common.errors import LabError
 from labs_common.report import Gallery, Section, Table, Text, asked_section, rerun_section, write_report
+from labs_common.report.captioned import shown
 from labs_common.run import Run
 
-COLUMNS, TILE = 4, 200
+COLUMNS = 4
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,14 @@ def write_found(run: Run, config: Any, found: Sequence[Found]) -> tuple[str, str
 def _blocks(found: Found) -> list[Any]:
     blocks: list[Any] = []
     if found.picture is not None:
-        blocks.append(Gallery([(_tile(found.picture), found.picture.name)], ""))
+        blocks.append(Gallery([(shown(decoded(found.picture)), found.picture.name)], ""))
     if found.results and found.results[0].file is None:
         return [*blocks, Table(("caption", "cosine"), [(result.said, result.score) for result in found.results])]
-    tiles = [(_tile(result.file), f"{result.score:.3f} {result.file.name}") for result in found.results if result.file]
+    tiles = [
+        (shown(decoded(result.file)), f"{result.score:.3f} {result.file.name}")
+        for result in found.results
+        if result.file
+    ]
     return [*blocks, Gallery(tiles, "") if tiles else Text("Nothing found.")]
 
 
@@ -116,7 +120,7 @@ def grid_figure(found: Sequence[Found]) -> Canvas:
         for place, axes in enumerate(part.subplots(height, COLUMNS, squeeze=False).flat):
             axes.axis("off")
             if place < len(one.results) and (file := one.results[place].file) is not None:
-                axes.imshow(_tile(file))
+                axes.imshow(shown(decoded(file)))
                 axes.set_title(f"{one.results[place].score:.3f}", fontsize=9)
     return canvas
 
@@ -128,10 +132,3 @@ def _has_pictures(found: Found) -> bool:
 def _plain(said: str) -> str:
     """Text as matplotlib should show it: a dollar is no formula."""
     return said.replace("$", r"\$")
-
-
-def _tile(file: Path) -> Image.Image:
-    image = decoded(file)
-    scale = TILE / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return image.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC)
