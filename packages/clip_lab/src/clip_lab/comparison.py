@@ -214,27 +214,22 @@ def table_rows(entries: Mapping[str, Entry]) -> list[dict[str, Any]]:
 
 
 def _differences_section(entries: Mapping[str, Entry], rows: list[dict[str, Any]]) -> Section:
-    """What each one is, and what was measured of that here."""
-    table = [
-        (
-            name,
-            *KINDS[entry.objective],
-            "no: each caption is read with each picture" if entry.objective == "simvlm" else "yes",
-            cell(row, "R@1 by embedding"),
-            cell(row, "R@1 by likelihood"),
-            cell(row, "perplexity"),
-            cell(row, "linear probe"),
-        )
-        for (name, entry), row in zip(entries.items(), rows, strict=True)
+    """What each one is, and what was measured of that here; a column per model."""
+    kinds = [KINDS[entry.objective] for entry in entries.values()]
+    one_by_one = ["no: each caption is read with each picture" if entry.objective == "simvlm" else "yes"
+                  for entry in entries.values()]  # fmt: skip
+    table: list[tuple[Any, ...]] = [
+        (said, *(kind[place] for kind in kinds)) for place, said in enumerate(("made of", "learns", "writes captions"))
     ]
-    columns = ("", "made of", "learns", "writes", "search by one product", "R@1 by embedding", "R@1 by likelihood",
-               "perplexity", "linear probe")  # fmt: skip
-    return Section("Differences", [Table(columns, table)])
+    table.append(("searches by one matrix product", *one_by_one))
+    measured = (CONTRASTIVE[0], GENERATIVE[0], "perplexity", "linear probe")
+    table += [(key, *(cell(row, key) for row in rows)) for key in measured]
+    return Section("Differences", [Table(("", *entries), table)])
 
 
 def _numbers_section(run: Run, config: CompareConfig, rows: list[dict[str, Any]]) -> Section:
     keys = (*CONTRASTIVE, *GENERATIVE, *BOTH)
-    table = [(row["objective"], *(cell(row, key) for key in keys)) for row in rows]
+    table = [(key, *(cell(row, key) for row in rows)) for key in keys]
     bars = {key: {row["objective"]: float(row.get(key, 0.0)) for row in rows} for key in keys if key != "perplexity"}
     figure = save_figure(run, "numbers", bar_figure(bars, "share that is right", 1.0))
     note = (
@@ -245,7 +240,7 @@ def _numbers_section(run: Run, config: CompareConfig, rows: list[dict[str, Any]]
         f"of pictures, with a penalty of {PENALTY:g} for all."
     )
     figures = Figure(figure, "All measured on the same pictures.")
-    return Section("Numbers", [Table(("", *keys), table), figures, Text(note)])
+    return Section("Numbers", [Table(("", *(row["objective"] for row in rows)), table), figures, Text(note)])
 
 
 def _curves_section(run: Run, entries: Mapping[str, Entry]) -> Section:

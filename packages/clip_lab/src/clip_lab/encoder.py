@@ -120,7 +120,8 @@ def load_encoder(spec: str, device: torch.device | None = None) -> Encoder:
     """The model that `--checkpoint` names, frozen, in evaluation mode.
 
     A finished run of ours or its `model/` (by default the newest under runs/); `MODEL:PRETRAINED` of open_clip, such as
-    `RN50:openai`; `timm:NAME`, an image tower alone; else a CLIP of transformers by its name or directory.
+    `RN50:openai`, or `hf-hub:ORG/NAME`; `timm:NAME`, an image tower alone; else a CLIP of transformers by its name or
+    directory.
 
     Raises:
         LabError: it cannot be had.
@@ -131,6 +132,8 @@ def load_encoder(spec: str, device: torch.device | None = None) -> Encoder:
         if (path / "open_clip_config.json").is_file():
             return frozen(_open_clip(spec, f"local-dir:{path}", None), device)
         return frozen(of_ours(load_model(path), spec or str(path)), device)
+    if spec.startswith("hf-hub:"):
+        return frozen(_open_clip(spec, spec, None), device)
     if spec.startswith("timm:"):
         return frozen(_timm(spec), device)
     if path.is_dir():
@@ -213,7 +216,7 @@ def _open_clip(spec: str, name: str, pretrained: str | None) -> Encoder:
     import open_clip
 
     architecture = name.removeprefix("local-dir:")
-    if not name.startswith("local-dir:") and architecture not in open_clip.list_models():
+    if not name.startswith(("local-dir:", "hf-hub:")) and architecture not in open_clip.list_models():
         raise LabError(f"--checkpoint {spec}: open_clip has no model {architecture}; as in RN50:openai or "
                        "ViT-B-32:laion2b_s34b_b79k")  # fmt: skip
     try:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 
 from clip_lab.batches import (
     ClipSteps,
@@ -110,6 +110,8 @@ def set_up(
     prepared_at = time.perf_counter()
     if processes > 1 and accelerator.device.type == "cuda":
         model.image.network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.image.network)
+    if model.reads == "places":  # what makes the feature of them (a pool, a norm) gets no gradient then
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     if accelerator.device.type == "cpu" and accelerator.distributed_type != DistributedType.DEEPSPEED:
         model.image.to(memory_format=torch.channels_last)  # half as fast again for small CNNs
     optimizer = torch.optim.AdamW(_groups(config, model), betas=(0.9, 0.98), fused=True)
