@@ -67,19 +67,18 @@ def evaluated(
     pictures: CaptionedPictures,
     truth: Mapping[str, Scene],
     device: torch.device,
-    ranked: int = 0,
 ) -> Evaluation:
     """Retrieval among test pictures, perplexity where the model writes, searches of which the answers are known.
 
-    SimVLM compares by how probable captions are, which takes a pass for every pair: only the first `ranked` pictures
-    take part (by default 100; all, for models with embeddings).
+    SimVLM compares by how probable captions are, which takes a pass for every pair: only the first hundred pictures
+    take part.
     """
     encoder = frozen(of_ours(loaded, "the model"), device)
     model = loaded.model
     tensors = PictureTensors(pictures, loaded.transform)
     rows = picture_rows_of(loaded, tensors)
     by_likelihood = isinstance(model, SimVlmModel)
-    count = min(len(pictures), ranked or (RANKED if by_likelihood else len(pictures)))
+    count = min(len(pictures), RANKED) if by_likelihood else len(pictures)
     captions = [caption for of in pictures.captions[:count] for caption in of]
     of_picture = np.repeat(np.arange(count), [len(of) for of in pictures.captions[:count]])
     image = None
@@ -95,7 +94,7 @@ def evaluated(
         places = np.repeat(np.arange(len(pictures)), [len(of) for of in pictures.captions]).tolist()
         found = perplexity(loaded, rows, every, places)
     queries = {}
-    if image is not None and truth:
+    if image is not None and all(name in truth for name in pictures.names):
         queries = searched(encoder, image, [truth[name] for name in pictures.names])
     return Evaluation(
         retrieval_metrics(similarity, of_picture), chance_metrics(len(captions), count), similarity, of_picture, count,

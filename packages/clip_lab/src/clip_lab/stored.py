@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from clip_lab.config import FINISHED, HeadOptions, Objective, TrainConfig
 from clip_lab.data import transform_of
 from clip_lab.image import ImageTower
-from clip_lab.model import Model, SimVlmModel, built
+from clip_lab.model import Model, built
 from clip_lab.text import PretrainedText, TextTower
 from clip_lab.tokens import Words, load_words
 from labs_common.data.described import Transform
@@ -54,8 +54,7 @@ def save_model(
     else:
         said["text"] = {"width": config.text.text_width, "layers": config.text.text_layers,
                         "heads": config.text.text_heads}  # fmt: skip
-    # SimVLM shares its words with nothing; two names of one tensor could not be written.
-    kept = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with written_whole(folder) as part:
         save_file(kept, part / WEIGHTS, {"format": "pt"})
         (part / FINISHED).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
@@ -105,8 +104,3 @@ def _built(said: Mapping[str, Any]) -> Model:
         sizes = (text["width"], text["layers"], text["heads"])
         reader = TextTower(said["vocabulary"], *sizes, said["length"], said["end"])
     return built(said["objective"], tower, reader, HeadOptions(**said["head"]))
-
-
-def embeds(loaded: Loaded) -> bool:
-    """Whether pictures and captions have embeddings; SimVLM's have none."""
-    return not isinstance(loaded.model, SimVlmModel)
