@@ -159,7 +159,8 @@ for name in ("clip", "siglip"):
     for gradient, wanted in zip(torch.autograd.grad(mine, weights), expected):
         dist.all_reduce(gradient)
         torch.testing.assert_close(gradient / count, wanted, atol=1e-5, rtol=1e-5)
-print("equal")
+print("equal", flush=True)
+dist.destroy_process_group()
 """
 
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.distributed.nn.functional import all_gather
 
 PADDED = -100
 
@@ -119,7 +118,25 @@ def gathered(image: torch.Tensor, text: torch.Tensor, image_ids: torch.Tensor, t
         parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather(parts, own)
         ids.append(torch.cat(parts))
-    return Columns(torch.cat(all_gather(image)), torch.cat(all_gather(text)), *ids)
+    return Columns(_Gathered.apply(image), _Gathered.apply(text), *ids)
+
+
+class _Gathered(torch.autograd.Function):
+    """The rows of all processes, one after the other; each gets back the sum of what all made of its rows."""
+
+    @staticmethod
+    def forward(ctx: Any, own: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, own.contiguous())
+        ctx.count = len(own)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: torch.Tensor) -> Any:
+        whole = gradient[0].clone()
+        torch.distributed.all_reduce(whole)
+        first = torch.distributed.get_rank() * ctx.count
+        return whole[first : first + ctx.count]
 
 
 def _cross_entropy(
