@@ -316,7 +316,7 @@ def test_real_classes_are_probed_and_named(run: Path, real_classes: Path, tmp_pa
         ("export", ("--checkpoint", "missing"), "missing"),
         ("compare", ("--objectives", "clip,clip"), "occurs twice"),
         ("compare", ("--ranked", "1"), "--ranked"),
-        ("demo", ("--port", "0", "--checkpoint", "missing"), "missing"),
+        ("demo", ("--top", "0"), "--top"),
     ],
 )
 def test_bad_input_is_one_line(

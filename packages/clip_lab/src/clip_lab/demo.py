@@ -20,10 +20,10 @@ def demo(config: DemoConfig) -> None:
     Raises:
         LabError: Gradio is not installed, no model or picture is there, or the port is taken.
     """
-    if importlib.util.find_spec("gradio") is None:
-        raise LabError("demo: needs Gradio; install the extra clip-lab[demo]")
     if config.top < 1:
         raise LabError("--top: must be at least 1")
+    if importlib.util.find_spec("gradio") is None:
+        raise LabError("demo: needs Gradio; install the extra clip-lab[demo]")
     with socket.socket() as probe:
         if probe.connect_ex((config.host, config.port)) == 0:
             raise LabError(f"--port {config.port}: is in use; name another")
