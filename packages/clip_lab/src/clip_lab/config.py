@@ -204,8 +204,8 @@ class ProbeConfig:
     """
 
     checkpoint: str = ""
-    """openai/clip-vit-base-patch32 or a directory (transformers), RN50:openai (open_clip), timm:resnet50_clip.openai,
-    or a finished run; by default the newest under runs/."""
+    """openai/clip-vit-base-patch32 or a directory (transformers), RN50:openai (open_clip), timm:resnet50_clip.openai
+    (timm:NAME,random for weights that were never trained), or a finished run; by default the newest under runs/."""
     data: ClassDataOptions = field(default_factory=ClassDataOptions)
     features: Literal["tower", "embedding"] = "tower"
     """What the layer reads: the tower's feature before the projection, as the paper does, or the embedding."""

@@ -1,4 +1,4 @@
-"""What is around the training loop: setting up, shares of the loss, scores after an epoch, a finished model."""
+"""What is around the training loop: making the model, setting up, and leaving a finished one behind."""
 
 import time
 from dataclasses import dataclass, replace

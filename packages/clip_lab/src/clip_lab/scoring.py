@@ -44,7 +44,8 @@ def _found(fitting: Fitting, data: Pairs) -> dict[str, float]:
         ids.append(of_picture + first)
         scale, bias = found.scale, found.bias
         if found.logits is not None:
-            losses.append((float(caption_share(fitting, part, found.logits)), len(places)))
+            predicted = sum(len(row) - 1 for place in places for row in data.words[place])
+            losses.append((float(caption_share(fitting, part, found.logits)), predicted))
     assert scale is not None
     image, text, of = torch.cat(images), torch.cat(texts), torch.cat(ids)
     numbers = torch.from_numpy(data.ids).to(image.device)
