@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Schedule = Literal["cosine", "linear", "constant"]
+Schedule = Literal["cosine", "linear", "constant", "steps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Tracker = Literal["tensorboard", "wandb", "none"]
 OnBadData = Literal["error", "skip"]
@@ -46,7 +46,8 @@ class TrainingOptions:
     learning_rate: float = 1e-3
     """Highest learning rate, reached after the warm-up."""
     schedule: Schedule = "cosine"
-    """How the learning rate falls after the warm-up: cosine or linear to zero, or not at all."""
+    """How the learning rate falls after the warm-up: cosine or linear to zero, not at all, or in steps to a tenth after
+    two thirds and a hundredth after eleven twelfths of all steps."""
     warmup: float = 0.03
     """Share of all steps over which the learning rate rises from zero."""
     weight_decay: float = 0.0

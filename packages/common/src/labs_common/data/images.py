@@ -30,8 +30,10 @@ class BadPictureError(Exception):
     """A picture that cannot be used; the message says why, without its name."""
 
 
-def decoded(content: bytes | Path | np.ndarray) -> Image.Image:
+def decoded(content: bytes | Path | np.ndarray, upright: bool = True) -> Image.Image:
     """The picture in RGB, turned as its camera says; from a file, the bytes of one, or levels (height, width, 3).
+
+    Without `upright` it stays as it is stored.
 
     Raises:
         BadPictureError: the file is missing, empty, truncated, no picture, or claims more than 64 megapixels.
@@ -47,7 +49,7 @@ def decoded(content: bytes | Path | np.ndarray) -> Image.Image:
                     raise BadPictureError(f"{image.width} × {image.height} pixels, more than {MOST_PIXELS:,}")
                 if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8
                     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-                return ImageOps.exif_transpose(image).convert("RGB")
+                return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadPictureError("decompression bomb: claims far more pixels than a picture has") from error
     except FileNotFoundError as error:

@@ -1,14 +1,38 @@
 """Which picture is in which split, kept with a run; and what was left out of them."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
-from labs_common.data.captions import CaptionedPictures
-from labs_common.data.pictures import LabelledPictures
 from labs_common.errors import LabError
 from labs_common.progress import console
 from labs_common.run import Run
 
-Splits = Mapping[str, LabelledPictures] | Mapping[str, CaptionedPictures]
+
+class Part(Protocol):
+    """The pictures of a split, of whatever kind."""
+
+    @property
+    def source(self) -> str:
+        """Where they are from."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """One for each picture."""
+
+    @property
+    def left_out(self) -> Counter[str]:
+        """How many were left out, by reason."""
+
+    @property
+    def examples(self) -> Sequence[str]:
+        """Some that were left out, each with its reason."""
+
+    def fingerprint(self) -> str:
+        """Changes with any picture."""
+
+
+Splits = Mapping[str, Part]
 
 
 def record_splits(run: Run, splits: Splits) -> None:

@@ -1,0 +1,128 @@
+"""Backbones by name, each under a feature pyramid: a tiny one, torchvision's ResNets, timm's networks."""
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+from torchvision.models import get_model_weights, list_models
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.resnet import BasicBlock
+from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from labs_common.errors import LabError
+from labs_common.networks import load_exactly, read_weights, timm_arguments
+
+TINY = "tiny"
+TINY_CHANNELS = (24, 48, 64, 96)  # at strides 2, 4, 8 and 16
+STAGES = 4  # of a ResNet, after its stem
+
+
+class Backbone(Protocol):
+    """Pictures (batch, 3, height, width) in, feature maps by name out, each with `out_channels` channels."""
+
+    out_channels: int
+
+    def __call__(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The maps, finest first."""
+
+
+class TinyBody(nn.Sequential):
+    """Three feature maps at strides 4, 8 and 16: small enough to learn drawn things on a CPU in minutes."""
+
+    def __init__(self) -> None:
+        stages: list[nn.Module] = []
+        before = 3
+        for channels in TINY_CHANNELS:
+            halved = Conv2dNormActivation(before, channels, 3, 2)
+            stages.append(nn.Sequential(halved, BasicBlock(channels, channels)) if stages else halved)
+            before = channels
+        super().__init__(*stages)
+
+    def forward(self, pictures: torch.Tensor) -> list[torch.Tensor]:
+        """Maps (batch, channels, height / stride, width / stride)."""
+        maps = []
+        for stage in self:
+            pictures = stage(pictures)
+            maps.append(pictures)
+        return maps[1:]
+
+
+class Pyramid(nn.Module):
+    """A network that gives a list of feature maps, and torchvision's feature pyramid on them."""
+
+    def __init__(self, body: nn.Module, channels: list[int], out_channels: int, pooled: bool) -> None:
+        """`channels` of the body's maps; `pooled` adds a coarser level."""
+        super().__init__()
+        self.body = body
+        self.fpn = FeaturePyramidNetwork(channels, out_channels, LastLevelMaxPool() if pooled else None)
+        self.out_channels = out_channels
+
+    def forward(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The levels by name, finest first."""
+        maps = OrderedDict((str(place), found) for place, found in enumerate(self.body(pictures)))
+        levels: dict[str, torch.Tensor] = self.fpn(maps)
+        return levels
+
+
+def make_backbone(name: str, pretrained: bool, weights: Path | None, frozen_stages: int, channels: int) -> nn.Module:
+    """The backbone under a pyramid of `channels`; the stem and the first `frozen_stages` stages (of 4) do not train.
+
+    Where nothing that trains comes before a layer, autograd keeps none of its activations. `weights` are of the plain
+    network, without the pyramid; they win over `pretrained`. Those of torchvision and timm have their batch
+    norms fixed, because a detector's batches are too small for statistics.
+
+    Raises:
+        LabError: there is no such network, it cannot be had, or the weights do not fit.
+    """
+    if name == TINY:
+        tiny = Pyramid(TinyBody(), list(TINY_CHANNELS[1:]), channels, pooled=False)
+        _load(tiny.body, weights)
+        for stage in list(tiny.body.children())[: 0 if frozen_stages == 0 else frozen_stages + 1]:
+            stage.requires_grad_(False)
+        return tiny
+    try:
+        if name.startswith(("resnet", "resnext", "wide_resnet")) and name in list_models():
+            chosen = get_model_weights(name).DEFAULT if pretrained and weights is None else None
+            backbone = resnet_fpn_backbone(
+                backbone_name=name, weights=chosen, trainable_layers=STAGES + (frozen_stages == 0) - frozen_stages
+            )
+            _load(backbone.body, weights)
+            return backbone
+        return _of_timm(name, pretrained, weights, frozen_stages, channels)
+    except (OSError, RuntimeError) as error:  # no network, no such weights
+        raise LabError(f"--backbone {name}: cannot be had ({str(error).splitlines()[0]}); give --backbone-weights, or "
+                       "--no-backbone-pretrained") from error  # fmt: skip
+
+
+def _of_timm(name: str, pretrained: bool, weights: Path | None, frozen_stages: int, channels: int) -> nn.Module:
+    import timm
+    from timm.layers import freeze_batch_norm_2d
+
+    arguments = timm_arguments(name, 0, "--backbone")
+    plain = name.removeprefix("timm/")
+    known: Any = timm.create_model(plain, features_only=True, **arguments).feature_info
+    levels = [place for place, reduction in enumerate(known.reduction()) if reduction in (4, 8, 16, 32)]
+    if len(levels) != STAGES:
+        raise LabError(f"--backbone {name}: has feature maps at strides {known.reduction()}, not at 4, 8, 16 and 32")
+    body = timm.create_model(
+        plain, features_only=True, out_indices=levels, pretrained=pretrained and weights is None, **arguments
+    )
+    _load(body, weights)
+    body = freeze_batch_norm_2d(body)
+    if frozen_stages:
+        last = body.feature_info.module_name(frozen_stages - 1).replace(".", "_")
+        if last not in dict(body.named_children()):
+            raise LabError(f"--frozen-stages: the stages of {name} have no order; take 0")
+        for child_name, child in body.named_children():
+            child.requires_grad_(False)
+            if child_name == last:
+                break
+    return Pyramid(body, body.feature_info.channels(), channels, pooled=True)
+
+
+def _load(body: nn.Module, weights: Path | None) -> None:
+    if weights is not None:
+        load_exactly(body, read_weights(weights, "--backbone-weights"), f"--backbone-weights {weights}")

@@ -1,0 +1,233 @@
+"""Every option of the lab, once, with its help text and default. Imports nothing heavy: `--help` is fast."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from labs_common.errors import LabError
+from labs_common.options import OnBadData, RunOptions, TrainingOptions
+from zsi_contrastive.splits import PUBLISHED, SCENES
+
+TINY = "tiny"
+FINISHED = "zsi.json"
+TRAIN = "zsi_contrastive.train"
+Aggregate = Literal["none", "sum", "mean", "max"]
+Transfer = Literal["auto", "paper", "things"]
+Optimizer = Literal["auto", "sgd", "adamw"]
+Colouring = Literal["auto", "yes", "no"]
+
+
+@dataclass
+class DataOptions:
+    """Which pictures with instances, and which classes are seen."""
+
+    data: Path | None = None
+    """Directory of COCO: annotations/instances_train….json and instances_val….json beside the folders of their
+    pictures. Without it, drawn scenes."""
+    train_annotations: Path | None = None
+    """Take this file for training instead, such as one that prepare wrote."""
+    test_annotations: Path | None = None
+    """Take this file for the test instead."""
+    split: str = ""
+    """Seen and unseen classes: 48_17 or 65_15 of the literature, or a JSON file with the lists "seen" and "unseen". By
+    default 48_17, and the pairings of drawn scenes without --data."""
+    validation_fraction: float = 0.3
+    """Share of the test pictures set aside to choose --seen-bias on; the others give the figures."""
+    limit: int = 0
+    """Take at most this many pictures for training, and for validation and test each; 0 takes all."""
+    on_bad_data: OnBadData = "error"
+    """What to do with pictures that cannot be used: stop and name them, or leave them out and count them."""
+
+
+@dataclass
+class WordOptions:
+    """What the classes are known by."""
+
+    word_vectors: str = ""
+    """A matrix of the reference (a row for each dimension; columns for background, seen and unseen classes), a text
+    file of GloVe or fastText, or encoder:NAME for a text encoder of Hugging Face. Drawn scenes have attributes."""
+    vocabulary: Path | None = None
+    """Vectors of more words, of the same kind and length: what the detector sees is compared with these words first."""
+    columns: Literal["check", "trust"] = "check"
+    """Make sure that a matrix's columns stand in the order of the classes, or take it as it is."""
+
+
+@dataclass
+class ModelOptions:
+    """Which network, and which of the paper's parts."""
+
+    backbone: str = TINY
+    """tiny, a ResNet of torchvision (resnet101 is the paper's), or a network of timm with maps at strides 4 to 32."""
+    backbone_pretrained: bool = True
+    """Start from weights of ImageNet (downloaded on first use), or from random ones; tiny is always random."""
+    backbone_weights: Path | None = None
+    """Start from this .safetensors file of the same network."""
+    frozen_stages: int = -1
+    """How many stages of the backbone, after its stem, stay fixed; -1 takes the paper's 1, and 0 for tiny."""
+    mask_head: bool = True
+    """Outline things, or only box them."""
+    decoders: bool = True
+    """Reconstruct what was seen from the vectors."""
+    background_rpn: bool = True
+    """Learn background as a word vector where regions are proposed."""
+    sync_background: bool = True
+    """Use that vector for background in the detector as well."""
+    min_side: int = 0
+    """Shorter side of the pictures that the network sees, in pixels; 0 takes 800, and 96 for tiny."""
+    max_side: int = 0
+    """Longest side; 0 takes 1333, and 160 for tiny."""
+
+
+@dataclass
+class DetectionOptions:
+    """How things are looked for."""
+
+    transfer: Transfer = "auto"
+    """How scores of known classes become those of others: the paper's, in which background is a word like others, or
+    among things alone; auto is the paper's, and things for tiny."""
+    temperature: float = 0.0
+    """By which logits of known classes are divided for that; 0 takes 1, as in the paper, and 4 for tiny."""
+    seen_bias: float = 0.0
+    """Taken from the scores of seen classes where both kinds are looked for (calibrated stacking)."""
+    refine: Aggregate = "none"
+    """Mix each unseen class's vector with those of its neighbours: their sum, mean or largest values."""
+    neighbours: int = 3
+    """How many."""
+    refine_share: float = 0.3
+    """How much of the refined vector is the neighbours'."""
+    score_threshold: float = 0.05
+    """Detections that score less are dropped."""
+    nms_threshold: float = 0.5
+    """Overlap (IoU) from which the weaker of two boxes of a class is dropped."""
+    kept: int = 100
+    """Most detections of a picture."""
+    controls: int = 3
+    """Times that random vectors take the place of the unseen classes', to see what chance gives; 0 does not."""
+
+
+@dataclass
+class DetectorTrainingOptions(TrainingOptions):
+    """How the weights are moved."""
+
+    epochs: int = 0
+    """Passes over the training pictures; 0 takes the paper's 12, and 8 for tiny."""
+    batch_size: int = 0
+    """Pictures per optimizer step, over all processes together; 0 takes the paper's 8, and 16 for tiny."""
+    at_once: int = 0
+    """Pictures that a process holds at the same time: a step is done in parts; 0 takes a whole step at once."""
+    optimizer: Optimizer = "auto"
+    """SGD with momentum 0.9, or AdamW; auto is the paper's SGD, and AdamW for tiny."""
+    learning_rate: float = 0.0
+    """Highest learning rate; 0 takes the paper's 0.01 (0.0075 for 65_15), and 3e-3 for tiny."""
+    schedule: Literal["auto", "cosine", "linear", "constant", "steps"] = "auto"  # type: ignore[assignment]
+    """auto is the paper's steps, and cosine for tiny: a tenth after two thirds, a hundredth after eleven twelfths."""
+    weight_decay: float = 1e-4
+    """Weight decay, decoupled with AdamW."""
+    clip_norm: float = 0.0
+    """Gradients with a larger L2 norm are scaled down to it; 0 takes the paper's 35, and 5 for tiny."""
+    reconstruction: float = 0.5
+    """Weight of the decoders' losses."""
+    flip: bool = True
+    """Mirror training pictures by chance."""
+    validation_pictures: int = 200
+    """Pictures that evaluations during training look at."""
+
+
+@dataclass
+class TrainConfig:
+    """Trains a detector that knows words, then finds, boxes and outlines things of classes it never saw.
+
+    `python -m zsi_contrastive.train` alone works offline in five minutes: it draws scenes of textured shapes, in which
+    a quarter of the pairings of texture and shape never occurs in training. The real thing is the same command:
+    `accelerate launch -m zsi_contrastive.train --backbone resnet101 --data coco --split 48_17
+    --word-vectors word_w2v_withbg_48_17.txt`.
+    """
+
+    data: DataOptions = field(default_factory=DataOptions)
+    words: WordOptions = field(default_factory=WordOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    detection: DetectionOptions = field(default_factory=DetectionOptions)
+    training: DetectorTrainingOptions = field(default_factory=DetectorTrainingOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+def complete(config: Config) -> Config:
+    """The config with a default in the place of what was left to the model and the data.
+
+    Raises:
+        LabError: options that contradict each other, or are out of range.
+    """
+    data, words, model, training = config.data, config.words, config.model, config.training
+    tiny = model.backbone == TINY
+    split = data.split or (SCENES if data.data is None else PUBLISHED[0])
+    if data.data is None and split != SCENES:
+        raise LabError(f"--split {split}: drawn scenes have classes of their own; name pictures with --data")
+    vectors = words.word_vectors or ("attributes" if split == SCENES else "")
+    if not vectors:
+        raise LabError(f"--word-vectors: name the vectors of the classes of {split}: a matrix, a text file of GloVe or "
+                       "fastText, or encoder:NAME")  # fmt: skip
+    if not 0 <= data.validation_fraction < 1:
+        raise LabError("--validation-fraction: must be at least 0 and less than 1")
+    if model.sync_background and not model.background_rpn:
+        raise LabError("--sync-background: there is nothing to take over without --background-rpn; add "
+                       "--no-sync-background")  # fmt: skip
+    check_detection(config.detection)
+    if model.backbone_weights is not None and model.backbone_weights.suffix != ".safetensors":
+        raise LabError(f"--backbone-weights {model.backbone_weights}: must be a .safetensors file")
+    if not -1 <= model.frozen_stages <= 4:
+        raise LabError("--frozen-stages: must lie between 0 and 4")
+    rate = 3e-3 if tiny else 0.0075 if split == "65_15" else 0.01
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(data, split=split),
+        words=dataclasses.replace(words, word_vectors=vectors),
+        model=dataclasses.replace(
+            model,
+            frozen_stages=(0 if tiny else 1) if model.frozen_stages < 0 else model.frozen_stages,
+            min_side=model.min_side or (96 if tiny else 800),
+            max_side=model.max_side or (160 if tiny else 1333),
+        ),
+        detection=completed_detection(config.detection, tiny),
+        training=dataclasses.replace(
+            training,
+            epochs=training.epochs or (8 if tiny else 12),
+            batch_size=training.batch_size or (16 if tiny else 8),
+            optimizer=("adamw" if tiny else "sgd") if training.optimizer == "auto" else training.optimizer,
+            learning_rate=training.learning_rate or rate,
+            schedule=("cosine" if tiny else "steps") if training.schedule == "auto" else training.schedule,
+            clip_norm=training.clip_norm or (5.0 if tiny else 35.0),
+        ),
+    )
+
+
+def completed_detection(detection: DetectionOptions, tiny: bool) -> DetectionOptions:
+    """The options with what was left to the model."""
+    return dataclasses.replace(
+        detection,
+        transfer=("things" if tiny else "paper") if detection.transfer == "auto" else detection.transfer,
+        temperature=detection.temperature or (4.0 if tiny else 1.0),
+    )
+
+
+def check_detection(detection: DetectionOptions) -> None:
+    """Refuses what makes no sense.
+
+    Raises:
+        LabError: a value is out of range.
+    """
+    for name, value in (("score-threshold", detection.score_threshold), ("refine-share", detection.refine_share)):
+        if not 0 <= value <= 1:
+            raise LabError(f"--{name}: must lie between 0 and 1")
+    if not 0 < detection.nms_threshold <= 1:
+        raise LabError("--nms-threshold: must be more than 0 and at most 1")
+    if detection.temperature < 0:
+        raise LabError("--temperature: must be positive")
+    for name, value in (("kept", detection.kept), ("neighbours", detection.neighbours)):
+        if value < 1:
+            raise LabError(f"--{name}: must be at least 1")
+    if detection.controls < 0:
+        raise LabError("--controls: must be at least 0")

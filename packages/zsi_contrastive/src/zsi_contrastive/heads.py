@@ -1,0 +1,160 @@
+"""The parts of the network that know words: proposals, boxes and masks are scored against class vectors.
+
+Zheng et al., "Zero-Shot Instance Segmentation", CVPR 2021, section 3. Shapes: d is the length of a word vector, and
+class vectors are rows, with the background's first.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
+
+DECONV = 2  # the mask head doubles the side of what RoIAlign gives
+
+
+class BackgroundAwareRPNHead(nn.Module):
+    """Proposals that learn what background is as a word vector (section 3.3).
+
+    Each place becomes a vector in the space of words; an anchor's score is its product with a learnt row for things
+    minus that with a learnt row for background, which starts as background's word vector. In place of
+    torchvision's `RPNHead`.
+    """
+
+    def __init__(self, channels: int, anchors: int, background: torch.Tensor) -> None:
+        """`anchors` per place; `background` (d,) is copied."""
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.semantic = nn.Conv2d(channels, len(background), 1)
+        self.box = nn.Conv2d(channels, anchors * 4, 1)
+        for layer in (self.conv, self.semantic, self.box):
+            nn.init.normal_(layer.weight, std=0.01)
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+        self.background = nn.Parameter(background.float().repeat(anchors, 1))  # (anchors, d)
+        self.thing = nn.Parameter(torch.randn(anchors, len(background)) * 0.01)
+
+    def forward(self, features: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Of every level (pictures, channels, h, w): scores (pictures, anchors, h, w) and boxes (…, anchors · 4, …).
+
+        A score is the logit of being a thing: the softmax over both rows is its sigmoid.
+        """
+        rows = (self.thing - self.background)[..., None, None]  # (anchors, d, 1, 1)
+        scores, boxes = [], []
+        for feature in features:
+            seen = F.relu(self.conv(feature))
+            scores.append(F.conv2d(self.semantic(seen), rows.to(seen.dtype)))
+            boxes.append(self.box(seen))
+        return scores, boxes
+
+    def background_vector(self) -> torch.Tensor:
+        """What background is now (d,): the mean of the anchors' rows."""
+        return self.background.mean(0)
+
+
+class SynchronisedBackground(nn.Module):
+    """Class vectors whose first row is background: its word vector, or what the proposals have learnt (section 3.5)."""
+
+    def __init__(self, background: torch.Tensor) -> None:
+        """`background` (d,) is its word vector."""
+        super().__init__()
+        self.register_buffer("word", background.float().clone())
+
+    def forward(self, seen: torch.Tensor, learnt: torch.Tensor | None = None) -> torch.Tensor:
+        """(1 + seen, d): gradient flows back into `learnt` (d,) where that takes the word's place."""
+        assert isinstance(self.word, torch.Tensor)
+        return torch.cat([(self.word if learnt is None else learnt)[None], seen])
+
+
+class SemanticBoxHead(nn.Module):
+    """A region as a vector in the space of words, and the shift of its box, which is the same for every class.
+
+    With a decoder the features are reconstructed from the vector (section 3.2); with a vocabulary the vector
+    passes through its products with many words first.
+    """
+
+    def __init__(self, inputs: int, width: int, length: int, decoder: bool, words: torch.Tensor | None = None) -> None:
+        """`inputs` values of a region, `width` of the two layers, `length` d, `words` (n, d) the vocabulary."""
+        super().__init__()
+        self.first = nn.Linear(inputs, width)
+        self.second = nn.Linear(width, width)
+        self.semantic = nn.Linear(width, length)
+        self.box = nn.Linear(width, 4)
+        self.decoder = nn.Linear(length, width) if decoder else None
+        self.register_buffer("words", words)
+        self.from_words: nn.Linear | None = None
+        if words is not None:
+            self.from_words = nn.Linear(len(words), length, bias=False)
+            # It starts as the detour that changes nothing: words @ pinv(words) is one where there are more than d.
+            self.from_words.weight = nn.Parameter(torch.linalg.pinv(words.T).T.contiguous())
+
+    def forward(self, regions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Regions (n, channels, s, s) as vectors (n, d), box shifts (n, 4) and features (n, width)."""
+        features = F.relu(self.second(F.relu(self.first(regions.flatten(1)))))
+        vectors = self.semantic(features)
+        if self.from_words is not None:
+            assert isinstance(self.words, torch.Tensor)
+            vectors = self.from_words(vectors @ self.words.T)
+        return vectors, self.box(features), features
+
+    def reconstruction_loss(self, vectors: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Mean squared error of the decoder; both the vectors and the features that they come from learn by it."""
+        assert self.decoder is not None
+        return F.mse_loss(self.decoder(vectors), features)
+
+
+class SemanticMaskHead(nn.Module):
+    """A region's pixels as vectors in the space of words: a class's mask is their product with its vector.
+
+    That product is the paper's fixed 1 × 1 convolution, done for the wanted class alone (section 3.4).
+    """
+
+    def __init__(self, channels: int, width: int, depth: int, length: int, decoder: bool) -> None:
+        """`depth` convolutions of `width` channels before the side is doubled."""
+        super().__init__()
+        self.convs = MaskRCNNHeads(channels, [width] * depth, 1)
+        self.deconv = nn.ConvTranspose2d(width, width, 2, DECONV)
+        self.encoder = nn.Sequential(
+            nn.Conv2d(width, length, 3, padding=1), nn.ReLU(), nn.Conv2d(length, length, 3, padding=1)
+        )
+        self.decoder: nn.Sequential | None = None
+        if decoder:
+            self.decoder = nn.Sequential(
+                nn.Conv2d(length, length, 3, padding=1), nn.ReLU(), nn.Conv2d(length, width, 3, padding=1)
+            )
+        nn.init.kaiming_normal_(self.deconv.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, regions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Regions (n, channels, s, s) as vectors (n, d, 2s, 2s) and features (n, width, 2s, 2s)."""
+        features = F.relu(self.deconv(self.convs(regions)))
+        return self.encoder(features), features
+
+    def reconstruction_loss(self, vectors: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Mean squared error of the decoder over all pixels."""
+        assert self.decoder is not None
+        return F.mse_loss(self.decoder(vectors), features)
+
+
+def mask_logits(vectors: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """Logits (n, h, w) of each region's mask: its vectors (n, d, h, w) times its class's vector (n, d)."""
+    return torch.einsum("ndhw,nd->nhw", vectors, classes.to(vectors.dtype))
+
+
+def transferred(
+    logits: torch.Tensor,
+    known: torch.Tensor,
+    asked: torch.Tensor,
+    temperature: float = 1.0,
+    background: bool = True,
+) -> torch.Tensor:
+    """Scores (n, asked) of any classes from those of the known: softmax(logits) · V · V_askedᵀ (section 3.2).
+
+    `logits` (n, 1 + seen), `known` V (1 + seen, d) with background first, `asked` (asked, d). A region that looks
+    half like one class and half like another has that mixture as its vector. That is the paper's rule. A higher
+    `temperature` divides the logits, so that more than the likeliest class counts; without `background` only things
+    are mixed, and background takes its probability away from the scores instead.
+    """
+    logits, known, asked = logits.float(), known.float(), asked.float()
+    if background:
+        return (logits / temperature).softmax(-1) @ known @ asked.T
+    thing = 1 - logits.softmax(-1)[:, :1]
+    return thing * ((logits[:, 1:] / temperature).softmax(-1) @ known[1:] @ asked.T)

@@ -1,0 +1,123 @@
+"""The result on disk: `zsi.json` and `model.safetensors`, and nothing else is needed."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from labs_common.errors import LabError
+from labs_common.run import written_whole
+from zsi_contrastive.backbone import make_backbone
+from zsi_contrastive.config import FINISHED, TINY, DetectionOptions, TrainConfig
+from zsi_contrastive.model import Parts, Sizes, ZeroShotMaskRCNN
+from zsi_contrastive.regions import Sampling
+from zsi_contrastive.splits import Split
+from zsi_contrastive.vectors import ClassVectors
+
+FOLDER, WEIGHTS = "model", "model.safetensors"
+TINY_CHANNELS, CHANNELS = 48, 256
+TINY_ANCHORS = (16, 28, 48)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained detector with the classes that it knows by name."""
+
+    model: ZeroShotMaskRCNN
+    split: Split
+    vectors: ClassVectors
+    detection: DetectionOptions
+
+
+def sizes_of(config: TrainConfig) -> tuple[Sizes, Sampling]:
+    """Widths and numbers for a completed config's backbone."""
+    model, detection = config.model, config.detection
+    kept: dict[str, Any] = {"score_threshold": detection.score_threshold, "nms_threshold": detection.nms_threshold,
+            "kept": detection.kept}  # fmt: skip
+    if model.backbone == TINY:
+        sizes = Sizes(256, 48, 2, TINY_ANCHORS, model.min_side, model.max_side, 64, (200, 200, 100, 100), 16, 7, 1)
+        return sizes, Sampling(per_picture=32, **kept)
+    return Sizes(min_side=model.min_side, max_side=model.max_side), Sampling(**kept)
+
+
+def make_model(config: TrainConfig, vectors: ClassVectors, words: torch.Tensor | None) -> ZeroShotMaskRCNN:
+    """The untrained detector that a completed config describes.
+
+    Raises:
+        LabError: the backbone cannot be had.
+    """
+    options = config.model
+    backbone = make_backbone(
+        options.backbone, options.backbone_pretrained, options.backbone_weights, options.frozen_stages,
+        TINY_CHANNELS if options.backbone == TINY else CHANNELS,
+    )  # fmt: skip
+    parts = Parts(options.mask_head, options.decoders, options.background_rpn, options.sync_background)
+    sizes, sampling = sizes_of(config)
+    return ZeroShotMaskRCNN(backbone, vectors.background, vectors.seen, parts, sizes, sampling, words)
+
+
+def save_model(
+    config: TrainConfig, state: Mapping[str, torch.Tensor], split: Split, vectors: ClassVectors, model: ZeroShotMaskRCNN
+) -> dict[str, Any]:
+    """What `write_model` writes: `state` are the weights, which may be sharded in `model` itself."""
+    sizes, sampling = sizes_of(config)
+    words = model.regions.box_head.words
+    said = {
+        "backbone": config.model.backbone,
+        "parts": asdict(model.parts),
+        "sizes": asdict(sizes),
+        "sampling": asdict(sampling),
+        "detection": asdict(config.detection),
+        "split": asdict(split),
+        "word_vectors": vectors.source,
+        "by_column": vectors.by_column,
+        "words": None if words is None else list(words.shape),
+    }
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    return {"said": said, "state": kept | {"unseen": vectors.unseen.contiguous()}}
+
+
+def write_model(saved: Mapping[str, Any], folder: Path) -> None:
+    """Writes the whole model in one move."""
+    with written_whole(folder) as part:
+        save_file(saved["state"], part / WEIGHTS, {"format": "pt"})
+        (part / FINISHED).write_text(json.dumps(saved["said"], indent=2) + "\n", encoding="utf-8")
+
+
+def load_model(path: Path, option: str = "--checkpoint") -> Loaded:
+    """The model of a finished run, or of the directory that `write_model` wrote; in evaluation mode.
+
+    Raises:
+        LabError: none is there, or it is broken.
+    """
+    folder = path / FOLDER if (path / FOLDER / FINISHED).is_file() else path
+    if not (folder / FINISHED).is_file() or not (folder / WEIGHTS).is_file():
+        there = "holds no trained model; name a finished run" if path.is_dir() else "no such directory"
+        raise LabError(f"{option} {path}: {there}")
+    try:
+        said = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
+        state = load_file(folder / WEIGHTS)
+        unseen = state.pop("unseen")
+        seen, background = state["seen"], state["background.word"]
+        wide: dict[str, Any] = said["sizes"]
+        sizes = Sizes(**{key: tuple(value) if isinstance(value, list) else value for key, value in wide.items()})
+        channels = TINY_CHANNELS if said["backbone"] == TINY else CHANNELS
+        backbone = make_backbone(said["backbone"], False, None, 0, channels)
+        words = None if said["words"] is None else torch.randn(said["words"])
+        model = ZeroShotMaskRCNN(
+            backbone, background, seen, Parts(**said["parts"]), sizes, Sampling(**said["sampling"]), words
+        )
+        model.load_state_dict(state)
+        split = Split(said["split"]["name"], tuple(said["split"]["seen"]), tuple(said["split"]["unseen"]))
+        vectors = ClassVectors(said["word_vectors"], background, seen, unseen, said["by_column"])
+        detection = DetectionOptions(**said["detection"])
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise LabError(f"{option} {path}: the model cannot be read ({reason})") from error
+    model.requires_grad_(False)
+    return Loaded(model.eval(), split, vectors, detection)

@@ -1,0 +1,255 @@
+"""Vectors of words: from the reference's matrices, GloVe or fastText files, a text encoder, or a scene's attributes."""
+
+import gzip
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from labs_common.errors import LabError
+from labs_common.scenes import SHAPES, TEXTURES
+from zsi_contrastive.splits import Split
+
+ATTRIBUTES = "attributes"
+ENCODER = "encoder:"
+SAME = 0.999  # the cosine from which two vectors are of the same word in the same space
+
+
+@dataclass(frozen=True)
+class ClassVectors:
+    """Vectors of a split's classes.
+
+    Attributes:
+        source: a file, `encoder:NAME` or `attributes`.
+        background: (d,); seen: (seen, d); unseen: (unseen, d).
+        by_column: whether the source has no words, so that only the order says what a vector is of.
+        notes: what a reader should know, such as words that were not found.
+    """
+
+    source: str
+    background: torch.Tensor
+    seen: torch.Tensor
+    unseen: torch.Tensor
+    by_column: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def classes(self) -> torch.Tensor:
+        """Seen, then unseen: (classes, d)."""
+        return torch.cat([self.seen, self.unseen])
+
+
+def read_class_vectors(source: str, split: Split) -> ClassVectors:
+    """The vectors of all classes of a split.
+
+    A matrix has a row for each dimension and a column for the background and each class, seen then unseen. From
+    other sources each class vector has length 1, and the background is the mean of all, as it is in the
+    reference's matrices.
+
+    Raises:
+        LabError: the source cannot be read, or does not fit the split.
+    """
+    path = Path(source)
+    if path.is_file() and is_matrix(path):
+        matrix = read_matrix(path, split)
+        seen = len(split.seen)
+        return ClassVectors(source, matrix[0], matrix[1 : 1 + seen], matrix[1 + seen :], by_column=True)
+    found, notes = word_vectors(source, split.classes)
+    return ClassVectors(source, found.mean(0), found[: len(split.seen)], found[len(split.seen) :], notes=notes)
+
+
+def read_matrix(path: Path, split: Split) -> torch.Tensor:
+    """The columns of a comma-separated matrix as rows (1 + classes, d), background first.
+
+    Raises:
+        LabError: it has another number of columns than the split needs, or something that is no number.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append([float(value) for value in line.split(",")])
+            except ValueError as error:
+                raise LabError(f"--word-vectors {path}: line {number}: {error}") from error
+    wanted = 1 + len(split.classes)
+    for number, row in enumerate(rows, 1):
+        if len(row) != wanted:
+            raise LabError(
+                f"--word-vectors {path}: row {number} has {len(row)} columns; the split {split.name} needs {wanted}: "
+                f"background, {len(split.seen)} seen and {len(split.unseen)} unseen classes"
+            )
+    if not np.isfinite(rows).all():
+        raise LabError(f"--word-vectors {path}: holds a value that is not a number")
+    return torch.tensor(rows, dtype=torch.float32).T.contiguous()
+
+
+def read_vocabulary(path: Path, length: int) -> torch.Tensor:
+    """The words of a second vocabulary (words, d): the columns of a matrix, or the lines of a file of word vectors.
+
+    Raises:
+        LabError: the file cannot be read, or its vectors have another length than the classes'.
+    """
+    if not path.is_file():
+        raise LabError(f"--vocabulary {path}: no such file")
+    try:
+        if is_matrix(path):
+            words = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.float32, ndmin=2).T.copy())
+        else:
+            words = torch.tensor([values for _, values in _lines(path)], dtype=torch.float32)
+    except ValueError as error:
+        raise LabError(f"--vocabulary {path}: {error}") from error
+    if words.ndim != 2 or words.shape[1] != length or not words.isfinite().all():
+        raise LabError(f"--vocabulary {path}: its vectors have the shape {tuple(words.shape)}; each must have {length} "
+                       "finite values, as the classes' have")  # fmt: skip
+    return words
+
+
+def is_matrix(path: Path) -> bool:
+    """Whether a file holds numbers alone with commas between, and no words."""
+    with _opened(path) as stream:
+        first = stream.readline()
+    return "," in first and re.fullmatch(r"[\s,.eE+\-\d]*", first) is not None and len(first.split(",")) > 2
+
+
+def word_vectors(source: str, names: Sequence[str]) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """Vectors (names, d) of length 1 of any words, and notes on those that were put together from parts.
+
+    `source` is a file of GloVe or fastText, `encoder:NAME` for a text encoder of Hugging Face, or `attributes`.
+
+    Raises:
+        LabError: the source cannot be read, or has no vector for a name.
+    """
+    if source == ATTRIBUTES:
+        return attribute_vectors(names), ()
+    if source.startswith(ENCODER):
+        return _unit(_encoded(source.removeprefix(ENCODER), names)), ()
+    path = Path(source)
+    if not path.is_file():
+        raise LabError(f"--word-vectors {source}: no such file; name a matrix, a text file of GloVe or fastText, or "
+                       f"{ENCODER}NAME for a text encoder")  # fmt: skip
+    if is_matrix(path):
+        raise LabError(f"--word-vectors {source}: is a matrix, which has no words; to look for other words, name the "
+                       "text file that its vectors are from")  # fmt: skip
+    return _looked_up(path, names)
+
+
+def attribute_vectors(names: Sequence[str]) -> torch.Tensor:
+    """What a drawn thing has: a one for its shape and one for its texture, as a vector of length 1 (names, 12).
+
+    Raises:
+        LabError: a name has a word that is neither.
+    """
+    words = [*SHAPES, *TEXTURES]
+    rows = torch.zeros(len(names), len(words))
+    for row, name in zip(rows, names, strict=True):
+        for word in name.split():
+            singular = word if word in words else word.removesuffix("s")
+            if singular not in words:
+                raise LabError(f"{name}: drawn things are known by the words {', '.join(words)}")
+            row[words.index(singular)] = 1
+        if not name.split():
+            raise LabError("--words: a name is empty")
+    return _unit(rows)
+
+
+def check_same_space(known: Mapping[str, torch.Tensor], names: Sequence[str], vectors: torch.Tensor) -> None:
+    """Makes sure that words which a model knows have the vectors that it was trained with.
+
+    Raises:
+        LabError: one has another, so that vectors from there mean nothing to the model.
+    """
+    for name, vector in zip(names, vectors, strict=True):
+        if name in known:
+            own = known[name]
+            same = len(own) == len(vector) and float(torch.cosine_similarity(own, vector, 0)) >= SAME
+            if not same:
+                raise LabError(f"--word-vectors: {name} has another vector there than the model was trained with; name "
+                               "the source that training had")  # fmt: skip
+
+
+def _looked_up(path: Path, names: Sequence[str]) -> tuple[torch.Tensor, tuple[str, ...]]:
+    forms = {name: _forms(name) for name in names}
+    wanted = {form for of_name in forms.values() for form in of_name}
+    wanted |= {word for name in names for word in _words(name)}
+    found: dict[str, list[float]] = {}
+    try:
+        for word, values in _lines(path):
+            if word in wanted and word not in found:
+                found[word] = values
+    except (OSError, EOFError, ValueError) as error:
+        raise LabError(f"--word-vectors {path}: cannot be read as word vectors ({error})") from error
+    rows, notes, missing = [], [], []
+    for name in names:
+        whole = next((form for form in forms[name] if form in found), None)
+        parts = [word for word in _words(name) if word in found]
+        if whole is not None:
+            rows.append(found[whole])
+        elif parts:
+            rows.append(np.mean([found[word] for word in parts], 0).tolist())
+            notes.append(f"{name}: not there as a whole, the mean of {' and '.join(parts)}")
+        else:
+            missing.append(name)
+    if missing:
+        raise LabError(f"--word-vectors {path}: has no vector for {', '.join(missing)}; take a larger file, or name "
+                       "the classes otherwise")  # fmt: skip
+    return _unit(torch.tensor(rows, dtype=torch.float32)), tuple(notes)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, list[float]]]:
+    """Yields words with their values; a first line with two numbers is fastText's heading."""
+    length = 0
+    with _opened(path) as stream:
+        for number, line in enumerate(stream, 1):
+            parts = line.rstrip().split(" ")
+            if number == 1 and len(parts) == 2 and all(part.isdigit() for part in parts):
+                continue
+            if "\0" in line:
+                raise ValueError("it is binary; write it as text first")
+            length = length or len(parts) - 1
+            word = " ".join(parts[: len(parts) - length])  # a few words of GloVe have spaces in them
+            values = [float(value) for value in parts[len(parts) - length :]]
+            if length < 2 or not word or not all(map(math.isfinite, values)):
+                raise ValueError(f"line {number} is not a word with its values")
+            yield word, values
+
+
+def _opened(path: Path):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8", errors="replace")
+    return path.open(encoding="utf-8", errors="replace")
+
+
+def _forms(name: str) -> list[str]:
+    """How a name of several words may be written as one: word2vec has sports_ball, GloVe at best sports-ball."""
+    joined = [name, *(re.sub(r"[\s_-]+", sign, name) for sign in ("_", "-", ""))]
+    return list(dict.fromkeys([*joined, *(form.lower() for form in joined)]))
+
+
+def _words(name: str) -> list[str]:
+    return [word for word in re.split(r"[\s_-]+", name.lower()) if word]
+
+
+def _encoded(name: str, texts: Sequence[str]) -> torch.Tensor:
+    """The mean over tokens of an encoder's last layer (texts, d)."""
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModel.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise LabError(f"--word-vectors {ENCODER}{name}: cannot be had ({str(error).splitlines()[0]})") from error
+    model = getattr(model, "text_model", model).eval()  # CLIP and its like hold one for texts
+    with torch.no_grad():
+        batch = tokenizer(list(texts), padding=True, return_tensors="pt")
+        states = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        weights = batch["attention_mask"][..., None].float()
+        mean: torch.Tensor = (states * weights).sum(1) / weights.sum(1)
+        return mean
+
+
+def _unit(rows: torch.Tensor) -> torch.Tensor:
+    return rows / rows.norm(dim=1, keepdim=True)
