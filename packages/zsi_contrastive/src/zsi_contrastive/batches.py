@@ -9,8 +9,10 @@ import torch
 
 from labs_common.data.images import decoding_threads
 from labs_common.training import read_ahead
-from zsi_contrastive.pictures import InstancePictures, as_tensor, mirrored
+from zsi_contrastive.pictures import InstancePictures, levels_of, mirrored
 from zsi_contrastive.regions import Target
+
+KEPT_BYTES = 2**29  # training data that is smaller stays in memory once it is decoded
 
 
 class Batch(NamedTuple):
@@ -46,7 +48,11 @@ class PictureSteps:
     processes: int = 1
 
     def __post_init__(self) -> None:
-        self._objects, self._labels = self.pictures.part.by_image(), self.pictures.label_of()
+        part = self.pictures.part
+        self._objects, self._labels = part.by_image(), self.pictures.label_of()
+        layers = {row["id"]: 3 + len(self._objects.get(row["id"], ())) for row in part.images}
+        small = sum(row["width"] * row["height"] * layers[row["id"]] for row in part.images) < KEPT_BYTES
+        self._kept: dict[int, tuple[torch.Tensor, Target]] | None = {} if small else None
 
     def __len__(self) -> int:
         """Optimizer steps in an epoch; the last may be smaller."""
@@ -72,9 +78,18 @@ class PictureSteps:
 
     def _batch(self, places: Sequence[int], turned: np.ndarray, share: float) -> Batch:
         def one(place: int) -> tuple[torch.Tensor, Target]:
-            picture = as_tensor(self.pictures.image(place))
-            target = self.pictures.target(place, self._objects, self._labels)
+            levels, target = self._read(place)
+            picture = levels.float() / 255
             return mirrored(picture, target) if turned[place] else (picture, target)
 
         pictures, targets = zip(*decoding_threads().map(one, places), strict=True)
         return Batch(list(pictures), list(targets), share)
+
+    def _read(self, place: int) -> tuple[torch.Tensor, Target]:
+        """A picture's levels (3, height, width) of 0 to 255 and its objects; read once if all fit into memory."""
+        if self._kept is not None and place in self._kept:
+            return self._kept[place]
+        found = levels_of(self.pictures.image(place)), self.pictures.target(place, self._objects, self._labels)
+        if self._kept is not None:
+            self._kept[place] = found
+        return found

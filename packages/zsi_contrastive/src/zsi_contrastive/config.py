@@ -111,7 +111,7 @@ class DetectorTrainingOptions(TrainingOptions):
     """How the weights are moved."""
 
     epochs: int = 0
-    """Passes over the training pictures; 0 takes the paper's 12, and 8 for tiny."""
+    """Passes over the training pictures; 0 takes the paper's 12, and 6 for tiny."""
     batch_size: int = 0
     """Pictures per optimizer step, over all processes together; 0 takes the paper's 8, and 16 for tiny."""
     at_once: int = 0
@@ -194,7 +194,7 @@ def complete(config: Config) -> Config:
         detection=completed_detection(config.detection, tiny),
         training=dataclasses.replace(
             training,
-            epochs=training.epochs or (8 if tiny else 12),
+            epochs=training.epochs or (6 if tiny else 12),
             batch_size=training.batch_size or (16 if tiny else 8),
             optimizer=("adamw" if tiny else "sgd") if training.optimizer == "auto" else training.optimizer,
             learning_rate=training.learning_rate or rate,

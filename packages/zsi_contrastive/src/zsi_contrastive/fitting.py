@@ -91,7 +91,7 @@ def set_up(
                        "processes")  # fmt: skip
     model.to(accelerator.device)
     if accelerator.device.type == "cuda" or config.model.backbone == TINY:
-        model.backbone.to(memory_format=torch.channels_last)  # convolutions are faster so
+        model.to(memory_format=torch.channels_last)  # convolutions are faster so
     groups = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer: torch.optim.Optimizer
     if options.optimizer == "sgd":

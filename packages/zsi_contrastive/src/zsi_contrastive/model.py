@@ -11,7 +11,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 
 from zsi_contrastive.heads import BackgroundAwareRPNHead, SemanticBoxHead, SemanticMaskHead, SynchronisedBackground
-from zsi_contrastive.regions import BOX_SIDE, Asked, Found, Sampling, Target, ZeroShotRegions
+from zsi_contrastive.regions import Asked, Found, Sampling, Target, ZeroShotRegions
 
 RATIOS = (0.5, 1.0, 2.0)
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -46,7 +46,7 @@ class Sizes:
     rpn_samples: int = 256
     proposals: tuple[int, int, int, int] = (2000, 1000, 2000, 1000)
     divisible: int = 32
-    mask_side: int = 14
+    sides: tuple[int, int] = (7, 14)
     points: int = 2
 
 
@@ -86,12 +86,12 @@ class ZeroShotMaskRCNN(nn.Module):
         )  # fmt: skip
         self.background = SynchronisedBackground(background)
         self.register_buffer("seen", seen.float().clone())
-        box_head = SemanticBoxHead(channels * BOX_SIDE**2, sizes.width, len(background), parts.decoders, words)
+        box_head = SemanticBoxHead(channels * sizes.sides[0] ** 2, sizes.width, len(background), parts.decoders, words)
         mask_head = None
         if parts.mask_head:
             mask_head = SemanticMaskHead(channels, sizes.mask_width, sizes.mask_depth, len(background), parts.decoders)
         levels = [str(place) for place in range(min(4, len(sizes.anchors)))]
-        self.regions = ZeroShotRegions(levels, box_head, mask_head, sampling, sizes.mask_side, sizes.points)
+        self.regions = ZeroShotRegions(levels, box_head, mask_head, sampling, sizes.sides, sizes.points)
 
     def classes(self) -> torch.Tensor:
         """The vectors that training compares with (1 + seen, d): background's first, as it is now."""

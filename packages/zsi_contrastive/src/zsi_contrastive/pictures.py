@@ -175,9 +175,14 @@ def found_pictures(
     )
 
 
+def levels_of(image: Image.Image) -> torch.Tensor:
+    """A picture (3, height, width) of 0 to 255."""
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous()
+
+
 def as_tensor(image: Image.Image) -> torch.Tensor:
     """A picture (3, height, width) of 0 to 1."""
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
+    return levels_of(image).float() / 255
 
 
 def mirrored(picture: torch.Tensor, target: Target) -> tuple[torch.Tensor, Target]:

@@ -16,7 +16,6 @@ from torchvision.ops import boxes as box_ops
 
 from zsi_contrastive.heads import SemanticBoxHead, SemanticMaskHead, mask_logits, transferred
 
-BOX_SIDE = 7  # of what RoIAlign gives for boxes
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 CANDIDATES = 2000  # the most boxes of a picture that go into non-maximum suppression
 Target = dict[str, torch.Tensor]
@@ -76,17 +75,17 @@ class ZeroShotRegions(RoIHeads):
         box_head: SemanticBoxHead,
         mask_head: SemanticMaskHead | None,
         sampling: Sampling,
-        mask_side: int,
+        sides: tuple[int, int],
         points: int,
     ) -> None:
-        """`levels` of the pyramid are read; RoIAlign gives `mask_side` for masks and takes `points` squared a cell."""
-        pool = MultiScaleRoIAlign(list(levels), BOX_SIDE, points)
+        """`levels` of the pyramid are read; RoIAlign gives `sides` for boxes and masks, of `points`² a cell."""
+        pool = MultiScaleRoIAlign(list(levels), sides[0], points)
         super().__init__(
             pool, box_head, nn.Identity(), 0.5, 0.5, sampling.per_picture, sampling.thing_share, BOX_WEIGHTS,
             sampling.score_threshold, sampling.nms_threshold, sampling.kept,
         )  # fmt: skip
         self.semantic_masks = mask_head
-        self.mask_pool = MultiScaleRoIAlign(list(levels), mask_side, points) if mask_head else None
+        self.mask_pool = MultiScaleRoIAlign(list(levels), sides[1], points) if mask_head else None
 
     def losses(
         self,
@@ -173,8 +172,9 @@ class ZeroShotRegions(RoIHeads):
             best = best[best > self.score_thresh]
             box, label = boxes[place // len(members)], members[place % len(members)]
             keep = box_ops.batched_nms(box, best, label, self.nms_thresh)[: self.detections_per_img]
-            parts.append(Found(box[keep], best[keep], label[keep], None))
-        return Found(*(torch.cat(columns) for columns in list(zip(*parts, strict=True))[:3]), None)
+            parts.append((box[keep], best[keep], label[keep]))
+        found, score, which = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        return Found(found, score, which, None)
 
     def _masked(
         self, features: dict[str, torch.Tensor], sizes: list[tuple[int, int]], found: list[Found], asked: Asked

@@ -59,7 +59,8 @@ def read_split(name: str) -> Split:
 
 def scenes_split() -> Split:
     """Pairings of a texture with a shape: every texture and every shape is seen, a quarter of the pairings is not."""
-    seen, unseen = [], []
+    seen: list[str] = []
+    unseen: list[str] = []
     for row, shape in enumerate(SHAPES):
         for column, texture in enumerate(TEXTURES):
             part = unseen if (row + column) % KEPT_BACK == 0 else seen

@@ -40,8 +40,8 @@ def sizes_of(config: TrainConfig) -> tuple[Sizes, Sampling]:
     kept: dict[str, Any] = {"score_threshold": detection.score_threshold, "nms_threshold": detection.nms_threshold,
             "kept": detection.kept}  # fmt: skip
     if model.backbone == TINY:
-        sizes = Sizes(256, 48, 2, TINY_ANCHORS, model.min_side, model.max_side, 64, (200, 200, 100, 100), 16, 7, 1)
-        return sizes, Sampling(per_picture=32, **kept)
+        sizes = Sizes(256, 48, 2, TINY_ANCHORS, model.min_side, model.max_side, 64, (100, 200, 50, 100), 16, (5, 7), 1)
+        return sizes, Sampling(per_picture=24, **kept)
     return Sizes(min_side=model.min_side, max_side=model.max_side), Sampling(**kept)
 
 
@@ -105,7 +105,10 @@ def load_model(path: Path, option: str = "--checkpoint") -> Loaded:
         unseen = state.pop("unseen")
         seen, background = state["seen"], state["background.word"]
         wide: dict[str, Any] = said["sizes"]
-        sizes = Sizes(**{key: tuple(value) if isinstance(value, list) else value for key, value in wide.items()})
+        tuples: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in wide.items()
+        }
+        sizes = Sizes(**tuples)
         channels = TINY_CHANNELS if said["backbone"] == TINY else CHANNELS
         backbone = make_backbone(said["backbone"], False, None, 0, channels)
         words = None if said["words"] is None else torch.randn(said["words"])
