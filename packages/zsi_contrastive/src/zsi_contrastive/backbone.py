@@ -2,8 +2,7 @@
 
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn

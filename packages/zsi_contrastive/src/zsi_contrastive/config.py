@@ -163,7 +163,7 @@ def complete(config: Config) -> Config:
     """
     data, words, model, training = config.data, config.words, config.model, config.training
     tiny = model.backbone == TINY
-    split = data.split or (SCENES if data.data is None else PUBLISHED[0])
+    split = default_split(data)
     if data.data is None and split != SCENES:
         raise LabError(f"--split {split}: drawn scenes have classes of their own; name pictures with --data")
     vectors = words.word_vectors or ("attributes" if split == SCENES else "")
@@ -202,6 +202,11 @@ def complete(config: Config) -> Config:
             clip_norm=training.clip_norm or (5.0 if tiny else 35.0),
         ),
     )
+
+
+def default_split(data: DataOptions) -> str:
+    """The split that is asked for, or the data's usual one."""
+    return data.split or (SCENES if data.data is None else PUBLISHED[0])
 
 
 def completed_detection(detection: DetectionOptions, tiny: bool) -> DetectionOptions:

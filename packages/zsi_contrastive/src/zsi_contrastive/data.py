@@ -50,6 +50,22 @@ def read_data(data: DataOptions, words: WordOptions, seed: int, shown: bool) -> 
     """
     split = read_split(data.split)
     vectors, notes = read_vectors(words, split)
+    pictures, counts = read_pictures(data, split, seed, shown)
+    if shown:
+        print_left_out({name: pictures[name] for name in ("train", "test")})
+        for note in notes:
+            console.print(f"{words.word_vectors}: {note}")
+    return ZeroShotData(split, pictures, vectors, notes, counts)
+
+
+def read_pictures(
+    data: DataOptions, split: Split, seed: int, shown: bool
+) -> tuple[dict[str, InstancePictures], list[tuple[str, int, int, int]]]:
+    """Training, validation and test pictures, each decoded once, and the counts of the whole parts.
+
+    Raises:
+        LabError: something cannot be read.
+    """
     parts, folder = read_parts(data, split)
     train = _pictures(parts, folder, data, "train", shown)
     both = _pictures(parts, folder, data, "both", shown)
@@ -60,11 +76,7 @@ def read_data(data: DataOptions, words: WordOptions, seed: int, shown: bool) -> 
         "validation": _limited(both, sorted(order[:first].tolist()), data.limit, seed),
         "test": _limited(both, sorted(order[first:].tolist()), data.limit, seed),
     }
-    if shown:
-        print_left_out({"train": train, "test": both})
-        for note in notes:
-            console.print(f"{words.word_vectors}: {note}")
-    return ZeroShotData(split, pictures, vectors, notes, parts.counts())
+    return pictures, parts.counts()
 
 
 def read_vectors(words: WordOptions, split: Split) -> tuple[ClassVectors, tuple[str, ...]]:

@@ -184,11 +184,13 @@ def _sweep_section(run: Run, found: Evaluation) -> Section:
     }
     drawn = save_figure(run, "seen_unseen", curve_figure(curves, "seen classes", "unseen classes"))
     blocks: list[Any] = [
-        Figure(drawn, "What is gained for unseen classes and lost for seen ones by taking a bias from seen scores. AP "
-                      "at 0.5 ranks the detections of each class among themselves: a bias moves it only through the cut "
-                      "at 100 a picture. Named: the share of objects for which the best detection on it (IoU "
-                      "0.5) has the right class."),
-    ]  # fmt: skip
+        Figure(
+            drawn,
+            "What is gained for unseen classes and lost for seen ones by taking a bias from seen scores. AP at 0.5 "
+            "ranks the detections of each class among themselves: a bias moves it only through the cut at 100 a picture. "
+            "Named: the share of objects for which the best detection on it (IoU 0.5) has the right class.",
+        ),
+    ]
     if "validation" in found.sweep:
         best = max(found.sweep["validation"], key=lambda line: _or_zero(line["named harmonic mean"]))
         at = next(line for line in found.sweep["test"] if line["bias"] == best["bias"])

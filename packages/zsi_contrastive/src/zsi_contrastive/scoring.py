@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
+from faster_coco_eval.core import mask as rle
 
 from labs_common.errors import LabError
 from zsi_contrastive.annotations import Instances
@@ -65,7 +66,9 @@ def scored(truth: Instances, results: Sequence[Mapping[str, Any]], categories: S
         if kind == "mask" and "segmentation" not in row:
             raise LabError("results: have no segmentation; score their boxes alone")
         if kind == "box":
-            row.pop("segmentation", None)  # or areas would be those of the masks
+            outline = row.pop("segmentation", None)  # or areas would be those of the masks
+            if "bbox" not in row:
+                row["bbox"] = [float(value) for value in rle.toBbox(outline)]
     known = {row["category_id"] for row in truth.annotations if not row["iscrowd"]}
     shape = (len(THRESHOLDS), len(categories))
     if not rows:

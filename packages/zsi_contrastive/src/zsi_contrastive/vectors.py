@@ -4,7 +4,7 @@ import gzip
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +169,16 @@ def check_same_space(known: Mapping[str, torch.Tensor], names: Sequence[str], ve
             if not same:
                 raise LabError(f"--word-vectors: {name} has another vector there than the model was trained with; name "
                                "the source that training had")  # fmt: skip
+
+
+def of_length(vectors: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The vectors (n, d) at the mean length of others (m, d): a model's scores grow with it."""
+    return _unit(vectors) * like.norm(dim=1).mean()
+
+
+def scaled_like(vectors: ClassVectors, trained: ClassVectors) -> ClassVectors:
+    """The same vectors at the length of those that a model was trained with."""
+    return replace(vectors, seen=of_length(vectors.seen, trained.seen), unseen=of_length(vectors.unseen, trained.seen))
 
 
 def _looked_up(path: Path, names: Sequence[str]) -> tuple[torch.Tensor, tuple[str, ...]]:

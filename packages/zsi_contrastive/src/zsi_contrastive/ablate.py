@@ -1,0 +1,68 @@
+"""The paper's variants under one budget, and one report: `python -m zsi_contrastive.ablate`.
+
+Each variant and seed is a run of `zsi_contrastive.train` in a process of its own. What is finished is not run again:
+the same command goes on where it was stopped, and rebuilds the report when all is there.
+"""
+
+import dataclasses
+
+from labs_common.cli import run_command
+from labs_common.comparing import check_compared, claim, comparison_folder, entries_of
+from labs_common.errors import LabError
+from labs_common.own_process import finished_runs, locked, start_server
+from zsi_contrastive.command_config import AblateConfig
+from zsi_contrastive.config import TrainConfig, complete
+
+LIBRARIES = ["zsi_contrastive.train", "zsi_contrastive.fitting", "zsi_contrastive.results", "labs_common.training"]
+# Each has the parts of those before it, and the one that it is called after.
+ROWS = ("detector", "mask-head", "decoders", "background-rpn", "sync-background")
+
+
+def main() -> None:
+    """The command."""
+    run_command(ablate, AblateConfig, "python -m zsi_contrastive.ablate")
+
+
+def ablate(config: AblateConfig) -> None:
+    """Plans the runs, does those that are missing, and writes the report."""
+    from labs_common.run import check_writable
+
+    check_compared("variant", config.seeds, config.launch)
+    planned = {row: planned_run(config, row) for row in entries_of("--rows", config.rows)}
+    files = [config.data.data, config.words.word_vectors or None, config.words.vocabulary]
+    folder = config.output or comparison_folder("ablation", config, files)
+    check_writable(folder)
+
+    start_server(config.launch, LIBRARIES)
+    from zsi_contrastive.ablation import gathered, write_ablation
+    from zsi_contrastive.data import read_data
+
+    first = next(iter(planned.values()))
+    read_data(first.data, first.words, config.seed, shown=True)  # what is wrong with it is said before anything runs
+    claim(folder, config)
+    seeds = range(config.seed, config.seed + config.seeds)
+    lock = folder / ".lock"
+    with locked(lock):
+        failed = finished_runs("zsi_contrastive.train", planned, folder, seeds, lock, config.launch)
+        write_ablation(folder, config, gathered(folder, planned, seeds), failed)
+
+
+def planned_run(config: AblateConfig, row: str) -> TrainConfig:
+    """The run of a variant.
+
+    Raises:
+        LabError: there is no such variant.
+    """
+    if row not in ROWS:
+        raise LabError(f"--rows {row}: no such variant; take {', '.join(ROWS)}")
+    parts = {name.replace("-", "_"): ROWS.index(name) <= ROWS.index(row) for name in ROWS[1:]}
+    model = dataclasses.replace(config.model, **parts)
+    return complete(
+        TrainConfig(
+            data=config.data, words=config.words, model=model, detection=config.detection, training=config.training
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
