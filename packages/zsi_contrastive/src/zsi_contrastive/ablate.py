@@ -5,6 +5,7 @@ the same command goes on where it was stopped, and rebuilds the report when all 
 """
 
 import dataclasses
+from typing import Any
 
 from labs_common.cli import run_command
 from labs_common.comparing import check_compared, claim, comparison_folder, entries_of
@@ -55,7 +56,7 @@ def planned_run(config: AblateConfig, row: str) -> TrainConfig:
     """
     if row not in ROWS:
         raise LabError(f"--rows {row}: no such variant; take {', '.join(ROWS)}")
-    parts = {name.replace("-", "_"): ROWS.index(name) <= ROWS.index(row) for name in ROWS[1:]}
+    parts: dict[str, Any] = {name.replace("-", "_"): ROWS.index(name) <= ROWS.index(row) for name in ROWS[1:]}
     model = dataclasses.replace(config.model, **parts)
     return complete(
         TrainConfig(

@@ -1,10 +1,10 @@
 """The results of an ablation's runs, and the report on them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from labs_common.comparing import cell, mean_and_spread, slug
+from labs_common.comparing import cell, figure_text, mean_and_spread, slug
 from labs_common.progress import console
 from labs_common.report import Figure, Section, Table, Text, asked_section, save_figure, write_report
 from labs_common.report.figures import bar_figure, curve_figure
@@ -29,13 +29,11 @@ MEASURED = {
 }
 
 
-def gathered(folder: Path, rows: Iterable[str], seeds: Iterable[int]) -> dict[str, list[Run]]:
+def gathered(folder: Path, rows: Iterable[str], seeds: Sequence[int]) -> dict[str, list[Run]]:
     """The finished runs of each variant."""
-    seeds = list(seeds)
-    found = {row: [Run(folder / slug(row) / f"seed-{seed}") for seed in seeds] for row in rows}
-    return {
-        row: done for row, runs in found.items() if (done := [run for run in runs if run.load_json("results.json")])
-    }
+    runs = {row: [Run(folder / slug(row) / f"seed-{seed}") for seed in seeds] for row in rows}
+    done = {row: [run for run in of_row if run.load_json("results.json")] for row, of_row in runs.items()}
+    return {row: of_row for row, of_row in done.items() if of_row}
 
 
 def measured(runs: Iterable[Run]) -> dict[str, Any]:
@@ -100,7 +98,8 @@ def write_ablation(
     summary = f"{SAID[best]} has the best unseen boxes: AP at 0.5 {lines[best].get('ZSI box AP 0.5', 0.0):.3f}."
     path = write_report(run, "What each part adds", summary, sections)
     for row, line in lines.items():
-        print(f"{SAID[row]}: " + ", ".join(f"{name} {cell(line, name)}" for name in list(MEASURED)[:4] if name in line))
+        said = [f"{name} {figure_text(line[name])}" for name in list(MEASURED)[:4] if name in line]
+        print(f"{SAID[row]}: {', '.join(said)}")
     print(f"report: {path}")
 
 

@@ -187,8 +187,8 @@ def _sweep_section(run: Run, found: Evaluation) -> Section:
         Figure(
             drawn,
             "What is gained for unseen classes and lost for seen ones by taking a bias from seen scores. AP at 0.5 "
-            "ranks the detections of each class among themselves: a bias moves it only through the cut at 100 a picture. "
-            "Named: the share of objects for which the best detection on it (IoU 0.5) has the right class.",
+            "ranks the detections of each class among themselves: a bias moves it only through the cut at 100 a "
+            "picture. Named: the share of objects for which the best detection on it (IoU 0.5) has the right class.",
         ),
     ]
     if "validation" in found.sweep:
