@@ -60,6 +60,14 @@ class Pyramid(nn.Module):
         self.fpn = FeaturePyramidNetwork(channels, out_channels, LastLevelMaxPool() if pooled else None)
         self.out_channels = out_channels
 
+    def train(self, mode: bool = True) -> "Pyramid":
+        """Training mode, but for stages that are frozen: no statistic of theirs moves."""
+        super().train(mode)
+        for stage in self.body.children():
+            if not any(parameter.requires_grad for parameter in stage.parameters()):
+                stage.eval()
+        return self
+
     def forward(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
         """The levels by name, finest first."""
         maps = OrderedDict((str(place), found) for place, found in enumerate(self.body(pictures)))
@@ -113,7 +121,7 @@ def _of_timm(name: str, pretrained: bool, weights: Path | None, frozen_stages: i
     _load(body, weights)
     body = freeze_batch_norm_2d(body)
     if frozen_stages:
-        last = body.feature_info.module_name(frozen_stages - 1).replace(".", "_")
+        last = body.feature_info.module_name()[frozen_stages - 1].replace(".", "_")
         if last not in dict(body.named_children()):
             raise LabError(f"--frozen-stages: the stages of {name} have no order; take 0")
         for child_name, child in body.named_children():

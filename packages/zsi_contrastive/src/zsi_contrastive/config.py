@@ -7,9 +7,10 @@ from typing import Literal, TypeVar
 
 from labs_common.errors import LabError
 from labs_common.options import OnBadData, RunOptions, TrainingOptions
-from zsi_contrastive.splits import PUBLISHED, SCENES
 
 TINY = "tiny"
+PUBLISHED = ("48_17", "65_15")
+SCENES = "scenes"
 FINISHED = "zsi.json"
 TRAIN = "zsi_contrastive.train"
 Aggregate = Literal["none", "sum", "mean", "max"]

@@ -74,7 +74,7 @@ def evaluated(
     for options in rules.values():
         lists.append(asked_for(vectors, options, masks=False))
         kinds.append(both)
-    found = found_in(model, test, lists, kinds, accelerator, at_once, "testing")
+    found = found_in(model, test, lists, kinds, detection, accelerator, at_once, "testing")
     drawn = [scored(test.part, rows, unseen, "box").means(unseen) for rows in found[1 : 1 + detection.controls]]
     others = {}
     if drawn:
@@ -87,7 +87,7 @@ def evaluated(
     if len(pictures["validation"]):
         part = pictures["validation"]
         asked = asked_for(vectors, detection, masks=False)
-        (there,) = found_in(model, part, [asked], [both], accelerator, at_once, "validating")
+        (there,) = found_in(model, part, [asked], [both], detection, accelerator, at_once, "validating")
         sweep["validation"] = swept(part, there, split, detection.kept)
     measured = scores_of(test, found[0], split, detection.seen_bias, detection.kept, model.parts.mask_head)
     return replace(measured, others=others, sweep=sweep)

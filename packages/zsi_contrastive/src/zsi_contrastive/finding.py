@@ -49,6 +49,7 @@ def found_in(
     pictures: InstancePictures,
     lists: Sequence[Asked],
     categories: Sequence[Sequence[int]],
+    detection: DetectionOptions,
     accelerator: Accelerator,
     at_once: int,
     task: str,
@@ -58,6 +59,7 @@ def found_in(
     `categories` are, for each list, the category ids of its rows.
     """
     device = accelerator.device
+    model.regions.keep(detection.score_threshold, detection.nms_threshold, detection.kept)
     lists = [
         Asked(asked.vectors.to(device), asked.groups.to(device), asked.temperature, asked.background, asked.masks)
         for asked in lists

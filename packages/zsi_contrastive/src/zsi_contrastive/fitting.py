@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 
 from labs_common.errors import LabError
 from labs_common.freezing import FrozenAudit
@@ -90,7 +90,8 @@ def set_up(
         raise LabError(f"--data: {len(pictures)} training pictures are too few for {accelerator.num_processes} "
                        "processes")  # fmt: skip
     model.to(accelerator.device)
-    if accelerator.device.type == "cuda" or config.model.backbone == TINY:
+    sharded = accelerator.distributed_type == DistributedType.DEEPSPEED  # it wants plain memory
+    if not sharded and (accelerator.device.type == "cuda" or config.model.backbone == TINY):
         model.to(memory_format=torch.channels_last)  # convolutions are faster so
     groups = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer: torch.optim.Optimizer
@@ -120,7 +121,9 @@ def scores(fitting: Fitting) -> dict[str, float]:
     seen, unseen = pictures.part.ids(split.seen), pictures.part.ids(split.unseen)
     fitting.plain.eval()
     asked = asked_for(fitting.data.vectors, detection, masks=False)
-    (rows,) = found_in(fitting.plain, pictures, [asked], [[*seen, *unseen]], fitting.accelerator, AT_ONCE, "validating")
+    (rows,) = found_in(
+        fitting.plain, pictures, [asked], [[*seen, *unseen]], detection, fitting.accelerator, AT_ONCE, "validating"
+    )
     fitting.model.train()
     one, two = (scored(pictures.part, of_classes(rows, ids), ids, "box").means(ids)["ap@0.5"] for ids in (seen, unseen))
     return {"validation/seen_ap50": one, "validation/unseen_ap50": two,

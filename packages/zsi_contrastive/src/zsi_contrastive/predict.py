@@ -57,6 +57,7 @@ def predict(config: PredictConfig) -> None:
     images = chosen_pictures(config, checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded.model.to(device)
+    loaded.model.regions.keep(detection.score_threshold, detection.nms_threshold, detection.kept)
     groups = torch.zeros(len(names), dtype=torch.int64, device=device)
     asked = Asked(vectors.to(device), groups, detection.temperature, detection.transfer == "paper")
     output.mkdir(parents=True, exist_ok=True)

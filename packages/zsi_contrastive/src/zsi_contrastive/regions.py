@@ -57,13 +57,10 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How regions are chosen for training, and detections kept."""
+    """How regions of a picture are chosen for training."""
 
     per_picture: int = 512
     thing_share: float = 0.25
-    score_threshold: float = 0.05
-    nms_threshold: float = 0.5
-    kept: int = 100
 
 
 class ZeroShotRegions(RoIHeads):
@@ -82,10 +79,14 @@ class ZeroShotRegions(RoIHeads):
         pool = MultiScaleRoIAlign(list(levels), sides[0], points)
         super().__init__(
             pool, box_head, nn.Identity(), 0.5, 0.5, sampling.per_picture, sampling.thing_share, BOX_WEIGHTS,
-            sampling.score_threshold, sampling.nms_threshold, sampling.kept,
+            0.05, 0.5, 100,
         )  # fmt: skip
         self.semantic_masks = mask_head
         self.mask_pool = MultiScaleRoIAlign(list(levels), sides[1], points) if mask_head else None
+
+    def keep(self, score: float, overlap: float, most: int) -> None:
+        """Drops detections that score less, overlap a better one of their class by more, or are not the best `most`."""
+        self.score_thresh, self.nms_thresh, self.detections_per_img = score, overlap, most
 
     def losses(
         self,
@@ -124,8 +125,11 @@ class ZeroShotRegions(RoIHeads):
             F.binary_cross_entropy_with_logits(logits, torch.cat(masks)) if len(things) else logits.sum() * 0
         )
         if self.semantic_masks.decoder is not None:
-            found = self.semantic_masks.reconstruction_loss(pixels, mask_features) if len(things) else pixels.sum() * 0
-            losses["mask_reconstruction"] = found
+            losses["mask_reconstruction"] = (
+                self.semantic_masks.reconstruction_loss(pixels, mask_features)
+                if len(things)
+                else self.semantic_masks.decoder(pixels).sum() * 0
+            )
         return losses
 
     def detections(

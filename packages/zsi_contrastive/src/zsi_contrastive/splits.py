@@ -8,9 +8,8 @@ from pathlib import Path
 
 from labs_common.errors import LabError
 from labs_common.scenes import SHAPES, TEXTURES
+from zsi_contrastive.config import PUBLISHED, SCENES
 
-PUBLISHED = ("48_17", "65_15")
-SCENES = "scenes"
 KEPT_BACK = 4  # of the pairings of texture and shape, one in so many is unseen
 
 

@@ -36,13 +36,11 @@ class Loaded:
 
 def sizes_of(config: TrainConfig) -> tuple[Sizes, Sampling]:
     """Widths and numbers for a completed config's backbone."""
-    model, detection = config.model, config.detection
-    kept: dict[str, Any] = {"score_threshold": detection.score_threshold, "nms_threshold": detection.nms_threshold,
-            "kept": detection.kept}  # fmt: skip
+    model = config.model
     if model.backbone == TINY:
         sizes = Sizes(256, 48, 2, TINY_ANCHORS, model.min_side, model.max_side, 64, (100, 200, 50, 100), 16, (5, 7), 1)
-        return sizes, Sampling(per_picture=24, **kept)
-    return Sizes(min_side=model.min_side, max_side=model.max_side), Sampling(**kept)
+        return sizes, Sampling(per_picture=24)
+    return Sizes(min_side=model.min_side, max_side=model.max_side), Sampling()
 
 
 def make_model(config: TrainConfig, vectors: ClassVectors, words: torch.Tensor | None) -> ZeroShotMaskRCNN:

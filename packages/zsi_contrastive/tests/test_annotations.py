@@ -1,0 +1,192 @@
+"""The rule that makes zero-shot parts, and odd annotations and pictures."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from labs_common.errors import LabError
+from zsi_contrastive.annotations import Instances, check_parts, read_instances, zero_shot_parts
+from zsi_contrastive.pictures import InstancePictures, found_pictures, mask_of
+from zsi_contrastive.splits import Split, read_split, scenes_split
+
+SPLIT = Split("mine", ("cat", "dog"), ("elf",))
+IDS = {"cat": 3, "dog": 17, "elf": 90, "tree": 44}  # with gaps
+SQUARE = [2.0, 2.0, 10.0, 2.0, 10.0, 8.0, 2.0, 8.0]
+
+
+def annotation(image: int, name: str, **more: Any) -> dict[str, Any]:
+    usual = {"image_id": image, "category_id": IDS[name], "bbox": [2, 2, 8, 6], "segmentation": [SQUARE], "iscrowd": 0}
+    return usual | more
+
+
+def file_of(folder: Path, annotations: list[dict[str, Any]], **more: Any) -> Path:
+    content = {
+        "images": [{"id": n, "file_name": f"{n}.jpg", "width": 20, "height": 16} for n in range(6)],
+        "annotations": annotations,
+        "categories": [{"id": number, "name": name} for name, number in IDS.items()],
+    } | more
+    path = folder / "annotations.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_the_rule(tmp_path: Path) -> None:
+    crowd = {"iscrowd": 1, "segmentation": {"size": [16, 20], "counts": [0, 20, 300]}}
+    rows = [
+        annotation(0, "cat"), annotation(0, "tree"),
+        annotation(1, "cat"), annotation(1, "elf"),
+        annotation(2, "dog"), annotation(2, "elf", **crowd),
+        annotation(3, "dog", **crowd),
+        annotation(4, "tree"),
+        annotation(5, "cat"), annotation(5, "elf", bbox=[1, 1, 0, 5]),
+    ]  # fmt: skip
+    whole = read_instances(file_of(tmp_path, rows))
+    other = Instances("other", whole.categories, [{**row, "file_name": f"t{row['id']}"} for row in whole.images],
+                      whole.annotations)  # fmt: skip
+    parts = zero_shot_parts(whole, other, SPLIT)
+    # 1 has an elf, 2 a crowd of them, 5 one that cannot be used; 3 only a crowd of dogs, 4 nothing seen.
+    assert [row["id"] for row in parts.train.images] == [0]
+    assert [row["category_id"] for row in parts.train.annotations] == [3]
+    assert [row["id"] for row in parts.both.images] == [1, 2]
+    assert [row["id"] for row in parts.unseen.images] == [1, 2]
+    assert Counter(row["category_id"] for row in parts.both.annotations) == {3: 1, 90: 2, 17: 1}
+    assert {row["category_id"] for row in parts.unseen.annotations} == {90}
+    assert parts.counts() == [("training, seen", 1, 1, 0), ("test, unseen", 2, 1, 1), ("test, both", 2, 3, 1)]
+    assert whole.left_out == {"box without area": 1}
+    # The check looks by itself: parts that broke the rule would be found out.
+    bad = Instances("bad", whole.categories, whole.images[:2], whole.annotations)
+    with pytest.raises(LabError, match=r"training picture 1\.jpg has an unseen object"):
+        check_parts(type(parts)(SPLIT, bad, parts.unseen, parts.both), whole)
+    with pytest.raises(LabError, match="is a training picture too"):
+        check_parts(type(parts)(SPLIT, Instances("x", [], other.images[1:2], []), parts.unseen, parts.both),
+                    Instances("x", whole.categories, other.images, []))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["48_17", "65_15"])
+def test_the_rule_on_real_pictures(name: str, coco: Path) -> None:
+    split = read_split(name)
+    train, test = (read_instances(coco / "annotations" / f"instances_{which}2017.json") for which in ("train", "val"))
+    parts = zero_shot_parts(train, test, split)
+    names = {row["id"]: row["name"] for row in train.categories}
+    shown: dict[int, set[str]] = {row["id"]: set() for row in train.images}
+    for row in train.annotations:
+        shown[row["image_id"]].add(names[row["category_id"]])
+    expected = {number for number, seen in shown.items() if seen & set(split.seen) and not seen & set(split.unseen)}
+    assert {row["id"] for row in parts.train.images} == expected
+    assert expected
+    assert 0 < len(parts.unseen.images) < len(test.images)
+
+
+def test_faults_of_files(tmp_path: Path) -> None:
+    for rows, more, said in (
+        ([], {"images": "none"}, "no list of images"),
+        ([{"image_id": 0}], {}, r"annotations\[0\] lacks bbox, category_id"),
+        ([annotation(9, "cat")], {}, "unknown picture 9"),
+        ([annotation(0, "cat", category_id=4)], {}, "unknown category 4"),
+        ([], {"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "two categories have the id 1"),
+    ):
+        with pytest.raises(LabError, match=said):
+            read_instances(file_of(tmp_path, rows, **more))
+    (tmp_path / "annotations.json").write_text("[]")
+    with pytest.raises(LabError, match="no list of categories"):
+        read_instances(tmp_path / "annotations.json")
+    with pytest.raises(LabError, match="cannot be read"):
+        read_instances(tmp_path / "nowhere.json")
+    whole = read_instances(file_of(tmp_path, [annotation(0, "cat")]))
+    with pytest.raises(LabError, match="no category unicorn"):
+        zero_shot_parts(whole, whole, Split("x", ("unicorn",), ("elf",)))
+    with pytest.raises(LabError, match="no picture has an unseen object"):
+        zero_shot_parts(whole, whole, SPLIT)
+
+
+def test_what_cannot_be_used_is_counted(tmp_path: Path) -> None:
+    rows = [
+        annotation(0, "cat"),
+        annotation(0, "cat", bbox=[1, 1, float("inf"), 2]),
+        annotation(0, "cat", bbox=[1, 1, 5]),
+        annotation(0, "cat", segmentation=[[1, 1, 2, 2]]),
+        annotation(0, "cat", segmentation=None),
+        annotation(0, "cat", segmentation={"size": [16, 20]}),
+    ]
+    found = read_instances(file_of(tmp_path, rows))
+    assert len(found.annotations) == 1
+    assert found.left_out == {"box that is not four numbers": 2, "outline of fewer than three points": 1,
+                              "no outline": 1, "run lengths that are not COCO's": 1}  # fmt: skip
+    assert found.annotations[0]["id"] == 1, "ids that are missing are made"
+    kept = read_instances(file_of(tmp_path, [annotation(0, "cat", id=7, area=3.5), annotation(1, "cat", id=9)]))
+    assert [(row["id"], row["area"]) for row in kept.annotations] == [(7, 3.5), (9, 48)]
+
+
+def test_masks_of_polygons_and_run_lengths() -> None:
+    polygons = [SQUARE, [12.0, 9.0, 18.0, 9.0, 15.0, 15.0]]
+    rle = coco_mask.merge(coco_mask.frPyObjects(polygons, 16, 20))
+    expected = coco_mask.decode(rle)
+    np.testing.assert_array_equal(mask_of(polygons, 16, 20), expected)
+    np.testing.assert_array_equal(mask_of([*polygons, [1.0, 1.0]], 16, 20), expected)
+    text = {"size": [16, 20], "counts": rle["counts"].decode()}
+    np.testing.assert_array_equal(mask_of(text, 16, 20), expected)
+    runs = np.flatnonzero(np.diff(np.concatenate([[2], expected.T.ravel(), [2]])))
+    lengths = np.diff(runs).tolist()
+    plain = {"size": [16, 20], "counts": [0, *lengths] if expected[0, 0] else lengths}
+    np.testing.assert_array_equal(mask_of(plain, 16, 20), expected)
+    with pytest.raises(LabError, match=r"in a picture of \[17, 20\]"):
+        mask_of(text, 17, 20)
+    with pytest.raises(LabError, match="do not add up"):
+        mask_of({"size": [16, 20], "counts": [5, 5]}, 16, 20)
+
+
+def test_targets(tmp_path: Path) -> None:
+    far = annotation(0, "dog", bbox=[15, 10, 20, 20], segmentation=[[15, 10, 35, 10, 35, 30, 15, 30]])
+    outside = annotation(0, "cat", bbox=[30, 30, 5, 5], segmentation=[[30, 30, 35, 30, 35, 35]])
+    crowd = annotation(0, "cat", iscrowd=1, segmentation={"size": [16, 20], "counts": [0, 320]})
+    whole = read_instances(file_of(tmp_path, [annotation(0, "cat"), far, outside, crowd]))
+    pictures = InstancePictures(whole, (Path("x"),) * 6, ("dog", "cat"))
+    target = pictures.target(0, whole.by_image(), pictures.label_of())
+    assert target["labels"].tolist() == [2, 1], "in the order of the classes, whatever the ids"
+    assert target["boxes"].tolist() == [[2, 2, 10, 8], [15, 10, 20, 16]], "cut at the picture's edge"
+    assert target["masks"].shape == (2, 16, 20)
+    assert target["masks"].sum((1, 2)).tolist() == [48, 30]
+    empty = pictures.target(3, whole.by_image(), pictures.label_of())
+    assert [tuple(value.shape) for value in empty.values()] == [(0, 4), (0,), (0, 16, 20)]
+
+
+def test_pictures_as_they_are_on_disk(tmp_path: Path) -> None:
+    levels = (np.arange(16 * 20) % 256).astype(np.uint8).reshape(16, 20)
+    Image.fromarray(levels).save(tmp_path / "0.jpg", quality=95)
+    Image.fromarray(np.stack([levels] * 4, -1), "CMYK").save(tmp_path / "1.jpg")
+    turned = Image.new("RGB", (20, 16), "red")
+    exif = turned.getexif()
+    exif[0x0112] = 6  # the camera was held on its side; the annotations are for the picture as it is stored
+    turned.save(tmp_path / "2.jpg", exif=exif)
+    upright = Image.new("RGB", (16, 20), "red")
+    upright.save(tmp_path / "3.jpg", exif=exif)  # here for the picture as it is to be looked at
+    Image.new("RGB", (21, 16)).save(tmp_path / "4.jpg")
+    (tmp_path / "5.jpg").write_bytes((tmp_path / "0.jpg").read_bytes()[:200])
+    whole = read_instances(file_of(tmp_path, [annotation(n, "cat") for n in range(6)]))
+    with pytest.raises(LabError, match=r"4\.jpg: is 21 × 16; its annotations are for 20 × 16; 5\.jpg: truncated"):
+        found_pictures(whole, [tmp_path], SPLIT.seen, "error", False)
+    kept = found_pictures(whole, [tmp_path], SPLIT.seen, "skip", False)
+    assert [row["file_name"] for row in kept.part.images] == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
+    assert all(kept.image(place).size == (20, 16) and kept.image(place).mode == "RGB" for place in range(4))
+    assert sum(kept.left_out.values()) == 2
+    assert kept.examples[0].startswith("4.jpg")
+    (tmp_path / "0.jpg").unlink()
+    with pytest.raises(LabError, match=r"0\.jpg: .*(No such file|no such file)"):
+        found_pictures(whole, [tmp_path], SPLIT.seen, "error", False)
+
+
+def test_drawn_scenes_are_cocos_format(scenes: Path) -> None:
+    split = scenes_split()
+    train, test = (read_instances(scenes / "annotations" / f"instances_{which}.json") for which in ("train", "val"))
+    parts = zero_shot_parts(train, test, split)
+    assert 5 < len(parts.train.images) < 40
+    assert not train.left_out
+    pictures = found_pictures(parts.train, [scenes / "train"], split.seen, "error", False)
+    target = pictures.target(0, parts.train.by_image(), pictures.label_of())
+    assert len(target["labels"]) == len(parts.train.by_image()[parts.train.images[0]["id"]])

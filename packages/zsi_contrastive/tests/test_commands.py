@@ -1,0 +1,199 @@
+"""Evaluation, prediction, preparation, word vectors and ablation: the commands on a detector that was trained here."""
+
+import json
+import shutil
+from pathlib import Path
+
+import lab_commands
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from zsi_contrastive.splits import scenes_split
+from zsi_contrastive.stored import load_model
+
+SMALL = ("--split", "scenes", "--min-side", "48", "--max-side", "64", "--batch-size", "4", "--controls", "1",
+         "--track", "none")  # fmt: skip
+
+
+def here(name: str, *arguments: object, code: int = 0) -> lab_commands.Done:
+    return lab_commands.here(f"zsi_contrastive.{name}", *arguments, code=code)
+
+
+@pytest.fixture(scope="module")
+def run(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "run"
+    here("train", "--data", scenes, *SMALL, "--epochs", "2", "--score-threshold", "0", "--output", path)
+    return path
+
+
+def test_evaluate_says_what_training_said(run: Path, scenes: Path, tmp_path: Path) -> None:
+    here("evaluate", "--checkpoint", run, "--output", tmp_path / "again")
+    results = json.loads((run / "results.json").read_text())["test"]
+    again = json.loads((tmp_path / "again" / "evaluation.json").read_text())
+    for key in ("zsi", "gzsi", "classes", "sweep"):
+        assert again[key] == results[key]
+    assert (tmp_path / "again" / "report.html").is_file()
+    # A file of results, scored without any model.
+    test = json.loads((run / "splits.json").read_text())["test"]["pictures"]
+    content = json.loads((scenes / "annotations" / "instances_val.json").read_text())
+    content["images"] = [row for row in content["images"] if row["file_name"] in test]
+    ids = {row["id"] for row in content["images"]}
+    content["annotations"] = [row for row in content["annotations"] if row["image_id"] in ids]
+    (tmp_path / "test.json").write_text(json.dumps(content))
+    here("evaluate", "--results", run / "detections.json", "--data", scenes, "--split", "scenes", "--test-annotations",
+         tmp_path / "test.json", "--output", tmp_path / "file")  # fmt: skip
+    scored = json.loads((tmp_path / "file" / "evaluation.json").read_text())
+    assert scored["zsi"] == results["zsi"]
+    assert scored["gzsi"] == results["gzsi"]
+
+
+def test_options_of_detection_take_effect(run: Path, tmp_path: Path) -> None:
+    found = {}
+    for name, options in {
+        "plain": (),
+        "paper": ("--transfer", "paper", "--temperature", "1"),
+        "refined": ("--refine", "mean"),
+        "few": ("--kept", "3"),
+    }.items():
+        here("evaluate", "--checkpoint", run, "--output", tmp_path / name, "--no-report", "--controls", "0", *options)
+        found[name] = json.loads((tmp_path / name / "detections.json").read_text())
+    scores = {name: [row["score"] for row in rows] for name, rows in found.items()}
+    assert scores["plain"] != scores["paper"] != scores["refined"] != scores["plain"]
+    said = json.loads((tmp_path / "refined" / "evaluation.json").read_text())["other rules"]
+    assert list(said) == ["the paper's transfer", "without refinement"]
+    by_picture: dict[int, int] = {}
+    for row in found["few"]:
+        by_picture[row["image_id"]] = by_picture.get(row["image_id"], 0) + 1
+    assert max(by_picture.values()) <= 6, "three of the seen and three of the unseen classes"
+    biased = tmp_path / "biased"
+    here("evaluate", "--checkpoint", run, "--output", biased, "--no-report", "--seen-bias", "0.3", "--kept", "5")
+    plain = tmp_path / "unbiased"
+    here("evaluate", "--checkpoint", run, "--output", plain, "--no-report", "--kept", "5")
+    one, two = (json.loads((path / "evaluation.json").read_text()) for path in (biased, plain))
+    assert one["bias"] == 0.3
+    assert one["zsi"] == two["zsi"], "no seen class competes there"
+    sweep = two["sweep"]["test"]
+    assert sweep[0]["bias"] == 0
+    assert sweep[0]["unseen"] == pytest.approx(two["gzsi"]["box"]["unseen"]["ap@0.5"])
+    at = next(line for line in sweep if line["bias"] == 0.3)
+    assert at["seen"] == pytest.approx(one["gzsi"]["box"]["seen"]["ap@0.5"])
+    assert at["named unseen"] >= sweep[0]["named unseen"]
+
+
+def test_a_split_of_ones_own(run: Path, scenes: Path, tmp_path: Path) -> None:
+    split = scenes_split()
+    swapped = {"seen": [*split.seen[1:], split.unseen[0]], "unseen": [split.seen[0], *split.unseen[1:]]}
+    (tmp_path / "mine.json").write_text(json.dumps(swapped))
+    here("evaluate", "--checkpoint", run, "--split", tmp_path / "mine.json", "--data", scenes, "--output",
+         tmp_path / "mine", "--no-report")  # fmt: skip
+    classes = json.loads((tmp_path / "mine" / "evaluation.json").read_text())["classes"]
+    assert [line["class"] for line in classes] == swapped["seen"] + swapped["unseen"]
+
+
+def test_predict(run: Path, tmp_path: Path) -> None:
+    done = here("predict", "--checkpoint", run, "--output", tmp_path / "usual")
+    pictures = sorted((tmp_path / "usual").glob("*.png"))
+    assert pictures
+    assert len(done.stdout.splitlines()) == 5 * len(pictures) + 1
+    found = json.loads((tmp_path / "usual" / "detections.json").read_text())
+    assert {"picture", "class", "score", "bbox", "segmentation"} == found[0].keys()
+    assert {row["class"] for row in found} <= set(scenes_split().classes)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70), dtype=np.uint8)).save(tmp_path / "grey.png")
+    # Words that the model has never been given: a texture with a shape in another order, a shape alone.
+    here("predict", tmp_path / "grey.png", "--checkpoint", run, "--words", "circle striped, hearts", "--output",
+         tmp_path / "words", "--most", "2")  # fmt: skip
+    found = json.loads((tmp_path / "words" / "detections.json").read_text())
+    assert {row["class"] for row in found} <= {"circle striped", "hearts"}
+    assert all(row["segmentation"]["size"] == [50, 70] for row in found)
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG no more")
+    for arguments, said in (
+        (("--words", "zebra"), "zebra"),
+        (("--words", " , "), "--words"),
+        (("--words", "circle,circle"), "occurs twice"),
+        ((tmp_path / "bad.png",), "bad.png"),
+        ((tmp_path / "none.png",), "none.png"),
+        (("--checkpoint", tmp_path), "no trained model"),
+        (("--most", "0"), "--most"),
+    ):
+        given = ("--checkpoint", run, *arguments) if "--checkpoint" not in arguments else arguments
+        done = here("predict", *given, "--output", tmp_path / "never", code=2)
+        assert len(done.errors) == 1
+        assert said in done.errors[0]
+    assert not (tmp_path / "never").exists()
+
+
+def test_predict_with_words_of_a_file(scenes: Path, tmp_path: Path) -> None:
+    """A model that knows a matrix takes new words from the file that the matrix was made of, and from no other."""
+    split, generator = scenes_split(), np.random.default_rng(0)
+    rows = {name.replace(" ", "_"): generator.normal(size=8) for name in (*split.classes, "zebra")}
+    lines = "".join(f"{name} {' '.join(f'{value:.5f}' for value in row)}\n" for name, row in rows.items())
+    (tmp_path / "glove.txt").write_text(lines)
+    other = "".join(f"{name} {' '.join(f'{value:.5f}' for value in row[::-1])}\n" for name, row in rows.items())
+    (tmp_path / "other.txt").write_text(other)
+    written = here("words", "--split", "scenes", "--word-vectors", tmp_path / "glove.txt", "--write",
+                   tmp_path / "matrix.txt")  # fmt: skip
+    assert "1  striped circle: like" in written.stdout
+    assert np.loadtxt(tmp_path / "matrix.txt", delimiter=",").shape == (8, 33)
+    tags = tmp_path / "tags.txt"
+    np.savetxt(tags, generator.normal(size=(8, 20)), delimiter=",")
+    run = tmp_path / "run"
+    here("train", "--data", scenes, *SMALL, "--word-vectors", tmp_path / "matrix.txt", "--vocabulary", tags,
+         "--max-steps", "2", "--no-report", "--output", run)  # fmt: skip
+    assert load_model(run).model.regions.box_head.words.shape == (20, 8)
+    shared = ("predict", "--checkpoint", run, "--output", tmp_path / "out", "--words", "zebra")
+    assert "matrix without words" in here(*shared, code=2).stderr
+    assert "another vector" in here(*shared, "--word-vectors", tmp_path / "other.txt", code=2).stderr
+    here(*shared, "--word-vectors", tmp_path / "glove.txt")
+    assert list((tmp_path / "out").glob("*.png"))
+
+
+def test_prepare(scenes: Path, tmp_path: Path) -> None:
+    done = here("prepare", "--data", scenes, "--split", "scenes", "--output", tmp_path / "parts")
+    assert "no training picture has an unseen object" in done.stdout
+    counts = json.loads((tmp_path / "parts" / "counts.json").read_text())["counts"]
+    train = json.loads((tmp_path / "parts" / "train_seen.json").read_text())
+    assert counts["training, seen"] == {"pictures": len(train["images"]), "objects": len(train["annotations"]),
+                                        "crowds": 0}  # fmt: skip
+    assert [row["name"] for row in train["categories"]] == list(scenes_split().seen)
+    whole = json.loads((scenes / "annotations" / "instances_train.json").read_text())
+    names = {row["id"]: row["name"] for row in whole["categories"]}
+    shown: dict[int, set[str]] = {}
+    for row in whole["annotations"]:
+        shown.setdefault(row["image_id"], set()).add(names[row["category_id"]])
+    kept = {row["id"] for row in train["images"]}
+    assert kept == {number for number, seen in shown.items() if not seen & set(scenes_split().unseen)}
+    assert len(kept) < len(shown), "the rule had something to do"
+    assert "exists already" in here("prepare", "--data", scenes, "--output", tmp_path / "parts", code=2).stderr
+    # What was written trains as the whole file does.
+    for name, more in {"whole": (), "part": ("--test-annotations", tmp_path / "both.json")}.items():
+        if more:
+            shutil.copy(scenes / "annotations" / "instances_val.json", tmp_path / "both.json")
+        here("train", "--data", scenes, *SMALL, "--max-steps", "1", "--no-report", "--output", tmp_path / name, *more)
+    one, two = (load_model(tmp_path / name).model.state_dict() for name in ("whole", "part"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_words_says_which_column_is_which(coco_vectors: Path) -> None:
+    done = here("words", "--split", "48_17", "--word-vectors", coco_vectors / "word_w2v_withbg_48_17.txt")
+    lines = done.stdout.splitlines()
+    assert "    64  cat (unseen): like dog 0.76" in done.stdout
+    assert len(lines) == 1 + 66 + 1
+    assert "fit the names" in lines[-1]
+    done = here("words", "--split", "65_15", "--word-vectors", coco_vectors / "word_w2v_withbg_48_17.txt", code=2)
+    assert "needs 81" in done.errors[0]
+
+
+def test_ablate(scenes: Path, tmp_path: Path) -> None:
+    shared = ("--data", scenes, *SMALL[:-2], "--max-steps", "1", "--limit", "4", "--output", tmp_path / "rows")
+    here("ablate", *shared, "--rows", "detector,sync-background", "--seeds", "2")
+    results = json.loads((tmp_path / "rows" / "results.json").read_text())
+    assert list(results["rows"]) == ["detector", "sync-background"]
+    assert "ZSI mask AP 0.5" not in results["rows"]["detector"]
+    assert "ZSI mask AP 0.5 ±" in results["rows"]["sync-background"]
+    assert "+ synchronised background" in (tmp_path / "rows" / "report.html").read_text(encoding="utf-8")
+    stamp = (tmp_path / "rows" / "detector" / "seed-1" / "results.json").stat().st_mtime_ns
+    here("ablate", *shared, "--rows", "detector,sync-background", "--seeds", "2")
+    assert (tmp_path / "rows" / "detector" / "seed-1" / "results.json").stat().st_mtime_ns == stamp
+    assert "no such variant" in here("ablate", *shared, "--rows", "everything", code=2).stderr

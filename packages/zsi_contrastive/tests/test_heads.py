@@ -1,0 +1,136 @@
+"""Each head against its computation written out, and where gradient goes."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from zsi_contrastive.heads import (
+    BackgroundAwareRPNHead,
+    SemanticBoxHead,
+    SemanticMaskHead,
+    SynchronisedBackground,
+    mask_logits,
+    transferred,
+)
+
+D = 5
+
+
+def moved(module: torch.nn.Module) -> set[str]:
+    """The parameters that gradient reaches."""
+    return {name for name, p in module.named_parameters() if p.grad is not None and bool(p.grad.abs().sum() > 0)}
+
+
+def test_proposals_compare_with_background_and_thing() -> None:
+    torch.manual_seed(0)
+    word = torch.randn(D)
+    head = BackgroundAwareRPNHead(6, 3, word)
+    assert torch.equal(head.background_vector(), word), "the learnt background starts at the word's vector"
+    feature = torch.randn(2, 6, 4, 7)
+    (scores,), (boxes,) = head([feature])
+    assert scores.shape == (2, 3, 4, 7)
+    assert boxes.shape == (2, 12, 4, 7)
+    seen = F.relu(F.conv2d(feature, head.conv.weight, head.conv.bias, padding=1))
+    for picture in range(2):
+        for y in range(4):
+            for x in range(7):
+                weight = head.semantic.weight[:, :, 0, 0]
+                vector = weight @ seen[picture, :, y, x] + head.semantic.bias
+                for anchor in range(3):
+                    two = torch.stack([vector @ head.background[anchor], vector @ head.thing[anchor]])
+                    expected = two.softmax(0)[1]  # a softmax over background and thing
+                    assert float(scores[picture, anchor, y, x].detach().sigmoid()) == pytest.approx(
+                        float(expected.detach()), abs=1e-5
+                    )
+    scores.sum().backward()
+    assert moved(head) == {"conv.weight", "conv.bias", "semantic.weight", "semantic.bias", "background", "thing"}
+
+
+def test_background_is_synchronised_and_learnt() -> None:
+    head = BackgroundAwareRPNHead(6, 3, torch.randn(D))
+    word, seen = torch.randn(D), torch.randn(4, D)
+    rows = SynchronisedBackground(word)
+    assert torch.equal(rows(seen), torch.cat([word[None], seen]))
+    classes = rows(seen, head.background_vector())
+    assert torch.equal(classes[0], head.background.mean(0))
+    F.cross_entropy(torch.randn(8, D) @ classes.T, torch.zeros(8, dtype=torch.int64)).backward()
+    assert moved(head) == {"background"}, "the detector's loss trains the background of the proposals"
+
+
+def test_box_head_is_its_layers() -> None:
+    torch.manual_seed(0)
+    head = SemanticBoxHead(2 * 3 * 3, 8, D, decoder=True)
+    regions = torch.randn(4, 2, 3, 3)
+    vectors, shifts, features = head(regions)
+    flat = regions.numpy().reshape(4, -1).astype(np.float64)
+    layers = {name: p.detach().numpy().astype(np.float64) for name, p in head.named_parameters()}
+    one = np.maximum(flat @ layers["first.weight"].T + layers["first.bias"], 0)
+    two = np.maximum(one @ layers["second.weight"].T + layers["second.bias"], 0)
+    t = two @ layers["semantic.weight"].T + layers["semantic.bias"]
+    back = t @ layers["decoder.weight"].T + layers["decoder.bias"]
+    np.testing.assert_allclose(vectors.detach(), t, atol=1e-5)
+    np.testing.assert_allclose(shifts.detach(), two @ layers["box.weight"].T + layers["box.bias"], atol=1e-5)
+    loss = head.reconstruction_loss(vectors, features)
+    assert float(loss.detach()) == pytest.approx(float(((back - two) ** 2).mean()), rel=1e-5)
+    loss.backward()
+    assert moved(head) == {f"{name}.{kind}" for name in ("first", "second", "semantic", "decoder")
+                           for kind in ("weight", "bias")}  # fmt: skip
+
+
+def test_vocabulary_starts_as_a_detour_and_is_a_product() -> None:
+    torch.manual_seed(0)
+    words = torch.randn(40, D)
+    plain, head = SemanticBoxHead(4, 8, D, False), SemanticBoxHead(4, 8, D, False, words)
+    head.load_state_dict(plain.state_dict(), strict=False)
+    regions = torch.randn(6, 4, 1, 1)
+    torch.testing.assert_close(head(regions)[0], plain(regions)[0], atol=1e-4, rtol=1e-4)
+    assert head.from_words is not None
+    with torch.no_grad():
+        head.from_words.weight.copy_(torch.randn(D, 40))
+    expected = plain(regions)[0] @ words.T @ head.from_words.weight.T
+    torch.testing.assert_close(head(regions)[0], expected)
+    head(regions)[0].sum().backward()
+    assert "from_words.weight" in moved(head)
+
+
+def test_mask_head_is_a_fixed_convolution_of_the_words() -> None:
+    torch.manual_seed(0)
+    head = SemanticMaskHead(4, 6, 2, D, decoder=True)
+    regions = torch.randn(3, 4, 7, 7)
+    vectors, features = head(regions)
+    assert vectors.shape == (3, D, 14, 14)
+    x = regions
+    for number in range(2):
+        layer = head.convs[number][0]
+        x = F.relu(F.conv2d(x, layer.weight, layer.bias, padding=1))
+    # Each convolution takes what the one before gives: all of them count.
+    x = F.relu(F.conv_transpose2d(x, head.deconv.weight, head.deconv.bias, stride=2))
+    torch.testing.assert_close(features, x)
+    y = F.relu(F.conv2d(x, head.encoder[0].weight, head.encoder[0].bias, padding=1))
+    y = F.conv2d(y, head.encoder[2].weight, head.encoder[2].bias, padding=1)
+    classes = torch.randn(9, D)
+    every = F.conv2d(y, classes[:, :, None, None])  # the paper's fixed 1 × 1 convolution over all classes
+    labels = torch.tensor([2, 0, 8])
+    torch.testing.assert_close(mask_logits(vectors, classes[labels]), every[torch.arange(3), labels])
+    back = F.relu(F.conv2d(y, head.decoder[0].weight, head.decoder[0].bias, padding=1))
+    back = F.conv2d(back, head.decoder[2].weight, head.decoder[2].bias, padding=1)
+    loss = head.reconstruction_loss(vectors, features)
+    assert float(loss.detach()) == pytest.approx(float(((back - x) ** 2).mean().detach()), rel=1e-5)
+    mask_logits(vectors, classes[labels]).sum().backward()
+    assert moved(head) == {name for name, _ in head.named_parameters() if not name.startswith("decoder")}
+
+
+def test_transfer_by_hand() -> None:
+    generator = np.random.default_rng(0)
+    logits, known, asked = generator.normal(size=(4, 7)), generator.normal(size=(7, D)), generator.normal(size=(3, D))
+    tensors = [torch.tensor(values, dtype=torch.float32) for values in (logits, known, asked)]
+    found, things = transferred(*tensors), transferred(*tensors, temperature=2.0, background=False)
+    for row in range(4):
+        p = np.exp(logits[row]) / np.exp(logits[row]).sum()
+        of_things = np.exp(logits[row, 1:] / 2) / np.exp(logits[row, 1:] / 2).sum()
+        for column in range(3):
+            score = sum(p[c] * known[c] @ asked[column] for c in range(7))
+            assert float(found[row, column]) == pytest.approx(score, abs=1e-4)
+            score = (1 - p[0]) * sum(of_things[c] * known[1 + c] @ asked[column] for c in range(6))
+            assert float(things[row, column]) == pytest.approx(score, abs=1e-4)

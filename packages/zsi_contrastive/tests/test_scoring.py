@@ -1,0 +1,144 @@
+"""Scores against pycocotools, and rankings of both kinds of classes."""
+
+import contextlib
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from labs_common.errors import LabError
+from zsi_contrastive.annotations import Instances
+from zsi_contrastive.evaluation import iou, named_objects, scores_of
+from zsi_contrastive.finding import together
+from zsi_contrastive.pictures import InstancePictures
+from zsi_contrastive.scoring import THRESHOLDS, harmonic_mean, scored
+from zsi_contrastive.splits import Split
+
+SPLIT = Split("mine", ("cat", "dog", "cow"), ("elf", "orc"))
+IDS = dict(zip(SPLIT.classes, (3, 17, 18, 44, 90), strict=True))
+SIDE = 60
+
+
+def mask(box: list[float]) -> dict[str, Any]:
+    pixels = np.zeros((SIDE, SIDE), dtype=np.uint8, order="F")
+    left, top, across, down = (int(value) for value in box)
+    pixels[top : top + down, left : left + across] = 1
+    code = coco_mask.encode(pixels)
+    return {"size": [SIDE, SIDE], "counts": code["counts"].decode()}
+
+
+@pytest.fixture(scope="module")
+def case() -> tuple[Instances, list[dict[str, Any]]]:
+    generator = np.random.default_rng(0)
+    images = [{"id": n + 10, "file_name": f"{n}", "width": SIDE, "height": SIDE} for n in range(30)]
+    annotations, results = [], []
+    for image in images:
+        for _ in range(generator.integers(0, 6)):
+            box = [*generator.integers(0, 30, 2).tolist(), *generator.integers(6, 25, 2).tolist()]
+            number = int(generator.choice([3, 17, 44, 90]))  # no cow is there
+            crowd = int(generator.random() < 0.15)
+            annotations.append({"id": len(annotations) + 1, "image_id": image["id"], "category_id": number, "bbox": box,
+                                "area": box[2] * box[3], "iscrowd": crowd, "segmentation": mask(box)})  # fmt: skip
+            for _ in range(generator.integers(0, 4)):
+                near = [max(0, value + int(generator.integers(-4, 5))) for value in box]
+                near[2:] = max(3, near[2]), max(3, near[3])
+                said = number if generator.random() < 0.6 else int(generator.choice(list(IDS.values())))
+                results.append({"image_id": image["id"], "category_id": said, "bbox": near, "segmentation": mask(near),
+                                "score": round(float(generator.random()), 2)})  # fmt: skip
+    categories = [{"id": number, "name": name} for name, number in IDS.items()]
+    return Instances("case", categories, images, annotations), results
+
+
+@pytest.mark.parametrize("kind", ["box", "mask"])
+def test_equal_to_pycocotools(kind: str, case: tuple[Instances, list[dict[str, Any]]]) -> None:
+    truth, results = case
+    rows = [{key: value for key, value in row.items() if kind == "mask" or key != "segmentation"} for row in results]
+    with contextlib.redirect_stdout(io.StringIO()):
+        gold = COCO()
+        gold.dataset = {**truth.plain(), "annotations": [dict(row) for row in truth.annotations]}
+        gold.createIndex()
+        evaluation = COCOeval(gold, gold.loadRes([dict(row) for row in rows]), "segm" if kind == "mask" else "bbox")
+        evaluation.params.iouThrs = np.array(THRESHOLDS)
+        evaluation.params.maxDets = [1, 10, 100]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    order = list(IDS.values())[::-1]  # not the order of the ids
+    found = scored(truth, results, order, kind)
+    for place, number in enumerate(order):
+        column = evaluation.params.catIds.index(number)
+        precision = evaluation.eval["precision"][:, :, column, 0, 2]
+        recall = evaluation.eval["recall"][:, column, 0, 2]
+        if number == IDS["cow"]:
+            assert (precision == -1).all()
+            assert np.isnan(found.precision[:, place]).all()
+            continue
+        np.testing.assert_allclose(found.precision[:, place], precision.mean(1), atol=1e-12)
+        np.testing.assert_allclose(found.recall[:, place], recall, atol=1e-12)
+    means = found.means(order)
+    here = THRESHOLDS.index(0.5)
+    kept = [place for place, number in enumerate(order) if number != IDS["cow"]]
+    assert means["ap@0.5"] == pytest.approx(found.precision[here, kept].mean())
+    assert 0.1 < means["ap@0.5"] < 0.9, "a case that says something"
+    assert means["ap"] == pytest.approx(np.mean([found.precision[THRESHOLDS.index(t), kept] for t in THRESHOLDS[1:]]))
+
+
+def test_nothing_found_and_results_of_other_pictures(case: tuple[Instances, list[dict[str, Any]]]) -> None:
+    truth, results = case
+    found = scored(truth, [], list(IDS.values()), "box")
+    assert found.means(list(IDS.values()))["ap@0.5"] == 0.0
+    with pytest.raises(LabError, match="of the picture 999"):
+        scored(truth, [{**results[0], "image_id": 999}], list(IDS.values()), "box")
+    with pytest.raises(LabError, match="no segmentation"):
+        scored(truth, [{"image_id": 10, "category_id": 3, "bbox": [1, 1, 2, 2], "score": 1}], [3], "mask")
+    outlines = [{key: value for key, value in row.items() if key != "bbox"} for row in results]
+    assert scored(truth, outlines, [3], "box").means([3]) == scored(truth, results, [3], "box").means([3])
+
+
+def test_the_bias_reorders_and_cuts() -> None:
+    rows = [{"image_id": 1, "category_id": 3 if n % 2 else 44, "score": 0.9 - 0.1 * n} for n in range(4)]
+    assert [row["category_id"] for row in together(rows, [3, 17], 0.0, 3)] == [44, 3, 44]
+    found = together(rows, [3, 17], 0.25, 3)
+    assert [(row["category_id"], round(row["score"], 2)) for row in found] == [(44, 0.9), (44, 0.7), (3, 0.55)]
+    assert rows[1]["score"] == 0.8, "what was given stays as it is"
+
+
+def test_what_an_object_is_called() -> None:
+    truth = Instances("x", [{"id": number, "name": name} for name, number in IDS.items()], [{"id": 1}], [
+        {"image_id": 1, "category_id": 44, "bbox": [0, 0, 10, 10], "iscrowd": 0},
+        {"image_id": 1, "category_id": 3, "bbox": [30, 30, 10, 10], "iscrowd": 0},
+        {"image_id": 1, "category_id": 3, "bbox": [50, 50, 10, 10], "iscrowd": 1},
+    ])  # fmt: skip
+    rows = [
+        {"image_id": 1, "category_id": 3, "bbox": [0, 0, 10, 9], "score": 0.8},
+        {"image_id": 1, "category_id": 44, "bbox": [1, 0, 10, 10], "score": 0.7},
+        {"image_id": 1, "category_id": 90, "bbox": [9, 9, 10, 10], "score": 0.99},
+    ]
+    first, second = named_objects(InstancePictures(truth, (), SPLIT.classes), rows, SPLIT)
+    assert (first.truth, first.said(), first.said(0.2)) == ("elf", "cat", "elf")
+    assert (second.truth, second.said()) == ("cat", "nothing")
+    assert iou([0, 0, 10, 10], [5, 0, 10, 10]) == pytest.approx(1 / 3)
+    assert iou([0, 0, 10, 10], [10, 0, 10, 10]) == 0.0
+
+
+def test_both_tasks(case: tuple[Instances, list[dict[str, Any]]]) -> None:
+    truth, results = case
+    found = scores_of(InstancePictures(truth, (), SPLIT.classes), results, SPLIT, 0.0, 100, True)
+    seen, unseen = [3, 17, 18], [44, 90]
+    everything = scored(truth, results, seen + unseen, "mask")
+    assert found.gzsi["mask"]["seen"] == everything.means(seen)
+    assert found.gzsi["mask"]["unseen"] == everything.means(unseen)
+    assert found.zsi["mask"] == everything.means(unseen), "fewer than 100 a picture: nothing was cut"
+    both = found.gzsi["mask"]
+    expected = harmonic_mean(both["seen"]["ap@0.5"], both["unseen"]["ap@0.5"])
+    assert both["harmonic mean"]["ap@0.5"] == expected
+    assert harmonic_mean(0.5, 0.25) == pytest.approx(1 / 3)
+    assert harmonic_mean(0.0, 0.0) == 0.0
+    by_name = {line["class"]: line for line in found.classes}
+    assert by_name["elf"]["objects"] == sum(
+        row["category_id"] == 44 and not row["iscrowd"] for row in truth.annotations
+    )
+    assert found.plain()["classes"][2]["box gzsi"]["ap@0.5"] is None, "no cow is there"

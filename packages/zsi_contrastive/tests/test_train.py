@@ -1,0 +1,244 @@
+"""The training command, with the options that a user types."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lab_commands
+import pytest
+import torch
+import yaml
+from lab_commands import command, in_two_processes, losses, one_cpu
+from safetensors.torch import load_file
+
+from zsi_contrastive.ablate import LIBRARIES
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+SMALL = ("--split", "scenes", "--min-side", "48", "--max-side", "64", "--batch-size", "4", "--epochs", "2",
+         "--controls", "1", "--track", "none")  # fmt: skip
+
+
+def here(*arguments: object, code: int = 0) -> lab_commands.Done:
+    return lab_commands.here("zsi_contrastive.train", *arguments, code=code)
+
+
+def trained(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def options(scenes: Path) -> tuple[object, ...]:
+    return ("--data", scenes, *SMALL, "--save-every", "2")
+
+
+@pytest.fixture(scope="module")
+def finished(options: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run."""
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    done = here(*options, "--output", run)
+    assert f"report: {run / 'report.html'}" in done.stdout
+    return run
+
+
+def test_a_run_leaves_everything_that_it_promises(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert {
+        "config.yaml", "environment.json", "metrics.jsonl", "timing.jsonl", "results.json", "detections.json",
+        "splits.json", "report.html", "figures", "checkpoints", "model", "frozen.json",
+    } <= names  # fmt: skip
+    results = json.loads((finished / "results.json").read_text())
+    assert results["config"]["detection"]["temperature"] == 4.0
+    assert set(results["test"]["zsi"]) == {"box", "mask"}
+    assert set(results["test"]["gzsi"]["mask"]) == {"seen", "unseen", "harmonic mean"}
+    assert set(results["test"]["other rules"]) == {"random vectors (mean of 1)", "the paper's transfer"}
+    assert set(results["test"]["sweep"]) == {"validation", "test"}
+    html = (finished / "report.html").read_text(encoding="utf-8")
+    for heading in (
+        "What was asked", "Data", "Words", "What trained", "Curves", "Numbers", "Seen against unseen", "Classes",
+        "Failures", "What is taken for what", "Cost", "How to run it again",
+    ):  # fmt: skip
+        assert f">{heading}<" in html
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    weights = {name: 0.5 if "reconstruction" in name else 1.0 for name in steps[0] if name.endswith("_loss")}
+    assert len(weights) == 7
+    assert steps[0]["loss"] == pytest.approx(sum(weight * steps[0][name] for name, weight in weights.items()), 1e-4)
+    assert sum(line["loss"] for line in steps[-3:]) < sum(line["loss"] for line in steps[:3])
+
+
+def test_killed_and_resumed_gives_the_same_bytes(finished: Path, options: tuple[object, ...], tmp_path: Path) -> None:
+    run = tmp_path / "killed"
+    process = lab_commands.forked("zsi_contrastive.train", LIBRARIES, *options, "--output", run)
+    for _ in range(6000):
+        if (run / "checkpoints" / "step-00000002").exists():
+            break
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert not (run / "model").exists(), "the kill came too late to prove anything"
+    here("--resume", run)
+    assert (run / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    one, two = trained(run), trained(finished)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert (run / "detections.json").read_bytes() == (finished / "detections.json").read_bytes()
+
+
+def test_two_processes(options: tuple[object, ...], finished: Path, tmp_path: Path) -> None:
+    """Regions are drawn by chance in each process, so that two are not one; but both hold the same weights."""
+    run = tmp_path / "two"
+    in_two_processes(
+        "zsi_contrastive.train", LIBRARIES, 29581, *options, "--output", run, "--max-steps", "3", "--no-report",
+        XDG_CACHE_HOME=str(tmp_path),
+    )  # fmt: skip
+    assert losses(run)[0] == pytest.approx(losses(finished)[0], rel=0.2)
+    results = json.loads((run / "results.json").read_text())
+    assert results["cost"]["pictures"] == 12
+    found = json.loads((run / "detections.json").read_text())
+    pictures = json.loads((run / "splits.json").read_text())["test"]["pictures"]
+    assert len({row["image_id"] for row in found}) == len(pictures), "each process looked at its share"
+
+
+def test_parts_of_a_step_are_the_step(options: tuple[object, ...], tmp_path: Path) -> None:
+    here(*options, "--output", tmp_path / "parts", "--at-once", "2", "--max-steps", "2", "--no-report")
+    here(*options, "--output", tmp_path / "sgd", "--optimizer", "sgd", "--schedule", "steps", "--max-steps", "2",
+         "--frozen-stages", "1", "--no-report")  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["pictures"] for line in lines if "loss" in line] == [4, 8]
+    frozen = json.loads((tmp_path / "sgd" / "frozen.json").read_text())
+    assert any(name.startswith("backbone.body.1.") for name in frozen), "the audit has the frozen stage"
+    assert not any(name.startswith("backbone.body.2.0.0.weight") for name in frozen)
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in LAUNCH.glob("*.yaml")))
+def test_launch_configurations(file: str, finished: Path, options: tuple[object, ...], tmp_path: Path) -> None:
+    """Each is a config that Accelerate knows; ZeRO-2's takes the whole road, with one process on a CPU."""
+    text = (LAUNCH / file).read_text()
+    assert text.startswith("# "), "a comment says when to use it"
+    config = yaml.safe_load(text)
+    from accelerate.commands.config.config_args import ClusterConfig
+
+    assert config.keys() <= ClusterConfig.__dataclass_fields__.keys()
+    if config["distributed_type"] != "DEEPSPEED" or config["deepspeed_config"]["zero_stage"] != 2:
+        return
+    pytest.importorskip("deepspeed", reason="needs the extra zsi-contrastive[deepspeed]")
+    run = tmp_path / "run"
+    command(
+        "accelerate.commands.launch", "--config_file", one_cpu(LAUNCH / file, tmp_path), "-m", "zsi_contrastive.train",
+        *options, "--output", run, "--no-report", "--max-steps", "2", DS_ACCELERATOR="cpu", MASTER_PORT="29583",
+        XDG_CACHE_HOME=str(tmp_path),
+    )  # fmt: skip
+    assert losses(run)[0] == pytest.approx(losses(finished)[0], rel=1e-3)
+
+
+def test_real_pictures_and_word_vectors(coco: Path, coco_vectors: Path, tmp_path: Path) -> None:
+    """COCO as it is on disk, a ResNet with random weights; both tasks; pycocotools takes what is written."""
+    from pycocotools.coco import COCO
+
+    matrix = coco_vectors / "word_w2v_withbg_48_17.txt"
+    run = tmp_path / "run"
+    shared = ("--data", coco, "--split", "48_17", "--word-vectors", matrix, "--min-side", "96", "--max-side", "128")
+    done = here(*shared, "--backbone", "resnet18", "--no-backbone-pretrained", "--batch-size", "2", "--max-steps", "2",
+                "--limit", "4", "--controls", "1", "--score-threshold", "0", "--kept", "5", "--output", run,
+                "--track", "none")  # fmt: skip
+    assert "fit the names" in done.stderr
+    assert all(0 < loss < 100 for loss in losses(run))
+    found = json.loads((run / "detections.json").read_text())
+    assert found
+    assert {"image_id", "category_id", "bbox", "score", "segmentation"} == found[0].keys()
+    gold = COCO(str(coco / "annotations" / "instances_val2017.json"))
+    assert {row["category_id"] for row in found} <= set(gold.getCatIds())
+    assert len(gold.loadRes(str(run / "detections.json")).anns) == len(found)
+    frozen = json.loads((run / "frozen.json").read_text())
+    assert any("layer1" in name for name in frozen)
+    assert not any("layer2.0.conv1" in name for name in frozen)
+    results = json.loads((run / "results.json").read_text())
+    assert results["config"]["training"]["schedule"] == "steps"
+    assert "Zheng et al. 2021" in (run / "report.html").read_text(encoding="utf-8")
+    # The same detector, other classes: those of the other split.
+    other = lab_commands.here(
+        "zsi_contrastive.evaluate", "--checkpoint", run, "--split", "65_15", "--word-vectors",
+        coco_vectors / "word_w2v_withbg_65_15.txt", "--output", tmp_path / "other", "--limit", "2", "--no-report",
+    )  # fmt: skip
+    assert "unseen alone" in other.stderr
+    assert len(json.loads((tmp_path / "other" / "evaluation.json").read_text())["classes"]) == 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (("--data", "missing-pictures"), "missing-pictures"),
+        (("--data", "{tmp}"), "--train-annotations"),
+        (("--split", "49_16", "--word-vectors", "any.txt"), "--split 49_16"),
+        (("--split", "48_17"), "--word-vectors"),
+        (("--split", "48_17", "--word-vectors", "missing.txt"), "missing.txt"),
+        (("--backbone", "resnt18"), "resnet18"),
+        (("--backbone-weights", "weights.pth"), "--backbone-weights"),
+        (("--backbone-weights", "missing.safetensors"), "--backbone-weights"),
+        (("--no-background-rpn",), "--sync-background"),
+        (("--frozen-stages", "7"), "--frozen-stages"),
+        (("--vocabulary", "missing.txt"), "--vocabulary"),
+        (("--refine", "median"), "--refine"),
+        (("--refine-share", "2"), "--refine-share"),
+        (("--temperature", "-1"), "--temperature"),
+        (("--kept", "0"), "--kept"),
+        (("--validation-fraction", "1"), "--validation-fraction"),
+        (("--output", "/proc/run"), "--output"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    arguments: tuple[str, ...], names: str, scenes: Path, tmp_path: Path
+) -> None:
+    filled = [argument.format(tmp=tmp_path) for argument in arguments]
+    given = [*filled, *(() if "--data" in filled else ("--data", str(scenes)))]
+    small = SMALL[2:] if "--split" in given else SMALL
+    done = here("--output", tmp_path / "run", *small, *given, code=2)
+    assert len(done.errors) == 1, done.stderr
+    assert names in done.errors[0]
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_picture_is_named_or_left_out(scenes: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(scenes, data)
+    name = sorted(path.name for path in (data / "val").iterdir())[0]
+    for path in (data / "train").iterdir():
+        path.touch()
+    (data / "val" / name).write_bytes((data / "val" / name).read_bytes()[:300])
+    train = json.loads((data / "annotations" / "instances_train.json").read_text())
+    train["annotations"][0]["bbox"][2] = 0
+    (data / "annotations" / "instances_train.json").write_text(json.dumps(train))
+    shared: tuple[Any, ...] = ("--data", data, *SMALL, "--max-steps", "1", "--output", tmp_path / "run")
+    test_names = json.loads((data / "annotations" / "instances_val.json").read_text())
+    shown = {row["image_id"] for row in test_names["annotations"]}
+    assert shown
+    done = here(*shared, "--on-bad-data", "skip")
+    assert "left out 1 × box without area" in done.stderr
+
+
+def test_resume_with_other_options(options: tuple[object, ...], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    here(*options, "--output", run, "--max-steps", "2", "--no-report")
+    assert "--reconstruction" in here("--resume", run, "--reconstruction", "1", code=2).stderr
+
+
+COMMANDS = ("train", "evaluate", "predict", "ablate", "prepare", "words")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_teaches(name: str) -> None:
+    assert f"python -m zsi_contrastive.{name}" in lab_commands.here(f"zsi_contrastive.{name}", "--help").stdout
+
+
+def test_help_is_fast() -> None:
+    # What decides it is that torch stays out until options are read.
+    names = ", ".join(f"zsi_contrastive.{name}" for name in COMMANDS)
+    code = f"import sys, {names}; print('torch' in sys.modules or 'timm' in sys.modules)"
+    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, env=env).strip() == "False"

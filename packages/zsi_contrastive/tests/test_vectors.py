@@ -1,0 +1,203 @@
+"""Splits, word vectors of every kind, and which column is which."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from labs_common.errors import LabError
+from zsi_contrastive.columns import checked_order, neighbours
+from zsi_contrastive.splits import PUBLISHED, Split, coco_groups, read_split, scenes_split
+from zsi_contrastive.vectors import (
+    attribute_vectors,
+    check_same_space,
+    read_class_vectors,
+    read_vocabulary,
+    word_vectors,
+)
+
+COCO = [name for names in coco_groups().values() for name in names]
+
+
+def drawn(classes: tuple[str, ...], length: int = 30) -> torch.Tensor:
+    """Vectors in which classes of a supercategory are alike."""
+    generator = torch.Generator().manual_seed(0)
+    centres = {group: torch.randn(length, generator=generator) for group in coco_groups()}
+    group_of = {name: group for group, names in coco_groups().items() for name in names}
+    own = {name: torch.randn(length, generator=generator) for name in COCO}
+    return torch.stack([centres[group_of[name]] + own[name] for name in classes])
+
+
+def write_matrix(file: Path, rows: torch.Tensor) -> Path:
+    np.savetxt(file, torch.cat([rows.mean(0)[None], rows]).T.numpy(), delimiter=",")
+    return file
+
+
+@pytest.mark.parametrize(("name", "seen", "unseen"), [("48_17", 48, 17), ("65_15", 65, 15)])
+def test_published_splits(name: str, seen: int, unseen: int) -> None:
+    split = read_split(name)
+    assert (len(split.seen), len(split.unseen)) == (seen, unseen)
+    assert len(set(split.classes)) == seen + unseen
+    assert set(split.classes) <= set(COCO)
+    assert len(COCO) == len(set(COCO)) == 80
+
+
+def test_every_texture_and_shape_of_an_unseen_pairing_is_seen() -> None:
+    split = scenes_split()
+    assert (len(split.seen), len(split.unseen)) == (24, 8)
+    words = {word for name in split.seen for word in name.split()}
+    assert all(set(name.split()) <= words for name in split.unseen)
+
+
+def test_splits_from_files(tmp_path: Path) -> None:
+    file = tmp_path / "my_72_8.json"
+    file.write_text(json.dumps({"seen": COCO[:72], "unseen": COCO[72:]}))
+    split = read_split(str(file))
+    assert (split.name, len(split.seen), len(split.unseen)) == ("my_72_8", 72, 8)
+    for content, said in (
+        ("{", "is not JSON"),
+        ('{"seen": ["a"]}', "unseen"),
+        ('{"seen": ["a"], "unseen": []}', "none of them empty"),
+        ('{"seen": ["a", "b"], "unseen": ["a"]}', "names a twice"),
+        ('{"seen": [1], "unseen": ["a"]}', "names of classes"),
+    ):
+        file.write_text(content)
+        with pytest.raises(LabError, match=said):
+            read_split(str(file))
+    with pytest.raises(LabError, match="no such file"):
+        read_split("49_16")
+
+
+def test_columns_in_the_right_order_are_believed(tmp_path: Path) -> None:
+    for name in PUBLISHED:
+        split = read_split(name)
+        vectors = read_class_vectors(str(write_matrix(tmp_path / "m.txt", drawn(split.classes))), split)
+        assert vectors.by_column
+        torch.testing.assert_close(vectors.classes, drawn(split.classes))
+        assert "fit the names" in checked_order(vectors.classes, split, "m.txt").verdict
+
+
+def test_columns_in_another_order_are_refused() -> None:
+    split = read_split("48_17")
+    by_id = sorted(split.seen, key=COCO.index) + sorted(split.unseen, key=COCO.index)
+    with pytest.raises(LabError, match="in the order of COCO's category ids"):
+        checked_order(drawn(tuple(by_id)), split, "m.txt")
+    with pytest.raises(LabError, match="one column"):
+        checked_order(drawn(split.classes).roll(1, 0), split, "m.txt")
+    shuffled = drawn(split.classes)[torch.randperm(65, generator=torch.Generator().manual_seed(1))]
+    with pytest.raises(LabError, match="do not fit"):
+        checked_order(shuffled, split, "m.txt")
+    mine = Split("mine", ("unicorn", "dragon"), ("elf",))
+    assert "cannot be checked" in checked_order(torch.randn(3, 4), mine, "m.txt").verdict
+
+
+def test_the_reference_files_are_in_the_splits_order(coco_vectors: Path) -> None:
+    both = {}
+    for name in PUBLISHED:
+        split = read_split(name)
+        file = coco_vectors / f"word_w2v_withbg_{name}.txt"
+        vectors = read_class_vectors(str(file), split)
+        assert vectors.seen.shape == (len(split.seen), 300)
+        assert checked_order(vectors.classes, split, str(file)).excess > 20
+        near = dict(zip(split.classes, neighbours(vectors.classes, split.classes), strict=True))
+        assert near["cat"][0][0] == "dog"
+        assert near["snowboard"][0][0] == "skis"
+        both[name] = dict(zip(split.classes, vectors.classes, strict=True)), vectors
+    one, other = both["48_17"][0], both["65_15"][0]
+    assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one), "both files agree by name"
+    # What background's vector was made of: the mean of all 80 classes.
+    torch.testing.assert_close(both["65_15"][1].classes.mean(0), both["65_15"][1].background, atol=1e-6, rtol=0)
+    torch.testing.assert_close(both["48_17"][1].background, both["65_15"][1].background)
+
+
+@pytest.mark.parametrize("form", ["glove", "fasttext", "gzip"])
+def test_text_files(form: str, tmp_path: Path) -> None:
+    split = Split("mine", ("cat", "hot dog", "sports ball"), ("teddy bear",))
+    rows = {"cat": [3.0, 4.0], "hot": [1.0, 0.0], "dog": [0.0, 1.0], "sports_ball": [0.0, 2.0], "bear": [5.0, 0.0]}
+    text = "".join(f"{word} {a} {b}\n" for word, (a, b) in rows.items())
+    if form == "fasttext":
+        text = f"{len(rows)} 2\n" + text
+    file = tmp_path / ("vectors.vec.gz" if form == "gzip" else "vectors.txt")
+    file.write_bytes(gzip.compress(text.encode()) if form == "gzip" else text.encode())
+    found = read_class_vectors(str(file), split)
+    half = 0.5**0.5
+    expected = torch.tensor([[0.6, 0.8], [half, half], [0.0, 1.0], [1.0, 0.0]])
+    torch.testing.assert_close(found.classes, expected)
+    torch.testing.assert_close(found.background, expected.mean(0))
+    assert [note.split(":")[0] for note in found.notes] == ["hot dog", "teddy bear"]
+    assert not found.by_column
+    with pytest.raises(LabError, match="no vector for unicorn, elf"):
+        word_vectors(str(file), ["cat", "unicorn", "elf"])
+
+
+def test_a_text_encoder(tmp_path: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "hot", "dog"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    model = BertModel(
+        BertConfig(
+            vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+        )
+    ).eval()
+    model.save_pretrained(tmp_path)
+    found, notes = word_vectors(f"encoder:{tmp_path}", ["cat", "hot dog"])
+    assert (found.shape, notes) == ((2, 16), ())
+    with torch.no_grad():
+        alone = model(torch.tensor([[2, 5, 3]])).last_hidden_state[0].mean(0)
+    torch.testing.assert_close(found[0], alone / alone.norm(), atol=1e-5, rtol=1e-5)
+    with pytest.raises(LabError, match="cannot be had"):
+        word_vectors("encoder:no/such-model", ["cat"])
+
+
+def test_broken_files(tmp_path: Path) -> None:
+    split = Split("mine", ("cat", "dog"), ("elf",))
+    file = tmp_path / "v.txt"
+    for content, said in (
+        ("1,2,3,4,5\n", "row 1 has 5 columns; the split mine needs 4"),
+        ("1,2,3,4\n1,2,3\n", "row 2 has 3 columns"),
+        ("1,2,3,4\n1,2,x,3\n", "line 2"),
+        ("1,2,3,4\n1,2,nan,3\n", "not a number"),
+        ("cat 1 2\ndog 1\n", "cannot be read"),
+        ("cat 1 two\n", "cannot be read"),
+        ("", "cannot be read|no vector"),
+    ):
+        file.write_text(content)
+        with pytest.raises(LabError, match=said):
+            read_class_vectors(str(file), split)
+    file.write_bytes(b"3 4\ncat \x00\x01\x02 1 1")
+    with pytest.raises(LabError, match=r"binary|not a word"):
+        read_class_vectors(str(file), split)
+    with pytest.raises(LabError, match="no such file"):
+        read_class_vectors(str(tmp_path / "nowhere.txt"), split)
+
+
+def test_vocabulary(tmp_path: Path) -> None:
+    matrix = tmp_path / "tags.txt"
+    np.savetxt(matrix, np.arange(12.0).reshape(3, 4), delimiter=",")
+    assert read_vocabulary(matrix, 3).tolist() == np.arange(12.0).reshape(3, 4).T.tolist()
+    with pytest.raises(LabError, match="each must have 5"):
+        read_vocabulary(matrix, 5)
+    with pytest.raises(LabError, match="no such file"):
+        read_vocabulary(tmp_path / "no", 3)
+
+
+def test_attributes_also_of_words_never_listed() -> None:
+    rows = attribute_vectors(["striped circle", "striped square", "circle"])
+    half = 0.5**0.5
+    torch.testing.assert_close(rows @ rows.T, torch.tensor([[1.0, 0.5, half], [0.5, 1.0, 0.0], [half, 0.0, 1.0]]))
+    with pytest.raises(LabError, match="furry circle"):
+        attribute_vectors(["furry circle"])
+
+
+def test_vectors_of_another_space_are_refused() -> None:
+    known = {"cat": torch.tensor([1.0, 0.0]), "dog": torch.tensor([0.0, 1.0])}
+    check_same_space(known, ["cat", "elf"], torch.tensor([[2.0, 0.0], [0.5, 0.5]]))
+    with pytest.raises(LabError, match="dog has another vector"):
+        check_same_space(known, ["cat", "dog"], torch.tensor([[1.0, 0.0], [1.0, 0.2]]))
+    with pytest.raises(LabError, match="cat has another vector"):
+        check_same_space(known, ["cat"], torch.ones(1, 3))
