@@ -127,8 +127,8 @@ class DetectorTrainingOptions(TrainingOptions):
     """Weight decay, decoupled with AdamW."""
     clip_norm: float = 0.0
     """Gradients with a larger L2 norm are scaled down to it; 0 takes the paper's 35, and 5 for tiny."""
-    reconstruction: float = 0.5
-    """Weight of the decoders' losses."""
+    reconstruction: float = 0.0
+    """Weight of the decoders' losses; 0 takes the paper's 0.5, and 0.05 for tiny."""
     flip: bool = True
     """Mirror training pictures by chance."""
     validation_pictures: int = 200
@@ -179,6 +179,8 @@ def complete(config: Config) -> Config:
     check_detection(config.detection)
     if model.backbone_weights is not None and model.backbone_weights.suffix != ".safetensors":
         raise LabError(f"--backbone-weights {model.backbone_weights}: must be a .safetensors file")
+    if training.reconstruction < 0:
+        raise LabError("--reconstruction: must be positive; --no-decoders leaves the decoders out")
     if not -1 <= model.frozen_stages <= 4:
         raise LabError("--frozen-stages: must lie between 0 and 4")
     rate = 3e-3 if tiny else 0.0075 if split == "65_15" else 0.01
@@ -200,6 +202,7 @@ def complete(config: Config) -> Config:
             optimizer=("adamw" if tiny else "sgd") if training.optimizer == "auto" else training.optimizer,
             learning_rate=training.learning_rate or rate,
             schedule=("cosine" if tiny else "steps") if training.schedule == "auto" else training.schedule,
+            reconstruction=training.reconstruction or (0.05 if tiny else 0.5),
             clip_norm=training.clip_norm or (5.0 if tiny else 35.0),
         ),
     )

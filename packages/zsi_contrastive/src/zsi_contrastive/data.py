@@ -1,6 +1,6 @@
 """Pictures, classes and their vectors as training takes them: COCO's, or drawn scenes in COCO's format."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +103,12 @@ def read_parts(data: DataOptions, split: Split) -> tuple[ZeroShotParts, Path]:
         raise LabError(f"--data {folder}: no such directory")
     train = data.train_annotations or instances_file(folder, "train")
     test = data.test_annotations or instances_file(folder, "val")
-    return zero_shot_parts(read_instances(train), read_instances(test), split), folder
+    both = [read_instances(train), read_instances(test)]
+    if data.data is None:  # not where this machine keeps its cache
+        both = [
+            replace(part, source=f"drawn scenes, {path.stem}") for part, path in zip(both, (train, test), strict=True)
+        ]
+    return zero_shot_parts(*both, split), folder
 
 
 def instances_file(folder: Path, name: str) -> Path:

@@ -15,7 +15,7 @@ from zsi_contrastive.scoring import ClassScores, harmonic_mean, scored
 from zsi_contrastive.splits import Split
 from zsi_contrastive.vectors import ClassVectors
 
-BIASES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
+BIASES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5)
 AT_ONCE = 8
 Scores = dict[str, float]
 
