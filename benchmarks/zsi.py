@@ -140,7 +140,8 @@ def detectors(options: Options, classes: int, parts: Parts | None = None) -> tup
         backbone, classes + 1, min_size=options.side, max_size=longest, rpn_pre_nms_top_n_train=before,
         rpn_pre_nms_top_n_test=before_in_use, rpn_post_nms_top_n_train=after, rpn_post_nms_top_n_test=after_in_use,
     )  # fmt: skip
-    return ours.to(DEVICE).train(), plain.to(DEVICE).train()
+    # As the lab trains it: in channels-last.
+    return ours.to(DEVICE).to(memory_format=torch.channels_last).train(), plain.to(DEVICE).train()
 
 
 def stepping(model: torch.nn.Module, half: bool = False) -> Callable[[Batch], None]:
@@ -169,7 +170,8 @@ def precision_rows(options: Options) -> list[dict[str, Any]]:
     medians = {}
     for name, half, last in (("fp32", False, False), ("bf16", True, False), ("bf16, channels-last", True, True)):
         model = detectors(options, classes)[0]
-        run = stepping(model.to(memory_format=torch.channels_last) if last else model, half)
+        memory = torch.channels_last if last else torch.contiguous_format
+        run = stepping(model.to(memory_format=memory), half)
         times = []
         for number in range(options.steps + 3):
             start = time.perf_counter()

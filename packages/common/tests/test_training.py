@@ -70,13 +70,15 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_schedules_against_torch() -> None:
     total, rise = 50, 5
-    for name in ("cosine", "linear", "constant"):
+    for name in ("cosine", "linear", "constant", "steps"):
         parameter = torch.nn.Parameter(torch.zeros(1))
         optimizer = torch.optim.SGD([parameter], lr=1.0)
         after = {
             "cosine": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total - rise),
             "linear": torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total - rise),
             "constant": torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
+            # Steps 34 and 46 of 50 are the first after two thirds and after eleven twelfths.
+            "steps": torch.optim.lr_scheduler.MultiStepLR(optimizer, [34 - rise, 46 - rise], 0.1),
         }[name]
         for step in range(rise, total):
             assert learning_rate_share(step, total, 0.1, name) == pytest.approx(

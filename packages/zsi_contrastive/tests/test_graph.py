@@ -56,6 +56,5 @@ def test_refined_vectors() -> None:
     everything = torch.cat([seen, unseen])
     cosines = torch.cosine_similarity(unseen[:1], everything)
     cosines[9] = -2
-    message = everything[cosines.topk(2).indices].mean(0)
-    mixed = 0.5 * unseen[0] + 0.5 * message / message.norm() * unseen[0].norm()
+    mixed = 0.5 * unseen[0] + 0.5 * everything[cosines.topk(2).indices].mean(0)
     torch.testing.assert_close(one, mixed / mixed.norm() * unseen[0].norm())

@@ -103,12 +103,10 @@ def read_parts(data: DataOptions, split: Split) -> tuple[ZeroShotParts, Path]:
         raise LabError(f"--data {folder}: no such directory")
     train = data.train_annotations or instances_file(folder, "train")
     test = data.test_annotations or instances_file(folder, "val")
-    both = [read_instances(train), read_instances(test)]
+    first, second = read_instances(train), read_instances(test)
     if data.data is None:  # not where this machine keeps its cache
-        both = [
-            replace(part, source=f"drawn scenes, {path.stem}") for part, path in zip(both, (train, test), strict=True)
-        ]
-    return zero_shot_parts(*both, split), folder
+        first, second = replace(first, source="drawn scenes, training"), replace(second, source="drawn scenes, test")
+    return zero_shot_parts(first, second, split), folder
 
 
 def instances_file(folder: Path, name: str) -> Path:

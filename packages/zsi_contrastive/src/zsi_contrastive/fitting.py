@@ -13,7 +13,7 @@ from labs_common.freezing import FrozenAudit
 from labs_common.run import Run
 from labs_common.training import Loop, state_bytes
 from zsi_contrastive.batches import PictureSteps
-from zsi_contrastive.config import TINY, TrainConfig
+from zsi_contrastive.config import TrainConfig
 from zsi_contrastive.data import ZeroShotData
 from zsi_contrastive.evaluation import AT_ONCE
 from zsi_contrastive.finding import asked_for, found_in, of_classes
@@ -90,8 +90,7 @@ def set_up(
         raise LabError(f"--data: {len(pictures)} training pictures are too few for {accelerator.num_processes} "
                        "processes")  # fmt: skip
     model.to(accelerator.device)
-    sharded = accelerator.distributed_type == DistributedType.DEEPSPEED  # it wants plain memory
-    if not sharded and (accelerator.device.type == "cuda" or config.model.backbone == TINY):
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:  # which wants plain memory
         model.to(memory_format=torch.channels_last)  # convolutions are faster so
     groups = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer: torch.optim.Optimizer

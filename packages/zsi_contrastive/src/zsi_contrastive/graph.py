@@ -46,11 +46,9 @@ def refined(unseen: torch.Tensor, seen: torch.Tensor, how: str, neighbours: int,
     """Unseen vectors (unseen, d) mixed with what their nearest classes say, at the lengths that they had.
 
     A step without weights to learn: (1 - share) of the own vector and `share` of the aggregate over the nearest among
-    seen (seen, d) and unseen classes, the latter scaled to the own vector's length.
+    seen (seen, d) and unseen classes, brought back to the own vector's length.
     """
     everything = torch.cat([seen, unseen])
     found = aggregated(neighbour_graph(unseen, everything, neighbours), everything, how)
-    lengths = unseen.norm(dim=1, keepdim=True)
-    message = found / found.norm(dim=1, keepdim=True).clamp(min=1e-12) * lengths
-    mixed = (1 - share) * unseen + share * message
-    return mixed / mixed.norm(dim=1, keepdim=True).clamp(min=1e-12) * lengths
+    mixed = (1 - share) * unseen + share * found
+    return mixed / mixed.norm(dim=1, keepdim=True).clamp(min=1e-12) * unseen.norm(dim=1, keepdim=True)

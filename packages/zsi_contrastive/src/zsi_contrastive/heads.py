@@ -38,11 +38,14 @@ class BackgroundAwareRPNHead(nn.Module):
 
         A score is the logit of being a thing: the softmax over both rows is its sigmoid.
         """
-        rows = (self.thing - self.background)[..., None, None]  # (anchors, d, 1, 1)
+        rows = self.thing - self.background  # (anchors, d)
+        # The vectors and their product with the rows are one linear map: a place's d values are never held.
+        weight = (rows @ self.semantic.weight.flatten(1))[..., None, None]  # (anchors, channels, 1, 1)
+        bias = rows @ self.semantic.bias if self.semantic.bias is not None else None
         scores, boxes = [], []
         for feature in features:
             seen = F.relu(self.conv(feature))
-            scores.append(F.conv2d(self.semantic(seen), rows.to(seen.dtype)))
+            scores.append(F.conv2d(seen, weight.to(seen.dtype), None if bias is None else bias.to(seen.dtype)))
             boxes.append(self.box(seen))
         return scores, boxes
 

@@ -1,7 +1,9 @@
 """Scores of COCO's results: recall and average precision, by class and over seen and unseen classes."""
 
+import contextlib
+import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,31 +61,24 @@ def scored(truth: Instances, results: Sequence[Mapping[str, Any]], categories: S
     """
     pictures = {row["id"] for row in truth.images}
     wanted = set(categories)
-    rows = [dict(row) for row in results if row["category_id"] in wanted]
+    rows = [row for row in results if row["category_id"] in wanted]
     for row in rows:
         if row["image_id"] not in pictures:
             raise LabError(f"results: one is of the picture {row['image_id']}, which {truth.source} does not have")
         if kind == "mask" and "segmentation" not in row:
             raise LabError("results: have no segmentation; score their boxes alone")
-        if kind == "box":
-            outline = row.pop("segmentation", None)  # or areas would be those of the masks
-            if "bbox" not in row:
-                row["bbox"] = [float(value) for value in rle.toBbox(outline)]
     known = {row["category_id"] for row in truth.annotations if not row["iscrowd"]}
     shape = (len(THRESHOLDS), len(categories))
     if not rows:
         nothing = np.where([number in known for number in categories], 0.0, np.nan)
         return ClassScores(tuple(categories), np.broadcast_to(nothing, shape), np.broadcast_to(nothing, shape))
-    gold = COCO()
-    gold.dataset = {**truth.plain(), "annotations": [dict(row) for row in truth.annotations]}
-    gold.createIndex()
-    evaluation = COCOeval_faster(gold, gold.loadRes(rows), KINDS[kind], print_function=_silent)
-    evaluation.params.iouThrs = np.array(THRESHOLDS)
-    evaluation.params.maxDets = [100]
-    evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
-    evaluation.params.catIds = sorted(categories)
-    evaluation.evaluate()
-    evaluation.accumulate()
+    with _no_collection():
+        gold, found = COCO(), COCO()
+        gold.dataset = {**truth.plain(), "annotations": [dict(row) for row in truth.annotations]}
+        found.dataset = {**truth.plain(), "annotations": _detections(rows, kind)}
+        gold.createIndex()
+        found.createIndex()
+        evaluation = _evaluated(gold, found, kind, sorted(categories))
     order = [sorted(categories).index(number) for number in categories]
     precision = np.asarray(evaluation.eval["precision"])[:, :, order, 0, 0]  # (thresholds, recalls, classes)
     recall = np.asarray(evaluation.eval["recall"])[:, order, 0, 0]
@@ -91,6 +86,46 @@ def scored(truth: Instances, results: Sequence[Mapping[str, Any]], categories: S
     means = precision.mean(1)
     means[:, without] = np.nan
     return ClassScores(tuple(categories), means, np.where(without, np.nan, recall))
+
+
+def _detections(rows: Sequence[Mapping[str, Any]], kind: str) -> list[Result]:
+    """The results with what COCO's evaluation needs besides; areas are those of what is compared."""
+    if kind == "mask":
+        return [
+            {"image_id": row["image_id"], "category_id": row["category_id"], "score": row["score"], "id": number,
+             "segmentation": row["segmentation"], "area": float(rle.area(row["segmentation"])), "iscrowd": 0,
+             "bbox": row.get("bbox", [])}
+            for number, row in enumerate(rows, 1)
+        ]  # fmt: skip
+    found = []
+    for number, row in enumerate(rows, 1):
+        box = row["bbox"] if "bbox" in row else [float(value) for value in rle.toBbox(row["segmentation"])]
+        found.append({"image_id": row["image_id"], "category_id": row["category_id"], "score": row["score"],
+                      "id": number, "bbox": box, "area": box[2] * box[3], "iscrowd": 0})  # fmt: skip
+    return found
+
+
+def _evaluated(gold: COCO, found: COCO, kind: str, categories: list[int]) -> COCOeval_faster:
+    evaluation = COCOeval_faster(gold, found, KINDS[kind], print_function=_silent)
+    evaluation.params.iouThrs = np.array(THRESHOLDS)
+    evaluation.params.maxDets = [100]
+    evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
+    evaluation.params.catIds = categories
+    evaluation.evaluate()
+    evaluation.accumulate()
+    return evaluation
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's cyclic garbage collector waits: half a million new dictionaries would call it over and over."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def harmonic_mean(seen: float, unseen: float) -> float:
