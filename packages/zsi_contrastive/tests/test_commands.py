@@ -49,6 +49,23 @@ def test_evaluate_says_what_training_said(run: Path, scenes: Path, tmp_path: Pat
     assert scored["gzsi"] == results["gzsi"]
 
 
+def test_results_that_are_none(scenes: Path, tmp_path: Path) -> None:
+    shared = ("--data", scenes, "--split", "scenes", "--output", tmp_path / "never")
+    for content, said in (
+        ("{", "is not JSON"),
+        ("{}", "is not a list"),
+        ('[{"image_id": 1}]', r"[0] lacks"),
+        ('[{"image_id": 1000, "category_id": 1, "score": 1}]', "neither a bbox nor a segmentation"),
+        ('[{"image_id": 5, "category_id": 1, "score": 1, "bbox": [1, 1, 2, 2]}]', "picture 5"),
+    ):
+        (tmp_path / "results.json").write_text(content)
+        done = here("evaluate", "--results", tmp_path / "results.json", *shared, code=2)
+        assert len(done.errors) == 1
+        assert said in done.errors[0]
+    assert "missing.json" in here("evaluate", "--results", "missing.json", *shared, code=2).stderr
+    assert not (tmp_path / "never").exists()
+
+
 def test_options_of_detection_take_effect(run: Path, tmp_path: Path) -> None:
     found = {}
     for name, options in {

@@ -16,7 +16,6 @@ TRAIN = "zsi_contrastive.train"
 Aggregate = Literal["none", "sum", "mean", "max"]
 Transfer = Literal["auto", "paper", "things"]
 Optimizer = Literal["auto", "sgd", "adamw"]
-Colouring = Literal["auto", "yes", "no"]
 
 
 @dataclass

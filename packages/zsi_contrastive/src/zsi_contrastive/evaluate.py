@@ -133,7 +133,7 @@ def finish(
         shown = finding_sections(run, found, split, test)
     else:
         shown = [confusion_section(run, named_objects(test, found.results, split), split, found.bias)]
-    sections = [asked_section(config), *measured_sections(run, found, split, test, split.name), *shown]
+    sections = [asked_section(config), *measured_sections(run, found, split, test), *shown]
     path = write_report(run, title, summary_of(found), sections)
     print(f"report: {path}")
 

@@ -38,7 +38,7 @@ class InstancePictures:
     examples: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.part.images)
 
     @property
     def names(self) -> list[str]:

@@ -83,7 +83,7 @@ def finish_report(
         words_section(data),
         trained,
         _curves(run),
-        *measured_sections(run, found, data.split, test, data.split.name),
+        *measured_sections(run, found, data.split, test),
         *finding_sections(run, found, data.split, test),
         spent,
         rerun_section(run),
@@ -121,9 +121,7 @@ def print_scores(found: Evaluation) -> None:
         console.print(f"seen and unseen, {kind}, AP at 0.5: {said}")
 
 
-def measured_sections(
-    run: Run, found: Evaluation, split: Split, test: InstancePictures, published: str
-) -> list[Section]:
+def measured_sections(run: Run, found: Evaluation, split: Split, test: InstancePictures) -> list[Section]:
     """The tables of both tasks, the curve of the bias, and each class."""
     rows: list[Sequence[Any]] = [("unseen alone (ZSI)", kind, *_cells(scores)) for kind, scores in found.zsi.items()]
     rows += [(f"ZSI, {name}", "box", *_cells(scores)) for name, scores in found.others.items()]
@@ -135,9 +133,9 @@ def measured_sections(
         f"classes compete for these 100, with {found.bias:g} taken from the scores of seen ones."
     )
     section = Section("Numbers", [Text(note), Table(("task", "", *HEADINGS), rows)])
-    if published in PUBLISHED:
-        beside = [(kind, *(values.get(name) for name in COLUMNS)) for kind, values in PUBLISHED[published].items()]
-        said = "Zheng et al. 2021 with a ResNet-101 on all of COCO's pictures of 2014; not measured here."
+    if split.name in PUBLISHED:
+        beside = [(kind, *(values.get(name) for name in COLUMNS)) for kind, values in PUBLISHED[split.name].items()]
+        said = "Zheng et al. 2021, ResNet-101, all of COCO's pictures of 2014: as cited, not measured here."
         section.blocks.append(Table(("published (ZSI)", *HEADINGS), beside, said))
     return [section, *([_sweep_section(run, found)] if found.sweep else []), _class_section(found)]
 
