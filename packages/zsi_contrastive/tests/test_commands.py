@@ -56,6 +56,7 @@ def test_results_that_are_none(scenes: Path, tmp_path: Path) -> None:
         ("{}", "is not a list"),
         ('[{"image_id": 1}]', r"[0] lacks"),
         ('[{"image_id": 1000, "category_id": 1, "score": 1}]', "neither a bbox nor a segmentation"),
+        ('[{"image_id": 1000, "category_id": 1, "score": 1, "segmentation": [[1, 2]]}]', "compressed run lengths"),
         ('[{"image_id": 5, "category_id": 1, "score": 1, "bbox": [1, 1, 2, 2]}]', "picture 5"),
     ):
         (tmp_path / "results.json").write_text(content)

@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from zsi_contrastive.annotations import Instances
 from zsi_contrastive.evaluation import iou, named_objects, scores_of
 from zsi_contrastive.finding import together
 from zsi_contrastive.pictures import InstancePictures
-from zsi_contrastive.scoring import THRESHOLDS, harmonic_mean, scored
+from zsi_contrastive.scoring import THRESHOLDS, harmonic_mean, read_results, scored
 from zsi_contrastive.splits import Split
 
 SPLIT = Split("mine", ("cat", "dog", "cow"), ("elf", "orc"))
@@ -86,7 +88,9 @@ def test_equal_to_pycocotools(kind: str, case: tuple[Instances, list[dict[str, A
     assert means["ap"] == pytest.approx(np.mean([found.precision[THRESHOLDS.index(t), kept] for t in THRESHOLDS[1:]]))
 
 
-def test_nothing_found_and_results_of_other_pictures(case: tuple[Instances, list[dict[str, Any]]]) -> None:
+def test_nothing_found_and_results_of_other_pictures(
+    case: tuple[Instances, list[dict[str, Any]]], tmp_path: Path
+) -> None:
     truth, results = case
     found = scored(truth, [], list(IDS.values()), "box")
     assert found.means(list(IDS.values()))["ap@0.5"] == 0.0
@@ -95,7 +99,9 @@ def test_nothing_found_and_results_of_other_pictures(case: tuple[Instances, list
     with pytest.raises(LabError, match="no segmentation"):
         scored(truth, [{"image_id": 10, "category_id": 3, "bbox": [1, 1, 2, 2], "score": 1}], [3], "mask")
     outlines = [{key: value for key, value in row.items() if key != "bbox"} for row in results]
-    assert scored(truth, outlines, [3], "box").means([3]) == scored(truth, results, [3], "box").means([3])
+    (tmp_path / "segm.json").write_text(json.dumps(outlines))
+    filled = read_results(tmp_path / "segm.json")
+    assert scored(truth, filled, [3], "box").means([3]) == scored(truth, results, [3], "box").means([3])
 
 
 def test_the_bias_reorders_and_cuts() -> None:

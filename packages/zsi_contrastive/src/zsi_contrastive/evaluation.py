@@ -31,7 +31,7 @@ class Evaluation:
         classes: of every class its scores by box and mask in GZSI, and those in ZSI for unseen ones.
         others: box scores of the unseen classes alone under other rules: random vectors, vectors as they were, …
         sweep: for each bias the scores of seen and unseen boxes, by `validation` and `test`.
-        bias: what seen scores are lowered by; `chosen` says by whom.
+        bias: what seen scores are lowered by.
     """
 
     results: list[Result]
@@ -41,12 +41,11 @@ class Evaluation:
     others: dict[str, Scores]
     sweep: dict[str, list[Scores]] = field(default_factory=dict)
     bias: float = 0.0
-    chosen: str = "asked for"
 
     def plain(self) -> dict[str, Any]:
         """As JSON values, without the results; what could not be computed is null."""
         said = {"zsi": self.zsi, "gzsi": self.gzsi, "other rules": self.others, "bias": self.bias,
-                "bias chosen": self.chosen, "sweep": self.sweep, "classes": self.classes}  # fmt: skip
+                "sweep": self.sweep, "classes": self.classes}  # fmt: skip
         plain: dict[str, Any] = without_nan(said)
         return plain
 
@@ -110,7 +109,7 @@ def scores_of(
     part = pictures.part
     seen, unseen = part.ids(split.seen), part.ids(split.unseen)
     alone = of_classes(results, unseen)
-    ranked = together(results, seen, bias, kept)
+    ranked = together(of_classes(results, [*seen, *unseen]), seen, bias, kept)
     kinds = ("box", "mask") if masks else ("box",)
     zsi: dict[str, Scores] = {}
     gzsi: dict[str, dict[str, Scores]] = {}

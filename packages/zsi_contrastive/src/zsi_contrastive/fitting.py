@@ -19,7 +19,7 @@ from zsi_contrastive.evaluation import AT_ONCE
 from zsi_contrastive.finding import asked_for, found_in, of_classes
 from zsi_contrastive.model import ZeroShotMaskRCNN
 from zsi_contrastive.scoring import harmonic_mean, scored
-from zsi_contrastive.stored import FOLDER, make_model, save_model, write_model
+from zsi_contrastive.stored import FOLDER, make_model, save_model
 from zsi_contrastive.vectors import read_vocabulary
 
 MOMENTUM = 0.9
@@ -144,8 +144,8 @@ def finished(fitting: Fitting) -> Fitted:
     }
     state: dict[str, Any] = accelerator.get_state_dict(fitting.model)  # sharded weights: whole ones, on the main one
     if accelerator.is_main_process:
-        saved = save_model(fitting.config, state, data.split, data.vectors, fitting.plain)
-        write_model(saved, fitting.run.path / FOLDER)
+        folder = fitting.run.path / FOLDER
+        save_model(fitting.config, fitting.plain, state, data.split, data.vectors, folder)
     clock = {"prepared": fitting.prepared_at, "trained": time.perf_counter()}
     held = state_bytes(fitting.optimizer)
     accelerator.wait_for_everyone()

@@ -97,12 +97,11 @@ def _detections(rows: Sequence[Mapping[str, Any]], kind: str) -> list[Result]:
              "bbox": row.get("bbox", [])}
             for number, row in enumerate(rows, 1)
         ]  # fmt: skip
-    found = []
-    for number, row in enumerate(rows, 1):
-        box = row["bbox"] if "bbox" in row else [float(value) for value in rle.toBbox(row["segmentation"])]
-        found.append({"image_id": row["image_id"], "category_id": row["category_id"], "score": row["score"],
-                      "id": number, "bbox": box, "area": box[2] * box[3], "iscrowd": 0})  # fmt: skip
-    return found
+    return [
+        {"image_id": row["image_id"], "category_id": row["category_id"], "score": row["score"], "id": number,
+         "bbox": row["bbox"], "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
+        for number, row in enumerate(rows, 1)
+    ]  # fmt: skip
 
 
 def _evaluated(gold: COCO, found: COCO, kind: str, categories: list[int]) -> COCOeval_faster:
@@ -134,7 +133,7 @@ def harmonic_mean(seen: float, unseen: float) -> float:
 
 
 def read_results(path: Path) -> list[Result]:
-    """COCO's result JSON.
+    """COCO's result JSON; results that have masks alone get the boxes around them.
 
     Raises:
         LabError: it cannot be read, or is something else.
@@ -150,8 +149,13 @@ def read_results(path: Path) -> list[Result]:
     for place, row in enumerate(content):
         if not isinstance(row, dict) or not {"image_id", "category_id", "score"} <= row.keys():
             raise LabError(f"--results {path}: [{place}] lacks image_id, category_id or score")
-        if "bbox" not in row and "segmentation" not in row:
+        outline = row.get("segmentation")
+        if outline is not None and not (isinstance(outline, dict) and isinstance(outline.get("counts"), str)):
+            raise LabError(f"--results {path}: [{place}] has a segmentation that is not compressed run lengths")
+        if "bbox" not in row and outline is None:
             raise LabError(f"--results {path}: [{place}] has neither a bbox nor a segmentation")
+        if "bbox" not in row:
+            row["bbox"] = [float(value) for value in rle.toBbox(outline)]
     return content
 
 

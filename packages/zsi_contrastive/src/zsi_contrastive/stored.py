@@ -60,9 +60,14 @@ def make_model(config: TrainConfig, vectors: ClassVectors, words: torch.Tensor |
 
 
 def save_model(
-    config: TrainConfig, state: Mapping[str, torch.Tensor], split: Split, vectors: ClassVectors, model: ZeroShotMaskRCNN
-) -> dict[str, Any]:
-    """What `write_model` writes: `state` are the weights, which may be sharded in `model` itself."""
+    config: TrainConfig,
+    model: ZeroShotMaskRCNN,
+    state: Mapping[str, torch.Tensor],
+    split: Split,
+    vectors: ClassVectors,
+    folder: Path,
+) -> None:
+    """Writes the whole model in one move; `state` are its weights, which may be sharded in `model` itself."""
     sizes, sampling = sizes_of(config)
     words = model.regions.box_head.words
     said = {
@@ -77,18 +82,13 @@ def save_model(
         "words": None if words is None else list(words.shape),
     }
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    return {"said": said, "state": kept | {"unseen": vectors.unseen.contiguous()}}
-
-
-def write_model(saved: Mapping[str, Any], folder: Path) -> None:
-    """Writes the whole model in one move."""
     with written_whole(folder) as part:
-        save_file(saved["state"], part / WEIGHTS, {"format": "pt"})
-        (part / FINISHED).write_text(json.dumps(saved["said"], indent=2) + "\n", encoding="utf-8")
+        save_file(kept | {"unseen": vectors.unseen.contiguous()}, part / WEIGHTS, {"format": "pt"})
+        (part / FINISHED).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 
 
 def load_model(path: Path, option: str = "--checkpoint") -> Loaded:
-    """The model of a finished run, or of the directory that `write_model` wrote; in evaluation mode.
+    """The model of a finished run, or of the directory that `save_model` wrote; in evaluation mode.
 
     Raises:
         LabError: none is there, or it is broken.
