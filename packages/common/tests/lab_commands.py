@@ -52,7 +52,8 @@ def here(module: str, *arguments: object, code: int = 0, typed: str = "") -> Don
 
 def forked(module: str, libraries: list[str], *arguments: object, **more: str) -> BaseProcess:
     """Starts a command in a process of its own, forked from the server that `compare` uses too."""
-    start_server(None, libraries)
+    # Where DeepSpeed is installed, Accelerate imports it in every run: here once, for all that are forked.
+    start_server(None, [*libraries, "deepspeed"])
     process = multiprocessing.get_context("forkserver").Process(
         target=_run, args=(module, [*map(str, arguments)], more)
     )

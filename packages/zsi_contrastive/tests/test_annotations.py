@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from labs_common.errors import LabError
 from zsi_contrastive.annotations import Instances, check_parts, read_instances, zero_shot_parts
@@ -124,6 +123,7 @@ def test_what_cannot_be_used_is_counted(tmp_path: Path) -> None:
 
 
 def test_masks_of_polygons_and_run_lengths() -> None:
+    coco_mask = pytest.importorskip("pycocotools.mask", reason="the independent masks of the comparison")
     polygons = [SQUARE, [12.0, 9.0, 18.0, 9.0, 15.0, 15.0]]
     rle = coco_mask.merge(coco_mask.frPyObjects(polygons, 16, 20))
     expected = coco_mask.decode(rle)
