@@ -107,7 +107,7 @@ def test_two_processes(options: tuple[object, ...], finished: Path, tmp_path: Pa
 def test_parts_of_a_step_are_the_step(options: tuple[object, ...], tmp_path: Path) -> None:
     here(*options, "--output", tmp_path / "parts", "--at-once", "2", "--max-steps", "2", "--no-report")
     here(*options, "--output", tmp_path / "sgd", "--optimizer", "sgd", "--schedule", "steps", "--max-steps", "2",
-         "--frozen-stages", "1", "--no-report")  # fmt: skip
+         "--frozen-stages", "1", "--validation-fraction", "0")  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
     assert [line["pictures"] for line in lines if "loss" in line] == [4, 8]
     frozen = json.loads((tmp_path / "sgd" / "frozen.json").read_text())
@@ -187,6 +187,7 @@ def test_real_pictures_and_word_vectors(coco: Path, coco_vectors: Path, tmp_path
         (("--temperature", "-1"), "--temperature"),
         (("--kept", "0"), "--kept"),
         (("--validation-fraction", "1"), "--validation-fraction"),
+        (("--validation-fraction", "0", "--patience", "2"), "--patience"),
         (("--output", "/proc/run"), "--output"),
     ],
 )

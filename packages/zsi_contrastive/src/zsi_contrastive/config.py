@@ -178,6 +178,8 @@ def complete(config: Config) -> Config:
     check_detection(config.detection)
     if model.backbone_weights is not None and model.backbone_weights.suffix != ".safetensors":
         raise LabError(f"--backbone-weights {model.backbone_weights}: must be a .safetensors file")
+    if training.patience and not data.validation_fraction:
+        raise LabError("--patience: there is nothing to watch with --validation-fraction 0")
     if training.reconstruction < 0:
         raise LabError("--reconstruction: must be positive; --no-decoders leaves the decoders out")
     if not -1 <= model.frozen_stages <= 4:

@@ -59,23 +59,26 @@ def read_data(data: DataOptions, words: WordOptions, seed: int, shown: bool) -> 
 
 
 def read_pictures(
-    data: DataOptions, split: Split, seed: int, shown: bool
+    data: DataOptions, split: Split, seed: int, shown: bool, training: bool = True
 ) -> tuple[dict[str, InstancePictures], list[tuple[str, int, int, int]]]:
     """Training, validation and test pictures, each decoded once, and the counts of the whole parts.
+
+    Without `training` those of it, which are many, are not looked at.
 
     Raises:
         LabError: something cannot be read.
     """
     parts, folder = read_parts(data, split)
-    train = _pictures(parts, folder, data, "train", shown)
     both = _pictures(parts, folder, data, "both", shown)
     order = np.random.default_rng([seed, 1]).permutation(len(both))
     first = round(data.validation_fraction * len(both))
     pictures = {
-        "train": _limited(train, range(len(train)), data.limit, seed),
         "validation": _limited(both, sorted(order[:first].tolist()), data.limit, seed),
         "test": _limited(both, sorted(order[first:].tolist()), data.limit, seed),
     }
+    if training:
+        train = _pictures(parts, folder, data, "train", shown)
+        pictures = {"train": _limited(train, range(len(train)), data.limit, seed), **pictures}
     return pictures, parts.counts()
 
 

@@ -56,7 +56,7 @@ def evaluate(config: EvaluateConfig) -> None:
     data, seed = chosen_data(config, checkpoint)
     split, vectors = chosen_words(config, loaded, data)
     accelerator = Accelerator()
-    pictures, _ = read_pictures(data, split, seed, accelerator.is_main_process)
+    pictures, _ = read_pictures(data, split, seed, accelerator.is_main_process, training=False)
     if accelerator.is_main_process:
         print_left_out({name: pictures[name] for name in ("test",)})
     detection = chosen_detection(config.detection, loaded.detection)

@@ -131,7 +131,8 @@ def chosen_pictures(config: PredictConfig, checkpoint: Path) -> "list[tuple[Path
         files = picture_files(config.pictures)
     else:
         data, seed = chosen_data(EvaluateConfig(), checkpoint)
-        pictures, _ = read_pictures(dataclasses.replace(data, limit=OF_THE_TEST), read_split(data.split), seed, False)
+        data = dataclasses.replace(data, limit=OF_THE_TEST)
+        pictures, _ = read_pictures(data, read_split(data.split), seed, False, training=False)
         files = list(pictures["test"].files)
     images, faults = [], []
     for file in files:

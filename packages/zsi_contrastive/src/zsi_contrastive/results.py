@@ -73,9 +73,11 @@ def finish_report(
     test = data.pictures["test"]
     spent = cost_section(run, "pictures", seconds)
     spent.blocks.append(Table(("", ""), list(cost.items())))
-    structure = structure_of(loaded.model.requires_grad_(True))
+    for name, parameter in loaded.model.named_parameters():  # read back, nothing of it trains
+        parameter.requires_grad_(name not in fitted.audit.before)
+    structure = structure_of(loaded.model)
     trained = trained_section(fitted.audit)
-    caption = "From below: backbone with its pyramid, proposals, regions; orange trains in the paper's network."
+    caption = "From below: backbone with its pyramid, proposals, regions."
     trained.blocks.insert(1, Figure(save_figure(run, "architecture", architecture_figure(structure.rows)), caption))
     sections = [
         asked_section(config),

@@ -74,7 +74,7 @@ def fit(
         loss = sum(weights[name] * value for name, value in losses.items()) * share
         parts = {f"{name}_loss": float(value.detach()) * share for name, value in losses.items()}
         loop.step(loss, len(pictures) if share else 0, **parts)
-        if loop.evaluation_due:
+        if loop.evaluation_due and len(data.pictures["validation"]):
             loop.evaluated(scores(fitting), "validation/harmonic_mean", higher_is_better=True)
     return finished(fitting)
 
