@@ -1,0 +1,103 @@
+"""Losses that compare everything with everything: in chunks, and across processes, with their gradients."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+CHUNK = 4096
+
+
+def several_processes() -> bool:
+    """Whether a process group is there."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def gathered(own: torch.Tensor) -> torch.Tensor:
+    """The rows of all processes, one after the other; gradients flow back to the process that a row is of.
+
+    Every process must bring the same number of rows. A loss over a process's own rows whose mean over processes is the
+    whole loss has the gradient of that after DistributedDataParallel has averaged.
+    """
+    if not several_processes():
+        return own
+    if not own.is_floating_point():
+        parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, own.contiguous())
+        return torch.cat(parts)
+    rows: torch.Tensor = _Gathered.apply(own)
+    return rows
+
+
+def mean_over_processes(own: torch.Tensor) -> torch.Tensor:
+    """The mean of what each process has; without a gradient."""
+    if not several_processes():
+        return own
+    total = own.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total / torch.distributed.get_world_size()
+
+
+class _Gathered(torch.autograd.Function):
+    """Each process gets back the sum of what all made of its rows."""
+
+    @staticmethod
+    def forward(ctx: Any, own: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, own.contiguous())
+        ctx.count = len(own)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: torch.Tensor) -> Any:
+        whole = gradient[0].clone()
+        torch.distributed.all_reduce(whole)
+        first = torch.distributed.get_rank() * ctx.count
+        return whole[first : first + ctx.count]
+
+
+def in_chunks(
+    part: Callable[..., torch.Tensor], rows: Sequence[torch.Tensor], shared: Sequence[torch.Tensor], chunk: int = CHUNK
+) -> torch.Tensor:
+    """Sum of `part(*rows, *shared)` over chunks of `rows`; a chunk's matrix is forgotten before the next is made.
+
+    All of `rows` are as long as the first; what is floating gets a gradient.
+    """
+    total: torch.Tensor = _InChunks.apply(part, chunk, len(rows), *rows, *shared)
+    return total
+
+
+class _InChunks(torch.autograd.Function):
+    """A chunk's gradients are taken as soon as its loss is known, so that its matrix can be forgotten."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Callable[..., torch.Tensor], chunk: int, count: int, *all_: torch.Tensor) -> Any:
+        wanted = [place for place in range(len(all_)) if ctx.needs_input_grad[place + 3]]
+        kept = {place: torch.zeros_like(all_[place]) for place in wanted}
+        length = len(all_[0])
+        shared = [tensor.detach().requires_grad_(place in kept) for place, tensor in enumerate(all_) if place >= count]
+        total = all_[0].new_zeros(())
+        for first in range(0, length, chunk):
+            here = slice(first, first + chunk)
+            own = [tensor[here].detach().requires_grad_(place in kept) for place, tensor in enumerate(all_[:count])]
+            with torch.set_grad_enabled(bool(wanted)):
+                loss = part(*own, *shared)
+            total += loss.detach()
+            if wanted:
+                inputs = [*own, *shared]
+                gradients = torch.autograd.grad(loss, [inputs[place] for place in wanted])
+                for place, gradient in zip(wanted, gradients, strict=True):
+                    if place < count:
+                        kept[place][here] = gradient
+                    else:
+                        kept[place] += gradient
+        ctx.places, ctx.total = wanted, len(all_)
+        ctx.save_for_backward(*kept.values())
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: torch.Tensor) -> Any:
+        found: list[torch.Tensor | None] = [None] * ctx.total
+        for place, kept in zip(ctx.places, ctx.saved_tensors, strict=True):
+            found[place] = gradient[0] * kept
+        return None, None, None, *found
