@@ -39,7 +39,7 @@ from clip_lab.encoder import load_encoder
 from clip_lab.export import to_open_clip
 from clip_lab.fitting import training_mode
 from clip_lab.image import make_image_tower
-from clip_lab.logistic import COARSE, Layer, fitted_layers, solved
+from labs_common.logistic import COARSE, Layer, fitted_layers, solved
 from clip_lab.model import ClipModel, built
 from clip_lab.objectives import clip_loss
 from clip_lab.stored import Loaded

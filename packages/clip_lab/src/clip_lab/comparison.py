@@ -12,7 +12,6 @@ from clip_lab.classes import features_of, read_splits
 from clip_lab.config import CompareConfig
 from clip_lab.encoder import Encoder, load_encoder
 from clip_lab.evaluation import picture_rows_of
-from clip_lab.logistic import fitted_layers
 from clip_lab.model import SimVlmModel
 from clip_lab.recall import retrieval_metrics
 from clip_lab.stored import Loaded
@@ -22,6 +21,7 @@ from clip_lab.zero_shot import class_embeddings
 from labs_common.comparing import cell, mean_and_spread
 from labs_common.data import LabelledPictures
 from labs_common.data.described import Captions, PictureTensors
+from labs_common.logistic import fitted_layers
 from labs_common.options import ClassDataOptions
 from labs_common.progress import console
 from labs_common.report import (

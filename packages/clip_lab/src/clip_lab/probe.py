@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # the real imports wait until the command line has been read:
     import torch
 
     from clip_lab.classes import Features
-    from clip_lab.logistic import Layer
+    from labs_common.logistic import Layer
 
 SGD_PENALTY = 1e-4
 
@@ -88,7 +88,7 @@ def fitted_layer(
     """
     import torch
 
-    from clip_lab.logistic import best_penalty, fitted_by_sgd, fitted_layers
+    from labs_common.logistic import best_penalty, fitted_by_sgd, fitted_layers
     from labs_common.progress import console
 
     train, validation = (features[name].to(device) for name in ("train", "validation"))

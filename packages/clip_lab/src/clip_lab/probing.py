@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from clip_lab.classes import Features
 from clip_lab.config import ProbeConfig
 from clip_lab.encoder import Encoder
-from clip_lab.logistic import COARSE, Layer, fitted_layers
 from clip_lab.published import MEASURED, PROBED, REFERENCE
 from labs_common.cli import to_plain
 from labs_common.data import LabelledPictures
 from labs_common.freezing import FrozenAudit
+from labs_common.logistic import COARSE, Layer, fitted_layers
 from labs_common.progress import console, tracked
 from labs_common.report import (
     Figure,

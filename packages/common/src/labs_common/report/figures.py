@@ -16,6 +16,7 @@ from matplotlib.patches import Patch, Rectangle
 # Drawn in this colour, then replaced by the page's text colour.
 INK = "#010203"
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#64748b", "#eab308", "#06b6d4", "#ec4899")
+MOST_NAMED = 16  # classes in a legend
 FIXED, TRAINED = "#94a3b8", "#f97316"
 
 
@@ -139,6 +140,23 @@ def scatter_figure(
     axes.set_xlabel(across)
     axes.set_ylabel(up)
     _name_points(canvas, axes, points)
+    return _svg(canvas)
+
+
+def map_figure(points: Sequence[tuple[float, float]], labels: Sequence[int], names: Sequence[str]) -> str:
+    """Points in two dimensions, coloured by class; few classes are named beside it. Returns SVG."""
+    canvas, axes = _canvas(height=5.2)
+    shades = mpl.colormaps["turbo"]
+    many = len(names) > MOST_NAMED
+    for label, name in enumerate(names):
+        own = [point for point, of in zip(points, labels, strict=True) if of == label]
+        colour = shades((label + 0.5) / len(names)) if many or len(names) > len(COLOURS) else COLOURS[label]
+        axes.scatter([x for x, _ in own], [y for _, y in own], s=9, color=colour, label=name, linewidths=0, alpha=0.8)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(False)
+    if 1 < len(names) <= MOST_NAMED:
+        axes.legend(frameon=False, labelcolor=INK, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     return _svg(canvas)
 
 

@@ -1,7 +1,7 @@
 """Logistic regression on frozen features: scikit-learn on a CPU, many penalties in one batched solve on a GPU.
 
 The objective is that of CLIP's linear probe (Radford et al. 2021, appendix A.3): the mean cross-entropy plus
-`penalty / 2` times the squared weights, biases free.
+`penalty / 2` times the squared weights, biases free. scikit-learn is a dependency of the labs that call this.
 """
 
 from collections.abc import Callable, Sequence

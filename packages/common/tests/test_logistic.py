@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from clip_lab.logistic import best_penalty, fitted_by_sgd, fitted_layers, solved
+from labs_common.logistic import best_penalty, fitted_by_sgd, fitted_layers, solved
+
+pytest.importorskip("sklearn", reason="the labs that probe have scikit-learn")
 
 
 def task(count: int = 300, width: int = 12, classes: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,177 @@
+"""Greedy InfoMax on patches: modules that each learn by a loss of their own, with no gradient between them.
+
+Löwe et al., "Putting An End to End-to-End: Gradient-Isolated Learning of Representations", NeurIPS 2019, section 4.1;
+CPC (van den Oord et al. 2018, section 3.3) is the same in one module under a context.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from zsi_contrastive.objectives import info_nce_loss
+
+GRID = 7  # patches across and down: half of each overlaps the next
+CUT = 4  # a patch's side is a quarter of the picture's
+
+
+@dataclass(frozen=True)
+class GreedySizes:
+    """Blocks and channels of each module; with `expansion` above 1 blocks are bottlenecks.
+
+    The defaults are the paper's: the first three stages of a ResNet-50-v2.
+    """
+
+    blocks: tuple[int, ...] = (3, 4, 6)
+    channels: tuple[int, ...] = (64, 128, 256)
+    expansion: int = 4
+
+
+TINY_SIZES = GreedySizes((1, 1, 1), (32, 64, 96), 1)
+
+
+class PreActivationBlock(nn.Module):
+    """A residual block whose convolutions follow their activations (He et al. 2016), without batch norms.
+
+    Batch norms would tell a patch about the others. Each block starts as its shortcut alone.
+    """
+
+    def __init__(self, before: int, channels: int, expansion: int, stride: int) -> None:
+        super().__init__()
+        after = channels * expansion
+        if expansion > 1:
+            plan = [(before, channels, 1, 1), (channels, channels, 3, stride), (channels, after, 1, 1)]
+        else:
+            plan = [(before, channels, 3, stride), (channels, channels, 3, 1)]
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, size, step, size // 2) for i, o, size, step in plan)
+        for conv in self.convs:
+            assert isinstance(conv, nn.Conv2d)
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+        assert isinstance(conv, nn.Conv2d)
+        nn.init.zeros_(conv.weight)
+        self.shortcut = nn.Conv2d(before, after, 1, stride) if stride > 1 or before != after else nn.Identity()
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """Maps (n, before, h, w) to (n, channels · expansion, h / stride, w / stride)."""
+        found = maps
+        for conv in self.convs:
+            found = conv(F.relu(found))
+        return self.shortcut(maps) + found
+
+
+class PixelContext(nn.Module):
+    """What the rows of patches so far say together: PixelCNN's masked convolutions (van den Oord et al. 2016)."""
+
+    def __init__(self, width: int, layers: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(width, width, (2, 3)) for _ in range(layers))
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """Maps (n, width, rows, columns) to contexts of that shape: each sees its own row and those above."""
+        for layer in self.layers:
+            maps = maps + layer(F.relu(F.pad(maps, [1, 1, 1, 0])))
+        return maps
+
+
+class PatchModules(nn.Module):
+    """Modules on the patches of a picture; `forward` gives their losses, `features` what the last one sees.
+
+    Attributes:
+        width: channels of the last module.
+    """
+
+    def __init__(
+        self,
+        sizes: GreedySizes = GreedySizes(),
+        isolated: bool = True,
+        ahead: int = 5,
+        negatives: int = 16,
+        early: bool = True,
+    ) -> None:
+        """Modules are `isolated` (Greedy InfoMax), or all learn by the last one's loss, through a context (CPC).
+
+        Each predicts `ahead` rows below and tells the right patch from `negatives`. With `early`, an isolated module's
+        gradients are taken as soon as it has its loss, so that its activations are forgotten before the next begins.
+        """
+        super().__init__()
+        self.isolated, self.ahead, self.negatives, self.early = isolated, min(ahead, GRID - 1), negatives, early
+        self.parts = nn.ModuleList()
+        before = 3
+        for place, (blocks, channels) in enumerate(zip(sizes.blocks, sizes.channels, strict=True)):
+            layers: list[nn.Module] = [] if place else [nn.Conv2d(3, channels, 5, padding=2)]
+            before = before if place else channels
+            for block in range(blocks):
+                layers.append(PreActivationBlock(before, channels, sizes.expansion, 2 if place and not block else 1))
+                before = channels * sizes.expansion
+            self.parts.append(nn.Sequential(*layers))
+        widths = [channels * sizes.expansion for channels in sizes.channels]
+        self.width = widths[-1]
+        self.context = None if isolated else PixelContext(self.width)
+        self.predictions = nn.ModuleList(
+            nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(self.ahead))
+            for width in (widths if isolated else widths[-1:])
+        )
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        """The loss of each module (modules,), or of all (1,); pictures (n, 3, side, side) as networks read them."""
+        losses = []
+        maps = patches_of(pictures)
+        for place, part in enumerate(self.parts):
+            maps = part(maps)
+            last = place == len(self.parts) - 1
+            if self.isolated or last:
+                loss = self._loss(_by_patch(maps), self.predictions[place if self.isolated else 0])
+                if self.isolated:
+                    own = [*part.parameters(), *self.predictions[place].parameters()]
+                    losses.append(_early(loss, own) if self.early and torch.is_grad_enabled() else loss)
+                else:
+                    losses.append(loss)
+            maps = maps.detach() if self.isolated else maps
+        return torch.stack(losses)
+
+    def features(self, pictures: torch.Tensor) -> torch.Tensor:
+        """What the last module sees, over all patches (n, width)."""
+        maps = patches_of(pictures)
+        for part in self.parts:
+            maps = part(maps)
+        return _by_patch(maps).mean((1, 2))
+
+    def _loss(self, seen: torch.Tensor, predictions: nn.Module) -> torch.Tensor:
+        """InfoNCE of what lies 1 to `ahead` rows below, over these; `seen` (n, rows, columns, width)."""
+        seen = seen.float()
+        contexts = seen
+        if self.context is not None:
+            contexts = self.context(seen.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        losses = []
+        assert isinstance(predictions, nn.ModuleList)
+        for rows, layer in enumerate(predictions, 1):
+            asked = layer(contexts[:, :-rows]).flatten(0, 2)
+            right = seen[:, rows:].flatten(0, 2)
+            drawn = torch.randint(len(right), (len(right), self.negatives), device=right.device)
+            losses.append(info_nce_loss(asked, right, negatives=drawn))
+        return torch.stack(losses).mean()
+
+
+def patches_of(pictures: torch.Tensor) -> torch.Tensor:
+    """Patches (n · 49, 3, p, p) of pictures (n, 3, side, side): p is a quarter of the side, half of each overlaps."""
+    size = pictures.shape[-1] // CUT
+    cut = pictures.unfold(2, size, size // 2).unfold(3, size, size // 2)  # (n, 3, rows, columns, p, p)
+    return cut.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, size, size)
+
+
+def _by_patch(maps: torch.Tensor) -> torch.Tensor:
+    """Maps (n · 49, width, h, w) as a mean for each patch (n, 7, 7, width)."""
+    return maps.mean((2, 3)).view(-1, GRID, GRID, maps.shape[1])
+
+
+def _early(loss: torch.Tensor, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The loss with its gradients by `parameters` taken now, so that what they are made from need not be kept."""
+    wanted = [parameter for parameter in parameters if parameter.requires_grad]
+    if not wanted:
+        return loss.detach()
+    gradients = torch.autograd.grad(loss, wanted)
+    # Its value is the loss, its slope by each parameter the gradient.
+    replayed = torch.stack([(p * g).sum() for p, g in zip(wanted, gradients, strict=True)]).sum()
+    return loss.detach() + (replayed - replayed.detach())

@@ -1,0 +1,309 @@
+"""The options of pre-training and of comparing its methods, each once. Nothing heavy here: `--help` is fast."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from labs_common.errors import LabError
+from labs_common.options import ClassDataOptions, RunOptions, TrainingOptions
+from zsi_contrastive.config import TINY
+
+Method = Literal["simclr", "moco", "byol", "dino", "gim", "cpc"]
+METHODS: tuple[str, ...] = get_args(Method)
+TAUGHT = ("moco", "byol", "dino")  # these have a teacher
+GREEDY = ("gim", "cpc")
+RESNET50_V2 = "resnet50v2"
+PRETRAINED = "pretrained.json"
+
+
+@dataclass
+class PretrainDataOptions(ClassDataOptions):
+    """Which pictures. Labels, where there are any, only measure what was learnt."""
+
+    data: str | None = None
+    """CIFAR-10, a directory per class, .parquet files, a Hugging Face id, or a directory of pictures without classes
+    (coco/train2017). Without it, drawn scenes."""
+
+
+@dataclass
+class EncoderOptions:
+    """Which network learns."""
+
+    backbone: str = TINY
+    """tiny, a ResNet of torchvision (resnet18), or a network of timm (vit_tiny_patch16_224); gim and cpc have networks
+    of their own: tiny and resnet50v2."""
+    stem: Literal["usual", "small"] = "usual"
+    """small gives a torchvision ResNet a 3 × 3 first convolution and no pooling, as is usual for CIFAR-10."""
+    side: int = 0
+    """Side of the views in pixels; 0 takes 32 for tiny networks and small stems, and 224."""
+
+
+@dataclass
+class ViewOptions:
+    """How a picture is changed at random, twice or more, on the device."""
+
+    crop_scale: tuple[float, float] = (0.0, 1.0)
+    """Smallest and largest share of the picture's area that a view shows; 0 takes the method's: 0.08, and 0.14 or with
+    local crops 0.4 for dino."""
+    local_crops: int = -1
+    """Further small views that only the student sees (multi-crop); -1 takes the method's: 4 for dino, 0 for others."""
+    local_side: int = 0
+    """Their side in pixels; 0 takes half of the others'."""
+    local_scale: tuple[float, float] = (0.05, 0.4)
+    """Share of the area that they show."""
+    flip: float = 0.5
+    """Share of views that are mirrored."""
+    jitter: float = 0.5
+    """Strength of random brightness, contrast, saturation and hue, for four views of five; 0 turns it off."""
+    grey: float = 0.2
+    """Share of views without colours."""
+    blur: float = 0.0
+    """Share of views that are blurred; 0.5 is usual for large pictures."""
+    solarize: float = 0.0
+    """Share of views with inverted highlights."""
+
+
+@dataclass
+class MethodOptions:
+    """What is special to each method. 0 or -1 takes the method's own value."""
+
+    loss: Literal["nt-xent", "debiased", "hard-negative"] = "nt-xent"
+    """What simclr minimises."""
+    prior: float = 0.1
+    """Share of negatives that are of the same class, for debiased and hard-negative."""
+    hardness: float = 1.0
+    """How much more near negatives count, for hard-negative."""
+    temperature: float = 0.0
+    """By which cosines are divided: 0.5 for simclr (0.2 with tiny), 0.1 for moco and dino's student."""
+    momentum: float = -1.0
+    """Share of the teacher that stays at every step: 0.99 for moco, byol and dino. 0 copies the student."""
+    momentum_end: float = -1.0
+    """What it rises to along half a cosine: moco's stays, byol's and dino's become 1; 0's stays 0."""
+    queue: int = 0
+    """Keys of earlier steps that moco compares with; 4096."""
+    hidden: int = 0
+    """Width of the heads inside: 512, byol 1024, dino 2048; a quarter of that for tiny."""
+    outputs: int = 0
+    """What they give: 128, byol 256, dino 2048 prototypes; 512 prototypes for tiny."""
+    head_norm: Literal["batch", "layer"] = "batch"
+    """Normalisation in the heads. With layer, and an encoder without batch norms, several processes equal one."""
+    teacher_temperature: float = 0.04
+    """dino's, after centring."""
+    centring: Literal["mean", "sinkhorn"] = "mean"
+    """What keeps dino's teacher from one answer for all: the mean of its answers is taken away, or Sinkhorn-Knopp."""
+    koleo: float = 0.0
+    """Weight of the KoLeo regulariser on dino's student, as in DINOv2 (there 0.1)."""
+    freeze_last: int = 1
+    """Epochs in which dino's prototypes stay."""
+    ahead: int = 5
+    """Rows of patches below that gim and cpc predict."""
+    negatives: int = 16
+    """Patches drawn from the batch that the right one is told from, for gim and cpc."""
+
+
+@dataclass
+class PretrainTrainingOptions(TrainingOptions):
+    """How the weights are moved."""
+
+    epochs: int = 0
+    """Passes over the training pictures; 0 takes 200, and 15 for tiny."""
+    batch_size: int = 0
+    """Pictures per optimizer step, over all processes together; 0 takes 512, and 256 for tiny."""
+    optimizer: Literal["auto", "sgd", "lars", "adamw"] = "auto"
+    """SGD or LARS with momentum 0.9, or AdamW; auto is SGD for convolutional networks, AdamW for tiny, gim, cpc and
+    transformers."""
+    learning_rate: float = 0.0
+    """Highest learning rate; 0 takes 0.06 per 128 pictures for SGD, 0.3 per 256 for LARS, 2e-3 for AdamW and 2e-4 for
+    gim and cpc."""
+    warmup: float = 0.05
+    """Share of all steps over which the learning rate rises from zero."""
+    weight_decay: float = -1.0
+    """-1 takes 5e-4 for SGD, 1e-6 for LARS and 0.04 for AdamW, 0 for gim and cpc."""
+    weight_decay_end: float = -1.0
+    """What it becomes along half a cosine (0.4 in DINO); -1 leaves it."""
+    clip_norm: float = 0.0
+    """Gradients with a larger L2 norm are scaled down to it; 0 turns clipping off, but dino has 3."""
+    evaluate_every: int = 0
+    """Optimizer steps between evaluations; 0 makes about twelve of them."""
+    compile: bool = False
+    """Compile the network (torch.compile): worth its minutes on a GPU for long runs."""
+
+
+@dataclass
+class MeasureOptions:
+    """How what was learnt is measured."""
+
+    neighbours: int = 0
+    """Training pictures that vote on a picture's class; 0 takes 200, and 20 of fewer than 10,000."""
+    bank: int = 50_000
+    """Training pictures that are asked at most."""
+    probe: bool = True
+    """Fit a linear layer on the features at the end."""
+    map: Literal["tsne", "pca", "none"] = "tsne"
+    """How features are drawn in two dimensions."""
+
+
+@dataclass
+class PretrainConfig:
+    """Learns features from pictures without labels, and says how good they are.
+
+    `python -m zsi_contrastive.pretrain` alone works offline in under three minutes: SimCLR on drawn scenes. Other
+    methods: `--method byol`. Pictures of your own: `--data coco/train2017 --backbone resnet50`. The CIFAR-10 benchmark:
+    `accelerate launch -m zsi_contrastive.pretrain --config configs/cifar10_simclr.yaml --data cifar-10-batches-py`.
+    `model/encoder.safetensors` then starts a detector (`zsi_contrastive.train --backbone-weights`).
+    """
+
+    method: Method = "simclr"
+    """simclr: negatives in the batch; moco: in a queue; byol: none, but a teacher; dino: a teacher's distributions;
+    gim: patches, three modules that learn alone; cpc: the same in one with a context."""
+    data: PretrainDataOptions = field(default_factory=PretrainDataOptions)
+    encoder: EncoderOptions = field(default_factory=EncoderOptions)
+    views: ViewOptions = field(default_factory=ViewOptions)
+    own: MethodOptions = field(default_factory=MethodOptions)
+    training: PretrainTrainingOptions = field(default_factory=PretrainTrainingOptions)
+    measure: MeasureOptions = field(default_factory=MeasureOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+def complete(config: PretrainConfig) -> PretrainConfig:
+    """The config with a default in the place of what was left to the method and the encoder.
+
+    Raises:
+        LabError: options that contradict each other, or are out of range.
+    """
+    check(config)
+    method, own, encoder = config.method, config.own, config.encoder
+    tiny, dino, greedy = encoder.backbone == TINY, method == "dino", method in GREEDY
+    training = completed_training(config)
+    side = encoder.side or (32 if tiny or encoder.stem == "small" else 64 if greedy else 224)
+    local = (4 if dino else 0) if config.views.local_crops < 0 else config.views.local_crops
+    low, high = config.views.crop_scale
+    low = low or ((0.4 if local else 0.14) if dino else 0.08)
+    momentum = 0.99 if own.momentum < 0 else own.momentum
+    rising = method in ("byol", "dino") and momentum > 0
+    shrink = 4 if tiny else 1
+    return dataclasses.replace(
+        config,
+        encoder=dataclasses.replace(encoder, side=side),
+        views=dataclasses.replace(
+            config.views,
+            crop_scale=(low, high),
+            local_crops=local,
+            local_side=config.views.local_side or side // 2,
+        ),
+        own=dataclasses.replace(
+            own,
+            temperature=own.temperature or (0.1 if method != "simclr" else 0.2 if tiny else 0.5),
+            momentum=momentum,
+            momentum_end=(1.0 if rising else momentum) if own.momentum_end < 0 else own.momentum_end,
+            queue=own.queue or 4096,
+            hidden=own.hidden or {"byol": 1024, "dino": 2048}.get(method, 512) // shrink,
+            outputs=own.outputs or {"byol": 256, "dino": 2048 // shrink}.get(method, 128),
+        ),
+        training=training,
+    )
+
+
+def completed_training(config: PretrainConfig) -> PretrainTrainingOptions:
+    """How the weights are moved, with the method's own values."""
+    training, greedy = config.training, config.method in GREEDY
+    tiny = config.encoder.backbone == TINY
+    batch = training.batch_size or (256 if tiny else 512)
+    optimizer = training.optimizer
+    if optimizer == "auto":
+        convolutional = config.encoder.backbone.startswith(("resnet", "resnext", "wide_resnet"))
+        optimizer = "sgd" if convolutional and not greedy else "adamw"
+    rates = {"sgd": 0.06 * batch / 128, "lars": 0.3 * batch / 256, "adamw": 2e-4 if greedy and not tiny else 2e-3}
+    decays = {"sgd": 5e-4, "lars": 1e-6, "adamw": 0.0 if greedy else 0.04}
+    decay = decays[optimizer] if training.weight_decay < 0 else training.weight_decay
+    return dataclasses.replace(
+        training,
+        epochs=training.epochs or (15 if tiny else 200),
+        batch_size=batch,
+        optimizer=optimizer,
+        learning_rate=training.learning_rate or rates[optimizer],
+        weight_decay=decay,
+        weight_decay_end=decay if training.weight_decay_end < 0 else training.weight_decay_end,
+        clip_norm=training.clip_norm or (3.0 if config.method == "dino" else 0.0),
+    )
+
+
+def check(config: PretrainConfig) -> None:
+    """Refuses what makes no sense.
+
+    Raises:
+        LabError: options contradict each other, or one is out of range.
+    """
+    encoder, views, own, measure = config.encoder, config.views, config.own, config.measure
+    if config.method in GREEDY and encoder.backbone not in (TINY, RESNET50_V2):
+        raise LabError(f"--backbone {encoder.backbone}: {config.method} has networks of its own: take {TINY} or "
+                       f"{RESNET50_V2}")  # fmt: skip
+    if config.method not in GREEDY and encoder.backbone == RESNET50_V2:
+        raise LabError(f"--backbone {RESNET50_V2}: is for gim and cpc alone; take resnet50")
+    if encoder.stem == "small" and not encoder.backbone.startswith(("resnet", "resnext", "wide_resnet")):
+        raise LabError("--stem small: is for ResNets of torchvision")
+    if encoder.side and encoder.side < 8:
+        raise LabError("--side: must be at least 8")
+    if config.method in GREEDY and encoder.side % 8:
+        raise LabError(f"--side {encoder.side}: {config.method} cuts pictures into patches: take a multiple of 8")
+    if views.local_crops > 0 and config.method != "dino":
+        raise LabError(f"--local-crops: only dino's student sees more views than two; {config.method} does not")
+    for name, scale in (("crop-scale", views.crop_scale), ("local-scale", views.local_scale)):
+        if not 0 <= scale[0] <= scale[1] <= 1 or not scale[1]:
+            raise LabError(f"--{name}: must be two shares of the area from 0 to 1, the smaller first")
+    shares = {"flip": views.flip, "grey": views.grey, "blur": views.blur, "solarize": views.solarize,
+              "jitter": views.jitter}  # fmt: skip
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise LabError(f"--{name}: must lie between 0 and 1")
+    if not 0 <= own.prior < 1:
+        raise LabError("--prior: must be at least 0 and less than 1")
+    if own.momentum > 1 or own.momentum_end > 1:
+        raise LabError("--momentum: must lie between 0 and 1")
+    for name, value in (("temperature", own.temperature), ("hardness", own.hardness), ("koleo", own.koleo)):
+        if value < 0:
+            raise LabError(f"--{name}: must not be negative")
+    if own.teacher_temperature <= 0:
+        raise LabError("--teacher-temperature: must be above 0")
+    counts = {
+        "neighbours": measure.neighbours or 1,
+        "bank": measure.bank,
+        "ahead": own.ahead,
+        "negatives": own.negatives,
+    }
+    for name, value in counts.items():
+        if value < 1:
+            raise LabError(f"--{name}: must be at least 1")
+
+
+@dataclass
+class CompareConfig:
+    """Pre-trains with several methods under one budget and reports on them in one table.
+
+    `python -m zsi_contrastive.compare` alone takes drawn scenes and shows what negatives, a teacher's momentum,
+    multi-crop and the batch size do. The same command started again goes on where it was stopped.
+    """
+
+    methods: str = (
+        "simclr,simclr:batch_size=64,moco,moco:queue=256,byol,byol:momentum=0,dino,dino:local_crops=0,gim,cpc"
+    )
+    """Which, each with options of pretrain after colons."""
+    seeds: int = 1
+    """Runs of each, with seeds from --seed on: the table then has mean and spread."""
+    launch: Path | None = None
+    """Accelerate configuration with which each run is launched, for several GPUs."""
+    data: PretrainDataOptions = field(default_factory=PretrainDataOptions)
+    encoder: EncoderOptions = field(default_factory=EncoderOptions)
+    views: ViewOptions = field(default_factory=ViewOptions)
+    own: MethodOptions = field(default_factory=MethodOptions)
+    training: PretrainTrainingOptions = field(default_factory=PretrainTrainingOptions)
+    measure: MeasureOptions = field(default_factory=MeasureOptions)
+    output: Path | None = None
+    """Directory of the comparison; by default one under runs/ that the options name."""
+    config: Path | None = None
+    """YAML file whose values take the place of the defaults; flags win."""
+    seed: int = 0
+    """The first seed."""
+    debug: bool = False
+    """Show the traceback of an error instead of one line."""

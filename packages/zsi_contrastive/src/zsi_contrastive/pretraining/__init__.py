@@ -1,0 +1,1 @@
+"""What `zsi_contrastive.pretrain` is made of: pictures, views, networks, methods, measures, report."""
