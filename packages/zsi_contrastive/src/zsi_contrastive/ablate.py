@@ -17,6 +17,8 @@ from zsi_contrastive.config import TrainConfig, complete
 LIBRARIES = ["zsi_contrastive.train", "zsi_contrastive.fitting", "zsi_contrastive.results", "labs_common.training"]
 # Each has the parts of those before it, and the one that it is called after.
 ROWS = ("detector", "mask-head", "decoders", "background-rpn", "sync-background")
+# These have all of the above, and contrastive heads: Greedy InfoMax, patch InfoNCE.
+HEADS = {"greedy-infomax": (True, False), "patch-infonce": (False, True), "both": (True, True)}
 
 
 def main() -> None:
@@ -54,10 +56,16 @@ def planned_run(config: AblateConfig, row: str) -> TrainConfig:
     Raises:
         LabError: there is no such variant.
     """
-    if row not in ROWS:
-        raise LabError(f"--rows {row}: no such variant; take {', '.join(ROWS)}")
-    parts: dict[str, Any] = {name.replace("-", "_"): ROWS.index(name) <= ROWS.index(row) for name in ROWS[1:]}
-    model = dataclasses.replace(config.model, **parts)
+    row = "sync-background" if row == "none" else row  # as it is called beside contrastive heads
+    if row not in (*ROWS, *HEADS):
+        raise LabError(f"--rows {row}: no such variant; take {', '.join([*ROWS, *HEADS])}")
+    last = ROWS.index(row) if row in ROWS else len(ROWS) - 1
+    parts: dict[str, Any] = {name.replace("-", "_"): ROWS.index(name) <= last for name in ROWS[1:]}
+    greedy, patch = HEADS.get(row, (False, False))
+    weights = config.model.greedy_weights if greedy else None
+    model = dataclasses.replace(
+        config.model, **parts, greedy_infomax=greedy, patch_infonce=patch, greedy_weights=weights
+    )
     return complete(
         TrainConfig(
             data=config.data, words=config.words, model=model, detection=config.detection, training=config.training

@@ -17,6 +17,10 @@ SAID = {
     "decoders": "+ decoders with reconstruction",
     "background-rpn": "+ background-aware proposals",
     "sync-background": "+ synchronised background",
+    "none": "all parts, no contrastive head",
+    "greedy-infomax": "all parts and Greedy InfoMax",
+    "patch-infonce": "all parts and patch InfoNCE",
+    "both": "all parts and both contrastive heads",
 }
 MEASURED = {
     "ZSI box AP 0.5": ("zsi", "box", "ap@0.5"),
@@ -81,7 +85,8 @@ def write_ablation(
         points = [line for line in runs[0].lines("metrics.jsonl") if "validation/unseen_ap50" in line]
         curves[SAID[row]] = ([line["step"] for line in points], [line["validation/unseen_ap50"] for line in points])
     seeds = "seed" if config.seeds == 1 else "seeds"
-    note = f"Every variant has the same pictures, steps and {config.seeds} {seeds}; after the first each adds one part."
+    note = f"Every variant has the same pictures, steps and {config.seeds} {seeds}. "
+    note += "Up to the synchronised background each adds one part; contrastive heads are added to all of them."
     if config.seeds == 1:
         note += " One run of each says little about small differences: see --seeds."
     sections = [

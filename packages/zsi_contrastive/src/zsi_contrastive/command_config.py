@@ -72,13 +72,14 @@ class PredictConfig:
 class AblateConfig:
     """Trains the paper's variants under one budget and reports on them: what does each part add?
 
-    `python -m zsi_contrastive.ablate` alone trains all five on drawn scenes. The same command started again goes on
+    `python -m zsi_contrastive.ablate` alone trains all eight on drawn scenes. The same command started again goes on
     where it was stopped. For real: `python -m zsi_contrastive.ablate --backbone resnet101 --data coco --split 48_17
     --word-vectors word_w2v_withbg_48_17.txt --launch launch/multi_gpu.yaml`.
     """
 
-    rows: str = "detector,mask-head,decoders,background-rpn,sync-background"
-    """Which: each has what those before it have, and what it is called."""
+    rows: str = "detector,mask-head,decoders,background-rpn,sync-background,greedy-infomax,patch-infonce,both"
+    """Which: up to sync-background each has what those before it have, and what it is called; the last three add
+    contrastive heads to all of that. none is another name of sync-background."""
     seeds: int = 1
     """Runs of each, with seeds from --seed on: the table then has mean and spread."""
     launch: Path | None = None

@@ -73,6 +73,12 @@ class ModelOptions:
     """Learn background as a word vector where regions are proposed."""
     sync_background: bool = True
     """Use that vector for background in the detector as well."""
+    greedy_infomax: bool = False
+    """Add a Greedy InfoMax head: three modules on the picture at 32 × 32 that each learn alone."""
+    greedy_weights: Path | None = None
+    """Start its modules from this .safetensors file, which `zsi_contrastive.pretrain --method gim` wrote."""
+    patch_infonce: bool = False
+    """Add a patch InfoNCE head: patches of a thing against those of other classes and of background."""
     min_side: int = 0
     """Shorter side of the pictures that the network sees, in pixels; 0 takes 800, and 96 for tiny."""
     max_side: int = 0
@@ -128,6 +134,10 @@ class DetectorTrainingOptions(TrainingOptions):
     """Gradients with a larger L2 norm are scaled down to it; 0 takes the paper's 35, and 5 for tiny."""
     reconstruction: float = 0.0
     """Weight of the decoders' losses; 0 takes the paper's 0.5, and 0.05 for tiny."""
+    greedy_share: float = 0.1
+    """Weight of the Greedy InfoMax head's losses."""
+    patch_share: float = 0.1
+    """Weight of the patch InfoNCE head's loss."""
     flip: bool = True
     """Mirror training pictures by chance."""
     validation_pictures: int = 200
@@ -180,6 +190,12 @@ def complete(config: Config) -> Config:
         raise LabError(f"--backbone-weights {model.backbone_weights}: must be a .safetensors file")
     if training.patience and not data.validation_fraction:
         raise LabError("--patience: there is nothing to watch with --validation-fraction 0")
+    if model.greedy_weights is not None and not model.greedy_infomax:
+        raise LabError("--greedy-weights: there is no such head; add --greedy-infomax")
+    if model.greedy_weights is not None and model.greedy_weights.suffix != ".safetensors":
+        raise LabError(f"--greedy-weights {model.greedy_weights}: must be a .safetensors file")
+    if training.greedy_share < 0 or training.patch_share < 0:
+        raise LabError("--greedy-share and --patch-share: must not be negative")
     if training.reconstruction < 0:
         raise LabError("--reconstruction: must be positive; --no-decoders leaves the decoders out")
     if not -1 <= model.frozen_stages <= 4:

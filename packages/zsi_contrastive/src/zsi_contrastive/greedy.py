@@ -76,7 +76,7 @@ class PixelContext(nn.Module):
 
 
 class PatchModules(nn.Module):
-    """Modules on the patches of a picture; `forward` gives their losses, `features` what the last one sees.
+    """Modules on the patches of a picture, each with a loss; `features` are what the last one sees.
 
     Attributes:
         width: channels of the last module.
@@ -114,8 +114,11 @@ class PatchModules(nn.Module):
             for width in (widths if isolated else widths[-1:])
         )
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        """The loss of each module (modules,), or of all (1,); pictures (n, 3, side, side) as networks read them."""
+    def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of each module (modules,), or of all (1,), and the features (n, width) without their graph.
+
+        Pictures are (n, 3, side, side) as networks read them.
+        """
         losses = []
         maps = patches_of(pictures)
         for place, part in enumerate(self.parts):
@@ -129,7 +132,7 @@ class PatchModules(nn.Module):
                 else:
                     losses.append(loss)
             maps = maps.detach() if self.isolated else maps
-        return torch.stack(losses)
+        return torch.stack(losses), _by_patch(maps.detach()).mean((1, 2))
 
     def features(self, pictures: torch.Tensor) -> torch.Tensor:
         """What the last module sees, over all patches (n, width)."""
@@ -169,8 +172,8 @@ def _by_patch(maps: torch.Tensor) -> torch.Tensor:
 def _early(loss: torch.Tensor, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     """The loss with its gradients by `parameters` taken now, so that what they are made from need not be kept."""
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
-    if not wanted:
-        return loss.detach()
+    if not wanted or any(hasattr(parameter, "ds_id") or hasattr(parameter, "to_local") for parameter in wanted):
+        return loss  # ZeRO-3 and FSDP have the weights together only where their own backward pass wants them
     gradients = torch.autograd.grad(loss, wanted)
     # Its value is the loss, its slope by each parameter the gradient.
     replayed = torch.stack([(p * g).sum() for p, g in zip(wanted, gradients, strict=True)]).sum()

@@ -10,6 +10,8 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 
+from zsi_contrastive.contrastive import GreedyInfoMaxHead, PatchInfoNCEHead
+from zsi_contrastive.greedy import TINY_SIZES, GreedySizes
 from zsi_contrastive.heads import BackgroundAwareRPNHead, SemanticBoxHead, SemanticMaskHead, SynchronisedBackground
 from zsi_contrastive.regions import Asked, Found, Sampling, Target, ZeroShotRegions
 
@@ -20,12 +22,14 @@ MASK_FROM = 0.5  # the probability from which a pixel belongs to a thing
 
 @dataclass(frozen=True)
 class Parts:
-    """Which of the paper's parts there are: its ablation switches them on one after the other."""
+    """Which of the paper's parts there are, and which contrastive heads: ablations switch them on."""
 
     mask_head: bool = True
     decoders: bool = True
     background_rpn: bool = True
     sync_background: bool = True
+    greedy_infomax: bool = False
+    patch_infonce: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Sizes:
     Attributes:
         anchors: the anchors' sides in pixels, one for each level of the pyramid.
         proposals: before and after suppression, in training and in use.
+        tiny_modules: whether the Greedy InfoMax head's are small ones, or the paper's.
     """
 
     width: int = 1024
@@ -48,6 +53,7 @@ class Sizes:
     divisible: int = 32
     sides: tuple[int, int] = (7, 14)
     points: int = 2
+    tiny_modules: bool = False
 
 
 class ZeroShotMaskRCNN(nn.Module):
@@ -92,6 +98,9 @@ class ZeroShotMaskRCNN(nn.Module):
             mask_head = SemanticMaskHead(channels, sizes.mask_width, sizes.mask_depth, len(background), parts.decoders)
         levels = [str(place) for place in range(min(4, len(sizes.anchors)))]
         self.regions = ZeroShotRegions(levels, box_head, mask_head, sampling, sizes.sides, sizes.points)
+        modules = TINY_SIZES if sizes.tiny_modules else GreedySizes()
+        self.greedy = GreedyInfoMaxHead(channels, modules) if parts.greedy_infomax else None
+        self.patch = PatchInfoNCEHead(channels) if parts.patch_infonce else None
 
     def classes(self) -> torch.Tensor:
         """The vectors that training compares with (1 + seen, d): background's first, as it is now."""
@@ -110,9 +119,21 @@ class ZeroShotMaskRCNN(nn.Module):
         """
         batch, scaled = self.transform(pictures, targets)
         features = self.backbone(batch.tensors)
+        contrast = {}
+        if self.greedy is not None:
+            contrast["greedy_infomax"], seen = self.greedy(pictures)
+            features = self.greedy.joined(features, seen)
+        if self.patch is not None:
+            finest = next(iter(features.values()))
+            contrast["patch_infonce"] = self.patch(finest, scaled, *batch.tensors.shape[-2:])
         proposals, losses = self.rpn(batch, features, scaled)
         found = self.regions.losses(features, proposals, batch.image_sizes, scaled, self.classes())
-        return {"objectness": losses["loss_objectness"], "proposal_box": losses["loss_rpn_box_reg"], **found}
+        return {
+            "objectness": losses["loss_objectness"],
+            "proposal_box": losses["loss_rpn_box_reg"],
+            **found,
+            **contrast,
+        }
 
     @torch.no_grad()
     def detect(self, pictures: list[torch.Tensor], lists: Sequence[Asked]) -> list[list[Found]]:
@@ -122,6 +143,8 @@ class ZeroShotMaskRCNN(nn.Module):
         """
         batch, _ = self.transform(pictures)
         features = self.backbone(batch.tensors)
+        if self.greedy is not None:
+            features = self.greedy.joined(features, self.greedy.seen(pictures))
         proposals, _ = self.rpn(batch, features)
         found = self.regions.detections(features, proposals, batch.image_sizes, self.classes(), lists)
         originals = [tuple(picture.shape[-2:]) for picture in pictures]

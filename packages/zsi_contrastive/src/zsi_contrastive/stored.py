@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from labs_common.errors import LabError
+from labs_common.networks import load_exactly, read_weights
 from labs_common.run import written_whole
 from zsi_contrastive.backbone import make_backbone
 from zsi_contrastive.config import FINISHED, TINY, DetectionOptions, TrainConfig
@@ -38,7 +39,8 @@ def sizes_of(config: TrainConfig) -> tuple[Sizes, Sampling]:
     """Widths and numbers for a completed config's backbone."""
     model = config.model
     if model.backbone == TINY:
-        sizes = Sizes(256, 48, 2, TINY_ANCHORS, model.min_side, model.max_side, 64, (100, 200, 50, 100), 16, (5, 7), 1)
+        sizes = Sizes(256, 48, 2, TINY_ANCHORS, model.min_side, model.max_side, 64, (100, 200, 50, 100), 16, (5, 7), 1,
+                      True)  # fmt: skip
         return sizes, Sampling(per_picture=24)
     return Sizes(min_side=model.min_side, max_side=model.max_side), Sampling()
 
@@ -47,16 +49,22 @@ def make_model(config: TrainConfig, vectors: ClassVectors, words: torch.Tensor |
     """The untrained detector that a completed config describes.
 
     Raises:
-        LabError: the backbone cannot be had.
+        LabError: the backbone cannot be had, or weights do not fit.
     """
     options = config.model
     backbone = make_backbone(
         options.backbone, options.backbone_pretrained, options.backbone_weights, options.frozen_stages,
         TINY_CHANNELS if options.backbone == TINY else CHANNELS,
     )  # fmt: skip
-    parts = Parts(options.mask_head, options.decoders, options.background_rpn, options.sync_background)
+    parts = Parts(options.mask_head, options.decoders, options.background_rpn, options.sync_background,
+                  options.greedy_infomax, options.patch_infonce)  # fmt: skip
     sizes, sampling = sizes_of(config)
-    return ZeroShotMaskRCNN(backbone, vectors.background, vectors.seen, parts, sizes, sampling, words)
+    model = ZeroShotMaskRCNN(backbone, vectors.background, vectors.seen, parts, sizes, sampling, words)
+    if options.greedy_weights is not None:
+        assert model.greedy is not None
+        state = read_weights(options.greedy_weights, "--greedy-weights")
+        load_exactly(model.greedy.isolated, state, f"--greedy-weights {options.greedy_weights}")
+    return model
 
 
 def save_model(

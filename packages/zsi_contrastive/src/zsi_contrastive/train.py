@@ -66,12 +66,13 @@ def fit(
     from zsi_contrastive.fitting import finished, scores, set_up
 
     fitting = set_up(config, model, run, accelerator, data)
-    loop, weight = fitting.loop, config.training.reconstruction
+    loop, options = fitting.loop, config.training
+    weights = {"box_reconstruction": options.reconstruction, "mask_reconstruction": options.reconstruction,
+               "greedy_infomax": options.greedy_share, "patch_infonce": options.patch_share}  # fmt: skip
     for batch in loop.batches():
         pictures, targets, share = batch.to(accelerator.device)
         losses = fitting.model(pictures, targets)
-        weights = {name: weight if name.endswith("reconstruction") else 1.0 for name in losses}
-        loss = sum(weights[name] * value for name, value in losses.items()) * share
+        loss = sum(weights.get(name, 1.0) * value for name, value in losses.items()) * share
         parts = {f"{name}_loss": float(value.detach()) * share for name, value in losses.items()}
         loop.step(loss, len(pictures) if share else 0, **parts)
         if loop.evaluation_due and len(data.pictures["validation"]):

@@ -104,8 +104,8 @@ def dino(step: Step) -> torch.Tensor:
 def patches(step: Step) -> torch.Tensor:
     """The sum of the modules' own losses, or the one of all."""
     (pictures,) = step.views
-    losses: torch.Tensor = step.network(pictures)
-    return losses.sum()
+    losses, _ = step.network(pictures)
+    return torch.sum(losses)
 
 
 LOSSES: dict[str, Callable[[Step], torch.Tensor]] = {

@@ -73,7 +73,8 @@ def finish_report(
 def probed(features: Mapping[str, Features]) -> Predictions:
     """What a linear layer on standardised features says of the test pictures.
 
-    Of four penalties the best on the validation pictures is taken (of equal ones the largest); with that it is fitted on training and validation pictures.
+    Of four penalties the best on the validation pictures is taken, of equal ones the largest; with that it is fitted
+    on training and validation pictures.
     """
     mean, deviation = features["train"].values.mean(0), features["train"].values.std(0).clamp(min=1e-6)
     known = {name: ((part.values - mean) / deviation, part.labels) for name, part in features.items()}
