@@ -110,19 +110,19 @@ def test_info_nce(views, chunk: int) -> None:
     assert_same(lambda q, k: objectives.info_nce_loss(q, k, 0.3, chunk=chunk), loops, *views)
 
 
-@pytest.mark.parametrize("chunk", [4096, 3])
-def test_info_nce_with_drawn_negatives(views, chunk: int) -> None:
-    places = torch.randint(10, (10, 4), generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("group", [4, 64])
+def test_info_nce_in_groups(views, group: int) -> None:
+    """Of ten rows in fours the last two are left out; a group that is too large is all of them."""
 
     def loops(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         losses = []
-        for place in range(10):
-            right = (queries[place] @ keys[place]).exp()
-            wrong = sum((queries[place] @ keys[other]).exp() for other in places[place])
-            losses.append(-(right / (right + wrong)).log())
+        for members in [range(4), range(4, 8)] if group == 4 else [range(10)]:
+            for place in members:
+                products = torch.stack([queries[place] @ keys[other] for other in members])
+                losses.append(-((queries[place] @ keys[place]).exp() / products.exp().sum()).log())
         return torch.stack(losses).mean()
 
-    assert_same(lambda q, k: objectives.info_nce_loss(q, k, negatives=places, chunk=chunk), loops, *views)
+    assert_same(lambda q, k: objectives.info_nce_loss(q, k, group=group), loops, *views)
 
 
 @pytest.mark.parametrize("chunk", [4096, 7])

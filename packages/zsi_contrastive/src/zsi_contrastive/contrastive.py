@@ -94,7 +94,7 @@ class PatchInfoNCEHead(nn.Module):
             torch.stack(queries),
             torch.stack(keys),
             torch.stack(labels),
-            torch.cat(others or [embedded.new_zeros(0, PATCH_WIDTH)]),
+            torch.cat(others or [embedded.new_zeros(0, embedded.shape[1])]),
         )
 
 

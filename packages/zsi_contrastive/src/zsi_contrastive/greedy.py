@@ -19,7 +19,7 @@ CUT = 4  # a patch's side is a quarter of the picture's
 
 @dataclass(frozen=True)
 class GreedySizes:
-    """Blocks and channels of each module; with `expansion` above 1 blocks are bottlenecks.
+    """Blocks and channels of each module; with `expansion` above 1 blocks are bottlenecks. The first has a stem.
 
     The defaults are the paper's: the first three stages of a ResNet-50-v2.
     """
@@ -27,9 +27,10 @@ class GreedySizes:
     blocks: tuple[int, ...] = (3, 4, 6)
     channels: tuple[int, ...] = (64, 128, 256)
     expansion: int = 4
+    stem_stride: int = 1
 
 
-TINY_SIZES = GreedySizes((1, 1, 1), (32, 64, 96), 1)
+TINY_SIZES = GreedySizes((1, 1, 1), (32, 64, 96), 1, 2)
 
 
 class PreActivationBlock(nn.Module):
@@ -100,7 +101,7 @@ class PatchModules(nn.Module):
         self.parts = nn.ModuleList()
         before = 3
         for place, (blocks, channels) in enumerate(zip(sizes.blocks, sizes.channels, strict=True)):
-            layers: list[nn.Module] = [] if place else [nn.Conv2d(3, channels, 5, padding=2)]
+            layers: list[nn.Module] = [] if place else [nn.Conv2d(3, channels, 5, sizes.stem_stride, 2)]
             before = before if place else channels
             for block in range(blocks):
                 layers.append(PreActivationBlock(before, channels, sizes.expansion, 2 if place and not block else 1))
@@ -152,8 +153,9 @@ class PatchModules(nn.Module):
         for rows, layer in enumerate(predictions, 1):
             asked = layer(contexts[:, :-rows]).flatten(0, 2)
             right = seen[:, rows:].flatten(0, 2)
-            drawn = torch.randint(len(right), (len(right), self.negatives), device=right.device)
-            losses.append(info_nce_loss(asked, right, negatives=drawn))
+            # In random groups every patch is told from `negatives` others that were drawn from the batch.
+            order = torch.randperm(len(right), device=right.device)
+            losses.append(info_nce_loss(asked[order], right[order], group=1 + self.negatives))
         return torch.stack(losses).mean()
 
 
@@ -161,7 +163,8 @@ def patches_of(pictures: torch.Tensor) -> torch.Tensor:
     """Patches (n · 49, 3, p, p) of pictures (n, 3, side, side): p is a quarter of the side, half of each overlaps."""
     size = pictures.shape[-1] // CUT
     cut = pictures.unfold(2, size, size // 2).unfold(3, size, size // 2)  # (n, 3, rows, columns, p, p)
-    return cut.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, size, size)
+    patches = cut.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, size, size)
+    return patches.contiguous(memory_format=torch.channels_last)  # convolutions are faster so
 
 
 def _by_patch(maps: torch.Tensor) -> torch.Tensor:

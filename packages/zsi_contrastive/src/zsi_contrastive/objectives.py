@@ -58,32 +58,30 @@ def nce_loss(
 
 
 def info_nce_loss(
-    queries: torch.Tensor, keys: torch.Tensor, temperature: float = 1.0, negatives: torch.Tensor | None = None,
-    chunk: int = CHUNK,
-) -> torch.Tensor:  # fmt: skip
+    queries: torch.Tensor, keys: torch.Tensor, temperature: float = 1.0, group: int = 0, chunk: int = CHUNK
+) -> torch.Tensor:
     """Which key belongs to each query? −log exp(q·k) / Σ exp(q·k') (van den Oord et al. 2018, CPC, eq. 4).
 
     Args:
-        queries: (n, d), such as a context after its W_k.
+        queries: (n, d), such as contexts after their W_k.
         keys: (n, d), the one that belongs to each.
         temperature: by which products are divided.
-        negatives: places of the keys that each query is compared with besides (n, m); all others without it.
+        group: each query is told only from the keys of its own `group` rows, as they stand (what is left over for a
+            whole group is left out); 0 compares all with all, over all processes.
         chunk: rows at once.
     """
-    if negatives is not None:
+    if group:
+        count = max(1, len(queries) // group)
+        size = min(group, len(queries))
+        own, others = (rows[: count * size].view(count, size, -1) for rows in (queries, keys))
+        products = (own @ others.transpose(1, 2) / temperature).flatten(0, 1)  # (n, group)
+        return F.cross_entropy(products, torch.arange(size, device=queries.device).repeat(count))
 
-        def drawn(query: torch.Tensor, key: torch.Tensor, places: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-            right = (query * key).sum(1, keepdim=True)
-            logits = torch.cat([right, torch.einsum("nd,nmd->nm", query, keys[places])], 1) / temperature
-            return (logits.logsumexp(1) - logits[:, 0]).sum()
-
-        return in_chunks(drawn, (queries, keys, negatives), (keys,), chunk) / len(queries)
-
-    def all_others(query: torch.Tensor, place: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    def part(query: torch.Tensor, place: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(query @ keys.T / temperature, place, reduction="sum")
 
     place = _first(len(queries)) + torch.arange(len(queries), device=queries.device)
-    return in_chunks(all_others, (queries, place), (gathered(keys),), chunk) / len(queries)
+    return in_chunks(part, (queries, place), (gathered(keys),), chunk) / len(queries)
 
 
 def nt_xent_loss(

@@ -26,7 +26,7 @@ def pretrain(config: PretrainConfig) -> None:
     from labs_common.run import Run, check_run_options
     from labs_common.training import make_accelerator
     from zsi_contrastive.pretraining.data import read_splits
-    from zsi_contrastive.pretraining.fitting import make
+    from zsi_contrastive.pretraining.fitting import check_pictures, make
     from zsi_contrastive.pretraining.results import finish_report
 
     clock = {"start": time.perf_counter()}
@@ -36,6 +36,7 @@ def pretrain(config: PretrainConfig) -> None:
     network = make(config, accelerator)
     with accelerator.main_process_first():
         splits = read_splits(config.data, config.run.seed, accelerator.is_main_process)
+    check_pictures(config, splits)
     run = Run.start(config, config.run, f"{config.method}-{config.encoder.backbone}", accelerator)
     record_splits(run, splits)
     fitted = fit(config, network, run, accelerator, splits)

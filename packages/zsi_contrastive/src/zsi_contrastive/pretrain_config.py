@@ -10,7 +10,7 @@ from labs_common.options import ClassDataOptions, RunOptions, TrainingOptions
 from zsi_contrastive.config import TINY
 
 Method = Literal["simclr", "moco", "byol", "dino", "gim", "cpc"]
-METHODS: tuple[str, ...] = get_args(Method)
+METHODS: tuple[Method, ...] = get_args(Method)
 TAUGHT = ("moco", "byol", "dino")  # these have a teacher
 GREEDY = ("gim", "cpc")
 RESNET50_V2 = "resnet50v2"

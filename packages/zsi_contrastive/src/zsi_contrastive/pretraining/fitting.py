@@ -140,6 +140,19 @@ def make(config: PretrainConfig, accelerator: Accelerator) -> torch.nn.Module:
     return network
 
 
+def check_pictures(config: PretrainConfig, splits: Mapping[str, LabelledPictures]) -> None:
+    """Makes sure that the pictures do for what is asked, before a run begins.
+
+    Raises:
+        LabError: there are fewer training pictures than a batch has, or nothing to watch for --patience.
+    """
+    options, train = config.training, splits["train"]
+    if len(train) < options.batch_size:
+        raise LabError(f"--batch-size {options.batch_size}: there are only {len(train)} training pictures")
+    if options.patience and len(train.classes) < 2:
+        raise LabError("--patience: there is nothing to watch without classes")
+
+
 def set_up(
     config: PretrainConfig,
     network: torch.nn.Module,
@@ -150,14 +163,9 @@ def set_up(
     """Prepares the loop.
 
     Raises:
-        LabError: there are fewer training pictures than a batch has, or nothing to watch for --patience.
         RunStopped: the run is being resumed, and something fixed is another.
     """
     options, shown, device = config.training, accelerator.is_main_process, accelerator.device
-    if len(splits["train"]) < options.batch_size:
-        raise LabError(f"--batch-size {options.batch_size}: there are only {len(splits['train'])} training pictures")
-    if options.patience and len(splits["train"].classes) < 2:
-        raise LabError("--patience: there is nothing to watch without classes")
     levels = held_levels(splits, config.encoder.side, device, shown)
     several = accelerator.num_processes > 1
     if several and device.type == "cuda":

@@ -1,0 +1,95 @@
+"""Several methods of pre-training under one budget, and one report: `python -m zsi_contrastive.compare`.
+
+Each method and seed is a run of `zsi_contrastive.pretrain` in a process of its own, so its peak memory is its own.
+What is finished is not run again: the same command goes on where it was stopped, and rebuilds the report when all is
+there.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from labs_common.cli import parse, run_command
+from labs_common.comparing import check_compared, claim, comparison_folder, entries_of, name_and_flags
+from labs_common.errors import LabError
+from labs_common.own_process import finished_runs, locked, start_server
+from zsi_contrastive.pretrain_config import METHODS, CompareConfig, MethodOptions, PretrainConfig, complete
+
+LIBRARIES = ["zsi_contrastive.pretrain", "zsi_contrastive.pretraining.fitting", "zsi_contrastive.pretraining.results",
+             "labs_common.training", "sklearn.linear_model", "sklearn.manifold"]  # fmt: skip
+
+
+def main() -> None:
+    """The command."""
+    run_command(compare, CompareConfig, "python -m zsi_contrastive.compare")
+
+
+def compare(config: CompareConfig) -> None:
+    """Plans the runs, does those that are missing, and writes the report."""
+    from labs_common.run import check_writable
+
+    check_compared("method", config.seeds, config.launch)
+    planned = {spec: planned_run(config, spec) for spec in entries_of("--methods", config.methods)}
+    folder = config.output or comparison_folder("compare-pretraining", config, [config.data.data])
+    check_writable(folder)
+
+    start_server(config.launch, LIBRARIES)
+    from zsi_contrastive.pretraining.comparison import gathered, write_comparison
+    from zsi_contrastive.pretraining.data import read_splits
+
+    read_splits(config.data, config.seed, shown=True)  # what is wrong with it is said before anything runs
+    claim(folder, config)
+    seeds = range(config.seed, config.seed + config.seeds)
+    lock = folder / ".lock"
+    with locked(lock):
+        failed = finished_runs("zsi_contrastive.pretrain", planned, folder, seeds, lock, config.launch)
+        write_comparison(folder, config, gathered(folder, planned, seeds), failed)
+
+
+@dataclass
+class ComparedOptions:
+    """What may follow a method's name after colons."""
+
+    own: MethodOptions = field(default_factory=MethodOptions)
+    batch_size: int = 0
+    """Pictures per optimizer step."""
+    local_crops: int = -1
+    """Small views that only dino's student sees."""
+    learning_rate: float = 0.0
+    """Highest learning rate."""
+    optimizer: Literal["", "sgd", "lars", "adamw"] = ""
+    """Instead of the method's own."""
+
+
+def planned_run(config: CompareConfig, spec: str) -> PretrainConfig:
+    """The run of one entry of --methods: a method, and options after colons (`moco:queue=256`).
+
+    Raises:
+        LabError: there is no such method or option, or its value is wrong.
+    """
+    name, flags = name_and_flags(spec)
+    method = next((known for known in METHODS if known == name), None)
+    if method is None:
+        raise LabError(f"--methods {spec}: no such method; there are {', '.join(METHODS)}")
+    try:
+        asked = parse(ComparedOptions, "--methods", flags)
+        own = MethodOptions()
+        changed: dict[str, Any] = {name: value for name, value in vars(asked.own).items() if value != vars(own)[name]}
+        names = ("batch_size", "learning_rate", "optimizer")
+        given: dict[str, Any] = {name: getattr(asked, name) for name in names}
+        training = dataclasses.replace(config.training, **{key: value for key, value in given.items() if value})
+        views = config.views
+        if asked.local_crops >= 0:
+            views = dataclasses.replace(views, local_crops=asked.local_crops)
+        return complete(
+            PretrainConfig(
+                method=method, data=config.data, encoder=config.encoder, views=views,
+                own=dataclasses.replace(config.own, **changed), training=training, measure=config.measure,
+            )
+        )  # fmt: skip
+    except LabError as error:
+        raise LabError(f"--methods {spec}: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

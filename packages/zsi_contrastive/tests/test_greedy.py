@@ -1,0 +1,168 @@
+"""Greedy InfoMax: modules learn alone, and what that saves; the contrastive heads in the detector."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from zsi_contrastive.contrastive import TEMPERATURE, GreedyInfoMaxHead, PatchInfoNCEHead, patch_info_nce, thumbnails
+from zsi_contrastive.greedy import GRID, TINY_SIZES, GreedySizes, PatchModules, PixelContext, patches_of
+
+
+def modules(seed: int = 0, **more: bool) -> tuple[PatchModules, torch.Tensor]:
+    torch.manual_seed(seed)
+    network = PatchModules(TINY_SIZES, **more)
+    for block in network.modules():  # blocks start as their shortcuts; here all of them count
+        if isinstance(block, torch.nn.Conv2d):
+            torch.nn.init.normal_(block.weight, std=0.05)
+    return network, torch.randn(4, 3, 32, 32)
+
+
+def losses_of(network: PatchModules, pictures: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(7)  # which negatives are drawn
+    return network(pictures)[0]
+
+
+def owner(name: str) -> int:
+    return int(name.split(".")[1])
+
+
+def test_patches_overlap_by_half() -> None:
+    pictures = torch.arange(64.0).view(1, 1, 1, 64).expand(1, 3, 64, 64)
+    found = patches_of(pictures).view(GRID, GRID, 3, 16, 16)
+    assert found[3, 0, 0, 0].tolist() == list(map(float, range(16)))
+    assert found[0, 2, 1, 5].tolist() == list(map(float, range(16, 32)))
+    torch.testing.assert_close(found[:, :, :, 4, :8], found[:, :, :, 9, :8])
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_each_modules_loss_trains_only_that_module(early: bool) -> None:
+    network, pictures = modules(early=early)
+    for module in range(3):
+        network.zero_grad()
+        losses_of(network, pictures)[module].backward()
+        reached = {
+            owner(name) for name, p in network.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
+        }
+        assert reached == {module}
+
+
+def test_end_to_end_gradients_do_cross() -> None:
+    """The counter-example: with one loss at the top, and nothing between modules, all of them learn by it."""
+    network, pictures = modules(isolated=False)
+    losses_of(network, pictures).sum().backward()
+    reached = {
+        owner(name) for name, p in network.named_parameters() if name.startswith("parts") and p.grad.abs().sum() > 0
+    }
+    assert reached == {0, 1, 2}
+
+
+def test_gradients_taken_early_are_the_same() -> None:
+    found = []
+    for early in (True, False):
+        network, pictures = modules(early=early)
+        loss = losses_of(network, pictures)
+        loss.sum().backward()
+        found.append((loss.detach(), [p.grad for p in network.parameters()]))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def held_bytes(network: PatchModules, pictures: torch.Tensor) -> int:
+    """The most bytes of activations that autograd keeps at the same time."""
+    held: dict[int, int] = {}
+    most = 0
+
+    class Kept:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            nonlocal most
+            self.tensor = tensor
+            held[id(self)] = tensor.numel() * tensor.element_size()
+            most = max(most, sum(held.values()))
+
+        def __del__(self) -> None:
+            held.pop(id(self), None)
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        losses_of(network, pictures).sum().backward()
+    return most
+
+
+def test_module_by_module_training_frees_activations() -> None:
+    greedy, pictures = modules()
+    whole, _ = modules(early=False)
+    assert held_bytes(greedy, pictures) < 0.75 * held_bytes(whole, pictures)
+
+
+def test_context_sees_rows_above_only() -> None:
+    torch.manual_seed(0)
+    context = PixelContext(5)
+    maps = torch.randn(1, 5, 7, 7, requires_grad=True)
+    context(maps)[0, :, 3].sum().backward()
+    seen = maps.grad[0].abs().sum((0, 2))
+    assert (seen[:4] > 0).all()
+    assert (seen[4:] == 0).all()
+
+
+def test_paper_sizes() -> None:
+    network = PatchModules(GreedySizes())
+    assert network.width == 1024
+    assert [len(part) for part in network.parts] == [4, 4, 6]  # the first has the stem
+    losses, seen = network(torch.randn(2, 3, 64, 64))
+    assert losses.shape == (3,)
+    assert seen.shape == (2, 1024)
+    assert network.ahead == 5
+
+
+def test_the_head_adds_nothing_at_first_and_takes_no_gradient_from_the_detector() -> None:
+    torch.manual_seed(0)
+    head = GreedyInfoMaxHead(8, TINY_SIZES)
+    pictures = [torch.rand(3, 40, 50), torch.rand(3, 60, 30)]
+    assert thumbnails(pictures).shape == (2, 3, 32, 32)
+    levels = {"0": torch.randn(2, 8, 10, 12), "1": torch.randn(2, 8, 5, 6)}
+    loss, seen = head(pictures)
+    joined = head.joined(levels, seen)
+    torch.testing.assert_close(joined, levels)
+    torch.nn.init.normal_(head.join.weight)
+    sum(level.square().sum() for level in head.joined(levels, seen).values()).backward()
+    assert head.join.weight.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in head.isolated.parameters())
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in head.isolated.parameters())
+    torch.testing.assert_close(head.eval().seen(pictures), seen)
+
+
+def test_patch_info_nce_is_its_double_loop() -> None:
+    torch.manual_seed(0)
+    queries, keys, others = torch.randn(5, 6), torch.randn(5, 6), torch.randn(3, 6)
+    labels = torch.tensor([0, 1, 0, 2, 1])
+    total = 0.0
+    for one in range(5):
+
+        def like(key: torch.Tensor, one: int = one) -> torch.Tensor:
+            return (F.cosine_similarity(queries[one], key, dim=0) / TEMPERATURE).exp()
+
+        right = like(keys[one])
+        wrong = sum(like(keys[two]) for two in range(5) if labels[two] != labels[one]) + sum(map(like, others))
+        total -= float((right / (right + wrong)).log())
+    assert float(patch_info_nce(queries, keys, labels, others)) == pytest.approx(total / 5, rel=1e-4)
+
+
+def test_patches_are_of_things_and_of_background() -> None:
+    """A map that is one vector on each thing and another elsewhere has the loss of an answer that is right."""
+    torch.manual_seed(0)
+    head = PatchInfoNCEHead(3)
+    head.embed = torch.nn.Identity()
+    masks = torch.zeros(2, 32, 32)
+    masks[0, 4:16, 4:16] = 1
+    masks[1, 20:30, 20:30] = 1
+    maps = torch.zeros(1, 3, 32, 32)
+    maps[0, 0] = 1 - masks.sum(0)
+    maps[0, 1:] = masks
+    target = {"masks": masks, "labels": torch.tensor([1, 2])}
+    apart = float(head(maps, [target], 32, 32))
+    alike = float(head(torch.ones(1, 3, 32, 32), [target], 32, 32))
+    assert apart < 0.5 < alike
+    nothing = {"masks": masks[:0], "labels": torch.zeros(0, dtype=torch.int64)}
+    assert float(head(maps, [nothing], 32, 32)) == 0
+    assert (
+        float(head(maps, [{"masks": torch.ones(1, 32, 32), "labels": torch.tensor([1])}], 32, 32)) == 0
+    )  # no background

@@ -1,0 +1,244 @@
+"""`pretrain` and `compare` as they are run."""
+
+import json
+import time
+from pathlib import Path
+
+import lab_commands
+import numpy as np
+import pytest
+import torch
+from lab_commands import in_two_processes, losses, real_data
+from PIL import Image
+from safetensors.torch import load_file
+
+from labs_common.scenes.files import write_parquet
+from zsi_contrastive.backbone import make_backbone
+from zsi_contrastive.compare import LIBRARIES
+from zsi_contrastive.pretrain_config import METHODS
+from zsi_contrastive.pretraining.stored import load_encoder
+
+COUNTS = {"train": range(96), "validation": range(96, 120), "test": range(120, 160)}
+SMALL = ("--side", "16", "--batch-size", "32", "--epochs", "1", "--hidden", "16", "--outputs", "12", "--queue", "64",
+         "--track", "none")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def looks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("looks")
+    write_parquet(folder, "look", COUNTS, 0, 16)
+    return folder
+
+
+def here(*arguments: object, code: int = 0) -> lab_commands.Done:
+    return lab_commands.here("zsi_contrastive.pretrain", *arguments, code=code)
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(looks: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run of every method: one epoch of three steps."""
+    runs = {}
+    for method in METHODS:
+        runs[method] = tmp_path_factory.mktemp("runs") / method
+        report = () if method in ("simclr", "dino") else ("--no-report",)
+        here("--method", method, "--data", looks, *SMALL, "--map", "pca", *report, "--output", runs[method])
+    return runs
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_leaves_an_encoder_and_its_measures(method: str, finished: dict[str, Path]) -> None:
+    run = finished[method]
+    results = json.loads((run / "results.json").read_text())
+    assert results["cost"]["steps"] == 3
+    assert results["cost"]["pictures"] == 96
+    test = results["test"]
+    assert 0 <= test["knn"] <= 1
+    assert 0 <= test["probe"] <= 1
+    assert test["spread"] > 0
+    assert test["effective rank"] > 1
+    measured = [line for line in lines(run) if "test/knn" in line]
+    assert [line["step"] for line in measured] == [0, 1, 2, 3]
+    assert measured[0]["test/knn"] == test["knn before"]
+    encoder = load_encoder(run)
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    state = load_file(run / "model" / "encoder.safetensors")
+    if method not in ("gim", "cpc"):
+        body = make_backbone("tiny", False, run / "model" / "encoder.safetensors", 0, 8).body
+        assert all(torch.equal(value, state[name]) for name, value in body.state_dict().items())
+
+
+def test_the_report_shows_what_was_learnt(finished: dict[str, Path]) -> None:
+    page = (finished["dino"] / "report.html").read_text()
+    for said in ("kNN, test, random weights", "effective rank", "Nearest neighbours", "Map of the features",
+                 "small view", "The teacher&#39;s", "--backbone-weights", "linear probe"):  # fmt: skip
+        assert said in page, said
+    assert (finished["simclr"] / "figures" / "knn.svg").exists()
+
+
+def test_same_seed_same_bytes(looks: Path, finished: dict[str, Path], tmp_path: Path) -> None:
+    here("--method", "gim", "--data", looks, *SMALL, "--no-report", "--output", tmp_path / "again")
+    one, two = (run / "model" / "encoder.safetensors" for run in (finished["gim"], tmp_path / "again"))
+    assert one.read_bytes() == two.read_bytes()
+    assert losses(finished["gim"]) == losses(tmp_path / "again")
+
+
+@pytest.mark.parametrize("method", ["moco", "dino"])
+def test_killed_and_resumed_gives_the_same_bytes(
+    method: str, looks: Path, finished: dict[str, Path], tmp_path: Path
+) -> None:
+    """Teacher, queue and centre are as they were."""
+    run = tmp_path / "killed"
+    process = lab_commands.forked(
+        "zsi_contrastive.pretrain", LIBRARIES, "--method", method, "--data", looks, *SMALL, "--map", "pca",
+        "--save-every", "1", "--output", run,
+    )  # fmt: skip
+    for _ in range(6000):
+        if (run / "checkpoints" / "step-00000002").exists():
+            break
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert not (run / "model").exists(), "the kill came too late to prove anything"
+    here("--resume", run, "--no-report")
+    assert lines(run) == lines(finished[method])
+    assert (run / "model" / "encoder.safetensors").read_bytes() == (
+        finished[method] / "model" / "encoder.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("method", ["simclr", "moco", "dino"])
+def test_two_processes_equal_one(method: str, looks: Path, tmp_path: Path) -> None:
+    """With an encoder and heads whose outputs do not depend on the batch."""
+    options = ("--method", method, "--data", looks, *SMALL, "--backbone", "test_vit", "--side", "32", "--head-norm",
+               "layer", "--no-report", "--no-probe", "--max-steps", "2", "--evaluate-every", "2")  # fmt: skip
+    here(*options, "--output", tmp_path / "one")
+    in_two_processes(
+        "zsi_contrastive.pretrain", LIBRARIES, 29591, *options, "--output", tmp_path / "two",
+        XDG_CACHE_HOME=str(tmp_path),
+    )  # fmt: skip
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        assert two == pytest.approx(one, rel=1e-3, abs=0.03)  # of 24 pictures one may be between two classes
+    one, two = (load_file(tmp_path / name / "model" / "encoder.safetensors") for name in ("one", "two"))
+    moved = max(float((one[name] - two[name]).abs().max()) for name in one)
+    assert moved < 2e-4  # AdamW's first steps are as long as the learning rate, whatever the slope
+
+
+def test_pictures_without_classes(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(30):
+        levels = generator.integers(0, 255, (20, 20 + number, 3), dtype=np.uint8)
+        Image.fromarray(levels).save(folder / f"{number}.png")
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    said = here("--data", folder, *SMALL, "--output", tmp_path / "run", code=2)
+    assert said.errors == [line for line in said.errors if "broken.jpg" in line]
+    said = here("--data", folder, *SMALL, "--batch-size", "8", "--on-bad-data", "skip", "--output", tmp_path / "run")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert "knn" not in results["test"]
+    assert results["test"]["spread"] > 0
+    assert (tmp_path / "run" / "report.html").exists()
+    said = here("--data", folder, *SMALL, "--batch-size", "8", "--on-bad-data", "skip", "--patience", "2", code=2)
+    assert "nothing to watch" in said.errors[0]
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (("--batch-size", "500"), "only 96 training pictures"),
+    (("--backbone", "vit_huge_typo"), "timm has no such model"),
+    (("--backbone", "test_vit", "--side", "20", "--method", "dino"), "does not take pictures of"),
+    (("--data", "/nowhere/at/all"), "--data"),
+    (("--crop-scale", "0.5", "0.1"), "--crop-scale"),
+])  # fmt: skip
+def test_wrong_input_is_one_line(arguments: tuple[str, ...], said: str, looks: Path, tmp_path: Path) -> None:
+    done = here("--data", looks, *SMALL, *arguments, "--output", tmp_path / "run", code=2)
+    assert len(done.errors) == 1
+    assert said in done.errors[0]
+
+
+def test_a_wrong_batch_leaves_no_run(looks: Path, tmp_path: Path) -> None:
+    here("--data", looks, *SMALL, "--batch-size", "500", "--output", tmp_path / "run", code=2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_broken_encoders_are_refused(finished: dict[str, Path], tmp_path: Path) -> None:
+    from labs_common.errors import LabError
+
+    with pytest.raises(LabError, match="no pre-trained encoder"):
+        load_encoder(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "pretrained.json").write_text((finished["simclr"] / "model" / "pretrained.json").read_text())
+    (tmp_path / "model" / "encoder.safetensors").write_bytes(b"")
+    with pytest.raises(LabError, match="cannot be read"):
+        load_encoder(tmp_path)
+
+
+def test_compare_and_its_report(looks: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "compared"
+    arguments = ("--methods", "simclr,byol,byol:momentum=0", "--data", looks, *SMALL[:-2], "--map", "none",
+                 "--no-probe", "--output", folder)  # fmt: skip
+    done = lab_commands.here("zsi_contrastive.compare", *arguments)
+    assert "report:" in done.stdout
+    found = json.loads((folder / "results.json").read_text())
+    assert found["failed"] == {}
+    assert list(found["methods"]) == ["simclr", "byol", "byol:momentum=0"]
+    steps = {line["steps"] for line in found["methods"].values()}
+    assert steps == {3}, "one budget"
+    page = (folder / "report.html").read_text()
+    assert "What each change does" in page
+    asked = json.loads((folder / "byol-momentum=0" / "seed-0" / "results.json").read_text())["config"]
+    assert asked["own"]["momentum"] == 0
+    assert asked["own"]["momentum_end"] == 0
+    for wrong, said in (("swav", "no such method"), ("moco:queues=3", "queues"), ("moco,moco", "twice")):
+        done = lab_commands.here("zsi_contrastive.compare", "--methods", wrong, "--data", looks, code=2)
+        assert said in done.errors[0]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "test_vit", "test_efficientnet"])
+def test_weights_start_the_same_network_of_timm_or_torchvision(name: str, looks: Path, tmp_path: Path) -> None:
+    """As the detector, vit_transfer and clip_lab load them: by timm's names, or torchvision's for its ResNets."""
+    import timm
+
+    from labs_common.networks import load_exactly, read_weights
+
+    here("--data", looks, *SMALL, "--backbone", name, "--side", "32", "--max-steps", "1", "--no-report", "--no-probe",
+         "--map", "none", "--output", tmp_path / "run")  # fmt: skip
+    file = tmp_path / "run" / "model" / "encoder.safetensors"
+    size = {"img_size": 32} if name == "test_vit" else {}
+    network = timm.create_model(name, num_classes=0, **size)
+    load_exactly(network, read_weights(file, "--weights"), "--weights")
+    if name == "resnet18":
+        backbone = make_backbone(name, False, file, 1, 16)
+        theirs = backbone.get_parameter("body.layer3.0.conv1.weight")
+        assert torch.equal(theirs, network.get_parameter("layer3.0.conv1.weight"))
+
+
+def test_greedy_modules_start_the_detectors_head(finished: dict[str, Path], scenes: Path, tmp_path: Path) -> None:
+    options = ("--split", "scenes", "--data", scenes, "--min-side", "48", "--max-side", "64", "--batch-size", "4",
+               "--max-steps", "2", "--controls", "0", "--track", "none", "--no-report", "--greedy-weights",
+               finished["gim"] / "model" / "encoder.safetensors")  # fmt: skip
+    done = lab_commands.here("zsi_contrastive.train", *options, "--output", tmp_path / "none", code=2)
+    assert "--greedy-infomax" in done.errors[0]
+    run = tmp_path / "run"
+    lab_commands.here("zsi_contrastive.train", *options, "--greedy-infomax", "--patch-infonce", "--output", run)
+    line = [line for line in lines(run) if "loss" in line][-1]
+    assert line["greedy_infomax_loss"] > 0
+    assert line["patch_infonce_loss"] > 0
+    before = load_file(finished["gim"] / "model" / "encoder.safetensors")
+    after = load_file(run / "model" / "model.safetensors")
+    name = "parts.0.0.weight"
+    moved = (after[f"greedy.isolated.{name}"] - before[name]).abs().max()
+    assert 0 < moved < 0.05, "they started there, and learnt"
+    assert (run / "results.json").exists(), "the written model was read back and tested"
+
+
+def test_neighbours_get_better_on_real_pictures(tmp_path: Path) -> None:
+    data = real_data("cifar10-mini")
+    here("--data", data, "--limit", "1500", "--epochs", "4", "--track", "none", "--no-probe", "--map", "none",
+         "--output", tmp_path / "run")  # fmt: skip
+    test = json.loads((tmp_path / "run" / "results.json").read_text())["test"]
+    assert test["knn"] > test["knn before"] + 0.02
