@@ -11,8 +11,7 @@ import lab_commands
 import numpy as np
 import pytest
 import torch
-import yaml
-from lab_commands import command, in_two_processes, losses, one_cpu
+from lab_commands import in_two_processes, launch_values, losses, with_deepspeed
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -227,20 +226,13 @@ def test_prepare(scenes: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", sorted(path.name for path in LAUNCH.glob("*.yaml")))
 def test_launch_configurations(file: str, finished: Path, options: tuple[object, ...], tmp_path: Path) -> None:
     """Each is a config that Accelerate knows; ZeRO-3's takes the whole road, with one process on a CPU."""
-    text = (LAUNCH / file).read_text()
-    assert text.startswith("# "), "a comment says when to use it"
-    config = yaml.safe_load(text)
-    from accelerate.commands.config.config_args import ClusterConfig
-
-    assert config.keys() <= ClusterConfig.__dataclass_fields__.keys()
+    config = launch_values(LAUNCH / file)
     if config["distributed_type"] != "DEEPSPEED" or config["deepspeed_config"]["zero_stage"] != 3:
         return
     pytest.importorskip("deepspeed", reason="needs the extra caption-lab[deepspeed]")
     run = tmp_path / "run"
-    command(
-        "accelerate.commands.launch", "--config_file", one_cpu(LAUNCH / file, tmp_path), "-m", "caption_lab.train",
-        *options, "--output", run, "--save-every", "4", "--watch-pictures", "1", "--no-report", DS_ACCELERATOR="cpu", MASTER_PORT="29561",
-        XDG_CACHE_HOME=str(tmp_path),
+    with_deepspeed(
+        LAUNCH / file, tmp_path, "caption_lab.train", LIBRARIES, 29561, *options, "--output", run, "--save-every", "4", "--watch-pictures", "1", "--no-report"
     )  # fmt: skip
     assert list(run.glob("checkpoints/*/sharded")), "DeepSpeed took part"
     assert losses(run) == pytest.approx(losses(finished), abs=1e-3)

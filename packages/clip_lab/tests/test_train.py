@@ -10,8 +10,7 @@ from pathlib import Path
 import lab_commands
 import pytest
 import torch
-import yaml
-from lab_commands import command, in_two_processes, losses, one_cpu
+from lab_commands import in_two_processes, launch_values, losses, with_deepspeed
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -165,20 +164,13 @@ def test_frozen_towers_are_computed_once_and_do_not_move(scenes: Path, finished:
 @pytest.mark.parametrize("file", sorted(path.name for path in LAUNCH.glob("*.yaml")))
 def test_launch_configurations(file: str, finished: Path, options: tuple[object, ...], tmp_path: Path) -> None:
     """Each is a config that Accelerate knows; ZeRO-2's takes the whole road, with one process on a CPU."""
-    text = (LAUNCH / file).read_text()
-    assert text.startswith("# "), "a comment says when to use it"
-    config = yaml.safe_load(text)
-    from accelerate.commands.config.config_args import ClusterConfig
-
-    assert config.keys() <= ClusterConfig.__dataclass_fields__.keys()
+    config = launch_values(LAUNCH / file)
     if config["distributed_type"] != "DEEPSPEED" or config["deepspeed_config"]["zero_stage"] != 2:
         return
     pytest.importorskip("deepspeed", reason="needs the extra clip-lab[deepspeed]")
     run = tmp_path / "run"
-    command(
-        "accelerate.commands.launch", "--config_file", one_cpu(LAUNCH / file, tmp_path), "-m", "clip_lab.train",
-        *options, "--output", run, "--save-every", "4", "--chunk", "5", "--no-report", DS_ACCELERATOR="cpu",
-        MASTER_PORT="29573", XDG_CACHE_HOME=str(tmp_path),
+    with_deepspeed(
+        LAUNCH / file, tmp_path, "clip_lab.train", LIBRARIES, 29573, *options, "--output", run, "--save-every", "4", "--chunk", "5", "--no-report"
     )  # fmt: skip
     assert losses(run) == pytest.approx(losses(finished), abs=1e-2)
     assert losses(run)[0] == pytest.approx(losses(finished)[0], abs=1e-5)

@@ -11,10 +11,14 @@ import sys
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
 from labs_common.own_process import start_server
 
@@ -77,6 +81,33 @@ def in_two_processes(module: str, libraries: list[str], port: int, *arguments: o
         if process.exitcode is None:
             process.kill()
     assert [process.exitcode for process in processes] == [0, 0]
+
+
+def launch_values(file: Path) -> dict[str, Any]:
+    """What a launch configuration says, which must be what Accelerate knows, under a comment on when to use it."""
+    text = file.read_text()
+    assert text.startswith("# "), "a comment says when to use it"
+    values: dict[str, Any] = yaml.safe_load(text)
+    assert values.keys() <= ClusterConfig.__dataclass_fields__.keys()
+    return values
+
+
+def with_deepspeed(file: Path, folder: Path, module: str, libraries: list[str], port: int, *arguments: object) -> None:
+    """Runs a command under a DeepSpeed configuration, in one process on a CPU, in which nothing is imported anew.
+
+    Its environment is that in which `accelerate launch` would start it; that this does is for llm_peft_fa's tests.
+    """
+    asked = launch_command_parser().parse_args(["--config_file", str(one_cpu(file, folder)), "train.py"])
+    launch, defaults, _ = _validate_launch_command(asked)
+    launch.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    _, variables = prepare_deepspeed_cmd_env(launch)
+    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+           "DS_ACCELERATOR": "cpu", "XDG_CACHE_HOME": str(folder)}  # fmt: skip
+    process = forked(module, libraries, *arguments, **(variables | one))
+    process.join(240)
+    if process.exitcode is None:
+        process.kill()
+    assert process.exitcode == 0
 
 
 def _run(module: str, arguments: list[str], more: dict[str, str]) -> None:

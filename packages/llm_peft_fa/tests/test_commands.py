@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from commands import LAUNCH, SMALL, forked, here, trained, without_rank
-from lab_commands import command, in_two_processes, losses, one_cpu
+from lab_commands import command, in_two_processes, launch_values, losses, one_cpu
 from transformers import AutoModelForCausalLM
 
 from llm_peft_fa.compare import LIBRARIES
@@ -91,12 +90,7 @@ def test_launch_configurations(file: str, finished: Path, gemma_dir: Path, tmp_p
 
     `finished` has gone it with cpu.yaml; the others need GPUs.
     """
-    text = (LAUNCH / file).read_text()
-    assert text.startswith("# "), "a comment says when to use it"
-    config = yaml.safe_load(text)
-    from accelerate.commands.config.config_args import ClusterConfig
-
-    assert config.keys() <= ClusterConfig.__dataclass_fields__.keys()
+    config = launch_values(LAUNCH / file)
     if config["distributed_type"] != "DEEPSPEED" or config["deepspeed_config"]["zero_stage"] == 3:
         return  # ZeRO-3 goes the whole road with prefix tuning, above
     pytest.importorskip("deepspeed", reason="needs the extra llm-peft-fa[deepspeed]")

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from commands import LAUNCH, SMALL, forked, here, trained, without_rank
-from lab_commands import one_cpu
+from lab_commands import with_deepspeed
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+
+from llm_peft_fa.compare import LIBRARIES
 
 PREFIX = ("--method", "prefix_tuning", "--virtual-tokens", "4", "--encoder-width", "8", "--learning-rate", "0.01")
 
@@ -59,15 +59,7 @@ def test_deepspeed_saves_a_prefix_that_loads(prefix: Path, gemma_dir: Path, tmp_
     """ZeRO-3 is the hard one: the encoder's weights lie in parts when the prefix is made for saving."""
     pytest.importorskip("deepspeed", reason="needs the extra llm-peft-fa[deepspeed]")
     run = tmp_path / "run"
-    config = one_cpu(LAUNCH / "deepspeed_zero3.yaml", tmp_path)
-    # The environment in which `accelerate launch` would start the process; ZeRO-2 goes through it itself.
-    asked = launch_command_parser().parse_args(["--config_file", str(config), "train.py"])
-    launch, defaults, _ = _validate_launch_command(asked)
-    launch.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
-    _, variables = prepare_deepspeed_cmd_env(launch)
-    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29538"}
-    process = forked(*options(gemma_dir, run), **(variables | one | {"DS_ACCELERATOR": "cpu"}))
-    process.join(timeout=200)
-    assert process.exitcode == 0
+    with_deepspeed(LAUNCH / "deepspeed_zero3.yaml", tmp_path, "llm_peft_fa.train", LIBRARIES, 29538,
+                   *options(gemma_dir, run))  # fmt: skip
     assert list(run.glob("checkpoints/*/sharded")), "DeepSpeed took part"
     assert_same_prefix(run, prefix, gemma_dir, 1e-3)

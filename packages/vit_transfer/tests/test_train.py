@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-import yaml
-from lab_commands import command, in_two_processes, losses, one_cpu
+from lab_commands import in_two_processes, launch_values, losses, with_deepspeed
 from safetensors.torch import load_file
 
 from vit_transfer.compare import LIBRARIES
@@ -194,20 +193,13 @@ def test_real_pictures_cached_uncached_and_exported(name: str, head: str, real_p
 @pytest.mark.parametrize("file", sorted(path.name for path in LAUNCH.glob("*.yaml")))
 def test_launch_configurations(file: str, finished: Path, options: tuple[object, ...], tmp_path: Path) -> None:
     """Each is a config that Accelerate knows; ZeRO-3's takes the whole road, with one process on a CPU."""
-    text = (LAUNCH / file).read_text()
-    assert text.startswith("# "), "a comment says when to use it"
-    config = yaml.safe_load(text)
-    from accelerate.commands.config.config_args import ClusterConfig
-
-    assert config.keys() <= ClusterConfig.__dataclass_fields__.keys()
+    config = launch_values(LAUNCH / file)
     if config["distributed_type"] != "DEEPSPEED" or config["deepspeed_config"]["zero_stage"] != 3:
         return
     pytest.importorskip("deepspeed", reason="needs the extra vit-transfer[deepspeed]")
     run = tmp_path / "run"
-    command(
-        "accelerate.commands.launch", "--config_file", one_cpu(LAUNCH / file, tmp_path), "-m", "vit_transfer.train",
-        *options, "--output", run, "--save-every", "4", DS_ACCELERATOR="cpu", MASTER_PORT="29541",
-        XDG_CACHE_HOME=str(tmp_path),
+    with_deepspeed(
+        LAUNCH / file, tmp_path, "vit_transfer.train", LIBRARIES, 29541, *options, "--output", run, "--save-every", "4"
     )  # fmt: skip
     assert list(run.glob("checkpoints/*/sharded")), "DeepSpeed took part"
     assert losses(run) == pytest.approx(losses(finished), abs=1e-3)

@@ -12,8 +12,7 @@ from typing import Any
 import lab_commands
 import pytest
 import torch
-import yaml
-from lab_commands import command, in_two_processes, losses, one_cpu
+from lab_commands import in_two_processes, launch_values, losses, with_deepspeed
 from safetensors.torch import load_file
 
 from zsi_contrastive.ablate import LIBRARIES
@@ -118,20 +117,13 @@ def test_parts_of_a_step_are_the_step(options: tuple[object, ...], tmp_path: Pat
 @pytest.mark.parametrize("file", sorted(path.name for path in LAUNCH.glob("*.yaml")))
 def test_launch_configurations(file: str, finished: Path, options: tuple[object, ...], tmp_path: Path) -> None:
     """Each is a config that Accelerate knows; ZeRO-2's takes the whole road, with one process on a CPU."""
-    text = (LAUNCH / file).read_text()
-    assert text.startswith("# "), "a comment says when to use it"
-    config = yaml.safe_load(text)
-    from accelerate.commands.config.config_args import ClusterConfig
-
-    assert config.keys() <= ClusterConfig.__dataclass_fields__.keys()
+    config = launch_values(LAUNCH / file)
     if config["distributed_type"] != "DEEPSPEED" or config["deepspeed_config"]["zero_stage"] != 2:
         return
     pytest.importorskip("deepspeed", reason="needs the extra zsi-contrastive[deepspeed]")
     run = tmp_path / "run"
-    command(
-        "accelerate.commands.launch", "--config_file", one_cpu(LAUNCH / file, tmp_path), "-m", "zsi_contrastive.train",
-        *options, "--output", run, "--no-report", "--max-steps", "2", DS_ACCELERATOR="cpu", MASTER_PORT="29583",
-        XDG_CACHE_HOME=str(tmp_path),
+    with_deepspeed(
+        LAUNCH / file, tmp_path, "zsi_contrastive.train", LIBRARIES, 29583, *options, "--output", run, "--no-report", "--max-steps", "2"
     )  # fmt: skip
     assert losses(run)[0] == pytest.approx(losses(finished)[0], rel=1e-3)
 
