@@ -39,7 +39,6 @@ from clip_lab.encoder import load_encoder
 from clip_lab.export import to_open_clip
 from clip_lab.fitting import training_mode
 from clip_lab.image import make_image_tower
-from labs_common.logistic import COARSE, Layer, fitted_layers, solved
 from clip_lab.model import ClipModel, built
 from clip_lab.objectives import clip_loss
 from clip_lab.stored import Loaded
@@ -47,6 +46,7 @@ from clip_lab.text import TextTower
 from clip_lab.tokens import Words, make_words
 from labs_common.data import LabelledPictures, checked
 from labs_common.data.described import PictureTensors
+from labs_common.logistic import COARSE, Layer, fitted_layers, solved
 from labs_common.options import CaptionDataOptions
 from labs_common.run import write_atomically
 from labs_common.scenes.files import write_flickr8k

@@ -20,13 +20,14 @@ from zsi_contrastive.pretraining.networks import Encoder
 from zsi_contrastive.pretraining.views import plain, recipes_of, views_of
 from zsi_contrastive.pretraining.views import shown as as_levels
 
-EXAMPLES, NEIGHBOURS, MAPPED, THUMBNAIL = 6, 6, 1000, 96
+EXAMPLES, MAPPED, THUMBNAIL = 6, 1000, 96
+ACROSS = 4  # beside the picture: a row of the page has five
 
 
 def views_gallery(config: PretrainConfig, levels: Levels) -> Gallery:
-    """Some training pictures, each beside the random views that the network was given of it first."""
+    """Some training pictures, each beside random views of it."""
     places = torch.linspace(0, len(levels) - 1, 4).long()
-    recipes = recipes_of(config)
+    recipes = (recipes_of(config) * ACROSS)[:ACROSS]
     pictures = levels.batch(places)
     views = views_of(pictures, levels.aspects[places], recipes, config.run.seed, 0, slice(0, len(places)))
     rows: list[tuple[Image.Image, str]] = []
@@ -42,14 +43,14 @@ def neighbours_gallery(test: LabelledPictures, train: LabelledPictures, asked: F
     """Test pictures, each before its nearest training pictures."""
     chosen = np.linspace(0, len(test) - 1, EXAMPLES).round().astype(int)
     cosines = F.normalize(asked.values, dim=1)[chosen] @ F.normalize(bank.values, dim=1).T
-    found = cosines.topk(NEIGHBOURS, dim=1)
+    found = cosines.topk(ACROSS, dim=1)
     rows: list[tuple[Image.Image, str]] = []
     for place, near, likeness in zip(chosen, found.indices.cpu(), found.values.cpu(), strict=True):
         rows.append((_thumbnail(test.image(int(place))), f"asked: {_name(test, int(place))}"))
         for other, cosine in zip(near.tolist(), likeness.tolist(), strict=True):
             number = int(bank.places[other])
             rows.append((_thumbnail(train.image(number)), f"{cosine:.2f} {_name(train, number)}"))
-    return Gallery(rows, f"Test pictures and the {NEIGHBOURS} training pictures with the nearest features (cosine).")
+    return Gallery(rows, f"Test pictures and the {ACROSS} training pictures with the nearest features (cosine).")
 
 
 def map_section(run: Run, kind: str, asked: Features, names: tuple[str, ...], seed: int) -> Section:
@@ -94,7 +95,7 @@ def attention_section(encoder: torch.nn.Module, levels: Levels, side: int) -> Se
     rows: list[tuple[Image.Image, str]] = []
     for picture, heads in zip(pictures, maps, strict=True):
         rows.append((_thumbnail(_image(picture)), "picture"))
-        for number, head in enumerate(heads[:5]):
+        for number, head in enumerate(heads[:ACROSS]):
             grey = (head / head.max().clamp(min=1e-9) * 255).byte().cpu().numpy()
             rows.append((_thumbnail(Image.fromarray(grey)), f"head {number}"))
     return Section("Where it looks", [
