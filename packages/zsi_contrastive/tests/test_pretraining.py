@@ -1,17 +1,25 @@
 """Parts of pre-training against peers: neighbours, ranks, LARS, teacher, queue, optimizer groups."""
 
+import dataclasses
+import types
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
+from labs_common.cli import config_from_yaml
 from labs_common.errors import LabError, RunStopped
 from zsi_contrastive.pretrain_config import METHODS, PretrainConfig, complete
 from zsi_contrastive.pretraining import measures
-from zsi_contrastive.pretraining.fitting import make_optimizer
+from zsi_contrastive.pretraining.fitting import make, make_optimizer
 from zsi_contrastive.pretraining.galleries import class_attention
 from zsi_contrastive.pretraining.methods import LOSSES, Step
 from zsi_contrastive.pretraining.networks import Learner, make_learner
 from zsi_contrastive.pretraining.teacher import Memory, along_cosine
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def config(method: str, *, hidden: int = 16, **more: object) -> PretrainConfig:
@@ -128,7 +136,8 @@ def test_views_of_one_size_go_through_together_and_small_ones_too() -> None:
     assert isinstance(network, Learner)
     for view, out in zip(views, found, strict=True):
         torch.testing.assert_close(out, network.projection(network.encoder(view)), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(features, network.encoder(views[0]), rtol=1e-4, atol=1e-5)
+    for view, seen in zip(views[:2], features, strict=True):
+        torch.testing.assert_close(seen, network.encoder(view), rtol=1e-4, atol=1e-5)
 
 
 def test_schedules() -> None:
@@ -178,19 +187,26 @@ def test_options_that_contradict_are_refused() -> None:
     refused("--bank", bank=0)
 
 
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
+def test_sharded_weights_are_refused(kind: str) -> None:
+    launched = types.SimpleNamespace(num_processes=2, distributed_type=DistributedType[kind])
+    with pytest.raises(LabError, match="multi_gpu"):
+        make(config("byol"), launched)
+    with pytest.raises(LabError, match="multiple of the 3 processes"):
+        make(config("byol"), types.SimpleNamespace(num_processes=3))
+
+
 def test_lightlys_benchmark_is_configured() -> None:
     for method in ("simclr", "moco", "byol", "dino"):
-        given = PretrainConfig(method=method)
-        given.encoder.backbone, given.encoder.stem = "resnet18", "small"
-        done = complete(given)
-        assert done.training.optimizer == "sgd"
-        assert done.training.batch_size == 512
-        assert done.training.learning_rate == pytest.approx(0.24)
+        done = complete(config_from_yaml(PretrainConfig, CONFIGS / f"cifar10_{method}.yaml"))
+        assert done.method == method
+        usual = PretrainConfig(method=method, encoder=dataclasses.replace(done.encoder, side=0))
+        assert complete(usual).training.learning_rate == done.training.learning_rate == pytest.approx(0.24)
         assert done.training.weight_decay == 5e-4
-        assert done.encoder.side == 32
+        assert done.own.momentum_end == done.own.momentum == 0.99
         network = make_learner(done)
         with torch.no_grad():
-            (out, _), features = network.eval()([torch.zeros(2, 3, 32, 32)] * 2)
+            (out, _), (features, _) = network.eval()([torch.zeros(2, 3, 32, 32)] * 2)
         assert features.shape == (2, 512)
         assert out.shape[1] == {"byol": 256, "dino": 2048}.get(method, 128)
         # A ResNet-18 with this stem and no classifier.

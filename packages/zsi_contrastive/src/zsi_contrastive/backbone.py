@@ -132,5 +132,11 @@ def _of_timm(name: str, pretrained: bool, weights: Path | None, frozen_stages: i
 
 
 def _load(body: nn.Module, weights: Path | None) -> None:
-    if weights is not None:
-        load_exactly(body, read_weights(weights, "--backbone-weights"), f"--backbone-weights {weights}")
+    if weights is None:
+        return
+    state = read_weights(weights, "--backbone-weights")
+    for child, _ in body.named_children():  # a feature network of timm calls stages_0 what is stages.0 in the plain one
+        whole = child.replace("_", ".") + "."
+        state = {name.replace(whole, f"{child}.", 1) if name.startswith(whole) else name: tensor
+                 for name, tensor in state.items()}  # fmt: skip
+    load_exactly(body, state, f"--backbone-weights {weights}")

@@ -115,15 +115,15 @@ class PretrainTrainingOptions(TrainingOptions):
     transformers."""
     learning_rate: float = 0.0
     """Highest learning rate; 0 takes 0.06 per 128 pictures for SGD, 0.3 per 256 for LARS, 2e-3 for AdamW and 2e-4 for
-    gim and cpc."""
+    gim and cpc (2e-3 with tiny)."""
     warmup: float = 0.05
     """Share of all steps over which the learning rate rises from zero."""
     weight_decay: float = -1.0
     """-1 takes 5e-4 for SGD, 1e-6 for LARS and 0.04 for AdamW, 0 for gim and cpc."""
     weight_decay_end: float = -1.0
     """What it becomes along half a cosine (0.4 in DINO); -1 leaves it."""
-    clip_norm: float = 0.0
-    """Gradients with a larger L2 norm are scaled down to it; 0 turns clipping off, but dino has 3."""
+    clip_norm: float = -1.0
+    """Gradients with a larger L2 norm are scaled down to it; 0 does not, -1 takes 3 for dino and 0 for others."""
     evaluate_every: int = 0
     """Optimizer steps between evaluations; 0 makes about twelve of them."""
     compile: bool = False
@@ -225,7 +225,7 @@ def completed_training(config: PretrainConfig) -> PretrainTrainingOptions:
         learning_rate=training.learning_rate or rates[optimizer],
         weight_decay=decay,
         weight_decay_end=decay if training.weight_decay_end < 0 else training.weight_decay_end,
-        clip_norm=training.clip_norm or (3.0 if config.method == "dino" else 0.0),
+        clip_norm=(3.0 if config.method == "dino" else 0.0) if training.clip_norm < 0 else training.clip_norm,
     )
 
 

@@ -1,18 +1,20 @@
 """Pictures in: read and checked, then kept as levels on the device that trains, or decoded as they are needed."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from labs_common.cache import cached_directory
 from labs_common.data import LabelledPictures
 from labs_common.data.classes import read_classes
 from labs_common.data.images import SUFFIXES, decoding_threads
 from labs_common.data.pictures import checked, stratified_parts
+from labs_common.data.splits import print_left_out
 from labs_common.errors import LabError
 from labs_common.progress import console, tracked
 from labs_common.scenes import TASKS
@@ -50,7 +52,9 @@ def read_splits(options: PretrainDataOptions, seed: int, shown: bool) -> dict[st
     kept, test = stratified_parts(found.labels, options.test_fraction, seed)
     train, validation = stratified_parts(found.labels[kept], options.validation_fraction, seed)
     parts = {"train": kept[train], "validation": kept[validation], "test": test}
-    return {name: replace(found, left_out=found.left_out).subset(places) for name, places in parts.items()}
+    if shown:
+        print_left_out({"all": found})
+    return {name: found.subset(places) for name, places in parts.items()}
 
 
 def drawn_scenes() -> Path:
@@ -78,9 +82,9 @@ class Levels:
     """
 
     def __init__(self, pictures: LabelledPictures, side: int, device: torch.device, shown: bool) -> None:
-        """`side` is that of a full view; pictures are kept a little larger, but never larger than they are."""
+        """`side` is that of a full view; pictures are kept a little larger, where the first one is."""
         self.pictures, self.device = pictures, device
-        self.side = side if _small(pictures, side) else round(side * STORED)
+        self.side = side if max(pictures.image(0).size) <= side else round(side * STORED)
         self.held: torch.Tensor | None = None
         sizes = np.empty((len(pictures), 2))
         kept = len(pictures) * 3 * self.side**2 <= HELD
@@ -114,14 +118,7 @@ class Levels:
         return torch.from_numpy(np.stack(list(decoding_threads().map(one, places.tolist())))).to(self.device)
 
 
-def _small(pictures: LabelledPictures, side: int) -> bool:
-    return max(pictures.image(0).size) <= side
-
-
-def _levels(image: "object", side: int) -> np.ndarray:
-    from PIL import Image
-
-    assert isinstance(image, Image.Image)
+def _levels(image: Image.Image, side: int) -> np.ndarray:
     squeezed = image if image.size == (side, side) else image.resize((side, side), Image.Resampling.BICUBIC)
     return np.array(squeezed).transpose(2, 0, 1)
 

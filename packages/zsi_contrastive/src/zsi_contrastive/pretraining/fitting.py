@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 
 from labs_common.checkpoint import SHARDED
 from labs_common.data import LabelledPictures
@@ -16,7 +16,7 @@ from labs_common.freezing import FrozenAudit
 from labs_common.progress import console
 from labs_common.run import Run
 from labs_common.training import Loop, state_bytes
-from zsi_contrastive.pretrain_config import GREEDY, TAUGHT, PretrainConfig
+from zsi_contrastive.pretrain_config import GREEDY, PretrainConfig
 from zsi_contrastive.pretraining.data import Batch, Levels, Steps, held_levels
 from zsi_contrastive.pretraining.measures import (
     COLLAPSED,
@@ -64,8 +64,7 @@ class Fitting:
     def step_of(self, batch: Batch) -> Step:
         """A batch's random views, and what its loss needs besides."""
         views = views_of(batch.pictures, batch.aspects, self.recipes, self.config.run.seed, batch.step, batch.own)
-        if self.accelerator.device.type == "cuda" or self.accelerator.distributed_type == DistributedType.NO:
-            views = [view.contiguous(memory_format=torch.channels_last) for view in views]
+        views = [view.contiguous(memory_format=torch.channels_last) for view in views]  # convolutions are faster so
         return Step(self.network, self.memory, self.config.own, self.accelerator, views)
 
     def set_decay(self) -> None:
@@ -113,11 +112,9 @@ def make(config: PretrainConfig, accelerator: Accelerator) -> torch.nn.Module:
     if config.training.batch_size % accelerator.num_processes:
         raise LabError(f"--batch-size {config.training.batch_size}: must be a multiple of the "
                        f"{accelerator.num_processes} processes: each compares as many pictures")  # fmt: skip
-    if config.method in TAUGHT and accelerator.distributed_type in SHARDED:
-        raise LabError(
-            f"--method {config.method}: its teacher is a copy of whole weights, which "
-            f"{accelerator.distributed_type.value} spreads out; launch with launch/multi_gpu.yaml"
-        )
+    if accelerator.distributed_type in SHARDED:
+        raise LabError(f"pretrain: a teacher is a copy of whole weights, and {accelerator.distributed_type.value} "
+                       "spreads them out; launch with launch/multi_gpu.yaml or multi_node.yaml")  # fmt: skip
     with accelerator.main_process_first():
         set_seed(config.run.seed)
         network = make_learner(config)
@@ -174,8 +171,7 @@ def set_up(
         console.print("batch normalisation takes the statistics of each process's own pictures here: torch shares them "
                       "between GPUs only, so the result depends on the number of processes")  # fmt: skip
     network.to(device)
-    if accelerator.distributed_type not in SHARDED:
-        network.to(memory_format=torch.channels_last)  # convolutions are faster so
+    network.to(memory_format=torch.channels_last)
     memory = Memory(config, network, device)
     optimizer = make_optimizer(config, network)
     measured = memory.teacher.encoder if config.method == "dino" and memory.teacher else encoder_of(network)
@@ -229,33 +225,20 @@ def _keep_prototypes(learner: torch.nn.Module, loop: Loop, steps: int) -> None:
     prototypes.register_hook(lambda slope: slope * float(loop.step_number >= steps))
 
 
-def labelled(levels: Mapping[str, Levels]) -> bool:
-    """Whether there are classes to ask for."""
-    return len(levels["train"].pictures.classes) > 1
-
-
-def knn_of(
-    config: PretrainConfig, encoder: torch.nn.Module, levels: Mapping[str, Levels], accelerator: Accelerator
-) -> dict[str, float]:
-    """KNN accuracy on validation and test pictures, by the training pictures' votes."""
-    side = config.encoder.side
-    bank = features_from(encoder, levels["train"], side, accelerator, config.measure.bank)
-    voters = config.measure.neighbours or usual_neighbours(len(bank.labels))
-    return {
-        name: knn_accuracy(bank, features_from(encoder, levels[name], side, accelerator), voters)
-        for name in ("validation", "test")
-    }
-
-
 def scores(fitting: Fitting) -> dict[str, float]:
     """KNN accuracy where there are classes, and whether the features of test pictures have collapsed."""
-    config, accelerator = fitting.config, fitting.accelerator
+    side, measure, accelerator = fitting.config.encoder.side, fitting.config.measure, fitting.accelerator
+    features = {
+        name: features_from(fitting.measured, fitting.levels[name], side, accelerator)
+        for name in ("validation", "test")
+    }
     found: dict[str, float] = {}
-    if labelled(fitting.levels):
-        rates = knn_of(config, fitting.measured, fitting.levels, accelerator)
-        found = {f"{name}/knn": rate for name, rate in rates.items()}
-    test = features_from(fitting.measured, fitting.levels["test"], config.encoder.side, accelerator)
-    found |= {"test/spread": spread(test.values), "test/effective_rank": effective_rank(test.values)}
+    if len(fitting.levels["train"].pictures.classes) > 1:
+        bank = features_from(fitting.measured, fitting.levels["train"], side, accelerator, measure.bank)
+        voters = measure.neighbours or usual_neighbours(len(bank.labels))
+        found = {f"{name}/knn": knn_accuracy(bank, asked, voters) for name, asked in features.items()}
+    test = features["test"].values
+    found |= {"test/spread": spread(test), "test/effective_rank": effective_rank(test)}
     if found["test/spread"] < COLLAPSED and accelerator.is_main_process:
         console.print(f"the features have collapsed: all pictures look alike (spread {found['test/spread']:.3f})")
     return found

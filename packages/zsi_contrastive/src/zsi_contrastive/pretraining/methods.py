@@ -1,4 +1,4 @@
-"""A step of each method: views in, loss out, and the learner's features of the first view.
+"""A step of each method: views in, loss out.
 
 `LOSSES[method](step)` runs the prepared network once, as DistributedDataParallel wants it.
 """
@@ -40,10 +40,10 @@ class Step(NamedTuple):
     accelerator: Accelerator
     views: list[torch.Tensor]
 
-    def learnt(self) -> list[torch.Tensor]:
-        """The learner's output for every view, in float32."""
-        found, _ = self.network(self.views)
-        return [out.float() for out in found]
+    def learnt(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The learner's output for every view, and its encoder's features for full ones, in float32."""
+        found, features = self.network(self.views)
+        return [out.float() for out in found], [part.float() for part in features]
 
     @torch.no_grad()
     def taught(self) -> list[torch.Tensor]:
@@ -56,7 +56,7 @@ class Step(NamedTuple):
 
 def simclr(step: Step) -> torch.Tensor:
     """Both views against all others of the batch, by one of three losses."""
-    first, second = step.learnt()
+    (first, second), _ = step.learnt()
     own = step.own
     if own.loss == "debiased":
         return debiased_loss(first, second, own.temperature, own.prior)
@@ -67,7 +67,7 @@ def simclr(step: Step) -> torch.Tensor:
 
 def moco(step: Step) -> torch.Tensor:
     """Each view as a query, the teacher's other view as its key, among the queue; both ways."""
-    queries, keys = step.learnt(), step.taught()
+    (queries, _), keys = step.learnt(), step.taught()
     assert step.memory.queue is not None
     losses = [
         moco_loss(query, key, step.memory.queue, step.own.temperature)
@@ -79,7 +79,7 @@ def moco(step: Step) -> torch.Tensor:
 
 def byol(step: Step) -> torch.Tensor:
     """Each view predicts the teacher's other view; both ways."""
-    predicted, targets = step.learnt(), step.taught()
+    (predicted, _), targets = step.learnt(), step.taught()
     losses = [byol_loss(one, other) for one, other in zip(predicted, reversed(targets), strict=True)]
     return torch.stack(losses).mean()
 
@@ -87,16 +87,16 @@ def byol(step: Step) -> torch.Tensor:
 def dino(step: Step) -> torch.Tensor:
     """Every view of the learner takes over the teacher's distributions of the other views."""
     own, memory = step.own, step.memory
-    found, logits = torch.stack(step.learnt()), torch.stack(step.taught())
+    (found, features), logits = step.learnt(), torch.stack(step.taught())
     assert memory.centre is not None
     if own.centring == "mean":
         targets = sharpened(logits, memory.centre, own.teacher_temperature)
     else:
         targets = torch.stack([sinkhorn_knopp(of_view, own.teacher_temperature) for of_view in logits])
     memory.recentre(logits)
-    loss = dino_loss(found, targets, own.temperature)
+    loss = dino_loss(torch.stack(found), targets, own.temperature)
     if own.koleo:
-        spread = [koleo_loss(of_view) for of_view in found[:GLOBAL_VIEWS]]
+        spread = [koleo_loss(of_view) for of_view in features]
         loss = loss + own.koleo * torch.stack(spread).mean()
     return loss
 

@@ -104,22 +104,22 @@ class Learner(nn.Module):
         super().__init__()
         self.encoder, self.projection, self.prediction = encoder, projection, prediction
 
-    def forward(self, views: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """What comes out for each view (n, outputs), and the features of the first (n, width).
+    def forward(self, views: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What comes out for each view (n, outputs), and the features of those of the first size (n, width).
 
         Views of one size go through together, so they share the statistics of batch norms.
         """
         found: list[torch.Tensor] = []
-        features: list[torch.Tensor] = []
+        features: list[torch.Tensor] = []  # of the first size
         while len(found) < len(views):
             first = len(found)
             alike = [view for view in views[first:] if view.shape == views[first].shape]
             seen = self.encoder(torch.cat(alike))
-            features.append(seen)
+            features = features or list(seen.chunk(len(alike)))
             out = self.projection(seen)
             out = out if self.prediction is None else self.prediction(out)
             found += out.chunk(len(alike))
-        return found, features[0][: len(views[0])]
+        return found, features
 
 
 def make_learner(config: PretrainConfig) -> nn.Module:

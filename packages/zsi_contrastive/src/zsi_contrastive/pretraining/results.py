@@ -29,7 +29,7 @@ from labs_common.report import (
 from labs_common.report.classes import Predictions, class_data_section, class_sections, wilson_interval
 from labs_common.run import Run
 from zsi_contrastive.config import TINY
-from zsi_contrastive.pretrain_config import GREEDY, PretrainConfig
+from zsi_contrastive.pretrain_config import PretrainConfig
 from zsi_contrastive.pretraining.fitting import Fitted
 from zsi_contrastive.pretraining.galleries import attention_section, map_section, neighbours_gallery, views_gallery
 from zsi_contrastive.pretraining.measures import COLLAPSED, Features, effective_rank, spread
@@ -189,19 +189,19 @@ def worth_section(
 def use_section(run: Run, config: PretrainConfig) -> Section:
     """How to go on with the encoder."""
     file, name = run.path / FOLDER / WEIGHTS, config.encoder.backbone
-    if config.method in GREEDY:
-        command = f"python -m zsi_contrastive.train --greedy-weights {file}" if name == TINY else ""
-        return Section("How to use it", [
-            Text("Its modules start the detector's Greedy InfoMax head." if command else
-                 "Read it with zsi_contrastive.pretraining.stored.load_encoder."),
-            *([Code(command)] if command and config.method == "gim" else []),
-        ])  # fmt: skip
-    commands = [f"python -m zsi_contrastive.train --backbone {name} --backbone-weights {file}"]
-    if name != TINY and config.encoder.stem == "usual":
-        commands += [f"python -m vit_transfer.train --model {name} --weights {file}",
-                     f"python -m clip_lab.train --image {name} --image-weights {file}"]  # fmt: skip
-    said = "The weights start a detector" + (", and the networks of other labs." if len(commands) > 1 else ".")
+    if config.method == "cpc":
+        return Section("How to use it", [Text("zsi_contrastive.pretraining.stored.load_encoder reads the encoder.")])
+    if config.method == "gim":
+        backbone = "" if name == TINY else "--backbone resnet101 "
+        command = f"python -m zsi_contrastive.train {backbone}--greedy-infomax --greedy-weights {file}"
+        return Section("How to use it", [Text("Its modules start the detector's Greedy InfoMax head."), Code(command)])
     if config.encoder.stem == "small":
         said = "A network with a small stem is another network than the detector's: train with --stem usual for that."
         return Section("How to use it", [Text(said)])
-    return Section("How to use it", [Text(said), *map(Code, commands)])
+    said = "The weights start a detector, if the network has feature maps at strides of 4 to 32"
+    commands = [f"python -m zsi_contrastive.train --backbone {name} --backbone-weights {file}"]
+    if name != TINY:
+        said += ", and the networks of other labs"
+        commands += [f"python -m vit_transfer.train --model {name} --weights {file}",
+                     f"python -m clip_lab.train --image {name} --image-weights {file}"]  # fmt: skip
+    return Section("How to use it", [Text(said + "."), *map(Code, commands)])

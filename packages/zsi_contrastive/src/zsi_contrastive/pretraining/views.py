@@ -99,7 +99,7 @@ def views_of(
         step: number of the optimizer step.
         own: which of the whole batch this process has.
     """
-    generator = torch.Generator().manual_seed(hash((seed, step)) % 2**62)
+    generator = torch.Generator().manual_seed(((seed << 32) + step) % 2**63)
     found = []
     for recipe in recipes:
         chance = {name: values[own].to(pictures.device) for name, values in drawn(recipe, aspects, generator).items()}
