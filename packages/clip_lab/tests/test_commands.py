@@ -8,7 +8,6 @@ import lab_commands
 import numpy as np
 import pytest
 import torch
-from lab_commands import command
 from PIL import Image
 
 from clip_lab.compare import planned_run
@@ -327,8 +326,3 @@ def test_bad_input_is_one_line(
     assert len(done.errors) == 1, done.stderr
     assert names in done.errors[0]
     assert not list(tmp_path.iterdir())
-
-
-def test_as_a_module_it_runs(run: Path, tmp_path: Path) -> None:
-    done = command("clip_lab.retrieve", "one circle", "--checkpoint", run, "--output", tmp_path / "found")
-    assert "grid: " in done.stdout

@@ -1,13 +1,13 @@
 """The objectives against other implementations of them, and against the paper's own gradient."""
 
+import multiprocessing
 from pathlib import Path
 
-import lab_commands
 import pytest
 import torch
 import torch.nn.functional as F
 
-from clip_lab.objectives import PADDED, Columns, caption_loss, clip_loss, siglip_loss, suffix_targets
+from clip_lab.objectives import PADDED, Columns, caption_loss, clip_loss, gathered, siglip_loss, suffix_targets
 from clip_lab.recall import chance_metrics, retrieval_metrics
 
 
@@ -129,46 +129,44 @@ def test_rows_of_a_part_against_the_columns_of_all_are_the_whole() -> None:
         torch.testing.assert_close(one, other)
 
 
-SCRIPT = """
-import os, sys, torch, torch.distributed as dist, torch.nn.functional as F
-from clip_lab.objectives import clip_loss, gathered, siglip_loss
-dist.init_process_group("gloo")
-rank, count = dist.get_rank(), dist.get_world_size()
-torch.manual_seed(0)
-x, y = torch.randn(8, 6), torch.randn(16, 6)
-towers = [torch.nn.Linear(6, 5, bias=False) for _ in range(2)]
-scale, bias = torch.tensor(11.0, requires_grad=True), torch.tensor(-3.0, requires_grad=True)
-weights = [*(tower.weight for tower in towers), scale, bias]
-ids = torch.arange(8)
-for name in ("clip", "siglip"):
-    def loss_of(x, y, ids, alone):
+def one_of_two(rank: int, file: str) -> None:
+    """Half of a batch: the mean of both halves' losses and gradients is that of the whole."""
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 6), torch.randn(16, 6)
+    towers = [torch.nn.Linear(6, 5, bias=False) for _ in range(2)]
+    scale, bias = torch.tensor(11.0, requires_grad=True), torch.tensor(-3.0, requires_grad=True)
+    weights = [*(tower.weight for tower in towers), scale, bias]
+    ids = torch.arange(8)
+
+    def loss_of(name: str, x: torch.Tensor, y: torch.Tensor, ids: torch.Tensor, alone: bool) -> torch.Tensor:
         image, text = F.normalize(towers[0](x), dim=1), F.normalize(towers[1](y), dim=1)
         of = ids.repeat_interleave(2)
         columns = None if alone else gathered(image, text, ids, of)
         if name == "clip":
             return clip_loss(image, text, scale, ids, of, columns, 3) + 0 * bias
         return siglip_loss(image, text, scale, bias, ids, of, columns, 3)
-    whole = loss_of(x, y, ids, True)
-    expected = torch.autograd.grad(whole, weights)
-    each = 8 // count
-    at, at2 = slice(rank * each, (rank + 1) * each), slice(rank * 2 * each, (rank + 1) * 2 * each)
-    mine = loss_of(x[at], y[at2], ids[at], False)
-    mean = mine.detach().clone()
-    dist.all_reduce(mean)
-    torch.testing.assert_close(mean / count, whole.detach(), atol=1e-5, rtol=1e-5)
-    for gradient, wanted in zip(torch.autograd.grad(mine, weights), expected):
-        dist.all_reduce(gradient)
-        torch.testing.assert_close(gradient / count, wanted, atol=1e-5, rtol=1e-5)
-print("equal", flush=True)
-dist.destroy_process_group()
-"""
+
+    torch.distributed.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
+    for name in ("clip", "siglip"):
+        whole = loss_of(name, x, y, ids, True)
+        mine = loss_of(
+            name, x[4 * rank : 4 * rank + 4], y[8 * rank : 8 * rank + 8], ids[4 * rank : 4 * rank + 4], False
+        )
+        expected = [whole.detach(), *torch.autograd.grad(whole, weights)]
+        for found, wanted in zip([mine.detach(), *torch.autograd.grad(mine, weights)], expected, strict=True):
+            torch.distributed.all_reduce(found)
+            torch.testing.assert_close(found / 2, wanted, atol=1e-5, rtol=1e-5)
+    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path: Path) -> None:
-    script = tmp_path / "two.py"
-    script.write_text(SCRIPT)
-    done = lab_commands.command("torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571", script)
-    assert done.stdout.count("equal") == 2
+    context = multiprocessing.get_context("fork")  # what the test needs has been imported here
+    processes = [context.Process(target=one_of_two, args=(rank, str(tmp_path / "met"))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
 
 
 def test_suffixes_begin_after_the_prefix_and_end_with_the_end() -> None:

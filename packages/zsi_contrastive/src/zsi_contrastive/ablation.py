@@ -17,10 +17,10 @@ SAID = {
     "decoders": "+ decoders with reconstruction",
     "background-rpn": "+ background-aware proposals",
     "sync-background": "+ synchronised background",
-    "none": "all parts, no contrastive head",
-    "greedy-infomax": "all parts and Greedy InfoMax",
-    "patch-infonce": "all parts and patch InfoNCE",
-    "both": "all parts and both contrastive heads",
+    "none": "no contrastive head",
+    "greedy-infomax": "Greedy InfoMax",
+    "patch-infonce": "patch InfoNCE",
+    "both": "both contrastive heads",
 }
 MEASURED = {
     "ZSI box AP 0.5": ("zsi", "box", "ap@0.5"),
