@@ -112,10 +112,10 @@ class PretrainTrainingOptions(TrainingOptions):
     """Pictures per optimizer step, over all processes together; 0 takes 512, and 256 for tiny."""
     optimizer: Literal["auto", "sgd", "lars", "adamw"] = "auto"
     """SGD or LARS with momentum 0.9, or AdamW; auto is SGD for convolutional networks, AdamW for tiny, gim, cpc and
-    transformers."""
+    transformers, and LARS for byol with tiny."""
     learning_rate: float = 0.0
-    """Highest learning rate; 0 takes 0.06 per 128 pictures for SGD, 0.3 per 256 for LARS, 2e-3 for AdamW and 2e-4 for
-    gim and cpc (2e-3 with tiny)."""
+    """Highest learning rate; 0 takes 0.06 per 128 pictures for SGD, 0.3 per 256 for LARS (2 with tiny), 2e-3 for AdamW
+    and 2e-4 for gim and cpc (2e-3 with tiny)."""
     warmup: float = 0.05
     """Share of all steps over which the learning rate rises from zero."""
     weight_decay: float = -1.0
@@ -214,7 +214,13 @@ def completed_training(config: PretrainConfig) -> PretrainTrainingOptions:
     if optimizer == "auto":
         convolutional = config.encoder.backbone.startswith(("resnet", "resnext", "wide_resnet"))
         optimizer = "sgd" if convolutional and not greedy else "adamw"
-    rates = {"sgd": 0.06 * batch / 128, "lars": 0.3 * batch / 256, "adamw": 2e-4 if greedy and not tiny else 2e-3}
+        if tiny and config.method == "byol":  # with AdamW it nearly collapses before it learns
+            optimizer = "lars"
+    rates = {
+        "sgd": 0.06 * batch / 128,
+        "lars": 2.0 if tiny else 0.3 * batch / 256,
+        "adamw": 2e-4 if greedy and not tiny else 2e-3,
+    }
     decays = {"sgd": 5e-4, "lars": 1e-6, "adamw": 0.0 if greedy else 0.04}
     decay = decays[optimizer] if training.weight_decay < 0 else training.weight_decay
     return dataclasses.replace(
