@@ -14,6 +14,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -68,7 +69,9 @@ class Options:
     """By which method."""
     batch: int = 64
     """Pictures of a step."""
-    steps: int = 12
+    rounds: int = 3
+    """How often each is measured, in turns."""
+    steps: int = 6
     """Steps of each that are timed, after three that are not."""
     workers: int = 2
     """Processes that decode and transform for lightly; ours needs none."""
@@ -188,25 +191,24 @@ def theirs(options: Options, pictures: LabelledPictures) -> Generator[None]:
 
 
 def rates(options: Options) -> dict[str, float]:
-    """Pictures per second of both, one after the other, and their ratio."""
+    """Pictures per second of both (medians over the rounds), and their ratio."""
     pictures = pictures_of(options)
-    found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        # Not in turns: lightly's workers would go on during our steps.
-        for name, make_loop in {
-            "ours": lambda: ours(options, pictures, Path(folder)),
-            "lightly": lambda: theirs(options, pictures),
-        }.items():
-            loop = make_loop()
-            for step in range(options.steps + WARM):
-                if step == WARM:
-                    wait()
-                    start = time.perf_counter()
-                next(loop)
-            wait()
-            found[f"{name}, pictures/s"] = options.batch * options.steps / (time.perf_counter() - start)
-            loop.close()
-    return found | {"ratio": found["ours, pictures/s"] / found["lightly, pictures/s"]}
+    found: dict[str, list[float]] = {"ours": [], "lightly": []}
+    for _ in range(options.rounds):
+        # Not step by step in turns: lightly's workers would go on during our steps.
+        for name, seen in found.items():
+            with tempfile.TemporaryDirectory() as folder:
+                loop = ours(options, pictures, Path(folder)) if name == "ours" else theirs(options, pictures)
+                for step in range(options.steps + WARM):
+                    if step == WARM:
+                        wait()
+                        start = time.perf_counter()
+                    next(loop)
+                wait()
+                seen.append(options.batch * options.steps / (time.perf_counter() - start))
+                loop.close()
+    rate = {name: statistics.median(seen) for name, seen in found.items()}
+    return {f"{name}, pictures/s": value for name, value in rate.items()} | {"ratio": rate["ours"] / rate["lightly"]}
 
 
 def wait() -> None:
