@@ -16,6 +16,7 @@ from matplotlib.patches import Patch, Rectangle
 # Drawn in this colour, then replaced by the page's text colour.
 INK = "#010203"
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#64748b", "#eab308", "#06b6d4", "#ec4899")
+MOST_INSIDE = 6  # curves whose legend stands among them
 MOST_NAMED = 16  # classes in a legend
 FIXED, TRAINED = "#94a3b8", "#f97316"
 
@@ -49,7 +50,9 @@ def curve_figure(
     axes.set_ylabel(up)
     if log_up:
         axes.set_yscale("log")
-    if len(curves) > 1:
+    if len(curves) > MOST_INSIDE:
+        axes.legend(frameon=False, labelcolor=INK, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    elif len(curves) > 1:
         axes.legend(frameon=False, labelcolor=INK)
     return _svg(canvas)
 

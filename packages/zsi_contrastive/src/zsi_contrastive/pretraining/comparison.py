@@ -40,7 +40,7 @@ def measured(runs: Iterable[Run]) -> dict[str, Any]:
         line |= mean_and_spread(name, [result["test"][key] for result in results if key in result["test"]])
     for name, key in COSTS.items():
         line |= mean_and_spread(name, [result["cost"][key] for result in results])
-    line |= mean_and_spread("peak memory, MiB", [result["cost"]["peak memory"] / 2**20 for result in results])
+    line |= mean_and_spread("peak MiB", [result["cost"]["peak memory"] / 2**20 for result in results])
     rates = [result["cost"]["pictures"] / result["cost"]["seconds"] for result in results if result["cost"]["seconds"]]
     return line | mean_and_spread("pictures per second", rates)
 
@@ -57,7 +57,7 @@ def write_comparison(
     run.save_json("environment.json", environment())
     run.save_json("results.json", {"methods": lines, "failed": dict(failed)})
     worth = [name for name in WORTH if any(name in line for line in lines.values())]
-    cost = [*COSTS, "pictures per second", "peak memory, MiB"]
+    cost = ["seconds", "steps", "parameters", "pictures per second", "peak MiB"]
     tables = [
         Table(("", *names), [(spec, *(cell(line, name) for name in names)) for spec, line in lines.items()])
         for names in (worth, cost)
