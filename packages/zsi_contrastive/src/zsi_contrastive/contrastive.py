@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from zsi_contrastive.greedy import GreedySizes, PatchModules
+from zsi_contrastive.pretraining.views import normalised
 
 THUMBNAIL = 32  # the side of what the modules see
 PATCH = 3  # places of the map, across and down
 PATCH_WIDTH, TEMPERATURE = 64, 0.1
 BACKGROUND = 8  # patches of each picture that lie on no thing
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class GreedyInfoMaxHead(nn.Module):
@@ -50,8 +50,7 @@ def thumbnails(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
     small = [
         F.interpolate(picture[None], (THUMBNAIL, THUMBNAIL), mode="bilinear", antialias=True) for picture in pictures
     ]
-    mean, std = (torch.tensor(values, device=small[0].device)[:, None, None] for values in (MEAN, STD))
-    return (torch.cat(small) - mean) / std
+    return normalised(torch.cat(small))
 
 
 class PatchInfoNCEHead(nn.Module):
