@@ -6,3 +6,5 @@ from pathlib import Path
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 # DeepSpeed compiles here what it needs on a CPU: once, not once for every cache that a test makes for itself.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "torch_extensions"))
+
+pytest_plugins = ("labs_common.testing.fixtures",)

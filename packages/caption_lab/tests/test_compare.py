@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import lab_commands
 import pytest
 
 from caption_lab.compare import planned_run
@@ -11,6 +10,7 @@ from caption_lab.config import CaptionTrainingOptions, CompareConfig, DecodingOp
 from caption_lab.published import PUBLISHED
 from labs_common.errors import LabError
 from labs_common.options import CaptionDataOptions
+from labs_common.testing import commands as lab_commands
 
 
 def test_an_entry_becomes_a_run_with_its_own_options() -> None:

@@ -4,20 +4,20 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import lab_commands
 import numpy as np
 import pytest
 import torch
-from lab_commands import in_two_processes, launch_values, losses, with_deepspeed
 from PIL import Image
 from safetensors.torch import load_file
 
 from caption_lab.compare import LIBRARIES
 from caption_lab.metrics import caption_metrics
 from caption_lab.vocabulary import Cleaning
+from labs_common.testing import commands as lab_commands
+from labs_common.testing.commands import losses
+from labs_common.testing.promises import Otherwise, Training, TrainingPromises
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 SMALL = ("--no-pretrained", "--width", "32", "--batch-size", "32", "--epochs", "3", "--track", "none")
@@ -81,36 +81,21 @@ def test_a_run_leaves_everything_that_it_promises(finished: Path, scenes: Path) 
     assert [line["step"] for line in samples] == [line["step"] for line in by_epoch]
 
 
-def test_killed_and_resumed_gives_the_same_bytes(finished: Path, options: tuple[object, ...], tmp_path: Path) -> None:
-    run = tmp_path / "killed"
-    process = lab_commands.forked("caption_lab.train", LIBRARIES, *options, "--output", run, "--save-every", "4")
-    for _ in range(4000):
-        if (run / "checkpoints" / "step-00000004").exists():
-            break
-        time.sleep(0.02)
-    process.kill()
-    process.join()
-    assert not (run / "model").exists(), "the kill came too late to prove anything"
-    here("--resume", run)
-    for name in ("metrics.jsonl", "samples.jsonl", "captions.json"):
-        assert (run / name).read_bytes() == (finished / name).read_bytes(), name
-    one, two = trained(run), trained(finished)
-    assert all(torch.equal(one[name], two[name]) for name in one)
-
-
-def test_uncached_and_in_two_processes_it_is_the_same(
-    finished: Path, options: tuple[object, ...], tmp_path: Path
-) -> None:
-    run = tmp_path / "two"
-    in_two_processes(
-        "caption_lab.train", LIBRARIES, 29551,
-        *options, "--output", run, "--no-cache", "--no-report", XDG_CACHE_HOME=str(tmp_path),
-    )  # fmt: skip
-    assert losses(run) == pytest.approx(losses(finished), abs=1e-4)
-    expected = trained(finished)
-    for name, tensor in trained(run).items():
-        torch.testing.assert_close(tensor, expected[name], atol=1e-3, rtol=0)
-    assert (run / "captions.json").read_bytes() == (finished / "captions.json").read_bytes()
+class TestPromises(TrainingPromises):
+    @pytest.fixture(scope="class")
+    def training(self, finished: Path, options: tuple[object, ...]) -> Training:
+        return Training(
+            "caption_lab.train",
+            LIBRARIES,
+            options,
+            finished,
+            "model/model.safetensors",
+            ("samples.jsonl", "captions.json"),
+            two=Otherwise(("--no-cache",), same=("captions.json",)),
+            launch=LAUNCH,
+            zero=Otherwise(("--watch-pictures", 1), losses=1e-3, weights=3e-3),
+            zero_stage=3,
+        )
 
 
 @pytest.mark.parametrize("model", ["show_tell", "transformer"])
@@ -221,24 +206,6 @@ def test_prepare(scenes: Path, tmp_path: Path) -> None:
     for said in ("&lt;start&gt;", "20 most frequent words", "Lengths", "copies of pictures"):
         assert said in html
     assert {"vocabulary.json", "tokenizer.json", "splits.json"} <= {path.name for path in run.iterdir()}
-
-
-@pytest.mark.parametrize("file", sorted(path.name for path in LAUNCH.glob("*.yaml")))
-def test_launch_configurations(file: str, finished: Path, options: tuple[object, ...], tmp_path: Path) -> None:
-    """Each is a config that Accelerate knows; ZeRO-3's takes the whole road, with one process on a CPU."""
-    config = launch_values(LAUNCH / file)
-    if config["distributed_type"] != "DEEPSPEED" or config["deepspeed_config"]["zero_stage"] != 3:
-        return
-    pytest.importorskip("deepspeed", reason="needs the extra caption-lab[deepspeed]")
-    run = tmp_path / "run"
-    with_deepspeed(
-        LAUNCH / file, tmp_path, "caption_lab.train", LIBRARIES, 29561, *options, "--output", run, "--save-every", "4", "--watch-pictures", "1", "--no-report"
-    )  # fmt: skip
-    assert list(run.glob("checkpoints/*/sharded")), "DeepSpeed took part"
-    assert losses(run) == pytest.approx(losses(finished), abs=1e-3)
-    expected = trained(finished)
-    for name, tensor in trained(run).items():
-        torch.testing.assert_close(tensor, expected[name], atol=3e-3, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import lab_commands
 import numpy as np
 import pytest
 import torch
@@ -18,6 +17,7 @@ from clip_lab.templates import filled, templates_of
 from clip_lab.writing import likelihood_matrix, log_likelihoods
 from clip_lab.zero_shot import class_embeddings
 from labs_common.errors import LabError
+from labs_common.testing import commands as lab_commands
 
 SMALL = ("--text-width", "32", "--text-layers", "1", "--embedding", "32", "--batch-size", "16", "--epochs", "2",
          "--queries", "4", "--track", "none", "--no-report")  # fmt: skip

@@ -4,18 +4,18 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import lab_commands
 import pytest
 import torch
-from lab_commands import in_two_processes, launch_values, losses, with_deepspeed
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from clip_lab.compare import LIBRARIES
 from clip_lab.stored import load_model
+from labs_common.testing import commands as lab_commands
+from labs_common.testing.commands import losses
+from labs_common.testing.promises import Otherwise, Training, TrainingPromises
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 SMALL = ("--image", "test_vit", "--image-size", "32", "--text-width", "32", "--text-layers", "1", "--text-heads", "4",
@@ -29,6 +29,13 @@ def here(*arguments: object, code: int = 0) -> lab_commands.Done:
 
 def trained(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "model" / "model.safetensors")
+
+
+def tower_of(run: Path, file: Path) -> Path:
+    """The run's image tower as a file of weights."""
+    start = "image.network."
+    save_file({name.removeprefix(start): value for name, value in trained(run).items() if name.startswith(start)}, file)
+    return file
 
 
 def of_first_step(run: Path) -> dict[str, float]:
@@ -78,39 +85,32 @@ def test_a_run_leaves_everything_that_it_promises(finished: Path) -> None:
     assert scales[-1] != scales[0], "the temperature is learnt"
 
 
-def test_killed_and_resumed_gives_the_same_bytes(finished: Path, options: tuple[object, ...], tmp_path: Path) -> None:
-    run = tmp_path / "killed"
-    process = lab_commands.forked("clip_lab.train", LIBRARIES, *options, "--output", run, "--save-every", "4")
-    for _ in range(4000):
-        if (run / "checkpoints" / "step-00000004").exists():
-            break
-        time.sleep(0.02)
-    process.kill()
-    process.join()
-    assert not (run / "model").exists(), "the kill came too late to prove anything"
-    here("--resume", run)
-    assert (run / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
-    one, two = trained(run), trained(finished)
-    assert all(torch.equal(one[name], two[name]) for name in one)
+class TestPromises(TrainingPromises):
+    @pytest.fixture(scope="class")
+    def training(
+        self, finished: Path, options: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory
+    ) -> Training:
+        tower = tower_of(finished, tmp_path_factory.mktemp("tower") / "tower.safetensors")
+        return Training(
+            "clip_lab.train",
+            LIBRARIES,
+            options,
+            finished,
+            "model/model.safetensors",
+            frozen=("--freeze-image", "--image-weights", tower),
+            two=Otherwise(("--no-cache", "--chunk", 3, "--loss-chunk", 5), losses=1e-3, weights=5e-3),
+            launch=LAUNCH,
+            zero=Otherwise(("--chunk", 5), losses=1e-2, weights=None),
+        )
 
 
-def test_in_two_processes_and_in_parts_it_is_the_same(
-    finished: Path, options: tuple[object, ...], tmp_path: Path
-) -> None:
-    """Half the batch in each process, in parts of three pictures, nothing cached: the same run."""
-    run = tmp_path / "two"
-    in_two_processes(
-        "clip_lab.train", LIBRARIES, 29572, *options,
-        "--output", run, "--no-cache", "--chunk", "3", "--loss-chunk", "5", "--no-report",
-        XDG_CACHE_HOME=str(tmp_path),
-    )  # fmt: skip
+def test_in_parts_it_is_the_same(finished: Path, options: tuple[object, ...], tmp_path: Path) -> None:
+    """In parts of three pictures, nothing cached: the same first step. Two processes have more steps, above."""
+    run = tmp_path / "parts"
+    here(*options, "--output", run, "--no-cache", "--chunk", 3, "--loss-chunk", 5, "--max-steps", 1, "--no-report")
     one, two = of_first_step(finished), of_first_step(run)
     assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
     assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-5)
-    assert losses(run) == pytest.approx(losses(finished), abs=1e-3)
-    expected = trained(finished)
-    for name, tensor in trained(run).items():
-        torch.testing.assert_close(tensor, expected[name], atol=5e-3, rtol=0)
 
 
 @pytest.mark.parametrize("objective", ["siglip", "coca", "simvlm"])
@@ -130,15 +130,9 @@ def test_the_other_objectives_train(objective: str, options: tuple[object, ...],
 
 def test_frozen_towers_are_computed_once_and_do_not_move(scenes: Path, finished: Path, tmp_path: Path) -> None:
     """Both towers frozen; cached and computed each time give the same."""
-    from safetensors.torch import save_file
     from transformers import BertConfig, BertModel
 
-    weights = {
-        name.removeprefix("image.network."): tensor
-        for name, tensor in trained(finished).items()
-        if name.startswith("image.network.")
-    }
-    save_file(weights, tmp_path / "tower.safetensors")
+    weights = load_file(tower_of(finished, tmp_path / "tower.safetensors"))
     bert = tmp_path / "bert"
     BertModel(BertConfig(vocab_size=400, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                          intermediate_size=32, bos_token_id=2, eos_token_id=3, pad_token_id=0)).save_pretrained(bert)  # fmt: skip
@@ -159,21 +153,6 @@ def test_frozen_towers_are_computed_once_and_do_not_move(scenes: Path, finished:
     assert losses(views)[:3] == pytest.approx(losses(tmp_path / "cached")[:3], abs=1e-5), "the first view is plain"
     assert losses(views)[3:6] != pytest.approx(losses(tmp_path / "cached")[3:6], abs=1e-6)
     assert load_model(tmp_path / "cached").model.text.width == 16
-
-
-@pytest.mark.parametrize("file", sorted(path.name for path in LAUNCH.glob("*.yaml")))
-def test_launch_configurations(file: str, finished: Path, options: tuple[object, ...], tmp_path: Path) -> None:
-    """Each is a config that Accelerate knows; ZeRO-2's takes the whole road, with one process on a CPU."""
-    config = launch_values(LAUNCH / file)
-    if config["distributed_type"] != "DEEPSPEED" or config["deepspeed_config"]["zero_stage"] != 2:
-        return
-    pytest.importorskip("deepspeed", reason="needs the extra clip-lab[deepspeed]")
-    run = tmp_path / "run"
-    with_deepspeed(
-        LAUNCH / file, tmp_path, "clip_lab.train", LIBRARIES, 29573, *options, "--output", run, "--save-every", "4", "--chunk", "5", "--no-report"
-    )  # fmt: skip
-    assert losses(run) == pytest.approx(losses(finished), abs=1e-2)
-    assert losses(run)[0] == pytest.approx(losses(finished)[0], abs=1e-5)
 
 
 def test_real_photographs_are_learnt_from(real_pictures: Path, tmp_path: Path) -> None:

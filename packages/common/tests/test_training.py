@@ -23,7 +23,6 @@ OPTIONS = ("--track", "none", "--save-every", "3", "--keep", "2", "--learning-ra
 toy_training: ModuleType = importlib.util.module_from_spec(importlib.util.spec_from_file_location("toy_training", TOY))
 sys.modules["toy_training"] = toy_training
 toy_training.__spec__.loader.exec_module(toy_training)
-torch.set_num_threads(1)  # as in the processes that are started here: the same bytes need the same threads
 
 
 def finish(*arguments: object, code: int = 0) -> str:

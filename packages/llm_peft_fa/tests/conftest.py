@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from lab_commands import real_data
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from labs_common.testing.commands import real_data
 from llm_peft_fa import persian_tasks, tiny
 
 # Llama's own turn markers, with its system role.

@@ -4,18 +4,16 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from commands import LAUNCH, SMALL, forked, here, trained, without_rank
-from lab_commands import command, in_two_processes, launch_values, losses, one_cpu
+from commands import LAUNCH, SMALL, here, trained, without_rank
 from transformers import AutoModelForCausalLM
 
+from labs_common.testing.commands import command, free_port, losses, one_cpu
+from labs_common.testing.promises import Otherwise, Training, TrainingPromises
 from llm_peft_fa.compare import LIBRARIES
-
-torch.set_num_threads(1)  # as in the processes that are started here: the same bytes need the same threads
 
 
 @pytest.fixture(scope="module")
@@ -47,57 +45,29 @@ def test_a_run_leaves_everything_that_it_promises(finished: Path) -> None:
     assert first["prompt"] in html
 
 
-def test_killed_and_resumed_gives_the_same_bytes(finished: Path, gemma_dir: Path, tmp_path: Path) -> None:
-    run = tmp_path / "killed"
-    process = forked("--model", gemma_dir, "--output", run, *SMALL, "--merge", "--save-every", "5")
-    for _ in range(4000):
-        if (run / "checkpoints" / "step-00000005").exists():
-            break
-        time.sleep(0.02)
-    process.kill()
-    process.join()
-    assert not (run / "adapter").exists(), "the kill came too late to prove anything"
-    here("train", "--resume", run)
-    expected = trained(finished)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in trained(run).items())
-    assert (run / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
-    assert (run / "answers.json").read_bytes() == (finished / "answers.json").read_bytes()
+class TestPromises(TrainingPromises):
+    @pytest.fixture(scope="class")
+    def training(self, finished: Path, gemma_dir: Path) -> Training:
+        return Training(
+            "llm_peft_fa.train",
+            LIBRARIES,
+            ("--model", gemma_dir, *SMALL, "--merge"),
+            finished,
+            "adapter/adapter_model.safetensors",
+            ("answers.json",),
+            two=Otherwise(losses=1e-5, weights=1e-5),
+            launch=LAUNCH,
+        )
 
 
-def test_the_saved_config_runs_it_again(finished: Path, tmp_path: Path) -> None:
-    here("train", "--config", finished / "config.yaml", "--output", tmp_path / "again", "--no-report")
-    assert (tmp_path / "again" / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
-    assert not (tmp_path / "again" / "report.html").exists()
-
-
-def test_two_processes_equal_one(finished: Path, gemma_dir: Path, tmp_path: Path) -> None:
-    run = tmp_path / "two"
-    in_two_processes(
-        "llm_peft_fa.train", LIBRARIES, 29527,
-        "--model", gemma_dir, "--output", run, *SMALL,
-    )  # fmt: skip
-    assert losses(run) == pytest.approx(losses(finished), abs=1e-5)
-    expected = trained(finished)
-    for name, tensor in trained(run).items():
-        torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=0)
-    one, two = (json.loads((path / "answers.json").read_text()) for path in (finished, run))
-    assert [row["prompt"] for row in one] == [row["prompt"] for row in two]
-
-
-@pytest.mark.parametrize("file", sorted(path.name for path in LAUNCH.glob("*.yaml")))
-def test_launch_configurations(file: str, finished: Path, gemma_dir: Path, tmp_path: Path) -> None:
-    """Each is a config that Accelerate knows; DeepSpeed's take the whole road, with one process on a CPU.
-
-    `finished` has gone it with cpu.yaml; the others need GPUs.
-    """
-    config = launch_values(LAUNCH / file)
-    if config["distributed_type"] != "DEEPSPEED" or config["deepspeed_config"]["zero_stage"] == 3:
-        return  # ZeRO-3 goes the whole road with prefix tuning, above
+def test_deepspeed_through_the_launcher(finished: Path, gemma_dir: Path, tmp_path: Path) -> None:
+    """ZeRO-2 takes the whole road, with one process on a CPU; ZeRO-3 goes it with prefix tuning."""
+    file = "deepspeed_zero2.yaml"
     pytest.importorskip("deepspeed", reason="needs the extra llm-peft-fa[deepspeed]")
     run = tmp_path / "run"
     command(
         "accelerate.commands.launch", "--config_file", one_cpu(LAUNCH / file, tmp_path), "-m", "llm_peft_fa.train",
-        "--model", gemma_dir, "--output", run, *SMALL, DS_ACCELERATOR="cpu", MASTER_PORT="29537",
+        "--model", gemma_dir, "--output", run, *SMALL, DS_ACCELERATOR="cpu", MASTER_PORT=free_port(),
     )  # fmt: skip
     assert list(run.glob("checkpoints/*/sharded")), "DeepSpeed took part"
     assert losses(run) == pytest.approx(losses(finished), abs=1e-4)

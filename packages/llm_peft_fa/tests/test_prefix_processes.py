@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from commands import LAUNCH, SMALL, forked, here, trained, without_rank
-from lab_commands import with_deepspeed
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from labs_common.testing.commands import free_port, with_deepspeed
 from llm_peft_fa.compare import LIBRARIES
 
 PREFIX = ("--method", "prefix_tuning", "--virtual-tokens", "4", "--encoder-width", "8", "--learning-rate", "0.01")
@@ -46,7 +46,7 @@ def assert_same_prefix(run: Path, reference: Path, model: Path, tolerance: float
 
 def test_two_processes_save_a_prefix_that_loads(prefix: Path, gemma_dir: Path, tmp_path: Path) -> None:
     run = tmp_path / "two"
-    shared = {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29528"}
+    shared = {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     # What torchrun sets; the LoRA test below goes through torchrun itself.
     processes = [forked(*options(gemma_dir, run), **shared, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
     for process in processes:
@@ -59,7 +59,7 @@ def test_deepspeed_saves_a_prefix_that_loads(prefix: Path, gemma_dir: Path, tmp_
     """ZeRO-3 is the hard one: the encoder's weights lie in parts when the prefix is made for saving."""
     pytest.importorskip("deepspeed", reason="needs the extra llm-peft-fa[deepspeed]")
     run = tmp_path / "run"
-    with_deepspeed(LAUNCH / "deepspeed_zero3.yaml", tmp_path, "llm_peft_fa.train", LIBRARIES, 29538,
+    with_deepspeed(LAUNCH / "deepspeed_zero3.yaml", tmp_path, "llm_peft_fa.train", LIBRARIES,
                    *options(gemma_dir, run))  # fmt: skip
     assert list(run.glob("checkpoints/*/sharded")), "DeepSpeed took part"
     assert_same_prefix(run, prefix, gemma_dir, 1e-3)

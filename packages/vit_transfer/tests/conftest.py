@@ -1,26 +1,15 @@
 """Small pictures, and small networks with random weights."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from lab_commands import real_data
 from safetensors.torch import save_file
 
 from labs_common.scenes.files import write_parquet
+from labs_common.testing.commands import real_data
 from vit_transfer.config import ModelOptions
 from vit_transfer.model import create
-
-torch.set_num_threads(1)  # as in the processes that are started here: the same bytes need the same threads
-
-
-@pytest.fixture(autouse=True, scope="session")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test reads what this machine's user has in the cache, nor leaves anything there."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import lab_commands
 import numpy as np
 import pytest
 import torch
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from labs_common.errors import LabError
+from labs_common.testing import commands as lab_commands
 from vit_transfer.attack import counts_of
 from vit_transfer.attacks import (
     OnLevels,

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import lab_commands
 import numpy as np
 import pytest
 
 from labs_common.errors import LabError
+from labs_common.testing import commands as lab_commands
 from vit_transfer.catalogue import CATALOGUE
 from vit_transfer.compare import planned_run
 from vit_transfer.comparison import (

@@ -5,13 +5,14 @@ import json
 import shutil
 from pathlib import Path
 
-import lab_commands
 import numpy as np
 import pytest
 import torch
-from lab_commands import losses
 from safetensors.torch import load_file
 
+from labs_common.testing import commands as lab_commands
+from labs_common.testing.commands import losses
+from labs_common.testing.promises import KILLS, Training, TrainingPromises
 from vit_transfer.compare import LIBRARIES
 from vit_transfer.config import DistillConfig, complete_distillation
 from vit_transfer.distill import teacher_loss
@@ -120,14 +121,16 @@ def test_resumed_it_gives_the_same_bytes(shared: tuple[object, ...], teacher: Pa
     assert [path.read_bytes() for path in paths] == before
 
 
-def test_two_processes_equal_one(shared: tuple[object, ...], teacher: Path, tmp_path: Path) -> None:
-    arguments = ("--model", "tiny-deit", "--no-pretrained", "--teacher", teacher, "--baselines", "no", *shared)
-    lab_commands.here("vit_transfer.distill", *arguments, "--no-report", "--output", tmp_path / "one")
-    lab_commands.in_two_processes(
-        "vit_transfer.distill", LIBRARIES, 29533,
-        *arguments, "--output", tmp_path / "two", XDG_CACHE_HOME=str(tmp_path),
-    )  # fmt: skip
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+class TestPromises(TrainingPromises):
+    kills = min(KILLS, 2)
+
+    @pytest.fixture(scope="class")
+    def training(self, shared: tuple[object, ...], teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Training:
+        options = ("--model", "tiny-deit", "--no-pretrained", "--teacher", teacher, "--baselines", "no", *shared)
+        whole = tmp_path_factory.mktemp("runs") / "distilled"
+        lab_commands.here("vit_transfer.distill", *options, "--output", whole)
+        return Training("vit_transfer.distill", LIBRARIES, options, whole, "model/model.safetensors",
+                        ("predictions.json",), frozen=("--unfreeze", "block"))  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -4,18 +4,18 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import lab_commands
 import numpy as np
 import pytest
 import timm
 import torch
-from lab_commands import in_two_processes, launch_values, losses, with_deepspeed
 from safetensors.torch import load_file
 
+from labs_common.testing import commands as lab_commands
+from labs_common.testing.commands import losses
+from labs_common.testing.promises import Otherwise, Training, TrainingPromises
 from vit_transfer.compare import LIBRARIES
 from vit_transfer.export import class_names, load_exported
 
@@ -80,49 +80,21 @@ def test_a_run_leaves_everything_that_it_promises(finished: Path, scenes: Path) 
     assert by_epoch[-1]["training/loss"] < by_epoch[0]["training/loss"]
 
 
-def test_killed_and_resumed_gives_the_same_bytes(finished: Path, options: tuple[object, ...], tmp_path: Path) -> None:
-    run = tmp_path / "killed"
-    arguments = (*options, "--output", run, "--save-every", "4", "--no-cache")
-    process = lab_commands.forked("vit_transfer.train", LIBRARIES, *arguments)
-    for _ in range(4000):
-        if (run / "checkpoints" / "step-00000004").exists():
-            break
-        time.sleep(0.02)
-    process.kill()
-    process.join()
-    assert not (run / "model").exists(), "the kill came too late to prove anything"
-    here("--resume", run)
-    # Without a cache and killed, or with one and not: the same steps and the same weights.
-    expected = trained(finished)
-    assert losses(run) == pytest.approx(losses(finished), abs=1e-4)
-    whole = tmp_path / "whole"
-    here(*options, "--output", whole, "--save-every", "4", "--no-cache")
-    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    one, two = trained(run), trained(whole)
-    assert one.keys() == two.keys() == expected.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert (run / "predictions.json").read_bytes() == (whole / "predictions.json").read_bytes()
-
-
-def test_the_saved_config_runs_it_again(finished: Path, tmp_path: Path) -> None:
-    here("--config", finished / "config.yaml", "--output", tmp_path / "again", "--no-report")
-    assert (tmp_path / "again" / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
-    assert not (tmp_path / "again" / "report.html").exists()
-
-
-def test_two_processes_equal_one(finished: Path, options: tuple[object, ...], tmp_path: Path) -> None:
-    run = tmp_path / "two"
-    in_two_processes(
-        "vit_transfer.train", LIBRARIES, 29531,
-        *options, "--output", run, XDG_CACHE_HOME=str(tmp_path),
-    )  # fmt: skip
-    assert losses(run) == pytest.approx(losses(finished), abs=1e-4)
-    expected = trained(finished)
-    for name, tensor in trained(run).items():
-        torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=0)
-    # Both took part in one cache.
-    (cache,) = tmp_path.glob("foundation-labs/features-tiny-vit-train-*")
-    assert (cache / "view-0.npy").stat().st_size >= 48 * 37 * 96 * 2
+class TestPromises(TrainingPromises):
+    @pytest.fixture(scope="class")
+    def training(self, finished: Path, options: tuple[object, ...]) -> Training:
+        return Training(
+            "vit_transfer.train",
+            LIBRARIES,
+            options,
+            finished,
+            "model/model.safetensors",
+            ("predictions.json",),
+            two=Otherwise(weights=1e-4),
+            launch=LAUNCH,
+            zero=Otherwise(losses=1e-3, weights=2e-3),
+            zero_stage=3,
+        )
 
 
 def test_only_what_should_move_has_moved(finished: Path, vit_file: Path) -> None:
@@ -188,24 +160,6 @@ def test_real_pictures_cached_uncached_and_exported(name: str, head: str, real_p
         torch.testing.assert_close(built(images), own(images))
         torch.testing.assert_close(wrapped(images).logits, own(images))
     assert wrapped.config.id2label[3] == "cat"
-
-
-@pytest.mark.parametrize("file", sorted(path.name for path in LAUNCH.glob("*.yaml")))
-def test_launch_configurations(file: str, finished: Path, options: tuple[object, ...], tmp_path: Path) -> None:
-    """Each is a config that Accelerate knows; ZeRO-3's takes the whole road, with one process on a CPU."""
-    config = launch_values(LAUNCH / file)
-    if config["distributed_type"] != "DEEPSPEED" or config["deepspeed_config"]["zero_stage"] != 3:
-        return
-    pytest.importorskip("deepspeed", reason="needs the extra vit-transfer[deepspeed]")
-    run = tmp_path / "run"
-    with_deepspeed(
-        LAUNCH / file, tmp_path, "vit_transfer.train", LIBRARIES, 29541, *options, "--output", run, "--save-every", "4"
-    )  # fmt: skip
-    assert list(run.glob("checkpoints/*/sharded")), "DeepSpeed took part"
-    assert losses(run) == pytest.approx(losses(finished), abs=1e-3)
-    expected = trained(finished)
-    for name, tensor in trained(run).items():
-        torch.testing.assert_close(tensor, expected[name], atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize(

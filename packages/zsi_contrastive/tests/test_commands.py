@@ -5,12 +5,12 @@ import shutil
 from itertools import pairwise
 from pathlib import Path
 
-import lab_commands
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from labs_common.testing import commands as lab_commands
 from zsi_contrastive.ablate import ROWS, planned_run
 from zsi_contrastive.command_config import AblateConfig
 from zsi_contrastive.splits import scenes_split

@@ -1,18 +1,18 @@
 """`pretrain` and `compare` as they are run."""
 
 import json
-import time
 from pathlib import Path
 
-import lab_commands
 import numpy as np
 import pytest
 import torch
-from lab_commands import in_two_processes, losses, real_data
 from PIL import Image
 from safetensors.torch import load_file
 
 from labs_common.scenes.files import write_parquet
+from labs_common.testing import commands as lab_commands
+from labs_common.testing.commands import in_two_processes, losses, real_data
+from labs_common.testing.promises import KILLS, Training, TrainingPromises
 from zsi_contrastive.backbone import make_backbone
 from zsi_contrastive.compare import LIBRARIES
 from zsi_contrastive.pretrain_config import METHODS
@@ -86,28 +86,21 @@ def test_same_seed_same_bytes(looks: Path, finished: dict[str, Path], tmp_path: 
     assert losses(finished["gim"]) == losses(tmp_path / "again")
 
 
-@pytest.mark.parametrize("method", ["moco", "dino"])
-def test_killed_and_resumed_gives_the_same_bytes(
-    method: str, looks: Path, finished: dict[str, Path], tmp_path: Path
-) -> None:
-    """Teacher, queue and centre are as they were."""
-    run = tmp_path / "killed"
-    process = lab_commands.forked(
-        "zsi_contrastive.pretrain", LIBRARIES, "--method", method, "--data", looks, *SMALL, "--map", "pca",
-        "--save-every", "1", "--output", run,
-    )  # fmt: skip
-    for _ in range(6000):
-        if (run / "checkpoints" / "step-00000002").exists():
-            break
-        time.sleep(0.01)
-    process.kill()
-    process.join()
-    assert not (run / "model").exists(), "the kill came too late to prove anything"
-    here("--resume", run, "--no-report")
-    assert lines(run) == lines(finished[method])
-    assert (run / "model" / "encoder.safetensors").read_bytes() == (
-        finished[method] / "model" / "encoder.safetensors"
-    ).read_bytes()
+class TestPromises(TrainingPromises):
+    """Teacher, queue and centre are as they were; the encoder's outputs do not depend on the batch."""
+
+    kills = min(KILLS, 2)
+
+    @pytest.fixture(scope="class", params=["moco", "dino"])
+    def training(
+        self, request: pytest.FixtureRequest, looks: Path, tmp_path_factory: pytest.TempPathFactory
+    ) -> Training:
+        method = request.param
+        options = ("--method", method, "--data", looks, *SMALL, "--backbone", "test_vit", "--side", "32", "--head-norm",
+                   "layer", "--no-probe", "--batch-size", "16")  # fmt: skip
+        whole = tmp_path_factory.mktemp("runs") / method
+        here(*options, "--output", whole)
+        return Training("zsi_contrastive.pretrain", LIBRARIES, options, whole, "model/encoder.safetensors")
 
 
 @pytest.mark.parametrize("method", ["simclr", "moco", "dino"])
@@ -117,7 +110,7 @@ def test_two_processes_equal_one(method: str, looks: Path, tmp_path: Path) -> No
                "layer", "--no-report", "--no-probe", "--max-steps", "2", "--evaluate-every", "2")  # fmt: skip
     here(*options, "--output", tmp_path / "one")
     in_two_processes(
-        "zsi_contrastive.pretrain", LIBRARIES, 29591, *options, "--output", tmp_path / "two",
+        "zsi_contrastive.pretrain", LIBRARIES, *options, "--output", tmp_path / "two",
         XDG_CACHE_HOME=str(tmp_path),
     )  # fmt: skip
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)

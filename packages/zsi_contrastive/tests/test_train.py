@@ -5,16 +5,16 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import lab_commands
 import pytest
 import torch
-from lab_commands import in_two_processes, launch_values, losses, with_deepspeed
 from safetensors.torch import load_file
 
+from labs_common.testing import commands as lab_commands
+from labs_common.testing.commands import in_two_processes, losses
+from labs_common.testing.promises import Otherwise, Training, TrainingPromises
 from zsi_contrastive.ablate import LIBRARIES
 
 LAUNCH = Path(__file__).parents[1] / "launch"
@@ -70,37 +70,34 @@ def test_a_run_leaves_everything_that_it_promises(finished: Path) -> None:
     assert sum(line["loss"] for line in steps[-3:]) < sum(line["loss"] for line in steps[:3])
 
 
-def test_killed_and_resumed_gives_the_same_bytes(finished: Path, options: tuple[object, ...], tmp_path: Path) -> None:
-    run = tmp_path / "killed"
-    process = lab_commands.forked("zsi_contrastive.train", LIBRARIES, *options, "--output", run)
-    for _ in range(6000):
-        if (run / "checkpoints" / "step-00000002").exists():
-            break
-        time.sleep(0.01)
-    process.kill()
-    process.join()
-    assert not (run / "model").exists(), "the kill came too late to prove anything"
-    here("--resume", run)
-    assert (run / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
-    one, two = trained(run), trained(finished)
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert (run / "detections.json").read_bytes() == (finished / "detections.json").read_bytes()
+class TestPromises(TrainingPromises):
+    @pytest.fixture(scope="class")
+    def training(self, finished: Path, options: tuple[object, ...]) -> Training:
+        return Training(
+            "zsi_contrastive.train",
+            LIBRARIES,
+            options,
+            finished,
+            "model/model.safetensors",
+            ("detections.json",),
+            frozen=("--frozen-stages", 1),
+            launch=LAUNCH,
+            zero=Otherwise(("--max-steps", 2), first=1e-3, weights=None),
+        )
 
-
-def test_two_processes(options: tuple[object, ...], finished: Path, tmp_path: Path) -> None:
-    """Regions are drawn by chance in each process, so that two are not one; but both hold the same weights."""
-    run = tmp_path / "two"
-    in_two_processes(
-        "zsi_contrastive.train", LIBRARIES, 29581, *options, "--output", run, "--max-steps", "3", "--no-report",
-        XDG_CACHE_HOME=str(tmp_path),
-    )  # fmt: skip
-    assert losses(run)[0] == pytest.approx(losses(finished)[0], rel=0.2)
-    results = json.loads((run / "results.json").read_text())
-    assert results["cost"]["pictures"] == 12
-    found = json.loads((run / "detections.json").read_text())
-    pictures = json.loads((run / "splits.json").read_text())["test"]["pictures"]
-    assert len({row["image_id"] for row in found}) == len(pictures), "each process looked at its share"
+    def test_two_processes(self, training: Training, tmp_path: Path) -> None:
+        """Regions are drawn by chance in each process, so that two are not one; but both hold the same weights."""
+        run = tmp_path / "two"
+        in_two_processes(
+            "zsi_contrastive.train", LIBRARIES, *training.options, "--output", run, "--max-steps", "3", "--no-report",
+            XDG_CACHE_HOME=str(tmp_path),
+        )  # fmt: skip
+        assert losses(run)[0] == pytest.approx(losses(training.whole)[0], rel=0.2)
+        results = json.loads((run / "results.json").read_text())
+        assert results["cost"]["pictures"] == 12
+        found = json.loads((run / "detections.json").read_text())
+        pictures = json.loads((run / "splits.json").read_text())["test"]["pictures"]
+        assert len({row["image_id"] for row in found}) == len(pictures), "each process looked at its share"
 
 
 def test_parts_of_a_step_are_the_step(options: tuple[object, ...], tmp_path: Path) -> None:
@@ -112,20 +109,6 @@ def test_parts_of_a_step_are_the_step(options: tuple[object, ...], tmp_path: Pat
     frozen = json.loads((tmp_path / "sgd" / "frozen.json").read_text())
     assert any(name.startswith("backbone.body.1.") for name in frozen), "the audit has the frozen stage"
     assert not any(name.startswith("backbone.body.2.0.0.weight") for name in frozen)
-
-
-@pytest.mark.parametrize("file", sorted(path.name for path in LAUNCH.glob("*.yaml")))
-def test_launch_configurations(file: str, finished: Path, options: tuple[object, ...], tmp_path: Path) -> None:
-    """Each is a config that Accelerate knows; ZeRO-2's takes the whole road, with one process on a CPU."""
-    config = launch_values(LAUNCH / file)
-    if config["distributed_type"] != "DEEPSPEED" or config["deepspeed_config"]["zero_stage"] != 2:
-        return
-    pytest.importorskip("deepspeed", reason="needs the extra zsi-contrastive[deepspeed]")
-    run = tmp_path / "run"
-    with_deepspeed(
-        LAUNCH / file, tmp_path, "zsi_contrastive.train", LIBRARIES, 29583, *options, "--output", run, "--no-report", "--max-steps", "2"
-    )  # fmt: skip
-    assert losses(run)[0] == pytest.approx(losses(finished)[0], rel=1e-3)
 
 
 def test_real_pictures_and_word_vectors(coco: Path, coco_vectors: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def save_checkpoint(
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    torch.save(_random_state(), part / f"random-{accelerator.process_index}.pt")
+    _save(_random_state(), part / f"random-{accelerator.process_index}.pt")
     if accelerator.distributed_type in SHARDED:
         accelerator.save_state(str(part / "sharded"), **_sharded_options(accelerator))
     elif accelerator.is_main_process:
@@ -58,11 +58,11 @@ def save_checkpoint(
         state: dict[str, Any] = {"optimizer": optimizer.state_dict()}
         if accelerator.scaler is not None:
             state["scaler"] = accelerator.scaler.state_dict()
-        torch.save(state, part / "optimizer.pt")
+        _save(state, part / "optimizer.pt")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if also is not None:
-            torch.save(also.state_dict(), part / "also.pt")
+            _save(also.state_dict(), part / "also.pt")
         (part / "position.json").write_text(json.dumps(position), encoding="utf-8")
         for file in part.rglob("*"):
             if file.is_file():
@@ -168,6 +168,11 @@ def _sharded_options(accelerator: Accelerator) -> dict[str, Any]:
 
 def _load_options(accelerator: Accelerator) -> dict[str, Any]:
     return {"load_module_strict": False} if accelerator.distributed_type == DistributedType.DEEPSPEED else {}
+
+
+def _save(state: Any, path: Path) -> None:
+    with path.open("wb") as file:  # given a name, torch would not say that the disk is full
+        torch.save(state, file)
 
 
 def _to_disk(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import os
 import re
@@ -19,6 +20,7 @@ from labs_common.errors import LabError
 from labs_common.options import RESUME_MAY_CHANGE
 
 Config = TypeVar("Config")
+_run: Path | None = None
 
 
 def run_command(
@@ -34,6 +36,7 @@ def run_command(
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
+    begun(None)
     try:
         body(parse(config_type, prog, arguments))
     except LabError as error:
@@ -43,7 +46,18 @@ def run_command(
     except KeyboardInterrupt:
         if debug:
             traceback.print_exc()
-        _exit(130, "interrupted: nothing was saved since the last checkpoint")
+        _exit(130, f"interrupted: nothing was saved since the last checkpoint{_how_to_go_on()}")
+    except Exception as error:
+        full = _full_disk(error)
+        if debug or full is None:
+            raise
+        _exit(1, f"error: the disk is full ({_first_line(full)}): make room{_how_to_go_on()}")
+
+
+def begun(run: Path | None) -> None:
+    """Notes that this process works on a run, so that whatever stops it can say how to go on."""
+    global _run
+    _run = run
 
 
 def parse(config_type: type[Config], prog: str, arguments: Sequence[str]) -> Config:
@@ -175,6 +189,20 @@ def _refuse_other_run(saved: Any, asked: Any, resume: str) -> None:
             f"--resume {resume}: that run was started with another {flags} "
             f"({old[name]!r}, not {new[name]!r}); drop the option, or start a new run without --resume"
         )
+
+
+def _how_to_go_on() -> str:
+    return "" if _run is None else f"; go on with --resume {_run}"
+
+
+def _full_disk(error: BaseException | None) -> BaseException | None:
+    """What says that the disk is full: the error, or one that led to it."""
+    while error is not None:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(error):  # safetensors has an error of its own
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _first_line(error: BaseException) -> str:

@@ -4,17 +4,20 @@
 rows = cached_rows("vit-small", recipe, len(pictures), views=2, width=197 * 384, precision="bf16", compute=compute)
 rows.rows(view=0, places=[3, 1, 4])  # (3, 75648)
 ```
-Files lie under the user's cache directory, one memory-mapped array per view, next to a byte per chunk that says
-whether it is done. A process claims a chunk by a lock on that byte, so any number of them, of one run or of several,
-share the work; what a killed one had claimed is free again. Only whole chunks count as done.
+Files lie under the user's cache directory, one memory-mapped array per view, next to four bytes per chunk: the check
+sum of its bytes once it is done. A process claims a chunk by a lock on those four, so any number of them, of one run or
+of several, share the work; what a killed one had claimed is free again. Only whole chunks count as done, and one that
+was damaged since is computed again.
 """
 
+import contextlib
 import fcntl
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, BinaryIO, Literal, Protocol
 
 import numpy as np
 import torch
@@ -32,6 +35,7 @@ DTYPES: dict[str, tuple[torch.dtype, type[np.generic]]] = {
     "uint8": (torch.uint8, np.uint8),  # decoded pictures
 }
 CHUNK_BYTES = 32 * 2**20
+SUM = 4  # bytes of a check sum
 # Gives the front's output (places, width) for these places of the data, in a view.
 Compute = Callable[[int, Sequence[int]], torch.Tensor]
 
@@ -95,21 +99,29 @@ def cached_rows(
     row_bytes = width * DTYPES[precision][1]().itemsize
     chunk = max(1, min(count, CHUNK_BYTES // row_bytes))
     chunks = -(-count // chunk)
-    whole = {"recipe": recipe, "count": count, "views": views, "width": width, "precision": precision, "chunk": chunk}
+    whole = {
+        "recipe": recipe,
+        "count": count,
+        "views": views,
+        "width": width,
+        "precision": precision,
+        "chunk": chunk,
+        "check sums": SUM,
+    }
     need = count * views * row_bytes
 
     def make(folder: Path) -> None:
         _check_disk(folder, need)
         for view in range(views):
             np.lib.format.open_memmap(_file(folder, view), "w+", DTYPES[precision][1], (count, width)).flush()
-        (folder / "done").write_bytes(bytes(views * chunks))
+        (folder / "done").write_bytes(bytes(SUM * views * chunks))
 
-    folder = cached_directory(f"features-{name}", whole, make)
+    folder = cached_directory(f"features-{name}", whole, make, changes=True)
     try:
         rows = CachedRows(folder, views, (count, width), precision)
         # One descriptor for the whole time: closing any of a file drops all locks that this process holds on it.
         with (folder / "done").open("r+b", buffering=0) as done:
-            missing = [place for place, byte in enumerate(done.read()) if not byte]
+            missing = _missing(rows, done, count, chunk)
             if missing:
                 _check_disk(folder, len(missing) * chunk * row_bytes)
                 if shown:
@@ -118,6 +130,30 @@ def cached_rows(
     except (OSError, ValueError) as error:
         raise LabError(f"the feature cache {folder} cannot be used ({error}); delete it, or add --no-cache") from error
     return rows
+
+
+def _missing(rows: CachedRows, done: BinaryIO, count: int, chunk: int) -> list[int]:
+    """The chunks that are not there, or are damaged."""
+    chunks = -(-count // chunk)
+    missing = []
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(_file(rows.folder, view).open("rb")) for view in range(len(rows._views))]
+        for place in range(len(files) * chunks):
+            said, array = done.read(SUM), rows._views[place // chunks]
+            if said != bytes(SUM):
+                first = place % chunks * chunk
+                files[place // chunks].seek(array.offset + first * array.strides[0])
+                if _check_sum(files[place // chunks].read(min(chunk, count - first) * array.strides[0])) == said:
+                    continue
+                console.print(f"a part of {_file(rows.folder, place // chunks)} is damaged: it is computed again")
+                os.pwrite(done.fileno(), bytes(SUM), SUM * place)
+            missing.append(place)
+    return missing
+
+
+def _check_sum(content: bytes | memoryview) -> bytes:
+    """CRC-32; never four zeros, which say that nothing is there."""
+    return (zlib.crc32(content) or 1).to_bytes(SUM, "little")
 
 
 def _fill(
@@ -129,11 +165,11 @@ def _fill(
 
     def ensured(place: int, wait: bool) -> bool:
         try:
-            fcntl.lockf(done, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, place)
+            fcntl.lockf(done, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), SUM, SUM * place)
         except BlockingIOError:
             return False
         try:
-            if os.pread(done, 1, place) == b"\0":
+            if os.pread(done, SUM, SUM * place) == bytes(SUM):
                 view, first = place // chunks, place % chunks * chunk
                 value = compute(view, range(first, min(first + chunk, count))).to(rows.dtype).cpu().contiguous()
                 array = rows._views[view]
@@ -141,10 +177,10 @@ def _fill(
                     raise AssertionError(f"the front gave {tuple(value.shape)}, the cache has rows of {array.shape[1]}")
                 content = value.view(torch.uint8).numpy().data.cast("B")
                 _write(files[view], content, array.offset + first * array.strides[0])
-                os.fsync(files[view])  # before the byte that vouches for it
-                os.pwrite(done, b"\1", place)
+                os.fsync(files[view])  # before the sum that vouches for it
+                os.pwrite(done, _check_sum(content), SUM * place)
         finally:
-            fcntl.lockf(done, fcntl.LOCK_UN, 1, place)
+            fcntl.lockf(done, fcntl.LOCK_UN, SUM, SUM * place)
         return True
 
     try:

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 from accelerate.utils import broadcast_object_list
 
-from labs_common.cli import config_to_yaml, flat_options
+from labs_common.cli import begun, config_to_yaml, flat_options
 from labs_common.errors import LabError
 from labs_common.options import RunOptions
 
@@ -58,6 +58,7 @@ class Run:
             trouble = [_make_directory(run.path, config) if run.is_main else None]
             if (message := broadcast_object_list(trouble)[0]) is not None:
                 raise LabError(message)
+        begun(run.path)
         if options.track != "none":
             accelerator.project_configuration.set_directories(str(run.path))
             accelerator.log_with = filter_trackers([options.track], str(run.path))

@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
 from labs_common.own_process import start_server
 
+# Beside the project; read from where the tests start, as the package may be installed elsewhere.
+REAL_DATA = Path("../shared/data").resolve()
+
 
 @dataclass
 class Done:
@@ -29,6 +33,7 @@ class Done:
 
     stdout: str
     stderr: str
+    code: int = 0
 
     @property
     def errors(self) -> list[str]:
@@ -36,8 +41,11 @@ class Done:
         return [line for line in self.stderr.splitlines() if line.startswith("error")]
 
 
-def here(module: str, *arguments: object, code: int = 0, typed: str = "") -> Done:
-    """Runs `python -m MODULE` in this process: importing everything anew for each would take minutes."""
+def here(module: str, *arguments: object, code: int | None = 0, typed: str = "") -> Done:
+    """Runs `python -m MODULE` in this process: importing everything anew for each would take minutes.
+
+    It must end with the exit code `code`, if one is given.
+    """
     out, err = io.StringIO(), io.StringIO()
     found = 0
     main = importlib.import_module(module).main
@@ -50,28 +58,31 @@ def here(module: str, *arguments: object, code: int = 0, typed: str = "") -> Don
         found = int(stop.code or 0)
     finally:
         sys.argv, sys.stdin = before
-    assert found == code, err.getvalue()
-    return Done(out.getvalue(), err.getvalue())
+    assert code in (found, None), err.getvalue()
+    return Done(out.getvalue(), err.getvalue(), found)
 
 
-def forked(module: str, libraries: list[str], *arguments: object, **more: str) -> BaseProcess:
-    """Starts a command in a process of its own, forked from the server that `compare` uses too."""
+def forked(module: str, libraries: list[str], *arguments: object, said: Path | None = None, **more: str) -> BaseProcess:
+    """Starts a command in a process of its own, forked from the server that `compare` uses too.
+
+    Its errors go to the file `said`, if one is named.
+    """
     # Where DeepSpeed is installed, Accelerate imports it in every run: here once, for all that are forked.
     start_server(None, [*libraries, "deepspeed"])
     process = multiprocessing.get_context("forkserver").Process(
-        target=_run, args=(module, [*map(str, arguments)], more)
+        target=_run, args=(module, [*map(str, arguments)], more, said)
     )
     process.start()
     return process
 
 
-def in_two_processes(module: str, libraries: list[str], port: int, *arguments: object, **more: str) -> None:
+def in_two_processes(module: str, libraries: list[str], *arguments: object, **more: str) -> None:
     """Runs a command in two processes that find each other as those of torchrun do.
 
     They are forked from the server that `compare` uses: importing everything in both would take half a minute. That
     torchrun itself starts them is for the core's own tests.
     """
-    both = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    both = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
             "ACCELERATE_USE_CPU": "true"}  # fmt: skip
     processes = [
         forked(module, libraries, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **both, **more) for rank in range(2)
@@ -92,7 +103,7 @@ def launch_values(file: Path) -> dict[str, Any]:
     return values
 
 
-def with_deepspeed(file: Path, folder: Path, module: str, libraries: list[str], port: int, *arguments: object) -> None:
+def with_deepspeed(file: Path, folder: Path, module: str, libraries: list[str], *arguments: object) -> None:
     """Runs a command under a DeepSpeed configuration, in one process on a CPU, in which nothing is imported anew.
 
     Its environment is that in which `accelerate launch` would start it; that this does is for llm_peft_fa's tests.
@@ -101,7 +112,7 @@ def with_deepspeed(file: Path, folder: Path, module: str, libraries: list[str], 
     launch, defaults, _ = _validate_launch_command(asked)
     launch.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
     _, variables = prepare_deepspeed_cmd_env(launch)
-    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
            "DS_ACCELERATOR": "cpu", "XDG_CACHE_HOME": str(folder)}  # fmt: skip
     process = forked(module, libraries, *arguments, **(variables | one))
     process.join(240)
@@ -110,8 +121,10 @@ def with_deepspeed(file: Path, folder: Path, module: str, libraries: list[str], 
     assert process.exitcode == 0
 
 
-def _run(module: str, arguments: list[str], more: dict[str, str]) -> None:
+def _run(module: str, arguments: list[str], more: dict[str, str], said: Path | None) -> None:
     os.environ.update(more)
+    if said is not None:
+        sys.stderr = said.open("w")
     torch.set_num_threads(1)  # as in the other processes: the same bytes need the same threads
     sys.argv = [module, *arguments]
     importlib.import_module(module).main()
@@ -141,9 +154,16 @@ def one_cpu(config: Path, folder: Path) -> Path:
     return local
 
 
+def free_port() -> str:
+    """A port that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
 def real_data(name: str) -> Path:
     """A directory of real data that some tests read; they are skipped on a machine that does not have it."""
-    folder = Path(__file__).parents[4] / "shared" / "data" / name
+    folder = REAL_DATA / name
     if not folder.is_dir():
         pytest.skip(f"no real data here (looked for ../shared/data/{name})")
     return folder

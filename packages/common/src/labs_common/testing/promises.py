@@ -1,0 +1,343 @@
+"""What every training command promises: one suite that each lab's tests run on a small training of its own.
+
+```
+class TestPromises(TrainingPromises):
+    @pytest.fixture(scope="class")
+    def training(self, finished: Path, options: tuple[object, ...]) -> Training:
+        return Training("vit_transfer.train", LIBRARIES, options, finished, "model/model.safetensors")
+```
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from labs_common.checkpoint import checkpoints
+from labs_common.freezing import FrozenAudit, fixed_tensors
+from labs_common.run import Run
+from labs_common.testing.commands import Done, forked, here, in_two_processes, launch_values, losses, with_deepspeed
+from labs_common.training import Loop
+
+# How often the run is killed before it may end; `LABS_KILLS=20 pytest -k killed` tries harder.
+KILLS = int(os.environ.get("LABS_KILLS", "5"))
+
+
+@dataclass
+class Otherwise:
+    """The same training run in another way: more options, and how near it comes (None: is not compared)."""
+
+    options: tuple[object, ...] = ()
+    losses: float = 1e-4
+    weights: float | None = 1e-3
+    same: tuple[str, ...] = ()
+    first: float | None = None
+    """If given, only the first step's loss is compared, with this relative tolerance: the others depend on chance."""
+
+
+@dataclass
+class Training:
+    """A training command, and a whole small run of it that was made in this process."""
+
+    module: str
+    libraries: list[str]
+    options: tuple[object, ...]
+    whole: Path
+    weights: str
+    """The file of weights in a run."""
+    same: tuple[str, ...] = ()
+    """Further files of a run that are the same bytes in each."""
+    frozen: tuple[object, ...] = ()
+    """Options under which something stays fixed."""
+    two: Otherwise = field(default_factory=Otherwise)
+    launch: Path | None = None
+    """The directory of launch configurations."""
+    zero: Otherwise | None = None
+    zero_stage: int = 2
+
+    def here(self, *arguments: object, code: int | None = 0) -> Done:
+        """Runs the command in this process."""
+        return here(self.module, *arguments, code=code)
+
+    def assert_same(self, run: Path) -> None:
+        """The run has the very bytes of the whole one."""
+        for name in ("metrics.jsonl", self.weights, *self.same):
+            assert (run / name).read_bytes() == (self.whole / name).read_bytes(), name
+
+    def assert_near(self, run: Path, how: Otherwise) -> None:
+        """The run comes as near to the whole one as `how` says."""
+        if how.first is not None:
+            assert losses(run)[0] == pytest.approx(losses(self.whole)[0], rel=how.first)
+        else:
+            assert losses(run) == pytest.approx(losses(self.whole), abs=how.losses)
+        if how.weights is not None:
+            expected = load_file(self.whole / self.weights)
+            for name, tensor in load_file(run / self.weights).items():
+                torch.testing.assert_close(tensor, expected[name], atol=how.weights, rtol=0)
+        for name in how.same:
+            assert (run / name).read_bytes() == (self.whole / name).read_bytes(), name
+
+
+class TrainingPromises:
+    """The tests; a lab's subclass has a fixture `training`."""
+
+    kills = KILLS
+
+    def test_killed_at_any_moment_it_resumes_to_the_same_bytes(self, training: Training, tmp_path: Path) -> None:
+        """`kills` times SIGKILL at random steps, then Ctrl-C, and then it may end."""
+        chance, last = random.Random(), step_of(training.whole)
+        run, killed, ended = tmp_path / "killed-0", 0, 0
+        while killed < self.kills:
+            done = step_of(checkpoint) if (checkpoint := newest(run)) else 0
+            wanted = chance.randint(min(done + 1, last - 1), last - 1)
+            process = started(training, run)
+            if reaches(process, run, wanted):
+                time.sleep(chance.random() / 20)
+                process.kill()
+            process.join()
+            killed += process.exitcode == -signal.SIGKILL
+            if process.exitcode == 0:  # it was too fast: again, from the beginning
+                ended += 1
+                run = tmp_path / f"killed-{ended}"
+            assert process.exitcode in (0, -signal.SIGKILL)
+            assert ended < 10, "it always ends before it can be killed"
+        said = tmp_path / "said.txt"
+        process = started(training, run, said)
+        if reaches(process, run, min(last - 1, step_of(newest(run)) + 1 if newest(run) else 1)):
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGINT)
+        process.join()
+        if process.exitcode:
+            assert process.exitcode == 130, said.read_text()
+            assert f"--resume {run}" in said.read_text().splitlines()[-1]
+            training.here("--resume", run)
+        training.assert_same(run)
+        assert not list((run / "checkpoints").glob(".*")), "no half-written checkpoint is left"
+
+    def test_the_saved_config_runs_it_again(self, training: Training, tmp_path: Path) -> None:
+        training.here("--config", training.whole / "config.yaml", "--output", tmp_path / "again", "--no-report")
+        training.assert_same(tmp_path / "again")
+        assert not (tmp_path / "again" / "report.html").exists()
+
+    def test_two_processes(self, training: Training, tmp_path: Path) -> None:
+        run = tmp_path / "two"
+        more = (*training.two.options, "--output", run, "--no-report")
+        in_two_processes(
+            training.module, training.libraries, *training.options, *more, XDG_CACHE_HOME=str(tmp_path / "cache")
+        )
+        training.assert_near(run, training.two)
+
+    def test_what_is_frozen_is_audited(
+        self, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Something that must stay fixed moves during the training: the run is not done, and the tensor is named."""
+        check, moved = FrozenAudit.check, []
+
+        def moving(audit: FrozenAudit, start: dict[str, str] | None = None) -> None:
+            name, tensor = next(
+                (name, tensor) for name, tensor in fixed_tensors(audit.model) if tensor.is_floating_point()
+            )
+            moved.append(name)
+            with torch.no_grad():
+                tensor.add_(1)
+            check(audit, start)
+
+        monkeypatch.setattr(FrozenAudit, "check", moving)
+        run = tmp_path / "moved"
+        done = training.here(*training.options, *training.frozen, "--max-steps", 1, "--output", run, code=1)
+        assert len(done.errors) == 1
+        assert moved[0] in done.errors[0]
+        assert not (run / "results.json").exists()
+
+    def test_a_loss_that_is_no_number_stops_it(
+        self, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The last good checkpoint stays, and the run goes on from it to the same bytes."""
+        run, step, at = tmp_path / "nan", Loop.step, step_of(training.whole) - 1
+
+        def breaking(loop: Loop, loss: torch.Tensor, count: int, **metrics: float) -> None:
+            step(loop, loss * float("nan") if loop.step_number == at else loss, count, **metrics)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Loop, "step", breaking)
+            done = training.here(*training.options, "--save-every", 2, "--output", run, code=1)
+        assert len(done.errors) == 1
+        assert f"at step {at + 1}" in done.errors[0]
+        kept = newest(run)
+        assert kept is not None
+        assert str(kept) in done.errors[0]
+        assert all(tensor.isfinite().all() for tensor in load_file(kept / "trainable.safetensors").values())
+        training.here("--resume", run)
+        training.assert_same(run)
+
+    def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(self, training: Training, tmp_path: Path) -> None:
+        run = tmp_path / "damaged"
+        training.here(*training.options, "--save-every", 2, "--output", run, "--max-steps", step_of(training.whole))
+        newest_one, *_ = reversed(checkpoints(run / "checkpoints"))
+        file = newest_one / random.choice(["trainable.safetensors", "optimizer.pt"])
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        done = training.here("--resume", run, code=2)
+        assert len(done.errors) == 1
+        assert str(newest_one) in done.errors[0]
+        assert "delete" in done.errors[0]
+        shutil.rmtree(newest_one)
+        shutil.rmtree((run / training.weights).parent)
+        training.here("--resume", run)
+        training.assert_same(run)
+
+    def test_a_damaged_cache_is_mended_or_named(
+        self, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The largest file of each directory in the cache, cut in half and with other bytes in its middle."""
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        short = (*training.options, "--max-steps", 2, "--no-report", "--output")
+        training.here(*short, tmp_path / "first")
+        if not (tmp_path / "cache" / "foundation-labs").exists():
+            pytest.skip("this training keeps nothing in the cache")
+        expected = losses(tmp_path / "first")
+        for number, file in enumerate(largest_files(tmp_path / "cache" / "foundation-labs")):
+            whole, half = file.read_bytes(), file.stat().st_size // 2
+            for kind, damaged in {
+                "cut": whole[:half],
+                "other": whole[:half] + b"\xff" * 64 + whole[half + 64 :],
+            }.items():
+                file.write_bytes(damaged)
+                done = training.here(*short, tmp_path / f"{kind}-{number}", code=None)
+                if done.code == 0:
+                    assert losses(tmp_path / f"{kind}-{number}") == expected, f"{file}: {kind}"
+                else:
+                    assert (done.code, len(done.errors)) == (2, 1), done.stderr
+                    assert str(file.parent) in done.errors[0]
+                    assert "delete" in done.errors[0]
+                file.write_bytes(whole)
+
+    def test_output_that_exists_or_cannot_be_written_is_refused(self, training: Training, tmp_path: Path) -> None:
+        before = {path: path.stat().st_mtime_ns for path in training.whole.rglob("*")}
+        done = training.here(*training.options, "--output", training.whole, code=2)
+        assert "--output" in done.errors[0]
+        assert f"--resume {training.whole}" in done.errors[0]
+        assert {path: path.stat().st_mtime_ns for path in training.whole.rglob("*")} == before
+        for place in (Path("/proc/run"), training.whole / "config.yaml"):
+            assert len(training.here(*training.options, "--output", place, code=2).errors) == 1
+        closed = tmp_path / "closed"
+        closed.mkdir(mode=0o555)
+        if not os.access(closed, os.W_OK):  # root may write anywhere
+            assert len(training.here(*training.options, "--output", closed / "run", code=2).errors) == 1
+
+    def test_a_full_disk_stops_it_and_it_goes_on(self, training: Training, tmp_path: Path) -> None:
+        """A checkpoint after the first finds no room; with room the run goes on to the same bytes."""
+        one = sum(path.stat().st_size for path in (checkpoints(training.whole / "checkpoints")[-1]).iterdir())
+        with small_disk(tmp_path / "disk", 200_000 + one * 3 // 2) as (disk, enlarge):
+            run = disk / "run"
+            done = training.here(*training.options, "--save-every", 2, "--output", run, code=1)
+            assert len(done.errors) == 1
+            assert "disk is full" in done.errors[0]
+            assert f"--resume {run}" in done.errors[0]
+            kept = newest(run)
+            assert kept is not None
+            assert step_of(kept) < step_of(training.whole)
+            enlarge()
+            training.here("--resume", run, "--no-report")
+            training.assert_same(run)
+
+    def test_launch_configurations(self, training: Training, tmp_path: Path) -> None:
+        """Each is one that Accelerate knows; a ZeRO one takes the whole road, with one process on a CPU."""
+        if training.launch is None:
+            pytest.skip("the lab's other command has them")
+        files = sorted(training.launch.iterdir())
+        assert [file.stem for file in files] == [
+            "cpu", "deepspeed_zero2", "deepspeed_zero3", "fsdp", "gpu", "multi_gpu", "multi_node",
+        ]  # fmt: skip
+        for file in files:
+            launch_values(file)
+        if training.zero is None:
+            return
+        pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
+        run = tmp_path / "run"
+        with_deepspeed(
+            training.launch / f"deepspeed_zero{training.zero_stage}.yaml",
+            tmp_path, training.module, training.libraries,
+            *training.options, "--save-every", 4, "--no-report", "--output", run, *training.zero.options,
+        )  # fmt: skip
+        assert list(run.glob("checkpoints/*/sharded")), "DeepSpeed took part"
+        training.assert_near(run, training.zero)
+
+
+def step_of(path: Path) -> int:
+    """The last step of a run, or that of a checkpoint."""
+    if path.name.startswith("step-"):
+        return int(path.name.removeprefix("step-"))
+    return max((line["step"] for line in Run(path).lines("metrics.jsonl")), default=0)
+
+
+def newest(run: Path) -> Path | None:
+    """The newest checkpoint."""
+    return next(reversed(checkpoints(run / "checkpoints")), None)
+
+
+def started(training: Training, run: Path, said: Path | None = None) -> BaseProcess:
+    """The process that begins the run, or goes on with it."""
+    asked = (
+        ("--resume", run) if (run / "config.yaml").exists() else (*training.options, "--save-every", 2, "--output", run)
+    )
+    return forked(training.module, training.libraries, *asked, said=said)
+
+
+def reaches(process: BaseProcess, run: Path, step: int) -> bool:
+    """Waits until the process has done `step`; False if it ended before."""
+    file = run / "metrics.jsonl"
+    before = file.stat().st_ino if file.exists() else None  # a resumed run writes the file anew
+    for _ in range(24_000):
+        if not process.is_alive():
+            return False
+        if file.exists() and file.stat().st_ino != before and step_of(run) >= step:
+            return True
+        time.sleep(0.005)
+    raise AssertionError(f"{run} never reached step {step}")
+
+
+def largest_files(folder: Path) -> list[Path]:
+    """The largest file of each directory in the cache."""
+    found = [max((path for path in part.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+             for part in sorted(folder.iterdir()) if part.is_dir()]  # fmt: skip
+    return [path for path in found if path.stat().st_size > 128]
+
+
+@contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[tuple[Path, "Enlarge"]]:
+    """A file system of `size` bytes in memory, and what makes it large; skips where it may not be made."""
+    folder.mkdir()
+    become = [] if os.geteuid() == 0 else ["sudo", "-n"]
+    mount = [*become, "mount", "-t", "tmpfs", "-o", f"size={size},uid={os.geteuid()}", "tmpfs", str(folder)]
+    try:
+        allowed = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    except OSError:
+        allowed = False
+    if not allowed:
+        pytest.skip("a small disk cannot be made here (needs root, or sudo without a password)")
+    try:
+        yield folder, Enlarge([*become, "mount", "-o", "remount,size=1g", str(folder)])
+    finally:
+        subprocess.run([*become, "umount", "--lazy", str(folder)], check=True)
+
+
+@dataclass
+class Enlarge:
+    """Makes a small disk large."""
+
+    command: list[str]
+
+    def __call__(self) -> None:
+        """Gives it a gigabyte."""
+        subprocess.run(self.command, check=True)
