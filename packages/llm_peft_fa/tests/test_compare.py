@@ -12,6 +12,7 @@ from commands import here
 
 from labs_common.comparing import entries_of, pareto
 from labs_common.errors import LabError
+from labs_common.options import ComparisonOptions
 from llm_peft_fa.compare import planned_run
 from llm_peft_fa.comparison import (
     Entry,
@@ -102,10 +103,14 @@ def test_order_over_seeds_is_told() -> None:
     stable = {"a": entry("a", [9, 8], 1, 2), "b": entry("b", [5, 6], 1, 2)}
     assert order_of(stable, 0) == ["a", "b"]
     assert changing_pairs(stable, [0, 1]) == []
-    assert "same with all 2 seeds" in stability_text(Results(stable, {}, {}), CompareConfig(seeds=2))
+    assert "same with all 2 seeds" in stability_text(
+        Results(stable, {}, {}), CompareConfig(comparison=ComparisonOptions(seeds=2))
+    )
     crossing = {"a": entry("a", [9, 5], 1, 2), "b": entry("b", [5, 6], 1, 2)}
     assert changing_pairs(crossing, [0, 1]) == [("a", "b")]
-    assert "not stable" in stability_text(Results(crossing, {}, {}), CompareConfig(seeds=2))
+    assert "not stable" in stability_text(
+        Results(crossing, {}, {}), CompareConfig(comparison=ComparisonOptions(seeds=2))
+    )
     assert "not known" in stability_text(Results({"a": entry("a", [9], 1)}, {}, {}), CompareConfig())
 
 

@@ -100,7 +100,7 @@ class TestPromises(TrainingPromises):
                    "layer", "--no-probe", "--batch-size", "16")  # fmt: skip
         whole = tmp_path_factory.mktemp("runs") / method
         here(*options, "--output", whole)
-        return Training("zsi_contrastive.pretrain", LIBRARIES, options, whole, "model/encoder.safetensors")
+        return Training("zsi_contrastive.pretrain", LIBRARIES, options, whole, "model/encoder.safetensors", frozen=None)
 
 
 @pytest.mark.parametrize("method", ["simclr", "moco", "dino"])

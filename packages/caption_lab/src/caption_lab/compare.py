@@ -17,9 +17,17 @@ from caption_lab.config import (
     complete,
 )
 from labs_common.cli import parse, run_command
-from labs_common.comparing import check_compared, claim, comparison_folder, entries_of, name_and_flags, slug
+from labs_common.comparing import (
+    check_compared,
+    comparison_folder,
+    entries_of,
+    name_and_flags,
+    reading_entry,
+    seeds_of,
+    slug,
+)
 from labs_common.errors import LabError
-from labs_common.own_process import finished_runs, locked, start_server
+from labs_common.own_process import claimed, finished_runs, start_server
 
 LIBRARIES = ["caption_lab.train", "caption_lab.results", "caption_lab.fitting", "labs_common.training", "timm"]
 
@@ -31,14 +39,11 @@ def main() -> None:
 
 def compare(config: CompareConfig) -> None:
     """Plans the runs, does those that are missing, and writes the report."""
-    from labs_common.run import check_writable
-
-    check_compared("model", config.seeds, config.launch)
+    check_compared("model", config.comparison)
     planned = {spec: planned_run(config, spec) for spec in entries_of("--models", config.models)}
-    folder = config.output or comparison_folder("compare-captioners", config, [config.data.data])
-    check_writable(folder)
+    folder = comparison_folder("compare-captioners", config, [config.data.data])
 
-    start_server(config.launch, LIBRARIES)
+    start_server(config.comparison.launch, LIBRARIES)
     from caption_lab.comparison import gathered, write_comparison
     from caption_lab.data import read_data
     from caption_lab.encoder import make_encoder
@@ -46,14 +51,12 @@ def compare(config: CompareConfig) -> None:
 
     if any(run.encoder.encoder == TINY and run.encoder.pretrained for run in planned.values()):
         tiny_weights()  # made here, so that no run's memory is that of making it
-    data = read_data(config.data, config.seed, shown=True)
+    data = read_data(config.data, config.comparison.seed, shown=True)
     for run in planned.values():
         make_encoder(dataclasses.replace(run.encoder, pretrained=False)).train_last(run.encoder.unfreeze, False)
-    claim(folder, config)
-    seeds = range(config.seed, config.seed + config.seeds)
-    lock = folder / ".lock"
-    with locked(lock):
-        failed = finished_runs("caption_lab.train", planned, folder, seeds, lock, config.launch)
+    seeds = seeds_of(config.comparison)
+    with claimed(folder, config):
+        failed = finished_runs("caption_lab.train", planned, folder, config.comparison)
         entries = gathered(folder, {spec: slug(spec) for spec in planned}, seeds)
         write_comparison(folder, config, entries, data.splits["test"], data.truth, failed)
 
@@ -82,7 +85,7 @@ def planned_run(config: CompareConfig, spec: str) -> TrainConfig:
     kind = next((model for model in MODELS if model == name), None)
     if kind is None:
         raise LabError(f"--models {spec}: no such model; there are {', '.join(MODELS)}")
-    try:
+    with reading_entry("--models", spec):
         own = parse(ComparedOptions, "--models", flags)
         options = ("learning_rate", "label_smoothing", "scheduled_sampling")
         given = {option: getattr(own, option) or getattr(config.training, option) for option in options}
@@ -92,8 +95,6 @@ def planned_run(config: CompareConfig, spec: str) -> TrainConfig:
                 cache=config.cache, training=dataclasses.replace(config.training, **given), decoding=config.decoding,
             )
         )  # fmt: skip
-    except LabError as error:
-        raise LabError(f"--models {spec}: {error}") from None
 
 
 if __name__ == "__main__":

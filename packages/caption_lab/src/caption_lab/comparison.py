@@ -14,7 +14,7 @@ from caption_lab.looking import looked_at, word_tiles
 from caption_lab.metrics import CiderD
 from caption_lab.results import METRICS, published_section
 from caption_lab.vocabulary import Cleaning
-from labs_common.comparing import cell, figure_text, mean_and_spread, pareto, within_one_error
+from labs_common.comparing import cell, figure_text, mean_and_spread, pareto, seeds_text, within_one_error
 from labs_common.data import CaptionedPictures
 from labs_common.progress import console
 from labs_common.report import (
@@ -110,16 +110,16 @@ def write_comparison(
     best = rows[0]["model"]
     equal = equal_to(entries[best], entries, test, config)
     summary = (
-        f"{len(entries)} captioners, {config.seeds} seed{'s' * (config.seeds > 1)} each. Highest CIDEr-D: {best} "
+        f"{len(entries)} captioners, {seeds_text(config.comparison)} each. Highest CIDEr-D: {best} "
         f"({rows[0]['CIDEr-D']:.2f}); within one standard error of it: {', '.join(equal)}."
     )
     sections = [
         numbers_section(run, rows, failed, config),
         *([truth_section(run, entries)] if truth else []),
         published_section({name: entry.first["test"]["metrics"] for name, entry in entries.items()}, config.data.data),
-        examples_section(entries, test, config.seed),
+        examples_section(entries, test, config.comparison.seed),
         looks_section(entries, test, config),
-        *([errors_section(entries, test, truth, config.seed)] if truth else []),
+        *([errors_section(entries, test, truth, config.comparison.seed)] if truth else []),
         curves_section(run, entries),
         cost_section(run, rows, entries),
         asked_section(config),
@@ -181,8 +181,8 @@ def numbers_section(
         Figure(save_figure(run, "bleu", bar_figure(bars, "per cent")), "BLEU of the test captions."),
         Text(f"Each was read back from disk and described the test pictures with --beam {config.decoding.beam}."),
     ]
-    if config.seeds > 1:
-        blocks.append(Text(f"Mean ± standard deviation over {config.seeds} seeds."))
+    if config.comparison.seeds > 1:
+        blocks.append(Text(f"Mean ± standard deviation over {config.comparison.seeds} seeds."))
     if failed:
         said = ", ".join(f"{name} (exit code {code})" for name, code in failed.items())
         blocks.append(Text(f"Not finished, and not in the tables: {said}."))

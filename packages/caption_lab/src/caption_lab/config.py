@@ -8,7 +8,15 @@ from typing import Literal
 import tyro
 
 from labs_common.errors import LabError
-from labs_common.options import CaptionDataOptions, OnBadData, RunOptions, TrainingOptions
+from labs_common.options import (
+    CaptionDataOptions,
+    CommandOptions,
+    ComparisonOptions,
+    OnBadData,
+    PageOptions,
+    RunOptions,
+    TrainingOptions,
+)
 
 Model = Literal["show_tell", "show_attend_tell", "transformer"]
 MODELS: tuple[Model, ...] = ("show_tell", "show_attend_tell", "transformer")
@@ -186,8 +194,7 @@ class EvaluateConfig:
     """Pictures at once."""
     output: Path | None = None
     """Directory of the report; by default evaluation-… in the run's."""
-    debug: bool = False
-    """Show the traceback of an error instead of one line."""
+    command: CommandOptions = field(default_factory=CommandOptions)
 
 
 @dataclass
@@ -208,8 +215,7 @@ class CaptionConfig:
     """Pictures at once."""
     on_bad_data: OnBadData = "error"
     """What to do with pictures that cannot be read: stop and name them, or leave them out."""
-    debug: bool = False
-    """Show the traceback of an error instead of one line."""
+    command: CommandOptions = field(default_factory=CommandOptions)
 
 
 @dataclass
@@ -219,12 +225,8 @@ class DemoConfig:
     checkpoint: Path | None = None
     """Directory of a finished run; by default the newest under runs/."""
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
-    host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 lets other machines in."""
-    port: int = 7860
-    """Port to listen on."""
-    debug: bool = False
-    """Show the traceback of an error instead of one line."""
+    page: PageOptions = field(default_factory=PageOptions)
+    command: CommandOptions = field(default_factory=CommandOptions)
 
 
 @dataclass
@@ -240,8 +242,7 @@ class PrepareConfig:
     """Directory of what is written; by default a new one under runs/."""
     seed: int = 0
     """Seed of the splits and of the pictures that are shown."""
-    debug: bool = False
-    """Show the traceback of an error instead of one line."""
+    command: CommandOptions = field(default_factory=CommandOptions)
 
 
 @dataclass
@@ -256,24 +257,12 @@ class CompareConfig:
 
     models: str = ",".join(MODELS)
     """Models, separated by commas; options of one follow after colons: transformer:mask_words=0.1:encoder=resnet18."""
-    seeds: int = 1
-    """Runs of each, with seeds from --seed on: the table then has mean and spread."""
-    launch: Path | None = None
-    """Accelerate configuration with which each run is launched, for several GPUs."""
     vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
     data: CaptionDataOptions = field(default_factory=CaptionDataOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     training: CaptionTrainingOptions = field(default_factory=CaptionTrainingOptions)
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
-    output: Path | None = None
-    """Directory of the comparison; by default one under runs/ that the options name, so that the same command finds it
-    again."""
-    config: Path | None = None
-    """YAML file whose values take the place of the defaults; flags win."""
-    seed: int = 0
-    """The first seed."""
-    debug: bool = False
-    """Show the traceback of an error instead of one line."""
+    comparison: ComparisonOptions = field(default_factory=ComparisonOptions)
 
 
 def complete(config: TrainConfig) -> TrainConfig:

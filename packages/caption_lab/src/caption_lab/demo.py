@@ -1,14 +1,12 @@
 """A page in the browser that describes pictures: `python -m caption_lab.demo` (extra `demo`)."""
 
-import importlib.util
-import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from caption_lab.config import FINISHED, TRAIN, DecodingOptions, DemoConfig, check_decoding
 from labs_common.cli import run_command
-from labs_common.errors import LabError
+from labs_common.pages import check_page, serve
 
 
 def main() -> None:
@@ -25,14 +23,9 @@ def demo(config: DemoConfig) -> None:
     from labs_common.run import newest_run
 
     check_decoding(config.decoding)
-    if importlib.util.find_spec("gradio") is None:
-        raise LabError("demo: needs Gradio; install the extra caption-lab[demo]")
     checkpoint = config.checkpoint or newest_run(FINISHED, TRAIN)
-    with socket.socket() as probe:
-        if probe.connect_ex((config.host, config.port)) == 0:
-            raise LabError(f"--port {config.port}: is in use; name another")
-    page = caption_page(checkpoint, config.decoding)
-    page.launch(server_name=config.host, server_port=config.port, share=False, quiet=False, footer_links=[])
+    check_page(config.page, "caption-lab[demo]")
+    serve(caption_page(checkpoint, config.decoding), config.page)
 
 
 def caption_page(checkpoint: Path, decoding: DecodingOptions) -> Any:

@@ -9,9 +9,17 @@ from dataclasses import dataclass, field
 
 from clip_lab.config import OBJECTIVES, CompareConfig, HeadOptions, TrainConfig, complete
 from labs_common.cli import parse, run_command
-from labs_common.comparing import check_compared, claim, comparison_folder, entries_of, name_and_flags, slug
+from labs_common.comparing import (
+    check_compared,
+    comparison_folder,
+    entries_of,
+    name_and_flags,
+    reading_entry,
+    seeds_of,
+    slug,
+)
 from labs_common.errors import LabError
-from labs_common.own_process import finished_runs, locked, start_server
+from labs_common.own_process import claimed, finished_runs, start_server
 
 LIBRARIES = ["clip_lab.train", "clip_lab.results", "clip_lab.scoring", "labs_common.training", "timm", "transformers"]
 
@@ -23,27 +31,22 @@ def main() -> None:
 
 def compare(config: CompareConfig) -> None:
     """Plans the runs, does those that are missing, measures all of them alike, and writes the report."""
-    from labs_common.run import check_writable
-
-    check_compared("objective", config.seeds, config.launch)
+    check_compared("objective", config.comparison)
     if config.ranked < 2:
         raise LabError("--ranked: must be at least 2")
     planned = {spec: planned_run(config, spec) for spec in entries_of("--objectives", config.objectives)}
-    folder = config.output or comparison_folder("compare-clip", config, [config.data.data, config.classes])
-    check_writable(folder)
+    folder = comparison_folder("compare-clip", config, [config.data.data, config.classes])
 
-    start_server(config.launch, LIBRARIES)
+    start_server(config.comparison.launch, LIBRARIES)
     from clip_lab.comparison import gathered, write_comparison
     from clip_lab.data import read_data
     from clip_lab.image import make_image_tower
 
-    data = read_data(config.data, config.seed, shown=True)
+    data = read_data(config.data, config.comparison.seed, shown=True)
     make_image_tower(dataclasses.replace(config.image, image_pretrained=False, image_weights=None))
-    claim(folder, config)
-    seeds = range(config.seed, config.seed + config.seeds)
-    lock = folder / ".lock"
-    with locked(lock):
-        failed = finished_runs("clip_lab.train", planned, folder, seeds, lock, config.launch)
+    seeds = seeds_of(config.comparison)
+    with claimed(folder, config):
+        failed = finished_runs("clip_lab.train", planned, folder, config.comparison)
         entries = gathered(folder, {spec: slug(spec) for spec in planned}, seeds, config, data)
         write_comparison(folder, config, entries, failed)
 
@@ -67,7 +70,7 @@ def planned_run(config: CompareConfig, spec: str) -> TrainConfig:
     kind = next((objective for objective in OBJECTIVES if objective == name), None)
     if kind is None:
         raise LabError(f"--objectives {spec}: no such objective; there are {', '.join(OBJECTIVES)}")
-    try:
+    with reading_entry("--objectives", spec):
         own = parse(ComparedOptions, "--objectives", flags)
         rate = own.learning_rate or config.training.learning_rate
         return complete(
@@ -77,8 +80,6 @@ def planned_run(config: CompareConfig, spec: str) -> TrainConfig:
                 training=dataclasses.replace(config.training, learning_rate=rate),
             )
         )  # fmt: skip
-    except LabError as error:
-        raise LabError(f"--objectives {spec}: {error}") from None
 
 
 if __name__ == "__main__":

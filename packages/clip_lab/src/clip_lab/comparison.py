@@ -98,7 +98,7 @@ def gathered(
     folder: Path, paths: Mapping[str, str], seeds: Iterable[int], config: CompareConfig, data: Captions
 ) -> dict[str, Entry]:
     """Reads and measures what is finished; `paths` are the runs' directories by the entries' names."""
-    splits = read_splits(ClassDataOptions(data=config.classes), config.seed)
+    splits = read_splits(ClassDataOptions(data=config.classes), config.comparison.seed)
     entries = {}
     seeds = list(seeds)
     for name, path in paths.items():
@@ -267,7 +267,7 @@ def _cost_section(rows: list[dict[str, Any]]) -> Section:
 
 
 def _pictures_section(config: CompareConfig) -> Section:
-    test = read_splits(ClassDataOptions(data=config.classes), config.seed)["test"]
+    test = read_splits(ClassDataOptions(data=config.classes), config.comparison.seed)["test"]
     places = [int(np.flatnonzero(test.labels == label)[0]) for label in range(min(12, len(test.classes)))
               if (test.labels == label).any()]  # fmt: skip
     tiles = [(shown(test.image(place), 96), test.classes[int(test.labels[place])]) for place in places]

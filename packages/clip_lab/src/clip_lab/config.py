@@ -8,7 +8,16 @@ from typing import Literal
 import tyro
 
 from labs_common.errors import LabError
-from labs_common.options import CaptionDataOptions, ClassDataOptions, OnBadData, RunOptions, TrainingOptions
+from labs_common.options import (
+    CaptionDataOptions,
+    ClassDataOptions,
+    CommandOptions,
+    ComparisonOptions,
+    OnBadData,
+    PageOptions,
+    RunOptions,
+    TrainingOptions,
+)
 
 Objective = Literal["clip", "siglip", "coca", "simvlm"]
 OBJECTIVES: tuple[Objective, ...] = ("clip", "siglip", "coca", "simvlm")
@@ -191,8 +200,7 @@ class RetrieveConfig:
     """Pictures at once."""
     on_bad_data: OnBadData = "skip"
     """What to do with pictures that cannot be read: leave them out and count them, or stop and name them."""
-    debug: bool = False
-    """Show the traceback of an error instead of one line."""
+    command: CommandOptions = field(default_factory=CommandOptions)
 
 
 @dataclass
@@ -230,8 +238,7 @@ class ProbeConfig:
     """Directory of what is written; by default a new one under runs/."""
     seed: int = 0
     """Seed of splits, draws and --solver sgd."""
-    debug: bool = False
-    """Show the traceback of an error instead of one line."""
+    command: CommandOptions = field(default_factory=CommandOptions)
 
 
 @dataclass
@@ -261,8 +268,7 @@ class ZeroShotConfig:
     """Directory of what is written; by default a new one under runs/."""
     seed: int = 0
     """Seed of the splits."""
-    debug: bool = False
-    """Show the traceback of an error instead of one line."""
+    command: CommandOptions = field(default_factory=CommandOptions)
 
 
 @dataclass
@@ -279,12 +285,8 @@ class DemoConfig:
     """Where the pictures' embeddings are kept; by default in the user's cache."""
     top: int = 12
     """How many to show."""
-    host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 lets other machines in."""
-    port: int = 7860
-    """Port to listen on."""
-    debug: bool = False
-    """Show the traceback of an error instead of one line."""
+    page: PageOptions = field(default_factory=PageOptions)
+    command: CommandOptions = field(default_factory=CommandOptions)
 
 
 @dataclass
@@ -298,8 +300,7 @@ class ExportConfig:
     towers with timm's own arguments and the own text tower."""
     output: Path = Path("exported")
     """Directory to write; it must not exist yet."""
-    debug: bool = False
-    """Show the traceback of an error instead of one line."""
+    command: CommandOptions = field(default_factory=CommandOptions)
 
 
 @dataclass
@@ -312,10 +313,6 @@ class CompareConfig:
 
     objectives: str = "clip,coca,simvlm"
     """Objectives, separated by commas; options of one follow after colons: coca:caption_weight=1:queries=64."""
-    seeds: int = 1
-    """Runs of each, with seeds from --seed on: the table then has mean and spread."""
-    launch: Path | None = None
-    """Accelerate configuration with which each run is launched, for several GPUs."""
     image: ImageOptions = field(default_factory=ImageOptions)
     text: TextOptions = field(default_factory=TextOptions)
     data: CaptionDataOptions = field(default_factory=CaptionDataOptions)
@@ -326,13 +323,7 @@ class CompareConfig:
     """Test pictures among which every model finds captions: SimVLM has to read each caption with each picture."""
     classes: str | None = None
     """Pictures with classes to be named, as --data of zero_shot; by default drawn things."""
-    output: Path | None = None
-    """Directory of the comparison; by default one under runs/ that the options name, so that the same command finds it
-    again."""
-    seed: int = 0
-    """The first seed."""
-    debug: bool = False
-    """Show the traceback of an error instead of one line."""
+    comparison: ComparisonOptions = field(default_factory=ComparisonOptions)
 
 
 def complete(config: TrainConfig) -> TrainConfig:

@@ -1,12 +1,11 @@
 """A page in the browser that searches: `python -m clip_lab.demo --data photos` (extra `demo`)."""
 
-import importlib.util
-import socket
 from typing import Any
 
 from clip_lab.config import DemoConfig
 from labs_common.cli import run_command
 from labs_common.errors import LabError
+from labs_common.pages import check_page, serve
 
 
 def main() -> None:
@@ -22,13 +21,8 @@ def demo(config: DemoConfig) -> None:
     """
     if config.top < 1:
         raise LabError("--top: must be at least 1")
-    if importlib.util.find_spec("gradio") is None:
-        raise LabError("demo: needs Gradio; install the extra clip-lab[demo]")
-    with socket.socket() as probe:
-        if probe.connect_ex((config.host, config.port)) == 0:
-            raise LabError(f"--port {config.port}: is in use; name another")
-    page = search_page(config)
-    page.launch(server_name=config.host, server_port=config.port, share=False, quiet=False, footer_links=[])
+    check_page(config.page, "clip-lab[demo]")
+    serve(search_page(config), config.page)
 
 
 def search_page(config: DemoConfig) -> Any:

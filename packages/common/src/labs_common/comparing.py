@@ -3,13 +3,15 @@
 import math
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from labs_common.cache import recipe_key
 from labs_common.cli import config_from_yaml, config_to_yaml, flat_options, to_plain
 from labs_common.errors import LabError
+from labs_common.options import ComparisonOptions
 
 ANYWAY = ("output", "debug", "launch", "config")  # these do not make it another comparison
 
@@ -41,14 +43,25 @@ def slug(spec: str) -> str:
     return spec.replace(":", "-").replace("/", "-")
 
 
-def comparison_folder(name: str, config: object, files: Sequence[str | Path | None]) -> Path:
-    """The directory under runs/ that the same options and the same files always give."""
+def comparison_folder(name: str, config: Any, files: Sequence[str | Path | None]) -> Path:
+    """`--output`, or the directory under runs/ that the same options and the same files always give.
+
+    `config` has its `ComparisonOptions` under `comparison`.
+
+    Raises:
+        LabError: it cannot be written.
+    """
+    from labs_common.run import check_writable
+
     options = {key: to_plain(value) for key, value in flat_options(config).items() if key not in ANYWAY}
     there = [Path(file) for file in files if file and Path(file).exists()]
-    return Path("runs") / f"{name}-{recipe_key({**options, 'files': [[str(f), f.stat().st_mtime] for f in there]})}"
+    key = recipe_key({**options, "files": [[str(file), file.stat().st_mtime] for file in there]})
+    folder: Path = config.comparison.output or Path("runs") / f"{name}-{key}"
+    check_writable(folder)
+    return folder
 
 
-def check_compared(what: str, seeds: int, launch: Path | None) -> None:
+def check_compared(what: str, options: ComparisonOptions) -> None:
     """Refuses a comparison that cannot start; `what` names one of the things that are compared.
 
     Raises:
@@ -57,10 +70,29 @@ def check_compared(what: str, seeds: int, launch: Path | None) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LabError(f"compare starts one process per {what} itself: run it with python -m, and name the Accelerate "
                        "configuration of several GPUs with --launch FILE")  # fmt: skip
-    if seeds < 1:
+    if options.seeds < 1:
         raise LabError("--seeds must be at least 1")
-    if launch is not None and not launch.is_file():
-        raise LabError(f"--launch {launch}: no such file; name an Accelerate configuration")
+    if options.launch is not None and not options.launch.is_file():
+        raise LabError(f"--launch {options.launch}: no such file; name an Accelerate configuration")
+
+
+def seeds_of(options: ComparisonOptions) -> range:
+    """The seeds of each thing that is compared."""
+    return range(options.seed, options.seed + options.seeds)
+
+
+def seeds_text(options: ComparisonOptions) -> str:
+    """How many seeds each had, in words."""
+    return "one seed" if options.seeds == 1 else f"{options.seeds} seeds"
+
+
+@contextmanager
+def reading_entry(flag: str, spec: str) -> Iterator[None]:
+    """Puts the entry of `flag` before what is wrong with it."""
+    try:
+        yield
+    except LabError as error:
+        raise LabError(f"{flag} {spec}: {error}") from None
 
 
 def claim(folder: Path, config: object) -> None:

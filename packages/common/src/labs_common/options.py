@@ -34,6 +34,45 @@ class RunOptions:
 
 
 @dataclass
+class CommandOptions:
+    """What every command that makes no run has."""
+
+    config: Path | None = None
+    """YAML file whose values take the place of the defaults; flags win."""
+    debug: bool = False
+    """Show the traceback of an error instead of one line."""
+
+
+@dataclass
+class ComparisonOptions:
+    """What every command that compares several runs has."""
+
+    seeds: int = 1
+    """Runs of each, with seeds from --seed on: the table then has mean and spread."""
+    seed: int = 0
+    """Seed of the first run of each."""
+    launch: Path | None = None
+    """Accelerate configuration with which each run is launched, for several GPUs."""
+    output: Path | None = None
+    """Directory of the comparison; by default one under runs/ that the options name, so that the same command finds it
+    again."""
+    config: Path | None = None
+    """YAML file whose values take the place of the defaults; flags win."""
+    debug: bool = False
+    """Show the traceback of an error instead of one line."""
+
+
+@dataclass
+class PageOptions:
+    """Where a page for the browser is served."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 lets other machines in."""
+    port: int = 7860
+    """Port to listen on."""
+
+
+@dataclass
 class TrainingOptions:
     """How the weights are moved."""
 

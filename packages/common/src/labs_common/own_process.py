@@ -22,13 +22,14 @@ from types import FrameType
 from typing import Any
 
 from labs_common.cli import config_to_yaml
-from labs_common.comparing import slug
+from labs_common.comparing import claim, seeds_of, slug
 from labs_common.errors import Interrupted, LabError
-from labs_common.options import RunOptions
+from labs_common.options import ComparisonOptions, RunOptions
 from labs_common.progress import console
 
 INTERRUPTED = 130
 WRONG_INPUT = 2
+LOCK = ".lock"
 
 
 def start_server(launch: Path | None, libraries: Sequence[str]) -> None:
@@ -38,10 +39,11 @@ def start_server(launch: Path | None, libraries: Sequence[str]) -> None:
         forkserver.ensure_running()
 
 
-def finished_run(module: str, config: object, path: Path, lock: Path, launch: Path | None = None) -> int:
+def finished_run(module: str, config: object, path: Path, folder: Path, launch: Path | None = None) -> int:
     """Does the run that `config` describes, or the rest of it, unless it is there; returns the exit code.
 
-    `module` has the command (`llm_peft_fa.train`), and `path` is the --output that `config` names.
+    `module` has the command (`llm_peft_fa.train`), `path` is the --output that `config` names, and `folder` that of the
+    comparison.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; the run was saved.
@@ -57,6 +59,7 @@ def finished_run(module: str, config: object, path: Path, lock: Path, launch: Pa
         asked.parent.mkdir(parents=True, exist_ok=True)
         asked.write_text(config_to_yaml(config), encoding="utf-8")
         arguments = ["--config", str(asked)]
+    lock = folder / LOCK
     code = _forked(module, arguments, lock) if launch is None else _launched(module, arguments, lock, launch)
     if code == INTERRUPTED:
         raise Interrupted(f"stopped in {path}, which is saved; the same command goes on from there")
@@ -65,9 +68,7 @@ def finished_run(module: str, config: object, path: Path, lock: Path, launch: Pa
     return code
 
 
-def finished_runs(
-    module: str, planned: Mapping[str, Any], folder: Path, seeds: Sequence[int], lock: Path, launch: Path | None
-) -> dict[str, int]:
+def finished_runs(module: str, planned: Mapping[str, Any], folder: Path, options: ComparisonOptions) -> dict[str, int]:
     """Does each planned run with each seed, in FOLDER/NAME/seed-SEED, unless it is there.
 
     Returns the exit codes of those that failed. Configs have their `RunOptions` under `run`.
@@ -77,13 +78,13 @@ def finished_runs(
         LabError: a run says that its input is wrong.
     """
     failed = {}
-    jobs = [(name, seed) for seed in seeds for name in planned]
+    jobs = [(name, seed) for seed in seeds_of(options) for name in planned]
     for number, (name, seed) in enumerate(jobs, 1):
         path = folder / slug(name) / f"seed-{seed}"
         there = ": there already" if (path / "results.json").exists() else ""
         console.print(f"[{number}/{len(jobs)}] {name}, seed {seed}{there}")
         wanted = dataclasses.replace(planned[name], run=RunOptions(output=path, seed=seed, track="none"))
-        code = finished_run(module, wanted, path, lock, launch)
+        code = finished_run(module, wanted, path, folder, options.launch)
         if code:
             failed[f"{name}, seed {seed}"] = code
             console.print(f"{name}, seed {seed}: stopped with exit code {code}; the others go on")
@@ -91,16 +92,21 @@ def finished_runs(
 
 
 @contextmanager
-def locked(lock: Path) -> Iterator[None]:
-    """Waits until nobody works under this lock, then holds it together with the runs that are started meanwhile.
+def claimed(folder: Path, config: object) -> Iterator[None]:
+    """Makes the comparison's directory, or finds it; waits until nobody works in it, then holds its lock.
 
-    A run that outlives a killed comparison keeps it, so that no second process writes into the same directory.
+    The runs that are started meanwhile hold it too: one that outlives a killed comparison keeps it, so that no second
+    process writes into the same directory.
+
+    Raises:
+        LabError: the directory is of another comparison, or of something else.
     """
-    with lock.open("w") as file:
+    claim(folder, config)
+    with (folder / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{lock.parent}: a run is still going on there; waiting for it to end", file=sys.stderr, flush=True)
+            print(f"{folder}: a run is still going on there; waiting for it to end", file=sys.stderr, flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         fcntl.flock(file, fcntl.LOCK_SH)
         yield

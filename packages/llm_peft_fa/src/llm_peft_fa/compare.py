@@ -9,10 +9,18 @@ from pathlib import Path
 
 from labs_common.cache import path_name
 from labs_common.cli import parse, run_command
-from labs_common.comparing import check_compared, claim, comparison_folder, entries_of, name_and_flags, slug
+from labs_common.comparing import (
+    check_compared,
+    comparison_folder,
+    entries_of,
+    name_and_flags,
+    reading_entry,
+    seeds_of,
+    slug,
+)
 from labs_common.errors import LabError
 from labs_common.options import RunOptions
-from labs_common.own_process import finished_run, finished_runs, locked, start_server
+from labs_common.own_process import claimed, finished_run, finished_runs, start_server
 from llm_peft_fa.config import CompareConfig, TrainConfig, complete
 from llm_peft_fa.method_options import MethodOptions
 
@@ -26,33 +34,28 @@ def main() -> None:
 
 def compare(config: CompareConfig) -> None:
     """Plans the runs, does those that are missing, and writes the report."""
-    from labs_common.run import check_writable
-
-    check_compared("method", config.seeds, config.launch)
+    check_compared("method", config.comparison)
     if config.search < 0 or not 0 < config.search_share <= 1:
         raise LabError("--search must be at least 0, --search-share above 0 and at most 1")
     planned = {spec: planned_run(config, spec) for spec in entries_of("--methods", config.methods)}
     files = (config.data.data, config.data.validation_data, config.data.plain_text)
-    folder = config.output or comparison_folder(f"compare-{path_name(config.model.model)}", config, files)
-    check_writable(folder)
+    folder = comparison_folder(f"compare-{path_name(config.model.model)}", config, files)
 
-    start_server(config.launch, LIBRARIES)
+    start_server(config.comparison.launch, LIBRARIES)
     from llm_peft_fa.comparison import check_plan, gathered, save_base_answers, steps_of
     from llm_peft_fa.comparison_report import write_comparison
 
     check_plan(planned)
-    claim(folder, config)
-    seeds = range(config.seed, config.seed + config.seeds)
-    lock = folder / ".lock"
-    with locked(lock):
+    seeds = seeds_of(config.comparison)
+    with claimed(folder, config):
         for seed in seeds:
             save_base_answers(folder / "base" / f"seed-{seed}", _at(next(iter(planned.values())), seed))
         if config.search:
             steps = steps_of(next(iter(planned.values())))
             budget = max(1, round(config.search_share * steps))
-            planned = {spec: _searched(config, run, folder / "search" / slug(spec), budget, lock)
+            planned = {spec: _searched(config, run, folder, slug(spec), budget)
                        for spec, run in planned.items()}  # fmt: skip
-        failed = finished_runs("llm_peft_fa.train", planned, folder, seeds, lock, config.launch)
+        failed = finished_runs("llm_peft_fa.train", planned, folder, config.comparison)
         results = gathered(folder, {spec: slug(spec) for spec in planned}, seeds)
         write_comparison(folder, config, results, failed)
 
@@ -75,7 +78,7 @@ def planned_run(config: CompareConfig, spec: str) -> TrainConfig:
                 raise LabError(f"--methods {spec}: learning_rate is a number, not {value!r}") from None
         else:
             flags.append(option)
-    try:
+    with reading_entry("--methods", spec):
         method = parse(MethodOptions, "--methods", flags)
         return complete(
             TrainConfig(
@@ -84,11 +87,9 @@ def planned_run(config: CompareConfig, spec: str) -> TrainConfig:
                 generation=dataclasses.replace(config.generation, answer_base=False),
             )
         )  # fmt: skip
-    except LabError as error:
-        raise LabError(f"--methods {spec}: {error}") from None
 
 
-def _searched(config: CompareConfig, run: TrainConfig, path: Path, steps: int, lock: Path) -> TrainConfig:
+def _searched(config: CompareConfig, run: TrainConfig, folder: Path, name: str, steps: int) -> TrainConfig:
     """The run with the best of --search learning rates: threefold steps around its own, `steps` steps each."""
     from llm_peft_fa.comparison import validation_loss_of
 
@@ -101,8 +102,10 @@ def _searched(config: CompareConfig, run: TrainConfig, path: Path, steps: int, l
             training=dataclasses.replace(run.training, learning_rate=rate, max_steps=steps),
             generation=dataclasses.replace(run.generation, test_prompts=0, prompts=None),
         )
-        if _finished(_at(short, config.seed, path / f"rate-{rate:.2g}"), lock, config) == 0:
-            tried[rate] = validation_loss_of(path / f"rate-{rate:.2g}")
+        path = folder / "search" / name / f"rate-{rate:.2g}"
+        wanted = _at(short, config.comparison.seed, path)
+        if finished_run("llm_peft_fa.train", wanted, path, folder, config.comparison.launch) == 0:
+            tried[rate] = validation_loss_of(path)
     if not tried:
         return run
     best = min(tried, key=lambda rate: tried[rate])
@@ -111,11 +114,6 @@ def _searched(config: CompareConfig, run: TrainConfig, path: Path, steps: int, l
 
 def _at(run: TrainConfig, seed: int, path: Path | None = None) -> TrainConfig:
     return dataclasses.replace(run, run=RunOptions(output=path, seed=seed, track="none"))
-
-
-def _finished(run: TrainConfig, lock: Path, config: CompareConfig) -> int:
-    assert run.run.output is not None
-    return finished_run("llm_peft_fa.train", run, run.run.output, lock, config.launch)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from labs_common.comparing import cell, figure_text, mean_and_spread, pareto
+from labs_common.comparing import cell, figure_text, mean_and_spread, pareto, seeds_of, seeds_text
 from labs_common.progress import console
 from labs_common.report import (
     Figure,
@@ -56,7 +56,7 @@ def write_comparison(folder: Path, config: CompareConfig, results: Results, fail
     run.save_json("comparison.json", {"rows": rows, "recommended": best.name})
     words = quality_name(results)
     summary = (
-        f"{len(results.entries)} methods, {config.seeds} seed{'s' * (config.seeds > 1)} each. Recommended by the rule "
+        f"{len(results.entries)} methods, {seeds_text(config.comparison)} each. Recommended by the rule "
         f"below: {best.name}, {words} {quality(best):.3f}."
     )
     sections = [
@@ -120,12 +120,12 @@ def recommendation_section(results: Results, best: Entry, equal: Sequence[Entry]
 def stability_text(results: Results, config: CompareConfig) -> str:
     """Whether the order of the methods can be relied on."""
     entries = results.entries
-    seeds = range(config.seed, config.seed + config.seeds)
+    seeds = seeds_of(config.comparison)
     orders = [order_of(entries, seed) for seed in seeds]
-    if config.seeds > 1:
+    if config.comparison.seeds > 1:
         pairs = changing_pairs(entries, list(seeds))
         if not pairs:
-            return f"The order is the same with all {config.seeds} seeds: {' > '.join(orders[0])}."
+            return f"The order is the same with all {config.comparison.seeds} seeds: {' > '.join(orders[0])}."
         changing = "; ".join(f"{one} and {two}" for one, two in pairs)
         said = "; ".join(f"seed {seed}: {' > '.join(order)}" for seed, order in zip(seeds, orders, strict=True))
         return f"The order is not stable over seeds: {changing} change places. {said}."
@@ -155,8 +155,8 @@ def numbers_section(
             "base's was forgotten. Peak memory is of the whole process, libraries included, on a CPU."
         ),
     ]
-    if config.seeds > 1:
-        blocks.append(Text(f"Mean ± standard deviation over {config.seeds} seeds."))
+    if config.comparison.seeds > 1:
+        blocks.append(Text(f"Mean ± standard deviation over {config.comparison.seeds} seeds."))
     if config.search:
         blocks.append(
             Text(

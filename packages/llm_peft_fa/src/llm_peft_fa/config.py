@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from labs_common.errors import LabError
-from labs_common.options import OnBadData, RunOptions, TrainingOptions
+from labs_common.options import CommandOptions, ComparisonOptions, OnBadData, PageOptions, RunOptions, TrainingOptions
 from llm_peft_fa.method_options import LEARNING_RATES, SOFT_PROMPTS, WITHOUT_PEFT, MethodOptions, resolved
 
 OnTooLong = Literal["error", "truncate", "skip"]
@@ -156,8 +156,7 @@ class EvaluateConfig:
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     seed: int = 0
     """Seed of the choice of prompts; of a run it is the run's own."""
-    debug: bool = False
-    """Show the traceback of an error instead of one line."""
+    command: CommandOptions = field(default_factory=CommandOptions)
 
 
 @dataclass
@@ -181,8 +180,7 @@ class ChatConfig:
     """0 always takes the likeliest token; higher values vary more."""
     seed: int = 0
     """Seed of the variation."""
-    debug: bool = False
-    """Show the traceback of an error instead of one line."""
+    command: CommandOptions = field(default_factory=CommandOptions)
 
 
 @dataclass
@@ -196,14 +194,10 @@ class DemoConfig:
     """Directories of runs; by default all finished ones under runs/, newest first."""
     models: tuple[str, ...] = ()
     """Further models: Hugging Face ids or directories."""
-    host: str = "127.0.0.1"
-    """Address that the page is served on; 0.0.0.0 lets other machines in."""
-    port: int = 7860
-    """Port that the page is served on."""
+    page: PageOptions = field(default_factory=PageOptions)
     max_new_tokens: int = 128
     """Longest answer, in tokens."""
-    debug: bool = False
-    """Show the traceback of an error instead of one line."""
+    command: CommandOptions = field(default_factory=CommandOptions)
 
 
 @dataclass
@@ -226,8 +220,7 @@ class InspectConfig:
     """Where report.html goes; by default a new directory under runs/."""
     seed: int = 0
     """Seed of the choice of samples."""
-    debug: bool = False
-    """Show the traceback of an error instead of one line."""
+    command: CommandOptions = field(default_factory=CommandOptions)
 
 
 @dataclass
@@ -242,24 +235,12 @@ class CompareConfig:
 
     methods: str = "prompt_tuning,prefix_tuning,ia3,lora,dora,layers:layers=1,full"
     """Methods, separated by commas; options of one follow after colons: lora:rank=64,layers:which=last:layers=1."""
-    seeds: int = 1
-    """Runs of each method, with seeds from --seed on: the table then has mean and spread."""
     search: int = 0
     """Learning rates tried for each method, threefold steps around its own; 0 takes its own."""
     search_share: float = 0.25
     """Share of a run's steps that each tried learning rate gets."""
-    launch: Path | None = None
-    """Accelerate configuration with which each run is launched, for several GPUs."""
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     training: LanguageTrainingOptions = field(default_factory=LanguageTrainingOptions)
     generation: GenerationOptions = field(default_factory=GenerationOptions)
-    output: Path | None = None
-    """Directory of the comparison; by default one under runs/ that the options name, so that the same command finds it
-    again."""
-    config: Path | None = None
-    """YAML file whose values take the place of the defaults; flags win."""
-    seed: int = 0
-    """The first seed."""
-    debug: bool = False
-    """Show the traceback of an error instead of one line."""
+    comparison: ComparisonOptions = field(default_factory=ComparisonOptions)

@@ -1,13 +1,12 @@
 """A chat page in the browser: `python -m llm_peft_fa.demo` (extra `demo`)."""
 
-import importlib.util
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from labs_common.cli import run_command
 from labs_common.errors import LabError
+from labs_common.pages import check_page, serve
 from llm_peft_fa.config import DemoConfig
 
 if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
@@ -30,14 +29,9 @@ def demo(config: DemoConfig) -> None:
     Raises:
         LabError: Gradio is not installed, nothing is there to talk to, or the port is taken.
     """
-    if importlib.util.find_spec("gradio") is None:
-        raise LabError("demo: needs Gradio; install the extra llm-peft-fa[demo]")
     subjects = found_subjects(config)
-    with socket.socket() as probe:
-        if probe.connect_ex((config.host, config.port)) == 0:
-            raise LabError(f"--port {config.port}: is in use; name another")
-    page = chat_page(subjects, config.max_new_tokens)
-    page.launch(server_name=config.host, server_port=config.port, share=False, quiet=False, footer_links=[])
+    check_page(config.page, "llm-peft-fa[demo]")
+    serve(chat_page(subjects, config.max_new_tokens), config.page)
 
 
 def found_subjects(config: DemoConfig) -> "dict[str, Subject]":

@@ -8,9 +8,16 @@ import dataclasses
 from dataclasses import dataclass
 
 from labs_common.cli import parse, run_command
-from labs_common.comparing import check_compared, claim, comparison_folder, entries_of, name_and_flags, slug
-from labs_common.errors import LabError
-from labs_common.own_process import finished_runs, locked, start_server
+from labs_common.comparing import (
+    check_compared,
+    comparison_folder,
+    entries_of,
+    name_and_flags,
+    reading_entry,
+    seeds_of,
+    slug,
+)
+from labs_common.own_process import claimed, finished_runs, start_server
 from vit_transfer.config import TINY, CompareConfig, ModelOptions, TrainConfig, complete
 
 LIBRARIES = ["vit_transfer.train", "vit_transfer.results", "vit_transfer.baselines", "labs_common.training", "timm"]
@@ -23,30 +30,25 @@ def main() -> None:
 
 def compare(config: CompareConfig) -> None:
     """Plans the runs, does those that are missing, and writes the report."""
-    from labs_common.run import check_writable
-
-    check_compared("network", config.seeds, config.launch)
+    check_compared("network", config.comparison)
     planned = {spec: planned_run(config, spec) for spec in entries_of("--models", config.models)}
-    folder = config.output or comparison_folder("compare-networks", config, [config.data.data])
-    check_writable(folder)
+    folder = comparison_folder("compare-networks", config, [config.data.data])
 
-    start_server(config.launch, LIBRARIES)
+    start_server(config.comparison.launch, LIBRARIES)
     from vit_transfer.comparison import gathered
     from vit_transfer.comparison_report import write_comparison
     from vit_transfer.data import read_splits
     from vit_transfer.tiny import tiny_model
     from vit_transfer.train import check_network
 
-    splits = read_splits(config.data, config.seed, shown=True)
+    splits = read_splits(config.data, config.comparison.seed, shown=True)
     for run in planned.values():
         check_network(run, splits)
         if run.model.model in TINY and run.model.pretrained:
             tiny_model(run.model.model, 2, pretrained=True)  # here, so that no run's memory is that of making it
-    claim(folder, config)
-    seeds = range(config.seed, config.seed + config.seeds)
-    lock = folder / ".lock"
-    with locked(lock):
-        failed = finished_runs("vit_transfer.train", planned, folder, seeds, lock, config.launch)
+    seeds = seeds_of(config.comparison)
+    with claimed(folder, config):
+        failed = finished_runs("vit_transfer.train", planned, folder, config.comparison)
         entries = gathered(folder, {spec: slug(spec) for spec in planned}, seeds)
         write_comparison(folder, config, entries, splits["test"], failed)
 
@@ -69,7 +71,7 @@ def planned_run(config: CompareConfig, spec: str) -> TrainConfig:
     shared = [
         f"--{option}={getattr(config, option.replace('-', '_'))}" for option in ("head", "head-width", "image-size")
     ]
-    try:
+    with reading_entry("--models", spec):
         found = parse(ComparedOptions, "--models", [f"--model={name}", *shared, *flags])
         options = {field.name: getattr(found, field.name) for field in dataclasses.fields(ModelOptions)}
         rate = found.learning_rate or config.training.learning_rate
@@ -79,8 +81,6 @@ def planned_run(config: CompareConfig, spec: str) -> TrainConfig:
                 training=dataclasses.replace(config.training, learning_rate=rate), baselines="no",
             )
         )  # fmt: skip
-    except LabError as error:
-        raise LabError(f"--models {spec}: {error}") from None
 
 
 if __name__ == "__main__":

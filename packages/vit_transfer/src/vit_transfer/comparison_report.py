@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from labs_common.comparing import cell, figure_text, mean_and_spread, pareto
+from labs_common.comparing import cell, figure_text, mean_and_spread, pareto, seeds_text
 from labs_common.data import LabelledPictures
 from labs_common.progress import console
 from labs_common.report import (
@@ -66,7 +66,7 @@ def write_comparison(
     run.save_json("comparison.json", {"rows": rows, "recommended": best.name})
     kinds = " and ".join(f"{entry.name} ({kind}) {entry.accuracy:.1%}" for kind, entry in best_of_kind(entries).items())
     summary = (
-        f"{len(entries)} networks, {config.seeds} seed{'s' * (config.seeds > 1)} each. Test accuracy: {kinds}. "
+        f"{len(entries)} networks, {seeds_text(config.comparison)} each. Test accuracy: {kinds}. "
         f"Recommended by the rule below: {best.name}."
     )
     sections = [
@@ -76,7 +76,7 @@ def write_comparison(
         paper_section(entries, config),
         cost_section(run, entries),
         curves_section(run, entries),
-        pictures_section(entries, test, config.seed),
+        pictures_section(entries, test, config.comparison.seed),
         asked_section(config),
         budget_section(entries, test),
     ]
@@ -150,8 +150,8 @@ def numbers_section(
             "is of the whole process, libraries included, on a CPU."
         ),
     ]
-    if config.seeds > 1:
-        blocks.append(Text(f"Mean ± standard deviation over {config.seeds} seeds."))
+    if config.comparison.seeds > 1:
+        blocks.append(Text(f"Mean ± standard deviation over {config.comparison.seeds} seeds."))
     if failed:
         said = ", ".join(f"{name} (exit code {code})" for name, code in failed.items())
         blocks.append(Text(f"Not finished, and not in the tables: {said}."))

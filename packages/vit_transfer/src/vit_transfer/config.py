@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from labs_common.errors import LabError
-from labs_common.options import ClassDataOptions, RunOptions, TrainingOptions
+from labs_common.options import ClassDataOptions, CommandOptions, ComparisonOptions, RunOptions, TrainingOptions
 
 Unfreeze = Literal["block", "head", "all"]
 Head = Literal["linear", "mlp"]
@@ -167,10 +167,6 @@ class CompareConfig:
         "tiny-vit:unfreeze=all:no-pretrained,tiny-cnn:unfreeze=all:no-pretrained"
     )
     """Networks, separated by commas; options of one follow after colons: resnet50:unfreeze=head:learning_rate=1e-3."""
-    seeds: int = 1
-    """Runs of each, with seeds from --seed on: the table then has mean and spread."""
-    launch: Path | None = None
-    """Accelerate configuration with which each run is launched, for several GPUs."""
     head: Head = "linear"
     """New head of all: one linear layer, or an MLP with one hidden layer."""
     head_width: int = 512
@@ -180,15 +176,7 @@ class CompareConfig:
     data: DataOptions = field(default_factory=DataOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     training: PictureTrainingOptions = field(default_factory=PictureTrainingOptions)
-    output: Path | None = None
-    """Directory of the comparison; by default one under runs/ that the options name, so that the same command finds it
-    again."""
-    config: Path | None = None
-    """YAML file whose values take the place of the defaults; flags win."""
-    seed: int = 0
-    """The first seed."""
-    debug: bool = False
-    """Show the traceback of an error instead of one line."""
+    comparison: ComparisonOptions = field(default_factory=ComparisonOptions)
 
 
 @dataclass
@@ -201,8 +189,7 @@ class ModelsConfig:
 
     names: str | None = None
     """Networks, separated by commas, instead of the whole catalogue; of a network that is not in it, its parts."""
-    debug: bool = False
-    """Show the traceback of an error instead of one line."""
+    command: CommandOptions = field(default_factory=CommandOptions)
 
 
 Config = TypeVar("Config", bound=TrainConfig)

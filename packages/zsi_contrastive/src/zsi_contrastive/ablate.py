@@ -8,9 +8,9 @@ import dataclasses
 from typing import Any
 
 from labs_common.cli import run_command
-from labs_common.comparing import check_compared, claim, comparison_folder, entries_of
+from labs_common.comparing import check_compared, comparison_folder, entries_of, seeds_of
 from labs_common.errors import LabError
-from labs_common.own_process import finished_runs, locked, start_server
+from labs_common.own_process import claimed, finished_runs, start_server
 from zsi_contrastive.command_config import AblateConfig
 from zsi_contrastive.config import TrainConfig, complete
 
@@ -28,25 +28,22 @@ def main() -> None:
 
 def ablate(config: AblateConfig) -> None:
     """Plans the runs, does those that are missing, and writes the report."""
-    from labs_common.run import check_writable
-
-    check_compared("variant", config.seeds, config.launch)
+    check_compared("variant", config.comparison)
     planned = {row: planned_run(config, row) for row in entries_of("--rows", config.rows)}
     files = [config.data.data, config.words.word_vectors or None, config.words.vocabulary]
-    folder = config.output or comparison_folder("ablation", config, files)
-    check_writable(folder)
+    folder = comparison_folder("ablation", config, files)
 
-    start_server(config.launch, LIBRARIES)
+    start_server(config.comparison.launch, LIBRARIES)
     from zsi_contrastive.ablation import gathered, write_ablation
     from zsi_contrastive.data import read_data
 
     first = next(iter(planned.values()))
-    read_data(first.data, first.words, config.seed, shown=True)  # what is wrong with it is said before anything runs
-    claim(folder, config)
-    seeds = range(config.seed, config.seed + config.seeds)
-    lock = folder / ".lock"
-    with locked(lock):
-        failed = finished_runs("zsi_contrastive.train", planned, folder, seeds, lock, config.launch)
+    read_data(
+        first.data, first.words, config.comparison.seed, shown=True
+    )  # what is wrong with it is said before anything runs
+    seeds = seeds_of(config.comparison)
+    with claimed(folder, config):
+        failed = finished_runs("zsi_contrastive.train", planned, folder, config.comparison)
         write_ablation(folder, config, gathered(folder, planned, seeds), failed)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from labs_common.comparing import cell, figure_text, mean_and_spread, slug
+from labs_common.comparing import cell, figure_text, mean_and_spread, seeds_text, slug
 from labs_common.progress import console
 from labs_common.report import Figure, Section, Table, Text, asked_section, save_figure, write_report
 from labs_common.report.figures import bar_figure, curve_figure
@@ -84,10 +84,9 @@ def write_ablation(
     for row, runs in found.items():
         points = [line for line in runs[0].lines("metrics.jsonl") if "validation/unseen_ap50" in line]
         curves[SAID[row]] = ([line["step"] for line in points], [line["validation/unseen_ap50"] for line in points])
-    seeds = "seed" if config.seeds == 1 else "seeds"
-    note = f"Every variant has the same pictures, steps and {config.seeds} {seeds}. "
+    note = f"Every variant has the same pictures, steps and {seeds_text(config.comparison)}. "
     note += "Up to the synchronised background each adds one part; contrastive heads are added to all of them."
-    if config.seeds == 1:
+    if config.comparison.seeds == 1:
         note += " One run of each says little about small differences: see --seeds."
     sections = [
         asked_section(config),

@@ -6,6 +6,7 @@ from typing import Literal
 
 import tyro
 
+from labs_common.options import CommandOptions, ComparisonOptions
 from zsi_contrastive.config import DataOptions, DetectionOptions, DetectorTrainingOptions, ModelOptions, WordOptions
 
 
@@ -33,8 +34,7 @@ class EvaluateConfig:
     """Seed of the random vectors."""
     report: bool = True
     """Write report.html."""
-    debug: bool = False
-    """Show the traceback of an error instead of one line."""
+    command: CommandOptions = field(default_factory=CommandOptions)
 
 
 @dataclass
@@ -64,8 +64,7 @@ class PredictConfig:
     """Pictures that the network sees at once."""
     on_bad_data: Literal["error", "skip"] = "error"
     """What to do with pictures that cannot be read: stop and name them, or leave them out."""
-    debug: bool = False
-    """Show the traceback of an error instead of one line."""
+    command: CommandOptions = field(default_factory=CommandOptions)
 
 
 @dataclass
@@ -80,23 +79,12 @@ class AblateConfig:
     rows: str = "detector,mask-head,decoders,background-rpn,sync-background,greedy-infomax,patch-infonce,both"
     """Which: up to sync-background each has what those before it have, and what it is called; the last three add
     contrastive heads to all of that. none is another name of sync-background."""
-    seeds: int = 1
-    """Runs of each, with seeds from --seed on: the table then has mean and spread."""
-    launch: Path | None = None
-    """Accelerate configuration with which each run is launched, for several GPUs."""
     data: DataOptions = field(default_factory=DataOptions)
     words: WordOptions = field(default_factory=WordOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     detection: DetectionOptions = field(default_factory=DetectionOptions)
     training: DetectorTrainingOptions = field(default_factory=DetectorTrainingOptions)
-    output: Path | None = None
-    """Directory of the ablation; by default one under runs/ that the options name."""
-    config: Path | None = None
-    """YAML file whose values take the place of the defaults; flags win."""
-    seed: int = 0
-    """The first seed."""
-    debug: bool = False
-    """Show the traceback of an error instead of one line."""
+    comparison: ComparisonOptions = field(default_factory=ComparisonOptions)
 
 
 @dataclass
@@ -111,8 +99,7 @@ class PrepareConfig:
     data: DataOptions = field(default_factory=DataOptions)
     output: Path | None = None
     """Directory of the files; it must not exist yet. By default zero-shot-SPLIT."""
-    debug: bool = False
-    """Show the traceback of an error instead of one line."""
+    command: CommandOptions = field(default_factory=CommandOptions)
 
 
 @dataclass
@@ -129,5 +116,4 @@ class VectorsConfig:
     words: WordOptions = field(default_factory=WordOptions)
     write: Path | None = None
     """Write the vectors as a matrix to this file."""
-    debug: bool = False
-    """Show the traceback of an error instead of one line."""
+    command: CommandOptions = field(default_factory=CommandOptions)

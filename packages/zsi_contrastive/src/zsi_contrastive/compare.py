@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from labs_common.cli import parse, run_command
-from labs_common.comparing import check_compared, claim, comparison_folder, entries_of, name_and_flags
+from labs_common.comparing import check_compared, comparison_folder, entries_of, name_and_flags, reading_entry, seeds_of
 from labs_common.errors import LabError
-from labs_common.own_process import finished_runs, locked, start_server
+from labs_common.own_process import claimed, finished_runs, start_server
 from zsi_contrastive.pretrain_config import METHODS, CompareConfig, MethodOptions, PretrainConfig, complete
 
 LIBRARIES = ["zsi_contrastive.pretrain", "zsi_contrastive.pretraining.fitting", "zsi_contrastive.pretraining.results",
@@ -26,23 +26,18 @@ def main() -> None:
 
 def compare(config: CompareConfig) -> None:
     """Plans the runs, does those that are missing, and writes the report."""
-    from labs_common.run import check_writable
-
-    check_compared("method", config.seeds, config.launch)
+    check_compared("method", config.comparison)
     planned = {spec: planned_run(config, spec) for spec in entries_of("--methods", config.methods)}
-    folder = config.output or comparison_folder("compare-pretraining", config, [config.data.data])
-    check_writable(folder)
+    folder = comparison_folder("compare-pretraining", config, [config.data.data])
 
-    start_server(config.launch, LIBRARIES)
+    start_server(config.comparison.launch, LIBRARIES)
     from zsi_contrastive.pretraining.comparison import gathered, write_comparison
     from zsi_contrastive.pretraining.data import read_splits
 
-    read_splits(config.data, config.seed, shown=True)  # what is wrong with it is said before anything runs
-    claim(folder, config)
-    seeds = range(config.seed, config.seed + config.seeds)
-    lock = folder / ".lock"
-    with locked(lock):
-        failed = finished_runs("zsi_contrastive.pretrain", planned, folder, seeds, lock, config.launch)
+    read_splits(config.data, config.comparison.seed, shown=True)  # what is wrong with it is said before anything runs
+    seeds = seeds_of(config.comparison)
+    with claimed(folder, config):
+        failed = finished_runs("zsi_contrastive.pretrain", planned, folder, config.comparison)
         write_comparison(folder, config, gathered(folder, planned, seeds), failed)
 
 
@@ -71,7 +66,7 @@ def planned_run(config: CompareConfig, spec: str) -> PretrainConfig:
     method = next((known for known in METHODS if known == name), None)
     if method is None:
         raise LabError(f"--methods {spec}: no such method; there are {', '.join(METHODS)}")
-    try:
+    with reading_entry("--methods", spec):
         asked = parse(ComparedOptions, "--methods", flags)
         own = MethodOptions()
         changed: dict[str, Any] = {name: value for name, value in vars(asked.own).items() if value != vars(own)[name]}
@@ -87,8 +82,6 @@ def planned_run(config: CompareConfig, spec: str) -> PretrainConfig:
                 own=dataclasses.replace(config.own, **changed), training=training, measure=config.measure,
             )
         )  # fmt: skip
-    except LabError as error:
-        raise LabError(f"--methods {spec}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -2,11 +2,10 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, get_args
 
 from labs_common.errors import LabError
-from labs_common.options import ClassDataOptions, RunOptions, TrainingOptions
+from labs_common.options import ClassDataOptions, ComparisonOptions, RunOptions, TrainingOptions
 from zsi_contrastive.config import TINY
 
 Method = Literal["simclr", "moco", "byol", "dino", "gim", "cpc"]
@@ -295,21 +294,10 @@ class CompareConfig:
         "simclr,simclr:batch_size=64,moco,moco:queue=256,byol,byol:momentum=0,dino,dino:local_crops=0,gim,cpc"
     )
     """Which, each with options of pretrain after colons."""
-    seeds: int = 1
-    """Runs of each, with seeds from --seed on: the table then has mean and spread."""
-    launch: Path | None = None
-    """Accelerate configuration with which each run is launched, for several GPUs."""
     data: PretrainDataOptions = field(default_factory=PretrainDataOptions)
     encoder: EncoderOptions = field(default_factory=EncoderOptions)
     views: ViewOptions = field(default_factory=ViewOptions)
     own: MethodOptions = field(default_factory=MethodOptions)
     training: PretrainTrainingOptions = field(default_factory=PretrainTrainingOptions)
     measure: MeasureOptions = field(default_factory=MeasureOptions)
-    output: Path | None = None
-    """Directory of the comparison; by default one under runs/ that the options name."""
-    config: Path | None = None
-    """YAML file whose values take the place of the defaults; flags win."""
-    seed: int = 0
-    """The first seed."""
-    debug: bool = False
-    """Show the traceback of an error instead of one line."""
+    comparison: ComparisonOptions = field(default_factory=ComparisonOptions)

@@ -83,10 +83,9 @@ def in_two_processes(module: str, libraries: list[str], *arguments: object, **mo
     torchrun itself starts them is for the core's own tests.
     """
     both = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
-            "ACCELERATE_USE_CPU": "true"}  # fmt: skip
-    processes = [
-        forked(module, libraries, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **both, **more) for rank in range(2)
-    ]
+            "ACCELERATE_USE_CPU": "true"} | more  # fmt: skip
+    own: list[dict[str, Any]] = [both | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    processes = [forked(module, libraries, *arguments, **variables) for variables in own]
     for process in processes:
         process.join(240)
         if process.exitcode is None:

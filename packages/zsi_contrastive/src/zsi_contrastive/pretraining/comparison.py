@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from labs_common.comparing import cell, figure_text, mean_and_spread, slug
+from labs_common.comparing import cell, figure_text, mean_and_spread, seeds_text, slug
 from labs_common.progress import console
 from labs_common.report import (
     Figure,
@@ -79,9 +79,9 @@ def write_comparison(
     ranks = {spec: _curve(runs[0], "test/effective_rank") for spec, runs in found.items()}
     figures.append(Figure(save_figure(run, "rank", curve_figure(ranks, "epoch", "effective rank")),
                           "How many dimensions the features use; near 1 they have collapsed."))  # fmt: skip
-    seeds = "seed" if config.seeds == 1 else "seeds"
-    note = f"Every method saw the same pictures as often, with {config.seeds} {seeds}. What follows a colon is changed."
-    if config.seeds == 1:
+    note = f"Every method saw the same pictures as often, with {seeds_text(config.comparison)}. "
+    note += "What follows a colon is changed."
+    if config.comparison.seeds == 1:
         note += " One run of each says little about small differences: see --seeds."
     sections = [
         asked_section(config),
