@@ -84,7 +84,7 @@ def test_evaluate_repeats_the_numbers_of_the_run(finished: Path, tmp_path: Path)
     for side in ("before", "after"):
         for name, value in again[side].items():
             assert first[side][name] == pytest.approx(value, rel=1e-6), "the loss is summed in other rows"
-    assert (tmp_path / "evaluation.html").exists()
+    assert (tmp_path / "report.html").exists()
 
 
 def test_chat_streams_resets_and_quits(finished: Path) -> None:

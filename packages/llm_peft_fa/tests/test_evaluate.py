@@ -42,7 +42,7 @@ def test_any_adapter_is_measured_beside_its_base_and_given_to_judges(adapter: Pa
     here("evaluate", *arguments)
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert found["scores"]["before"]["validation loss"] != found["scores"]["after"]["validation loss"]
-    assert (tmp_path / "out" / "evaluation.html").exists()
+    assert (tmp_path / "out" / "report.html").exists()
     with judges.open(encoding="utf-8-sig", newline="") as stream:
         rows = list(csv.reader(stream))[1:]
     key = json.loads((tmp_path / "to_rate.csv.key.json").read_text())

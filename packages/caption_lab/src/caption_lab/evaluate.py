@@ -36,12 +36,12 @@ def evaluate(config: EvaluateConfig) -> None:
     from labs_common.cli import to_plain
     from labs_common.progress import console
     from labs_common.report import Section, Table, asked_section, write_report
-    from labs_common.run import Run, check_writable, newest_run
+    from labs_common.run import Run, check_new, new_folder, newest_run
 
+    check_new(config.output)
     checkpoint = config.checkpoint or newest_run(FINISHED, TRAIN)
     captioner = load_captioner(checkpoint)
-    output = config.output or checkpoint / f"evaluation-{config.split}"
-    check_writable(output)
+    output = new_folder(config.output, checkpoint / f"evaluation-{config.split}")
     pictures, truth, source = chosen_pictures(config, checkpoint)
     accelerator = Accelerator()
     kept: dict[int, torch.Tensor] = {}

@@ -227,11 +227,11 @@ class ProbeConfig:
     draws: int = 3
     """How often pictures are drawn for each of the few-shot counts."""
     epochs: int = 100
-    """Of --solver sgd."""
+    """Passes over the training pictures, with --solver sgd."""
     batch_size: int = 256
     """Pictures at once, in the tower and in --solver sgd."""
     learning_rate: float = 0.1
-    """Of --solver sgd."""
+    """Highest learning rate, with --solver sgd."""
     cache: bool = True
     """Keep the features on disk."""
     output: Path | None = None

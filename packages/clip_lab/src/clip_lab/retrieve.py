@@ -25,11 +25,6 @@ def retrieve(config: RetrieveConfig) -> None:
     Raises:
         LabError: nothing is asked for, there is nothing to search, or a picture cannot be read.
     """
-    if not config.sentences and not config.picture:
-        raise LabError('say what to look for: python -m clip_lab.retrieve "a dog on the beach", or --picture dog.jpg')
-    if config.top < 1 or config.batch_size < 1:
-        raise LabError("--top and --batch-size must be at least 1")
-
     from clip_lab.encoder import load_encoder
     from clip_lab.searching import captions_for, pictures_for, write_found
     from labs_common.data.images import picture_files
@@ -38,6 +33,10 @@ def retrieve(config: RetrieveConfig) -> None:
 
     options = RunOptions(output=config.output, track="none")
     check_run_options(options)
+    if not config.sentences and not config.picture:
+        raise LabError('say what to look for: python -m clip_lab.retrieve "a dog on the beach", or --picture dog.jpg')
+    if config.top < 1 or config.batch_size < 1:
+        raise LabError("--top and --batch-size must be at least 1")
     files = picture_files(config.picture) if config.picture else []
     encoder = load_encoder(config.checkpoint)
     index, test = searched(config.data, encoder, config.index, config.batch_size, config.on_bad_data)

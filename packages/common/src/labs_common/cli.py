@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import inspect
 import io
 import os
 import re
@@ -20,7 +21,8 @@ from labs_common.errors import LabError
 from labs_common.options import RESUME_MAY_CHANGE
 
 Config = TypeVar("Config")
-_run: Path | None = None
+GLOSSARY = "Words of the field are explained in the project's docs/glossary.md."
+_run: Path | None = None  # that this process works on
 
 
 def run_command(
@@ -130,8 +132,9 @@ def _parse_flags(config_type: type[Config], default: Config, prog: str, argument
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(
-                config_type, prog=prog, default=default, args=arguments, config=(tyro.conf.OmitArgPrefixes,)
-            )
+                config_type, prog=prog, default=default, args=arguments, config=(tyro.conf.OmitArgPrefixes,),
+                description=f"{inspect.getdoc(config_type) or ''}\n\n{GLOSSARY}",
+            )  # fmt: skip
     except SystemExit as stop:
         if stop.code in (0, None):  # --help was printed
             raise
@@ -155,14 +158,18 @@ def _flags_of(values: dict[str, Any]) -> list[str]:
 
 
 def _one_line(box: str) -> str:
-    """The message inside the frame that tyro draws around an error: up to its first rule, and what it suggests."""
-    lines = [re.sub(r"^│\s?|\s*│$", "", line).rstrip() for line in box.splitlines()]
+    """The message inside the frame, of lines or of plain characters, that tyro draws around an error.
+
+    That is up to its first rule, and what it suggests.
+    """
+    lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).rstrip() for line in box.splitlines()]
     parts: list[list[str]] = [[]]
     for line in lines[1:]:
-        if set(line.strip()) <= set("─╰╯"):
+        if set(line.strip()) <= set("─╰╯-+"):
             parts.append([])
         else:
             parts[-1].append(line.strip())
+    parts = [part for part in parts if part] or [[]]
     message = " ".join(parts[0]).strip().rstrip(" .") or "the command line could not be read"
     if len(parts) > 1 and parts[1][:1] == ["Perhaps you meant:"]:
         flags = [line.split()[0].rstrip(",") for line in parts[1][1:] if line.startswith("--")]

@@ -113,13 +113,37 @@ def check_run_options(options: RunOptions) -> None:
         if not os.access(options.resume, os.W_OK):
             raise LabError(f"--resume {options.resume}: the directory cannot be written")
         return
-    path = options.output or Path("runs")
-    if options.output is not None and path.exists():
-        if not path.is_dir():
-            raise LabError(f"--output {path}: is a file; name a directory")
-        if any(path.iterdir()):
-            raise LabError(f"--output {path}: is not empty; name another, or go on with it by --resume {path}")
-    check_writable(path)
+    check_new(options.output)
+    check_writable(options.output or Path("runs"))
+
+
+def check_new(output: Path | None) -> None:
+    """Refuses an `--output` that holds something already.
+
+    Raises:
+        LabError: it does.
+    """
+    if output is None or not output.exists():
+        return
+    if not output.is_dir():
+        raise LabError(f"--output {output}: is a file; name a directory")
+    if any(output.iterdir()):
+        unfinished = f", or go on with it by --resume {output}" if (output / "checkpoints").exists() else ""
+        raise LabError(f"--output {output}: is not empty; name another{unfinished}")
+
+
+def new_folder(output: Path | None, default: Path) -> Path:
+    """`--output`, or `default`, or the first of default-2, default-3, … that holds nothing yet.
+
+    Raises:
+        LabError: `--output` holds something, or the directory cannot be written.
+    """
+    check_new(output)
+    folder, number = output or default, 2
+    while output is None and folder.exists():
+        folder, number = default.with_name(f"{default.name}-{number}"), number + 1
+    check_writable(folder)
+    return folder
 
 
 def check_writable(path: Path) -> None:

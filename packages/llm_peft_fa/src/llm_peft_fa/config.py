@@ -146,7 +146,7 @@ class EvaluateConfig:
     template: str = "auto"
     """Chat template, as in training; auto is the one that was saved with the run."""
     output: Path | None = None
-    """Where evaluation.json and evaluation.html go; by default the run's or adapter's own directory."""
+    """Directory of evaluation.json and report.html; by default evaluation/ under the run or adapter."""
     judge_file: Path | None = None
     """Write a CSV table for people to rate: prompts with both answers as A and B in random order. Which is which goes
     to a .key.json beside it."""
@@ -217,7 +217,7 @@ class InspectConfig:
     samples: int = 5
     """How many conversations are shown."""
     output: Path | None = None
-    """Where report.html goes; by default a new directory under runs/."""
+    """Directory of report.html; by default a new one under runs/."""
     seed: int = 0
     """Seed of the choice of samples."""
     command: CommandOptions = field(default_factory=CommandOptions)

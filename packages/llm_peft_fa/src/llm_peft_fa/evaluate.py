@@ -28,14 +28,14 @@ def main() -> None:
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    """Answers prompts with a model and its base, and writes evaluation.json, .html and perhaps a table for judges."""
+    """Answers prompts with a model and its base, and writes scores, a report and perhaps a table for judges."""
     from accelerate import Accelerator
 
     from labs_common.cli import to_plain
     from labs_common.errors import LabError
     from labs_common.progress import console
     from labs_common.report import Section, Table, write_report
-    from labs_common.run import Run, check_writable
+    from labs_common.run import Run, check_new, new_folder
     from llm_peft_fa.adapters import plain_base
     from llm_peft_fa.answers import collected_prompts, compared
     from llm_peft_fa.judging import check_judge_file, write_judge_file
@@ -43,14 +43,14 @@ def evaluate(config: EvaluateConfig) -> None:
     from llm_peft_fa.subjects import subject_of
     from llm_peft_fa.templates import encode_all
 
+    check_new(config.output)
     subject = subject_of(config.run, config.adapter, config.model, config.base)
     with_base = config.generation.answer_base and subject.base is not None
     if config.judge_file is not None:
         if not with_base:
             raise LabError("--judge-file: needs two models to compare; name a run, an adapter, or a --base")
         check_judge_file(config.judge_file)
-    output = config.output or config.run or config.adapter or _own_folder(subject)
-    check_writable(output)
+    output = new_folder(config.output, _own_folder(config, subject))
     seed = subject.trained.run.seed if subject.trained is not None else config.seed
     reading = _reading(config, subject)
     prompts = collected_prompts(reading, config.generation, seed)
@@ -87,7 +87,7 @@ def evaluate(config: EvaluateConfig) -> None:
         answers_section(comparison),
     ]
     title = f"Evaluation of {subject.name}"
-    path = write_report(run, title, f"Base: {subject.base or 'none'}", sections, "evaluation.html")
+    path = write_report(run, title, f"Base: {subject.base or 'none'}", sections)
     for name, values in comparison.scores.items():
         console.print(f"{name}: " + "  ".join(f"{key} {value:.3f}" for key, value in values.items()))
     print(f"report: {path}")
@@ -128,9 +128,11 @@ def _reading(config: EvaluateConfig, subject: "Subject") -> "Reading":
     return training_and_validation(trained.data, trained.run.seed)[1]
 
 
-def _own_folder(subject: "Subject") -> Path:
-    """Where the evaluation of a plain model, or of the newest run, goes."""
-    return Path("runs") / (subject.name if subject.trained else f"evaluation-{path_name(subject.name)}")
+def _own_folder(config: EvaluateConfig, subject: "Subject") -> Path:
+    """Where the evaluation goes: under the run or adapter, of a plain model under runs/."""
+    if subject.trained is None and config.adapter is None:
+        return Path("runs") / f"evaluation-{path_name(subject.name)}"
+    return (config.run or config.adapter or Path("runs") / subject.name) / "evaluation"
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class EvaluateConfig:
     seed: int = 0
     """Seed of the random vectors."""
     report: bool = True
-    """Write report.html."""
+    """Write report.html at the end."""
     command: CommandOptions = field(default_factory=CommandOptions)
 
 

@@ -125,13 +125,16 @@ class DetectorTrainingOptions(TrainingOptions):
     optimizer: Optimizer = "auto"
     """SGD with momentum 0.9, or AdamW; auto is the paper's SGD, and AdamW for tiny."""
     learning_rate: float = 0.0
-    """Highest learning rate; 0 takes the paper's 0.01 (0.0075 for 65_15), and 3e-3 for tiny."""
+    """Highest learning rate, reached after the warm-up; 0 takes the paper's 0.01 (0.0075 for 65_15), and 3e-3 for
+    tiny."""
     schedule: Literal["auto", "cosine", "linear", "constant", "steps"] = "auto"  # type: ignore[assignment]
-    """auto is the paper's steps, and cosine for tiny: a tenth after two thirds, a hundredth after eleven twelfths."""
+    """How the learning rate falls after the warm-up: cosine or linear to zero, not at all, or in steps to a tenth after
+    two thirds and a hundredth after eleven twelfths of all steps. auto is the paper's steps, and cosine for tiny."""
     weight_decay: float = 1e-4
-    """Weight decay, decoupled with AdamW."""
-    clip_norm: float = 0.0
-    """Gradients with a larger L2 norm are scaled down to it; 0 takes the paper's 35, and 5 for tiny."""
+    """AdamW's decoupled weight decay, or that of SGD."""
+    clip_norm: float = -1.0
+    """Gradients with a larger L2 norm are scaled down to it; 0 turns clipping off, -1 takes the paper's 35, and 5 for
+    tiny."""
     reconstruction: float = 0.0
     """Weight of the decoders' losses; 0 takes the paper's 0.5, and 0.05 for tiny."""
     greedy_share: float = 0.1
@@ -220,7 +223,7 @@ def complete(config: Config) -> Config:
             learning_rate=training.learning_rate or rate,
             schedule=("cosine" if tiny else "steps") if training.schedule == "auto" else training.schedule,
             reconstruction=training.reconstruction or (0.05 if tiny else 0.5),
-            clip_norm=training.clip_norm or (5.0 if tiny else 35.0),
+            clip_norm=(5.0 if tiny else 35.0) if training.clip_norm < 0 else training.clip_norm,
         ),
     )
 

@@ -37,6 +37,9 @@ def evaluate(config: EvaluateConfig) -> None:
     Raises:
         LabError: no detector is there, or no such pictures, words or results.
     """
+    from labs_common.run import check_new
+
+    check_new(config.output)
     check_detection(config.detection)
     if config.results is not None:
         score_file(config)
@@ -44,15 +47,14 @@ def evaluate(config: EvaluateConfig) -> None:
     from accelerate import Accelerator
 
     from labs_common.data.splits import print_left_out
-    from labs_common.run import check_writable, newest_run
+    from labs_common.run import new_folder, newest_run
     from zsi_contrastive.data import read_pictures
     from zsi_contrastive.evaluation import evaluated
     from zsi_contrastive.stored import load_model
 
     checkpoint = config.checkpoint or newest_run(FINISHED, TRAIN)
     loaded = load_model(checkpoint)
-    output = config.output or checkpoint / "evaluation"
-    check_writable(output)
+    output = new_folder(config.output, checkpoint / "evaluation")
     data, seed = chosen_data(config, checkpoint)
     split, vectors = chosen_words(config, loaded, data)
     accelerator = Accelerator()
@@ -79,7 +81,7 @@ def score_file(config: EvaluateConfig) -> None:
     Raises:
         LabError: the file or the data cannot be read, or do not fit.
     """
-    from labs_common.run import check_writable
+    from labs_common.run import new_folder
     from zsi_contrastive.data import read_parts
     from zsi_contrastive.evaluation import scores_of
     from zsi_contrastive.pictures import InstancePictures
@@ -89,10 +91,7 @@ def score_file(config: EvaluateConfig) -> None:
     assert config.results is not None
     data = dataclasses.replace(config.data, split=default_split(config.data))
     split = read_split(data.split)
-    output = config.output or config.results.with_suffix("")
-    if output == config.results:
-        output = config.results.with_name(f"{config.results.name}-scores")
-    check_writable(output)
+    output = new_folder(config.output, config.results.with_name(f"{config.results.stem}-scores"))
     rows = read_results(config.results)
     parts, _ = read_parts(data, split)
     pictures = InstancePictures(parts.both, (), split.classes)

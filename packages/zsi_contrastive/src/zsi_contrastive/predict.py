@@ -32,11 +32,11 @@ def predict(config: PredictConfig) -> None:
     check_detection(config.detection)
     if config.most < 1:
         raise LabError("--most: must be at least 1")
-    from labs_common.run import check_writable, newest_run
+    from labs_common.run import check_new, new_folder, newest_run
 
+    check_new(config.output)
     checkpoint = config.checkpoint or newest_run(FINISHED, TRAIN)
-    output = config.output or checkpoint / "predictions"
-    check_writable(output)
+    output = new_folder(config.output, checkpoint / "predictions")
 
     import json
 

@@ -113,16 +113,18 @@ class PretrainTrainingOptions(TrainingOptions):
     """SGD or LARS with momentum 0.9, or AdamW; auto is SGD for convolutional networks, AdamW for tiny, gim, cpc and
     transformers, and LARS for byol with tiny."""
     learning_rate: float = 0.0
-    """Highest learning rate; 0 takes 0.06 per 128 pictures for SGD, 0.3 per 256 for LARS (2 with tiny), 2e-3 for AdamW
-    and 2e-4 for gim and cpc (2e-3 with tiny)."""
+    """Highest learning rate, reached after the warm-up; 0 takes 0.06 per 128 pictures for SGD, 0.3 per 256 for LARS (2
+    with tiny), 2e-3 for AdamW and 2e-4 for gim and cpc (2e-3 with tiny)."""
     warmup: float = 0.05
     """Share of all steps over which the learning rate rises from zero."""
     weight_decay: float = -1.0
-    """-1 takes 5e-4 for SGD, 1e-6 for LARS and 0.04 for AdamW, 0 for gim and cpc."""
+    """AdamW's decoupled weight decay, or that of SGD and LARS; -1 takes 5e-4 for SGD, 1e-6 for LARS and 0.04 for AdamW,
+    0 for gim and cpc."""
     weight_decay_end: float = -1.0
     """What it becomes along half a cosine (0.4 in DINO); -1 leaves it."""
     clip_norm: float = -1.0
-    """Gradients with a larger L2 norm are scaled down to it; 0 does not, -1 takes 3 for dino and 0 for others."""
+    """Gradients with a larger L2 norm are scaled down to it; 0 turns clipping off, -1 takes 3 for dino and 0 for
+    others."""
     evaluate_every: int = 0
     """Optimizer steps between evaluations; 0 makes about twelve of them."""
     compile: bool = False

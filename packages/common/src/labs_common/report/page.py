@@ -66,8 +66,8 @@ class Section:
     blocks: list[Text | Table | Figure | Gallery | Code] = field(default_factory=list)
 
 
-def write_report(run: Run, title: str, summary: str, sections: Sequence[Section], name: str = "report.html") -> str:
-    """Writes the page `name` into the run's directory in one move and returns its path."""
+def write_report(run: Run, title: str, summary: str, sections: Sequence[Section]) -> str:
+    """Writes report.html into the run's directory in one move and returns its path."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("labs_common.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -75,7 +75,7 @@ def write_report(run: Run, title: str, summary: str, sections: Sequence[Section]
     environment.filters["picture"] = _picture
     environment.tests["numeric"] = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
     page = environment.get_template("page.html").render(title=title, summary=summary, sections=sections)
-    path = run.path / name
+    path = run.path / "report.html"
     if run.is_main:
         write_atomically(path, page)
     return str(path)
