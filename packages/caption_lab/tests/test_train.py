@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -276,18 +274,3 @@ def test_resume_with_other_options_or_pictures(options: tuple[object, ...], scen
     assert "--width" in here("--resume", run, "--width", "8", code=2).stderr
     Image.new("RGB", (8, 8)).save(data / "Images" / "scene_000000.jpg")
     assert "have changed since the run began" in here("--resume", run, code=2).stderr
-
-
-COMMANDS = ("prepare", "train", "evaluate", "compare", "caption", "demo")
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_teaches(name: str) -> None:
-    assert f"python -m caption_lab.{name}" in lab_commands.here(f"caption_lab.{name}", "--help").stdout
-
-
-def test_help_is_fast() -> None:
-    # What decides it is that torch and timm stay out until options are read.
-    names = ", ".join(f"caption_lab.{name}" for name in COMMANDS)
-    code = f"import sys, {names}; print('torch' in sys.modules or 'timm' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -222,18 +220,3 @@ def test_resume_with_other_options_or_pictures(options: tuple[object, ...], scen
     assert "--embedding" in here("--resume", run, "--embedding", "8", code=2).stderr
     Image.new("RGB", (8, 8)).save(data / "Images" / "scene_000000.jpg")
     assert "have changed since the run began" in here("--resume", run, code=2).stderr
-
-
-COMMANDS = ("train", "retrieve", "probe", "zero_shot", "compare", "export", "demo")
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_teaches(name: str) -> None:
-    assert f"python -m clip_lab.{name}" in lab_commands.here(f"clip_lab.{name}", "--help").stdout
-
-
-def test_help_is_fast() -> None:
-    # What decides it is that torch and timm stay out until options are read.
-    names = ", ".join(f"clip_lab.{name}" for name in COMMANDS)
-    code = f"import sys, {names}; print('torch' in sys.modules or 'timm' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

@@ -3,52 +3,21 @@
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from random_models import random_gemma, random_llama
 
 from labs_common.testing.commands import real_data
-from llm_peft_fa import persian_tasks, tiny
-
-# Llama's own turn markers, with its system role.
-LLAMA_TEMPLATE = """\
-{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message['role'] }}
-
-{{ message['content'] | trim }}<end_of_turn>{% endfor %}{% if add_generation_prompt %}<start_of_turn>assistant
-
-{% endif %}"""
 
 
 @pytest.fixture(scope="session")
 def gemma_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Gemma 2: soft-caps, a sliding window shorter than some conversations, grouped heads."""
-    folder = tmp_path_factory.mktemp("gemma")
-    tokenizer = tiny._tokenizer(list(persian_tasks.plain_text(500, seed=1)), folder)
-    torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=16, max_position_embeddings=4096,
-        attn_logit_softcapping=5.0, final_logit_softcapping=3.0, initializer_range=0.3,
-        pad_token_id=0, bos_token_id=2, eos_token_id=[1, tokenizer.convert_tokens_to_ids("<end_of_turn>")],
-    )  # fmt: skip
-    Gemma2ForCausalLM(config).save_pretrained(folder)
-    return folder
+    """A random Gemma 2."""
+    return random_gemma(tmp_path_factory.mktemp("gemma"))
 
 
 @pytest.fixture(scope="session")
 def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama with grouped heads and an untied head."""
-    folder = tmp_path_factory.mktemp("llama")
-    tokenizer = tiny._tokenizer(list(persian_tasks.plain_text(500, seed=1)), folder)
-    tokenizer.chat_template = LLAMA_TEMPLATE
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.3, tie_word_embeddings=False,
-        pad_token_id=0, bos_token_id=2, eos_token_id=[1, tokenizer.convert_tokens_to_ids("<end_of_turn>")],
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    """A random Llama."""
+    return random_llama(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(params=["gemma", "llama"])

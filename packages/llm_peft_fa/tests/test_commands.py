@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -219,18 +217,6 @@ def test_resume_with_other_options_or_a_broken_checkpoint(finished: Path) -> Non
         assert "Traceback" not in done.stderr
     finally:
         file.write_bytes(whole)
-
-
-@pytest.mark.parametrize("name", ["train", "compare", "evaluate", "chat", "demo", "inspect"])
-def test_help_teaches(name: str) -> None:
-    assert f"python -m llm_peft_fa.{name}" in here(name, "--help").stdout
-
-
-def test_help_is_fast() -> None:
-    # The promise is 1.5 s; what decides it is that torch and transformers stay out until options are read.
-    names = ", ".join(f"llm_peft_fa.{name}" for name in ("train", "compare", "evaluate", "chat", "demo", "inspect"))
-    code = f"import sys, {names}; print('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
 
 
 def test_real_conversations_teach_a_random_model_something(real_chats: Path, gemma_dir: Path, tmp_path: Path) -> None:

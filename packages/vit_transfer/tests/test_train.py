@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -240,15 +238,3 @@ def test_skipped_pictures_are_counted(tmp_path: Path, scenes: Path) -> None:
     done = here(*shared, "--on-bad-data", "skip", "--output", tmp_path / "run")
     assert "left out 1" in done.stderr
     assert "left out because" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("name", ["train", "compare", "distill", "attack", "models"])
-def test_help_teaches(name: str) -> None:
-    assert f"python -m vit_transfer.{name}" in lab_commands.here(f"vit_transfer.{name}", "--help").stdout
-
-
-def test_help_is_fast() -> None:
-    # What decides it is that torch and timm stay out until options are read.
-    names = ", ".join(f"vit_transfer.{name}" for name in ("train", "compare", "distill", "attack", "models"))
-    code = f"import sys, {names}; print('torch' in sys.modules or 'timm' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

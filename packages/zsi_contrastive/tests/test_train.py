@@ -1,10 +1,7 @@
 """The training command, with the options that a user types."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -201,19 +198,3 @@ def test_resume_with_other_options(options: tuple[object, ...], tmp_path: Path) 
     run = tmp_path / "run"
     here(*options, "--output", run, "--max-steps", "2", "--no-report")
     assert "--reconstruction" in here("--resume", run, "--reconstruction", "1", code=2).stderr
-
-
-COMMANDS = ("train", "evaluate", "predict", "ablate", "prepare", "words")
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_teaches(name: str) -> None:
-    assert f"python -m zsi_contrastive.{name}" in lab_commands.here(f"zsi_contrastive.{name}", "--help").stdout
-
-
-def test_help_is_fast() -> None:
-    # What decides it is that torch stays out until options are read.
-    names = ", ".join(f"zsi_contrastive.{name}" for name in COMMANDS)
-    code = f"import sys, {names}; print('torch' in sys.modules or 'timm' in sys.modules)"
-    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
-    assert subprocess.check_output([sys.executable, "-c", code], text=True, env=env).strip() == "False"

@@ -49,7 +49,7 @@ def comparison_folder(name: str, config: Any, files: Sequence[str | Path | None]
     `config` has its `ComparisonOptions` under `comparison`.
 
     Raises:
-        LabError: it cannot be written.
+        LabError: it cannot be written, or holds something else.
     """
     from labs_common.run import check_writable
 
@@ -58,6 +58,7 @@ def comparison_folder(name: str, config: Any, files: Sequence[str | Path | None]
     key = recipe_key({**options, "files": [[str(file), file.stat().st_mtime] for file in there]})
     folder: Path = config.comparison.output or Path("runs") / f"{name}-{key}"
     check_writable(folder)
+    check_comparison(folder, config)
     return folder
 
 
@@ -95,26 +96,36 @@ def reading_entry(flag: str, spec: str) -> Iterator[None]:
         raise LabError(f"{flag} {spec}: {error}") from None
 
 
-def claim(folder: Path, config: object) -> None:
-    """Makes the directory of this comparison, or makes sure that the one that is there is of it.
+def check_comparison(folder: Path, config: object) -> None:
+    """Makes sure that a directory is new, or of this comparison.
 
     Raises:
         LabError: it is of another comparison, or of something else.
     """
-    from labs_common.run import write_atomically
-
     file = folder / "config.yaml"
     if not file.exists():
         if folder.exists() and any(folder.iterdir()):
             raise LabError(f"--output {folder}: is not empty and holds no comparison; name another directory")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, config_to_yaml(config))
         return
     there = flat_options(config_from_yaml(type(config), file))
     changed = [name for name, value in flat_options(config).items() if there[name] != value and name not in ANYWAY]
     if changed:
         flags = ", ".join("--" + name.replace("_", "-") for name in changed)
         raise LabError(f"--output {folder}: holds a comparison with another {flags}; name another directory")
+
+
+def claim(folder: Path, config: object) -> None:
+    """Makes the directory of this comparison, unless it is there.
+
+    Raises:
+        LabError: it is of another comparison, or of something else.
+    """
+    from labs_common.run import write_atomically
+
+    check_comparison(folder, config)
+    if not (folder / "config.yaml").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "config.yaml", config_to_yaml(config))
 
 
 def pareto(points: Mapping[str, tuple[float, float]], higher_is_better: bool = True) -> list[str]:

@@ -1,0 +1,265 @@
+"""Every command that the documents show is run, with small things under the names that the documents use.
+
+What cannot be had here is put in its place: released weights by random ones, the large by the small. What a document
+writes is parsed as it stands first, so that no option of it can be wrong.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from random_models import random_gemma
+from test_entry_points import MODULES, ROOT, config_type
+
+from labs_common.cli import parse
+from labs_common.scenes.files import write_coco, write_flickr8k, write_parquet
+from labs_common.scenes.world import Thing
+from labs_common.testing.commands import here
+
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("packages/*/README.md")])
+BLOCK = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
+INLINE = re.compile(r"`((?:uv run |\w+=\w+ )*(?:python -m|accelerate launch|torchrun) [^`]*)`")
+# Commands of the shell that CI runs itself, word for word.
+SHELL = {
+    "pip install uv", "uv run pytest", ".ci/run", ".ci/package common", "uv run ruff check", "uv run ruff format",
+    "uv run mypy", "uv run python -m benchmarks", "uv pip install ./packages/llm_peft_fa", "llm-peft-fa-train --help",
+    "git clone URL foundation-labs", "cd foundation-labs",
+}  # fmt: skip
+# Each has a test of its own: a comparison starts processes, a page serves until it is stopped.
+PARSED_ONLY = ("compare", "ablate", "demo")
+# What makes a documented command small, after its own options. {…} are things that `workplace` makes.
+SMALL = {
+    "llm_peft_fa.train": "--epochs 1 --max-steps 2 --test-prompts 2 --max-new-tokens 4 --batch-size 4 --learning-rate 1e-3",
+    "llm_peft_fa.evaluate": "--test-prompts 2 --max-new-tokens 4",
+    "llm_peft_fa.chat": "--max-new-tokens 4",
+    "vit_transfer.train": "--no-pretrained --image-size 32 --max-steps 2 --batch-size 8 --baselines no --views 1",
+    "vit_transfer.distill": "--no-pretrained --image-size 32 --max-steps 2 --batch-size 8 --baselines no --views 1",
+    "vit_transfer.attack": "--used 4 --passes 1 --limit 8",
+    "caption_lab.train": "--no-pretrained --image-size 64 --max-steps 2 --batch-size 8 --limit 16 --watch-pictures 2",
+    "clip_lab.train": "--no-image-pretrained --image-size 64 --max-steps 2 --batch-size 8 --limit 16 --chunk 0",
+    "clip_lab.probe": "--shots 1,all --draws 1 --limit 24",
+    "clip_lab.zero_shot": "--limit 24",
+    "zsi_contrastive.train": "--no-backbone-pretrained --min-side 48 --max-side 64 --max-steps 1 --batch-size 2 "
+    "--controls 1 --columns trust --limit 8",
+    "zsi_contrastive.evaluate": "--controls 1 --columns trust --limit 8",
+    "zsi_contrastive.predict": "",
+    "zsi_contrastive.prepare": "",
+    "zsi_contrastive.words": "--columns trust",
+    "zsi_contrastive.pretrain": "--max-steps 2 --epochs 1 --batch-size 8 --side 32 --limit 40 --no-probe --queue 16",
+}
+# What is offline by default draws or trains something first, for minutes: it gets the small data instead.
+OFFLINE = {
+    "llm_peft_fa.train": "--model google/gemma-2-2b --conversations 40",
+    "vit_transfer.train": "--data cifar-10-batches-py",
+    "vit_transfer.distill": "--data cifar-10-batches-py --teacher runs/block-resnet50-1",
+    "vit_transfer.attack": "--data cifar-10-batches-py --models runs/block-resnet50-1",
+    "caption_lab.train": "--data flickr8k",
+    "caption_lab.prepare": "--data flickr8k",
+    "clip_lab.train": "--data flickr8k",
+    "clip_lab.probe": "--data cifar-10-batches-py",
+    "clip_lab.zero_shot": "--data cifar-10-batches-py",
+    "zsi_contrastive.train": "--data scenes --split scenes",
+    "zsi_contrastive.pretrain": "--data cifar-10-batches-py",
+}
+# Words of the documents, and what stands for them here.
+WORDS = {
+    "flickr8k-mini": "flickr8k", "runs/transformer-…": "runs/caption_lab", "RN50:openai": "runs/clip_lab",
+    "runs/block-resnet50-…": "runs/block-resnet50-1", "resnet101": "resnet18", "folder-of-classes": "cifar-10-batches-py",
+    "runs/block-resnet50-…,runs/block-deit_small_patch16_224-…": "runs/block-resnet50-1",
+    "openai/clip-vit-base-patch32": "runs/clip_lab", "zebra,umbrella": "striped star,dotted moon",
+    "runs/NAME": "runs/llm_peft_fa", "…": None,
+}  # fmt: skip
+# An encoder that pre-training left, by the lab that starts from it.
+PRETRAINED = {"vit_transfer": "vit_tiny_patch16_224", "zsi_contrastive": "resnet18"}
+
+
+def lines_of(text: str) -> list[str]:
+    """The commands of a document's blocks, one a line, without comments."""
+    found: list[str] = []
+    for block in BLOCK.findall(text):
+        for line in block.replace("\\\n", " ").splitlines():
+            found += [part.strip() for part in re.sub(r"(^|\s)# .*$", "", line).split("&&") if part.strip()]
+    return found
+
+
+def module_and_arguments(line: str) -> tuple[str, list[str]] | None:
+    """The lab's command in a line of the shell, if there is one."""
+    words = shlex.split(line)
+    for place, word in enumerate(words[:-1]):
+        if word == "-m" and words[place + 1] in MODULES:
+            return words[place + 1], words[place + 2 :]
+    return None
+
+
+SHOWN = [(document, line) for document in DOCUMENTS for line in lines_of(document.read_text(encoding="utf-8"))]
+IN_TEXT = [(document, line) for document in DOCUMENTS for line in INLINE.findall(document.read_text(encoding="utf-8"))]
+COMMANDS = [(module_and_arguments(line), document) for document, line in SHOWN if module_and_arguments(line)]
+
+
+def test_the_documents_have_commands() -> None:
+    assert len(COMMANDS) > 50
+    assert {document.parent.name for _, document in COMMANDS} >= {"clip_lab", "caption_lab", "llm_peft_fa", ROOT.name}
+
+
+def test_what_is_no_command_of_a_lab_is_run_by_ci() -> None:
+    others = {line for _, line in SHOWN if module_and_arguments(line) is None and not line.startswith("echo ")}
+    scripts = {line for line in others if line.startswith("uv run python benchmarks/")}
+    assert others - scripts <= SHELL
+    assert all((ROOT / line.split()[3]).is_file() for line in scripts)
+
+
+@pytest.mark.parametrize(("document", "line"), [*SHOWN, *IN_TEXT])
+def test_every_command_is_parsed(document: Path, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = module_and_arguments(line)
+    if found is None:
+        assert not re.search(r"-m (?!benchmarks|pytest)\w", line), f"{document.name}: there is no such command: {line}"
+        return
+    module, arguments = found
+    values = [argument for argument in arguments if argument not in ("--config",)]
+    configs = [place for place, argument in enumerate(arguments) if argument == "--config"]
+    for place in configs:
+        assert list(ROOT.glob(f"**/{arguments[place + 1]}")), f"{document.name}: no file {arguments[place + 1]}"
+        values.remove(arguments[place + 1])
+    parse(config_type(module, monkeypatch), module, [value for value in values if value != "…"])
+    for launch in re.findall(r"--config_file (\S+)", line):
+        assert list(ROOT.glob(launch)) or list(ROOT.glob(f"packages/*/{launch}")), f"{document.name}: no file {launch}"
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory in which the documents' names exist."""
+    folder = tmp_path_factory.mktemp("workplace")
+    (folder / "google" / "gemma-2-2b").mkdir(parents=True)
+    random_gemma(folder / "google" / "gemma-2-2b")
+    write_flickr8k(folder / "flickr8k", range(40), side=32)
+    parts = {"train": range(40), "validation": range(40, 56), "test": range(56, 80)}
+    write_parquet(folder / "cifar-10-batches-py", "texture", parts, seed=0, side=32)
+    names = [
+        *json.loads(split("48_17"))["seen"],
+        *json.loads(split("48_17"))["unseen"],
+        *json.loads(split("65_15"))["seen"],
+    ]
+    names = list(dict.fromkeys([*names, *json.loads(split("65_15"))["unseen"]]))
+    words = sorted({word for name in names for word in [name, *name.split()]})
+
+    shown = ["person", "dog", names[-1], "car"]  # seen and unseen ones of each split
+
+    def category(thing: Thing) -> str:
+        return shown[(ord(thing.shape[0]) + ord(thing.texture[0])) % len(shown)]
+
+    write_coco(folder / "coco", {"train2017": range(16), "val2017": range(100, 116)}, 0, 48, category, names)
+    from zsi_contrastive.data import category as own_category
+    from zsi_contrastive.splits import scenes_split
+
+    write_coco(
+        folder / "scenes", {"train": range(16), "val": range(16, 32)}, 0, 48, own_category, scenes_split().classes
+    )
+    (folder / "my_72_8.json").write_text(json.dumps({"seen": names[:72], "unseen": names[72:80]}))
+    chance = np.random.default_rng(0)
+    glove = [f"{word.replace(' ', '-')} {' '.join(f'{x:.3f}' for x in chance.normal(size=300))}" for word in words]
+    (folder / "glove.6B.300d.txt").write_text("\n".join(glove))
+    np.savetxt(folder / "word_w2v_withbg_48_17.txt", chance.normal(size=(300, 66)), fmt="%.5f", delimiter=",")
+    found = {"image_id": 100, "category_id": 1, "bbox": [1.0, 1.0, 20.0, 20.0], "score": 0.9}
+    (folder / "their_results.segm.json").write_text(json.dumps([found]))
+    for name in ("photo.jpg", "dog.jpg", "photos/one.jpg", "photos/two.jpg", "holiday/three.jpg", "more/four.png",
+                 "my_pictures/five.png"):  # fmt: skip
+        (folder / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(chance.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(folder / name)
+    rows = [{"instruction": f"عدد {number} چند است؟", "output": str(number)} for number in range(40)]
+    for name in ("chats.jsonl", "held_out.jsonl", "test.jsonl"):
+        (folder / name).write_text("\n".join(json.dumps(row) for row in rows))
+    (folder / "news.txt").write_text("تهران پایتخت ایران است.\n")
+    for link in ("packages", "docs", "benchmarks"):
+        (folder / link).symlink_to(ROOT / link)
+    for launch in ("launch", "configs"):
+        (folder / launch).symlink_to(ROOT / "packages" / "zsi_contrastive" / launch)
+    return folder
+
+
+def text_tower(folder: Path, tokenizer: Path) -> None:
+    """A small BERT with random weights."""
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=400, bos_token_id=2, eos_token_id=3, pad_token_id=0, **sizes)).save_pretrained(
+        folder
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / name, folder / name)
+
+
+def split(name: str) -> str:
+    return (ROOT / f"packages/zsi_contrastive/src/zsi_contrastive/classes/{name}.json").read_text()
+
+
+@pytest.fixture(scope="module")
+def finished(workplace: Path) -> Path:
+    """A finished run of each lab, from which other commands go on."""
+    before = Path.cwd()
+    os.chdir(workplace)
+    try:
+        for module, name, more in (
+            ("llm_peft_fa.train", "llm_peft_fa", ""),
+            ("vit_transfer.train", "block-resnet50-1", "--model tiny-cnn"),
+            ("caption_lab.train", "caption_lab", "--model transformer"),
+            ("clip_lab.train", "clip_lab", "--image test_vit --image-size 32"),
+            ("zsi_contrastive.train", "zsi_contrastive", "--split scenes"),
+            *(("zsi_contrastive.pretrain", name, f"--backbone {name}") for name in PRETRAINED.values()),
+        ):
+            arguments = f"{OFFLINE[module]} {SMALL[module]} {more} --no-report --track none --output runs/{name}"
+            here(module, *shlex.split(arguments))
+        text_tower(workplace / "bert-base-uncased", workplace / "runs" / "clip_lab" / "model")
+    finally:
+        os.chdir(before)
+    return workplace
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "document"),
+    [(*found, document) for found, document in COMMANDS if found and not found[0].endswith(PARSED_ONLY)],
+)
+def test_every_command_runs(
+    module: str, arguments: list[str], document: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(finished)
+    lab = module.partition(".")[0]
+    asked = [WORDS.get(argument, argument) for argument in arguments]
+    words = offline(module, [argument for argument in asked if argument])
+    small = SMALL.get(module, "")
+    if lab in PRETRAINED and any("runs/NAME/" in word for word in words):
+        words = [word.replace("NAME", PRETRAINED[lab]).replace("resnet50", PRETRAINED[lab]) for word in words]
+    if "--start" in words:  # brings its own encoder
+        small = small.replace("--no-pretrained --image-size 64", "")
+    if "…" in arguments:
+        small += " --split 48_17 --word-vectors word_w2v_withbg_48_17.txt"
+    words += shlex.split(small)
+    if "--to" in words or module.endswith((".train", ".pretrain", ".distill", ".attack", ".prepare")):
+        words += ["--output", tempfile.mkdtemp(dir=finished) + "/run"]
+    if module.endswith((".train", ".pretrain", ".distill")):
+        words += ["--track", "none"]
+    done = here(module, *words, typed="سلام\n/quit\n" if module.endswith(".chat") else "")
+    assert "Traceback" not in done.stderr
+
+
+def offline(module: str, words: list[str]) -> list[str]:
+    """The words with small data, unless they name some, and with the finished run in the place of the newest."""
+    flags = shlex.split(OFFLINE.get(module, ""))
+    for flag, value in zip(flags[::2], flags[1::2], strict=True):
+        if flag not in words:
+            words = [*words, flag, value]
+    lab = module.partition(".")[0]
+    if module in ("clip_lab.retrieve", "clip_lab.probe", "clip_lab.zero_shot", "clip_lab.export", "caption_lab.evaluate",
+                  "caption_lab.caption", "zsi_contrastive.predict", "zsi_contrastive.evaluate") and not (
+        {"--checkpoint", "--results"} & set(words)
+    ):  # fmt: skip
+        words = [*words, "--checkpoint", f"runs/{lab}"]
+    if module == "llm_peft_fa.chat":
+        words = [*words, "--run", f"runs/{lab}"]
+    return words
