@@ -21,6 +21,7 @@ from test_entry_points import MODULES, ROOT, config_type
 from labs_common.cli import parse
 from labs_common.scenes.files import write_coco, write_flickr8k, write_parquet
 from labs_common.scenes.world import Thing
+from labs_common.testing.browser import faults_of
 from labs_common.testing.commands import here
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("packages/*/README.md")])
@@ -263,3 +264,10 @@ def offline(module: str, words: list[str]) -> list[str]:
     if module == "llm_peft_fa.chat":
         words = [*words, "--run", f"runs/{lab}"]
     return words
+
+
+def test_reports_stand_in_a_browser(finished: Path) -> None:
+    """All that the commands above have left, on a phone and a desk, light and dark, and printed."""
+    reports = sorted(finished.rglob("report.html"))
+    assert len(reports) > 10 or "PYTEST_XDIST_WORKER" not in os.environ
+    assert faults_of(reports) == []
