@@ -61,6 +61,8 @@ class Options:
 
     shapes: tuple[str, ...] = ()
     """Which shapes; by default the small ones on a CPU and the real ones on a GPU."""
+    trainers: tuple[str, ...] = ()
+    """Which trainers; by default all."""
     passes: int = 2
     """Timed passes over the 64 sequences."""
     output: Path = Path("benchmarks/results/llm_training.json")
@@ -81,7 +83,7 @@ def main() -> None:
     figures: dict[str, dict[str, Any]] = {}
     for shape in shapes:
         figures[shape] = {}
-        for name in TRAINERS:
+        for name in options.trainers or TRAINERS:
             command = [sys.executable, __file__, "--worker", name, "--shapes", shape, "--passes", str(options.passes)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
