@@ -94,7 +94,7 @@ BENCHMARKS = [
               lambda it: it["loss ours"]["bytes"] / it["loss naive"]["bytes"], 1.0, True),
         Ratio("linear probe: scikit-learn", lambda it: it["probe"]["scikit"] / it["probe"]["ours"], 1.0),
     ]),
-    Benchmark("ssl.py", "--parts rate --rounds 1 --steps 4", [
+    Benchmark("pretraining.py", "--parts rate --rounds 1 --steps 4", [
         Ratio("SimCLR, pictures/s: a loop of lightly's parts", lambda it: it["ratio"], 1.0),
     ]),
     Benchmark("zsi.py", "--parts step scoring --steps 3 --pictures 2000", [

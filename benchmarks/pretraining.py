@@ -1,7 +1,7 @@
 """Self-supervised pre-training, side by side with lightly: pictures per second in training, memory of greedy training.
 
-    uv run python benchmarks/ssl.py                                        # both, on this machine
-    uv run python benchmarks/ssl.py --parts rate --method byol --batch 512 --steps 50 --workers 8
+    uv run python benchmarks/pretraining.py                                        # both, on this machine
+    uv run python benchmarks/pretraining.py --parts rate --method byol --batch 512 --steps 50 --workers 8
 
 `rate` trains the same method, network (ResNet-18 with a 3 × 3 stem), batch and pictures by `zsi_contrastive.pretrain`
 and by a loop of lightly's parts as its examples have it (a DataLoader that decodes and transforms, its heads, losses
@@ -81,7 +81,7 @@ class Options:
     """Give lightly's loop autocast in bf16 and channels-last as well."""
     compile: bool = False
     """Compile our network."""
-    output: Path = Path("benchmarks/results/ssl.json")
+    output: Path = Path("benchmarks/results/pretraining.json")
     """Where the figures go."""
 
 
