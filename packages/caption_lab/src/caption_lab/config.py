@@ -20,6 +20,7 @@ from labs_common.options import (
 
 Model = Literal["show_tell", "show_attend_tell", "transformer"]
 MODELS: tuple[Model, ...] = ("show_tell", "show_attend_tell", "transformer")
+ONE_VECTOR: tuple[Model, ...] = ("show_tell",)  # these see the picture as one vector, the others its places
 Objective = Literal["cross-entropy", "scst"]
 Watch = Literal["cider", "bleu-4", "loss"]
 RowPrecision = Literal["bf16", "fp16", "fp32"]
@@ -278,7 +279,7 @@ def complete(config: TrainConfig) -> TrainConfig:
         own = dataclasses.replace(training, learning_rate=training.learning_rate or 5e-5, epochs=training.epochs or 5)
         return dataclasses.replace(config, training=own)
     tiny, lstm = encoder.encoder == TINY, config.model != "transformer"
-    pool = 0 if config.model != "show_tell" else 3 if tiny else 1
+    pool = 0 if config.model not in ONE_VECTOR else 3 if tiny else 1
     rates = {(True, True): 3e-3, (True, False): 2e-3, (False, True): 4e-4, (False, False): 3e-4}
     return dataclasses.replace(
         config,
@@ -322,7 +323,7 @@ def _check(config: TrainConfig) -> None:
         raise LabError(f"--weights {encoder.weights}: must be a .safetensors file; convert it with safetensors.torch")
     if min(encoder.image_size, encoder.unfreeze, encoder.pool, decoder.width, config.data.limit) < 0:
         raise LabError("--image-size, --unfreeze, --pool, --width and --limit must not be negative")
-    if encoder.pool and config.model != "show_tell":
+    if encoder.pool and config.model not in ONE_VECTOR:
         raise LabError("--pool: is of --model show_tell; the others look at places")
     if decoder.layers < 1 or decoder.heads < 1:
         raise LabError("--layers and --heads must be at least 1")
