@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from clip_lab.command_config import CompareConfig, DemoConfig
 from clip_lab.compare import planned_run
-from clip_lab.config import BatchOptions, ClipTrainingOptions, CompareConfig, DemoConfig
+from clip_lab.config import BatchOptions, ClipTrainingOptions
 from clip_lab.encoder import load_encoder
 from clip_lab.stored import load_model
 from clip_lab.templates import filled, templates_of

@@ -4,10 +4,8 @@ from pathlib import Path
 
 from caption_lab.encoder import Encoder
 from caption_lab.tiny import RECIPE, demo_scene
-from labs_common.cache import cached_directory
 from labs_common.data.described import Captions, Transform, read_captions
 from labs_common.options import CaptionDataOptions
-from labs_common.progress import console
 
 # The offline data. The numbers of its scenes are others than those that the encoder was pre-trained on: its seed is 0.
 DEMO_SIDE, DEMO_COUNT = 64, 9000
@@ -24,13 +22,8 @@ def read_data(options: CaptionDataOptions, seed: int, shown: bool) -> Captions:
 
 
 def drawn_scenes() -> Path:
-    """Drawn scenes with five captions each, as Flickr8k is laid out; made now if never before."""
-    from labs_common.scenes.files import write_flickr8k
+    """Drawn scenes with five captions each; made now if never before."""
+    from labs_common.scenes.files import cached_flickr8k
 
-    def make(folder: Path) -> None:
-        console.print(f"drawing {DEMO_COUNT} scenes with captions")
-        write_flickr8k(folder, range(DEMO_COUNT), seed=0, side=DEMO_SIDE, sample=demo_scene)
-
-    return cached_directory(
-        "captioned-scenes", {"side": DEMO_SIDE, "count": DEMO_COUNT, "scenes": RECIPE, "format": 1}, make
-    )
+    recipe = {"side": DEMO_SIDE, "count": DEMO_COUNT, "scenes": RECIPE, "format": 1}
+    return cached_flickr8k("captioned-scenes", recipe, DEMO_COUNT, DEMO_SIDE, demo_scene)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from caption_lab.config import DecoderOptions, Model
@@ -16,7 +15,7 @@ from caption_lab.encoder import Encoder
 from caption_lab.model import ImageCaptioningModel, make_decoder
 from caption_lab.vocabulary import Vocabulary, load_vocabulary
 from labs_common.data.described import Transform
-from labs_common.errors import LabError
+from labs_common.networks import reading_model, saved_folder
 from labs_common.run import written_whole
 
 FOLDER, WEIGHTS, CONFIG = "model", "model.safetensors", "config.json"
@@ -69,18 +68,12 @@ def load_captioner(path: Path, option: str = "--checkpoint") -> Captioner:
     Raises:
         LabError: none is there, or it is broken.
     """
-    folder = path / FOLDER if (path / FOLDER).is_dir() else path
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        there = "holds no trained captioner; name a finished run" if path.is_dir() else "no such directory"
-        raise LabError(f"{option} {path}: {there}")
+    folder = saved_folder(path, (CONFIG, WEIGHTS), option)
     vocabulary = load_vocabulary(folder)
-    try:
+    with reading_model(path, option):
         said = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         model = _built(said, vocabulary)
         model.load_state_dict(load_file(folder / WEIGHTS))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise LabError(f"{option} {path}: the captioner cannot be read ({reason})") from error
     return Captioner(
         said["model"], model.eval(), vocabulary, transform_of(model.encoder), DecoderOptions(**said["decoder"])
     )

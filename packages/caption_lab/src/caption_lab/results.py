@@ -1,6 +1,5 @@
 """results.json and the sections of the report that only this lab has."""
 
-import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,7 +37,7 @@ from labs_common.report import (
 )
 from labs_common.report.captioned import captioned_data_section, shown
 from labs_common.report.structure import structure_of
-from labs_common.run import Run
+from labs_common.run import Run, cost_of, machine_of, seconds_between
 from labs_common.scenes import Scene
 from labs_common.scenes.judging import GRAMMAR, KINDS
 
@@ -59,7 +58,7 @@ def finish_report(
     clock: Mapping[str, float],
 ) -> None:
     """Writes results.json, captions.json and the report, prints the main numbers and where the report is."""
-    seconds = {name: now - before for (_, before), (name, now) in itertools.pairwise(clock.items())}
+    seconds = seconds_between(clock)
     test = data.splits["test"]
     run.save_json("captions.json", captions_json(test, found.captions))
     run.save_json("results.json", results_of(run, config, captioner, fitted, found, seconds))
@@ -103,10 +102,7 @@ def results_of(
     run: Run, config: TrainConfig, captioner: Captioner, fitted: Fitted, found: Evaluation, by_part: Mapping[str, float]
 ) -> dict[str, Any]:
     """All that a comparison needs of a run: its config, scores, costs, machine and versions."""
-    timing = list(run.lines("timing.jsonl"))
-    seconds, captions = (sum(line[key] for line in timing) for key in ("seconds", "captions"))
     evaluations = [line for line in run.lines("metrics.jsonl") if "validation/loss" in line]
-    environment = run.load_json("environment.json")
     return {
         "config": to_plain(config),
         "vocabulary": {"words": len(captioner.vocabulary), "length": captioner.vocabulary.length},
@@ -117,21 +113,14 @@ def results_of(
             for name, truth in found.claims.items()
         },
         "cost": {
-            "seconds": seconds,
+            **cost_of(run, "captions"),
             "preparation seconds": by_part["prepared"],
-            "steps": len(timing),
-            "captions": captions,
-            "captions per second": captions / seconds if seconds else 0.0,
-            "peak memory": max((line["peak_memory"] for line in timing), default=0),
             "trained": fitted.parameters["trained"],
             "parameters": fitted.parameters["all"],
             "optimizer bytes": fitted.optimizer_bytes,
             "cache bytes": fitted.cache_bytes,
         },
-        "environment": {
-            **{key: environment[key] for key in ("git_commit", "python", "platform", "cpu_count", "gpus")},
-            "packages": {name: environment["packages"].get(name) for name in ("torch", "timm", "accelerate")},
-        },
+        "environment": machine_of(run, ("torch", "timm", "accelerate")),
     }
 
 

@@ -7,7 +7,8 @@ finished is not run again: the same command goes on where it was stopped, and re
 import dataclasses
 from dataclasses import dataclass, field
 
-from clip_lab.config import OBJECTIVES, CompareConfig, HeadOptions, TrainConfig, complete
+from clip_lab.command_config import CompareConfig
+from clip_lab.config import OBJECTIVES, HeadOptions, TrainConfig, complete
 from labs_common.cli import parse, run_command
 from labs_common.comparing import (
     check_compared,

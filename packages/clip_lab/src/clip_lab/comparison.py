@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from clip_lab.classes import features_of, read_splits
-from clip_lab.config import CompareConfig
+from clip_lab.command_config import CompareConfig
 from clip_lab.encoder import Encoder, load_encoder
 from clip_lab.evaluation import picture_rows_of
 from clip_lab.model import SimVlmModel

@@ -6,10 +6,8 @@ from typing import Any
 import numpy as np
 
 from clip_lab.image import ImageTower
-from labs_common.cache import cached_directory
 from labs_common.data.described import Captions, Transform, read_captions
 from labs_common.options import CaptionDataOptions
-from labs_common.progress import console
 from labs_common.scenes import Scene, random_scene
 
 # The offline world: so small that who is where has to be read as well, not only what there is.
@@ -40,11 +38,8 @@ def read_data(options: CaptionDataOptions, seed: int, shown: bool) -> Captions:
 
 
 def drawn_scenes() -> Path:
-    """Drawn scenes with five captions each, as Flickr8k is laid out; made now if never before."""
-    from labs_common.scenes.files import write_flickr8k
+    """Drawn scenes with five captions each; made now if never before."""
+    from labs_common.scenes.files import cached_flickr8k
 
-    def make(folder: Path) -> None:
-        console.print(f"drawing {DEMO_COUNT} scenes with captions")
-        write_flickr8k(folder, range(DEMO_COUNT), seed=0, side=DEMO_SIDE, sample=demo_scene)
-
-    return cached_directory("clip-scenes", RECIPE | {"count": DEMO_COUNT, "format": 1}, make)
+    recipe = RECIPE | {"count": DEMO_COUNT, "format": 1}
+    return cached_flickr8k("clip-scenes", recipe, DEMO_COUNT, DEMO_SIDE, demo_scene)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from clip_lab.config import DemoConfig
+from clip_lab.command_config import DemoConfig
 from labs_common.cli import run_command
 from labs_common.errors import LabError
 from labs_common.pages import check_page, serve

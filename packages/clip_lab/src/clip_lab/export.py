@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_lab.config import FINISHED, TRAIN, ExportConfig
+from clip_lab.command_config import ExportConfig
+from clip_lab.config import FINISHED, TRAIN
 from labs_common.cli import run_command
 from labs_common.errors import LabError
 

@@ -14,11 +14,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from clip_lab.config import OnBadData
 from clip_lab.encoder import Encoder
 from labs_common.cache import cache_directory, recipe_key
 from labs_common.data.images import SUFFIXES, BadPictureError, decoded, decoding_threads
 from labs_common.errors import LabError
+from labs_common.options import OnBadData
 from labs_common.progress import console, tracked
 from labs_common.run import written_whole
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from clip_lab.config import ZeroShotConfig
+from clip_lab.command_config import ZeroShotConfig
 from clip_lab.encoder import Encoder
 from clip_lab.probing import published_section
 from clip_lab.templates import filled

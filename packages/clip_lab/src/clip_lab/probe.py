@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from clip_lab.config import ProbeConfig
+from clip_lab.command_config import ProbeConfig
 from labs_common.cli import run_command
 from labs_common.errors import LabError
 

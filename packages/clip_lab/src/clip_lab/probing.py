@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from clip_lab.classes import Features
-from clip_lab.config import ProbeConfig
+from clip_lab.command_config import ProbeConfig
 from clip_lab.encoder import Encoder
 from clip_lab.published import MEASURED, PROBED, REFERENCE
 from labs_common.cli import to_plain

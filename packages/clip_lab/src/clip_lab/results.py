@@ -1,6 +1,5 @@
 """results.json and the sections of the report that only this lab has."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,7 +35,7 @@ from labs_common.report import (
 )
 from labs_common.report.captioned import captioned_data_section, shown
 from labs_common.report.structure import structure_of
-from labs_common.run import Run
+from labs_common.run import Run, cost_of, machine_of, seconds_between
 
 SHOWN, MATRIX, WORST = 5, 40, 6
 RIGHT, WRONG = "#16a34a", "#dc2626"
@@ -54,7 +53,7 @@ def finish_report(
     clock: Mapping[str, float],
 ) -> None:
     """Writes results.json and the report, prints the main numbers and where the report is."""
-    seconds = {name: now - before for (_, before), (name, now) in itertools.pairwise(clock.items())}
+    seconds = seconds_between(clock)
     run.save_json("results.json", results_of(run, config, fitted, found, seconds))
     print_scores(found)
     print(f"model: {run.path / FOLDER}")
@@ -100,9 +99,6 @@ def results_of(
     run: Run, config: TrainConfig, fitted: Fitted, found: Evaluation, by_part: Mapping[str, float]
 ) -> dict[str, Any]:
     """All that a comparison needs of a run: its config, scores, costs, machine and versions."""
-    timing = list(run.lines("timing.jsonl"))
-    seconds, pictures = (sum(line[key] for line in timing) for key in ("seconds", "pictures"))
-    environment = run.load_json("environment.json")
     return {
         "config": to_plain(config),
         "evaluations": [line for line in run.lines("metrics.jsonl") if "validation/loss" in line],
@@ -115,21 +111,14 @@ def results_of(
             for kind, queries in found.queries.items()
         },
         "cost": {
-            "seconds": seconds,
+            **cost_of(run, "pictures"),
             "preparation seconds": by_part["prepared"],
-            "steps": len(timing),
-            "pictures": pictures,
-            "pictures per second": pictures / seconds if seconds else 0.0,
-            "peak memory": max((line["peak_memory"] for line in timing), default=0),
             "trained": fitted.parameters["trained"],
             "parameters": fitted.parameters["all"],
             "optimizer bytes": fitted.optimizer_bytes,
             "cache bytes": fitted.cache_bytes,
         },
-        "environment": {
-            **{key: environment[key] for key in ("git_commit", "python", "platform", "cpu_count", "gpus")},
-            "packages": {name: environment["packages"].get(name) for name in ("torch", "timm", "accelerate")},
-        },
+        "environment": machine_of(run, ("torch", "timm", "accelerate")),
     }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_lab.config import RetrieveConfig
+from clip_lab.command_config import RetrieveConfig
 from labs_common.cli import run_command
 from labs_common.errors import LabError
 from labs_common.options import OnBadData

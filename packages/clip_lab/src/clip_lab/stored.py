@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from clip_lab.config import FINISHED, HeadOptions, Objective, TrainConfig
@@ -17,7 +16,7 @@ from clip_lab.model import Model, built
 from clip_lab.text import PretrainedText, TextTower
 from clip_lab.tokens import Words, load_words
 from labs_common.data.described import Transform
-from labs_common.errors import LabError
+from labs_common.networks import reading_model, saved_folder
 from labs_common.run import written_whole
 
 FOLDER, WEIGHTS = "model", "model.safetensors"
@@ -72,19 +71,13 @@ def load_model(path: Path, option: str = "--checkpoint") -> Loaded:
     Raises:
         LabError: none is there, or it is broken.
     """
-    folder = path / FOLDER if (path / FOLDER / FINISHED).is_file() else path
-    if not (folder / FINISHED).is_file() or not (folder / WEIGHTS).is_file():
-        there = "holds no trained model; name a finished run" if path.is_dir() else "no such directory"
-        raise LabError(f"{option} {path}: {there}")
-    try:
+    folder = saved_folder(path, (FINISHED, WEIGHTS), option)
+    with reading_model(path, option):
         said = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
         model = _built(said)
         model.load_state_dict(load_file(folder / WEIGHTS))
         objective: Objective = said["objective"]
         length = int(said["length"])
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise LabError(f"{option} {path}: the model cannot be read ({reason})") from error
     model.requires_grad_(False)
     return Loaded(objective, model.eval(), load_words(folder, length), transform_of(model.image))
 

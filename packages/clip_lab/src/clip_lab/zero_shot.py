@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from clip_lab.config import ProbeConfig, ZeroShotConfig
+from clip_lab.command_config import ProbeConfig, ZeroShotConfig
 from labs_common.cli import run_command
 from labs_common.errors import LabError
 

@@ -4,7 +4,8 @@ timm is a dependency of the labs that call this, not of the core.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +57,30 @@ def load_exactly(network: torch.nn.Module, state: Mapping[str, torch.Tensor], sa
         if name not in state or state[name].shape != tensor.shape:
             raise LabError(f"{said}: is of another architecture or image size (first difference: {name})")
     network.load_state_dict({name: state[name] for name in own})
+
+
+def saved_folder(path: Path, names: Sequence[str], option: str, inner: str = "model") -> Path:
+    """Where the files `names` of a saved model lie: under `model/` of a finished run, or in the directory itself.
+
+    Raises:
+        LabError: they do not, with `option`, which named the path.
+    """
+    for folder in (path / inner, path):
+        if all((folder / name).is_file() for name in names):
+            return folder
+    there = "holds no trained model; name a finished run" if path.is_dir() else "no such directory"
+    raise LabError(f"{option} {path}: {there}")
+
+
+@contextmanager
+def reading_model(path: Path, option: str) -> Iterator[None]:
+    """What is wrong with the files of a saved model becomes one line.
+
+    Raises:
+        LabError: instead of what reading and building raise.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise LabError(f"{option} {path}: the model cannot be read ({reason})") from error

@@ -3,13 +3,14 @@
 import contextlib
 import datetime
 import importlib.util
+import itertools
 import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,31 @@ class Run:
         """What `save_json` wrote, or None."""
         path = self.path / name
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def cost_of(run: Run, unit: str) -> dict[str, Any]:
+    """What all steps of a run took, from timing.jsonl: seconds, steps, `unit`s trained on and their rate, bytes."""
+    timing = list(run.lines("timing.jsonl"))
+    seconds, count = (sum(line[key] for line in timing) for key in ("seconds", unit))
+    return {
+        "seconds": seconds,
+        "steps": len(timing),
+        unit: count,
+        f"{unit} per second": count / seconds if seconds else 0.0,
+        "peak memory": max((line["peak_memory"] for line in timing), default=0),
+    }
+
+
+def machine_of(run: Run, packages: Sequence[str]) -> dict[str, Any]:
+    """Commit, machine and the versions of some packages, from environment.json."""
+    environment = run.load_json("environment.json")
+    kept = {key: environment[key] for key in ("git_commit", "python", "platform", "cpu_count", "gpus")}
+    return kept | {"packages": {name: environment["packages"].get(name) for name in packages}}
+
+
+def seconds_between(clock: Mapping[str, float]) -> dict[str, float]:
+    """How long each part took, by its name, from moments in the order in which the parts ended."""
+    return {name: now - before for (_, before), (name, now) in itertools.pairwise(clock.items())}
 
 
 def check_run_options(options: RunOptions) -> None:

@@ -25,7 +25,7 @@ from labs_common.report import (
     trained_section,
     write_report,
 )
-from labs_common.run import Run
+from labs_common.run import Run, cost_of, machine_of
 from llm_peft_fa.adapters import result_folder
 from llm_peft_fa.answers import Comparison, Scores
 from llm_peft_fa.architecture import Structure
@@ -219,9 +219,6 @@ def results_of(
     run: Run, config: TrainConfig, comparison: Comparison, losses: Mapping[str, tuple[float, float]], costs: Costs
 ) -> dict[str, Any]:
     """All that a comparison needs of a run: its config, scores, costs, machine and versions."""
-    timing = list(run.lines("timing.jsonl"))
-    seconds, tokens = (sum(line[key] for line in timing) for key in ("seconds", "tokens"))
-    environment = run.load_json("environment.json")
     before = dict(comparison.scores.get("before", {})) | {name: values[0] for name, values in losses.items()}
     after = dict(comparison.scores["after"]) | {name: values[1] for name, values in losses.items()}
     return {
@@ -229,17 +226,8 @@ def results_of(
         "before": before,
         "after": after,
         "cost": {
-            "seconds": seconds,
-            "steps": len(timing),
-            "tokens": tokens,
-            "tokens per second": tokens / seconds if seconds else 0.0,
-            "peak memory": max((line["peak_memory"] for line in timing), default=0),
+            **cost_of(run, "tokens"),
             **{name.replace("_", " "): value for name, value in dataclasses.asdict(costs).items()},
         },
-        "environment": {
-            **{key: environment[key] for key in ("git_commit", "python", "platform", "cpu_count", "gpus")},
-            "packages": {
-                name: environment["packages"].get(name) for name in ("torch", "transformers", "peft", "accelerate")
-            },
-        },
+        "environment": machine_of(run, ("torch", "transformers", "peft", "accelerate")),
     }

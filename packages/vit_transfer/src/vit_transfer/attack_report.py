@@ -1,6 +1,5 @@
 """What the perturbations do: fooling rates, their transfer between networks, and the pictures themselves."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ from labs_common.report import (
     save_figure,
     write_report,
 )
-from labs_common.run import Run
+from labs_common.run import Run, seconds_between
 from vit_transfer.attacks import (
     EVALUATION_BATCH,
     OnLevels,
@@ -126,7 +125,7 @@ def finish_attack_report(
         return
     rates = ", ".join(f"{name} {found[UNIVERSAL]:.0%}" for name, found in methods.items())
     summary = f"One perturbation changes what is said of this share of unseen test pictures: {rates}."
-    seconds = [(name, now - before) for (_, before), (name, now) in itertools.pairwise(clock.items())]
+    seconds = list(seconds_between(clock).items())
     sections = [
         numbers_section(victims, methods, config),
         count_section(run, by_count),

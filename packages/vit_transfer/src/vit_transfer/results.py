@@ -1,7 +1,6 @@
 """results.json and the sections of the report that only this lab has."""
 
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,7 +35,7 @@ from labs_common.report.classes import (
     said_line,
     wilson_interval,
 )
-from labs_common.run import Run
+from labs_common.run import Run, cost_of, machine_of, seconds_between
 from vit_transfer.config import TrainConfig
 from vit_transfer.data import Tensors, Transform
 from vit_transfer.explain import heat_maps, overlaid
@@ -62,7 +61,7 @@ def finish_report(
     `scored` are the predictions on the test pictures, of this run first and then of what it is compared with, which
     `compared` says in words; `more` are sections that follow the numbers.
     """
-    seconds = {name: now - before for (_, before), (name, now) in itertools.pairwise(clock.items())}
+    seconds = seconds_between(clock)
     results = results_of(run, config, fitted, scored, seconds)
     own = scored["this run"]
     said = {"classes": list(splits["test"].classes), "labels": own.labels.tolist(), "said": own.said.tolist()}
@@ -104,12 +103,9 @@ def results_of(
     by_part: Mapping[str, float],
 ) -> dict[str, Any]:
     """All that a comparison needs of a run: its config, scores, costs, machine and versions."""
-    timing = list(run.lines("timing.jsonl"))
-    seconds, pictures = (sum(line[key] for line in timing) for key in ("seconds", "pictures"))
     evaluations = [line for line in run.lines("metrics.jsonl") if "validation/loss" in line]
     # With --patience the run went back to its best weights.
     kept = min(evaluations, key=lambda line: line["validation/loss"]) if config.training.patience else evaluations[-1]
-    environment = run.load_json("environment.json")
     return {
         "config": to_plain(config),
         "validation": {"loss": kept["validation/loss"], "accuracy": kept["validation/accuracy"]},
@@ -123,21 +119,14 @@ def results_of(
             for name, found in scored.items()
         },
         "cost": {
-            "seconds": seconds,
+            **cost_of(run, "pictures"),
             "preparation seconds": by_part["prepared"],
-            "steps": len(timing),
-            "pictures": pictures,
-            "pictures per second": pictures / seconds if seconds else 0.0,
-            "peak memory": max((line["peak_memory"] for line in timing), default=0),
             "trainable": fitted.structure.trainable,
             "parameters": fitted.structure.parameters,
             "optimizer bytes": fitted.optimizer_bytes,
             "cache bytes": fitted.cache_bytes,
         },
-        "environment": {
-            **{key: environment[key] for key in ("git_commit", "python", "platform", "cpu_count", "gpus")},
-            "packages": {name: environment["packages"].get(name) for name in ("torch", "timm", "accelerate")},
-        },
+        "environment": machine_of(run, ("torch", "timm", "accelerate")),
     }
 
 

@@ -1,6 +1,5 @@
 """results.json and the sections of the report that only this lab has."""
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from labs_common.report import (
     write_report,
 )
 from labs_common.report.structure import structure_of
-from labs_common.run import Run
+from labs_common.run import Run, cost_of, machine_of, seconds_between
 from zsi_contrastive.columns import neighbours
 from zsi_contrastive.config import TrainConfig
 from zsi_contrastive.data import ZeroShotData
@@ -49,22 +48,17 @@ def finish_report(
     clock: Mapping[str, float],
 ) -> None:
     """Writes results.json, the detections and the report, and prints the main numbers."""
-    seconds = {name: now - before for (_, before), (name, now) in itertools.pairwise(clock.items())}
+    seconds = seconds_between(clock)
     write_findings(run, found)
-    environment = run.load_json("environment.json")
-    timing = list(run.lines("timing.jsonl"))
     cost = {
-        "seconds": sum(line["seconds"] for line in timing),
-        "steps": len(timing),
-        "pictures": sum(line["pictures"] for line in timing),
-        "peak memory": max((line["peak_memory"] for line in timing), default=0),
+        **cost_of(run, "pictures"),
         "trained": fitted.parameters["trained"],
         "parameters": fitted.parameters["all"],
         "optimizer bytes": fitted.optimizer_bytes,
     }
-    kept = {key: environment[key] for key in ("git_commit", "python", "platform", "cpu_count", "gpus")}
+    machine = machine_of(run, ("torch", "torchvision", "timm", "accelerate"))
     run.save_json(
-        "results.json", {"config": to_plain(config), "test": found.plain(), "cost": cost, "environment": kept}
+        "results.json", {"config": to_plain(config), "test": found.plain(), "cost": cost, "environment": machine}
     )
     print_scores(found)
     print(f"model: {run.path / FOLDER}")

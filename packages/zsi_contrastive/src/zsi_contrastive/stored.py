@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from labs_common.errors import LabError
-from labs_common.networks import load_exactly, read_weights
+from labs_common.networks import load_exactly, read_weights, reading_model, saved_folder
 from labs_common.run import written_whole
 from zsi_contrastive.backbone import make_backbone
 from zsi_contrastive.config import FINISHED, TINY, DetectionOptions, TrainConfig
@@ -101,11 +99,8 @@ def load_model(path: Path, option: str = "--checkpoint") -> Loaded:
     Raises:
         LabError: none is there, or it is broken.
     """
-    folder = path / FOLDER if (path / FOLDER / FINISHED).is_file() else path
-    if not (folder / FINISHED).is_file() or not (folder / WEIGHTS).is_file():
-        there = "holds no trained model; name a finished run" if path.is_dir() else "no such directory"
-        raise LabError(f"{option} {path}: {there}")
-    try:
+    folder = saved_folder(path, (FINISHED, WEIGHTS), option)
+    with reading_model(path, option):
         said = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
         state = load_file(folder / WEIGHTS)
         unseen = state.pop("unseen")
@@ -125,8 +120,5 @@ def load_model(path: Path, option: str = "--checkpoint") -> Loaded:
         split = Split(said["split"]["name"], tuple(said["split"]["seen"]), tuple(said["split"]["unseen"]))
         vectors = ClassVectors(said["word_vectors"], background, seen, unseen, said["by_column"])
         detection = DetectionOptions(**said["detection"])
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise LabError(f"{option} {path}: the model cannot be read ({reason})") from error
     model.requires_grad_(False)
     return Loaded(model.eval(), split, vectors, detection)

@@ -20,6 +20,8 @@ from shapely.affinity import scale
 from shapely.geometry import LineString, MultiPolygon, Polygon, box
 from shapely.ops import split
 
+from labs_common.cache import cached_directory
+from labs_common.progress import console
 from labs_common.scenes.captions import captions
 from labs_common.scenes.drawing import picture
 from labs_common.scenes.tasks import TASKS
@@ -84,6 +86,16 @@ def read_truth(folder: Path) -> dict[str, Scene]:
         )
         for name, found in truth.items()
     }
+
+
+def cached_flickr8k(name: str, recipe: Any, count: int, side: int, sample: Callable[..., Scene]) -> Path:
+    """The directory of `count` drawn scenes with captions, as Flickr8k is laid out; made now if never before."""
+
+    def make(folder: Path) -> None:
+        console.print(f"drawing {count} scenes with captions")
+        write_flickr8k(folder, range(count), seed=0, side=side, sample=sample)
+
+    return cached_directory(name, recipe, make)
 
 
 def write_parquet(folder: Path, task: str, splits: dict[str, Sequence[int]], seed: int = 0, side: int = 64) -> None:

@@ -1,6 +1,5 @@
 """The probe, results.json and the report of a pre-training."""
 
-import itertools
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +26,7 @@ from labs_common.report import (
     write_report,
 )
 from labs_common.report.classes import Predictions, class_data_section, class_sections, wilson_interval
-from labs_common.run import Run
+from labs_common.run import Run, cost_of, machine_of, seconds_between
 from zsi_contrastive.config import TINY
 from zsi_contrastive.pretrain_config import PretrainConfig
 from zsi_contrastive.pretraining.fitting import Fitted
@@ -90,17 +89,13 @@ def probed(features: Mapping[str, Features]) -> Predictions:
 
 def write_results(run: Run, config: PretrainConfig, fitted: Fitted, scores: Mapping[str, Any]) -> None:
     """results.json: what was measured and what it cost."""
-    timing, environment = list(run.lines("timing.jsonl")), run.load_json("environment.json")
     cost = {
-        "seconds": sum(line["seconds"] for line in timing),
-        "steps": len(timing),
-        "pictures": sum(line["pictures"] for line in timing),
-        "peak memory": max((line["peak_memory"] for line in timing), default=0),
+        **cost_of(run, "pictures"),
         "parameters": fitted.parameters,
         "optimizer bytes": fitted.optimizer_bytes,
     }
-    kept = {key: environment[key] for key in ("git_commit", "python", "platform", "cpu_count", "gpus")}
-    run.save_json("results.json", {"config": to_plain(config), "test": scores, "cost": cost, "environment": kept})
+    machine = machine_of(run, ("torch", "timm", "accelerate"))
+    run.save_json("results.json", {"config": to_plain(config), "test": scores, "cost": cost, "environment": machine})
 
 
 def summary_of(config: PretrainConfig, scores: Mapping[str, Any]) -> str:
@@ -126,7 +121,7 @@ def write_pages(
     clock: Mapping[str, float],
 ) -> str:
     """The report; returns its path."""
-    seconds = {name: now - before for (_, before), (name, now) in itertools.pairwise(clock.items())}
+    seconds = seconds_between(clock)
     levels, test = fitted.levels, splits["test"]
     data = class_data_section(splits)
     data.blocks.append(views_gallery(config, levels["train"]))
