@@ -30,7 +30,7 @@ INLINE = re.compile(r"`((?:uv run |\w+=\w+ )*(?:python -m|accelerate launch|torc
 # Commands of the shell that CI runs itself, word for word.
 SHELL = {
     "pip install uv", "uv run pytest", ".ci/run", ".ci/package common", "uv run ruff check", "uv run ruff format",
-    "uv run mypy", "uv run python -m benchmarks", "uv pip install ./packages/llm_peft_fa", "llm-peft-fa-train --help",
+    "uv run mypy", "uv run python -m benchmarks", "uv run pytest tests", ".ci/supply", "uv pip install ./packages/llm_peft_fa", "llm-peft-fa-train --help",
     "git clone URL foundation-labs", "cd foundation-labs",
 }  # fmt: skip
 # Each has a test of its own: a comparison starts processes, a page serves until it is stopped.
