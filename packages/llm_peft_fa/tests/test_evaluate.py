@@ -53,7 +53,8 @@ def test_any_adapter_is_measured_beside_its_base_and_given_to_judges(adapter: Pa
         assert (row[1], row[2], row[3]) == (answer["prompt"], said[which["A"]], said[which["B"]])
         sides.add(which["A"])
     assert sides == {"base", "adapter"}, "neither is always A"
-    assert "--judge-file" in here("evaluate", *arguments, code=2).stderr, "ratings are never overwritten"
+    again = here("evaluate", *arguments, "--output", tmp_path / "again", code=2)
+    assert "--judge-file" in again.stderr, "ratings are never overwritten"
 
 
 def test_any_model_is_measured_alone_or_beside_another(llama_dir: Path, data: Path, tmp_path: Path) -> None:

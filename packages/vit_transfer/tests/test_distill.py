@@ -122,7 +122,7 @@ def test_resumed_it_gives_the_same_bytes(shared: tuple[object, ...], teacher: Pa
 
 
 class TestPromises(TrainingPromises):
-    kills = 2 if KILLS == 5 else KILLS
+    kills = 1 if KILLS == 5 else KILLS
 
     @pytest.fixture(scope="class")
     def training(self, shared: tuple[object, ...], teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Training:

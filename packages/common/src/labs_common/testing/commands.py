@@ -105,7 +105,7 @@ def launch_values(file: Path) -> dict[str, Any]:
 def with_deepspeed(file: Path, folder: Path, module: str, libraries: list[str], *arguments: object) -> None:
     """Runs a command under a DeepSpeed configuration, in one process on a CPU, in which nothing is imported anew.
 
-    Its environment is that in which `accelerate launch` would start it; that this does is for llm_peft_fa's tests.
+    Its environment is that in which `accelerate launch` would start it; that this does is for tests/test_launcher.py.
     """
     asked = launch_command_parser().parse_args(["--config_file", str(one_cpu(file, folder)), "train.py"])
     launch, defaults, _ = _validate_launch_command(asked)
