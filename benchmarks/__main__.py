@@ -12,7 +12,6 @@ import shlex
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -28,6 +27,7 @@ from labs_common.run import write_atomically
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- python -m benchmarks -->", "<!-- end -->"
+COLUMNS = ("ours against", "ratio", "least to most", "runs", "asked for", "reached")
 VERSIONS = ("torch", "transformers", "peft", "trl", "timm", "open_clip_torch", "lightly", "torchvision", "pycocotools")
 
 
@@ -112,16 +112,15 @@ class Options:
     runs: int = 3
     """How often each is run; the table has median, least and most."""
     only: tuple[str, ...] = ()
-    """Scripts to run, such as zsi.py; by default all. The table is then only printed."""
+    """Scripts to run, such as zsi.py; by default all. What others gave before stays in the table."""
     output: Path = Path("benchmarks/results/all.json")
-    """Where the ratios go."""
+    """Where the ratios go, and where those of other scripts are."""
 
 
 def main() -> None:
     """Runs the rounds, prints the table and writes it."""
     options = tyro.cli(Options)
     wanted = [benchmark for benchmark in BENCHMARKS if not options.only or benchmark.script in options.only]
-    start = time.perf_counter()
     found: dict[str, list[float]] = {}
     for round_number in range(1, options.runs + 1):
         for benchmark in wanted:
@@ -129,16 +128,16 @@ def main() -> None:
             figures = figures_of(benchmark)
             for ratio in benchmark.ratios:
                 found.setdefault(ratio.what, []).append(ratio.value(figures))
-    minutes = (time.perf_counter() - start) / 60
+    there = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
+    ratios = (there.get("ratios", {}) if there.get("machine") == machine() else {}) | found
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(options.output, json.dumps({"machine": machine(), "minutes": minutes, "ratios": found}, indent=1))
-    rows = rows_of(wanted, found)
-    table = Table("against", "ratio", "least to most", "asked for", "reached")
+    write_atomically(options.output, json.dumps({"machine": machine(), "ratios": ratios}, indent=1))
+    rows = rows_of(ratios)
+    table = Table(*COLUMNS)
     for row in rows:
         table.add_row(*row)
     Console(width=140).print(table)
-    if not options.only:
-        write_table(rows, options.runs, minutes)
+    write_table(rows)
 
 
 def figures_of(benchmark: Benchmark) -> Any:
@@ -151,15 +150,17 @@ def figures_of(benchmark: Benchmark) -> Any:
     return json.loads(output.read_text(encoding="utf-8"))
 
 
-def rows_of(wanted: list[Benchmark], found: dict[str, list[float]]) -> list[tuple[str, ...]]:
-    """A row for each ratio: what, median, spread, aim, whether it was reached."""
+def rows_of(found: dict[str, list[float]]) -> list[tuple[str, ...]]:
+    """A row for each ratio: what, median, spread, runs, aim, whether it was reached."""
     rows: list[tuple[str, ...]] = []
-    for ratio in (ratio for benchmark in wanted for ratio in benchmark.ratios):
-        values = found[ratio.what]
+    for ratio in (ratio for benchmark in BENCHMARKS for ratio in benchmark.ratios):
+        if not (values := found.get(ratio.what, [])):
+            rows.append((ratio.what, "not measured", "", "0", "", ""))
+            continue
         middle = statistics.median(values)
         reached = middle <= ratio.aim if ratio.at_most else middle >= ratio.aim
         bound = "at most" if ratio.at_most else "at least"
-        rows.append((ratio.what, f"{middle:.2f}", f"{min(values):.2f} to {max(values):.2f}", f"{bound} {ratio.aim:g}",
+        rows.append((ratio.what, f"{middle:.2f}", f"{min(values):.2f} to {max(values):.2f}", str(len(values)), f"{bound} {ratio.aim:g}",
                      "yes" if reached else "**no**"))  # fmt: skip
     return rows
 
@@ -170,7 +171,7 @@ def machine() -> dict[str, str]:
     return {"device": device, "python": platform.python_version(), **{name: version(name) for name in VERSIONS}}
 
 
-def write_table(rows: list[tuple[str, ...]], runs: int, minutes: float) -> None:
+def write_table(rows: list[tuple[str, ...]]) -> None:
     """Puts the table between its marks in docs/performance.md."""
     file = HERE.parent / "docs" / "performance.md"
     text = file.read_text(encoding="utf-8")
@@ -178,8 +179,8 @@ def write_table(rows: list[tuple[str, ...]], runs: int, minutes: float) -> None:
     _, _, after = rest.partition(END)
     said = ", ".join(f"{name} {value}" for name, value in machine().items())
     lines = [
-        f"{said}. Median of {runs} rounds, which took {minutes:.0f} minutes.", "",
-        "| ours against | ratio | least to most | asked for | reached |", "|---|---|---|---|---|",
+        f"{said}. The ratio is the median of the runs.", "",
+        f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}",
         *(f"| {' | '.join(row)} |" for row in rows),
     ]  # fmt: skip
     write_atomically(file, before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + after)

@@ -30,7 +30,7 @@ from labs_common.run import Run
 from labs_common.testing.commands import Done, forked, here, in_two_processes, launch_values, losses, with_deepspeed
 from labs_common.training import Loop
 
-# How often the run is killed before it may end; `LABS_KILLS=20 pytest -k killed` tries harder.
+# How often the run is killed before it may end; `LABS_KILLS=20 pytest -m kills` tries harder.
 KILLS = int(os.environ.get("LABS_KILLS", "5"))
 
 
@@ -94,6 +94,7 @@ class TrainingPromises:
 
     kills = KILLS
 
+    @pytest.mark.kills
     def test_killed_at_any_moment_it_resumes_to_the_same_bytes(self, training: Training, tmp_path: Path) -> None:
         """`kills` times SIGKILL at random steps, then Ctrl-C, and then it may end."""
         chance, last = random.Random(), step_of(training.whole)
