@@ -160,7 +160,8 @@ def rows_of(found: dict[str, list[float]]) -> list[tuple[str, ...]]:
         middle = statistics.median(values)
         reached = middle <= ratio.aim if ratio.at_most else middle >= ratio.aim
         bound = "at most" if ratio.at_most else "at least"
-        rows.append((ratio.what, f"{middle:.2f}", f"{min(values):.2f} to {max(values):.2f}", str(len(values)), f"{bound} {ratio.aim:g}",
+        spread = f"{min(values):.2f} to {max(values):.2f}"
+        rows.append((ratio.what, f"{middle:.2f}", spread, str(len(values)), f"{bound} {ratio.aim:g}",
                      "yes" if reached else "**no**"))  # fmt: skip
     return rows
 
