@@ -90,6 +90,7 @@ def test_schedules_against_torch() -> None:
     )
 
 
+@pytest.mark.kills
 def test_killed_at_any_moment_it_resumes_to_the_same_bytes(whole_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "killed"
     process = start("--output", run, "--seconds-per-step", "0.02", *OPTIONS)

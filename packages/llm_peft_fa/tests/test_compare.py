@@ -140,6 +140,7 @@ def test_answers_without_a_checkable_reference_are_scored_by_chrf() -> None:
     assert prompt_scores(rows) == [1.0, 0.0]
 
 
+@pytest.mark.kills
 def test_killed_and_started_again_it_loses_at_most_the_method_under_way(llama_dir: Path, tmp_path: Path) -> None:
     folder = tmp_path / "comparison"
     options = ["--model", str(llama_dir), "--methods", "layers:layers=1,prefix_tuning:virtual_tokens=3,lora", *SMALL]
