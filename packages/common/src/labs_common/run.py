@@ -59,7 +59,8 @@ class Run:
             trouble = [_make_directory(run.path, config) if run.is_main else None]
             if (message := broadcast_object_list(trouble)[0]) is not None:
                 raise LabError(message)
-        begun(run.path)
+        if "resume" in flat_options(config):  # not of commands that write a directory and cannot go on with it
+            begun(run.path)
         if options.track != "none":
             accelerator.project_configuration.set_directories(str(run.path))
             accelerator.log_with = filter_trackers([options.track], str(run.path))

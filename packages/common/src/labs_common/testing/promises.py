@@ -14,9 +14,10 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -318,7 +319,7 @@ def largest_files(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[tuple[Path, "Enlarge"]]:
+def small_disk(folder: Path, size: int) -> Iterator[tuple[Path, Callable[[], object]]]:
     """A file system of `size` bytes in memory, and what makes it large; skips where it may not be made."""
     folder.mkdir()
     become = [] if os.geteuid() == 0 else ["sudo", "-n"]
@@ -330,17 +331,7 @@ def small_disk(folder: Path, size: int) -> Iterator[tuple[Path, "Enlarge"]]:
     if not allowed:
         pytest.skip("a small disk cannot be made here (needs root, or sudo without a password)")
     try:
-        yield folder, Enlarge([*become, "mount", "-o", "remount,size=1g", str(folder)])
+        larger = [*become, "mount", "-o", "remount,size=1g", str(folder)]
+        yield folder, partial(subprocess.run, larger, check=True)
     finally:
         subprocess.run([*become, "umount", "--lazy", str(folder)], check=True)
-
-
-@dataclass
-class Enlarge:
-    """Makes a small disk large."""
-
-    command: list[str]
-
-    def __call__(self) -> None:
-        """Gives it a gigabyte."""
-        subprocess.run(self.command, check=True)
