@@ -1,7 +1,6 @@
 """The sections of the reports that only this lab has."""
 
 import dataclasses
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from labs_common.report import (
     trained_section,
     write_report,
 )
-from labs_common.run import Run, cost_of, machine_of
+from labs_common.run import Run, cost_of, machine_of, seconds_between
 from llm_peft_fa.adapters import result_folder
 from llm_peft_fa.answers import Comparison, Scores
 from llm_peft_fa.architecture import Structure
@@ -193,9 +192,7 @@ def finish_report(
         )
     print(f"{result_folder(run.path).name}: {result_folder(run.path)}")
     if config.run.report:
-        moments = list(clock.items())
-        seconds = {name: now - before for (_, before), (name, now) in itertools.pairwise(moments)}
-        cost = cost_section(run, "tokens", seconds)
+        cost = cost_section(run, "tokens", seconds_between(clock))
         rows = [(name, value) for name, value in dataclasses.asdict(costs).items()]
         cost.blocks.append(Table(("", ""), [(name.replace("_", " "), value) for name, value in rows]))
         exact, summary = "exact match", ""
