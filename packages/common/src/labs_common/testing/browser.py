@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+A4 = 718  # pixels between the margins
 VIEWS = {"phone": (390, 844), "desk": (1280, 900)}
 # What is wrong with the page as it stands: things wider than the window, Persian that runs the wrong way, blurred or
 # broken pictures, contrast of text too low to read.
@@ -17,7 +18,7 @@ FAULTS = """() => {
   if (wide > 1) faults.push(`${wide} pixels are cut off at the right`);
   for (const one of document.querySelectorAll("h1, h2, p, td, th, figcaption, pre, svg, img")) {
     const box = one.getBoundingClientRect();
-    const scrolls = one.closest(".wide, pre");
+    const scrolls = !matchMedia("print").matches && one.closest(".wide, pre");
     if (box.width && (box.left < -1 || (box.right > window.innerWidth + 1 && !scrolls)))
       faults.push(`<${one.tagName}> leaves the window: ${one.textContent.slice(0, 40)}`);
   }
@@ -78,6 +79,10 @@ def faults_of(pages: Sequence[Path], pictures: Path | None = None, every: bool =
                             found += _sorted(tab)
                             printed = tab.pdf(path=pictures and pictures / f"{page.parent.name}.pdf", format="A4")
                             found += [] if printed.startswith(b"%PDF") else ["cannot be printed"]
+                            # Paper has no scroll bars: in the width of A4 without its margins everything must fit.
+                            tab.emulate_media(media="print")
+                            tab.set_viewport_size({"width": A4, "height": 1000})
+                            found += [f"printed: {fault}" for fault in tab.evaluate(FAULTS)]
                         faults.extend(f"{page}, {name}, {scheme}: {fault}" for fault in found)
                         tab.close()
             browser.close()
