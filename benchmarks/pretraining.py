@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +48,7 @@ from labs_common.data import LabelledPictures
 from labs_common.data.pictures import checked
 from labs_common.data.readers import read_pictures
 from labs_common.run import Run, write_atomically
+from labs_common.testing.memory import held_bytes
 from labs_common.training import make_accelerator
 from zsi_contrastive.greedy import GreedySizes, PatchModules
 from zsi_contrastive.pretrain_config import PretrainConfig, complete
@@ -224,27 +226,14 @@ def greedy_memory(batch: int = 8) -> dict[str, float]:
     ways = {"module by module": {}, "all modules' graphs kept": {"early": False}, "end to end": {"isolated": False}}
     for name, way in ways.items():
         torch.manual_seed(0)
-        found[name] = held_bytes(PatchModules(GreedySizes(), **way).to(DEVICE), pictures) / 2**20
+        network = PatchModules(GreedySizes(), **way).to(DEVICE)
+        found[name] = held_bytes(partial(summed_loss, network, pictures)) / 2**20
     return found
 
 
-def held_bytes(network: PatchModules, pictures: torch.Tensor) -> int:
-    """The most bytes that autograd keeps for the backward pass at the same time."""
-    held: dict[int, int] = {}
-    most = [0]
-
-    class Kept:
-        def __init__(self, tensor: torch.Tensor) -> None:
-            self.tensor = tensor
-            held[id(self)] = tensor.numel() * tensor.element_size()
-            most[0] = max(most[0], sum(held.values()))
-
-        def __del__(self) -> None:
-            held.pop(id(self), None)
-
-    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-        network(pictures)[0].sum().backward()
-    return most[0]
+def summed_loss(network: PatchModules, pictures: torch.Tensor) -> torch.Tensor:
+    """The loss of one step."""
+    return network(pictures)[0].sum()
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from labs_common.testing.memory import held_bytes
 from zsi_contrastive.contrastive import TEMPERATURE, GreedyInfoMaxHead, PatchInfoNCEHead, patch_info_nce, thumbnails
 from zsi_contrastive.greedy import GRID, TINY_SIZES, GreedySizes, PatchModules, PixelContext, patches_of
 
@@ -66,30 +67,11 @@ def test_gradients_taken_early_are_the_same() -> None:
     torch.testing.assert_close(found[0], found[1])
 
 
-def held_bytes(network: PatchModules, pictures: torch.Tensor) -> int:
-    """The most bytes of activations that autograd keeps at the same time."""
-    held: dict[int, int] = {}
-    most = 0
-
-    class Kept:
-        def __init__(self, tensor: torch.Tensor) -> None:
-            nonlocal most
-            self.tensor = tensor
-            held[id(self)] = tensor.numel() * tensor.element_size()
-            most = max(most, sum(held.values()))
-
-        def __del__(self) -> None:
-            held.pop(id(self), None)
-
-    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-        losses_of(network, pictures).sum().backward()
-    return most
-
-
 def test_module_by_module_training_frees_activations() -> None:
     greedy, pictures = modules()
     whole, _ = modules(early=False)
-    assert held_bytes(greedy, pictures) < 0.75 * held_bytes(whole, pictures)
+    held, of_all = (held_bytes(lambda it=it: losses_of(it, pictures).sum()) for it in (greedy, whole))
+    assert held < 0.75 * of_all
 
 
 def test_context_sees_rows_above_only() -> None:

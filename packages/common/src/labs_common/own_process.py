@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
@@ -30,13 +30,28 @@ from labs_common.progress import console
 INTERRUPTED = 130
 WRONG_INPUT = 2
 LOCK = ".lock"
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 def start_server(launch: Path | None, libraries: Sequence[str]) -> None:
-    """Lets the server import `libraries` while this process does, unless Accelerate will launch the runs."""
+    """Lets the server import `libraries` while this process does, unless Accelerate will launch the runs.
+
+    The server outlives Ctrl-C and a SIGTERM to the whole group, so that a run that then saves itself is waited for;
+    what it forks calls `stop_as_usual`.
+    """
     if launch is None:
         multiprocessing.get_context("forkserver").set_forkserver_preload([*libraries])
-        forkserver.ensure_running()
+        resource_tracker.ensure_running()  # the server's starts it otherwise, and that lets the signals through again
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def stop_as_usual() -> None:
+    """Lets Ctrl-C and SIGTERM reach this process, which the server forked."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
 def finished_run(module: str, config: object, path: Path, folder: Path, launch: Path | None = None) -> int:
@@ -62,7 +77,7 @@ def finished_run(module: str, config: object, path: Path, folder: Path, launch: 
     lock = folder / LOCK
     code = _forked(module, arguments, lock) if launch is None else _launched(module, arguments, lock, launch)
     if code == INTERRUPTED:
-        raise Interrupted(f"stopped in {path}, which is saved; the same command goes on from there")
+        raise Interrupted(f"stopped in {path}; the same command goes on from there")
     if code == WRONG_INPUT:
         raise LabError(f"{path}: could not be run, see the line above; mend it and start the same command again")
     return code
@@ -115,14 +130,15 @@ def claimed(folder: Path, config: object) -> Iterator[None]:
 def _forked(module: str, arguments: list[str], lock: Path) -> int:
     process = multiprocessing.get_context("forkserver").Process(target=_run, args=(module, arguments, str(lock)))
     process.start()
-    with _stopping(process):
+    with _stopping(process) as stopped:
         process.join()
     assert process.exitcode is not None
-    return process.exitcode
+    return INTERRUPTED if stopped else process.exitcode
 
 
 def _run(module: str, arguments: list[str], lock: str) -> None:
     """What the forked process does."""
+    stop_as_usual()
     sys.argv = [f"python -m {module}", *arguments]
     with Path(lock).open() as file, Path(os.devnull).open("w") as nothing:
         fcntl.flock(file, fcntl.LOCK_SH)
@@ -137,21 +153,27 @@ def _launched(module: str, arguments: list[str], lock: Path, launch: Path) -> in
         process = subprocess.Popen(
             [*start, "-m", module, *arguments], stdout=subprocess.DEVNULL, pass_fds=[file.fileno()]
         )
-        with _stopping(process):
-            return process.wait()
+        with _stopping(process) as stopped:
+            code = process.wait()
+    return INTERRUPTED if stopped else code
 
 
 @contextmanager
-def _stopping(process: "BaseProcess | subprocess.Popen[bytes]") -> Iterator[None]:
-    """Ctrl-C reaches the run by itself, SIGTERM is passed on; either way the run saves itself and ends first."""
+def _stopping(process: "BaseProcess | subprocess.Popen[bytes]") -> Iterator[list[int]]:
+    """Ctrl-C reaches the run by itself, SIGTERM is passed on; either way the run saves itself and ends first.
+
+    Yields the numbers of the signals that came: whatever the run then exits with, no other is started.
+    """
+    stopped: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        stopped.append(number)
         if number == signal.SIGTERM:
             process.terminate()
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, pass_on) for number in STOPPING}
     try:
-        yield
+        yield stopped
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

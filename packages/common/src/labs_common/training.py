@@ -206,17 +206,18 @@ class Loop:
         """
         length = len(self.source)
         shown = self.accelerator.is_main_process
-        with _signals(self), ProgressLine("training", self.total, self.step_number, shown) as self._line:
-            self._clock = time.perf_counter()
-            while self.step_number < self.total and not self._patience_is_over():
-                epoch, start = divmod(self.step_number, length)
-                for micro_batches in self.source.steps(epoch, start):
-                    yield from self._micro_batches(micro_batches)
-                    self._save_if_due()
-                    if self.step_number >= self.total or self._patience_is_over():
-                        break
-        if self._signal:
-            self._stop_interrupted(self._signal)
+        with _signals(self):
+            with ProgressLine("training", self.total, self.step_number, shown) as self._line:
+                self._clock = time.perf_counter()
+                while self.step_number < self.total and not self._patience_is_over():
+                    epoch, start = divmod(self.step_number, length)
+                    for micro_batches in self.source.steps(epoch, start):
+                        yield from self._micro_batches(micro_batches)
+                        self._save_if_due()
+                        if self.step_number >= self.total or self._patience_is_over():
+                            break
+            if self._signal:
+                self._stop_interrupted(self._signal)
         if self._best:
             load_checkpoint(self._best_path(), self.accelerator, self.model, self.optimizer, self.also)
 
@@ -364,11 +365,19 @@ class Loop:
 
 @contextlib.contextmanager
 def _signals(loop: Loop) -> Iterator[None]:
-    """Ctrl-C and SIGTERM only leave a note; the loop stops after the step. A second one stops at once."""
+    """Ctrl-C and SIGTERM only leave a note; the loop stops after the step.
+
+    One more stops at once if a second has passed: a launcher passes on what its group has already received.
+    """
+    noted = 0.0
 
     def note(number: int, frame: FrameType | None) -> None:
-        loop._signal = number
-        signal.signal(number, before[number])
+        nonlocal noted
+        if not loop._signal:
+            loop._signal, noted = number, time.monotonic()
+        elif time.monotonic() - noted > 1:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}

@@ -204,20 +204,25 @@ def _canvas(height: float = 3.2) -> tuple[Canvas, "mpl.axes.Axes"]:
 
 
 def _name_points(canvas: Canvas, axes: "mpl.axes.Axes", points: Mapping[str, tuple[float, float]]) -> None:
-    """Writes each name beside its point, or as little above it as keeps it clear of the names below."""
+    """Writes each name beside its point, inside the figure, or as little above it as keeps it clear of those below."""
     canvas.draw_without_rendering()
-    to_points = 72 / canvas.dpi
+    to_points, end = 72 / canvas.dpi, canvas.get_figwidth() * 72
     taken: list[tuple[float, float, float]] = []  # left, bottom and width of the names so far, in points
     for name, place in sorted(points.items(), key=lambda item: item[1][1]):
         left, bottom = axes.transData.transform(place) * to_points
-        lift, width = 4.0, 4.6 * len(name)
+        lift, width, side = 4.0, 4.6 * len(name), 6.0
+        if left + side + width > end:
+            left, side = left - 2 * side - width, -side
         while any(
             abs(bottom + lift - other) < 9 and left < start + wide and start < left + width
             for start, other, wide in taken
         ):
             lift += 3
         taken.append((left, bottom + lift, width))
-        axes.annotate(name, place, xytext=(6, lift), textcoords="offset points", color=INK, fontsize=8)
+        axes.annotate(
+            name, place, xytext=(side, lift), textcoords="offset points", ha="left" if side > 0 else "right",
+            color=INK, fontsize=8,
+        )  # fmt: skip
 
 
 def _colours(count: int) -> list[str]:

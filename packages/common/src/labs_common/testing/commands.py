@@ -21,7 +21,7 @@ from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
-from labs_common.own_process import start_server
+from labs_common.own_process import start_server, stop_as_usual
 
 # Beside the project; read from where the tests start, as the package may be installed elsewhere.
 REAL_DATA = Path("../shared/data").resolve()
@@ -121,6 +121,7 @@ def with_deepspeed(file: Path, folder: Path, module: str, libraries: list[str], 
 
 
 def _run(module: str, arguments: list[str], more: dict[str, str], said: Path | None) -> None:
+    stop_as_usual()
     os.environ.update(more)
     if said is not None:
         sys.stderr = said.open("w")
