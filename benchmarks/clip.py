@@ -28,7 +28,6 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "packages/clip_lab/src"))
 from clip_lab import train
 from clip_lab.batches import ClipSteps, Pairs, picture_rows
 from clip_lab.classes import features_of

@@ -15,7 +15,6 @@ import copy
 import dataclasses
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator
@@ -43,7 +42,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "packages/zsi_contrastive/src"))
 from labs_common.data import LabelledPictures
 from labs_common.data.pictures import checked
 from labs_common.data.readers import read_pictures

@@ -12,7 +12,6 @@ import contextlib
 import io
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,7 +28,6 @@ from rich.console import Console
 from rich.table import Table
 from torchvision.models.detection import MaskRCNN
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "packages/zsi_contrastive/src"))
 from labs_common.run import write_atomically
 from labs_common.scenes.files import write_coco
 from zsi_contrastive.annotations import Instances, read_instances
