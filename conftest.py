@@ -7,8 +7,8 @@ from pathlib import Path
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 # DeepSpeed compiles here what it needs on a CPU: once, not once for every cache that a test makes for itself.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "torch_extensions"))
-# Dozens of processes import the same large libraries. Where Python is told to write no bytecode, each would compile them
-# all again, ten seconds a time.
+# Dozens of processes import the same large libraries. Where Python is told to write no bytecode, each would compile all
+# of them again, ten seconds a time.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 

@@ -47,9 +47,9 @@ SMALL = {
     "clip_lab.train": "--no-image-pretrained --image-size 64 --max-steps 2 --batch-size 8 --limit 16 --chunk 0",
     "clip_lab.probe": "--shots 1,all --draws 1 --limit 24",
     "clip_lab.zero_shot": "--limit 24",
-    "zsi_contrastive.train": "--no-backbone-pretrained --min-side 48 --max-side 64 --max-steps 1 --batch-size 2 "
-    "--controls 1 --columns trust --limit 8",
-    "zsi_contrastive.evaluate": "--controls 1 --columns trust --limit 8",
+    "zsi_contrastive.train": "--no-backbone-pretrained --min-side 48 --max-side 64 --max-steps 1 --batch-size 1 "
+    "--controls 1 --columns trust --limit 4 --kept 5",
+    "zsi_contrastive.evaluate": "--controls 1 --columns trust --limit 4 --kept 5",
     "zsi_contrastive.predict": "",
     "zsi_contrastive.prepare": "",
     "zsi_contrastive.words": "--columns trust",
