@@ -121,6 +121,9 @@ def main() -> None:
     """Runs the rounds, prints the table and writes it."""
     options = tyro.cli(Options)
     wanted = [benchmark for benchmark in BENCHMARKS if not options.only or benchmark.script in options.only]
+    there = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
+    before = there.get("ratios", {}) if there.get("machine") == machine() else {}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[float]] = {}
     for round_number in range(1, options.runs + 1):
         for benchmark in wanted:
@@ -128,16 +131,13 @@ def main() -> None:
             figures = figures_of(benchmark)
             for ratio in benchmark.ratios:
                 found.setdefault(ratio.what, []).append(ratio.value(figures))
-    there = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
-    ratios = (there.get("ratios", {}) if there.get("machine") == machine() else {}) | found
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(options.output, json.dumps({"machine": machine(), "ratios": ratios}, indent=1))
-    rows = rows_of(ratios)
+        # After each round: what is stopped keeps the rounds that are done.
+        write_atomically(options.output, json.dumps({"machine": machine(), "ratios": before | found}, indent=1))
+        write_table(rows_of(before | found))
     table = Table(*COLUMNS)
-    for row in rows:
+    for row in rows_of(before | found):
         table.add_row(*row)
     Console(width=140).print(table)
-    write_table(rows)
 
 
 def figures_of(benchmark: Benchmark) -> Any:
