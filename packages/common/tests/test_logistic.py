@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from labs_common.logistic import best_penalty, fitted_by_sgd, fitted_layers, solved
+from labs_common.logistic import COARSE, best_penalty, fitted_by_sgd, fitted_layers, solved
 
 pytest.importorskip("sklearn", reason="the labs that probe have scikit-learn")
 
@@ -60,3 +60,24 @@ def test_in_batches_it_comes_close_and_is_the_same_each_time() -> None:
     assert right[0] > float((best.logits(features).argmax(1) == labels).double().mean()) - 0.05
     assert torch.equal(layers[0].weight, layers[1].weight)
     assert not torch.equal(layers[0].weight, layers[2].weight)
+
+
+def test_it_ends_when_single_precision_tells_no_lower_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a penalty of a million the slope never falls below the tolerance: rounding alone is above it."""
+    passes: list[int] = []
+    softmax = torch.Tensor.log_softmax
+
+    def counted(logits, dim):
+        passes.append(1)
+        return softmax(logits, dim)
+
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(10, (5_000,), generator=generator)
+    features = torch.randn(10, 64, generator=generator)[labels] * 0.12 + torch.randn(5_000, 64, generator=generator)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "log_softmax", counted)
+        found = solved(features, labels, 10, COARSE)
+    assert len(passes) < 400
+    for penalty, ours, theirs in zip(COARSE, found, fitted_layers(features, labels, 10, COARSE), strict=True):
+        mine, expected = (objective(layer, features, labels, penalty) for layer in (ours, theirs))
+        assert mine <= expected + 1e-5

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 COARSE = tuple(10.0**power for power in range(-6, 7, 2))
 FINEST = 1 / 8  # of a power of ten
-MOST_ITERATIONS, MEMORY, GRADIENT, HALVINGS = 1000, 10, 1e-4, 20
+MOST_ITERATIONS, MEMORY, GRADIENT, HALVINGS, MOST_IDLE = 1000, 10, 1e-4, 20, 5
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,7 @@ def _minimised(
     value, gradient = value_and_gradient(w)
     pairs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # steps, changes of the gradient, 1 / s·y
     stuck = torch.zeros_like(value, dtype=torch.bool)  # float32 tells no lower value apart
+    idle = torch.zeros_like(value)  # steps in a row that led no lower
     for _ in range(MOST_ITERATIONS):
         open_ = ((gradient / unit).abs().amax((1, 2)) > GRADIENT) & ~stuck
         if not bool(open_.any()):
@@ -122,7 +123,8 @@ def _minimised(
             if not bool(short.any()):
                 break
             length = torch.where(short, length / 2, length)
-        stuck |= short
+        idle = torch.where(new_value < value, 0.0, idle + 1)
+        stuck |= short | (idle >= MOST_IDLE)
         new, new_value, new_gradient = (
             torch.where(short.view(-1, *[1] * (old.dim() - 1)), old, other)
             for old, other in ((w, new), (value, new_value), (gradient, new_gradient))
