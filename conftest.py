@@ -12,4 +12,4 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "torc
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-pytest_plugins = ("labs_common.testing.fixtures",)
+pytest_plugins = ("labs_testing.fixtures",)

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
+from benchmarks.memory import held_bytes
 from lightly.loss import DINOLoss, NegativeCosineSimilarity, NTXentLoss
 from lightly.models.modules import heads
 from lightly.models.utils import deactivate_requires_grad, update_momentum
@@ -46,7 +47,6 @@ from labs_common.data import LabelledPictures
 from labs_common.data.pictures import checked
 from labs_common.data.readers import read_pictures
 from labs_common.run import Run, write_atomically
-from labs_common.testing.memory import held_bytes
 from labs_common.training import make_accelerator
 from zsi_contrastive.greedy import GreedySizes, PatchModules
 from zsi_contrastive.pretrain_config import PretrainConfig, complete

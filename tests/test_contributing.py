@@ -26,7 +26,7 @@ ADDED = {
 }
 # All in one process, as importing the libraries takes longest.
 RUN = """import sys
-from labs_common.testing.commands import here
+from labs_testing.commands import here
 for command in sys.argv[1:]:
     here(*command.split())
 """

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from labs_testing.browser import faults_of
+from labs_testing.commands import here
 from PIL import Image
 from random_models import random_gemma
 from test_entry_points import MODULES, ROOT, config_type
@@ -21,8 +23,6 @@ from test_entry_points import MODULES, ROOT, config_type
 from labs_common.cli import parse
 from labs_common.scenes.files import write_coco, write_flickr8k, write_parquet
 from labs_common.scenes.world import Thing
-from labs_common.testing.browser import faults_of
-from labs_common.testing.commands import here
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("packages/*/README.md")])
 BLOCK = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -117,7 +117,7 @@ def test_what_is_no_command_of_a_lab_is_run_by_ci() -> None:
 
 
 @pytest.mark.parametrize(("document", "line"), [*SHOWN, *IN_TEXT])
-def test_every_command_is_parsed(document: Path, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_is_parsed(document: Path, line: str) -> None:
     found = module_and_arguments(line)
     if found is None:
         assert not re.search(r"-m (?!benchmarks|kills)\w", line), f"{document.name}: there is no such command: {line}"
@@ -128,7 +128,7 @@ def test_every_command_is_parsed(document: Path, line: str, monkeypatch: pytest.
     for place in configs:
         assert list(ROOT.glob(f"**/{arguments[place + 1]}")), f"{document.name}: no file {arguments[place + 1]}"
         values.remove(arguments[place + 1])
-    parse(config_type(module, monkeypatch), module, [value for value in values if value != "…"])
+    parse(config_type(module), module, [value for value in values if value != "…"])
     for launch in re.findall(r"--config_file (\S+)", line):
         assert list(ROOT.glob(launch)) or list(ROOT.glob(f"packages/*/{launch}")), f"{document.name}: no file {launch}"
 

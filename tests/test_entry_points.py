@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from labs_testing.commands import here
 
-from labs_common.testing.commands import here
+from labs_common.cli import command_of
 
 ROOT = Path(__file__).parents[1]
 LABS = ("caption_lab", "clip_lab", "llm_peft_fa", "vit_transfer", "zsi_contrastive")
@@ -81,13 +82,10 @@ MODULES = list(modules())
 every_command = pytest.mark.parametrize("module", MODULES)
 
 
-def config_type(module: str, monkeypatch: pytest.MonkeyPatch) -> type:
+def config_type(module: str) -> type:
     """The dataclass that the command's options fill."""
-    asked: list[type] = []
-    command = importlib.import_module(module)
-    monkeypatch.setattr(command, "run_command", lambda body, kind, prog: asked.append(kind))
-    command.main()
-    return asked[0]
+    kind: type = command_of(module).args[1]
+    return kind
 
 
 def helps(config: type) -> dict[str, str]:
@@ -136,8 +134,8 @@ def test_no_command_loads_the_large_libraries_before_it_knows_what_to_do() -> No
 
 
 @every_command
-def test_help_says_the_same_everywhere(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = config_type(module, monkeypatch)
+def test_help_says_the_same_everywhere(module: str) -> None:
+    config = config_type(module)
     said = helps(config)
     assert all(said.values()), f"without help: {[name for name, text in said.items() if not text]}"
     for name, text in said.items():
@@ -148,9 +146,9 @@ def test_help_says_the_same_everywhere(module: str, monkeypatch: pytest.MonkeyPa
 
 
 @every_command
-def test_jargon_is_explained(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jargon_is_explained(module: str) -> None:
     """Each abbreviation and each word of the field in a help text stands in the glossary."""
-    config = config_type(module, monkeypatch)
+    config = config_type(module)
     text = " ".join([config.__doc__ or "", *helps(config).values()])
     words = set(re.findall(r"\b[A-Za-z]*[A-Z][A-Za-z]*[A-Z][A-Za-z0-9-]*\b", text)) - PLAIN
     words |= {word for word in FIELD if word in text}
@@ -179,10 +177,9 @@ def test_wrong_options_are_one_line(module: str, arguments: tuple[str, ...], nam
 
 
 @every_command
-def test_wrong_values_are_one_line(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_values_are_one_line(module: str) -> None:
     """Every number is asked for with a word, every choice with something that is none."""
-    config = config_type(module, monkeypatch)
-    monkeypatch.undo()
+    config = config_type(module)
     asked = 0
     for name, kind in kinds(config).items():
         if kind in (int, float) or typing.get_origin(kind) is typing.Literal:
@@ -195,9 +192,8 @@ def test_wrong_values_are_one_line(module: str, monkeypatch: pytest.MonkeyPatch)
 
 @every_command
 def test_output_is_never_overwritten_silently(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "output" not in helps(config_type(module, monkeypatch)):
+    if "output" not in helps(config_type(module)):
         pytest.skip("the command has no --output")
-    monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     mine = tmp_path / "output" / "mine.txt"
     mine.parent.mkdir()
@@ -229,6 +225,8 @@ def test_console_scripts_are_the_commands(lab: str) -> None:
         if script.group == "console_scripts"
     }
     wanted = {
-        name.replace(".", "-").replace("_", "-"): f"{name}:main" for name in MODULES if name.startswith(f"{lab}.")
+        name.replace(".", "-").replace("_", "-"): ":".join(name.rsplit(".", 1)).replace(":", ".commands:")
+        for name in MODULES
+        if name.startswith(f"{lab}.")
     }
     assert scripts == wanted

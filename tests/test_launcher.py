@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import pytest
+from labs_testing.commands import command, free_port, losses, one_cpu
 from random_models import random_gemma
 from test_entry_points import ROOT
-
-from labs_common.testing.commands import command, free_port, losses, one_cpu
 
 
 def test_deepspeed_through_the_launcher(tmp_path: Path) -> None:

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
+from labs_testing.commands import real_data
 
 from caption_lab.tiny import demo_scene
 from labs_common.scenes.files import write_flickr8k
-from labs_common.testing.commands import real_data
 
 
 @pytest.fixture(scope="session")

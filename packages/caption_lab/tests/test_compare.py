@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from labs_testing import commands as lab_commands
 
 from caption_lab.compare import planned_run
 from caption_lab.config import CaptionTrainingOptions, CompareConfig, DecodingOptions
 from caption_lab.published import PUBLISHED
 from labs_common.errors import LabError
 from labs_common.options import CaptionDataOptions
-from labs_common.testing import commands as lab_commands
 
 
 def test_an_entry_becomes_a_run_with_its_own_options() -> None:

@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from labs_testing import commands as lab_commands
+from labs_testing.commands import losses
+from labs_testing.promises import Otherwise, Training, TrainingPromises
 from PIL import Image
 from safetensors.torch import load_file
 
 from caption_lab.compare import LIBRARIES
 from caption_lab.metrics import caption_metrics
 from caption_lab.vocabulary import Cleaning
-from labs_common.testing import commands as lab_commands
-from labs_common.testing.commands import losses
-from labs_common.testing.promises import Otherwise, Training, TrainingPromises
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 SMALL = ("--no-pretrained", "--width", "32", "--batch-size", "32", "--epochs", "3", "--track", "none")

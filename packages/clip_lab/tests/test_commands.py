@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from labs_testing import commands as lab_commands
 from PIL import Image
 
 from clip_lab.command_config import CompareConfig, DemoConfig
@@ -18,7 +19,6 @@ from clip_lab.templates import filled, templates_of
 from clip_lab.writing import likelihood_matrix, log_likelihoods
 from clip_lab.zero_shot import class_embeddings
 from labs_common.errors import LabError
-from labs_common.testing import commands as lab_commands
 
 SMALL = ("--text-width", "32", "--text-layers", "1", "--embedding", "32", "--batch-size", "16", "--epochs", "2",
          "--queries", "4", "--track", "none", "--no-report")  # fmt: skip

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from labs_testing import commands as lab_commands
+from labs_testing.commands import losses
+from labs_testing.promises import Otherwise, Training, TrainingPromises
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from clip_lab.compare import LIBRARIES
 from clip_lab.stored import load_model
-from labs_common.testing import commands as lab_commands
-from labs_common.testing.commands import losses
-from labs_common.testing.promises import Otherwise, Training, TrainingPromises
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 SMALL = ("--image", "test_vit", "--image-size", "32", "--text-width", "32", "--text-layers", "1", "--text-heads", "4",

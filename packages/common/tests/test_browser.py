@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+from labs_testing.browser import faults_of
 from PIL import Image
 
 from labs_common.report import Code, Gallery, Section, Table, Text, write_report
 from labs_common.run import Run
-from labs_common.testing.browser import faults_of
 
 
 def test_a_report_of_everything_has_no_faults_and_a_bad_page_has(tmp_path: Path) -> None:

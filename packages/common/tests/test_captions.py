@@ -2,12 +2,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from labs_testing.commands import real_data
 from PIL import Image
 
 from labs_common.data import caption_splits, read_captioned
 from labs_common.errors import LabError
 from labs_common.scenes.files import write_flickr8k
-from labs_common.testing.commands import real_data
 
 
 @pytest.fixture

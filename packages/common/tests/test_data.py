@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from labs_testing.commands import real_data
 from PIL import Image
 
 from labs_common.data import BadPictureError, checked, decoded, read_pictures, stratified_parts
 from labs_common.errors import LabError
 from labs_common.scenes.files import write_parquet
-from labs_common.testing.commands import real_data
 
 CLASSES = ["cat", "dog"]
 

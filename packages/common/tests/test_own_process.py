@@ -8,8 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-from labs_common.testing.promises import newest, step_of
+from labs_testing.promises import newest, step_of
 
 HERE = Path(__file__).parent
 
@@ -21,7 +20,7 @@ def test_a_stopped_group_saves_its_run_and_begins_no_other(tmp_path: Path, numbe
     folder = tmp_path / "comparison"
     first = folder / "first" / "seed-0"
     process = subprocess.Popen(
-        [sys.executable, str(HERE / "toy_comparison.py"), str(folder)], env=os.environ | {"PYTHONPATH": str(HERE)},
+        [sys.executable, "-m", "toy.comparison", "--output", str(folder)], env=os.environ | {"PYTHONPATH": str(HERE)},
         stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     for _ in range(6000):

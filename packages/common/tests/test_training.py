@@ -1,5 +1,4 @@
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -10,19 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from toy import commands
 
 from labs_common.training import learning_rate_share, mixed_precision
 
-TOY = Path(__file__).with_name("toy_training.py")
 OPTIONS = ("--track", "none", "--save-every", "3", "--keep", "2", "--learning-rate", "0.01")
-toy_training: ModuleType = importlib.util.module_from_spec(importlib.util.spec_from_file_location("toy_training", TOY))
-sys.modules["toy_training"] = toy_training
-toy_training.__spec__.loader.exec_module(toy_training)
+HERE = Path(__file__).parent
 
 
 def finish(*arguments: object, code: int = 0) -> str:
@@ -31,7 +27,7 @@ def finish(*arguments: object, code: int = 0) -> str:
     found = 0
     with contextlib.redirect_stderr(said):
         try:
-            toy_training.main([str(argument) for argument in arguments])
+            commands.training(arguments=[str(argument) for argument in arguments])
         except SystemExit as stop:
             found = stop.code
     assert found == code, said.getvalue()
@@ -40,9 +36,9 @@ def finish(*arguments: object, code: int = 0) -> str:
 
 def start(*arguments: object) -> subprocess.Popen[str]:
     """Starts the toy as a process of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(HERE)}
     return subprocess.Popen(
-        [sys.executable, str(TOY), *map(str, arguments)],
+        [sys.executable, "-m", "toy.training", *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
 
@@ -174,7 +170,7 @@ def test_a_moved_frozen_tensor_fails_the_run(tmp_path: Path) -> None:
         (("--learnin-rate", "1"), "--learning-rate"),
         (("--epochs", "many"), "--epochs"),
         (("--schedule", "wavy"), "cosine"),
-        (("--output", TOY), "--output"),
+        (("--output", Path(__file__)), "--output"),
         (("--output", "/proc/labs"), "/proc"),
         (("--config", "/nowhere.yaml"), "/nowhere.yaml"),
         (("--resume", "/nowhere"), "/nowhere"),
@@ -207,8 +203,8 @@ def test_resume_refuses_other_options_and_broken_checkpoints(whole_run: Path, tm
 def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
     options = (*OPTIONS, "--epochs", "1", "--micro-batches", "2", "--dropout", "0")
     finish("--output", tmp_path / "one", *options)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", str(TOY))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(HERE)}
+    command = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", "-m", "toy.training")
     done = subprocess.run(
         [sys.executable, *command, "--output", str(tmp_path / "two"), *options],
         env=environment, capture_output=True, text=True, timeout=240, check=False,

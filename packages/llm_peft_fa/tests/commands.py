@@ -4,10 +4,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
+from labs_testing import commands as lab_commands
+from labs_testing.commands import Done
 from safetensors.torch import load_file
 
-from labs_common.testing import commands as lab_commands
-from labs_common.testing.commands import Done
 from llm_peft_fa.compare import LIBRARIES
 
 LAUNCH = Path(__file__).parents[1] / "launch"

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import pytest
+from labs_testing.commands import real_data
 from random_models import random_gemma, random_llama
-
-from labs_common.testing.commands import real_data
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from commands import LAUNCH, SMALL, here, trained, without_rank
+from labs_testing.commands import command
+from labs_testing.promises import Otherwise, Training, TrainingPromises
 from transformers import AutoModelForCausalLM
 
-from labs_common.testing.commands import command
-from labs_common.testing.promises import Otherwise, Training, TrainingPromises
 from llm_peft_fa.compare import LIBRARIES
 
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from labs_testing.commands import real_data
 from safetensors.torch import save_file
 
 from labs_common.scenes.files import write_parquet
-from labs_common.testing.commands import real_data
 from vit_transfer.config import ModelOptions
 from vit_transfer.model import create
 

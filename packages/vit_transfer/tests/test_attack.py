@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from labs_testing import commands as lab_commands
 from safetensors.torch import load_file
 from torch import nn
 
 from labs_common.errors import LabError
-from labs_common.testing import commands as lab_commands
 from vit_transfer.attack import counts_of
 from vit_transfer.attacks import (
     OnLevels,

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from labs_testing.commands import here
 
 from labs_common.errors import LabError
-from labs_common.testing.commands import here
 from vit_transfer.catalogue import CATALOGUE, block_of, family
 from vit_transfer.config import ModelOptions
 from vit_transfer.model import create, transfer

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from labs_testing import commands as lab_commands
 
 from labs_common.errors import LabError
-from labs_common.testing import commands as lab_commands
 from vit_transfer.catalogue import CATALOGUE
 from vit_transfer.compare import planned_run
 from vit_transfer.comparison import (

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from labs_testing import commands as lab_commands
+from labs_testing.commands import losses
+from labs_testing.promises import KILLS, Training, TrainingPromises
 from safetensors.torch import load_file
 
-from labs_common.testing import commands as lab_commands
-from labs_common.testing.commands import losses
-from labs_common.testing.promises import KILLS, Training, TrainingPromises
 from vit_transfer.compare import LIBRARIES
 from vit_transfer.config import DistillConfig, complete_distillation
 from vit_transfer.distill import teacher_loss

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from labs_testing import commands as lab_commands
+from labs_testing.commands import losses
+from labs_testing.promises import Otherwise, Training, TrainingPromises
 from safetensors.torch import load_file
 
-from labs_common.testing import commands as lab_commands
-from labs_common.testing.commands import losses
-from labs_common.testing.promises import Otherwise, Training, TrainingPromises
 from vit_transfer.compare import LIBRARIES
 from vit_transfer.export import class_names, load_exported
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
+from labs_testing.commands import real_data
 
 from labs_common.scenes.files import write_coco
-from labs_common.testing.commands import real_data
 from zsi_contrastive.data import category
 from zsi_contrastive.splits import scenes_split
 

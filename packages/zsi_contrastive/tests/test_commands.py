@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from labs_testing import commands as lab_commands
 from PIL import Image
 
-from labs_common.testing import commands as lab_commands
 from zsi_contrastive.ablate import ROWS, planned_run
 from zsi_contrastive.command_config import AblateConfig
 from zsi_contrastive.splits import scenes_split

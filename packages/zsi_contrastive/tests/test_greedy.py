@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmarks.memory import held_bytes
 
-from labs_common.testing.memory import held_bytes
 from zsi_contrastive.contrastive import TEMPERATURE, GreedyInfoMaxHead, PatchInfoNCEHead, patch_info_nce, thumbnails
 from zsi_contrastive.greedy import GRID, TINY_SIZES, GreedySizes, PatchModules, PixelContext, patches_of
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from labs_testing import commands as lab_commands
+from labs_testing.commands import in_two_processes, losses, real_data
+from labs_testing.promises import KILLS, Training, TrainingPromises
 from PIL import Image
 from safetensors.torch import load_file
 
 from labs_common.scenes.files import write_parquet
-from labs_common.testing import commands as lab_commands
-from labs_common.testing.commands import in_two_processes, losses, real_data
-from labs_common.testing.promises import KILLS, Training, TrainingPromises
 from zsi_contrastive.backbone import make_backbone
 from zsi_contrastive.compare import LIBRARIES
 from zsi_contrastive.pretrain_config import METHODS

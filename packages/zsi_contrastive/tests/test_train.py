@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from labs_testing import commands as lab_commands
+from labs_testing.commands import in_two_processes, losses
+from labs_testing.promises import Otherwise, Training, TrainingPromises
 from safetensors.torch import load_file
 
-from labs_common.testing import commands as lab_commands
-from labs_common.testing.commands import in_two_processes, losses
-from labs_common.testing.promises import Otherwise, Training, TrainingPromises
 from zsi_contrastive.ablate import LIBRARIES
 
 LAUNCH = Path(__file__).parents[1] / "launch"

@@ -1,17 +1,16 @@
 """Describes pictures: `python -m caption_lab.caption photo.jpg holiday/ "more/*.png" --checkpoint runs/NAME`."""
 
+from caption_lab import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.caption()
+
 from pathlib import Path
 
 from caption_lab.config import FINISHED, TRAIN, CaptionConfig, check_decoding
-from labs_common.cli import run_command
 from labs_common.errors import LabError
 
 NAMED = 5
-
-
-def main() -> None:
-    """The command."""
-    run_command(caption, CaptionConfig, "python -m caption_lab.caption")
 
 
 def caption(config: CaptionConfig) -> None:
@@ -70,7 +69,3 @@ def caption(config: CaptionConfig) -> None:
         ((said, attention),) = looked_at(captioner, [image], config.decoding)
         save_heatmap(image, said, attention, target)
         console.print(f"heat-map: {target}")
-
-
-if __name__ == "__main__":
-    main()

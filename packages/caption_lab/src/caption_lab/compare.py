@@ -4,6 +4,11 @@ Each model and seed is a run of `caption_lab.train` in a process of its own, so 
 finished is not run again: the same command goes on where it was stopped, and rebuilds the report when all is there.
 """
 
+from caption_lab import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.compare()
+
 import dataclasses
 from dataclasses import dataclass, field
 
@@ -16,7 +21,7 @@ from caption_lab.config import (
     TrainConfig,
     complete,
 )
-from labs_common.cli import parse, run_command
+from labs_common.cli import parse
 from labs_common.comparing import (
     check_compared,
     comparison_folder,
@@ -30,11 +35,6 @@ from labs_common.errors import LabError
 from labs_common.own_process import claimed, finished_runs, start_server
 
 LIBRARIES = ["caption_lab.train", "caption_lab.results", "caption_lab.fitting", "labs_common.training", "timm"]
-
-
-def main() -> None:
-    """The command."""
-    run_command(compare, CompareConfig, "python -m caption_lab.compare")
 
 
 def compare(config: CompareConfig) -> None:
@@ -95,7 +95,3 @@ def planned_run(config: CompareConfig, spec: str) -> TrainConfig:
                 cache=config.cache, training=dataclasses.replace(config.training, **given), decoding=config.decoding,
             )
         )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

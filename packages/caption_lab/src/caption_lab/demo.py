@@ -1,17 +1,16 @@
 """A page in the browser that describes pictures: `python -m caption_lab.demo` (extra `demo`)."""
 
+from caption_lab import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.demo()
+
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from caption_lab.config import FINISHED, TRAIN, DecodingOptions, DemoConfig, check_decoding
-from labs_common.cli import run_command
 from labs_common.pages import check_page, serve
-
-
-def main() -> None:
-    """The command."""
-    run_command(demo, DemoConfig, "python -m caption_lab.demo")
 
 
 def demo(config: DemoConfig) -> None:
@@ -63,7 +62,3 @@ def caption_page(checkpoint: Path, decoding: DecodingOptions) -> Any:
                 looks = gradio.Gallery(label="Where it looked for each word", columns=4, elem_id="looks")
         send.click(described, [image, beam], [caption, looks])
     return page
-
-
-if __name__ == "__main__":
-    main()

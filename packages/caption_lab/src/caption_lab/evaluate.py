@@ -1,21 +1,21 @@
 """Measures a finished captioner: `python -m caption_lab.evaluate --checkpoint runs/NAME --data flickr8k`."""
 
+from caption_lab import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.evaluate()
+
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from caption_lab.config import FINISHED, TRAIN, EvaluateConfig, TrainConfig, check_decoding
-from labs_common.cli import config_from_yaml, run_command
+from labs_common.cli import config_from_yaml
 from labs_common.errors import LabError
 
 if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
     from labs_common.data import CaptionedPictures
     from labs_common.scenes import Scene
-
-
-def main() -> None:
-    """The command."""
-    run_command(evaluate, EvaluateConfig, "python -m caption_lab.evaluate")
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -120,7 +120,3 @@ def _beams(config: EvaluateConfig) -> list[int]:
     if config.decoding.top_p:
         return beams[:1]
     return list(dict.fromkeys(beams))
-
-
-if __name__ == "__main__":
-    main()

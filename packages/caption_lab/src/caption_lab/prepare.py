@@ -1,11 +1,15 @@
 """Looks at captions before anything is trained: `python -m caption_lab.prepare --data flickr8k`."""
 
+from caption_lab import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.prepare()
+
 import dataclasses
 from collections import Counter
 from typing import TYPE_CHECKING
 
 from caption_lab.config import PrepareConfig
-from labs_common.cli import run_command
 
 if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
     from caption_lab.vocabulary import Vocabulary
@@ -14,11 +18,6 @@ if TYPE_CHECKING:  # the real imports wait until the command line has been read:
     from labs_common.run import Run
 
 FREQUENT = 20
-
-
-def main() -> None:
-    """The command."""
-    run_command(prepare, PrepareConfig, "python -m caption_lab.prepare")
 
 
 def prepare(config: PrepareConfig) -> None:
@@ -132,7 +131,3 @@ def word_sections(run: "Run", data: "Captions", vocabulary: "Vocabulary", found:
             ("<unk>", 3, "stands for a word that is too rare to be learnt; it is never written"),
         ])]),
     ]  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,14 @@
 """Trains a model that describes pictures: `accelerate launch -m caption_lab.train --model transformer`."""
 
+from caption_lab import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.train()
+
 import time
 from typing import TYPE_CHECKING
 
 from caption_lab.config import TrainConfig, complete
-from labs_common.cli import run_command
 
 if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
     import torch
@@ -14,11 +18,6 @@ if TYPE_CHECKING:  # the real imports wait until the command line has been read:
     from caption_lab.fitting import Fitted, Fitting, Made
     from labs_common.data.described import Captions
     from labs_common.run import Run
-
-
-def main() -> None:
-    """The command."""
-    run_command(train, TrainConfig, "python -m caption_lab.train")
 
 
 def train(config: TrainConfig) -> None:
@@ -108,7 +107,3 @@ def self_critical_loss(fitting: "Fitting", batch: "Batch") -> "tuple[torch.Tenso
     logits = fitting.model(rows, of_rows, words[:, :-1]).logits
     loss = policy_loss(logits, words[:, 1:], advantages) * batch.of_captions
     return loss, {"reward": reward * batch.of_captions}
-
-
-if __name__ == "__main__":
-    main()

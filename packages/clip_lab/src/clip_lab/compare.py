@@ -4,12 +4,17 @@ Each objective and seed is a run of `clip_lab.train` in a process of its own, so
 finished is not run again: the same command goes on where it was stopped, and rebuilds the report when all is there.
 """
 
+from clip_lab import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.compare()
+
 import dataclasses
 from dataclasses import dataclass, field
 
 from clip_lab.command_config import CompareConfig
 from clip_lab.config import OBJECTIVES, HeadOptions, TrainConfig, complete
-from labs_common.cli import parse, run_command
+from labs_common.cli import parse
 from labs_common.comparing import (
     check_compared,
     comparison_folder,
@@ -23,11 +28,6 @@ from labs_common.errors import LabError
 from labs_common.own_process import claimed, finished_runs, start_server
 
 LIBRARIES = ["clip_lab.train", "clip_lab.results", "clip_lab.scoring", "labs_common.training", "timm", "transformers"]
-
-
-def main() -> None:
-    """The command."""
-    run_command(compare, CompareConfig, "python -m clip_lab.compare")
 
 
 def compare(config: CompareConfig) -> None:
@@ -81,7 +81,3 @@ def planned_run(config: CompareConfig, spec: str) -> TrainConfig:
                 training=dataclasses.replace(config.training, learning_rate=rate),
             )
         )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

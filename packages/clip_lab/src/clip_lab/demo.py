@@ -1,16 +1,15 @@
 """A page in the browser that searches: `python -m clip_lab.demo --data photos` (extra `demo`)."""
 
+from clip_lab import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.demo()
+
 from typing import Any
 
 from clip_lab.command_config import DemoConfig
-from labs_common.cli import run_command
 from labs_common.errors import LabError
 from labs_common.pages import check_page, serve
-
-
-def main() -> None:
-    """The command."""
-    run_command(demo, DemoConfig, "python -m clip_lab.demo")
 
 
 def demo(config: DemoConfig) -> None:
@@ -73,7 +72,3 @@ def search_page(config: DemoConfig) -> Any:
         sentence.submit(by_sentence, [sentence], [found])
         ask.click(by_picture, [image], [said, like])
     return page
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,16 @@
 """Writes a model in another library's format: `python -m clip_lab.export --to open_clip`."""
 
+from clip_lab import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.export()
+
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_lab.command_config import ExportConfig
 from clip_lab.config import FINISHED, TRAIN
-from labs_common.cli import run_command
 from labs_common.errors import LabError
 
 if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
@@ -14,11 +18,6 @@ if TYPE_CHECKING:  # the real imports wait until the command line has been read:
 
     from clip_lab.model import ClipModel
     from clip_lab.stored import Loaded
-
-
-def main() -> None:
-    """The command."""
-    run_command(export, ExportConfig, "python -m clip_lab.export")
 
 
 def export(config: ExportConfig) -> None:
@@ -214,7 +213,3 @@ def _resample(name: str) -> int:
     from labs_common.data.images import RESAMPLING
 
     return int(RESAMPLING.get(name, RESAMPLING["bicubic"]))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,13 @@
 """One layer on a frozen image tower: `python -m clip_lab.probe --checkpoint RN50:openai --data cifar-10-batches-py`."""
 
+from clip_lab import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.probe()
+
 from typing import TYPE_CHECKING
 
 from clip_lab.command_config import ProbeConfig
-from labs_common.cli import run_command
 from labs_common.errors import LabError
 
 if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
@@ -13,11 +17,6 @@ if TYPE_CHECKING:  # the real imports wait until the command line has been read:
     from labs_common.logistic import Layer
 
 SGD_PENALTY = 1e-4
-
-
-def main() -> None:
-    """The command."""
-    run_command(probe, ProbeConfig, "python -m clip_lab.probe")
 
 
 def probe(config: ProbeConfig) -> None:
@@ -103,7 +102,3 @@ def fitted_layer(
     if not penalty:
         penalty, tried = best_penalty(train, validation, classes, console.print)
     return fitted_layers(whole[0], whole[1], classes, [penalty])[0], penalty, tried
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,14 @@
 """Finds pictures for sentences, captions for pictures: `python -m clip_lab.retrieve "This is a dog" --data photos`."""
 
+from clip_lab import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.retrieve()
+
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_lab.command_config import RetrieveConfig
-from labs_common.cli import run_command
 from labs_common.errors import LabError
 from labs_common.options import OnBadData
 
@@ -12,11 +16,6 @@ if TYPE_CHECKING:  # the real imports wait until the command line has been read:
     from clip_lab.encoder import Encoder
     from clip_lab.index import Index
     from labs_common.data import CaptionedPictures
-
-
-def main() -> None:
-    """The command."""
-    run_command(retrieve, RetrieveConfig, "python -m clip_lab.retrieve")
 
 
 def retrieve(config: RetrieveConfig) -> None:
@@ -99,7 +98,3 @@ def known_captions(file: Path | None, data: Path | None, test: Any) -> list[str]
         except LabError:
             return []  # then similar pictures are all that can be shown
     return list(dict.fromkeys(caption for of in test.captions for caption in of))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,14 @@
 """Trains CLIP, SigLIP, CoCa or SimVLM: `accelerate launch -m clip_lab.train --objective clip --data flickr8k`."""
 
+from clip_lab import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.train()
+
 import time
 from typing import TYPE_CHECKING
 
 from clip_lab.config import TrainConfig, complete
-from labs_common.cli import run_command
 
 if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
     import torch
@@ -16,11 +20,6 @@ if TYPE_CHECKING:  # the real imports wait until the command line has been read:
     from clip_lab.tokens import Words
     from labs_common.data.described import Captions
     from labs_common.run import Run
-
-
-def main() -> None:
-    """The command."""
-    run_command(train, TrainConfig, "python -m clip_lab.train")
 
 
 def train(config: TrainConfig) -> None:
@@ -108,7 +107,3 @@ def simvlm(fitting: "Fitting", step: "Step", number: int) -> "tuple[torch.Tensor
     from clip_lab.contrast import suffix_share
 
     return suffix_share(fitting, step.parts[number]), {}
-
-
-if __name__ == "__main__":
-    main()

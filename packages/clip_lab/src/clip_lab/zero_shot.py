@@ -1,21 +1,20 @@
 """Names pictures by the sentence that fits best: `python -m clip_lab.zero_shot --checkpoint RN50:openai`."""
 
+from clip_lab import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.zero_shot()
+
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from clip_lab.command_config import ProbeConfig, ZeroShotConfig
-from labs_common.cli import run_command
 from labs_common.errors import LabError
 
 if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
     import torch
 
     from clip_lab.encoder import Encoder
-
-
-def main() -> None:
-    """The command."""
-    run_command(zero_shot, ZeroShotConfig, "python -m clip_lab.zero_shot")
 
 
 def zero_shot(config: ZeroShotConfig) -> None:
@@ -83,7 +82,3 @@ def class_embeddings(encoder: "Encoder", names: Sequence[str], templates: Sequen
     sentences = [filled(template, name) for name in names for template in templates]
     every: torch.Tensor = encoder.read(sentences).unflatten(0, (len(names), len(templates)))
     return F.normalize(every.mean(1), dim=1)
-
-
-if __name__ == "__main__":
-    main()

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import importlib
 import inspect
 import io
 import os
@@ -26,21 +27,22 @@ _run: Path | None = None  # that this process works on
 
 
 def run_command(
-    body: Callable[[Config], None],
-    config_type: type[Config],
-    prog: str,
-    arguments: Sequence[str] | None = None,
+    target: str, config_type: type[Config], module: str | None = None, arguments: Sequence[str] | None = None
 ) -> None:
-    """Parses the command line into `config_type`, runs `body` on it and exits.
+    """Parses the command line into `config_type` and runs the function `target` ("package.module:function") on it.
+
+    The module of `target` is imported after parsing, so that `--help` and faulty options answer at once although its
+    own imports of torch stand at its top. `module` is what the user types after `python -m`, if it is another one.
 
     Exit codes: 0 done, 1 the run failed (see `RunStopped`), 2 the input was wrong, 130 interrupted.
-    `body` should import torch itself: parsing, `--help` and faulty options then answer at once.
     """
+    home, _, function = target.partition(":")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     begun(None)
     try:
-        body(parse(config_type, prog, arguments))
+        config = parse(config_type, f"python -m {module or home}", arguments)
+        getattr(importlib.import_module(home), function)(config)
     except LabError as error:
         if debug:
             traceback.print_exc()
@@ -54,6 +56,13 @@ def run_command(
         if debug or full is None:
             raise
         _exit(1, f"error: the disk is full ({_first_line(full)}): make room{_how_to_go_on()}")
+
+
+def command_of(module: str) -> Callable[[], None]:
+    """The command that `python -m MODULE` runs: an entry of its package's `commands`."""
+    package, _, name = module.rpartition(".")
+    command: Callable[[], None] = getattr(importlib.import_module(f"{package}.commands"), name)
+    return command
 
 
 def begun(run: Path | None) -> None:

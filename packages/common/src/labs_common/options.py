@@ -3,14 +3,46 @@
 A lab gathers these dataclasses in its own config. Nothing here imports torch, so `--help` stays fast.
 """
 
+import ast
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import tyro
 
 Schedule = Literal["cosine", "linear", "constant", "steps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Tracker = Literal["tensorboard", "wandb", "none"]
 OnBadData = Literal["error", "skip"]
+
+
+def names_in(table: str) -> tuple[str, ...]:
+    """The keys of the dictionary `table` ("package.module:NAME"), read from the module's source without importing it.
+
+    So a choice is registered in one place, beside its function, and `--help` lists it without importing torch.
+
+    Raises:
+        ValueError: there is no such dictionary, or it is not written out with its keys.
+    """
+    module, _, name = table.partition(":")
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None, f"no module {module}"
+    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.value, ast.Dict):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            if ast.unparse(target) == name:
+                return tuple(ast.literal_eval(key) for key in node.value.keys if key is not None)
+    raise ValueError(f"{table}: no dictionary with its keys written out")
+
+
+def one_of(table: str) -> Any:
+    """For `Annotated[str, one_of("package.module:NAME")]`: an option whose choices are the keys of that dictionary."""
+    names = names_in(table)
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1, metavar="{" + ",".join(names) + "}", choices=names, instance_from_str=lambda said: said[0],
+        is_instance=lambda value: value in names, str_from_instance=lambda value: [value],
+    )  # fmt: skip
 
 
 @dataclass

@@ -6,7 +6,6 @@ configuration they are launched by Accelerate instead.
 
 import dataclasses
 import fcntl
-import importlib
 import multiprocessing
 import os
 import shutil
@@ -21,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from labs_common.cli import config_to_yaml
+from labs_common.cli import command_of, config_to_yaml
 from labs_common.comparing import claim, seeds_of, slug
 from labs_common.errors import Interrupted, LabError
 from labs_common.options import ComparisonOptions, RunOptions
@@ -143,7 +142,7 @@ def _run(module: str, arguments: list[str], lock: str) -> None:
     with Path(lock).open() as file, Path(os.devnull).open("w") as nothing:
         fcntl.flock(file, fcntl.LOCK_SH)
         sys.stdout = nothing
-        importlib.import_module(module).main()
+        command_of(module)()
 
 
 def _launched(module: str, arguments: list[str], lock: Path, launch: Path) -> int:

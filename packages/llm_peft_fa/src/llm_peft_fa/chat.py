@@ -1,17 +1,16 @@
 """Talks to a result: `python -m llm_peft_fa.chat --run runs/NAME`."""
 
+from llm_peft_fa import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.chat()
+
 from typing import TYPE_CHECKING
 
-from labs_common.cli import run_command
 from llm_peft_fa.config import ChatConfig
 
 if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
     from llm_peft_fa.data import Message
-
-
-def main() -> None:
-    """The command."""
-    run_command(chat, ChatConfig, "python -m llm_peft_fa.chat")
 
 
 def chat(config: ChatConfig) -> None:
@@ -47,7 +46,3 @@ def _read() -> str | None:
         return input("> ").strip()
     except EOFError:
         return None
-
-
-if __name__ == "__main__":
-    main()

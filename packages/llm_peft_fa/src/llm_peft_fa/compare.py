@@ -4,11 +4,16 @@ Each method and seed is a run of `llm_peft_fa.train` in a process of its own, so
 finished is not run again: the same command goes on where it was stopped, and rebuilds the report when all is there.
 """
 
+from llm_peft_fa import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.compare()
+
 import dataclasses
 from pathlib import Path
 
 from labs_common.cache import path_name
-from labs_common.cli import parse, run_command
+from labs_common.cli import parse
 from labs_common.comparing import (
     check_compared,
     comparison_folder,
@@ -25,11 +30,6 @@ from llm_peft_fa.config import CompareConfig, TrainConfig, complete
 from llm_peft_fa.method_options import MethodOptions
 
 LIBRARIES = ["llm_peft_fa.train", "llm_peft_fa.results", "llm_peft_fa.adapters", "labs_common.training", "sacrebleu"]
-
-
-def main() -> None:
-    """The command."""
-    run_command(compare, CompareConfig, "python -m llm_peft_fa.compare")
 
 
 def compare(config: CompareConfig) -> None:
@@ -114,7 +114,3 @@ def _searched(config: CompareConfig, run: TrainConfig, folder: Path, name: str, 
 
 def _at(run: TrainConfig, seed: int, path: Path | None = None) -> TrainConfig:
     return dataclasses.replace(run, run=RunOptions(output=path, seed=seed, track="none"))
-
-
-if __name__ == "__main__":
-    main()

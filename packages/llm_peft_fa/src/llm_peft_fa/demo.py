@@ -1,10 +1,14 @@
 """A chat page in the browser: `python -m llm_peft_fa.demo` (extra `demo`)."""
 
+from llm_peft_fa import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.demo()
+
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from labs_common.cli import run_command
 from labs_common.errors import LabError
 from labs_common.pages import check_page, serve
 from llm_peft_fa.config import DemoConfig
@@ -16,11 +20,6 @@ if TYPE_CHECKING:  # the real imports wait until the command line has been read:
     from llm_peft_fa.subjects import Subject
 
 Turns = list[dict[str, Any]]  # what Gradio keeps of a conversation: role and content
-
-
-def main() -> None:
-    """The command."""
-    run_command(demo, DemoConfig, "python -m llm_peft_fa.demo")
 
 
 def demo(config: DemoConfig) -> None:
@@ -113,7 +112,3 @@ def _text(content: Any) -> str:
     if isinstance(content, str):
         return content
     return "".join(part.get("text", "") for part in content if isinstance(part, dict))
-
-
-if __name__ == "__main__":
-    main()

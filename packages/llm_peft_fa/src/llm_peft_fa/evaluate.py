@@ -3,12 +3,16 @@
 `python -m llm_peft_fa.evaluate --run runs/NAME` repeats the evaluation of a run, on its data or on other.
 """
 
+from llm_peft_fa import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.evaluate()
+
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from labs_common.cache import path_name
-from labs_common.cli import run_command
 from llm_peft_fa.config import EvaluateConfig
 
 if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
@@ -20,11 +24,6 @@ if TYPE_CHECKING:  # the real imports wait until the command line has been read:
     from llm_peft_fa.methods import Adapted
     from llm_peft_fa.subjects import Subject
     from llm_peft_fa.templates import Encoded
-
-
-def main() -> None:
-    """The command."""
-    run_command(evaluate, EvaluateConfig, "python -m llm_peft_fa.evaluate")
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -133,7 +132,3 @@ def _own_folder(config: EvaluateConfig, subject: "Subject") -> Path:
     if subject.trained is None and config.adapter is None:
         return Path("runs") / f"evaluation-{path_name(subject.name)}"
     return (config.run or config.adapter or Path("runs") / subject.name) / "evaluation"
-
-
-if __name__ == "__main__":
-    main()

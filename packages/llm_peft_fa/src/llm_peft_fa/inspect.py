@@ -1,8 +1,12 @@
 """What is in a model and in a data file: `python -m llm_peft_fa.inspect --model … --data chats.jsonl`."""
 
+from llm_peft_fa import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.inspect()
+
 from typing import TYPE_CHECKING, Any
 
-from labs_common.cli import run_command
 from llm_peft_fa.config import InspectConfig
 
 if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
@@ -11,11 +15,6 @@ if TYPE_CHECKING:  # the real imports wait until the command line has been read:
     from labs_common.report import Section
     from labs_common.run import Run
     from llm_peft_fa.data import Reading
-
-
-def main() -> None:
-    """The command."""
-    run_command(inspect, InspectConfig, "python -m llm_peft_fa.inspect")
 
 
 def inspect(config: InspectConfig) -> None:
@@ -158,7 +157,3 @@ def _data_sections(
             ],
         ),
     ]
-
-
-if __name__ == "__main__":
-    main()

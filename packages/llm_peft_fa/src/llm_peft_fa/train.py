@@ -1,11 +1,15 @@
 """Fine-tunes a language model on conversations: `accelerate launch -m llm_peft_fa.train --method lora`."""
 
+from llm_peft_fa import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.train()
+
 import dataclasses
 import time
 from typing import TYPE_CHECKING
 
 from labs_common.cache import path_name
-from labs_common.cli import run_command
 from llm_peft_fa.config import TrainConfig, complete
 
 if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
@@ -17,11 +21,6 @@ if TYPE_CHECKING:  # the real imports wait until the command line has been read:
     from llm_peft_fa.packed import PackedCausalLM
     from llm_peft_fa.packing import PackedSteps
     from llm_peft_fa.templates import Encoded
-
-
-def main() -> None:
-    """The command."""
-    run_command(train, TrainConfig, "python -m llm_peft_fa.train")
 
 
 def train(config: TrainConfig) -> None:
@@ -166,7 +165,3 @@ def held_out_losses(
         if encoded
     }
     return {**found, "validation/perplexity": math.exp(min(found["validation/loss"], 700.0))}
-
-
-if __name__ == "__main__":
-    main()

@@ -3,6 +3,11 @@
 One small change that, added to any picture, changes what a network says of most (Moosavi-Dezfooli et al. 2017).
 """
 
+from vit_transfer import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.attack()
+
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -10,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from labs_common.cache import path_name
-from labs_common.cli import run_command
 from labs_common.comparing import entries_of
 from labs_common.errors import Interrupted, LabError
 from vit_transfer.config import AttackConfig
@@ -20,11 +24,6 @@ if TYPE_CHECKING:  # the real imports wait until the command line has been read:
 
     from labs_common.run import Run
     from vit_transfer.attack_report import Victim
-
-
-def main() -> None:
-    """The command."""
-    run_command(attack, AttackConfig, "python -m vit_transfer.attack")
 
 
 def attack(config: AttackConfig) -> None:
@@ -112,7 +111,3 @@ def perturbation(run: "Run", config: AttackConfig, name: str, victim: "Victim", 
     save_file({"perturbation": found.cpu().contiguous()}, part)
     part.replace(file)
     return found
-
-
-if __name__ == "__main__":
-    main()

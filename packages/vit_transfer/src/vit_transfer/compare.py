@@ -4,10 +4,15 @@ Each network and seed is a run of `vit_transfer.train` in a process of its own, 
 finished is not run again: the same command goes on where it was stopped, and rebuilds the report when all is there.
 """
 
+from vit_transfer import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.compare()
+
 import dataclasses
 from dataclasses import dataclass
 
-from labs_common.cli import parse, run_command
+from labs_common.cli import parse
 from labs_common.comparing import (
     check_compared,
     comparison_folder,
@@ -21,11 +26,6 @@ from labs_common.own_process import claimed, finished_runs, start_server
 from vit_transfer.config import TINY, CompareConfig, ModelOptions, TrainConfig, complete
 
 LIBRARIES = ["vit_transfer.train", "vit_transfer.results", "vit_transfer.baselines", "labs_common.training", "timm"]
-
-
-def main() -> None:
-    """The command."""
-    run_command(compare, CompareConfig, "python -m vit_transfer.compare")
 
 
 def compare(config: CompareConfig) -> None:
@@ -81,7 +81,3 @@ def planned_run(config: CompareConfig, spec: str) -> TrainConfig:
                 training=dataclasses.replace(config.training, learning_rate=rate), baselines="no",
             )
         )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

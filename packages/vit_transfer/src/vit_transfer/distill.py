@@ -4,12 +4,16 @@ Touvron et al. 2021 (DeiT, arXiv 2012.12877), section 4. The teacher is fixed, s
 computed once and kept, as the front of a network is.
 """
 
+from vit_transfer import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.distill()
+
 import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from labs_common.cli import run_command
 from vit_transfer.config import DistillConfig, TrainConfig, complete_distillation
 
 if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
@@ -20,11 +24,6 @@ if TYPE_CHECKING:  # the real imports wait until the command line has been read:
     from labs_common.features import Rows
     from labs_common.run import Run
     from vit_transfer.fitting import Fitted
-
-
-def main() -> None:
-    """The command."""
-    run_command(distill, DistillConfig, "python -m vit_transfer.distill")
 
 
 def distill(config: DistillConfig) -> None:
@@ -135,7 +134,3 @@ def alone_config(config: DistillConfig) -> TrainConfig:
     """The student's training without a teacher."""
     own = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
     return TrainConfig(**own | {"baselines": "no"})
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,14 @@
 """The catalogue on the screen: `python -m vit_transfer.models`."""
 
+from vit_transfer import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.models()
+
 import sys
 from dataclasses import dataclass
 from typing import Any
 
-from labs_common.cli import run_command
 from labs_common.errors import LabError
 from vit_transfer.config import TINY, ModelsConfig
 
@@ -28,11 +32,6 @@ class Listed:
     parameters: int
     side: int
     parts: list[str]
-
-
-def main() -> None:
-    """The command."""
-    run_command(models, ModelsConfig, "python -m vit_transfer.models")
 
 
 def models(config: ModelsConfig) -> None:
@@ -92,7 +91,3 @@ def listed(name: str) -> Listed:
         input_size(network, options),
         [part for part, _ in network.named_children()],
     )
-
-
-if __name__ == "__main__":
-    main()

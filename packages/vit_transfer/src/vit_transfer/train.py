@@ -1,10 +1,14 @@
 """Trains the last block of a pre-trained network: `accelerate launch -m vit_transfer.train --model resnet18`."""
 
+from vit_transfer import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.train()
+
 import dataclasses
 import time
 from typing import TYPE_CHECKING
 
-from labs_common.cli import run_command
 from vit_transfer.config import TrainConfig, complete
 
 if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
@@ -13,11 +17,6 @@ if TYPE_CHECKING:  # the real imports wait until the command line has been read:
     from labs_common.data import LabelledPictures
     from labs_common.run import Run
     from vit_transfer.fitting import Fitted
-
-
-def main() -> None:
-    """The command."""
-    run_command(train, TrainConfig, "python -m vit_transfer.train")
 
 
 def train(config: TrainConfig) -> None:
@@ -99,7 +98,3 @@ def fit(config: TrainConfig, run: "Run", accelerator: "Accelerator", splits: "di
         if loop.evaluation_due:
             loop.evaluated(scores(fitting), watch="validation/loss")
     return finished(fitting, splits)
-
-
-if __name__ == "__main__":
-    main()

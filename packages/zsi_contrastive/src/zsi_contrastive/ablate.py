@@ -4,10 +4,14 @@ Each variant and seed is a run of `zsi_contrastive.train` in a process of its ow
 the same command goes on where it was stopped, and rebuilds the report when all is there.
 """
 
+from zsi_contrastive import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.ablate()
+
 import dataclasses
 from typing import Any
 
-from labs_common.cli import run_command
 from labs_common.comparing import check_compared, comparison_folder, entries_of, seeds_of
 from labs_common.errors import LabError
 from labs_common.own_process import claimed, finished_runs, start_server
@@ -19,11 +23,6 @@ LIBRARIES = ["zsi_contrastive.train", "zsi_contrastive.fitting", "zsi_contrastiv
 ROWS = ("detector", "mask-head", "decoders", "background-rpn", "sync-background")
 # These have all of the above, and contrastive heads: Greedy InfoMax, patch InfoNCE.
 HEADS = {"greedy-infomax": (True, False), "patch-infonce": (False, True), "both": (True, True)}
-
-
-def main() -> None:
-    """The command."""
-    run_command(ablate, AblateConfig, "python -m zsi_contrastive.ablate")
 
 
 def ablate(config: AblateConfig) -> None:
@@ -68,7 +67,3 @@ def planned_run(config: AblateConfig, row: str) -> TrainConfig:
             data=config.data, words=config.words, model=model, detection=config.detection, training=config.training
         )
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -5,11 +5,16 @@ What is finished is not run again: the same command goes on where it was stopped
 there.
 """
 
+from zsi_contrastive import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.compare()
+
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from labs_common.cli import parse, run_command
+from labs_common.cli import parse
 from labs_common.comparing import check_compared, comparison_folder, entries_of, name_and_flags, reading_entry, seeds_of
 from labs_common.errors import LabError
 from labs_common.own_process import claimed, finished_runs, start_server
@@ -17,11 +22,6 @@ from zsi_contrastive.pretrain_config import METHODS, CompareConfig, MethodOption
 
 LIBRARIES = ["zsi_contrastive.pretrain", "zsi_contrastive.pretraining.fitting", "zsi_contrastive.pretraining.results",
              "labs_common.training", "sklearn.linear_model", "sklearn.manifold"]  # fmt: skip
-
-
-def main() -> None:
-    """The command."""
-    run_command(compare, CompareConfig, "python -m zsi_contrastive.compare")
 
 
 def compare(config: CompareConfig) -> None:
@@ -82,7 +82,3 @@ def planned_run(config: CompareConfig, spec: str) -> PretrainConfig:
                 own=dataclasses.replace(config.own, **changed), training=training, measure=config.measure,
             )
         )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

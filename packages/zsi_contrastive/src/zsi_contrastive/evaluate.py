@@ -1,10 +1,15 @@
 """Measures a detector or a file of results: `python -m zsi_contrastive.evaluate --checkpoint runs/NAME`."""
 
+from zsi_contrastive import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.evaluate()
+
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from labs_common.cli import config_from_yaml, run_command
+from labs_common.cli import config_from_yaml
 from labs_common.errors import LabError
 from zsi_contrastive.command_config import EvaluateConfig
 from zsi_contrastive.config import (
@@ -24,11 +29,6 @@ if TYPE_CHECKING:  # the real imports wait until the command line has been read:
     from zsi_contrastive.splits import Split
     from zsi_contrastive.stored import Loaded
     from zsi_contrastive.vectors import ClassVectors
-
-
-def main() -> None:
-    """The command."""
-    run_command(evaluate, EvaluateConfig, "python -m zsi_contrastive.evaluate")
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -187,7 +187,3 @@ def chosen_detection(asked: DetectionOptions, trained: DetectionOptions) -> Dete
     usual = DetectionOptions()
     own = {name: value for name, value in dataclasses.asdict(asked).items() if value != getattr(usual, name)}
     return dataclasses.replace(trained, **own)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,14 @@
 """Finds things in pictures: `python -m zsi_contrastive.predict photo.jpg --words "zebra,umbrella"`."""
 
+from zsi_contrastive import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.predict()
+
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from labs_common.cli import run_command
 from labs_common.errors import LabError
 from zsi_contrastive.command_config import EvaluateConfig, PredictConfig
 from zsi_contrastive.config import FINISHED, TRAIN, check_detection
@@ -16,11 +20,6 @@ if TYPE_CHECKING:  # the real imports wait until the command line has been read:
     from zsi_contrastive.stored import Loaded
 
 OF_THE_TEST = 8
-
-
-def main() -> None:
-    """The command."""
-    run_command(predict, PredictConfig, "python -m zsi_contrastive.predict")
 
 
 def predict(config: PredictConfig) -> None:
@@ -146,7 +145,3 @@ def chosen_pictures(config: PredictConfig, checkpoint: Path) -> "list[tuple[Path
     for fault in faults:
         console.print(f"left out {fault}")
     return images
-
-
-if __name__ == "__main__":
-    main()

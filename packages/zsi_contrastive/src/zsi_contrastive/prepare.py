@@ -1,19 +1,18 @@
 """Writes zero-shot parts of COCO: `python -m zsi_contrastive.prepare --data coco --split 48_17`."""
 
+from zsi_contrastive import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.prepare()
+
 import dataclasses
 from pathlib import Path
 
-from labs_common.cli import run_command
 from labs_common.errors import LabError
 from zsi_contrastive.command_config import PrepareConfig
 from zsi_contrastive.config import default_split
 
 NAMES = {"train": "train_seen.json", "unseen": "test_unseen.json", "both": "test_both.json"}
-
-
-def main() -> None:
-    """The command."""
-    run_command(prepare, PrepareConfig, "python -m zsi_contrastive.prepare")
 
 
 def prepare(config: PrepareConfig) -> None:
@@ -52,7 +51,3 @@ def prepare(config: PrepareConfig) -> None:
             print(f"{name}: left out {count} × {reason}")
     print("checked: no training picture has an unseen object, every test picture has one, none is in both")
     print(f"written: {', '.join(str(output / file) for file in NAMES.values())}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,13 @@
 """Learns features from pictures without labels: `accelerate launch -m zsi_contrastive.pretrain --method byol …`."""
 
+from zsi_contrastive import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.pretrain()
+
 import time
 from typing import TYPE_CHECKING
 
-from labs_common.cli import run_command
 from zsi_contrastive.pretrain_config import PretrainConfig, complete
 
 if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
@@ -13,11 +17,6 @@ if TYPE_CHECKING:  # the real imports wait until the command line has been read:
     from labs_common.data import LabelledPictures
     from labs_common.run import Run
     from zsi_contrastive.pretraining.fitting import Fitted
-
-
-def main() -> None:
-    """The command."""
-    run_command(pretrain, PretrainConfig, "python -m zsi_contrastive.pretrain")
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -75,7 +74,3 @@ def fit(
         if loop.evaluation_due:
             loop.evaluated(scores(fitting), "validation/knn", higher_is_better=True)
     return finished(fitting)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,13 @@
 """Trains a zero-shot detector: `accelerate launch -m zsi_contrastive.train --data coco --split 48_17 …`."""
 
+from zsi_contrastive import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.train()
+
 import time
 from typing import TYPE_CHECKING
 
-from labs_common.cli import run_command
 from zsi_contrastive.config import TrainConfig, complete
 
 if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
@@ -13,11 +17,6 @@ if TYPE_CHECKING:  # the real imports wait until the command line has been read:
     from zsi_contrastive.data import ZeroShotData
     from zsi_contrastive.fitting import Fitted
     from zsi_contrastive.model import ZeroShotMaskRCNN
-
-
-def main() -> None:
-    """The command."""
-    run_command(train, TrainConfig, "python -m zsi_contrastive.train")
 
 
 def train(config: TrainConfig) -> None:
@@ -78,7 +77,3 @@ def fit(
         if loop.evaluation_due and len(data.pictures["validation"]):
             loop.evaluated(scores(fitting), "validation/harmonic_mean", higher_is_better=True)
     return finished(fitting)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,13 +1,12 @@
 """Shows, checks and writes word vectors: `python -m zsi_contrastive.words --split 48_17 --word-vectors FILE`."""
 
-from labs_common.cli import run_command
+from zsi_contrastive import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.words()
+
 from labs_common.errors import LabError
 from zsi_contrastive.command_config import VectorsConfig
-
-
-def main() -> None:
-    """The command."""
-    run_command(words, VectorsConfig, "python -m zsi_contrastive.words")
 
 
 def words(config: VectorsConfig) -> None:
@@ -51,7 +50,3 @@ def words(config: VectorsConfig) -> None:
         except OSError as error:
             raise LabError(f"--write {config.write}: cannot be written ({error.strerror})") from error
         print(f"written: {config.write}")
-
-
-if __name__ == "__main__":
-    main()

@@ -2,4 +2,4 @@
 
 import pytest
 
-pytest.register_assert_rewrite("labs_common.testing.commands", "labs_common.testing.promises")
+pytest.register_assert_rewrite("labs_testing.commands", "labs_testing.promises")

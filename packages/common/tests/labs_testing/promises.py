@@ -28,8 +28,8 @@ from safetensors.torch import load_file
 from labs_common.checkpoint import checkpoints
 from labs_common.freezing import FrozenAudit, fixed_tensors
 from labs_common.run import Run
-from labs_common.testing.commands import Done, forked, here, in_two_processes, launch_values, losses, with_deepspeed
 from labs_common.training import Loop
+from labs_testing.commands import Done, forked, here, in_two_processes, launch_values, losses, with_deepspeed
 
 # How often the run is killed before it may end; `LABS_KILLS=20 pytest -m kills` tries harder.
 KILLS = int(os.environ.get("LABS_KILLS", "5"))

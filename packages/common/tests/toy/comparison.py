@@ -1,22 +1,20 @@
 """Two small training runs in processes of their own, started by the tests so that the whole can be stopped."""
 
-import sys
-from pathlib import Path
-
-from labs_common.cli import run_command
 from labs_common.options import ComparisonOptions
 from labs_common.own_process import claimed, finished_runs, start_server
 
 
 def compare(options: ComparisonOptions) -> None:
-    from toy_training import ToyConfig
+    from toy.training import ToyConfig
 
     assert options.output is not None
     planned = {name: ToyConfig(seconds_per_step=0.05) for name in ("first", "second")}
     with claimed(options.output, options):
-        finished_runs("toy_training", planned, options.output, options)
+        finished_runs("toy.training", planned, options.output, options)
 
 
 if __name__ == "__main__":
-    start_server(None, ["toy_training"])
-    run_command(compare, ComparisonOptions, "toy-comparison", ["--output", str(Path(sys.argv[1]))])
+    from toy import commands
+
+    start_server(None, ["toy.training"])
+    commands.comparison()

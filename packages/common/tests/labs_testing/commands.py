@@ -1,7 +1,6 @@
 """Runs a lab's commands, in this process or as a user does: for the tests of all labs."""
 
 import contextlib
-import importlib
 import io
 import json
 import multiprocessing
@@ -21,6 +20,7 @@ from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
+from labs_common.cli import command_of
 from labs_common.own_process import start_server, stop_as_usual
 
 # Beside the project; read from where the tests start, as the package may be installed elsewhere.
@@ -48,7 +48,7 @@ def here(module: str, *arguments: object, code: int | None = 0, typed: str = "")
     """
     out, err = io.StringIO(), io.StringIO()
     found = 0
-    main = importlib.import_module(module).main
+    main = command_of(module)
     before = sys.argv, sys.stdin
     sys.argv, sys.stdin = [module.replace(".", "-").replace("_", "-"), *map(str, arguments)], io.StringIO(typed)
     try:
@@ -127,7 +127,7 @@ def _run(module: str, arguments: list[str], more: dict[str, str], said: Path | N
         sys.stderr = said.open("w")
     torch.set_num_threads(1)  # as in the other processes: the same bytes need the same threads
     sys.argv = [module, *arguments]
-    importlib.import_module(module).main()
+    command_of(module)()
 
 
 def command(*arguments: object, **more: str) -> subprocess.CompletedProcess[str]:

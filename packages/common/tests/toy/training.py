@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from labs_common.cli import run_command
 from labs_common.freezing import FrozenAudit, train_only
 from labs_common.options import RunOptions, TrainingOptions
 from labs_common.run import Run, check_run_options
@@ -89,9 +88,7 @@ def train(config: ToyConfig) -> None:
     run.save_json("results.json", {"done": True})
 
 
-def main(arguments: list[str] | None = None) -> None:
-    run_command(train, ToyConfig, "toy", arguments)
-
-
 if __name__ == "__main__":
-    main()
+    from toy import commands
+
+    commands.training()
