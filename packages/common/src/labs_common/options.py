@@ -27,7 +27,8 @@ def names_in(table: str) -> tuple[str, ...]:
     """
     module, _, name = table.partition(":")
     spec = importlib.util.find_spec(module)
-    assert spec is not None and spec.origin is not None, f"no module {module}"
+    if spec is None or spec.origin is None:
+        raise ValueError(f"{table}: no such module")
     for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
         if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.value, ast.Dict):
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
@@ -37,7 +38,7 @@ def names_in(table: str) -> tuple[str, ...]:
 
 
 def one_of(table: str) -> Any:
-    """For `Annotated[str, one_of("package.module:NAME")]`: an option whose choices are the keys of that dictionary."""
+    """Annotates an option whose choices are the keys of `table`: `Annotated[str, one_of("package.module:NAME")]`."""
     names = names_in(table)
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1, metavar="{" + ",".join(names) + "}", choices=names, instance_from_str=lambda said: said[0],
