@@ -30,15 +30,15 @@ from torchvision.models.detection import MaskRCNN
 
 from labs_common.run import write_atomically
 from labs_common.scenes.files import write_coco
-from zsi_contrastive.annotations import Instances, read_instances
-from zsi_contrastive.backbone import make_backbone
-from zsi_contrastive.batches import Batch, PictureSteps
-from zsi_contrastive.data import category, instances_file, picture_folders
-from zsi_contrastive.model import Parts, Sizes, ZeroShotMaskRCNN
-from zsi_contrastive.pictures import InstancePictures
-from zsi_contrastive.regions import Sampling
-from zsi_contrastive.scoring import THRESHOLDS, scored
-from zsi_contrastive.splits import scenes_split
+from zsi_contrastive.detector.annotations import Instances, read_instances
+from zsi_contrastive.detector.backbone import make_backbone
+from zsi_contrastive.detector.batches import Batch, PictureSteps
+from zsi_contrastive.detector.data import category, instances_file, picture_folders
+from zsi_contrastive.detector.model import Parts, Sizes, ZeroShotMaskRCNN
+from zsi_contrastive.detector.pictures import InstancePictures
+from zsi_contrastive.detector.regions import Sampling
+from zsi_contrastive.detector.scoring import THRESHOLDS, scored
+from zsi_contrastive.detector.splits import scenes_split
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTH = 300

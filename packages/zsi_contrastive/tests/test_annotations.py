@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from labs_common.errors import LabError
-from zsi_contrastive.annotations import Instances, check_parts, read_instances, zero_shot_parts
-from zsi_contrastive.pictures import InstancePictures, found_pictures, mask_of
-from zsi_contrastive.splits import Split, read_split, scenes_split
+from zsi_contrastive.detector.annotations import Instances, check_parts, read_instances, zero_shot_parts
+from zsi_contrastive.detector.pictures import InstancePictures, found_pictures, mask_of
+from zsi_contrastive.detector.splits import Split, read_split, scenes_split
 
 SPLIT = Split("mine", ("cat", "dog"), ("elf",))
 IDS = {"cat": 3, "dog": 17, "elf": 90, "tree": 44}  # with gaps

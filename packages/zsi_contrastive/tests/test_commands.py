@@ -11,10 +11,10 @@ import torch
 from labs_testing import commands as lab_commands
 from PIL import Image
 
-from zsi_contrastive.ablate import ROWS, planned_run
-from zsi_contrastive.command_config import AblateConfig
-from zsi_contrastive.splits import scenes_split
-from zsi_contrastive.stored import load_model
+from zsi_contrastive.detector.ablate import ROWS, planned_run
+from zsi_contrastive.detector.command_config import AblateConfig
+from zsi_contrastive.detector.splits import scenes_split
+from zsi_contrastive.detector.stored import load_model
 
 SMALL = ("--split", "scenes", "--min-side", "48", "--max-side", "64", "--batch-size", "4", "--controls", "1",
          "--track", "none")  # fmt: skip

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zsi_contrastive.graph import AGGREGATES, aggregated, neighbour_graph, propagated, refined
+from zsi_contrastive.detector.graph import AGGREGATES, aggregated, neighbour_graph, propagated, refined
 
 torch.manual_seed(0)
 STATES, OWN, OTHERS = torch.randn(7, 4), torch.randn(4, 3), torch.randn(4, 3)

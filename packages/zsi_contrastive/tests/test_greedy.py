@@ -5,7 +5,13 @@ import torch
 import torch.nn.functional as F
 from benchmarks.memory import held_bytes
 
-from zsi_contrastive.contrastive import TEMPERATURE, GreedyInfoMaxHead, PatchInfoNCEHead, patch_info_nce, thumbnails
+from zsi_contrastive.detector.contrastive import (
+    TEMPERATURE,
+    GreedyInfoMaxHead,
+    PatchInfoNCEHead,
+    patch_info_nce,
+    thumbnails,
+)
 from zsi_contrastive.greedy import GRID, TINY_SIZES, GreedySizes, PatchModules, PixelContext, patches_of
 
 

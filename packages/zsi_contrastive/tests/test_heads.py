@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from zsi_contrastive.heads import (
+from zsi_contrastive.detector.heads import (
     BackgroundAwareRPNHead,
     SemanticBoxHead,
     SemanticMaskHead,

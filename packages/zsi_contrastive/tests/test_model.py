@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from labs_common.errors import LabError
-from zsi_contrastive.backbone import make_backbone
-from zsi_contrastive.model import Parts, Sizes, ZeroShotMaskRCNN, pasted
-from zsi_contrastive.regions import Asked, Sampling
+from zsi_contrastive.detector.backbone import make_backbone
+from zsi_contrastive.detector.model import Parts, Sizes, ZeroShotMaskRCNN, pasted
+from zsi_contrastive.detector.regions import Asked, Sampling
 
 D = 6
 SIZES = Sizes(16, 8, 1, (8, 16, 24), 48, 64, 16, (40, 40, 20, 20), 16, (5, 7), 1)

@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from labs_common.scenes.files import write_parquet
-from zsi_contrastive.backbone import make_backbone
 from zsi_contrastive.compare import LIBRARIES
+from zsi_contrastive.detector.backbone import make_backbone
 from zsi_contrastive.pretrain_config import METHODS
 from zsi_contrastive.pretraining.stored import load_encoder
 

@@ -11,12 +11,12 @@ import pytest
 from faster_coco_eval.core import mask as rle
 
 from labs_common.errors import LabError
-from zsi_contrastive.annotations import Instances
-from zsi_contrastive.evaluation import iou, named_objects, scores_of
-from zsi_contrastive.finding import together
-from zsi_contrastive.pictures import InstancePictures
-from zsi_contrastive.scoring import THRESHOLDS, harmonic_mean, read_results, scored
-from zsi_contrastive.splits import Split
+from zsi_contrastive.detector.annotations import Instances
+from zsi_contrastive.detector.evaluation import iou, named_objects, scores_of
+from zsi_contrastive.detector.finding import together
+from zsi_contrastive.detector.pictures import InstancePictures
+from zsi_contrastive.detector.scoring import THRESHOLDS, harmonic_mean, read_results, scored
+from zsi_contrastive.detector.splits import Split
 
 SPLIT = Split("mine", ("cat", "dog", "cow"), ("elf", "orc"))
 IDS = dict(zip(SPLIT.classes, (3, 17, 18, 44, 90), strict=True))

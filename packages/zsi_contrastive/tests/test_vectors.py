@@ -10,9 +10,9 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from labs_common.errors import LabError
-from zsi_contrastive.columns import checked_order, neighbours
-from zsi_contrastive.splits import PUBLISHED, Split, coco_groups, read_split, scenes_split
-from zsi_contrastive.vectors import (
+from zsi_contrastive.detector.columns import checked_order, neighbours
+from zsi_contrastive.detector.splits import PUBLISHED, Split, coco_groups, read_split, scenes_split
+from zsi_contrastive.detector.vectors import (
     attribute_vectors,
     check_same_space,
     read_class_vectors,

@@ -3,15 +3,26 @@
 from functools import partial
 
 from labs_common.cli import run_command
-from zsi_contrastive.command_config import AblateConfig, EvaluateConfig, PredictConfig, PrepareConfig, VectorsConfig
-from zsi_contrastive.config import TrainConfig
+from zsi_contrastive.detector.command_config import (
+    AblateConfig,
+    EvaluateConfig,
+    PredictConfig,
+    PrepareConfig,
+    VectorsConfig,
+)
+from zsi_contrastive.detector.config import TrainConfig
 from zsi_contrastive.pretrain_config import CompareConfig, PretrainConfig
 
-ablate = partial(run_command, "zsi_contrastive.ablate:ablate", AblateConfig)
-compare = partial(run_command, "zsi_contrastive.compare:compare", CompareConfig)
-evaluate = partial(run_command, "zsi_contrastive.evaluate:evaluate", EvaluateConfig)
-predict = partial(run_command, "zsi_contrastive.predict:predict", PredictConfig)
-prepare = partial(run_command, "zsi_contrastive.prepare:prepare", PrepareConfig)
+# The detector; the third argument is the name that the user types after `python -m`.
+train = partial(run_command, "zsi_contrastive.detector.train:train", TrainConfig, "zsi_contrastive.train")
+evaluate = partial(
+    run_command, "zsi_contrastive.detector.evaluate:evaluate", EvaluateConfig, "zsi_contrastive.evaluate"
+)
+predict = partial(run_command, "zsi_contrastive.detector.predict:predict", PredictConfig, "zsi_contrastive.predict")
+ablate = partial(run_command, "zsi_contrastive.detector.ablate:ablate", AblateConfig, "zsi_contrastive.ablate")
+prepare = partial(run_command, "zsi_contrastive.detector.prepare:prepare", PrepareConfig, "zsi_contrastive.prepare")
+words = partial(run_command, "zsi_contrastive.detector.words:words", VectorsConfig, "zsi_contrastive.words")
+
+# Self-supervised pre-training.
 pretrain = partial(run_command, "zsi_contrastive.pretrain:pretrain", PretrainConfig)
-train = partial(run_command, "zsi_contrastive.train:train", TrainConfig)
-words = partial(run_command, "zsi_contrastive.words:words", VectorsConfig)
+compare = partial(run_command, "zsi_contrastive.compare:compare", CompareConfig)

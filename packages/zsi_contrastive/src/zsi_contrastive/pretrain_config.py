@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from labs_common.errors import LabError
 from labs_common.options import ClassDataOptions, ComparisonOptions, RunOptions, TrainingOptions
-from zsi_contrastive.config import TINY
+from zsi_contrastive.detector.config import TINY
 
 Method = Literal["simclr", "moco", "byol", "dino", "gim", "cpc"]
 METHODS: tuple[Method, ...] = get_args(Method)

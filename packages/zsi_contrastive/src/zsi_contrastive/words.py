@@ -1,52 +1,6 @@
-"""Shows, checks and writes word vectors: `python -m zsi_contrastive.words --split 48_17 --word-vectors FILE`."""
+"""Runs `python -m zsi_contrastive.words`, which shows and checks word vectors: see `detector/words.py`."""
 
 from zsi_contrastive import commands
 
-if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+if __name__ == "__main__":
     commands.words()
-
-from labs_common.errors import LabError
-from zsi_contrastive.command_config import VectorsConfig
-
-
-def words(config: VectorsConfig) -> None:
-    """Prints a line for each column: its number, class and most similar classes; then what the check says.
-
-    Raises:
-        LabError: the vectors cannot be read, stand in another order, or cannot be written.
-    """
-    import io
-
-    import numpy as np
-    import torch
-
-    from labs_common.run import write_atomically
-    from zsi_contrastive.columns import checked_order, neighbours
-    from zsi_contrastive.splits import SCENES, read_split
-    from zsi_contrastive.vectors import ATTRIBUTES, read_class_vectors
-
-    split = read_split(config.split)
-    source = config.words.word_vectors or (ATTRIBUTES if config.split == SCENES else "")
-    if not source:
-        raise LabError("--word-vectors: name a matrix, a text file of GloVe or fastText, or encoder:NAME")
-    vectors = read_class_vectors(source, split)
-    near = neighbours(vectors.classes, split.classes)
-    print(f"column  class ({len(split.seen)} seen, {len(split.unseen)} unseen; {vectors.seen.shape[1]} values each)")
-    print(f"{0:6}  background, length {float(vectors.background.norm()):.3f}")
-    for number, (name, others) in enumerate(zip(split.classes, near, strict=True), 1):
-        kind = "" if number <= len(split.seen) else " (unseen)"
-        said = ", ".join(f"{other} {cosine:.2f}" for other, cosine in others)
-        print(f"{number:6}  {name}{kind}: like {said}")
-    for note in vectors.notes:
-        print(f"note: {note}")
-    if vectors.by_column and config.words.columns == "check":
-        print(checked_order(vectors.classes, split, source).verdict)
-    if config.write is not None:
-        stream = io.StringIO()
-        matrix = torch.cat([vectors.background[None], vectors.classes]).T  # (d, 1 + classes)
-        np.savetxt(stream, matrix.double().numpy(), fmt="%.9g", delimiter=",")
-        try:
-            write_atomically(config.write, stream.getvalue())
-        except OSError as error:
-            raise LabError(f"--write {config.write}: cannot be written ({error.strerror})") from error
-        print(f"written: {config.write}")

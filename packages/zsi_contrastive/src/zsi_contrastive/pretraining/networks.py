@@ -9,8 +9,8 @@ from torchvision.models import get_model, list_models
 
 from labs_common.errors import LabError
 from labs_common.networks import timm_arguments
-from zsi_contrastive.backbone import TINY_CHANNELS, TinyBody
-from zsi_contrastive.config import TINY
+from zsi_contrastive.detector.backbone import TINY_CHANNELS, TinyBody
+from zsi_contrastive.detector.config import TINY
 from zsi_contrastive.greedy import TINY_SIZES, GreedySizes, PatchModules
 from zsi_contrastive.pretrain_config import GREEDY, EncoderOptions, PretrainConfig
 

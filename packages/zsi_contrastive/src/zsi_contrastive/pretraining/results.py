@@ -27,7 +27,7 @@ from labs_common.report import (
 )
 from labs_common.report.classes import Predictions, class_data_section, class_sections, wilson_interval
 from labs_common.run import Run, cost_of, machine_of, seconds_between
-from zsi_contrastive.config import TINY
+from zsi_contrastive.detector.config import TINY
 from zsi_contrastive.pretrain_config import PretrainConfig
 from zsi_contrastive.pretraining.fitting import Fitted
 from zsi_contrastive.pretraining.galleries import attention_section, map_section, neighbours_gallery, views_gallery

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from labs_common.errors import LabError
 from labs_common.networks import load_exactly, read_weights
 from labs_common.run import written_whole
-from zsi_contrastive.config import TINY
+from zsi_contrastive.detector.config import TINY
 from zsi_contrastive.greedy import TINY_SIZES, GreedySizes, PatchModules
 from zsi_contrastive.pretrain_config import GREEDY, PRETRAINED, EncoderOptions, PretrainConfig
 from zsi_contrastive.pretraining.networks import Encoder, make_encoder

@@ -11,12 +11,12 @@ from faster_coco_eval.core import mask as rle
 
 from labs_common.data.images import decoding_threads
 from labs_common.progress import tracked
-from zsi_contrastive.config import DetectionOptions
-from zsi_contrastive.graph import refined
-from zsi_contrastive.model import ZeroShotMaskRCNN, pasted
-from zsi_contrastive.pictures import InstancePictures, as_tensor
-from zsi_contrastive.regions import Asked, Found
-from zsi_contrastive.vectors import ClassVectors
+from zsi_contrastive.detector.config import DetectionOptions
+from zsi_contrastive.detector.graph import refined
+from zsi_contrastive.detector.model import ZeroShotMaskRCNN, pasted
+from zsi_contrastive.detector.pictures import InstancePictures, as_tensor
+from zsi_contrastive.detector.regions import Asked, Found
+from zsi_contrastive.detector.vectors import ClassVectors
 
 Result = dict[str, Any]
 SEEN, UNSEEN = 0, 1  # groups

@@ -12,15 +12,15 @@ from labs_common.errors import LabError
 from labs_common.freezing import FrozenAudit
 from labs_common.run import Run
 from labs_common.training import Loop, state_bytes
-from zsi_contrastive.batches import PictureSteps
-from zsi_contrastive.config import TrainConfig
-from zsi_contrastive.data import ZeroShotData
-from zsi_contrastive.evaluation import AT_ONCE
-from zsi_contrastive.finding import asked_for, found_in, of_classes
-from zsi_contrastive.model import ZeroShotMaskRCNN
-from zsi_contrastive.scoring import harmonic_mean, scored
-from zsi_contrastive.stored import FOLDER, make_model, save_model
-from zsi_contrastive.vectors import read_vocabulary
+from zsi_contrastive.detector.batches import PictureSteps
+from zsi_contrastive.detector.config import TrainConfig
+from zsi_contrastive.detector.data import ZeroShotData
+from zsi_contrastive.detector.evaluation import AT_ONCE
+from zsi_contrastive.detector.finding import asked_for, found_in, of_classes
+from zsi_contrastive.detector.model import ZeroShotMaskRCNN
+from zsi_contrastive.detector.scoring import harmonic_mean, scored
+from zsi_contrastive.detector.stored import FOLDER, make_model, save_model
+from zsi_contrastive.detector.vectors import read_vocabulary
 
 MOMENTUM = 0.9
 

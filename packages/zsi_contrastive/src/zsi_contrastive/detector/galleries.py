@@ -8,11 +8,11 @@ from PIL import Image
 from labs_common.report import Figure, Gallery, Section, Table, Text, save_figure
 from labs_common.report.figures import matrix_figure
 from labs_common.run import Run
-from zsi_contrastive.drawing import drawn_on
-from zsi_contrastive.evaluation import Evaluation, Named, iou, named_objects
-from zsi_contrastive.finding import Result
-from zsi_contrastive.pictures import InstancePictures
-from zsi_contrastive.splits import Split
+from zsi_contrastive.detector.drawing import drawn_on
+from zsi_contrastive.detector.evaluation import Evaluation, Named, iou, named_objects
+from zsi_contrastive.detector.finding import Result
+from zsi_contrastive.detector.pictures import InstancePictures
+from zsi_contrastive.detector.splits import Split
 
 SHOWN = 9
 AT_LEAST = 0.5  # IoU from which a detection is on an object

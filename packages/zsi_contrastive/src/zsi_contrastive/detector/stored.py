@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from labs_common.networks import load_exactly, read_weights, reading_model, saved_folder
 from labs_common.run import written_whole
-from zsi_contrastive.backbone import make_backbone
-from zsi_contrastive.config import FINISHED, TINY, DetectionOptions, TrainConfig
-from zsi_contrastive.model import Parts, Sizes, ZeroShotMaskRCNN
-from zsi_contrastive.regions import Sampling
-from zsi_contrastive.splits import Split
-from zsi_contrastive.vectors import ClassVectors
+from zsi_contrastive.detector.backbone import make_backbone
+from zsi_contrastive.detector.config import FINISHED, TINY, DetectionOptions, TrainConfig
+from zsi_contrastive.detector.model import Parts, Sizes, ZeroShotMaskRCNN
+from zsi_contrastive.detector.regions import Sampling
+from zsi_contrastive.detector.splits import Split
+from zsi_contrastive.detector.vectors import ClassVectors
 
 FOLDER, WEIGHTS = "model", "model.safetensors"
 TINY_CHANNELS, CHANNELS = 48, 256

@@ -23,16 +23,16 @@ from labs_common.report import (
 )
 from labs_common.report.structure import structure_of
 from labs_common.run import Run, cost_of, machine_of, seconds_between
-from zsi_contrastive.columns import neighbours
-from zsi_contrastive.config import TrainConfig
-from zsi_contrastive.data import ZeroShotData
-from zsi_contrastive.evaluation import Evaluation
-from zsi_contrastive.fitting import Fitted
-from zsi_contrastive.galleries import data_gallery, finding_sections
-from zsi_contrastive.pictures import InstancePictures
-from zsi_contrastive.published import PUBLISHED
-from zsi_contrastive.splits import Split
-from zsi_contrastive.stored import FOLDER, Loaded
+from zsi_contrastive.detector.columns import neighbours
+from zsi_contrastive.detector.config import TrainConfig
+from zsi_contrastive.detector.data import ZeroShotData
+from zsi_contrastive.detector.evaluation import Evaluation
+from zsi_contrastive.detector.fitting import Fitted
+from zsi_contrastive.detector.galleries import data_gallery, finding_sections
+from zsi_contrastive.detector.pictures import InstancePictures
+from zsi_contrastive.detector.published import PUBLISHED
+from zsi_contrastive.detector.splits import Split
+from zsi_contrastive.detector.stored import FOLDER, Loaded
 
 COLUMNS = ("recall@0.4", "recall@0.5", "recall@0.6", "ap@0.4", "ap@0.5", "ap@0.6", "ap")
 HEADINGS = ("R@100, 0.4", "R@100, 0.5", "R@100, 0.6", "AP 0.4", "AP 0.5", "AP 0.6", "AP 0.5:0.95")

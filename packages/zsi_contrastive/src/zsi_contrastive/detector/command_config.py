@@ -7,7 +7,13 @@ from typing import Literal
 import tyro
 
 from labs_common.options import CommandOptions, ComparisonOptions
-from zsi_contrastive.config import DataOptions, DetectionOptions, DetectorTrainingOptions, ModelOptions, WordOptions
+from zsi_contrastive.detector.config import (
+    DataOptions,
+    DetectionOptions,
+    DetectorTrainingOptions,
+    ModelOptions,
+    WordOptions,
+)
 
 
 @dataclass

@@ -7,13 +7,13 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from zsi_contrastive.config import DetectionOptions
-from zsi_contrastive.finding import Result, asked_for, found_in, of_classes, random_lists, together
-from zsi_contrastive.model import ZeroShotMaskRCNN
-from zsi_contrastive.pictures import InstancePictures
-from zsi_contrastive.scoring import ClassScores, harmonic_mean, scored
-from zsi_contrastive.splits import Split
-from zsi_contrastive.vectors import ClassVectors
+from zsi_contrastive.detector.config import DetectionOptions
+from zsi_contrastive.detector.finding import Result, asked_for, found_in, of_classes, random_lists, together
+from zsi_contrastive.detector.model import ZeroShotMaskRCNN
+from zsi_contrastive.detector.pictures import InstancePictures
+from zsi_contrastive.detector.scoring import ClassScores, harmonic_mean, scored
+from zsi_contrastive.detector.splits import Split
+from zsi_contrastive.detector.vectors import ClassVectors
 
 BIASES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5)
 AT_ONCE = 8

@@ -12,7 +12,7 @@ import torch
 
 from labs_common.errors import LabError
 from labs_common.scenes import SHAPES, TEXTURES
-from zsi_contrastive.splits import Split
+from zsi_contrastive.detector.splits import Split
 
 ATTRIBUTES = "attributes"
 ENCODER = "encoder:"

@@ -9,8 +9,8 @@ import torch
 
 from labs_common.data.images import decoding_threads
 from labs_common.training import read_ahead
-from zsi_contrastive.pictures import InstancePictures, levels_of, mirrored
-from zsi_contrastive.regions import Target
+from zsi_contrastive.detector.pictures import InstancePictures, levels_of, mirrored
+from zsi_contrastive.detector.regions import Target
 
 KEPT_BYTES = 2**29  # training data that is smaller stays in memory once it is decoded
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from labs_common.errors import LabError
 from labs_common.scenes import SHAPES, TEXTURES
-from zsi_contrastive.config import PUBLISHED, SCENES
+from zsi_contrastive.detector.config import PUBLISHED, SCENES
 
 KEPT_BACK = 4  # of the pairings of texture and shape, one in so many is unseen
 
@@ -36,7 +36,9 @@ def read_split(name: str) -> Split:
     if name == SCENES:
         return scenes_split()
     if name in PUBLISHED:
-        found = json.loads(files("zsi_contrastive").joinpath("classes", f"{name}.json").read_text(encoding="utf-8"))
+        found = json.loads(
+            files("zsi_contrastive.detector").joinpath("classes", f"{name}.json").read_text(encoding="utf-8")
+        )
         return Split(name, tuple(found["seen"]), tuple(found["unseen"]))
     path = Path(name)
     if not path.is_file():
@@ -70,5 +72,5 @@ def scenes_split() -> Split:
 @cache
 def coco_groups() -> dict[str, tuple[str, ...]]:
     """The 80 classes of COCO by supercategory; in this order they are in the order of their ids."""
-    text = files("zsi_contrastive").joinpath("classes", "coco.json").read_text(encoding="utf-8")
+    text = files("zsi_contrastive.detector").joinpath("classes", "coco.json").read_text(encoding="utf-8")
     return {group: tuple(names) for group, names in json.loads(text)["groups"].items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from labs_common.errors import LabError
-from zsi_contrastive.splits import Split
+from zsi_contrastive.detector.splits import Split
 
 Json = dict[str, Any]
 

@@ -11,12 +11,12 @@ from labs_common.errors import LabError
 from labs_common.progress import console
 from labs_common.scenes.files import write_coco
 from labs_common.scenes.world import Scene, Thing
-from zsi_contrastive.annotations import ZeroShotParts, read_instances, zero_shot_parts
-from zsi_contrastive.columns import checked_order
-from zsi_contrastive.config import DataOptions, WordOptions
-from zsi_contrastive.pictures import InstancePictures, found_pictures
-from zsi_contrastive.splits import Split, read_split, scenes_split
-from zsi_contrastive.vectors import ClassVectors, read_class_vectors
+from zsi_contrastive.detector.annotations import ZeroShotParts, read_instances, zero_shot_parts
+from zsi_contrastive.detector.columns import checked_order
+from zsi_contrastive.detector.config import DataOptions, WordOptions
+from zsi_contrastive.detector.pictures import InstancePictures, found_pictures
+from zsi_contrastive.detector.splits import Split, read_split, scenes_split
+from zsi_contrastive.detector.vectors import ClassVectors, read_class_vectors
 
 SIDE = 96
 DRAWN = {"train": range(3500), "val": range(100_000, 100_740)}  # about 1,600 and 400 of them are wanted

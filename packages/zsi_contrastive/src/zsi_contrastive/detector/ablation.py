@@ -9,7 +9,7 @@ from labs_common.progress import console
 from labs_common.report import Figure, Section, Table, Text, asked_section, save_figure, write_report
 from labs_common.report.figures import bar_figure, curve_figure
 from labs_common.run import Run, environment
-from zsi_contrastive.command_config import AblateConfig
+from zsi_contrastive.detector.command_config import AblateConfig
 
 SAID = {
     "detector": "detector alone: boxes",

@@ -14,8 +14,8 @@ from labs_common.data.images import BadPictureError, decoded
 from labs_common.data.pictures import digests_of, examined, refusal
 from labs_common.errors import LabError
 from labs_common.options import OnBadData
-from zsi_contrastive.annotations import Instances, Json
-from zsi_contrastive.regions import Target
+from zsi_contrastive.detector.annotations import Instances, Json
+from zsi_contrastive.detector.regions import Target
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,15 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 
-from zsi_contrastive.contrastive import GreedyInfoMaxHead, PatchInfoNCEHead
+from zsi_contrastive.detector.contrastive import GreedyInfoMaxHead, PatchInfoNCEHead
+from zsi_contrastive.detector.heads import (
+    BackgroundAwareRPNHead,
+    SemanticBoxHead,
+    SemanticMaskHead,
+    SynchronisedBackground,
+)
+from zsi_contrastive.detector.regions import Asked, Found, Sampling, Target, ZeroShotRegions
 from zsi_contrastive.greedy import TINY_SIZES, GreedySizes
-from zsi_contrastive.heads import BackgroundAwareRPNHead, SemanticBoxHead, SemanticMaskHead, SynchronisedBackground
-from zsi_contrastive.regions import Asked, Found, Sampling, Target, ZeroShotRegions
 
 RATIOS = (0.5, 1.0, 2.0)
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

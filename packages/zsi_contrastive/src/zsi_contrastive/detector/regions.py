@@ -14,7 +14,7 @@ from torchvision.models.detection.roi_heads import RoIHeads, project_masks_on_bo
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops import boxes as box_ops
 
-from zsi_contrastive.heads import SemanticBoxHead, SemanticMaskHead, mask_logits, transferred
+from zsi_contrastive.detector.heads import SemanticBoxHead, SemanticMaskHead, mask_logits, transferred
 
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 CANDIDATES = 2000  # the most boxes of a picture that go into non-maximum suppression
@@ -28,7 +28,7 @@ class Asked:
     Attributes:
         vectors: (classes, d).
         groups: (classes,), int64: of each group the best detections of a picture are kept.
-        temperature, background: see `zsi_contrastive.heads.transferred`.
+        temperature, background: see `zsi_contrastive.detector.heads.transferred`.
         masks: whether they are wanted.
     """
 

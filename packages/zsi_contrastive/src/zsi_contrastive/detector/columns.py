@@ -11,7 +11,7 @@ from functools import cache
 import torch
 
 from labs_common.errors import LabError
-from zsi_contrastive.splits import Split, coco_groups
+from zsi_contrastive.detector.splits import Split, coco_groups
 
 SHUFFLES = 500
 FEW = 10

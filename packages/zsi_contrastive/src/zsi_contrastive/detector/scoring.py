@@ -13,7 +13,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as rle
 
 from labs_common.errors import LabError
-from zsi_contrastive.annotations import Instances
+from zsi_contrastive.detector.annotations import Instances
 
 LOW = (0.4, 0.5, 0.6)  # of the zero-shot literature
 USUAL = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))

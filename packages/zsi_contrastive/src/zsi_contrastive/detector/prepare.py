@@ -1,0 +1,48 @@
+"""Writes zero-shot parts of COCO: `python -m zsi_contrastive.prepare --data coco --split 48_17`."""
+
+import dataclasses
+from pathlib import Path
+
+from labs_common.errors import LabError
+from zsi_contrastive.detector.command_config import PrepareConfig
+from zsi_contrastive.detector.config import default_split
+
+NAMES = {"train": "train_seen.json", "unseen": "test_unseen.json", "both": "test_both.json"}
+
+
+def prepare(config: PrepareConfig) -> None:
+    """Writes the three files and the counts, and prints these.
+
+    Raises:
+        LabError: the data cannot be read, or the directory exists.
+    """
+    import json
+
+    from labs_common.run import check_writable, write_atomically, written_whole
+    from zsi_contrastive.detector.data import read_parts
+    from zsi_contrastive.detector.splits import read_split
+
+    data = dataclasses.replace(config.data, split=default_split(config.data))
+    split = read_split(data.split)
+    output = config.output or Path(f"zero-shot-{split.name}")
+    if output.exists():
+        raise LabError(f"--output {output}: exists already; name another directory")
+    check_writable(output)
+    parts, _ = read_parts(data, split)
+    with written_whole(output) as folder:
+        for name, file in NAMES.items():
+            write_atomically(folder / file, json.dumps(getattr(parts, name).plain()))
+        counts = {
+            name: {"pictures": pictures, "objects": objects, "crowds": crowds}
+            for name, pictures, objects, crowds in parts.counts()
+        }
+        left_out = {"training": dict(parts.train.left_out), "test": dict(parts.both.left_out)}
+        kept = {"split": dataclasses.asdict(split), "counts": counts, "left out": left_out}
+        write_atomically(folder / "counts.json", json.dumps(kept, indent=1) + "\n")
+    for name, pictures, objects, crowds in parts.counts():
+        print(f"{name}: {pictures:,} pictures, {objects:,} objects, {crowds:,} crowds")
+    for name, reasons in left_out.items():
+        for reason, count in reasons.items():
+            print(f"{name}: left out {count} × {reason}")
+    print("checked: no training picture has an unseen object, every test picture has one, none is in both")
+    print(f"written: {', '.join(str(output / file) for file in NAMES.values())}")
