@@ -1,6 +1,7 @@
 """Picture files, decoded with Pillow: bombs are refused, broken files are named."""
 
 import glob
+import hashlib
 import io
 import os
 import struct
@@ -14,8 +15,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from labs_common.errors import LabError
+from labs_common.progress import tracked
 
 MOST_PIXELS = 64_000_000  # a picture that claims more is taken for a decompression bomb
+NAMED = 5  # how many bad pictures an error names
 # As timm names them.
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -91,3 +94,49 @@ def picture_files(named: Sequence[str]) -> list[Path]:
 
 def _size(content: bytes | Path) -> int:
     return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def named_picture(content: np.ndarray | bytes | Path, source: str, name: str) -> Image.Image:
+    """The picture in RGB.
+
+    Raises:
+        LabError: it cannot be decoded; it is named.
+    """
+    try:
+        return decoded(content)
+    except BadPictureError as error:
+        raise LabError(f"--data {source}: {name}: {error}") from error
+
+
+def examined(contents: Sequence[np.ndarray | bytes | Path], task: str, shown: bool = True) -> list[tuple[bytes, str]]:
+    """Each content's hash, and why it cannot be used ("" if it can); decoded in threads."""
+    with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
+        return list(tracked(pool.map(_examined, contents), task, len(contents), shown))
+
+
+def refusal(source: str, faults: Sequence[tuple[str, str]], remedy: str, total: int = 0) -> str:
+    """The line that names the first of the faults, each a name and a reason, and the remedy."""
+    named = "; ".join(f"{name}: {reason}" for name, reason in faults[:NAMED])
+    more = f" and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
+    of = f"{len(faults)} of {total} pictures" if total else f"{len(faults)} captions or pictures"
+    return f"--data {source}: {of} cannot be used: {named}{more}; {remedy}"
+
+
+def digests_of(digests: Sequence[bytes]) -> str:
+    """Twenty-four hexadecimal digits that change with any of the digests or their order."""
+    return hashlib.blake2b(b"".join(digests), digest_size=12).hexdigest()
+
+
+def _examined(content: np.ndarray | bytes | Path) -> tuple[bytes, str]:
+    """The content's hash, and why it cannot be used ("" if it can)."""
+    try:
+        data = content.read_bytes() if isinstance(content, Path) else content
+    except OSError as error:
+        return b"", error.strerror or "cannot be read"
+    raw = np.ascontiguousarray(data).data if isinstance(data, np.ndarray) else data
+    digest = hashlib.blake2b(raw, digest_size=16).digest()
+    try:
+        decoded(data)
+    except BadPictureError as error:
+        return digest, str(error)
+    return digest, ""

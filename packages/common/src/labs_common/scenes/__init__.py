@@ -1,8 +1,7 @@
 """Procedurally drawn scenes: the offline data, written in the real formats and read back by the same readers."""
 
 from labs_common.scenes.captions import captions
-from labs_common.scenes.drawing import picture
-from labs_common.scenes.tasks import TASKS, Task
+from labs_common.scenes.files import TASKS, Task
 from labs_common.scenes.world import (
     BACKGROUNDS,
     COLOURS,
@@ -11,6 +10,7 @@ from labs_common.scenes.world import (
     TEXTURES,
     Scene,
     Thing,
+    picture,
     random_scene,
     scene_generator,
 )
