@@ -49,10 +49,10 @@ from labs_common.data.readers import read_pictures
 from labs_common.run import Run, write_atomically
 from labs_common.training import make_accelerator
 from zsi_contrastive.greedy import GreedySizes, PatchModules
-from zsi_contrastive.pretrain_config import PretrainConfig, complete
-from zsi_contrastive.pretraining.fitting import make, set_up
-from zsi_contrastive.pretraining.methods import LOSSES
-from zsi_contrastive.pretraining.networks import make_encoder
+from zsi_contrastive.ssl.config import PretrainConfig, complete
+from zsi_contrastive.ssl.train import make, set_up
+from zsi_contrastive.ssl.methods import LOSSES
+from zsi_contrastive.ssl.model import make_encoder
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIDE, WIDTH = 32, 512

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from zsi_contrastive import objectives
+from zsi_contrastive.ssl import losses as objectives
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from labs_common.scenes.files import write_parquet
 from zsi_contrastive.compare import LIBRARIES
 from zsi_contrastive.detector.backbone import make_backbone
-from zsi_contrastive.pretrain_config import METHODS
-from zsi_contrastive.pretraining.stored import load_encoder
+from zsi_contrastive.ssl.config import METHODS
+from zsi_contrastive.ssl.saved import load_encoder
 
 COUNTS = {"train": range(96), "validation": range(96, 120), "test": range(120, 160)}
 SMALL = ("--side", "16", "--batch-size", "32", "--epochs", "1", "--hidden", "16", "--outputs", "12", "--queue", "64",

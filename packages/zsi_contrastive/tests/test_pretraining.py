@@ -11,13 +11,13 @@ from accelerate.utils import DistributedType
 
 from labs_common.cli import config_from_yaml
 from labs_common.errors import LabError, RunStopped
-from zsi_contrastive.pretrain_config import METHODS, PretrainConfig, complete
-from zsi_contrastive.pretraining import measures
-from zsi_contrastive.pretraining.fitting import make, make_optimizer
-from zsi_contrastive.pretraining.galleries import class_attention
-from zsi_contrastive.pretraining.methods import LOSSES, Step
-from zsi_contrastive.pretraining.networks import Learner, make_learner
-from zsi_contrastive.pretraining.teacher import Memory, along_cosine
+from zsi_contrastive.ssl.config import METHODS, PretrainConfig, complete
+from zsi_contrastive.ssl import evaluate as measures
+from zsi_contrastive.ssl.train import make, make_optimizer
+from zsi_contrastive.ssl.galleries import class_attention
+from zsi_contrastive.ssl.methods import LOSSES, Step
+from zsi_contrastive.ssl.model import Learner, make_learner
+from zsi_contrastive.ssl.teacher import Memory, along_cosine
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

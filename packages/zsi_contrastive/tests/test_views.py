@@ -7,7 +7,7 @@ import torch
 import torchvision.transforms.v2.functional as V
 from torchvision.transforms.v2 import RandomResizedCrop
 
-from zsi_contrastive.pretraining import views
+from zsi_contrastive.ssl import views
 
 FULL = views.Recipe(32, (0.08, 1.0), 0.5, 0.8, 0.2, 0.5, 0.2)
 

@@ -3,7 +3,7 @@
 from functools import partial
 
 from labs_common.cli import run_command
-from zsi_contrastive.detector.command_config import (
+from zsi_contrastive.detector.config import (
     AblateConfig,
     EvaluateConfig,
     PredictConfig,
@@ -11,7 +11,7 @@ from zsi_contrastive.detector.command_config import (
     VectorsConfig,
 )
 from zsi_contrastive.detector.config import TrainConfig
-from zsi_contrastive.pretrain_config import CompareConfig, PretrainConfig
+from zsi_contrastive.ssl.config import CompareConfig, PretrainConfig
 
 # The detector; the third argument is the name that the user types after `python -m`.
 train = partial(run_command, "zsi_contrastive.detector.train:train", TrainConfig, "zsi_contrastive.train")

@@ -18,9 +18,9 @@ from labs_common.cli import parse
 from labs_common.comparing import check_compared, comparison_folder, entries_of, name_and_flags, reading_entry, seeds_of
 from labs_common.errors import LabError
 from labs_common.own_process import claimed, finished_runs, start_server
-from zsi_contrastive.pretrain_config import METHODS, CompareConfig, MethodOptions, PretrainConfig, complete
+from zsi_contrastive.ssl.config import METHODS, CompareConfig, MethodOptions, PretrainConfig, complete
 
-LIBRARIES = ["zsi_contrastive.pretrain", "zsi_contrastive.pretraining.fitting", "zsi_contrastive.pretraining.results",
+LIBRARIES = ["zsi_contrastive.pretrain", "zsi_contrastive.ssl.train", "zsi_contrastive.ssl.report",
              "labs_common.training", "sklearn.linear_model", "sklearn.manifold"]  # fmt: skip
 
 
@@ -31,8 +31,8 @@ def compare(config: CompareConfig) -> None:
     folder = comparison_folder("compare-pretraining", config, [config.data.data])
 
     start_server(config.comparison.launch, LIBRARIES)
-    from zsi_contrastive.pretraining.comparison import gathered, write_comparison
-    from zsi_contrastive.pretraining.data import read_splits
+    from zsi_contrastive.ssl.compare import gathered, write_comparison
+    from zsi_contrastive.ssl.data import read_splits
 
     read_splits(config.data, config.comparison.seed, shown=True)  # what is wrong with it is said before anything runs
     seeds = seeds_of(config.comparison)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zsi_contrastive.objectives import info_nce_loss
+from zsi_contrastive.ssl.losses import info_nce_loss
 
 GRID = 7  # patches across and down: half of each overlaps the next
 CUT = 4  # a patch's side is a quarter of the picture's

@@ -8,7 +8,7 @@ if __name__ == "__main__":  # before the imports below: --help and a wrong optio
 import time
 from typing import TYPE_CHECKING
 
-from zsi_contrastive.pretrain_config import PretrainConfig, complete
+from zsi_contrastive.ssl.config import PretrainConfig, complete
 
 if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
     import torch
@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # the real imports wait until the command line has been read:
 
     from labs_common.data import LabelledPictures
     from labs_common.run import Run
-    from zsi_contrastive.pretraining.fitting import Fitted
+    from zsi_contrastive.ssl.train import Fitted
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -24,9 +24,9 @@ def pretrain(config: PretrainConfig) -> None:
     from labs_common.data.splits import record_splits
     from labs_common.run import Run, check_run_options
     from labs_common.training import make_accelerator
-    from zsi_contrastive.pretraining.data import read_splits
-    from zsi_contrastive.pretraining.fitting import check_pictures, make
-    from zsi_contrastive.pretraining.results import finish_report
+    from zsi_contrastive.ssl.data import read_splits
+    from zsi_contrastive.ssl.train import check_pictures, make
+    from zsi_contrastive.ssl.report import finish_report
 
     clock = {"start": time.perf_counter()}
     config = complete(config)
@@ -59,8 +59,8 @@ def fit(
         RunStopped: the loss is not a number, something fixed has moved, or the teacher was given a gradient.
         Interrupted: Ctrl-C; the run can be resumed.
     """
-    from zsi_contrastive.pretraining.fitting import finished, scores, set_up
-    from zsi_contrastive.pretraining.methods import LOSSES
+    from zsi_contrastive.ssl.train import finished, scores, set_up
+    from zsi_contrastive.ssl.methods import LOSSES
 
     fitting = set_up(config, network, run, accelerator, splits)
     loop = fitting.loop

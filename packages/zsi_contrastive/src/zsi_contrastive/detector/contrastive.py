@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from zsi_contrastive.greedy import GreedySizes, PatchModules
-from zsi_contrastive.pretraining.views import normalised
+from zsi_contrastive.ssl.views import normalised
 
 THUMBNAIL = 32  # the side of what the modules see
 PATCH = 3  # places of the map, across and down

@@ -12,8 +12,8 @@ from labs_common.networks import load_exactly, read_weights
 from labs_common.run import written_whole
 from zsi_contrastive.detector.config import TINY
 from zsi_contrastive.greedy import TINY_SIZES, GreedySizes, PatchModules
-from zsi_contrastive.pretrain_config import GREEDY, PRETRAINED, EncoderOptions, PretrainConfig
-from zsi_contrastive.pretraining.networks import Encoder, make_encoder
+from zsi_contrastive.ssl.config import GREEDY, PRETRAINED, EncoderOptions, PretrainConfig
+from zsi_contrastive.ssl.model import Encoder, make_encoder
 
 FOLDER, WEIGHTS = "model", "encoder.safetensors"
 

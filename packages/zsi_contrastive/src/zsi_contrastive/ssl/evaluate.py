@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 
 from labs_common.progress import tracked
-from zsi_contrastive.pretraining.data import Levels
-from zsi_contrastive.pretraining.networks import features_of
-from zsi_contrastive.pretraining.views import plain
+from zsi_contrastive.ssl.data import Levels
+from zsi_contrastive.ssl.model import features_of
+from zsi_contrastive.ssl.views import plain
 
 AT_ONCE = 512
 VOTE_TEMPERATURE = 0.1

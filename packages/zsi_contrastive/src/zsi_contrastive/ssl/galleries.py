@@ -13,12 +13,12 @@ from labs_common.report import Figure, Gallery, Section, Text, save_figure
 from labs_common.report.captioned import shown
 from labs_common.report.figures import map_figure
 from labs_common.run import Run
-from zsi_contrastive.pretrain_config import PretrainConfig
-from zsi_contrastive.pretraining.data import Levels
-from zsi_contrastive.pretraining.measures import Features
-from zsi_contrastive.pretraining.networks import Encoder
-from zsi_contrastive.pretraining.views import plain, recipes_of, views_of
-from zsi_contrastive.pretraining.views import shown as as_levels
+from zsi_contrastive.ssl.config import PretrainConfig
+from zsi_contrastive.ssl.data import Levels
+from zsi_contrastive.ssl.evaluate import Features
+from zsi_contrastive.ssl.model import Encoder
+from zsi_contrastive.ssl.views import plain, recipes_of, views_of
+from zsi_contrastive.ssl.views import shown as as_levels
 
 EXAMPLES, MAPPED, THUMBNAIL = 6, 1000, 96
 ACROSS = 4  # beside the picture: a row of the page has five

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from labs_common.errors import RunStopped
 from labs_common.gathering import gathered
-from zsi_contrastive.objectives import moved_centre
-from zsi_contrastive.pretrain_config import TAUGHT, PretrainConfig
-from zsi_contrastive.pretraining.networks import Learner
+from zsi_contrastive.ssl.losses import moved_centre
+from zsi_contrastive.ssl.config import TAUGHT, PretrainConfig
+from zsi_contrastive.ssl.model import Learner
 
 
 def along_cosine(step: int, total: int, start: float, end: float) -> float:

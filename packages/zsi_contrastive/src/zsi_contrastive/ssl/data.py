@@ -19,7 +19,7 @@ from labs_common.errors import LabError
 from labs_common.progress import console, tracked
 from labs_common.scenes import TASKS
 from labs_common.training import read_ahead
-from zsi_contrastive.pretrain_config import PretrainDataOptions
+from zsi_contrastive.ssl.config import PretrainDataOptions
 
 DEMO_TASK, DEMO_SIDE = "look", 32
 DEMO_SPLITS: dict[str, Sequence[int]] = {

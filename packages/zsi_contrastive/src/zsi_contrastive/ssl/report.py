@@ -28,11 +28,11 @@ from labs_common.report import (
 from labs_common.report.classes import Predictions, class_data_section, class_sections, wilson_interval
 from labs_common.run import Run, cost_of, machine_of, seconds_between
 from zsi_contrastive.detector.config import TINY
-from zsi_contrastive.pretrain_config import PretrainConfig
-from zsi_contrastive.pretraining.fitting import Fitted
-from zsi_contrastive.pretraining.galleries import attention_section, map_section, neighbours_gallery, views_gallery
-from zsi_contrastive.pretraining.measures import COLLAPSED, Features, effective_rank, spread
-from zsi_contrastive.pretraining.stored import FOLDER, WEIGHTS, load_encoder
+from zsi_contrastive.ssl.config import PretrainConfig
+from zsi_contrastive.ssl.train import Fitted
+from zsi_contrastive.ssl.galleries import attention_section, map_section, neighbours_gallery, views_gallery
+from zsi_contrastive.ssl.evaluate import COLLAPSED, Features, effective_rank, spread
+from zsi_contrastive.ssl.saved import FOLDER, WEIGHTS, load_encoder
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # of the mean loss, on features of deviation 1
 
@@ -185,7 +185,7 @@ def use_section(run: Run, config: PretrainConfig) -> Section:
     """How to go on with the encoder."""
     file, name = run.path / FOLDER / WEIGHTS, config.encoder.backbone
     if config.method == "cpc":
-        return Section("How to use it", [Text("zsi_contrastive.pretraining.stored.load_encoder reads the encoder.")])
+        return Section("How to use it", [Text("zsi_contrastive.ssl.saved.load_encoder reads the encoder.")])
     if config.method == "gim":
         backbone = "" if name == TINY else "--backbone resnet101 "
         command = f"python -m zsi_contrastive.train {backbone}--greedy-infomax --greedy-weights {file}"

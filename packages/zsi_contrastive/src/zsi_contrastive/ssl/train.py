@@ -16,9 +16,9 @@ from labs_common.freezing import FrozenAudit
 from labs_common.progress import console
 from labs_common.run import Run
 from labs_common.training import Loop, state_bytes
-from zsi_contrastive.pretrain_config import GREEDY, PretrainConfig
-from zsi_contrastive.pretraining.data import Batch, Levels, Steps, held_levels
-from zsi_contrastive.pretraining.measures import (
+from zsi_contrastive.ssl.config import GREEDY, PretrainConfig
+from zsi_contrastive.ssl.data import Batch, Levels, Steps, held_levels
+from zsi_contrastive.ssl.evaluate import (
     COLLAPSED,
     Features,
     effective_rank,
@@ -27,11 +27,11 @@ from zsi_contrastive.pretraining.measures import (
     spread,
     usual_neighbours,
 )
-from zsi_contrastive.pretraining.methods import Step
-from zsi_contrastive.pretraining.networks import Learner, encoder_of, has_batch_norm, make_learner
-from zsi_contrastive.pretraining.stored import save_encoder
-from zsi_contrastive.pretraining.teacher import Memory, along_cosine
-from zsi_contrastive.pretraining.views import Recipe, recipes_of, views_of
+from zsi_contrastive.ssl.methods import Step
+from zsi_contrastive.ssl.model import Learner, encoder_of, has_batch_norm, make_learner
+from zsi_contrastive.ssl.saved import save_encoder
+from zsi_contrastive.ssl.teacher import Memory, along_cosine
+from zsi_contrastive.ssl.views import Recipe, recipes_of, views_of
 
 EVALUATIONS = 12
 MOMENTUM = 0.9

@@ -12,7 +12,7 @@ from labs_common.networks import timm_arguments
 from zsi_contrastive.detector.backbone import TINY_CHANNELS, TinyBody
 from zsi_contrastive.detector.config import TINY
 from zsi_contrastive.greedy import TINY_SIZES, GreedySizes, PatchModules
-from zsi_contrastive.pretrain_config import GREEDY, EncoderOptions, PretrainConfig
+from zsi_contrastive.ssl.config import GREEDY, EncoderOptions, PretrainConfig
 
 
 class Encoder(nn.Module):

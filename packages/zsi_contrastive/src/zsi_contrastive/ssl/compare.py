@@ -18,7 +18,7 @@ from labs_common.report import (
     write_report,
 )
 from labs_common.run import Run, environment
-from zsi_contrastive.pretrain_config import CompareConfig
+from zsi_contrastive.ssl.config import CompareConfig
 
 WORTH = {"kNN": "knn", "kNN, random weights": "knn before", "linear probe": "probe", "spread": "spread",
          "effective rank": "effective rank"}  # fmt: skip

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 
-from zsi_contrastive.objectives import (
+from zsi_contrastive.ssl.losses import (
     byol_loss,
     debiased_loss,
     dino_loss,
@@ -20,8 +20,8 @@ from zsi_contrastive.objectives import (
     sharpened,
     sinkhorn_knopp,
 )
-from zsi_contrastive.pretrain_config import MethodOptions
-from zsi_contrastive.pretraining.teacher import Memory
+from zsi_contrastive.ssl.config import MethodOptions
+from zsi_contrastive.ssl.teacher import Memory
 
 GLOBAL_VIEWS = 2
 
