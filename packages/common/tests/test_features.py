@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from labs_common import features
+from labs_common.frozen import cache as features
 from labs_common.errors import LabError
-from labs_common.features import CachedRows, ComputedRows, cached_rows
+from labs_common.frozen.cache import CachedRows, ComputedRows, cached_rows
 
 COUNT, WIDTH = 50, 6
 

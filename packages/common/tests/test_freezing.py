@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from labs_common.errors import LabError, RunStopped
-from labs_common.freezing import FrozenAudit, fixed_tensors, tensor_hash, train_only
+from labs_common.frozen.audit import FrozenAudit, fixed_tensors, tensor_hash, train_only
 
 
 def network() -> torch.nn.Sequential:

@@ -15,6 +15,7 @@ Schedule = Literal["cosine", "linear", "constant", "steps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Tracker = Literal["tensorboard", "wandb", "none"]
 OnBadData = Literal["error", "skip"]
+RowPrecision = Literal["bf16", "fp16", "fp32"]
 
 
 def names_in(table: str) -> tuple[str, ...]:
@@ -38,7 +39,12 @@ def names_in(table: str) -> tuple[str, ...]:
 
 
 def one_of(table: str) -> Any:
-    """Annotates an option whose choices are the keys of `table`: `Annotated[str, one_of("package.module:NAME")]`."""
+    """Annotates an option whose choices are the keys of a table.
+
+    ```
+    Objective = Annotated[str, one_of("clip_lab.losses:OBJECTIVES")]
+    ```
+    """
     names = names_in(table)
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1, metavar="{" + ",".join(names) + "}", choices=names, instance_from_str=lambda said: said[0],
@@ -136,6 +142,17 @@ class TrainingOptions:
     """Optimizer steps between checkpoints. Ctrl-C writes one as well."""
     keep: int = 2
     """How many of the newest checkpoints stay on disk."""
+
+
+@dataclass
+class CacheOptions:
+    """What is kept of the part that does not train."""
+
+    cache: bool = True
+    """Compute what the frozen part makes of each sample once and keep it on disk; --no-cache computes it in every
+    epoch."""
+    boundary_precision: RowPrecision = "bf16"
+    """Precision in which the frozen part hands over its output, cached or not."""
 
 
 @dataclass

@@ -17,12 +17,10 @@ import shutil
 import signal
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -33,29 +31,7 @@ from labs_common.errors import Interrupted, LabError, RunStopped
 from labs_common.options import Precision, Schedule, TrainingOptions
 from labs_common.progress import ProgressLine, console
 from labs_common.run import Run
-
-Part = TypeVar("Part")
-
-
-class Source(Protocol):
-    """Training data, cut into optimizer steps. The same epoch gives the same steps in every process start."""
-
-    def __len__(self) -> int:
-        """Optimizer steps in an epoch."""
-
-    def steps(self, epoch: int, start: int) -> Iterator[list[Any]]:
-        """Yields, from step `start` of the epoch on, this process's micro-batches of each step."""
-
-
-def read_ahead(read: Callable[[int], Part], steps: range) -> Iterator[Part]:
-    """Yields `read` of each step, reading the next one in a thread while the caller computes."""
-    with ThreadPoolExecutor(1, "reading") as reader:
-        coming = deque(reader.submit(read, step) for step in steps[:1])
-        for step in steps:
-            part = coming.popleft().result()
-            if step + 1 < steps.stop:
-                coming.append(reader.submit(read, step + 1))
-            yield part
+from labs_common.steps import Source, read_ahead  # noqa: F401
 
 
 def learning_rate_share(step: int, total: int, warmup: float, schedule: Schedule) -> float:

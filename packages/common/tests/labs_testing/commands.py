@@ -21,7 +21,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
 from labs_common.cli import command_of
-from labs_common.own_process import start_server, stop_as_usual
+from labs_common.compare.processes import start_server, stop_as_usual
 
 # Beside the project; read from where the tests start, as the package may be installed elsewhere.
 REAL_DATA = Path("../shared/data").resolve()

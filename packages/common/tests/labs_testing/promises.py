@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 
 from labs_common.checkpoint import checkpoints
-from labs_common.freezing import FrozenAudit, fixed_tensors
+from labs_common.frozen.audit import FrozenAudit, fixed_tensors
 from labs_common.run import Run
 from labs_common.training import Loop
 from labs_testing.commands import Done, forked, here, in_two_processes, launch_values, losses, with_deepspeed

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from labs_common.freezing import FrozenAudit, train_only
+from labs_common.frozen.audit import FrozenAudit, train_only
 from labs_common.options import RunOptions, TrainingOptions
 from labs_common.run import Run, check_run_options
 from labs_common.training import Loop, make_accelerator

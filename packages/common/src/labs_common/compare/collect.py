@@ -1,0 +1,164 @@
+"""Collects what the runs of a comparison left: results by entry and seed, means and spreads, rules of judgement."""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from labs_common.compare.plan import slug
+from labs_common.run import Run
+
+OLD_COSTS = {"trainable": "trained"}  # as some labs called it before version 0.2
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One of the things that are compared, over all seeds whose run finished.
+
+    Attributes:
+        name: as the command line names it.
+        runs: by seed.
+        results: results.json by seed.
+    """
+
+    name: str
+    runs: dict[int, Run]
+    results: dict[int, dict[str, Any]]
+
+    @property
+    def run(self) -> Run:
+        """The first seed's run."""
+        return next(iter(self.runs.values()))
+
+    @property
+    def first(self) -> dict[str, Any]:
+        """The first seed's results."""
+        return next(iter(self.results.values()))
+
+    def values(self, *path: str) -> list[float]:
+        """Reads a number of results.json by seed, such as ("test", "accuracy"); seeds that lack it are left out."""
+        found = []
+        for value in self.results.values():
+            here: Any = value
+            for key in path:
+                here = here.get(key) if isinstance(here, Mapping) else None
+            if here is not None:
+                found.append(here)
+        return found
+
+    def mean(self, *path: str) -> float:
+        """Averages a number of results.json over the seeds."""
+        return statistics.fmean(self.values(*path))
+
+    def cost(self, name: str, scale: float = 1) -> list[float]:
+        """Reads a cost by seed, in units of `scale`."""
+        found = self.values("cost", name) or self.values("cost", OLD_COSTS.get(name, name))
+        return [value / scale for value in found]
+
+    def read(self, file: str) -> dict[int, Any]:
+        """Reads a further JSON file of the runs, by seed."""
+        return {seed: run.load_json(file) for seed, run in self.runs.items()}
+
+    def curve(self, key: str) -> tuple[list[int], list[float]]:
+        """Reads a metric of the first seed from metrics.jsonl: optimizer steps and values."""
+        lines = [line for line in self.run.lines("metrics.jsonl") if key in line]
+        return [line["step"] for line in lines], [line[key] for line in lines]
+
+    def epochs(self, key: str) -> tuple[list[float], list[float]]:
+        """Reads the same with epochs in place of steps."""
+        timed = [line for line in self.run.lines("metrics.jsonl") if "epoch" in line]
+        length = timed[-1]["step"] / timed[-1]["epoch"] if timed else 1.0
+        steps, values = self.curve(key)
+        return [step / length for step in steps], values
+
+
+# Gives a number by seed; an entry without it gives none.
+Measure = Callable[[Entry], list[float]]
+
+
+def collect(folder: Path, names: Iterable[str], seeds: Iterable[int]) -> dict[str, Entry]:
+    """Reads the finished runs of a comparison in `folder`; entries without one are left out."""
+    entries = {}
+    seeds = list(seeds)
+    for name in names:
+        runs = {seed: Run(folder / slug(name) / f"seed-{seed}") for seed in seeds}
+        done = {seed: run for seed, run in runs.items() if (run.path / "results.json").exists()}
+        if done:
+            entries[name] = Entry(name, done, {seed: run.load_json("results.json") for seed, run in done.items()})
+    return entries
+
+
+def rows_of(what: str, entries: Iterable[Entry], measures: Mapping[str, Measure]) -> list[dict[str, Any]]:
+    """Makes a row for each entry, its name under `what`: means over seeds, and under `NAME ±` their spread."""
+    rows = []
+    for entry in entries:
+        row: dict[str, Any] = {what: entry.name}
+        for name, measure in measures.items():
+            row |= mean_and_spread(name, measure(entry))
+        rows.append(row)
+    return rows
+
+
+def recommend(
+    entries: Mapping[str, Entry],
+    quality: Callable[[Entry], float],
+    within_noise: Callable[[Entry, Entry], bool],
+    parameters: str,
+) -> tuple[Entry, list[Entry]]:
+    """Chooses the entry with the fewest trained parameters among those within noise of the best; returns those too.
+
+    `within_noise(best, other)` compares on the same samples; `parameters` names the cost.
+    """
+    best = max(entries.values(), key=quality)
+    equal = [entry for entry in entries.values() if entry is best or within_noise(best, entry)]
+    return min(equal, key=lambda entry: entry.cost(parameters)[0]), equal
+
+
+def pareto(points: Mapping[str, tuple[float, float]], higher_is_better: bool = True) -> list[str]:
+    """The names of (cost, quality) that no other beats in one and equals in the other."""
+    sign = 1 if higher_is_better else -1
+    front = []
+    for name, (cost, value) in points.items():
+        beaten = any(
+            other_cost <= cost and sign * other >= sign * value and (other_cost, other) != (cost, value)
+            for other_cost, other in points.values()
+        )
+        if not beaten:
+            front.append(name)
+    return front
+
+
+def within_one_error(differences: Sequence[float]) -> bool:
+    """Whether a mean difference from the best is no more than one standard error (Breiman et al. 1984, 3.4.3).
+
+    `differences` are those of each case, best minus other; at least two.
+    """
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return statistics.fmean(differences) <= error
+
+
+def mean_and_spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    """{name: mean, "name ±": standard deviation}, without the latter for one value and empty for none."""
+    if not values:
+        return {}
+    found = {name: statistics.fmean(values)}
+    return found | ({f"{name} ±": statistics.stdev(values)} if len(values) > 1 else {})
+
+
+def cell(row: Mapping[str, Any], name: str) -> str | float | None:
+    """What `mean_and_spread` put into `row`, as a table shows it."""
+    if name not in row:
+        return None
+    if f"{name} ±" in row and row[f"{name} ±"] > 0:
+        return f"{figure_text(row[name])} ± {figure_text(row[f'{name} ±'])}"
+    value: float = row[name]
+    return int(value) if float(value).is_integer() and value >= 100 else value
+
+
+def figure_text(value: float) -> str:
+    """A number with three digits, or with all before the point."""
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -1,0 +1,212 @@
+"""Runs each training of a comparison in a process of its own: its peak memory is its own, nothing else dies with it.
+
+Processes are forked from a server that has imported the libraries once and done nothing else; with an Accelerate
+configuration they are launched by Accelerate instead.
+"""
+
+import dataclasses
+import fcntl
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from labs_common.cli import command_of, config_to_yaml
+from labs_common.compare.collect import Entry, collect
+from labs_common.compare.plan import claim, seeds_of, slug
+from labs_common.compare.report import Findings, write_comparison
+from labs_common.errors import Interrupted, LabError
+from labs_common.options import ComparisonOptions, RunOptions
+from labs_common.progress import console
+from labs_common.run import Run
+
+INTERRUPTED = 130
+WRONG_INPUT = 2
+LOCK = ".lock"
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+def compare_runs(
+    folder: Path,
+    config: Any,
+    module: str,
+    planned: Mapping[str, Any],
+    report: Callable[[Run, dict[str, Entry], dict[str, int]], Findings],
+    prepare: Callable[[Path, Mapping[str, Any]], Mapping[str, Any]] | None = None,
+) -> None:
+    """Does the planned runs that are missing, collects all that finished, and writes the report in `folder`.
+
+    `module` has the runs' command (`llm_peft_fa.train`). `config` has its `ComparisonOptions` under `comparison`, each
+    of `planned` its `RunOptions` under `run`. `prepare` gets the directory, once nobody else works in it, and may
+    change the plan; `report` gets the comparison as a run, what was collected, and the exit codes of failed runs.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; the run under way was saved, and the same command goes on from there.
+        LabError: the directory is of something else, or a run says that its input is wrong.
+    """
+    options: ComparisonOptions = config.comparison
+    with claimed(folder, config):
+        if prepare is not None:
+            planned = prepare(folder, planned)
+        failed = finished_runs(module, planned, folder, options)
+        entries = collect(folder, planned, seeds_of(options))
+        run = Run(folder)
+        if entries:
+            write_comparison(run, config, report(run, entries, failed), failed)
+        else:
+            console.print("no run finished: there is nothing to report")
+
+
+def start_server(launch: Path | None, libraries: Sequence[str]) -> None:
+    """Lets the server import `libraries` while this process does, unless Accelerate will launch the runs.
+
+    The server outlives Ctrl-C and a SIGTERM to the whole group, so that a run that then saves itself is waited for;
+    what it forks calls `stop_as_usual`.
+    """
+    if launch is None:
+        multiprocessing.get_context("forkserver").set_forkserver_preload([*libraries])
+        resource_tracker.ensure_running()  # the server's starts it otherwise, and that lets the signals through again
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def stop_as_usual() -> None:
+    """Lets Ctrl-C and SIGTERM reach this process, which the server forked."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+
+def finished_run(module: str, config: object, path: Path, folder: Path, launch: Path | None = None) -> int:
+    """Does the run that `config` describes, or the rest of it, unless it is there; returns the exit code.
+
+    `module` has the command (`llm_peft_fa.train`), `path` is the --output that `config` names, and `folder` that of the
+    comparison.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; the run was saved.
+        LabError: the run says that its input is wrong.
+    """
+    if (path / "results.json").exists():
+        return 0
+    if (path / "config.yaml").exists():
+        arguments = ["--resume", str(path)]
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+        asked = path.with_suffix(".yaml")
+        asked.parent.mkdir(parents=True, exist_ok=True)
+        asked.write_text(config_to_yaml(config), encoding="utf-8")
+        arguments = ["--config", str(asked)]
+    lock = folder / LOCK
+    code = _forked(module, arguments, lock) if launch is None else _launched(module, arguments, lock, launch)
+    if code == INTERRUPTED:
+        raise Interrupted(f"stopped in {path}; the same command goes on from there")
+    if code == WRONG_INPUT:
+        raise LabError(f"{path}: could not be run, see the line above; mend it and start the same command again")
+    return code
+
+
+def finished_runs(module: str, planned: Mapping[str, Any], folder: Path, options: ComparisonOptions) -> dict[str, int]:
+    """Does each planned run with each seed, in FOLDER/NAME/seed-SEED, unless it is there.
+
+    Returns the exit codes of those that failed. Configs have their `RunOptions` under `run`.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; the run under way was saved.
+        LabError: a run says that its input is wrong.
+    """
+    failed = {}
+    jobs = [(name, seed) for seed in seeds_of(options) for name in planned]
+    for number, (name, seed) in enumerate(jobs, 1):
+        path = folder / slug(name) / f"seed-{seed}"
+        there = ": there already" if (path / "results.json").exists() else ""
+        console.print(f"[{number}/{len(jobs)}] {name}, seed {seed}{there}")
+        wanted = dataclasses.replace(planned[name], run=RunOptions(output=path, seed=seed, track="none"))
+        code = finished_run(module, wanted, path, folder, options.launch)
+        if code:
+            failed[f"{name}, seed {seed}"] = code
+            console.print(f"{name}, seed {seed}: stopped with exit code {code}; the others go on")
+    return failed
+
+
+@contextmanager
+def claimed(folder: Path, config: object) -> Iterator[None]:
+    """Makes the comparison's directory, or finds it; waits until nobody works in it, then holds its lock.
+
+    The runs that are started meanwhile hold it too: one that outlives a killed comparison keeps it, so that no second
+    process writes into the same directory.
+
+    Raises:
+        LabError: the directory is of another comparison, or of something else.
+    """
+    claim(folder, config)
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{folder}: a run is still going on there; waiting for it to end", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def _forked(module: str, arguments: list[str], lock: Path) -> int:
+    process = multiprocessing.get_context("forkserver").Process(target=_run, args=(module, arguments, str(lock)))
+    process.start()
+    with _stopping(process) as stopped:
+        process.join()
+    assert process.exitcode is not None
+    return INTERRUPTED if stopped else process.exitcode
+
+
+def _run(module: str, arguments: list[str], lock: str) -> None:
+    """What the forked process does."""
+    stop_as_usual()
+    sys.argv = [f"python -m {module}", *arguments]
+    with Path(lock).open() as file, Path(os.devnull).open("w") as nothing:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        sys.stdout = nothing
+        command_of(module)()
+
+
+def _launched(module: str, arguments: list[str], lock: Path, launch: Path) -> int:
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launch)]
+    with lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        process = subprocess.Popen(
+            [*start, "-m", module, *arguments], stdout=subprocess.DEVNULL, pass_fds=[file.fileno()]
+        )
+        with _stopping(process) as stopped:
+            code = process.wait()
+    return INTERRUPTED if stopped else code
+
+
+@contextmanager
+def _stopping(process: "BaseProcess | subprocess.Popen[bytes]") -> Iterator[list[int]]:
+    """Ctrl-C reaches the run by itself, SIGTERM is passed on; either way the run saves itself and ends first.
+
+    Yields the numbers of the signals that came: whatever the run then exits with, no other is started.
+    """
+    stopped: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        stopped.append(number)
+        if number == signal.SIGTERM:
+            process.terminate()
+
+    before = {number: signal.signal(number, pass_on) for number in STOPPING}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,164 @@
+"""What trains and what stays fixed, and the proof that the fixed part did not move."""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from labs_common.checkpoint import SHARDED
+from labs_common.errors import LabError, RunStopped
+from labs_common.progress import console
+from labs_common.run import Run
+
+HASHES = "frozen.json"  # in a run's directory
+
+
+def train_only(model: torch.nn.Module, wanted: Callable[[str], bool]) -> list[str]:
+    """Makes exactly the parameters whose name is `wanted` trainable and returns their names.
+
+    Raises:
+        LabError: no parameter has such a name.
+    """
+    names = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(wanted(name))
+        if parameter.requires_grad:
+            names.append(name)
+    if not names:
+        raise LabError("nothing to train: no parameter of the model fits the chosen method")
+    return names
+
+
+def fixed_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields every parameter that does not train, and every buffer of a module that trains nothing of its own.
+
+    The second part catches what `requires_grad=False` does not stop, such as the running statistics of a
+    frozen BatchNorm that was left in training mode.
+    """
+    seen: set[int] = set()  # a tied tensor belongs to the module that comes first
+    for prefix, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        learns = any(parameter.requires_grad for parameter in own.values())
+        tensors = {name: parameter for name, parameter in own.items() if not parameter.requires_grad}
+        tensors |= {} if learns else dict(module.named_buffers(recurse=False))
+        for name, tensor in tensors.items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield f"{prefix}.{name}" if prefix else name, tensor
+
+
+def tensor_hash(tensor: torch.Tensor) -> str:
+    """BLAKE2b over the bytes of a tensor; of this process's part where FSDP or ZeRO-3 shard it."""
+    if hasattr(tensor, "ds_tensor"):
+        tensor = tensor.ds_tensor
+    elif hasattr(tensor, "to_local"):
+        tensor = tensor.to_local()
+    data = tensor.detach().contiguous().cpu().flatten().view(torch.uint8)
+    return hashlib.blake2b(data.numpy().data, digest_size=16).hexdigest()
+
+
+def state_hash(module: torch.nn.Module) -> str:
+    """Thirty-two hexadecimal digits that change with any weight or buffer that the module saves."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, tensor in module.state_dict().items():
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor_hash(tensor)}".encode())
+    return found.hexdigest()
+
+
+@dataclass
+class FrozenAudit:
+    """Hashes of everything that must stay fixed, taken when it is made; `check` compares.
+
+    Make it when training starts, on the model as it trains (after `accelerator.prepare`, unwrapped). In several
+    processes give the accelerator: where weights are sharded each process hashes its own part, and all stop together.
+    """
+
+    model: torch.nn.Module
+    accelerator: Accelerator | None = None
+    before: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.before = {name: tensor_hash(tensor) for name, tensor in fixed_tensors(self.model)}
+
+    @classmethod
+    def start(cls, run: Run, accelerator: Accelerator, model: torch.nn.Module) -> "FrozenAudit":
+        """Hashes the prepared `model` and keeps the hashes with the run, or compares with those of its first start.
+
+        Called by all processes together. A run that was killed before it had written its hashes writes them now.
+
+        Raises:
+            RunStopped: the run is being resumed, and something that must stay fixed is another now.
+            LabError: the run is being resumed with another number of processes, and its weights are sharded.
+        """
+        audit = cls(accelerator.unwrap_model(model), accelerator)
+        known = [run.load_json(HASHES) if run.resumed and run.is_main else None]
+        # From the main process: the others may be on a machine that does not see the run's directory.
+        if (kept := broadcast_object_list(known)[0]) is not None:
+            audit.check(_of_process(kept, accelerator))
+            return audit
+        every = gather_object([audit.before])
+        alike = all(hashes == audit.before for hashes in every)
+        run.save_json(HASHES, audit.before if alike else every)
+        if (run.path / "checkpoints").exists() and run.is_main:
+            console.print(f"{run.path / HASHES} is missing: what is frozen is taken as it is now, not as it began")
+        return audit
+
+    def check(self, start: dict[str, str] | None = None) -> None:
+        """Compares with the state when this audit was made, or with the hashes `start` of the run's first start.
+
+        Raises:
+            RunStopped: in any process a tensor changed, appeared or vanished; the first few are named.
+        """
+        start = self.before if start is None else start
+        now = {name: tensor_hash(tensor) for name, tensor in fixed_tensors(self.model)}
+        moved = [name for name in start.keys() | now.keys() if start.get(name) != now.get(name)]
+        if self.accelerator is not None:
+            moved = gather_object(moved)  # one that stopped alone would leave the others waiting for it
+        if moved := sorted(set(moved)):
+            raise RunStopped(
+                f"{len(moved)} tensors that must stay fixed have changed, first {', '.join(moved[:3])}: "
+                "the run cannot be trusted and is not finished"
+            )
+
+    def table(self) -> list[dict[str, str | int]]:
+        """One row per kind of module: parameters that train, parameters and buffers whose hashes were equal.
+
+        Layers are counted together: `layers.*.self_attn` stands for all of them.
+        """
+        rows: dict[str, dict[str, int]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                row = rows.setdefault(_kind(name), {"trained": 0, "fixed": 0, "verified": 0})
+                row["trained"] += _size(parameter)
+        for name, tensor in fixed_tensors(self.model):
+            row = rows.setdefault(_kind(name), {"trained": 0, "fixed": 0, "verified": 0})
+            row["fixed"] += _size(tensor)
+            row["verified"] += name in self.before
+        # What every name begins with says nothing: model.base_model.model.
+        shared = os.path.commonpath([kind.replace(".", "/") for kind in rows]).replace("/", ".") if rows else ""
+        return [{"module": kind.removeprefix(f"{shared}."), **row} for kind, row in rows.items()]
+
+
+def _of_process(kept: Any, accelerator: Accelerator) -> dict[str, str] | None:
+    """This process's hashes out of frozen.json: one dictionary if all processes had the same, else one for each."""
+    if isinstance(kept, list):
+        if len(kept) != accelerator.num_processes:
+            raise LabError(f"--resume: the run's weights are sharded over {len(kept)} processes; resume with as many")
+        return dict(kept[accelerator.process_index])
+    # Runs of version 0.1 kept the main process's hashes alone, also of sharded weights.
+    unknown = accelerator.distributed_type in SHARDED and not accelerator.is_main_process
+    return None if unknown else kept
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name.rpartition(".")[0]) or name
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return int(getattr(tensor, "ds_numel", tensor.numel()))

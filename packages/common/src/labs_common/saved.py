@@ -1,0 +1,134 @@
+"""Results on disk and weights from files: saved in one move, loaded with one line for whatever is wrong with them.
+
+A lab's `saved.py` says what its model is made of (a JSON file) and builds the model from that; this does the rest.
+"""
+
+import difflib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from labs_common.errors import LabError
+from labs_common.run import written_whole
+
+FOLDER, WEIGHTS = "model", "model.safetensors"  # of a run's result, and in it
+
+
+def save_model(
+    folder: Path,
+    file: str,
+    description: Mapping[str, Any],
+    state: Mapping[str, torch.Tensor],
+    more: Callable[[Path], object] | None = None,
+) -> None:
+    """Writes a model to the directory `folder` in one move: `file` (JSON), the weights, and what `more` adds.
+
+    `description` is all that `load_model` needs to build the model; `state` are its weights by name, which may be
+    sharded in the model itself; `more` gets the directory while it is written (a tokenizer, say).
+    """
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    with written_whole(folder) as part:
+        save_file(kept, part / WEIGHTS, {"format": "pt"})
+        (part / file).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        if more is not None:
+            more(part)
+
+
+def load_model(
+    path: Path,
+    file: str,
+    option: str,
+    build: Callable[[dict[str, Any], dict[str, torch.Tensor]], torch.nn.Module],
+) -> tuple[Any, dict[str, Any], Path]:
+    """Loads what `save_model` wrote, from a finished run or from the directory itself.
+
+    `build` makes the model out of its description and, where it needs them, its weights; these are then loaded, all of
+    them. `option` named the path. Returns the model in evaluation mode with nothing that trains, the description, and
+    the directory.
+
+    Raises:
+        LabError: nothing is there, or it is broken.
+    """
+    folder = saved_folder(path, (file, WEIGHTS), option)
+    with reading_model(path, option):
+        description = json.loads((folder / file).read_text(encoding="utf-8"))
+        state = load_file(folder / WEIGHTS)
+        model = build(description, state)
+        model.load_state_dict(state)
+    return model.requires_grad_(False).eval(), description, folder
+
+
+def timm_arguments(name: str, size: int, option: str) -> dict[str, Any]:
+    """What `timm.create_model` needs besides the name so that the network takes pictures of `size` (0: its own).
+
+    Raises:
+        LabError: timm has no such network; similar names are listed.
+    """
+    import timm  # of the labs that call this: the core's own dependencies have no timm
+
+    plain = name.removeprefix("timm/")
+    if not timm.is_model(plain.split(".")[0]):
+        like = difflib.get_close_matches(plain, timm.list_models(), 4)
+        hint = f"; like it are {', '.join(like)}" if like else ""
+        raise LabError(f"{option} {name}: timm has no such model{hint}")
+    known = timm.get_pretrained_cfg(plain, allow_unregistered=True)
+    fixed = known is not None and known.fixed_input_size
+    return {"img_size": size} if size and fixed else {}
+
+
+def read_weights(file: Path, option: str) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors file.
+
+    Raises:
+        LabError: it cannot be read.
+    """
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise LabError(f"{option} {file}: cannot be read ({str(error).splitlines()[0]})") from error
+
+
+def load_exactly(network: torch.nn.Module, state: Mapping[str, torch.Tensor], said: str) -> None:
+    """Gives the network its weights from `state`, which may hold more, such as a classifier.
+
+    Raises:
+        LabError: one is missing or has another shape; `said` names where they are from.
+    """
+    own = network.state_dict()
+    for name, tensor in own.items():
+        if name not in state or state[name].shape != tensor.shape:
+            raise LabError(f"{said}: is of another architecture or image size (first difference: {name})")
+    network.load_state_dict({name: state[name] for name in own})
+
+
+def saved_folder(path: Path, names: Sequence[str], option: str, inner: str = "model") -> Path:
+    """Where the files `names` of a saved model lie: under `model/` of a finished run, or in the directory itself.
+
+    Raises:
+        LabError: they do not, with `option`, which named the path.
+    """
+    for folder in (path / inner, path):
+        if all((folder / name).is_file() for name in names):
+            return folder
+    there = "holds no trained model; name a finished run" if path.is_dir() else "no such directory"
+    raise LabError(f"{option} {path}: {there}")
+
+
+@contextmanager
+def reading_model(path: Path, option: str) -> Iterator[None]:
+    """What is wrong with the files of a saved model becomes one line.
+
+    Raises:
+        LabError: instead of what reading and building raise.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise LabError(f"{option} {path}: the model cannot be read ({reason})") from error
