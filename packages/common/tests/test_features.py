@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from labs_common.frozen import cache as features
 from labs_common.errors import LabError
+from labs_common.frozen import cache as features
 from labs_common.frozen.cache import CachedRows, ComputedRows, cached_rows
 
 COUNT, WIDTH = 50, 6

@@ -22,6 +22,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
 from labs_common.cli import command_of
 from labs_common.compare.processes import start_server, stop_as_usual
+from labs_testing.sharded import FORCED, force_fsdp
 
 # Beside the project; read from where the tests start, as the package may be installed elsewhere.
 REAL_DATA = Path("../shared/data").resolve()
@@ -76,8 +77,10 @@ def forked(module: str, libraries: list[str], *arguments: object, said: Path | N
     return process
 
 
-def in_two_processes(module: str, libraries: list[str], *arguments: object, **more: str) -> None:
-    """Runs a command in two processes that find each other as those of torchrun do.
+def in_two_processes(
+    module: str, libraries: list[str], *arguments: object, codes: tuple[int, int] = (0, 0), **more: str
+) -> None:
+    """Runs a command in two processes that find each other as those of torchrun do; they must end with `codes`.
 
     They are forked from the server that `compare` uses: importing everything in both would take half a minute. That
     torchrun itself starts them is for the core's own tests.
@@ -90,7 +93,7 @@ def in_two_processes(module: str, libraries: list[str], *arguments: object, **mo
         process.join(240)
         if process.exitcode is None:
             process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert tuple(process.exitcode for process in processes) == codes
 
 
 def launch_values(file: Path) -> dict[str, Any]:
@@ -123,6 +126,8 @@ def with_deepspeed(file: Path, folder: Path, module: str, libraries: list[str], 
 def _run(module: str, arguments: list[str], more: dict[str, str], said: Path | None) -> None:
     stop_as_usual()
     os.environ.update(more)
+    if FORCED in os.environ:
+        force_fsdp()
     if said is not None:
         sys.stderr = said.open("w")
     torch.set_num_threads(1)  # as in the other processes: the same bytes need the same threads

@@ -1,7 +1,7 @@
 """Two small training runs in processes of their own, started by the tests so that the whole can be stopped."""
 
-from labs_common.options import ComparisonOptions
 from labs_common.compare.processes import claimed, finished_runs, start_server
+from labs_common.options import ComparisonOptions
 
 
 def compare(options: ComparisonOptions) -> None:

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+from safetensors.torch import save_file
 
-from labs_common.frozen.audit import FrozenAudit, train_only
+from labs_common.fitting import Fitting, begin
+from labs_common.frozen.audit import train_only
 from labs_common.options import RunOptions, TrainingOptions
-from labs_common.run import Run, check_run_options
-from labs_common.training import Loop, make_accelerator
+from labs_common.run import Run
 
 
 @dataclass
@@ -48,8 +49,7 @@ class ToyData:
 
 
 def train(config: ToyConfig) -> None:
-    check_run_options(config.run)
-    accelerator = make_accelerator(config.training)
+    accelerator = begin(config.run, config.training)
     run = Run.start(config, config.run, "toy", accelerator)
     torch.manual_seed(config.run.seed)
     model = torch.nn.Sequential(
@@ -58,19 +58,18 @@ def train(config: ToyConfig) -> None:
         torch.nn.BatchNorm1d(16, affine=False),
         torch.nn.Linear(16, 1),
     )
-    model[2].eval()
     train_only(model, lambda name: name.startswith("3."))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.training.learning_rate)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    audit = FrozenAudit(model)
     source = ToyData(config.micro_batches, accelerator.process_index, accelerator.num_processes)
-    loop = Loop(run, accelerator, prepared, optimizer, source, config.training, config.run.seed)
+    fitting = Fitting.start(run, accelerator, model, optimizer, source, config.training, config.run.seed)
+    loop = fitting.loop
+    model[2].eval()
     if loop.step_number == 0:
         loop.evaluated({"validation/loss": 9.0})
     for x, y in loop.batches():
         time.sleep(config.seconds_per_step)
         share = len(x) / 8 * accelerator.num_processes
-        loss = ((prepared(x) - y) ** 2).mean() * share
+        loss = ((fitting.model(x) - y) ** 2).mean() * share
         if loop.step_number == config.nan_at:
             loss = loss * float("nan")
         if loop.step_number == config.signal_at and config.run.resume is None:
@@ -82,10 +81,12 @@ def train(config: ToyConfig) -> None:
                 model[0].bias += 1
         if loop.evaluation_due:
             with torch.no_grad():
-                weight = float(model[3].weight.double().sum())
+                weight = model[3].weight
+                weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # sharded by FSDP
+                weight = float(weight.double().sum())
             loop.evaluated({"validation/loss": abs(weight - 1)}, watch="validation/loss")
-    audit.check()
-    run.save_json("results.json", {"done": True})
+    fitted = fitting.finish(lambda state: save_file(state, run.path / "model.safetensors"))
+    run.save_json("results.json", {"done": True, "trained": fitted.trained, "parameters": fitted.parameters})
 
 
 if __name__ == "__main__":

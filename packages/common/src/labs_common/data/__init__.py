@@ -1,8 +1,8 @@
 """Readers: one per real on-disk format."""
 
 from labs_common.data.captions import CaptionedPictures, caption_splits, read_captioned
-from labs_common.data.classes import LabelledPictures, checked, stratified_parts
-from labs_common.data.images import BadPictureError, decoded
+from labs_common.data.classes import LabelledPictures, stratified_parts
+from labs_common.data.images import BadPictureError, checked, decoded
 from labs_common.data.readers import PictureSplits, read_pictures
 from labs_common.data.splits import print_left_out, record_splits
 from labs_common.options import OnBadData

@@ -1,32 +1,25 @@
-"""Pictures with sentences about them: Flickr8k in both published forms, checked once, split by picture."""
+"""Pictures with captions: Flickr8k in both published forms, checked once, split by picture; as tensors for a network."""
 
 import csv
 import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from PIL import Image
 
-from labs_common.data.images import (
-    NAMED,
-    RESAMPLING,
-    SUFFIXES,
-    decoding_threads,
-    digests_of,
-    examined,
-    named_picture,
-    refusal,
-)
+from labs_common.data.images import NAMED, RESAMPLING, SUFFIXES, Pictures, decoding_threads, examined, refusal
 from labs_common.data.splits import print_left_out
 from labs_common.errors import LabError
 from labs_common.options import CaptionDataOptions, OnBadData
-from labs_common.scenes import Scene
+from labs_common.scenes.files import read_truth
+from labs_common.scenes.world import Scene
 
+# The official archive has the misspelt one; the others are of copies in use.
 PICTURE_FOLDERS = ("Images", "Flicker8k_Dataset", "Flickr8k_Dataset", "images")
 CAPTION_FILES = ("captions.txt", "Flickr8k.token.txt", "Flickr8k_text/Flickr8k.token.txt", "captions.csv")
 LISTS = {
@@ -36,260 +29,25 @@ LISTS = {
 }
 
 
-@dataclass(frozen=True)
-class CaptionedPictures:
-    """Pictures with one or more sentences each.
+@dataclass(frozen=True, kw_only=True)
+class CaptionedPictures(Pictures):
+    """Picture files with one or more captions each."""
 
-    Attributes:
-        source: where they are from, for messages and reports.
-        captions: the sentences of each picture.
-        contents: where each picture lies.
-        names: their file names.
-        digests: a hash of each one's content.
-        left_out: reasons why something was left out, with counts; `examples` names the first of them.
-    """
-
-    source: str
+    contents: Sequence[Path]
     captions: tuple[tuple[str, ...], ...]
-    contents: tuple[Path, ...]
-    names: tuple[str, ...]
-    digests: tuple[bytes, ...]
-    left_out: Counter[str] = field(default_factory=Counter)
-    examples: tuple[str, ...] = ()
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def image(self, place: int) -> Image.Image:
-        """Picture `place` in RGB.
-
-        Raises:
-            LabError: it cannot be decoded; it is named.
-        """
-        return named_picture(self.contents[place], self.source, self.names[place])
-
-    def subset(self, places: Sequence[int] | np.ndarray) -> "CaptionedPictures":
-        """The pictures at these places, in this order."""
-        chosen = [int(place) for place in places]
-        return replace(
-            self,
-            captions=tuple(self.captions[place] for place in chosen),
-            contents=tuple(self.contents[place] for place in chosen),
-            names=tuple(self.names[place] for place in chosen),
-            digests=tuple(self.digests[place] for place in chosen),
-        )
-
-    def fingerprint(self) -> str:
-        """Twenty-four hexadecimal digits that change with any picture or their order (captions do not count)."""
-        return digests_of(self.digests)
-
-
-def read_captioned(data: str | Path, on_bad_data: OnBadData = "error", shown: bool = True) -> CaptionedPictures:
-    """Reads a directory with pictures and `captions.txt` (CSV `image,caption`) or `Flickr8k.token.txt` (tabs).
-
-    The pictures lie in `Images`, in `Flicker8k_Dataset` as the first form has it, or beside the file. Every picture is
-    decoded once. Captions of which the picture is missing, pictures without captions, empty captions and lines that
-    are not UTF-8 are faults of the data as broken pictures are.
-
-    Raises:
-        LabError: there is no such directory or caption file; or some of it cannot be used and `on_bad_data` is
-            "error" (the first five are named), or nothing can.
-    """
-    folder = Path(data)
-    if not folder.is_dir():
-        raise LabError(f"--data {data}: no such directory")
-    file = next((folder / name for name in CAPTION_FILES if (folder / name).is_file()), None)
-    if file is None:
-        raise LabError(f"--data {data}: has neither captions.txt nor Flickr8k.token.txt")
-    pictures = next((folder / name for name in PICTURE_FOLDERS if (folder / name).is_dir()), folder)
-    faults: list[tuple[str, str]] = []  # what, why
-    sentences: dict[str, list[str]] = {}
-    for line, name, sentence in caption_lines(file):
-        if name is None:
-            faults.append((f"{file.name}:{line}", sentence))
-        elif not sentence.strip():
-            faults.append((f"{file.name}:{line}", "empty caption"))
-        else:
-            sentences.setdefault(name, []).append(sentence.strip())
-    there = {path.name: path for path in sorted(pictures.iterdir()) if path.suffix.lower() in SUFFIXES}
-    faults += [(name, "captions without a picture") for name in sentences if name not in there]
-    faults += [(name, "picture without captions") for name in there if name not in sentences]
-    names = [name for name in there if name in sentences]
-    outcomes = examined([there[name] for name in names], f"checking {data}", shown)
-    faults += [(name, reason) for name, (_, reason) in zip(names, outcomes, strict=True) if reason]
-    if faults and on_bad_data == "error":
-        raise LabError(refusal(str(data), faults, "add --on-bad-data skip to leave them out"))
-    kept = [(name, digest) for name, (digest, reason) in zip(names, outcomes, strict=True) if not reason]
-    if not kept:
-        raise LabError(f"--data {data}: no picture with a caption can be used" + (
-            f": {faults[0][0]}: {faults[0][1]}" if faults else ""))  # fmt: skip
-    return CaptionedPictures(
-        str(data),
-        tuple(tuple(sentences[name]) for name, _ in kept),
-        tuple(there[name] for name, _ in kept),
-        tuple(name for name, _ in kept),
-        tuple(digest for _, digest in kept),
-        Counter(reason for _, reason in faults),
-        tuple(f"{what}: {why}" for what, why in faults[:NAMED]),
-    )
-
-
-def caption_lines(file: Path) -> Iterator[tuple[int, str | None, str]]:
-    """The line number, picture name and sentence of each caption; for a bad line no name, and why.
-
-    Raises:
-        LabError: the file cannot be read, or has no columns `image` and `caption`.
-    """
-    try:
-        raw = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    except OSError as error:
-        raise LabError(f"--data {file}: {error.strerror or 'cannot be read'}") from error
-    texts: list[str] = []
-    for number, line in enumerate(raw.splitlines(), 1):
-        try:
-            texts.append(line.decode("utf-8"))
-        except UnicodeDecodeError:
-            texts.append("")
-            yield number, None, "not UTF-8"
-    if file.name.endswith("token.txt"):
-        for number, text in enumerate(texts, 1):
-            if text:
-                name, tab, sentence = text.partition("\t")
-                found = name.rpartition("#")[0] or name
-                yield (number, found, sentence) if tab else (number, None, "no tab between picture and caption")
-        return
-    rows = csv.reader(io.StringIO("\n".join(texts)))
-    header = [cell.strip().lower() for cell in next(rows, [])]
-    if "image" not in header or "caption" not in header:
-        raise LabError(f"--data {file}: its first line must name the columns image,caption")
-    image, caption = header.index("image"), header.index("caption")
-    for row in rows:
-        if row:
-            whole = len(row) > max(image, caption)
-            yield (rows.line_num, row[image], row[caption]) if whole else (rows.line_num, None, "too few columns")
-
-
-def caption_splits(
-    pictures: CaptionedPictures, folder: Path | None = None, shares: tuple[float, float] = (0.1, 0.1), seed: int = 0
-) -> dict[str, CaptionedPictures]:
-    """Training, validation and test pictures: by the official lists if they lie in `folder`, else drawn by the seed.
-
-    `shares` are those of validation and test. No picture is in two splits, neither by name nor by content: drawn, all
-    copies of a picture go to one split; with lists, a copy is left out of the split that comes earlier in the order
-    training, validation, test, and counted.
-
-    Raises:
-        LabError: a list names nothing that is there, or a split would be empty.
-    """
-    lists = _official(folder) if folder is not None else {}
-    if lists:
-        parts = _listed(pictures, lists)
-    else:
-        groups: dict[bytes, list[int]] = {}
-        for place, digest in enumerate(pictures.digests):
-            groups.setdefault(digest, []).append(place)
-        order = np.random.default_rng([seed, 2]).permutation(len(groups))
-        members = list(groups.values())
-        counts = [max(1, round(share * len(groups))) for share in shares]
-        ends = {"validation": counts[0], "test": counts[0] + counts[1], "train": len(groups)}
-        first, places = 0, {}
-        for name, end in ends.items():
-            places[name] = sorted(place for group in order[first:end] for place in members[group])
-            first = end
-        parts = {name: pictures.subset(places[name]) for name in LISTS}
-    for name, part in parts.items():
-        if not len(part):
-            raise LabError(f"--data {pictures.source}: {len(pictures)} pictures leave the {name} split empty")
-    return parts
-
-
-def _official(folder: Path) -> dict[str, set[str]]:
-    found = {}
-    for split, name in LISTS.items():
-        file = next((path for path in (folder / name, folder / "Flickr8k_text" / name) if path.is_file()), None)
-        if file is not None:
-            found[split] = set(file.read_text(encoding="utf-8", errors="replace").split())
-    if found and len(found) < len(LISTS):
-        missing = ", ".join(LISTS[split] for split in LISTS if split not in found)
-        raise LabError(f"--data {folder}: of the lists of pictures {missing} is missing; add it, or remove the others")
-    return found
-
-
-def _listed(pictures: CaptionedPictures, lists: Mapping[str, set[str]]) -> dict[str, CaptionedPictures]:
-    taken_names: set[str] = set()
-    taken_digests: set[bytes] = set()
-    parts = {}
-    twice = Counter[str]()
-    for split in reversed(LISTS):  # the test first: it loses nothing
-        places = []
-        for place, (name, digest) in enumerate(zip(pictures.names, pictures.digests, strict=True)):
-            if name not in lists[split]:
-                continue
-            if name in taken_names or digest in taken_digests:
-                twice[f"in {split} and in a later split too"] += 1
-            else:
-                places.append(place)
-        parts[split] = pictures.subset(places)
-        taken_names |= set(parts[split].names)
-        taken_digests |= set(parts[split].digests)
-    if twice:
-        parts = {split: replace(part, left_out=part.left_out + twice) for split, part in parts.items()}
-    return {split: parts[split] for split in LISTS}
-
-
-@dataclass(frozen=True)
-class Transform:
-    """A picture as the encoder sees it: the whole of it, squeezed into a square, in the encoder's mean and deviation.
-
-    Nothing is cut off, because captions speak of all of it, and nothing is mirrored, because they say left and right.
-    """
-
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
-
-    def levels(self, image: Image.Image) -> np.ndarray:
-        """(size, size, 3) of 0 to 255."""
-        how = RESAMPLING.get(self.interpolation, Image.Resampling.BICUBIC)
-        return np.asarray(image.resize((self.size, self.size), how))
-
-    def normalised(self, levels: Sequence[np.ndarray]) -> torch.Tensor:
-        """Pictures (batch, 3, size, size) as the encoder reads them."""
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return (torch.from_numpy(np.stack(levels)).permute(0, 3, 1, 2).float() / 255 - mean) / std
-
-
-@dataclass(frozen=True)
-class PictureTensors:
-    """The pictures of a split as tensors, decoded in threads."""
-
-    pictures: CaptionedPictures
-    transform: Transform
-
-    def batch(self, places: Sequence[int]) -> torch.Tensor:
-        """Pictures (places, 3, size, size) as the network reads them."""
-        return self.transform.normalised(self._levels(places))
-
-    def levels(self, places: Sequence[int]) -> torch.Tensor:
-        """Pictures (places, 3, size, size) of 0 to 255."""
-        return torch.from_numpy(np.stack(self._levels(places))).permute(0, 3, 1, 2).contiguous()
-
-    def _levels(self, places: Sequence[int]) -> list[np.ndarray]:
-        return list(decoding_threads().map(lambda place: self.transform.levels(self.pictures.image(place)), places))
-
-    def recipe(self) -> dict[str, Any]:
-        """All that the tensors depend on, as JSON values."""
-        return asdict(self.transform) | {"pictures": self.pictures.fingerprint()}
+    def subset(self, places: Sequence[int] | np.ndarray) -> Self:
+        """Takes the pictures at these places, in this order."""
+        return replace(super().subset(places), captions=tuple(self.captions[place] for place in places))
 
 
 @dataclass(frozen=True)
 class Captions:
-    """The three splits, and what drawn pictures show.
+    """Pictures with captions in three splits.
 
     Attributes:
-        splits: by name.
-        truth: the scene of each picture by its name; empty for photographs.
+        splits: training, validation and test pictures by name.
+        truth: the scene that each drawn picture shows, by the picture's name; empty for photographs.
     """
 
     splits: dict[str, CaptionedPictures]
@@ -302,7 +60,7 @@ class Captions:
 
 
 def read_captions(options: CaptionDataOptions, seed: int, shown: bool, drawn: Callable[[], Path]) -> Captions:
-    """Training, validation and test pictures, every one decoded once; what was left out is printed if `shown`.
+    """Reads training, validation and test pictures, each decoded once; what was left out is printed if `shown`.
 
     `drawn` gives the directory of the scenes that are read without --data.
 
@@ -323,15 +81,201 @@ def read_captions(options: CaptionDataOptions, seed: int, shown: bool, drawn: Ca
 
 
 def truth_of(folder: Path, parts: Sequence[CaptionedPictures]) -> dict[str, Scene]:
-    """What the pictures show, where that is known."""
-    from labs_common.scenes.files import read_truth
-
+    """Returns the scene that each picture shows, by its name, where that is known."""
     known = read_truth(folder)
     return {name: known[name] for part in parts for name in part.names if name in known}
 
 
 def at_most(pictures: CaptionedPictures, count: int, seed: int) -> CaptionedPictures:
-    """`count` of the pictures by chance, in their order, or all if there are no more."""
+    """Takes `count` of the pictures by chance, in their order, or all if there are no more."""
     if len(pictures) <= count:
         return pictures
     return pictures.subset(np.sort(np.random.default_rng([seed, 3]).permutation(len(pictures))[:count]))
+
+
+def read_captioned(data: str | Path, on_bad_data: OnBadData = "error", shown: bool = True) -> CaptionedPictures:
+    """Reads a directory with pictures and `captions.txt` (CSV `image,caption`) or `Flickr8k.token.txt` (tabs).
+
+    The pictures lie in `Images`, in `Flicker8k_Dataset` as the first form has it, or beside the file. Every picture is
+    decoded once. Captions of which the picture is missing, pictures without captions, empty captions and lines that
+    are not UTF-8 are faults of the data as broken pictures are.
+
+    Raises:
+        LabError: there is no such directory or caption file; or some of it cannot be used and `on_bad_data` is
+            "error" (the first five are named), or nothing can.
+    """
+    folder = Path(data)
+    if not folder.is_dir():
+        raise LabError(f"--data {data}: no such directory")
+    file = next((folder / name for name in CAPTION_FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise LabError(f"--data {data}: has neither captions.txt nor Flickr8k.token.txt")
+    pictures = next((folder / name for name in PICTURE_FOLDERS if (folder / name).is_dir()), folder)
+    faults: list[tuple[str, str]] = []  # what is bad, and why
+    captions: dict[str, list[str]] = {}
+    for line, name, caption in caption_lines(file):
+        if name is None:
+            faults.append((f"{file.name}:{line}", caption))
+        elif not caption.strip():
+            faults.append((f"{file.name}:{line}", "empty caption"))
+        else:
+            captions.setdefault(name, []).append(caption.strip())
+    there = {path.name: path for path in sorted(pictures.iterdir()) if path.suffix.lower() in SUFFIXES}
+    faults += [(name, "captions without a picture") for name in captions if name not in there]
+    faults += [(name, "picture without captions") for name in there if name not in captions]
+    names = [name for name in there if name in captions]
+    outcomes = examined([there[name] for name in names], f"checking {data}", shown)
+    faults += [(name, reason) for name, (_, reason) in zip(names, outcomes, strict=True) if reason]
+    if faults and on_bad_data == "error":
+        raise LabError(refusal(str(data), faults, "add --on-bad-data skip to leave them out"))
+    digests = {name: digest for name, (digest, reason) in zip(names, outcomes, strict=True) if not reason}
+    examples = tuple(f"{what}: {why}" for what, why in faults[:NAMED])
+    if not digests:
+        raise LabError(": ".join([f"--data {data}: no picture with a caption can be used", *examples[:1]]))
+    return CaptionedPictures(
+        source=str(data), contents=[there[name] for name in digests], names=list(digests),
+        captions=tuple(tuple(captions[name]) for name in digests), digests=tuple(digests.values()),
+        left_out=Counter(reason for _, reason in faults), examples=examples,
+    )  # fmt: skip
+
+
+def caption_lines(file: Path) -> Iterator[tuple[int, str | None, str]]:
+    """Yields the line number, picture name and text of each caption; for a bad line no name, and why it is bad.
+
+    Raises:
+        LabError: the file cannot be read, or has no columns `image` and `caption`.
+    """
+    try:
+        raw = file.read_bytes().removeprefix(b"\xef\xbb\xbf")  # the mark with which Windows begins UTF-8
+    except OSError as error:
+        raise LabError(f"--data {file}: {error.strerror or 'cannot be read'}") from error
+    texts: list[str] = []
+    for number, line in enumerate(raw.splitlines(), 1):
+        try:
+            texts.append(line.decode("utf-8"))
+        except UnicodeDecodeError:
+            texts.append("")  # so that those after it keep their numbers
+            yield number, None, "not UTF-8"
+    if file.name.endswith("token.txt"):  # NAME#NUMBER, tab, caption
+        for number, text in enumerate(texts, 1):
+            if text:
+                name, tab, caption = text.partition("\t")
+                name = name.rpartition("#")[0] or name
+                yield (number, name, caption) if tab else (number, None, "no tab between picture and caption")
+        return
+    rows = csv.reader(io.StringIO("\n".join(texts)))
+    header = [cell.strip().lower() for cell in next(rows, [])]
+    if "image" not in header or "caption" not in header:
+        raise LabError(f"--data {file}: its first line must name the columns image,caption")
+    image, text_ = header.index("image"), header.index("caption")
+    for row in rows:
+        if row:
+            whole = len(row) > max(image, text_)
+            yield (rows.line_num, row[image], row[text_]) if whole else (rows.line_num, None, "too few columns")
+
+
+def caption_splits(
+    pictures: CaptionedPictures, folder: Path | None = None, shares: tuple[float, float] = (0.1, 0.1), seed: int = 0
+) -> dict[str, CaptionedPictures]:
+    """Divides into training, validation and test: by the official lists if they lie in `folder`, else by the seed.
+
+    `shares` are those of validation and test. No picture is in two splits, neither by name nor by content: drawn, all
+    copies of a picture go to one split; with lists, a copy is left out of the split that comes earlier in the order
+    training, validation, test, and counted.
+
+    Raises:
+        LabError: a list names nothing that is there, or a split would be empty.
+    """
+    lists = _official(folder) if folder is not None else {}
+    parts = _listed(pictures, lists) if lists else _drawn(pictures, shares, seed)
+    for name, part in parts.items():
+        if not len(part):
+            raise LabError(f"--data {pictures.source}: {len(pictures)} pictures leave the {name} split empty")
+    return parts
+
+
+def _drawn(pictures: CaptionedPictures, shares: tuple[float, float], seed: int) -> dict[str, CaptionedPictures]:
+    copies: dict[bytes, list[int]] = {}
+    for place, digest in enumerate(pictures.digests):
+        copies.setdefault(digest, []).append(place)
+    groups = list(copies.values())
+    order = np.random.default_rng([seed, 2]).permutation(len(groups))
+    validation, test = (max(1, round(share * len(groups))) for share in shares)
+    parts = np.split(order, [validation, validation + test])
+    places = [sorted(place for group in part for place in groups[group]) for part in parts]
+    return {"train": pictures.subset(places[2]), "validation": pictures.subset(places[0]),
+            "test": pictures.subset(places[1])}  # fmt: skip
+
+
+def _official(folder: Path) -> dict[str, set[str]]:
+    found = {}
+    for split, name in LISTS.items():
+        file = next((path for path in (folder / name, folder / "Flickr8k_text" / name) if path.is_file()), None)
+        if file is not None:
+            found[split] = set(file.read_text(encoding="utf-8", errors="replace").split())
+    if found and len(found) < len(LISTS):
+        missing = ", ".join(LISTS[split] for split in LISTS if split not in found)
+        raise LabError(f"--data {folder}: of the lists of pictures {missing} is missing; add it, or remove the others")
+    return found
+
+
+def _listed(pictures: CaptionedPictures, lists: Mapping[str, set[str]]) -> dict[str, CaptionedPictures]:
+    taken: set[str | bytes] = set()  # names and digests
+    parts = {}
+    twice = Counter[str]()
+    for split in reversed(LISTS):  # the test first: it loses nothing
+        places = []
+        for place, (name, digest) in enumerate(zip(pictures.names, pictures.digests, strict=True)):
+            if name in lists[split] and (name in taken or digest in taken):
+                twice[f"in {split} and in a later split too"] += 1
+            elif name in lists[split]:
+                places.append(place)
+        parts[split] = pictures.subset(places)
+        taken |= {*parts[split].names, *parts[split].digests}
+    return {split: replace(parts[split], left_out=parts[split].left_out + twice) for split in LISTS}
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A picture as the encoder sees it: the whole of it, squeezed into a square, in the encoder's mean and deviation.
+
+    Nothing is cut off, because captions speak of all of it, and nothing is mirrored, because they say left and right.
+    """
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+
+    def levels(self, image: Image.Image) -> np.ndarray:
+        """Resizes to (size, size, 3) of 0 to 255."""
+        how = RESAMPLING.get(self.interpolation, Image.Resampling.BICUBIC)
+        return np.asarray(image.resize((self.size, self.size), how))
+
+    def normalised(self, levels: Sequence[np.ndarray]) -> torch.Tensor:
+        """Stacks pictures to (batch, 3, size, size) as the encoder reads them."""
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (torch.from_numpy(np.stack(levels)).permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
+@dataclass(frozen=True)
+class PictureTensors:
+    """The pictures of a split as tensors, decoded in threads."""
+
+    pictures: CaptionedPictures
+    transform: Transform
+
+    def batch(self, places: Sequence[int]) -> torch.Tensor:
+        """Reads pictures (places, 3, size, size) as the network takes them."""
+        return self.transform.normalised(self._levels(places))
+
+    def levels(self, places: Sequence[int]) -> torch.Tensor:
+        """Reads pictures (places, 3, size, size) of 0 to 255."""
+        return torch.from_numpy(np.stack(self._levels(places))).permute(0, 3, 1, 2).contiguous()
+
+    def _levels(self, places: Sequence[int]) -> list[np.ndarray]:
+        return list(decoding_threads().map(lambda place: self.transform.levels(self.pictures.image(place)), places))
+
+    def recipe(self) -> dict[str, Any]:
+        """Returns all that the tensors depend on, as JSON values."""
+        return asdict(self.transform) | {"pictures": self.pictures.fingerprint()}

@@ -1,4 +1,4 @@
-"""Picture files, decoded with Pillow: bombs are refused, broken files are named."""
+"""Pictures, decoded with Pillow: one file, or a set of them that is checked once; bombs are refused, bad files named."""
 
 import glob
 import hashlib
@@ -6,20 +6,24 @@ import io
 import os
 import struct
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Self, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from labs_common.errors import LabError
+from labs_common.options import OnBadData
 from labs_common.progress import tracked
 
-MOST_PIXELS = 64_000_000  # a picture that claims more is taken for a decompression bomb
-NAMED = 5  # how many bad pictures an error names
-# As timm names them.
+MOST_PIXELS = 64_000_000  # beyond the largest cameras; a picture that claims more is taken for a decompression bomb
+NAMED = 5  # how many bad pictures an error names: enough to see a pattern, in a line that can still be read
+# The names are timm's.
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -28,15 +32,130 @@ RESAMPLING = {
 }
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 
+Content = np.ndarray | bytes | Path  # levels (height, width, 3) of 0 to 255; the bytes of a picture file; its path
+PicturesType = TypeVar("PicturesType", bound="Pictures")
+
 
 class BadPictureError(Exception):
     """A picture that cannot be used; the message says why, without its name."""
 
 
-def decoded(content: bytes | Path | np.ndarray, upright: bool = True) -> Image.Image:
-    """The picture in RGB, turned as its camera says; from a file, the bytes of one, or levels (height, width, 3).
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """A set of pictures, in memory or on disk. What else is known of each picture, a subclass adds.
 
-    Without `upright` it stays as it is stored.
+    Attributes:
+        source: where they are from, for messages and reports.
+        contents: what each was stored as.
+        names: a name for each, for messages and for the record of the splits.
+        digests: a hash of each one's content, after `checked`.
+        left_out: reasons why pictures were left out, with counts.
+        examples: the first of those left out, each with its reason.
+    """
+
+    source: str
+    contents: Sequence[Content]
+    names: Sequence[str]
+    digests: tuple[bytes, ...] = ()
+    left_out: Counter[str] = field(default_factory=Counter)
+    examples: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def image(self, place: int) -> Image.Image:
+        """Reads picture `place` in RGB.
+
+        Raises:
+            LabError: it cannot be decoded; it is named.
+        """
+        try:
+            return decoded(self.contents[place])
+        except BadPictureError as error:
+            raise LabError(f"--data {self.source}: {self.names[place]}: {error}") from error
+
+    def fault(self, place: int) -> str:
+        """Says why picture `place` cannot be used although it can be decoded; nothing if it can."""
+        return ""
+
+    def subset(self, places: Sequence[int] | np.ndarray) -> Self:
+        """Takes the pictures at these places, in this order."""
+        return replace(
+            self,
+            contents=[self.contents[place] for place in places],
+            names=[self.names[place] for place in places],
+            digests=tuple(self.digests[place] for place in places) if self.digests else (),
+        )
+
+    def fingerprint(self) -> str:
+        """Returns 24 hexadecimal digits that change with any picture or their order, but not with labels or captions.
+
+        Raises:
+            ValueError: the pictures have not been `checked`, which computes their digests.
+        """
+        if len(self.digests) != len(self):
+            raise ValueError("pictures have a fingerprint only after checked()")
+        return digests_of(self.digests)
+
+
+def checked(pictures: PicturesType, on_bad_data: OnBadData, shown: bool = True) -> PicturesType:
+    """Decodes every picture once and hashes it, in threads; returns those that can be used.
+
+    Raises:
+        LabError: some cannot and `on_bad_data` is "error" (the first five are named), or none can.
+    """
+    if len(pictures) == 0:
+        raise LabError(f"--data {pictures.source}: holds no pictures")
+    outcomes = examined(pictures.contents, f"checking {pictures.source}", shown)
+    reasons = [reason or pictures.fault(place) for place, (_, reason) in enumerate(outcomes)]
+    bad = [(name, reason) for name, reason in zip(pictures.names, reasons, strict=True) if reason]
+    pictures = replace(pictures, digests=tuple(digest for digest, _ in outcomes))
+    if not bad:
+        return pictures
+    if on_bad_data == "error" or len(bad) == len(pictures):
+        remedy = "mend them, or leave them out with --on-bad-data skip" if len(bad) < len(pictures) else "none is left"
+        raise LabError(refusal(pictures.source, bad, remedy, len(pictures)))
+    return replace(
+        pictures.subset([place for place, reason in enumerate(reasons) if not reason]),
+        left_out=pictures.left_out + Counter(reason for _, reason in bad),
+        examples=tuple(f"{name}: {reason}" for name, reason in bad[:NAMED]),
+    )
+
+
+def examined(contents: Sequence[Content], task: str, shown: bool = True) -> list[tuple[bytes, str]]:
+    """Returns each content's hash, and why it cannot be used ("" if it can); decoded in threads."""
+    return list(tracked(decoding_threads().map(_examined, contents), task, len(contents), shown))
+
+
+def _examined(content: Content) -> tuple[bytes, str]:
+    try:
+        data = content.read_bytes() if isinstance(content, Path) else content
+    except OSError as error:
+        return b"", error.strerror or "cannot be read"
+    raw = np.ascontiguousarray(data).data if isinstance(data, np.ndarray) else data
+    digest = hashlib.blake2b(raw, digest_size=16).digest()
+    try:
+        decoded(data)
+    except BadPictureError as error:
+        return digest, str(error)
+    return digest, ""
+
+
+def refusal(source: str, faults: Sequence[tuple[str, str]], remedy: str, total: int = 0) -> str:
+    """Writes the line that names the first of the faults, each a name and a reason, and the remedy."""
+    named = "; ".join(f"{name}: {reason}" for name, reason in faults[:NAMED])
+    more = f" and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
+    of = f"{len(faults)} of {total} pictures" if total else f"{len(faults)} captions or pictures"
+    return f"--data {source}: {of} cannot be used: {named}{more}; {remedy}"
+
+
+def digests_of(digests: Sequence[bytes]) -> str:
+    """Returns 24 hexadecimal digits that change with any of the digests or their order."""
+    return hashlib.blake2b(b"".join(digests), digest_size=12).hexdigest()
+
+
+def decoded(content: Content, upright: bool = True) -> Image.Image:
+    """Decodes a picture to RGB, turned as its camera says; without `upright` it stays as it is stored.
 
     Raises:
         BadPictureError: the file is missing, empty, truncated, no picture, or claims more than 64 megapixels.
@@ -58,19 +177,20 @@ def decoded(content: bytes | Path | np.ndarray, upright: bool = True) -> Image.I
     except FileNotFoundError as error:
         raise BadPictureError("no such file") from error
     except Image.UnidentifiedImageError as error:
-        raise BadPictureError("empty" if _size(content) == 0 else "no picture that Pillow knows") from error
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        raise BadPictureError("no picture that Pillow knows" if size else "empty") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise BadPictureError(f"truncated or broken ({str(error).splitlines()[0]})") from error
 
 
 @cache
 def decoding_threads() -> ThreadPoolExecutor:
-    """Threads in which pictures are decoded and resized: Pillow does both without the interpreter's lock."""
+    """Returns the threads in which pictures are decoded and resized: Pillow does both without the interpreter's lock."""
     return ThreadPoolExecutor(max(2, os.cpu_count() or 2), "decoding")
 
 
 def picture_files(named: Sequence[str]) -> list[Path]:
-    """The files that are named: themselves, those of a directory, those that fit a pattern; each once.
+    """Finds the files that are named: themselves, those of a directory, those that fit a pattern; each once.
 
     Raises:
         LabError: a name stands for nothing.
@@ -90,53 +210,3 @@ def picture_files(named: Sequence[str]) -> list[Path]:
             raise LabError(f"{name}: " + ("no picture in that directory" if path.is_dir() else "no such file"))
         found |= dict.fromkeys(files)
     return list(found)
-
-
-def _size(content: bytes | Path) -> int:
-    return len(content) if isinstance(content, bytes) else content.stat().st_size
-
-
-def named_picture(content: np.ndarray | bytes | Path, source: str, name: str) -> Image.Image:
-    """The picture in RGB.
-
-    Raises:
-        LabError: it cannot be decoded; it is named.
-    """
-    try:
-        return decoded(content)
-    except BadPictureError as error:
-        raise LabError(f"--data {source}: {name}: {error}") from error
-
-
-def examined(contents: Sequence[np.ndarray | bytes | Path], task: str, shown: bool = True) -> list[tuple[bytes, str]]:
-    """Each content's hash, and why it cannot be used ("" if it can); decoded in threads."""
-    with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
-        return list(tracked(pool.map(_examined, contents), task, len(contents), shown))
-
-
-def refusal(source: str, faults: Sequence[tuple[str, str]], remedy: str, total: int = 0) -> str:
-    """The line that names the first of the faults, each a name and a reason, and the remedy."""
-    named = "; ".join(f"{name}: {reason}" for name, reason in faults[:NAMED])
-    more = f" and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
-    of = f"{len(faults)} of {total} pictures" if total else f"{len(faults)} captions or pictures"
-    return f"--data {source}: {of} cannot be used: {named}{more}; {remedy}"
-
-
-def digests_of(digests: Sequence[bytes]) -> str:
-    """Twenty-four hexadecimal digits that change with any of the digests or their order."""
-    return hashlib.blake2b(b"".join(digests), digest_size=12).hexdigest()
-
-
-def _examined(content: np.ndarray | bytes | Path) -> tuple[bytes, str]:
-    """The content's hash, and why it cannot be used ("" if it can)."""
-    try:
-        data = content.read_bytes() if isinstance(content, Path) else content
-    except OSError as error:
-        return b"", error.strerror or "cannot be read"
-    raw = np.ascontiguousarray(data).data if isinstance(data, np.ndarray) else data
-    digest = hashlib.blake2b(raw, digest_size=16).digest()
-    try:
-        decoded(data)
-    except BadPictureError as error:
-        return digest, str(error)
-    return digest, ""

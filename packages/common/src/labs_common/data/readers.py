@@ -1,6 +1,5 @@
 """Labelled pictures in each published layout: `read_pictures` finds out which one a path or name is."""
 
-import itertools
 import json
 import pickle
 from collections.abc import Callable, Sequence
@@ -9,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
 
-from labs_common.data.classes import LabelledPictures, at_most, checked, stratified_parts
-from labs_common.data.images import SUFFIXES
+from labs_common.data.classes import LabelledPictures, stratified_parts
+from labs_common.data.images import SUFFIXES, Content, checked
 from labs_common.data.splits import print_left_out
 from labs_common.errors import LabError
 from labs_common.options import ClassDataOptions
 
+# What others call the splits, in the names of files, folders and tables.
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -23,6 +25,9 @@ SPLITS = {
 }
 IMAGE_COLUMNS, LABEL_COLUMNS = ("img", "image", "picture", "pixel_values"), ("label", "labels", "fine_label", "class")
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
+SIDE = 32  # of CIFAR-10's pictures
+PIXELS = 3 * SIDE**2  # bytes of one: all red levels, then green, then blue
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,43 @@ class PictureSplits:
     train: LabelledPictures
     validation: LabelledPictures | None = None
     test: LabelledPictures | None = None
+
+
+def read_classes(
+    options: ClassDataOptions, seed: int, shown: bool, drawn: Callable[[], Path]
+) -> dict[str, LabelledPictures]:
+    """Reads training, validation and test pictures, each decoded once; splits that the data lacks are set aside.
+
+    What was left out is printed if `shown`; `drawn` gives the directory of the scenes that are read without --data.
+
+    Raises:
+        LabError: the data cannot be read, or some of it and --on-bad-data says so, or it is too small.
+    """
+    data = options.data or str(drawn())
+    found = read_pictures(data)
+    splits = {}
+    for name, part in (("train", found.train), ("validation", found.validation), ("test", found.test)):
+        if part is not None:
+            part = part if options.data else replace(part, source="drawn scenes")
+            splits[name] = checked(part, options.on_bad_data, shown)
+    for name, share in (("test", options.test_fraction), ("validation", options.validation_fraction)):
+        if name not in splits:
+            train = splits["train"]
+            kept, aside = stratified_parts(train.labels, share, seed)
+            if not len(aside):
+                raise LabError(f"--data {data}: {len(train)} pictures are too few for a {name} split: no class has two")
+            splits |= {"train": train.subset(kept), name: train.subset(aside)}
+    if options.limit:
+        splits = {name: part.at_most(options.limit, seed) for name, part in splits.items()}
+    train = splits["train"]
+    if missing := sorted(set(range(len(train.classes))) - set(train.labels.tolist())):
+        raise LabError(
+            f"--data {data}: no training picture of class {train.classes[missing[0]]}; take a larger --limit or other "
+            "data"
+        )
+    if shown:
+        print_left_out(splits)
+    return {name: splits[name] for name in SPLITS}
 
 
 def read_pictures(data: str) -> PictureSplits:
@@ -52,134 +94,15 @@ def read_pictures(data: str) -> PictureSplits:
             raise LabError(f"--data {data}: name a directory or a .parquet file")
         return _splits(data, {"train": _parquet(data, [path])})
     for folder in (path, path / "cifar-10-batches-py", path / "cifar-10-batches-bin"):
-        if (folder / "data_batch_1").exists() or (folder / "test_batch").exists():
-            return _splits(data, python_batches(data, folder))
-        if (folder / "data_batch_1.bin").exists() or (folder / "test_batch.bin").exists():
-            return _splits(data, binary_batches(data, folder))
+        for suffix in ("", ".bin"):
+            if (folder / f"data_batch_1{suffix}").exists() or (folder / f"test_batch{suffix}").exists():
+                return _splits(data, _cifar10(data, folder, suffix))
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return _from_datasets(data, path)
     for folder in (path, path / "data"):
         if files := sorted(folder.glob("*.parquet")):
             return _parquet_files(data, files)
     return _image_folders(data, path)
-
-
-def _parquet_files(data: str, files: Sequence[Path]) -> PictureSplits:
-    """Files named by their split: train.parquet, train-00000-of-00002.parquet; without such names all is training."""
-    groups: dict[str, list[Path]] = {}
-    for file in files:
-        word = file.stem.split("-")[0].split("_")[0].lower()
-        split = next((split for split, words in SPLITS.items() if word in words), "")
-        groups.setdefault(split, []).append(file)
-    if set(groups) == {""}:
-        groups = {"train": groups[""]}
-    elif "" in groups:
-        raise LabError(f"--data {data}: {groups[''][0].name} is of no split; name files train*, validation* or test*")
-    return _splits(data, {split: _parquet(data, group) for split, group in groups.items()})
-
-
-def _parquet(data: str, files: Sequence[Path]) -> LabelledPictures:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    tables = []
-    for file in files:
-        try:
-            tables.append(parquet.read_table(file))
-        except (OSError, pa.ArrowException) as error:
-            raise LabError(f"--data {data}: {file.name} cannot be read ({str(error).splitlines()[0]})") from error
-    schema = tables[0].schema
-    if any(table.schema.names != schema.names for table in tables):
-        raise LabError(f"--data {data}: its parquet files have different columns")
-    image, label = (_column(data, schema.names, known) for known in (IMAGE_COLUMNS, LABEL_COLUMNS))
-    try:
-        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        names = info["info"]["features"][label]["names"]
-    except (ValueError, KeyError, TypeError):
-        names = None
-    pictures = [picture for table in tables for picture in table[image].to_pylist()]
-    labels = [value for table in tables for value in table[label].to_pylist()]
-    return _from_columns(data, pictures, labels, names, files[0].parent)
-
-
-def _column(data: str, names: Sequence[str], known: Sequence[str]) -> str:
-    for name in known:
-        if name in names:
-            return name
-    raise LabError(f"--data {data}: no column {' or '.join(known)}; it has {', '.join(names)}")
-
-
-def _from_columns(
-    data: str, pictures: Sequence[Any], labels: Sequence[Any], names: Sequence[str] | None, folder: Path
-) -> LabelledPictures:
-    """Pictures as {bytes, path} or bytes, and labels as numbers or words."""
-    contents: list[bytes | Path] = []
-    items = []
-    for place, picture in enumerate(pictures):
-        record = picture if isinstance(picture, dict) else {"bytes": picture}
-        content, file = record.get("bytes"), record.get("path")
-        if content is not None and not isinstance(content, bytes):
-            raise LabError(f"--data {data}: row {place} holds no bytes of a picture file")
-        contents.append(content if content is not None else folder / file if file else b"")
-        items.append(f"row {place}" + (f" ({file})" if file else ""))
-    if any(isinstance(label, str) for label in labels):
-        names = names or sorted({label for label in labels if label is not None})
-        numbers = [names.index(label) if label in names else -1 for label in labels]
-    else:
-        numbers = [label if isinstance(label, int) else -1 for label in labels]
-        names = names or [str(number) for number in range(max(numbers, default=-1) + 1)]
-    return LabelledPictures(data, tuple(names), np.array(numbers, dtype=np.int64), contents, items)
-
-
-def _from_datasets(data: str, path: Path) -> PictureSplits:
-    if not path.exists() and (path.is_absolute() or data.startswith((".", "~")) or data.count("/") > 1):
-        raise LabError(f"--data {data}: no such file or directory")
-    import datasets
-
-    try:
-        loaded = datasets.load_from_disk(str(path)) if path.exists() else datasets.load_dataset(data)
-    except Exception as error:  # the libraries below raise many kinds, for a missing name as for no network
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise LabError(
-            f"--data {data}: neither a path here nor a data set that could be loaded ({reason}); check the name and "
-            "the network, or name a directory"
-        ) from error
-    whole = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
-    found = {}
-    for name, table in whole.items():
-        split = next((split for split, words in SPLITS.items() if name in words), None)
-        if split is not None:
-            image, label = (_column(data, table.column_names, known) for known in (IMAGE_COLUMNS, LABEL_COLUMNS))
-            raw = table.cast_column(image, datasets.Image(decode=False)).with_format(None)
-            names = getattr(table.features[label], "names", None)
-            found[split] = _from_columns(data, list(raw[image]), list(raw[label]), names, path)
-    return _splits(data, found)
-
-
-def _image_folders(data: str, path: Path) -> PictureSplits:
-    """`SPLIT/CLASS/*.png`, or `CLASS/*.png` without splits."""
-    folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
-    by_split = {split: next((f for f in folders if f.name.lower() in words), None) for split, words in SPLITS.items()}
-    if by_split["train"] is None:
-        return _splits(data, {"train": _class_folders(data, path)})
-    return _splits(data, {split: _class_folders(data, folder) for split, folder in by_split.items() if folder})
-
-
-def _class_folders(data: str, folder: Path) -> LabelledPictures:
-    classes = sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
-    files: list[Path] = []
-    labels: list[int] = []
-    for number, name in enumerate(classes):
-        there = sorted(file for file in (folder / name).rglob("*") if file.suffix.lower() in SUFFIXES)
-        if not there:
-            raise LabError(f"--data {data}: {name} holds no pictures; expected CLASS/*.jpg or train/CLASS/*.jpg")
-        files += there
-        labels += [number] * len(there)
-    if len(classes) < 2:
-        raise LabError(f"--data {data}: expected CIFAR-10 batches, .parquet files, or a directory for each class "
-                       f"(CLASS/*.jpg, or train/CLASS/*.jpg and test/CLASS/*.jpg)")  # fmt: skip
-    names = [str(file.relative_to(folder)) for file in files]
-    return LabelledPictures(data, tuple(classes), np.array(labels, dtype=np.int64), files, names)
 
 
 def _splits(data: str, found: dict[str, LabelledPictures]) -> PictureSplits:
@@ -193,82 +116,70 @@ def _splits(data: str, found: dict[str, LabelledPictures]) -> PictureSplits:
     return PictureSplits(train, found.get("validation"), found.get("test"))
 
 
-SIDE = 32
-PIXELS = 3 * SIDE**2  # bytes of a picture: all red levels, then green, then blue
-CLASSES: tuple[str, ...] = (
-    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
-)  # fmt: skip
+def _split_of(word: str) -> str:
+    """The split that others call so; "" if it is none."""
+    return next((split for split, words in SPLITS.items() if word in words), "")
+
+
+def _cifar10(data: str, folder: Path, suffix: str) -> dict[str, LabelledPictures]:
+    """Reads CIFAR-10 as its authors publish it: data_batch_1 to 5, test_batch and batches.meta; .bin if binary."""
+    classes, meta = CIFAR10, folder / ("batches.meta.txt" if suffix else "batches.meta")
+    if meta.exists():
+        classes = meta.read_text("utf-8", errors="replace").split() if suffix else _label_names(data, meta)
+    read = _binary_batch if suffix else _python_batch
+    found = {}
+    for split, stems in {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}.items():
+        files = [folder / (stem + suffix) for stem in stems]
+        there = [file for file in files if file.exists()]
+        if split == "train" and 0 < len(there) < len(files):
+            missing = ", ".join(file.name for file in files if file not in there)
+            raise LabError(f"--data {data}: {missing} is missing; download the data set again")
+        if there:
+            levels, labels, names = zip(*(read(data, file) for file in there), strict=True)
+            images = np.concatenate(levels).reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)  # (n, height, width, 3)
+            found[split] = LabelledPictures(
+                source=data, classes=tuple(classes), labels=np.concatenate(labels), names=[name for part in names for name in part],
+                contents=list(np.ascontiguousarray(images)),
+            )  # fmt: skip
+    return found
+
+
 Batch = tuple[np.ndarray, np.ndarray, list[str]]  # levels (n, 3072), labels (n,), names
 
 
-def python_batches(data: str, folder: Path) -> dict[str, LabelledPictures]:
-    """The splits in `folder` (data_batch_1 to 5, test_batch, batches.meta).
-
-    Raises:
-        LabError: a file is missing, broken, no batch, or asks for more than arrays.
-    """
-    classes = CLASSES
-    if (meta := folder / "batches.meta").exists():
-        names = _unpickled(data, meta).get(b"label_names")
-        if not isinstance(names, list) or not all(isinstance(name, (bytes, str)) for name in names):
-            raise LabError(f"--data {data}: {meta.name} has no list label_names")
-        classes = tuple(map(_text, names))
-
-    def read(name: str) -> Batch:
-        batch = _unpickled(data, folder / name)
-        levels, labels = batch.get(b"data"), _numbers(batch.get(b"labels"))
-        good = isinstance(levels, np.ndarray) and levels.dtype == np.uint8 and labels.ndim == 1
-        if not isinstance(levels, np.ndarray) or not good or levels.shape != (len(labels), PIXELS):
-            raise LabError(
-                f"--data {data}: {name} is no CIFAR-10 batch: expected data (n, {PIXELS}) of bytes and n labels"
-            )
-        names = batch.get(b"filenames")
-        if not isinstance(names, list) or len(names) != len(labels):
-            names = [f"{name}/{place}" for place in range(len(labels))]
-        return levels, labels, list(map(_text, names))
-
-    return _cifar10_splits(data, folder, "", classes, read)
+def _binary_batch(data: str, file: Path) -> Batch:
+    content = np.fromfile(file, dtype=np.uint8)
+    if len(content) == 0 or len(content) % (PIXELS + 1):  # a byte for the label, then the picture
+        raise LabError(
+            f"--data {data}: {file.name} is truncated: {len(content):,} bytes are not a multiple of {PIXELS + 1}"
+        )
+    rows = content.reshape(-1, PIXELS + 1)
+    return rows[:, 1:], rows[:, 0].astype(np.int64), [f"{file.name}/{place}" for place in range(len(rows))]
 
 
-def binary_batches(data: str, folder: Path) -> dict[str, LabelledPictures]:
-    """The splits in `folder` (data_batch_1.bin to 5, test_batch.bin, batches.meta.txt).
-
-    Raises:
-        LabError: a file is missing or truncated.
-    """
-    classes = CLASSES
-    if (meta := folder / "batches.meta.txt").exists():
-        classes = tuple(meta.read_text("utf-8", errors="replace").split())
-
-    def read(name: str) -> Batch:
-        content = np.fromfile(folder / name, dtype=np.uint8)
-        if len(content) == 0 or len(content) % (PIXELS + 1):
-            raise LabError(
-                f"--data {data}: {name} is truncated: {len(content):,} bytes are not a multiple of {PIXELS + 1}"
-            )
-        rows = content.reshape(-1, PIXELS + 1)
-        return rows[:, 1:], rows[:, 0].astype(np.int64), [f"{name}/{place}" for place in range(len(rows))]
-
-    return _cifar10_splits(data, folder, ".bin", classes, read)
+def _python_batch(data: str, file: Path) -> Batch:
+    batch = _unpickled(data, file)
+    levels: Any = batch.get(b"data")
+    try:
+        labels = np.asarray(batch.get(b"labels"), dtype=np.int64)
+    except (TypeError, ValueError, OverflowError):
+        labels = np.zeros(())
+    bytes_ = isinstance(levels, np.ndarray) and levels.dtype == np.uint8
+    if not bytes_ or labels.ndim != 1 or levels.shape != (len(labels), PIXELS):
+        raise LabError(
+            f"--data {data}: {file.name} is no CIFAR-10 batch: expected data (n, {PIXELS}) of bytes and n labels"
+        )
+    names = batch.get(b"filenames")
+    if not isinstance(names, list) or len(names) != len(labels):
+        names = [f"{file.name}/{place}" for place in range(len(labels))]
+    return levels, labels, list(map(_text, names))
 
 
-def _cifar10_splits(
-    data: str, folder: Path, suffix: str, classes: tuple[str, ...], read: Callable[[str], Batch]
-) -> dict[str, LabelledPictures]:
-    found = {}
-    for split, wanted in {"train": [f"data_batch_{n}" for n in range(1, 6)], "test": ["test_batch"]}.items():
-        names = [name + suffix for name in wanted if (folder / (name + suffix)).exists()]
-        if split == "train" and 0 < len(names) < len(wanted):
-            missing = [name + suffix for name in wanted if name + suffix not in names]
-            raise LabError(f"--data {data}: {', '.join(missing)} is missing; download the data set again")
-        if names:
-            levels, labels, items = zip(*(read(name) for name in names), strict=True)
-            images = np.concatenate(levels).reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
-            found[split] = LabelledPictures(
-                data, classes, np.concatenate(labels), list(np.ascontiguousarray(images)),
-                list(itertools.chain.from_iterable(items)),
-            )  # fmt: skip
-    return found
+def _label_names(data: str, file: Path) -> list[str]:
+    names = _unpickled(data, file).get(b"label_names")
+    if not isinstance(names, list) or not all(isinstance(name, (bytes, str)) for name in names):
+        raise LabError(f"--data {data}: {file.name} has no list label_names")
+    return list(map(_text, names))
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -296,47 +207,127 @@ def _unpickled(data: str, file: Path) -> dict[bytes, Any]:
     return content
 
 
-def _numbers(values: Any) -> np.ndarray:
-    try:
-        return np.asarray(values, dtype=np.int64)
-    except (TypeError, ValueError, OverflowError):
-        return np.zeros(())
-
-
 def _text(name: Any) -> str:
     return name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
 
 
-def read_classes(
-    options: ClassDataOptions, seed: int, shown: bool, drawn: Callable[[], Path]
-) -> dict[str, LabelledPictures]:
-    """Training, validation and test pictures by name, every one decoded once; splits that the data lacks are set aside.
+def _parquet_files(data: str, files: Sequence[Path]) -> PictureSplits:
+    """Reads files named by their split: train.parquet, train-00000-of-00002.parquet; if none is, all is training."""
+    groups: dict[str, list[Path]] = {}
+    for file in files:
+        groups.setdefault(_split_of(file.stem.split("-")[0].split("_")[0].lower()), []).append(file)
+    if set(groups) == {""}:
+        groups = {"train": groups[""]}
+    elif "" in groups:
+        raise LabError(f"--data {data}: {groups[''][0].name} is of no split; name files train*, validation* or test*")
+    return _splits(data, {split: _parquet(data, group) for split, group in groups.items()})
 
-    What was left out is printed if `shown`; `drawn` gives the directory of the scenes that are read without --data.
 
-    Raises:
-        LabError: the data cannot be read, or some of it and --on-bad-data says so, or it is too small.
-    """
-    data = options.data or str(drawn())
-    found = read_pictures(data)
-    parts = {"train": found.train, "validation": found.validation, "test": found.test}
-    if options.data is None:
-        parts = {name: replace(part, source="drawn scenes") if part else None for name, part in parts.items()}
-    splits = {name: checked(part, options.on_bad_data, shown) for name, part in parts.items() if part is not None}
-    for name, share in (("test", options.test_fraction), ("validation", options.validation_fraction)):
-        if name not in splits:
-            kept, aside = stratified_parts(splits["train"].labels, share, seed)
-            if not len(aside):
-                raise LabError(f"--data {data}: {len(splits['train'])} pictures are too few for a {name} split: no "
-                               "class has two")  # fmt: skip
-            splits[name] = splits["train"].subset(aside)
-            splits["train"] = splits["train"].subset(kept)
-    if options.limit:
-        splits = {name: at_most(part, options.limit, seed) for name, part in splits.items()}
-    missing = sorted(set(range(len(splits["train"].classes))) - set(splits["train"].labels.tolist()))
-    if missing:
-        raise LabError(f"--data {data}: no training picture of class {splits['train'].classes[missing[0]]}; take a "
-                       "larger --limit or other data")  # fmt: skip
-    if shown:
-        print_left_out(splits)
-    return {name: splits[name] for name in SPLITS}
+def _parquet(data: str, files: Sequence[Path]) -> LabelledPictures:
+    tables = []
+    for file in files:
+        try:
+            tables.append(parquet.read_table(file))
+        except (OSError, pa.ArrowException) as error:
+            raise LabError(f"--data {data}: {file.name} cannot be read ({str(error).splitlines()[0]})") from error
+    schema = tables[0].schema
+    if any(table.schema.names != schema.names for table in tables):
+        raise LabError(f"--data {data}: its parquet files have different columns")
+    image, label = (_column(data, schema.names, known) for known in (IMAGE_COLUMNS, LABEL_COLUMNS))
+    try:  # as `datasets` writes the names of classes
+        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        names = info["info"]["features"][label]["names"]
+    except (ValueError, KeyError, TypeError):
+        names = None
+    pictures, labels = ([value for table in tables for value in table[column].to_pylist()] for column in (image, label))
+    return _from_columns(data, pictures, labels, names, files[0].parent)
+
+
+def _from_datasets(data: str, path: Path) -> PictureSplits:
+    if not path.exists() and (path.is_absolute() or data.startswith((".", "~")) or data.count("/") > 1):
+        raise LabError(f"--data {data}: no such file or directory")
+    import datasets  # takes over a second, and is wanted for saved data sets and ids only
+
+    try:
+        loaded = datasets.load_from_disk(str(path)) if path.exists() else datasets.load_dataset(data)
+    except Exception as error:  # the libraries below raise many kinds, for a missing name as for no network
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise LabError(
+            f"--data {data}: neither a path here nor a data set that could be loaded ({reason}); check the name and "
+            "the network, or name a directory"
+        ) from error
+    whole = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
+    found = {}
+    for name, table in whole.items():
+        if split := _split_of(name):
+            image, label = (_column(data, table.column_names, known) for known in (IMAGE_COLUMNS, LABEL_COLUMNS))
+            raw = table.cast_column(image, datasets.Image(decode=False)).with_format(None)
+            names = getattr(table.features[label], "names", None)
+            found[split] = _from_columns(data, list(raw[image]), list(raw[label]), names, path)
+    return _splits(data, found)
+
+
+def _column(data: str, names: Sequence[str], known: Sequence[str]) -> str:
+    for name in known:
+        if name in names:
+            return name
+    raise LabError(f"--data {data}: no column {' or '.join(known)}; it has {', '.join(names)}")
+
+
+def _from_columns(
+    data: str, pictures: Sequence[Any], labels: Sequence[Any], classes: Sequence[str] | None, folder: Path
+) -> LabelledPictures:
+    """Takes pictures as {bytes, path} or bytes, and labels as numbers or words."""
+    contents: list[Content] = []
+    names = []
+    for place, picture in enumerate(pictures):
+        record = picture if isinstance(picture, dict) else {"bytes": picture}
+        content, file = record.get("bytes"), record.get("path")
+        if content is not None and not isinstance(content, bytes):
+            raise LabError(f"--data {data}: row {place} holds no bytes of a picture file")
+        contents.append(content if content is not None else folder / file if file else b"")
+        names.append(f"row {place}" + (f" ({file})" if file else ""))
+    if any(isinstance(label, str) for label in labels):
+        classes = classes or sorted({label for label in labels if label is not None})
+        numbers = [classes.index(label) if label in classes else -1 for label in labels]
+    else:
+        numbers = [label if isinstance(label, int) else -1 for label in labels]
+        classes = classes or [str(number) for number in range(max(numbers, default=-1) + 1)]
+    return LabelledPictures(
+        source=data, classes=tuple(classes), labels=np.array(numbers, dtype=np.int64), contents=contents, names=names
+    )
+
+
+def _image_folders(data: str, path: Path) -> PictureSplits:
+    """Reads `SPLIT/CLASS/*.png`, or `CLASS/*.png` without splits."""
+    folders = {split: folder for folder in reversed(_folders(path)) if (split := _split_of(folder.name.lower()))}
+    if "train" not in folders:
+        return _splits(data, {"train": _class_folders(data, path)})
+    return _splits(data, {split: _class_folders(data, folders[split]) for split in SPLITS if split in folders})
+
+
+def _class_folders(data: str, folder: Path) -> LabelledPictures:
+    classes = _folders(folder)
+    files: list[Path] = []
+    labels: list[int] = []
+    for number, of_class in enumerate(classes):
+        there = sorted(file for file in of_class.rglob("*") if file.suffix.lower() in SUFFIXES)
+        if not there:
+            raise LabError(
+                f"--data {data}: {of_class.name} holds no pictures; expected CLASS/*.jpg or train/CLASS/*.jpg"
+            )
+        files += there
+        labels += [number] * len(there)
+    if len(classes) < 2:
+        raise LabError(
+            f"--data {data}: expected CIFAR-10 batches, .parquet files, or a directory for each class (CLASS/*.jpg, or "
+            "train/CLASS/*.jpg and test/CLASS/*.jpg)"
+        )
+    return LabelledPictures(
+        source=data, classes=tuple(of_class.name for of_class in classes), labels=np.array(labels, dtype=np.int64),
+        contents=files, names=[str(file.relative_to(folder)) for file in files],
+    )  # fmt: skip
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
