@@ -80,7 +80,17 @@ def forked(module: str, libraries: list[str], *arguments: object, said: Path | N
 def in_two_processes(
     module: str, libraries: list[str], *arguments: object, codes: tuple[int, int] = (0, 0), **more: str
 ) -> None:
-    """Runs a command in two processes that find each other as those of torchrun do; they must end with `codes`.
+    """Runs a command in two processes, which must end with `codes`; see `two_processes`."""
+    processes = two_processes(module, libraries, *arguments, **more)
+    for process in processes:
+        process.join(240)
+        if process.exitcode is None:
+            process.kill()
+    assert tuple(process.exitcode for process in processes) == codes
+
+
+def two_processes(module: str, libraries: list[str], *arguments: object, **more: str) -> list[BaseProcess]:
+    """Starts a command in two processes that find each other as those of torchrun do.
 
     They are forked from the server that `compare` uses: importing everything in both would take half a minute. That
     torchrun itself starts them is for the core's own tests.
@@ -88,12 +98,7 @@ def in_two_processes(
     both = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
             "ACCELERATE_USE_CPU": "true"} | more  # fmt: skip
     own: list[dict[str, Any]] = [both | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    processes = [forked(module, libraries, *arguments, **variables) for variables in own]
-    for process in processes:
-        process.join(240)
-        if process.exitcode is None:
-            process.kill()
-    assert tuple(process.exitcode for process in processes) == codes
+    return [forked(module, libraries, *arguments, **variables) for variables in own]
 
 
 def launch_values(file: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ class TestPromises(TrainingPromises):
 ```
 """
 
+import json
 import os
 import random
 import shutil
@@ -29,7 +30,17 @@ from labs_common.checkpoint import checkpoints
 from labs_common.frozen.audit import FrozenAudit, fixed_tensors
 from labs_common.run import Run
 from labs_common.training import Loop
-from labs_testing.commands import Done, forked, here, in_two_processes, launch_values, losses, with_deepspeed
+from labs_testing.commands import (
+    Done,
+    forked,
+    here,
+    in_two_processes,
+    launch_values,
+    losses,
+    two_processes,
+    with_deepspeed,
+)
+from labs_testing.sharded import fsdp_variables
 
 # How often the run is killed before it may end; `LABS_KILLS=20 pytest -m kills` tries harder.
 KILLS = int(os.environ.get("LABS_KILLS", "5"))
@@ -66,6 +77,8 @@ class Training:
     """The directory of launch configurations."""
     zero: Otherwise | None = None
     zero_stage: int = 2
+    sharded: Otherwise | None = None
+    """Under launch/fsdp.yaml."""
 
     def here(self, *arguments: object, code: int | None = 0) -> Done:
         """Runs the command in this process."""
@@ -127,6 +140,25 @@ class TrainingPromises:
             training.here("--resume", run)
         training.assert_same(run)
         assert not list((run / "checkpoints").glob(".*")), "no half-written checkpoint is left"
+
+    @pytest.mark.kills
+    def test_sharded_over_two_processes_it_is_killed_and_resumed(self, training: Training, tmp_path: Path) -> None:
+        """FSDP2: each process has a part of the frozen weights too, and hashes of its own to compare with."""
+        if training.sharded is None or training.launch is None:
+            pytest.skip("not said to be sharded")
+        run, variables = tmp_path / "run", fsdp_variables(training.launch / "fsdp.yaml")
+        options = (*training.options, *training.sharded.options, "--save-every", 2, "--output", run, "--no-report")
+        both = two_processes(training.module, training.libraries, *options, **variables)
+        assert reaches(both[0], run, 3)
+        for process in both:
+            process.kill()
+            process.join()
+        assert newest(run) is not None
+        kept = json.loads((run / "frozen.json").read_text())
+        assert [type(hashes) for hashes in kept] == [dict, dict], "the processes have other parts"
+        in_two_processes(training.module, training.libraries, "--resume", run, **variables)
+        training.assert_near(run, training.sharded)
+        assert json.loads((run / "frozen.json").read_text()) == kept
 
     def test_the_saved_config_runs_it_again(self, training: Training, tmp_path: Path) -> None:
         training.here("--config", training.whole / "config.yaml", "--output", tmp_path / "again", "--no-report")
