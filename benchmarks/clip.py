@@ -287,8 +287,11 @@ def features(options: Options) -> dict[str, Any]:
     encoder = load_encoder(f"timm:{options.image},random", DEVICE)
     count = options.batch * 16
     levels = np.random.default_rng(0).integers(0, 255, (count, 256, 256, 3), dtype=np.uint8)
-    pictures = checked(LabelledPictures("noise", ("one", "two"), np.arange(count) % 2, list(levels),
-                                        [str(number) for number in range(count)]), "error", False)  # fmt: skip
+    noise = LabelledPictures(
+        source="noise", classes=("one", "two"), labels=np.arange(count) % 2, contents=list(levels),
+        names=[str(number) for number in range(count)],
+    )  # fmt: skip
+    pictures = checked(noise, "error", False)
     batch = torch.stack([encoder.view(pictures.image(place)) for place in range(options.batch)])
 
     @torch.no_grad()

@@ -93,7 +93,10 @@ def pictures_of(options: Options) -> LabelledPictures:
         return found.subset(np.arange(count) % len(found))
     levels = np.random.default_rng(0).integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
     labels = np.arange(count) % 10
-    found = LabelledPictures("random", tuple("0123456789"), labels, list(levels), [str(n) for n in range(count)])
+    found = LabelledPictures(
+        source="random", classes=tuple("0123456789"), labels=labels, contents=list(levels),
+        names=[str(n) for n in range(count)],
+    )  # fmt: skip
     return checked(found, "error", False)
 
 

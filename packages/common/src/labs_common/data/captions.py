@@ -1,4 +1,4 @@
-"""Pictures with captions: Flickr8k in both published forms, checked once, split by picture; as tensors for a network."""
+"""Pictures with captions: Flickr8k in both published forms, split by picture, and as tensors for a network."""
 
 import csv
 import io
@@ -133,7 +133,7 @@ def read_captioned(data: str | Path, on_bad_data: OnBadData = "error", shown: bo
     if not digests:
         raise LabError(": ".join([f"--data {data}: no picture with a caption can be used", *examples[:1]]))
     return CaptionedPictures(
-        source=str(data), contents=[there[name] for name in digests], names=list(digests),
+        source=str(data), contents=tuple(there[name] for name in digests), names=tuple(digests),
         captions=tuple(tuple(captions[name]) for name in digests), digests=tuple(digests.values()),
         left_out=Counter(reason for _, reason in faults), examples=examples,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Pictures, decoded with Pillow: one file, or a set of them that is checked once; bombs are refused, bad files named."""
+"""Pictures, decoded with Pillow, and sets of them, checked once: bombs are refused, bad files are named."""
 
 import glob
 import hashlib
@@ -82,8 +82,8 @@ class Pictures:
         """Takes the pictures at these places, in this order."""
         return replace(
             self,
-            contents=[self.contents[place] for place in places],
-            names=[self.names[place] for place in places],
+            contents=tuple(self.contents[place] for place in places),
+            names=tuple(self.names[place] for place in places),
             digests=tuple(self.digests[place] for place in places) if self.digests else (),
         )
 
@@ -185,7 +185,7 @@ def decoded(content: Content, upright: bool = True) -> Image.Image:
 
 @cache
 def decoding_threads() -> ThreadPoolExecutor:
-    """Returns the threads in which pictures are decoded and resized: Pillow does both without the interpreter's lock."""
+    """Returns threads in which pictures are decoded and resized: Pillow does both without the interpreter's lock."""
     return ThreadPoolExecutor(max(2, os.cpu_count() or 2), "decoding")
 
 

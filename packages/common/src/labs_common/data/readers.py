@@ -138,8 +138,8 @@ def _cifar10(data: str, folder: Path, suffix: str) -> dict[str, LabelledPictures
             levels, labels, names = zip(*(read(data, file) for file in there), strict=True)
             images = np.concatenate(levels).reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)  # (n, height, width, 3)
             found[split] = LabelledPictures(
-                source=data, classes=tuple(classes), labels=np.concatenate(labels), names=[name for part in names for name in part],
-                contents=list(np.ascontiguousarray(images)),
+                source=data, classes=tuple(classes), labels=np.concatenate(labels),
+                contents=list(np.ascontiguousarray(images)), names=[name for part in names for name in part],
             )  # fmt: skip
     return found
 
