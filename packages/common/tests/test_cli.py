@@ -2,13 +2,13 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 
-from labs_common.cli import config_from_yaml, config_to_yaml, flat_options, parse
+from labs_common.cli import config_from_yaml, config_to_yaml, flat_options, parse, run_command
 from labs_common.errors import LabError
-from labs_common.options import RunOptions, TrainingOptions
+from labs_common.options import RunOptions, TrainingOptions, names_in, one_of
 
 
 @dataclass
@@ -80,3 +80,44 @@ def test_import_is_fast() -> None:
     # The promise is 1.5 s; what decides it is that torch stays out.
     code = "import labs_common, labs_common.cli, labs_common.options, sys; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+def test_a_command_is_imported_after_its_command_line_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "late_lab.py").write_text("imported = True\ndef body(config):\n    print(config.inner.kind)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for arguments, code in ((["--help"], 0), (["--nothing"], 2)):
+        with pytest.raises(SystemExit) as stop:
+            run_command("late_lab:body", Config, arguments=arguments)
+        assert stop.value.code == code
+        assert "late_lab" not in sys.modules
+    run_command("late_lab:body", Config, "other.name", ["--kind", "y"])
+    assert "late_lab" in sys.modules
+    assert capsys.readouterr().out.endswith("y\n")
+
+
+def test_choices_are_the_keys_of_a_table_that_is_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "late_table.py").write_text(
+        "import nothing_there\nTABLE: dict = {'one': 1, 'two': f(2)}\nOTHER = [1]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert names_in("late_table:TABLE") == ("one", "two")
+
+    @dataclass
+    class Choosing:
+        which: Annotated[str, one_of("late_table:TABLE")] = "one"
+        """Which of them."""
+
+    assert parse(Choosing, "test", ["--which", "two"]).which == "two"
+    with pytest.raises(LabError, match=r"'three' .*'one', 'two'"):
+        parse(Choosing, "test", ["--which", "three"])
+    assert config_to_yaml(Choosing()) == "which: one\n"
+    with pytest.raises(SystemExit):
+        parse(Choosing, "test", ["--help"])
+    assert "{one,two}" in capsys.readouterr().out
+    for table in ("late_table:OTHER", "no_such_module:TABLE"):
+        with pytest.raises(ValueError, match=table):
+            names_in(table)

@@ -124,11 +124,12 @@ def front_rows(
     accelerator: Accelerator,
     views: int = 1,
     precision: KeptPrecision | None = None,
+    batch: int = FRONT_BATCH,
 ) -> Rows:
     """The output (count, width) of a frozen `front` for every sample, with whatever its cache lacks computed now.
 
     `compute(view, places)` reads these samples and runs the front, which is on its device and in evaluation mode; it is
-    called for a few samples at a time. `recipe` (JSON values) tells everything that its input depends on. Without a
+    called for `batch` samples at a time. `recipe` (JSON values) tells everything that its input depends on. Without a
     front (None) it only reads: decoded pictures, say. With `--no-cache` the front runs whenever rows are asked for.
 
     Raises:
@@ -138,7 +139,7 @@ def front_rows(
     @torch.no_grad()
     def in_batches(view: int, places: Sequence[int]) -> torch.Tensor:
         with accelerator.autocast():
-            parts = [compute(view, places[at : at + FRONT_BATCH]) for at in range(0, len(places), FRONT_BATCH)]
+            parts = [compute(view, places[at : at + batch]) for at in range(0, len(places), batch)]
         return torch.cat(parts)
 
     precision = precision or options.boundary_precision

@@ -14,6 +14,8 @@ import torch
 from labs_common.errors import LabError
 from labs_common.frozen import cache as features
 from labs_common.frozen.cache import CachedRows, ComputedRows, cached_rows
+from labs_common.options import CacheOptions, TrainingOptions
+from labs_common.training import make_accelerator
 
 COUNT, WIDTH = 50, 6
 
@@ -137,3 +139,80 @@ def test_a_full_disk_and_a_broken_cache_are_said_in_a_line(cache: Path, monkeypa
     (folder / "view-1.npy").unlink()
     with pytest.raises(LabError, match=r"cannot be used .*delete it, or add --no-cache"):
         make()
+
+
+class Front(torch.nn.Linear):
+    """Counts what goes through it."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(3, WIDTH)
+        self.sizes: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(len(x))
+        return super().forward(x)
+
+
+def of_front(front: Front, recipe: object = 1, cache: bool = True) -> features.Rows:
+    inputs = torch.arange(COUNT * 3.0).reshape(COUNT, 3)
+    return features.front_rows(
+        "toy/front", front, lambda view, places: front(inputs[list(places)] + view), COUNT, WIDTH, recipe,
+        CacheOptions(cache), make_accelerator(TrainingOptions()), views=2, batch=5,
+    )  # fmt: skip
+
+
+def test_a_front_runs_once_for_each_sample_in_batches_and_without_a_gradient() -> None:
+    front = Front()
+    rows = of_front(front)
+    assert sum(front.sizes) == 2 * COUNT
+    assert max(front.sizes) == 5
+    assert isinstance(rows, CachedRows)
+    assert (
+        features.disk_bytes([rows, None, of_front(Front(), cache=False)]) == rows.bytes_on_disk == 2 * COUNT * WIDTH * 2
+    )
+    again = Front()
+    assert torch.equal(of_front(again).rows(1, range(COUNT)), rows.rows(1, range(COUNT)))
+    assert not again.sizes, "read from the disk"
+    plain = of_front(Front(), cache=False).rows(1, [3, 4])
+    assert torch.equal(plain, rows.rows(1, [3, 4]))
+    assert not plain.requires_grad
+
+
+def test_everything_that_the_output_depends_on_is_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = make_accelerator(TrainingOptions())
+
+    def key(front: torch.nn.Module) -> str:
+        return json.dumps(features.front_key(front, accelerator))
+
+    plain = key(Front())
+    assert key(Front()) == plain
+    moved, other, configured = Front(), torch.nn.Sequential(Front(), torch.nn.ReLU()), Front()
+    with torch.no_grad():
+        moved.bias[0] += 1
+    configured.config = {"attention": "eager"}
+    padded = torch.nn.Conv2d(3, 6, 3, padding=1)
+    unpadded = torch.nn.Conv2d(3, 6, 3)
+    unpadded.load_state_dict(padded.state_dict())
+    monkeypatch.setattr(accelerator.state, "_mixed_precision", "bf16")
+    rounded = key(Front())
+    monkeypatch.undo()
+    monkeypatch.setattr(features, "_version", lambda name: "9")
+    of_other_libraries = key(Front())
+    monkeypatch.undo()
+    keys = [plain, key(moved), key(other), key(configured), key(padded), key(unpadded), rounded, of_other_libraries]
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_chunk_is_at_most_a_few_hundred_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With small rows the first sign of progress came after minutes, and a kill lost everything."""
+    monkeypatch.setattr(features, "CHUNK_BYTES", 2**25)
+    asked: list[int] = []
+
+    def compute(view: int, places: Sequence[int]) -> torch.Tensor:
+        asked.append(len(places))
+        return torch.zeros(len(places), 1)
+
+    cached_rows("small", 1, 1000, 1, 1, "bf16", compute, shown=False)
+    assert max(asked) == features.CHUNK_ROWS == 256
+    assert sum(asked) == 1000
