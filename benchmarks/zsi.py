@@ -30,15 +30,14 @@ from torchvision.models.detection import MaskRCNN
 
 from labs_common.run import write_atomically
 from labs_common.scenes.files import write_coco
-from zsi_contrastive.detector.annotations import Instances, read_instances
+from labs_common.steps import ShuffledSteps
+from zsi_contrastive.detector.annotations import Instances, read_instances, scenes_split
 from zsi_contrastive.detector.backbone import make_backbone
-from zsi_contrastive.detector.batches import Batch, PictureSteps
-from zsi_contrastive.detector.data import category, instances_file, picture_folders
+from zsi_contrastive.detector.data import Batch, PictureBatches, category, instances_file, picture_folders
 from zsi_contrastive.detector.model import Parts, Sizes, ZeroShotMaskRCNN
-from zsi_contrastive.detector.pictures import InstancePictures
+from zsi_contrastive.detector.pictures import instance_pictures
 from zsi_contrastive.detector.regions import Sampling
 from zsi_contrastive.detector.scoring import THRESHOLDS, scored
-from zsi_contrastive.detector.splits import scenes_split
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTH = 300
@@ -115,7 +114,8 @@ def batches_of(options: Options) -> tuple[list[Batch], int]:
         names = [row["name"] for row in part.categories]
         found = {path.name: path for place in picture_folders(data) for path in place.glob("*.jpg")}
         files = tuple(found[row["file_name"]] for row in chosen.images)
-        steps = PictureSteps(InstancePictures(chosen, files, tuple(names)), options.batch, 0, False, 0)
+        batches = PictureBatches(instance_pictures(chosen, files, names), 0, False, 0)
+        steps = ShuffledSteps(len(files), options.batch, 0, batches)
         return [parts[0].to(DEVICE) for parts in steps.steps(0, 0)], len(names)
 
 

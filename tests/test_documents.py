@@ -157,7 +157,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     write_coco(folder / "coco", {"train2017": range(16), "val2017": range(100, 116)}, 0, 48, category, names)
     from zsi_contrastive.detector.data import category as own_category
-    from zsi_contrastive.detector.splits import scenes_split
+    from zsi_contrastive.detector.annotations import scenes_split
 
     write_coco(
         folder / "scenes", {"train": range(16), "val": range(16, 32)}, 0, 48, own_category, scenes_split().classes

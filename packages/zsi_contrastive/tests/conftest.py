@@ -6,8 +6,8 @@ import pytest
 from labs_testing.commands import real_data
 
 from labs_common.scenes.files import write_coco
+from zsi_contrastive.detector.annotations import scenes_split
 from zsi_contrastive.detector.data import category
-from zsi_contrastive.detector.splits import scenes_split
 
 
 @pytest.fixture(scope="session")

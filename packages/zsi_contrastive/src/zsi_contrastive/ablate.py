@@ -1,4 +1,4 @@
-"""Runs `python -m zsi_contrastive.ablate`, which compares variants of the detector: see `detector/ablate.py`."""
+"""Runs `python -m zsi_contrastive.ablate`, which compares variants of the detector: see `detector/compare.py`."""
 
 from zsi_contrastive import commands
 

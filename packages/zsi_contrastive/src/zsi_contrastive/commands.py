@@ -8,9 +8,9 @@ from zsi_contrastive.detector.config import (
     EvaluateConfig,
     PredictConfig,
     PrepareConfig,
+    TrainConfig,
     VectorsConfig,
 )
-from zsi_contrastive.detector.config import TrainConfig
 from zsi_contrastive.ssl.config import CompareConfig, PretrainConfig
 
 # The detector; the third argument is the name that the user types after `python -m`.
@@ -19,10 +19,10 @@ evaluate = partial(
     run_command, "zsi_contrastive.detector.evaluate:evaluate", EvaluateConfig, "zsi_contrastive.evaluate"
 )
 predict = partial(run_command, "zsi_contrastive.detector.predict:predict", PredictConfig, "zsi_contrastive.predict")
-ablate = partial(run_command, "zsi_contrastive.detector.ablate:ablate", AblateConfig, "zsi_contrastive.ablate")
+ablate = partial(run_command, "zsi_contrastive.detector.compare:ablate", AblateConfig, "zsi_contrastive.ablate")
 prepare = partial(run_command, "zsi_contrastive.detector.prepare:prepare", PrepareConfig, "zsi_contrastive.prepare")
 words = partial(run_command, "zsi_contrastive.detector.words:words", VectorsConfig, "zsi_contrastive.words")
 
 # Self-supervised pre-training.
-pretrain = partial(run_command, "zsi_contrastive.pretrain:pretrain", PretrainConfig)
-compare = partial(run_command, "zsi_contrastive.compare:compare", CompareConfig)
+pretrain = partial(run_command, "zsi_contrastive.ssl.train:train", PretrainConfig, "zsi_contrastive.pretrain")
+compare = partial(run_command, "zsi_contrastive.ssl.compare:compare", CompareConfig, "zsi_contrastive.compare")

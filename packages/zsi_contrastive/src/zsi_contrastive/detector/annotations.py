@@ -1,17 +1,82 @@
-"""COCO's instances files, checked, and the rule that makes zero-shot parts of them."""
+"""Classes that are seen in training and classes that are not; COCO's instances files, and their zero-shot parts."""
 
 import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from labs_common.errors import LabError
-from zsi_contrastive.detector.splits import Split
+from labs_common.scenes.world import SHAPES, TEXTURES
+from zsi_contrastive.detector.config import PUBLISHED, SCENES
 
+CLASSES = files("zsi_contrastive.detector") / "classes"  # the published splits, and COCO's supercategories
+KEPT_BACK = 4  # of the pairings of texture and shape, one in so many is unseen
 Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Names of classes, in the order of their word vectors."""
+
+    name: str
+    seen: tuple[str, ...]
+    unseen: tuple[str, ...]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Seen, then unseen."""
+        return self.seen + self.unseen
+
+
+def read_split(name: str) -> Split:
+    """Reads a split by its name, or from a JSON file with the lists `seen` and `unseen`.
+
+    Raises:
+        LabError: there is no such split, or the file is not one.
+    """
+    if name == SCENES:
+        return scenes_split()
+    if name in PUBLISHED:
+        found = json.loads((CLASSES / f"{name}.json").read_text(encoding="utf-8"))
+        return Split(name, tuple(found["seen"]), tuple(found["unseen"]))
+    path = Path(name)
+    if not path.is_file():
+        known = ", ".join((*PUBLISHED, SCENES))
+        raise LabError(f'--split {name}: no such file; take {known}, or a JSON file with the lists "seen" and "unseen"')
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        lists = [found["seen"], found["unseen"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LabError(f'--split {name}: is not JSON with the lists "seen" and "unseen" ({error})') from error
+    for part in lists:
+        if not isinstance(part, list) or not part or not all(isinstance(word, str) and word for word in part):
+            raise LabError(f'--split {name}: "seen" and "unseen" must be lists of names of classes, none of them empty')
+    if twice := sorted(word for word, count in Counter([*lists[0], *lists[1]]).items() if count > 1):
+        raise LabError(f"--split {name}: names {', '.join(twice)} twice")
+    return Split(path.stem, tuple(lists[0]), tuple(lists[1]))
+
+
+def scenes_split() -> Split:
+    """Pairs textures with shapes: every texture and every shape is seen, but a quarter of the pairings is not."""
+    seen: list[str] = []
+    unseen: list[str] = []
+    for row, shape in enumerate(SHAPES):
+        for column, texture in enumerate(TEXTURES):
+            part = unseen if (row + column) % KEPT_BACK == 0 else seen
+            part.append(f"{texture} {shape}")
+    return Split(SCENES, tuple(seen), tuple(unseen))
+
+
+@cache
+def coco_groups() -> dict[str, tuple[str, ...]]:
+    """Returns the 80 classes of COCO by supercategory; in this order they are in the order of their ids."""
+    groups = json.loads((CLASSES / "coco.json").read_text(encoding="utf-8"))["groups"]
+    return {group: tuple(names) for group, names in groups.items()}
 
 
 @dataclass(frozen=True)
@@ -35,26 +100,26 @@ class Instances:
     unusable: list[Json] = field(default_factory=list)
 
     def by_image(self) -> dict[int, list[Json]]:
-        """The annotations of each picture that has some."""
+        """Sorts the annotations by picture; pictures without any are missing."""
         found: dict[int, list[Json]] = defaultdict(list)
         for annotation in self.annotations:
             found[annotation["image_id"]].append(annotation)
         return found
 
     def ids(self, names: Sequence[str]) -> list[int]:
-        """The category ids of classes, in their order.
+        """Returns the category ids of classes, in their order.
 
         Raises:
             LabError: the file does not know one of them.
         """
         known = {category["name"]: category["id"] for category in self.categories}
         if missing := [name for name in names if name not in known]:
-            raise LabError(f"{self.source}: has no category {', '.join(missing)}; its categories are "
-                           f"{', '.join(list(known)[:8])}, …")  # fmt: skip
+            some = ", ".join(list(known)[:8])
+            raise LabError(f"{self.source}: has no category {', '.join(missing)}; its categories are {some}, …")
         return [known[name] for name in names]
 
     def plain(self) -> Json:
-        """As COCO's JSON."""
+        """Returns COCO's JSON."""
         return {"images": self.images, "annotations": self.annotations, "categories": self.categories}
 
 
@@ -64,40 +129,22 @@ def read_instances(path: Path) -> Instances:
     Raises:
         LabError: it cannot be read, or is not COCO's format; the fault is named.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LabError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise LabError(f"{path}: is not JSON ({error})") from error
-    lists = []
-    for key, wanted in (("categories", {"id", "name"}), ("images", {"id", "file_name", "width", "height"}),
-                        ("annotations", {"image_id", "category_id", "bbox"})):  # fmt: skip
-        rows = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(rows, list):
-            raise LabError(f"{path}: has no list of {key}, as COCO's instances files have")
-        for place, row in enumerate(rows):
-            if not isinstance(row, dict) or not wanted <= row.keys():
-                lacks = ", ".join(sorted(wanted - (row.keys() if isinstance(row, dict) else set())))
-                raise LabError(f"{path}: {key}[{place}] lacks {lacks}")
-        lists.append(rows)
-    categories, images, annotations = lists
+    categories, images, annotations = _lists(path)
     for key, rows in (("categories", categories), ("images", images)):
         if twice := [number for number, count in Counter(row["id"] for row in rows).items() if count > 1]:
             raise LabError(f"{path}: two {key} have the id {twice[0]}")
-    known, pictures = {row["id"] for row in categories}, {row["id"]: row for row in images}
+    known, pictures = {row["id"] for row in categories}, {row["id"] for row in images}
     left_out: Counter[str] = Counter()
     kept, unusable = [], []
-    numbers = Counter(row.get("id") for row in annotations)
+    numbers = {row.get("id") for row in annotations}
     # Ids that are missing, zero or not unique would confuse COCO's evaluation.
-    renumber = any(not number for number in numbers) or len(numbers) < len(annotations)
+    renumber = not all(numbers) or len(numbers) < len(annotations)
     for place, row in enumerate(annotations):
         if row["category_id"] not in known:
             raise LabError(f"{path}: annotations[{place}] is of the unknown category {row['category_id']}")
         if row["image_id"] not in pictures:
             raise LabError(f"{path}: annotations[{place}] is of the unknown picture {row['image_id']}")
-        reason = _fault(row)
-        if reason:
+        if reason := _fault(row):
             left_out[reason] += 1
             unusable.append(row)
         else:
@@ -106,8 +153,33 @@ def read_instances(path: Path) -> Instances:
     return Instances(str(path), categories, images, kept, left_out, unusable)
 
 
+def _lists(path: Path) -> list[list[Json]]:
+    """Reads categories, images and annotations, each row with the keys that are needed."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LabError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise LabError(f"{path}: is not JSON ({error})") from error
+    needed = {
+        "categories": {"id", "name"},
+        "images": {"id", "file_name", "width", "height"},
+        "annotations": {"image_id", "category_id", "bbox"},
+    }
+    lists = []
+    for key, wanted in needed.items():
+        rows = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(rows, list):
+            raise LabError(f"{path}: has no list of {key}, as COCO's instances files have")
+        for place, row in enumerate(rows):
+            if lacks := sorted(wanted - (row.keys() if isinstance(row, dict) else set())):
+                raise LabError(f"{path}: {key}[{place}] lacks {', '.join(lacks)}")
+        lists.append(rows)
+    return lists
+
+
 def _fault(annotation: Mapping[str, Any]) -> str:
-    """Why an annotation cannot be used, or nothing."""
+    """Says why an annotation cannot be used; empty if it can."""
     box = annotation["bbox"]
     if not isinstance(box, list) or len(box) != 4:
         return "box that is not four numbers"
@@ -117,9 +189,9 @@ def _fault(annotation: Mapping[str, Any]) -> str:
         return "box without area"
     outline = annotation.get("segmentation")
     if isinstance(outline, list):
-        if not any(isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0 for part in outline):
-            return "outline of fewer than three points"
-        return ""
+        # A polygon is x, y, x, y, …: three points are six numbers.
+        fine = any(isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0 for part in outline)
+        return "" if fine else "outline of fewer than three points"
     if isinstance(outline, dict):
         fine = isinstance(outline.get("counts"), (list, str)) and len(outline.get("size", ())) == 2
         return "" if fine else "run lengths that are not COCO's"
@@ -128,7 +200,7 @@ def _fault(annotation: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class ZeroShotParts:
-    """What a split makes of a training and a test file.
+    """The parts into which a split cuts a training and a test file.
 
     Attributes:
         train: pictures with at least one seen object and no unseen one, with seen objects.
@@ -142,12 +214,12 @@ class ZeroShotParts:
     both: Instances
 
     def counts(self) -> list[tuple[str, int, int, int]]:
-        """Of each part its name, pictures, objects and crowds."""
+        """Counts pictures, objects and crowds of each part, after its name."""
+        parts = {"training, seen": self.train, "test, unseen": self.unseen, "test, both": self.both}
+        crowds = {name: sum(bool(row["iscrowd"]) for row in part.annotations) for name, part in parts.items()}
         return [
-            (name, len(part.images), sum(not row["iscrowd"] for row in part.annotations),
-             sum(bool(row["iscrowd"]) for row in part.annotations))
-            for name, part in (("training, seen", self.train), ("test, unseen", self.unseen), ("test, both", self.both))
-        ]  # fmt: skip
+            (name, len(part.images), len(part.annotations) - crowds[name], crowds[name]) for name, part in parts.items()
+        ]
 
 
 def zero_shot_parts(train: Instances, test: Instances, split: Split) -> ZeroShotParts:
@@ -173,7 +245,7 @@ def zero_shot_parts(train: Instances, test: Instances, split: Split) -> ZeroShot
 
 
 def check_parts(parts: ZeroShotParts, train: Instances) -> None:
-    """Makes sure that what the parts promise is so, by looking at the whole training file again.
+    """Makes sure that the parts keep the rule, by looking at the whole training file again.
 
     Raises:
         LabError: a training picture has an unseen object, a test picture none, or one is in both.
@@ -196,7 +268,7 @@ def check_parts(parts: ZeroShotParts, train: Instances) -> None:
 def _part(
     whole: Instances, kept: Sequence[str], wanted: Sequence[str], refused: Sequence[str] = (), training: bool = False
 ) -> Instances:
-    """Pictures with a `wanted` and without a `refused` object, with the annotations of the `kept` classes."""
+    """Takes pictures with a `wanted` and without a `refused` object, with the annotations of the `kept` classes."""
     keep, want, refuse = (set(whole.ids(names)) for names in (kept, wanted, refused))
     shown: dict[int, set[int]] = defaultdict(set)
     usable: dict[int, set[int]] = defaultdict(set)

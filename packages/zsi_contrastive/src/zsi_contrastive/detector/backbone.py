@@ -2,9 +2,11 @@
 
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import timm
 import torch
+from timm.layers import freeze_batch_norm_2d
 from torch import nn
 from torchvision.models import get_model_weights, list_models
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -13,20 +15,11 @@ from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from labs_common.errors import LabError
-from labs_common.networks import load_exactly, read_weights, timm_arguments
+from labs_common.saved import load_exactly, read_weights, timm_arguments
+from zsi_contrastive.detector.config import TINY
 
-TINY = "tiny"
 TINY_CHANNELS = (24, 48, 64, 96)  # at strides 2, 4, 8 and 16
 STAGES = 4  # of a ResNet, after its stem
-
-
-class Backbone(Protocol):
-    """Pictures (batch, 3, height, width) in, feature maps by name out, each with `out_channels` channels."""
-
-    out_channels: int
-
-    def __call__(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The maps, finest first."""
 
 
 class TinyBody(nn.Sequential):
@@ -42,7 +35,7 @@ class TinyBody(nn.Sequential):
         super().__init__(*stages)
 
     def forward(self, pictures: torch.Tensor) -> list[torch.Tensor]:
-        """Maps (batch, channels, height / stride, width / stride)."""
+        """Returns maps (batch, channels, height / stride, width / stride), without the first stage's."""
         maps = []
         for stage in self:
             pictures = stage(pictures)
@@ -61,7 +54,7 @@ class Pyramid(nn.Module):
         self.out_channels = out_channels
 
     def train(self, mode: bool = True) -> "Pyramid":
-        """Training mode, but for stages that are frozen: no statistic of theirs moves."""
+        """Switches to training mode, but for stages that are frozen: no statistic of theirs moves."""
         super().train(mode)
         for stage in self.body.children():
             if not any(parameter.requires_grad for parameter in stage.parameters()):
@@ -69,14 +62,14 @@ class Pyramid(nn.Module):
         return self
 
     def forward(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The levels by name, finest first."""
+        """Returns the levels by name, finest first."""
         maps = OrderedDict((str(place), found) for place, found in enumerate(self.body(pictures)))
         levels: dict[str, torch.Tensor] = self.fpn(maps)
         return levels
 
 
 def make_backbone(name: str, pretrained: bool, weights: Path | None, frozen_stages: int, channels: int) -> nn.Module:
-    """The backbone under a pyramid of `channels`; the stem and the first `frozen_stages` stages (of 4) do not train.
+    """Puts a backbone under a pyramid of `channels`; its stem and its first `frozen_stages` stages (of 4) do not train.
 
     Where nothing that trains comes before a layer, autograd keeps none of its activations. `weights` are of the plain
     network, without the pyramid; they win over `pretrained`. Those of torchvision and timm have their batch
@@ -94,6 +87,7 @@ def make_backbone(name: str, pretrained: bool, weights: Path | None, frozen_stag
     try:
         if name.startswith(("resnet", "resnext", "wide_resnet")) and name in list_models():
             chosen = get_model_weights(name).DEFAULT if pretrained and weights is None else None
+            # torchvision counts from the other end, and its fifth trainable layer is the stem.
             backbone = resnet_fpn_backbone(
                 backbone_name=name, weights=chosen, trainable_layers=STAGES + (frozen_stages == 0) - frozen_stages
             )
@@ -101,14 +95,13 @@ def make_backbone(name: str, pretrained: bool, weights: Path | None, frozen_stag
             return backbone
         return _of_timm(name, pretrained, weights, frozen_stages, channels)
     except (OSError, RuntimeError) as error:  # no network, no such weights
-        raise LabError(f"--backbone {name}: cannot be had ({str(error).splitlines()[0]}); give --backbone-weights, or "
-                       "--no-backbone-pretrained") from error  # fmt: skip
+        raise LabError(
+            f"--backbone {name}: cannot be had ({str(error).splitlines()[0]}); give --backbone-weights, or "
+            "--no-backbone-pretrained"
+        ) from error
 
 
 def _of_timm(name: str, pretrained: bool, weights: Path | None, frozen_stages: int, channels: int) -> nn.Module:
-    import timm
-    from timm.layers import freeze_batch_norm_2d
-
     arguments = timm_arguments(name, 0, "--backbone")
     plain = name.removeprefix("timm/")
     known: Any = timm.create_model(plain, features_only=True, **arguments).feature_info
@@ -137,6 +130,6 @@ def _load(body: nn.Module, weights: Path | None) -> None:
     state = read_weights(weights, "--backbone-weights")
     for child, _ in body.named_children():  # a feature network of timm calls stages_0 what is stages.0 in the plain one
         whole = child.replace("_", ".") + "."
-        state = {name.replace(whole, f"{child}.", 1) if name.startswith(whole) else name: tensor
-                 for name, tensor in state.items()}  # fmt: skip
+        renamed = {name: name.replace(whole, f"{child}.", 1) if name.startswith(whole) else name for name in state}
+        state = {renamed[name]: tensor for name, tensor in state.items()}
     load_exactly(body, state, f"--backbone-weights {weights}")

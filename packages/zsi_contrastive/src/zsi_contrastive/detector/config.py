@@ -1,18 +1,18 @@
-"""Every option of the lab, once, with its help text and default. Imports nothing heavy: `--help` is fast."""
+"""Every option of the detector's commands, once, with its help text and default. Nothing heavy: `--help` is fast."""
 
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
+
+import tyro
 
 from labs_common.errors import LabError
-from labs_common.options import OnBadData, RunOptions, TrainingOptions
+from labs_common.options import CommandOptions, ComparisonOptions, OnBadData, RunOptions, TrainingOptions
 
-TINY = "tiny"
-PUBLISHED = ("48_17", "65_15")
+TINY = "tiny"  # the backbone that learns drawn things on a CPU in minutes
+PUBLISHED = ("48_17", "65_15")  # the splits of COCO in the literature (Zheng et al. 2021): seen_unseen
 SCENES = "scenes"
-FINISHED = "zsi.json"
-TRAIN = "zsi_contrastive.train"
 Aggregate = Literal["none", "sum", "mean", "max"]
 Transfer = Literal["auto", "paper", "things"]
 Optimizer = Literal["auto", "sgd", "adamw"]
@@ -165,85 +165,200 @@ class TrainConfig:
     run: RunOptions = field(default_factory=RunOptions)
 
 
-Config = TypeVar("Config", bound=TrainConfig)
+@dataclass
+class EvaluateConfig:
+    """Measures a finished detector, or a file of COCO results: unseen classes alone, and all together.
+
+    `python -m zsi_contrastive.evaluate` alone takes the newest run and the pictures that it had. Another split or other
+    words: `--split my_72_8.json --word-vectors glove.txt --data coco`. A published file: `--results results.bbox.json
+    --data coco --split 48_17`.
+    """
+
+    checkpoint: Path | None = None
+    """Directory of a finished run; by default the newest under runs/."""
+    results: Path | None = None
+    """Score this JSON of COCO results instead of looking for anything."""
+    data: DataOptions = field(default_factory=DataOptions)
+    words: WordOptions = field(default_factory=WordOptions)
+    detection: DetectionOptions = field(default_factory=DetectionOptions)
+    at_once: int = 8
+    """Pictures that the network sees at once."""
+    output: Path | None = None
+    """Directory for results and report; by default evaluation/ under the run."""
+    seed: int = 0
+    """Seed of the random vectors."""
+    report: bool = True
+    """Write report.html at the end."""
+    command: CommandOptions = field(default_factory=CommandOptions)
 
 
-def complete(config: Config) -> Config:
-    """The config with a default in the place of what was left to the model and the data.
+@dataclass
+class PredictConfig:
+    """Finds, boxes and outlines things in pictures, also things of classes that it never saw.
+
+    `python -m zsi_contrastive.predict photo.jpg holiday/ --words "zebra,umbrella" --checkpoint runs/…`. Without
+    pictures it takes some of the run's test pictures.
+    """
+
+    pictures: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Picture files, directories of them, or patterns with *."""
+    checkpoint: Path | None = None
+    """Directory of a finished run; by default the newest under runs/."""
+    words: str | None = None
+    """What to look for, separated by commas; by default all classes of the run's split."""
+    word_vectors: str | None = None
+    """Where words that the run does not know have their vectors: the file or encoder that its own are from."""
+    score: float = 0.0
+    """Draw detections that score at least this; 0 draws the best ones of each picture."""
+    most: int = 5
+    """Most detections that are drawn into a picture."""
+    output: Path | None = None
+    """Directory for the pictures and detections.json; by default predictions/ under the run."""
+    detection: DetectionOptions = field(default_factory=DetectionOptions)
+    at_once: int = 8
+    """Pictures that the network sees at once."""
+    on_bad_data: OnBadData = "error"
+    """What to do with pictures that cannot be read: stop and name them, or leave them out."""
+    command: CommandOptions = field(default_factory=CommandOptions)
+
+
+@dataclass
+class AblateConfig:
+    """Trains the paper's variants under one budget and reports on them: what does each part add?
+
+    `python -m zsi_contrastive.ablate` alone trains all eight on drawn scenes. The same command started again goes on
+    where it was stopped. For real: `python -m zsi_contrastive.ablate --backbone resnet101 --data coco --split 48_17
+    --word-vectors word_w2v_withbg_48_17.txt --launch launch/multi_gpu.yaml`.
+    """
+
+    rows: str = "detector,mask-head,decoders,background-rpn,sync-background,greedy-infomax,patch-infonce,both"
+    """Which: up to sync-background each has what those before it have, and what it is called; the last three add
+    contrastive heads to all of that. none is another name of sync-background."""
+    data: DataOptions = field(default_factory=DataOptions)
+    words: WordOptions = field(default_factory=WordOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    detection: DetectionOptions = field(default_factory=DetectionOptions)
+    training: DetectorTrainingOptions = field(default_factory=DetectorTrainingOptions)
+    comparison: ComparisonOptions = field(default_factory=ComparisonOptions)
+
+
+@dataclass
+class PrepareConfig:
+    """Writes the zero-shot parts of COCO as annotation files, and checks them.
+
+    `python -m zsi_contrastive.prepare --data coco --split 48_17 --output coco-48-17` gives train_seen.json (pictures
+    with a seen object and no unseen one), test_unseen.json (ZSI), test_both.json (GZSI) and counts.json. Training
+    makes the same parts by itself; the files are for other tools, and for --train-annotations.
+    """
+
+    data: DataOptions = field(default_factory=DataOptions)
+    output: Path | None = None
+    """Directory of the files; it must not exist yet. By default zero-shot-SPLIT."""
+    command: CommandOptions = field(default_factory=CommandOptions)
+
+
+@dataclass
+class VectorsConfig:
+    """Shows which vector is which class and checks the order, or writes a matrix from any source of word vectors.
+
+    `python -m zsi_contrastive.words --split 48_17 --word-vectors word_w2v_withbg_48_17.txt` lists the columns with
+    their nearest classes. `--split my_72_8.json --word-vectors glove.6B.300d.txt --write my_72_8.txt` makes a matrix in
+    the reference's format: a column for the background (the mean of all classes), then seen, then unseen classes.
+    """
+
+    split: str = "48_17"
+    """Seen and unseen classes: 48_17, 65_15, scenes, or a JSON file with the lists "seen" and "unseen"."""
+    words: WordOptions = field(default_factory=WordOptions)
+    write: Path | None = None
+    """Write the vectors as a matrix to this file."""
+    command: CommandOptions = field(default_factory=CommandOptions)
+
+
+def complete(config: TrainConfig) -> TrainConfig:
+    """Fills in the defaults that depend on the backbone and the data, and checks that the options fit together.
+
+    For photographs they are those of Zheng et al. 2021 and their published code; those of `tiny` were found on drawn
+    scenes (docs/zsi_contrastive.md).
 
     Raises:
-        LabError: options that contradict each other, or are out of range.
+        LabError: options contradict each other, or one is out of range.
     """
-    data, words, model, training = config.data, config.words, config.model, config.training
-    tiny = model.backbone == TINY
-    split = default_split(data)
-    if data.data is None and split != SCENES:
+    split = default_split(config.data)
+    vectors = config.words.word_vectors or ("attributes" if split == SCENES else "")
+    if config.data.data is None and split != SCENES:
         raise LabError(f"--split {split}: drawn scenes have classes of their own; name pictures with --data")
-    vectors = words.word_vectors or ("attributes" if split == SCENES else "")
     if not vectors:
-        raise LabError(f"--word-vectors: name the vectors of the classes of {split}: a matrix, a text file of GloVe or "
-                       "fastText, or encoder:NAME")  # fmt: skip
-    if not 0 <= data.validation_fraction < 1:
+        raise LabError(
+            f"--word-vectors: name the vectors of the classes of {split}: a matrix, a text file of GloVe or fastText, "
+            "or encoder:NAME"
+        )
+    check(config)
+    tiny = config.model.backbone == TINY
+    # The learning rate of 65/15 is the lower one of the published configurations.
+    rate = 3e-3 if tiny else 0.0075 if split == "65_15" else 0.01
+    model, detection, training = config.model, config.detection, config.training
+    filled: dict[str, dict[str, Any]] = {
+        "model": {
+            "frozen_stages": (0 if tiny else 1) if model.frozen_stages < 0 else model.frozen_stages,
+            "min_side": model.min_side or (96 if tiny else 800),
+            "max_side": model.max_side or (160 if tiny else 1333),
+        },
+        "detection": {
+            "transfer": ("things" if tiny else "paper") if detection.transfer == "auto" else detection.transfer,
+            "temperature": detection.temperature or (4.0 if tiny else 1.0),
+        },
+        "training": {
+            "epochs": training.epochs or (6 if tiny else 12),
+            "batch_size": training.batch_size or (16 if tiny else 8),
+            "optimizer": ("adamw" if tiny else "sgd") if training.optimizer == "auto" else training.optimizer,
+            "learning_rate": training.learning_rate or rate,
+            "schedule": ("cosine" if tiny else "steps") if training.schedule == "auto" else training.schedule,
+            "reconstruction": training.reconstruction or (0.05 if tiny else 0.5),
+            "clip_norm": (5.0 if tiny else 35.0) if training.clip_norm < 0 else training.clip_norm,
+        },
+        "data": {"split": split},
+        "words": {"word_vectors": vectors},
+    }
+    groups = {name: dataclasses.replace(getattr(config, name), **values) for name, values in filled.items()}
+    return dataclasses.replace(config, **groups)
+
+
+def default_split(data: DataOptions) -> str:
+    """Returns the split that is asked for, or else the data's usual one."""
+    return data.split or (SCENES if data.data is None else PUBLISHED[0])
+
+
+def check(config: TrainConfig) -> None:
+    """Checks options that do not depend on the data.
+
+    Raises:
+        LabError: options contradict each other, or one is out of range.
+    """
+    model, training = config.model, config.training
+    if not 0 <= config.data.validation_fraction < 1:
         raise LabError("--validation-fraction: must be at least 0 and less than 1")
     if model.sync_background and not model.background_rpn:
-        raise LabError("--sync-background: there is nothing to take over without --background-rpn; add "
-                       "--no-sync-background")  # fmt: skip
+        raise LabError(
+            "--sync-background: there is nothing to take over without --background-rpn; add --no-sync-background"
+        )
     check_detection(config.detection)
-    if model.backbone_weights is not None and model.backbone_weights.suffix != ".safetensors":
-        raise LabError(f"--backbone-weights {model.backbone_weights}: must be a .safetensors file")
-    if training.patience and not data.validation_fraction:
-        raise LabError("--patience: there is nothing to watch with --validation-fraction 0")
+    for name, file in (("backbone", model.backbone_weights), ("greedy", model.greedy_weights)):
+        if file is not None and file.suffix != ".safetensors":
+            raise LabError(f"--{name}-weights {file}: must be a .safetensors file")
     if model.greedy_weights is not None and not model.greedy_infomax:
         raise LabError("--greedy-weights: there is no such head; add --greedy-infomax")
-    if model.greedy_weights is not None and model.greedy_weights.suffix != ".safetensors":
-        raise LabError(f"--greedy-weights {model.greedy_weights}: must be a .safetensors file")
+    if not -1 <= model.frozen_stages <= 4:
+        raise LabError("--frozen-stages: must lie between 0 and 4")
+    if training.patience and not config.data.validation_fraction:
+        raise LabError("--patience: there is nothing to watch with --validation-fraction 0")
     if training.greedy_share < 0 or training.patch_share < 0:
         raise LabError("--greedy-share and --patch-share: must not be negative")
     if training.reconstruction < 0:
         raise LabError("--reconstruction: must be positive; --no-decoders leaves the decoders out")
-    if not -1 <= model.frozen_stages <= 4:
-        raise LabError("--frozen-stages: must lie between 0 and 4")
-    rate = 3e-3 if tiny else 0.0075 if split == "65_15" else 0.01
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(data, split=split),
-        words=dataclasses.replace(words, word_vectors=vectors),
-        model=dataclasses.replace(
-            model,
-            frozen_stages=(0 if tiny else 1) if model.frozen_stages < 0 else model.frozen_stages,
-            min_side=model.min_side or (96 if tiny else 800),
-            max_side=model.max_side or (160 if tiny else 1333),
-        ),
-        detection=completed_detection(config.detection, tiny),
-        training=dataclasses.replace(
-            training,
-            epochs=training.epochs or (6 if tiny else 12),
-            batch_size=training.batch_size or (16 if tiny else 8),
-            optimizer=("adamw" if tiny else "sgd") if training.optimizer == "auto" else training.optimizer,
-            learning_rate=training.learning_rate or rate,
-            schedule=("cosine" if tiny else "steps") if training.schedule == "auto" else training.schedule,
-            reconstruction=training.reconstruction or (0.05 if tiny else 0.5),
-            clip_norm=(5.0 if tiny else 35.0) if training.clip_norm < 0 else training.clip_norm,
-        ),
-    )
-
-
-def default_split(data: DataOptions) -> str:
-    """The split that is asked for, or the data's usual one."""
-    return data.split or (SCENES if data.data is None else PUBLISHED[0])
-
-
-def completed_detection(detection: DetectionOptions, tiny: bool) -> DetectionOptions:
-    """The options with what was left to the model."""
-    return dataclasses.replace(
-        detection,
-        transfer=("things" if tiny else "paper") if detection.transfer == "auto" else detection.transfer,
-        temperature=detection.temperature or (4.0 if tiny else 1.0),
-    )
 
 
 def check_detection(detection: DetectionOptions) -> None:
-    """Refuses what makes no sense.
+    """Checks how things are looked for, in training and in every other command.
 
     Raises:
         LabError: a value is out of range.
@@ -260,3 +375,13 @@ def check_detection(detection: DetectionOptions) -> None:
             raise LabError(f"--{name}: must be at least 1")
     if detection.controls < 0:
         raise LabError("--controls: must be at least 0")
+
+
+Options = TypeVar("Options", DataOptions, DetectionOptions)
+
+
+def changed(trained: Options, asked: Options) -> Options:
+    """Returns the options of a run with those in their place that are asked for, which is all that are not usual."""
+    usual = type(asked)()
+    own = {name: value for name, value in vars(asked).items() if value != getattr(usual, name)}
+    return dataclasses.replace(trained, **own)

@@ -7,29 +7,29 @@ H' = σ(H W + A H W') is equivariant: P H' = σ((P H) W + (P A Pᵀ)(P H) W') fo
 
 import torch
 
-AGGREGATES = ("sum", "mean", "max")
+AGGREGATES = ("sum", "mean", "max")  # of `aggregated`, and of --refine
 
 
 def neighbour_graph(vectors: torch.Tensor, among: torch.Tensor, count: int) -> torch.Tensor:
-    """Which rows of `among` (n, d) are the `count` nearest by cosine of each row of `vectors` (m, d).
+    """Finds the `count` rows of `among` (n, d) that are nearest by cosine to each row of `vectors` (m, d).
 
-    The graph is (m, n) of 0 and 1. A row that is equal to one of `among` is not its own neighbour.
+    Returns a graph (m, n) of 0 and 1. A row that is equal to one of `among` is not its own neighbour.
     """
     one, other = (rows / rows.norm(dim=1, keepdim=True) for rows in (vectors, among))
     cosines = one @ other.T
     same = (vectors[:, None] == among[None]).all(-1)
-    cosines = cosines.masked_fill(same, -2)
+    cosines = cosines.masked_fill(same, -2)  # less than any cosine
     places = cosines.topk(min(count, len(among)), dim=1).indices
     return torch.zeros_like(cosines).scatter_(1, places, 1.0)
 
 
 def aggregated(graph: torch.Tensor, states: torch.Tensor, how: str) -> torch.Tensor:
-    """The sum, mean or largest values over each node's neighbours (m, d); zeros where it has none.
+    """Takes the sum, mean or largest values over each node's neighbours (m, d); zeros where it has none.
 
-    `graph` (m, n) of 0 and 1, `states` (n, d).
+    `graph` is (m, n) of 0 and 1, `states` are (n, d).
     """
     if how == "max":
-        reached = torch.where(graph[..., None] > 0, states[None], -torch.inf).amax(1)
+        reached = torch.where(graph[..., None] > 0, states[None], -torch.inf).amax(1)  # (m, n, d) to (m, d)
         return torch.where(reached.isinf(), torch.zeros_like(reached), reached)
     found = graph @ states
     return found / graph.sum(1, keepdim=True).clamp(min=1) if how == "mean" else found
@@ -38,15 +38,15 @@ def aggregated(graph: torch.Tensor, states: torch.Tensor, how: str) -> torch.Ten
 def propagated(
     graph: torch.Tensor, states: torch.Tensor, own: torch.Tensor, of_neighbours: torch.Tensor, how: str = "sum"
 ) -> torch.Tensor:
-    """A layer H' = tanh(H W + agg(A, H) W') (n, e) on a square graph (n, n), states (n, d), weights (d, e)."""
+    """Computes a layer H' = tanh(H W + agg(A, H) W') (n, e) on a square graph (n, n), states (n, d), weights (d, e)."""
     return torch.tanh(states @ own + aggregated(graph, states, how) @ of_neighbours)
 
 
 def refined(unseen: torch.Tensor, seen: torch.Tensor, how: str, neighbours: int, share: float) -> torch.Tensor:
-    """Unseen vectors (unseen, d) mixed with what their nearest classes say, at the lengths that they had.
+    """Mixes each unseen vector (unseen, d) with those of its nearest classes: a step without weights to learn.
 
-    A step without weights to learn: (1 - share) of the own vector and `share` of the aggregate over the nearest among
-    seen (seen, d) and unseen classes, brought back to the own vector's length.
+    It takes (1 - share) of the own vector and `share` of the aggregate over the `neighbours` nearest among seen
+    (seen, d) and unseen classes, and brings the mixture back to the own vector's length.
     """
     everything = torch.cat([seen, unseen])
     found = aggregated(neighbour_graph(unseen, everything, neighbours), everything, how)

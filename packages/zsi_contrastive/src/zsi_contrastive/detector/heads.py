@@ -1,15 +1,29 @@
-"""The parts of the network that know words: proposals, boxes and masks are scored against class vectors.
+"""The heads of the network: those that know words, and contrastive ones.
 
-Zheng et al., "Zero-Shot Instance Segmentation", CVPR 2021, section 3. Shapes: d is the length of a word vector, and
-class vectors are rows, with the background's first.
+Proposals, boxes and masks are scored against class vectors as in Zheng et al., "Zero-Shot Instance Segmentation", CVPR
+2021, section 3. Shapes: d is the length of a word vector, and class vectors are rows, with the background's first.
+Contrastive heads act before the features reach the proposals, and add a loss to the detector's own.
 """
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 
+from zsi_contrastive.greedy import TINY_SIZES, GreedySizes, PatchModules
+from zsi_contrastive.ssl.views import normalised
+
 DECONV = 2  # the mask head doubles the side of what RoIAlign gives
+START = 0.01  # standard deviation of new weights of the proposals, as in Faster R-CNN (Ren et al. 2015, section 3.1.3)
+THUMBNAIL = 32  # pixels: the side of what Greedy InfoMax's modules see
+PATCH = 3  # places of the map, across and down
+PATCH_WIDTH, TEMPERATURE = 64, 0.1  # of patch InfoNCE; SimCLR's best temperature (Chen et al. 2020, table 5)
+BACKGROUND = 8  # patches of each picture that lie on no thing
+Levels = dict[str, torch.Tensor]
+Target = dict[str, torch.Tensor]  # of a picture: `boxes` (n, 4), `labels` (n,) from 1, `masks` (n, height, width)
 
 
 class BackgroundAwareRPNHead(nn.Module):
@@ -21,22 +35,23 @@ class BackgroundAwareRPNHead(nn.Module):
     """
 
     def __init__(self, channels: int, anchors: int, background: torch.Tensor) -> None:
-        """`anchors` per place; `background` (d,) is copied."""
+        """Makes the layers for `anchors` per place; `background` (d,) is copied."""
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.semantic = nn.Conv2d(channels, len(background), 1)
         self.box = nn.Conv2d(channels, anchors * 4, 1)
         for layer in (self.conv, self.semantic, self.box):
-            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.normal_(layer.weight, std=START)
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)
         self.background = nn.Parameter(background.float().repeat(anchors, 1))  # (anchors, d)
-        self.thing = nn.Parameter(torch.randn(anchors, len(background)) * 0.01)
+        self.thing = nn.Parameter(torch.randn(anchors, len(background)) * START)
 
     def forward(self, features: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Of every level (pictures, channels, h, w): scores (pictures, anchors, h, w) and boxes (…, anchors · 4, …).
+        """Scores and shifts the anchors of every level (pictures, channels, h, w).
 
-        A score is the logit of being a thing: the softmax over both rows is its sigmoid.
+        Returns scores (pictures, anchors, h, w) and boxes (pictures, anchors · 4, h, w). A score is the logit of being
+        a thing: the softmax over both rows is its sigmoid.
         """
         rows = self.thing - self.background  # (anchors, d)
         # The vectors and their product with the rows are one linear map: a place's d values are never held.
@@ -50,7 +65,7 @@ class BackgroundAwareRPNHead(nn.Module):
         return scores, boxes
 
     def background_vector(self) -> torch.Tensor:
-        """What background is now (d,): the mean of the anchors' rows."""
+        """Returns what stands for background now (d,): the mean of the anchors' rows."""
         return self.background.mean(0)
 
 
@@ -58,25 +73,25 @@ class SynchronisedBackground(nn.Module):
     """Class vectors whose first row is background: its word vector, or what the proposals have learnt (section 3.5)."""
 
     def __init__(self, background: torch.Tensor) -> None:
-        """`background` (d,) is its word vector."""
+        """Keeps `background` (d,), its word vector."""
         super().__init__()
         self.register_buffer("word", background.float().clone())
 
     def forward(self, seen: torch.Tensor, learnt: torch.Tensor | None = None) -> torch.Tensor:
-        """(1 + seen, d): gradient flows back into `learnt` (d,) where that takes the word's place."""
+        """Returns (1 + seen, d); the gradient flows back into `learnt` (d,) where that takes the word's place."""
         assert isinstance(self.word, torch.Tensor)
         return torch.cat([(self.word if learnt is None else learnt)[None], seen])
 
 
 class SemanticBoxHead(nn.Module):
-    """A region as a vector in the space of words, and the shift of its box, which is the same for every class.
+    """Turns a region into a vector in the space of words, and the shift of its box, which is the same for every class.
 
     With a decoder the features are reconstructed from the vector (section 3.2); with a vocabulary the vector
     passes through its products with many words first.
     """
 
     def __init__(self, inputs: int, width: int, length: int, decoder: bool, words: torch.Tensor | None = None) -> None:
-        """`inputs` values of a region, `width` of the two layers, `length` d, `words` (n, d) the vocabulary."""
+        """Makes layers for `inputs` values of a region, `width` and `length` d; `words` (n, d) are a vocabulary."""
         super().__init__()
         self.first = nn.Linear(inputs, width)
         self.second = nn.Linear(width, width)
@@ -91,7 +106,7 @@ class SemanticBoxHead(nn.Module):
             self.from_words.weight = nn.Parameter(torch.linalg.pinv(words.T).T.contiguous())
 
     def forward(self, regions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Regions (n, channels, s, s) as vectors (n, d), box shifts (n, 4) and features (n, width)."""
+        """Turns regions (n, channels, s, s) into vectors (n, d), box shifts (n, 4) and features (n, width)."""
         features = F.relu(self.second(F.relu(self.first(regions.flatten(1)))))
         vectors = self.semantic(features)
         if self.from_words is not None:
@@ -100,19 +115,19 @@ class SemanticBoxHead(nn.Module):
         return vectors, self.box(features), features
 
     def reconstruction_loss(self, vectors: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """Mean squared error of the decoder; both the vectors and the features that they come from learn by it."""
+        """Returns the decoder's mean squared error; vectors and the features that they come from both learn by it."""
         assert self.decoder is not None
         return F.mse_loss(self.decoder(vectors), features)
 
 
 class SemanticMaskHead(nn.Module):
-    """A region's pixels as vectors in the space of words: a class's mask is their product with its vector.
+    """Turns a region's pixels into vectors in the space of words: a class's mask is their product with its vector.
 
     That product is the paper's fixed 1 × 1 convolution, done for the wanted class alone (section 3.4).
     """
 
     def __init__(self, channels: int, width: int, depth: int, length: int, decoder: bool) -> None:
-        """`depth` convolutions of `width` channels before the side is doubled."""
+        """Makes `depth` convolutions of `width` channels, before the side is doubled."""
         super().__init__()
         self.convs = MaskRCNNHeads(channels, [width] * depth, 1)
         self.deconv = nn.ConvTranspose2d(width, width, 2, DECONV)
@@ -127,18 +142,18 @@ class SemanticMaskHead(nn.Module):
         nn.init.kaiming_normal_(self.deconv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, regions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Regions (n, channels, s, s) as vectors (n, d, 2s, 2s) and features (n, width, 2s, 2s)."""
+        """Turns regions (n, channels, s, s) into vectors (n, d, 2s, 2s) and features (n, width, 2s, 2s)."""
         features = F.relu(self.deconv(self.convs(regions)))
         return self.encoder(features), features
 
     def reconstruction_loss(self, vectors: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """Mean squared error of the decoder over all pixels."""
+        """Returns the decoder's mean squared error over all pixels."""
         assert self.decoder is not None
         return F.mse_loss(self.decoder(vectors), features)
 
 
 def mask_logits(vectors: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """Logits (n, h, w) of each region's mask: its vectors (n, d, h, w) times its class's vector (n, d)."""
+    """Computes logits (n, h, w) of each region's mask: its vectors (n, d, h, w) times its class's vector (n, d)."""
     return torch.einsum("ndhw,nd->nhw", vectors, classes.to(vectors.dtype))
 
 
@@ -149,7 +164,7 @@ def transferred(
     temperature: float = 1.0,
     background: bool = True,
 ) -> torch.Tensor:
-    """Scores (n, asked) of any classes from those of the known: softmax(logits) · V · V_askedᵀ (section 3.2).
+    """Scores any classes (n, asked) by the logits of known ones: softmax(logits) · V · V_askedᵀ (section 3.2).
 
     `logits` (n, 1 + seen), `known` V (1 + seen, d) with background first, `asked` (asked, d). A region that looks
     half like one class and half like another has that mixture as its vector. That is the paper's rule. A higher
@@ -161,3 +176,148 @@ def transferred(
         return (logits / temperature).softmax(-1) @ known @ asked.T
     thing = 1 - logits.softmax(-1)[:, :1]
     return thing * ((logits[:, 1:] / temperature).softmax(-1) @ known[1:] @ asked.T)
+
+
+class GreedyInfoMaxHead(nn.Module):
+    """Three gradient-isolated modules on the whole picture at 32 × 32, each with an InfoNCE loss of its own.
+
+    What the last one sees is added to every level of the pyramid as one vector, through a layer that starts at zero:
+    the detector can use it, but its losses do not reach the modules.
+    """
+
+    def __init__(self, channels: int, sizes: GreedySizes = GreedySizes()) -> None:  # noqa: B008
+        """Makes modules of these sizes, for a pyramid of `channels`."""
+        super().__init__()
+        self.isolated = PatchModules(sizes)
+        self.join = nn.Linear(self.isolated.width, channels)
+        nn.init.zeros_(self.join.weight)
+        nn.init.zeros_(self.join.bias)
+
+    def forward(
+        self, pictures: Sequence[torch.Tensor], levels: Levels, targets: Sequence[Target], size: tuple[int, int]
+    ) -> tuple[torch.Tensor, Levels]:
+        """Returns the sum of the modules' losses, and the levels with what the modules see; see `Contrastive`."""
+        losses, seen = self.isolated(thumbnails(pictures))
+        return losses.sum(), self._added(levels, seen)
+
+    def joined(self, pictures: Sequence[torch.Tensor], levels: Levels) -> Levels:
+        """Adds what the modules see of each picture to the pyramid's levels (n, channels, h, w)."""
+        return self._added(levels, self.isolated.features(thumbnails(pictures)))
+
+    def _added(self, levels: Levels, seen: torch.Tensor) -> Levels:
+        added = self.join(seen)[:, :, None, None]  # (n, channels, 1, 1)
+        return {name: level + added for name, level in levels.items()}
+
+
+def thumbnails(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Shrinks pictures (3, height, width) of 0 to 1 to 32 × 32, and normalises them (n, 3, 32, 32)."""
+    small = [
+        F.interpolate(picture[None], (THUMBNAIL, THUMBNAIL), mode="bilinear", antialias=True) for picture in pictures
+    ]
+    return normalised(torch.cat(small))
+
+
+class PatchInfoNCEHead(nn.Module):
+    """Tells patches of one thing from those of other classes' things and of background.
+
+    Two patches of a thing are related; patches of other things of its class are neither. Only annotated things count,
+    so nothing is learnt about unseen classes.
+    """
+
+    def __init__(self, channels: int) -> None:
+        """Makes the embedding for maps of `channels`."""
+        super().__init__()
+        self.embed = nn.Sequential(
+            nn.Conv2d(channels, PATCH_WIDTH, 1), nn.ReLU(), nn.Conv2d(PATCH_WIDTH, PATCH_WIDTH, 1)
+        )
+
+    def forward(
+        self, pictures: Sequence[torch.Tensor], levels: Levels, targets: Sequence[Target], size: tuple[int, int]
+    ) -> tuple[torch.Tensor, Levels]:
+        """Returns the InfoNCE of related patches of the finest level, and the levels as they are; see `Contrastive`."""
+        return self.loss(next(iter(levels.values())), targets, size), levels
+
+    def loss(self, maps: torch.Tensor, targets: Sequence[Target], size: tuple[int, int]) -> torch.Tensor:
+        """Computes the loss on maps (pictures, channels, h, w) of a batch of `size` pixels; 0 without any thing."""
+        embedded = self.embed(F.avg_pool2d(maps, PATCH, 1, PATCH // 2)).float()
+        queries, keys, labels, others = [], [], [], []
+        for picture, target in zip(embedded, targets, strict=True):
+            masks = target["masks"].bool()
+            for mask, label in zip(masks, target["labels"], strict=True):
+                if (spots := _drawn_spots(mask, 2)) is not None:
+                    one, other = _at(picture, spots, size)
+                    queries.append(one)
+                    keys.append(other)
+                    labels.append(label)
+            outside = ~masks.any(0) if len(masks) else torch.ones(1, 1, dtype=torch.bool, device=maps.device)
+            if (spots := _drawn_spots(outside, BACKGROUND)) is not None:
+                others.append(_at(picture, spots, size))
+        if not queries:
+            return embedded.sum() * 0  # every process's weights take part in every step
+        background = torch.cat(others or [embedded.new_zeros(0, embedded.shape[1])])
+        return patch_info_nce(torch.stack(queries), torch.stack(keys), torch.stack(labels), background)
+
+    def joined(self, pictures: Sequence[torch.Tensor], levels: Levels) -> Levels:
+        """Returns the levels as they are: the head teaches the backbone, and does nothing in use."""
+        return levels
+
+
+def patch_info_nce(
+    queries: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, others: torch.Tensor
+) -> torch.Tensor:
+    """Computes InfoNCE of queries and their keys (n, d) against those of other `labels` (n,) and `others` (m, d)."""
+    columns = F.normalize(torch.cat([keys, others]), dim=1)
+    logits = F.normalize(queries, dim=1) @ columns.T / TEMPERATURE
+    same = (labels[:, None] == labels) & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    logits = logits.masked_fill(F.pad(same, (0, len(others))), -torch.inf)
+    return F.cross_entropy(logits, torch.arange(len(queries), device=logits.device))
+
+
+def _drawn_spots(mask: torch.Tensor, count: int) -> torch.Tensor | None:
+    """Draws `count` different pixels (count, 2) of a mask, as row and column; None if it has fewer."""
+    spots = mask.nonzero()
+    if len(spots) < count:
+        return None
+    return spots[torch.randperm(len(spots), device=mask.device)[:count]]
+
+
+def _at(picture: torch.Tensor, spots: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Takes the vectors (count, d) of a map (d, h, w) at pixels of a batch of `size`."""
+    rows = spots[:, 0] * picture.shape[1] // size[0]
+    columns = spots[:, 1] * picture.shape[2] // size[1]
+    return picture[:, rows, columns].T
+
+
+@dataclass(frozen=True)
+class Contrastive:
+    """A contrastive head that a detector may have.
+
+    The module is called with the pictures (3, height, width) of 0 to 1, the pyramid's levels (n, channels, h, w), the
+    targets in the batch's pixels, and the batch's height and width; it returns its loss and the levels that the
+    detector goes on with. In use, its `joined` gets pictures and levels and returns the levels.
+
+    Attributes:
+        make: returns the module for a pyramid of so many channels; small ones for tiny.
+        module: the detector's attribute, which names its weights on disk.
+        share: the training option that its loss is multiplied by.
+        said: what a report calls it.
+    """
+
+    make: Callable[[int, bool], nn.Module]
+    module: str
+    share: str
+    said: str
+
+
+# By the model option that switches them on, which also names their losses.
+CONTRASTIVE: dict[str, Contrastive] = {
+    "greedy_infomax": Contrastive(
+        lambda channels, tiny: GreedyInfoMaxHead(channels, TINY_SIZES if tiny else GreedySizes()),
+        module="greedy",
+        share="greedy_share",
+        said="Greedy InfoMax",
+    ),
+    "patch_infonce": Contrastive(
+        lambda channels, tiny: PatchInfoNCEHead(channels), module="patch", share="patch_share", said="patch InfoNCE"
+    ),
+}

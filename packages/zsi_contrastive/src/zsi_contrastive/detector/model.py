@@ -1,7 +1,8 @@
 """`ZeroShotMaskRCNN`: torchvision's Mask R-CNN with heads that know words (Zheng et al., CVPR 2021)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,31 +11,51 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 
-from zsi_contrastive.detector.contrastive import GreedyInfoMaxHead, PatchInfoNCEHead
+from labs_common.saved import load_exactly, read_weights
+from zsi_contrastive.detector.backbone import make_backbone
+from zsi_contrastive.detector.config import TINY, TrainConfig
 from zsi_contrastive.detector.heads import (
+    CONTRASTIVE,
     BackgroundAwareRPNHead,
+    GreedyInfoMaxHead,
     SemanticBoxHead,
     SemanticMaskHead,
     SynchronisedBackground,
+    Target,
 )
-from zsi_contrastive.detector.regions import Asked, Found, Sampling, Target, ZeroShotRegions
-from zsi_contrastive.greedy import TINY_SIZES, GreedySizes
+from zsi_contrastive.detector.regions import Detections, Query, Sampling, ZeroShotRegions
+from zsi_contrastive.detector.vectors import ClassVectors
 
-RATIOS = (0.5, 1.0, 2.0)
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+RATIOS = (0.5, 1.0, 2.0)  # of anchors: height to width
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, with which the backbones were trained
+RPN_FOREGROUND, RPN_BACKGROUND = 0.7, 0.3  # IoU from which an anchor is a thing, and below which it is background
+RPN_THINGS = 0.5  # the largest share of things among an image's sampled anchors
+RPN_NMS = 0.7  # IoU from which the weaker of two proposals is dropped; all four are Faster R-CNN's
 MASK_FROM = 0.5  # the probability from which a pixel belongs to a thing
+TINY_CHANNELS, CHANNELS = 48, 256  # of the pyramid; 256 is that of Lin et al. 2017
+TINY_ANCHORS = (16, 28, 48)  # drawn things are 15 to 46 pixels across
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Which of the paper's parts there are, and which contrastive heads: ablations switch them on."""
+    """The paper's parts that a detector has, and its contrastive heads (keys of `CONTRASTIVE`)."""
 
     mask_head: bool = True
     decoders: bool = True
     background_rpn: bool = True
     sync_background: bool = True
-    greedy_infomax: bool = False
-    patch_infonce: bool = False
+    contrastive: tuple[str, ...] = ()
+
+    def plain(self) -> dict[str, bool]:
+        """Returns a yes or no for each part and head: what is kept on disk."""
+        plain: dict[str, bool] = {name: value for name, value in asdict(self).items() if name != "contrastive"}
+        return plain | {name: name in self.contrastive for name in CONTRASTIVE}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, bool]) -> "Parts":
+        """Makes them from what `plain` returned."""
+        own = {name: value for name, value in plain.items() if name not in CONTRASTIVE}
+        return cls(**own, contrastive=tuple(name for name in CONTRASTIVE if plain.get(name)))
 
 
 @dataclass(frozen=True)
@@ -42,9 +63,16 @@ class Sizes:
     """Widths and numbers. The defaults are the paper's, for photographs.
 
     Attributes:
+        width: of the box head's layers.
+        mask_width: of the mask head's convolutions, `mask_depth` of them.
         anchors: the anchors' sides in pixels, one for each level of the pyramid.
-        proposals: before and after suppression, in training and in use.
-        tiny_modules: whether the Greedy InfoMax head's are small ones, or the paper's.
+        min_side: pictures are scaled so that their shorter side is that long, and the longer at most `max_side`.
+        rpn_samples: anchors of a picture that the proposals' loss looks at.
+        proposals: before suppression in training and in use, and after it in training and in use.
+        divisible: batches are padded to sides that this divides.
+        sides: of what RoIAlign gives, for boxes and masks.
+        points: samples across a cell of RoIAlign.
+        tiny_modules: whether the modules of contrastive heads are small ones, or the paper's.
     """
 
     width: int = 1024
@@ -78,7 +106,7 @@ class ZeroShotMaskRCNN(nn.Module):
         sampling: Sampling,
         words: torch.Tensor | None = None,
     ) -> None:
-        """`background` (d,) and `seen` (seen, d) are vectors of words, `words` (n, d) a second vocabulary."""
+        """Takes vectors of `background` (d,) and of `seen` classes (seen, d), and perhaps a vocabulary (n, d)."""
         super().__init__()
         channels = int(backbone.out_channels)  # type: ignore[arg-type]
         self.parts = parts
@@ -90,25 +118,36 @@ class ZeroShotMaskRCNN(nn.Module):
             if parts.background_rpn
             else RPNHead(channels, len(RATIOS))
         )
-        before_training, before, after_training, after = (sizes.proposals[place] for place in (0, 1, 2, 3))
+        before_training, before, after_training, after = sizes.proposals
         self.rpn = RegionProposalNetwork(
-            anchors, head, 0.7, 0.3, sizes.rpn_samples, 0.5,
-            {"training": before_training, "testing": before}, {"training": after_training, "testing": after}, 0.7,
-        )  # fmt: skip
+            anchors,
+            head,
+            RPN_FOREGROUND,
+            RPN_BACKGROUND,
+            sizes.rpn_samples,
+            RPN_THINGS,
+            {"training": before_training, "testing": before},
+            {"training": after_training, "testing": after},
+            RPN_NMS,
+        )
         self.background = SynchronisedBackground(background)
         self.register_buffer("seen", seen.float().clone())
         box_head = SemanticBoxHead(channels * sizes.sides[0] ** 2, sizes.width, len(background), parts.decoders, words)
         mask_head = None
         if parts.mask_head:
             mask_head = SemanticMaskHead(channels, sizes.mask_width, sizes.mask_depth, len(background), parts.decoders)
+        # torchvision pools from four levels: the fifth, coarsest one is for proposals alone.
         levels = [str(place) for place in range(min(4, len(sizes.anchors)))]
         self.regions = ZeroShotRegions(levels, box_head, mask_head, sampling, sizes.sides, sizes.points)
-        modules = TINY_SIZES if sizes.tiny_modules else GreedySizes()
-        self.greedy = GreedyInfoMaxHead(channels, modules) if parts.greedy_infomax else None
-        self.patch = PatchInfoNCEHead(channels) if parts.patch_infonce else None
+        for name in parts.contrastive:
+            self.add_module(CONTRASTIVE[name].module, CONTRASTIVE[name].make(channels, sizes.tiny_modules))
+
+    def contrastive(self) -> dict[str, nn.Module]:
+        """Returns the contrastive heads that there are, by their names in `CONTRASTIVE`."""
+        return {name: self.get_submodule(CONTRASTIVE[name].module) for name in self.parts.contrastive}
 
     def classes(self) -> torch.Tensor:
-        """The vectors that training compares with (1 + seen, d): background's first, as it is now."""
+        """Returns the vectors that training compares with (1 + seen, d): background's first, as it is now."""
         head = self.rpn.head
         learnt = None
         if self.parts.sync_background and isinstance(head, BackgroundAwareRPNHead):
@@ -117,7 +156,7 @@ class ZeroShotMaskRCNN(nn.Module):
         return self.background(self.seen, learnt)
 
     def forward(self, pictures: list[torch.Tensor], targets: list[Target]) -> dict[str, torch.Tensor]:
-        """The losses by name.
+        """Returns the losses by name.
 
         Pictures are (3, height, width) of 0 to 1; a target has `boxes` (n, 4), `labels` (n,) from 1 in the order of
         the seen classes, and `masks` (n, height, width) of 0 and 1.
@@ -125,12 +164,8 @@ class ZeroShotMaskRCNN(nn.Module):
         batch, scaled = self.transform(pictures, targets)
         features = self.backbone(batch.tensors)
         contrast = {}
-        if self.greedy is not None:
-            contrast["greedy_infomax"], seen = self.greedy(pictures)
-            features = self.greedy.joined(features, seen)
-        if self.patch is not None:
-            finest = next(iter(features.values()))
-            contrast["patch_infonce"] = self.patch(finest, scaled, *batch.tensors.shape[-2:])
+        for name, head in self.contrastive().items():
+            contrast[name], features = head(pictures, features, scaled, tuple(batch.tensors.shape[-2:]))
         proposals, losses = self.rpn(batch, features, scaled)
         found = self.regions.losses(features, proposals, batch.image_sizes, scaled, self.classes())
         return {
@@ -141,30 +176,79 @@ class ZeroShotMaskRCNN(nn.Module):
         }
 
     @torch.no_grad()
-    def detect(self, pictures: list[torch.Tensor], lists: Sequence[Asked]) -> list[list[Found]]:
-        """For each of `lists` what is in every picture (3, height, width), boxes in the picture's own pixels.
+    def detect(self, pictures: list[torch.Tensor], queries: Sequence[Query]) -> list[list[Detections]]:
+        """Answers each query for every picture (3, height, width), with boxes in the picture's own pixels.
 
         Masks stay as small as the head gives them; see `pasted`.
         """
         batch, _ = self.transform(pictures)
         features = self.backbone(batch.tensors)
-        if self.greedy is not None:
-            features = self.greedy.joined(features, self.greedy.seen(pictures))
+        for head in self.contrastive().values():
+            features = head.joined(pictures, features)  # type: ignore[operator]
         proposals, _ = self.rpn(batch, features)
-        found = self.regions.detections(features, proposals, batch.image_sizes, self.classes(), lists)
+        found = self.regions.detections(features, proposals, batch.image_sizes, self.classes(), queries)
         originals = [tuple(picture.shape[-2:]) for picture in pictures]
         return [
             [
                 part._replace(boxes=resize_boxes(part.boxes, size, original))
-                for part, size, original in zip(of_list, batch.image_sizes, originals, strict=True)
+                for part, size, original in zip(of_query, batch.image_sizes, originals, strict=True)
             ]
-            for of_list in found
+            for of_query in found
         ]
 
 
-def pasted(found: Found, height: int, width: int) -> torch.Tensor:
-    """The masks in a picture of that size (found, height, width), bool."""
+def pasted(found: Detections, height: int, width: int) -> torch.Tensor:
+    """Draws the masks into a picture of that size (found, height, width), bool."""
     assert found.masks is not None
     if len(found.masks) == 0:
         return torch.zeros(0, height, width, dtype=torch.bool)
     return paste_masks_in_image(found.masks[:, None], found.boxes, (height, width))[:, 0] >= MASK_FROM
+
+
+def make_model(config: TrainConfig, vectors: ClassVectors, words: torch.Tensor | None) -> ZeroShotMaskRCNN:
+    """Makes the untrained detector that a completed config describes.
+
+    Raises:
+        LabError: the backbone cannot be had, or weights do not fit.
+    """
+    options = config.model
+    channels = channels_of(options.backbone)
+    backbone = make_backbone(
+        options.backbone, options.backbone_pretrained, options.backbone_weights, options.frozen_stages, channels
+    )
+    contrastive = tuple(name for name in CONTRASTIVE if getattr(options, name))
+    parts = Parts(options.mask_head, options.decoders, options.background_rpn, options.sync_background, contrastive)
+    model = ZeroShotMaskRCNN(backbone, vectors.background, vectors.seen, parts, *sizes_of(config), words)
+    if options.greedy_weights is not None:
+        greedy = model.contrastive()["greedy_infomax"]
+        assert isinstance(greedy, GreedyInfoMaxHead)
+        state: dict[str, Any] = read_weights(options.greedy_weights, "--greedy-weights")
+        load_exactly(greedy.isolated, state, f"--greedy-weights {options.greedy_weights}")
+    return model
+
+
+def sizes_of(config: TrainConfig) -> tuple[Sizes, Sampling]:
+    """Returns widths and numbers for a completed config's backbone; tiny's fit drawn scenes of 96 pixels."""
+    shorter, longer = config.model.min_side, config.model.max_side
+    if config.model.backbone != TINY:
+        return Sizes(min_side=shorter, max_side=longer), Sampling()
+    sizes = Sizes(
+        width=256,
+        mask_width=48,
+        mask_depth=2,
+        anchors=TINY_ANCHORS,
+        min_side=shorter,
+        max_side=longer,
+        rpn_samples=64,
+        proposals=(100, 200, 50, 100),
+        divisible=16,
+        sides=(5, 7),
+        points=1,
+        tiny_modules=True,
+    )
+    return sizes, Sampling(per_picture=24)
+
+
+def channels_of(backbone: str) -> int:
+    """Returns the channels of the pyramid over a backbone."""
+    return TINY_CHANNELS if backbone == TINY else CHANNELS

@@ -1,11 +1,14 @@
 """Writes zero-shot parts of COCO: `python -m zsi_contrastive.prepare --data coco --split 48_17`."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 from labs_common.errors import LabError
-from zsi_contrastive.detector.command_config import PrepareConfig
-from zsi_contrastive.detector.config import default_split
+from labs_common.run import check_writable, write_atomically, written_whole
+from zsi_contrastive.detector.annotations import read_split
+from zsi_contrastive.detector.config import PrepareConfig, default_split
+from zsi_contrastive.detector.data import read_parts
 
 NAMES = {"train": "train_seen.json", "unseen": "test_unseen.json", "both": "test_both.json"}
 
@@ -16,12 +19,6 @@ def prepare(config: PrepareConfig) -> None:
     Raises:
         LabError: the data cannot be read, or the directory exists.
     """
-    import json
-
-    from labs_common.run import check_writable, write_atomically, written_whole
-    from zsi_contrastive.detector.data import read_parts
-    from zsi_contrastive.detector.splits import read_split
-
     data = dataclasses.replace(config.data, split=default_split(config.data))
     split = read_split(data.split)
     output = config.output or Path(f"zero-shot-{split.name}")

@@ -14,21 +14,24 @@ from torchvision.models.detection.roi_heads import RoIHeads, project_masks_on_bo
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops import boxes as box_ops
 
-from zsi_contrastive.detector.heads import SemanticBoxHead, SemanticMaskHead, mask_logits, transferred
+from zsi_contrastive.detector.heads import SemanticBoxHead, SemanticMaskHead, Target, mask_logits, transferred
 
+# torchvision's, as in Faster R-CNN: shifts of boxes are scaled so that their deviations are about 1.
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+OVERLAP = 0.5  # IoU from which a region is taken for an object's, in training
 CANDIDATES = 2000  # the most boxes of a picture that go into non-maximum suppression
-Target = dict[str, torch.Tensor]
+NARROW = 1e-2  # pixels: smaller boxes are dropped, as torchvision does
 
 
 @dataclass(frozen=True)
-class Asked:
+class Query:
     """Classes to look for, which may be any that have vectors.
 
     Attributes:
         vectors: (classes, d).
         groups: (classes,), int64: of each group the best detections of a picture are kept.
-        temperature, background: see `zsi_contrastive.detector.heads.transferred`.
+        temperature: see `zsi_contrastive.detector.heads.transferred`.
+        background: see there.
         masks: whether they are wanted.
     """
 
@@ -39,13 +42,13 @@ class Asked:
     masks: bool = True
 
 
-class Found(NamedTuple):
-    """What was found in a picture, best first within each group.
+class Detections(NamedTuple):
+    """The detections of a picture, best first within each group.
 
     Attributes:
         boxes: (found, 4), left, top, right and bottom.
         scores: (found,).
-        classes: (found,), rows of `Asked.vectors`.
+        classes: (found,), rows of `Query.vectors`.
         masks: probabilities (found, side, side) inside the boxes, or None.
     """
 
@@ -57,7 +60,7 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How regions of a picture are chosen for training."""
+    """How regions of a picture are chosen for training. The defaults are those of Mask R-CNN with a pyramid."""
 
     per_picture: int = 512
     thing_share: float = 0.25
@@ -75,12 +78,20 @@ class ZeroShotRegions(RoIHeads):
         sides: tuple[int, int],
         points: int,
     ) -> None:
-        """`levels` of the pyramid are read; RoIAlign gives `sides` for boxes and masks, of `points`² a cell."""
-        pool = MultiScaleRoIAlign(list(levels), sides[0], points)
+        """Reads `levels` of the pyramid; RoIAlign gives `sides` for boxes and masks, of `points`² samples a cell."""
         super().__init__(
-            pool, box_head, nn.Identity(), 0.5, 0.5, sampling.per_picture, sampling.thing_share, BOX_WEIGHTS,
-            0.05, 0.5, 100,
-        )  # fmt: skip
+            MultiScaleRoIAlign(list(levels), sides[0], points),
+            box_head,
+            nn.Identity(),  # torchvision's box predictor: here the head does it all
+            OVERLAP,
+            OVERLAP,
+            sampling.per_picture,
+            sampling.thing_share,
+            BOX_WEIGHTS,
+            score_thresh=0.05,  # these three until `keep` is called
+            nms_thresh=0.5,
+            detections_per_img=100,
+        )
         self.semantic_masks = mask_head
         self.mask_pool = MultiScaleRoIAlign(list(levels), sides[1], points) if mask_head else None
 
@@ -96,14 +107,15 @@ class ZeroShotRegions(RoIHeads):
         targets: list[Target],
         classes: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """Losses by name. `classes` (1 + seen, d) begin with background, `targets` have labels from 1 on."""
+        """Returns losses by name. `classes` (1 + seen, d) begin with background, `targets` have labels from 1 on."""
         regions, matched, labels, shifts = self.select_training_samples(list(proposals), targets)
         vectors, boxes, seen = self.box_head(self.box_roi_pool(features, regions, sizes))
-        label = torch.cat(labels)
+        label = torch.cat(labels)  # (regions,) of all pictures
         things = torch.where(label > 0)[0]
         wanted = torch.cat(list(shifts))[things]
         losses = {
             "classes": F.cross_entropy(vectors @ classes.T, label),
+            # torchvision's: beta 1/9, and the mean over all regions, also those of background.
             "box": F.smooth_l1_loss(boxes[things], wanted, beta=1 / 9, reduction="sum") / max(1, len(label)),
         }
         if self.box_head.decoder is not None:
@@ -138,11 +150,11 @@ class ZeroShotRegions(RoIHeads):
         proposals: list[torch.Tensor],
         sizes: list[tuple[int, int]],
         known: torch.Tensor,
-        lists: Sequence[Asked],
-    ) -> list[list[Found]]:
-        """For each of `lists` what is found in every picture; `known` (1 + seen, d) are the classes trained on.
+        queries: Sequence[Query],
+    ) -> list[list[Detections]]:
+        """Answers each query for every picture; `known` (1 + seen, d) are the classes trained on.
 
-        The proposals are looked at once, whatever the number of lists.
+        The proposals go through the box head once, whatever the number of queries.
         """
         vectors, shifts, _ = self.box_head(self.box_roi_pool(features, proposals, sizes))
         counts = [len(part) for part in proposals]
@@ -150,42 +162,42 @@ class ZeroShotRegions(RoIHeads):
         with torch.autocast(vectors.device.type, enabled=False):  # scores that differ little keep their order
             logits = vectors.float() @ known.float().T
             scores = [
-                transferred(logits, known, asked.vectors, asked.temperature, asked.background).split(counts)
-                for asked in lists
+                transferred(logits, known, query.vectors, query.temperature, query.background).split(counts)
+                for query in queries
             ]
         answers = []
-        for asked, of_list in zip(lists, scores, strict=True):
+        for query, of_query in zip(queries, scores, strict=True):
             found = [
-                self._kept(box_ops.clip_boxes_to_image(part, size), score, asked.groups)
-                for part, score, size in zip(boxes, of_list, sizes, strict=True)
+                self._kept(box_ops.clip_boxes_to_image(part, size), score, query.groups)
+                for part, score, size in zip(boxes, of_query, sizes, strict=True)
             ]
-            if asked.masks and self.semantic_masks is not None:
-                found = self._masked(features, sizes, found, asked)
+            if query.masks and self.semantic_masks is not None:
+                found = self._masked(features, sizes, found, query)
             answers.append(found)
         return answers
 
-    def _kept(self, boxes: torch.Tensor, scores: torch.Tensor, groups: torch.Tensor) -> Found:
-        """The best of each group, after non-maximum suppression within each class."""
+    def _kept(self, boxes: torch.Tensor, scores: torch.Tensor, groups: torch.Tensor) -> Detections:
+        """Keeps the best of each group, after non-maximum suppression within each class."""
         parts = []
-        big = ((boxes[:, 2:] - boxes[:, :2]) >= 1e-2).all(1)
+        big = ((boxes[:, 2:] - boxes[:, :2]) >= NARROW).all(1)
         for group in groups.unique():
             members = torch.where(groups == group)[0]
-            candidates = torch.where(big[:, None], scores[:, members], -torch.inf).flatten()
+            candidates = torch.where(big[:, None], scores[:, members], -torch.inf).flatten()  # (boxes · members,)
             best, place = candidates.topk(min(CANDIDATES, len(candidates)))
             place = place[best > self.score_thresh]
             best = best[best > self.score_thresh]
             box, label = boxes[place // len(members)], members[place % len(members)]
             keep = box_ops.batched_nms(box, best, label, self.nms_thresh)[: self.detections_per_img]
             parts.append((box[keep], best[keep], label[keep]))
-        found, score, which = (torch.cat(columns) for columns in zip(*parts, strict=True))
-        return Found(found, score, which, None)
+        found, score, label = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        return Detections(found, score, label, None)
 
     def _masked(
-        self, features: dict[str, torch.Tensor], sizes: list[tuple[int, int]], found: list[Found], asked: Asked
-    ) -> list[Found]:
+        self, features: dict[str, torch.Tensor], sizes: list[tuple[int, int]], found: list[Detections], query: Query
+    ) -> list[Detections]:
         assert self.semantic_masks is not None
         assert self.mask_pool is not None
         pixels, _ = self.semantic_masks(self.mask_pool(features, [part.boxes for part in found], sizes))
-        wanted = asked.vectors[torch.cat([part.classes for part in found])]
+        wanted = query.vectors[torch.cat([part.classes for part in found])]
         masks = mask_logits(pixels, wanted).float().sigmoid().split([len(part.boxes) for part in found])
         return [part._replace(masks=mask) for part, mask in zip(found, masks, strict=True)]

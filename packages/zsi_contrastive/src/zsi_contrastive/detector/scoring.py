@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ from faster_coco_eval.core import mask as rle
 from labs_common.errors import LabError
 from zsi_contrastive.detector.annotations import Instances
 
-LOW = (0.4, 0.5, 0.6)  # of the zero-shot literature
-USUAL = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
+LOW = (0.4, 0.5, 0.6)  # IoU, of the zero-shot literature
+USUAL = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))  # COCO's
 THRESHOLDS = tuple(sorted({*LOW, *USUAL}))
 KINDS = {"box": "bbox", "mask": "segm"}
 Result = dict[str, Any]
@@ -37,7 +38,7 @@ class ClassScores:
     recall: np.ndarray
 
     def means(self, wanted: Sequence[int]) -> dict[str, float]:
-        """Means over the wanted categories that have objects: `ap@0.5`, `recall@0.5`, …, and `ap` over 0.5 to 0.95."""
+        """Averages over wanted categories that have objects: `ap@0.5`, `recall@0.5`, …, and `ap` over 0.5 to 0.95."""
         places = [self.categories.index(number) for number in wanted]
         found = {}
         for threshold in LOW:
@@ -49,12 +50,12 @@ class ClassScores:
         return found
 
     def of_class(self, number: int) -> dict[str, float]:
-        """One category's `means`."""
+        """Returns one category's `means`."""
         return self.means([number])
 
 
 def scored(truth: Instances, results: Sequence[Mapping[str, Any]], categories: Sequence[int], kind: str) -> ClassScores:
-    """Scores by faster-coco-eval; `kind` is box or mask.
+    """Scores results of these `categories` with faster-coco-eval; `kind` is box or mask.
 
     Raises:
         LabError: a result is of a picture that the annotations do not have, or has no mask.
@@ -80,34 +81,33 @@ def scored(truth: Instances, results: Sequence[Mapping[str, Any]], categories: S
         found.createIndex()
         evaluation = _evaluated(gold, found, kind, sorted(categories))
     order = [sorted(categories).index(number) for number in categories]
-    precision = np.asarray(evaluation.eval["precision"])[:, :, order, 0, 0]  # (thresholds, recalls, classes)
+    # One area and one number of detections: (thresholds, recalls, classes) and (thresholds, classes).
+    precision = np.asarray(evaluation.eval["precision"])[:, :, order, 0, 0]
     recall = np.asarray(evaluation.eval["recall"])[:, order, 0, 0]
-    without = precision[0, 0] < 0
+    without = precision[0, 0] < 0  # -1 is COCO's way to say that a class has no object
     means = precision.mean(1)
     means[:, without] = np.nan
     return ClassScores(tuple(categories), means, np.where(without, np.nan, recall))
 
 
 def _detections(rows: Sequence[Mapping[str, Any]], kind: str) -> list[Result]:
-    """The results with what COCO's evaluation needs besides; areas are those of what is compared."""
-    if kind == "mask":
-        return [
-            {"image_id": row["image_id"], "category_id": row["category_id"], "score": row["score"], "id": number,
-             "segmentation": row["segmentation"], "area": float(rle.area(row["segmentation"])), "iscrowd": 0,
-             "bbox": row.get("bbox", [])}
-            for number, row in enumerate(rows, 1)
-        ]  # fmt: skip
-    return [
-        {"image_id": row["image_id"], "category_id": row["category_id"], "score": row["score"], "id": number,
-         "bbox": row["bbox"], "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
-        for number, row in enumerate(rows, 1)
-    ]  # fmt: skip
+    """Adds what COCO's evaluation needs besides; areas are those of what is compared."""
+    found = []
+    for number, row in enumerate(rows, 1):
+        same = {key: row[key] for key in ("image_id", "category_id", "score")} | {"id": number, "iscrowd": 0}
+        if kind == "mask":
+            outline = row["segmentation"]
+            own = {"segmentation": outline, "area": float(rle.area(outline)), "bbox": row.get("bbox", [])}
+        else:
+            own = {"bbox": row["bbox"], "area": row["bbox"][2] * row["bbox"][3]}
+        found.append(same | own)
+    return found
 
 
 def _evaluated(gold: COCO, found: COCO, kind: str, categories: list[int]) -> COCOeval_faster:
-    evaluation = COCOeval_faster(gold, found, KINDS[kind], print_function=_silent)
+    evaluation = COCOeval_faster(gold, found, KINDS[kind], print_function=lambda *_: None)
     evaluation.params.iouThrs = np.array(THRESHOLDS)
-    evaluation.params.maxDets = [100]
+    evaluation.params.maxDets = [100]  # of a picture; one number and one area, where COCO has three and four
     evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
     evaluation.params.catIds = categories
     evaluation.evaluate()
@@ -117,7 +117,7 @@ def _evaluated(gold: COCO, found: COCO, kind: str, categories: list[int]) -> COC
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Python's cyclic garbage collector waits: half a million new dictionaries would call it over and over."""
+    """Lets Python's cyclic garbage collector wait: half a million new dictionaries would call it over and over."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -128,12 +128,43 @@ def _no_collection() -> Iterator[None]:
 
 
 def harmonic_mean(seen: float, unseen: float) -> float:
-    """2ab / (a + b), which is small where one of both is."""
+    """Computes 2ab / (a + b), which is small where one of both is."""
     return 2 * seen * unseen / (seen + unseen) if seen + unseen > 0 else 0.0
 
 
+def of_classes(results: Sequence[Result], wanted: Sequence[int]) -> list[Result]:
+    """Takes the results of these category ids."""
+    ids = set(wanted)
+    return [result for result in results if result["category_id"] in ids]
+
+
+def together(results: Sequence[Result], seen: Sequence[int], bias: float, kept: int) -> list[Result]:
+    """Ranks both kinds of classes together: `bias` is taken from seen ones' scores, then a picture's best are kept.
+
+    Calibrated stacking, Chao et al., ECCV 2016, eq. 7. `results` hold the best of each kind in every picture,
+    so that for any bias nothing is lost.
+    """
+    ids = set(seen)
+    by_picture: dict[int, list[Result]] = defaultdict(list)
+    for result in results:
+        score = result["score"] - (bias if result["category_id"] in ids else 0.0)
+        by_picture[result["image_id"]].append({**result, "score": score})
+    ranked = [sorted(of_picture, key=lambda result: -result["score"])[:kept] for of_picture in by_picture.values()]
+    return [result for of_picture in ranked for result in of_picture]
+
+
+def iou(one: Sequence[float], other: Sequence[float]) -> float:
+    """Computes the intersection over union of two boxes (left, top, width, height)."""
+    across = min(one[0] + one[2], other[0] + other[2]) - max(one[0], other[0])
+    down = min(one[1] + one[3], other[1] + other[3]) - max(one[1], other[1])
+    if across <= 0 or down <= 0:
+        return 0.0
+    shared = across * down
+    return shared / (one[2] * one[3] + other[2] * other[3] - shared)
+
+
 def read_results(path: Path) -> list[Result]:
-    """COCO's result JSON; results that have masks alone get the boxes around them.
+    """Reads COCO's result JSON; results that have masks alone get the boxes around them.
 
     Raises:
         LabError: it cannot be read, or is something else.
@@ -162,7 +193,3 @@ def read_results(path: Path) -> list[Result]:
 def _mean(values: np.ndarray) -> float:
     there = values[~np.isnan(values)]
     return float(there.mean()) if there.size else float("nan")
-
-
-def _silent(*_: object) -> None:
-    return None

@@ -1,74 +1,154 @@
 """Trains a zero-shot detector: `accelerate launch -m zsi_contrastive.train --data coco --split 48_17 …`."""
 
 import time
-from typing import TYPE_CHECKING
 
-from zsi_contrastive.detector.config import TrainConfig, complete
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 
-if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
-    from accelerate import Accelerator
+from labs_common.data.splits import record_splits
+from labs_common.errors import LabError
+from labs_common.fitting import Fitted, Fitting, begin, channels_last, leave, results_of
+from labs_common.run import Run, seconds_between
+from labs_common.saved import FOLDER
+from labs_common.steps import ShuffledSteps
+from zsi_contrastive.detector.config import DetectionOptions, DetectorTrainingOptions, TrainConfig, complete
+from zsi_contrastive.detector.data import PictureBatches, ZeroShotData, read_data
+from zsi_contrastive.detector.heads import CONTRASTIVE
+from zsi_contrastive.detector.model import ZeroShotMaskRCNN, make_model
+from zsi_contrastive.detector.predict import predictions, query_of
+from zsi_contrastive.detector.protocol import AT_ONCE, evaluated
+from zsi_contrastive.detector.report import print_scores, summary_of, training_sections
+from zsi_contrastive.detector.saved import load_detector, save_detector
+from zsi_contrastive.detector.scoring import harmonic_mean, of_classes, scored
+from zsi_contrastive.detector.vectors import read_vocabulary
 
-    from labs_common.run import Run
-    from zsi_contrastive.detector.data import ZeroShotData
-    from zsi_contrastive.detector.fitting import Fitted
-    from zsi_contrastive.detector.model import ZeroShotMaskRCNN
+MOMENTUM = 0.9  # of SGD, as in the paper
+PACKAGES = ("torch", "torchvision", "timm", "accelerate")  # whose versions results.json has
 
 
 def train(config: TrainConfig) -> None:
-    """The road: pictures, words, model, training, evaluation of what was written, report."""
-    from labs_common.data.splits import record_splits
-    from labs_common.run import Run, check_run_options
-    from labs_common.training import make_accelerator
-    from zsi_contrastive.detector.data import read_data
-    from zsi_contrastive.detector.evaluation import evaluated
-    from zsi_contrastive.detector.fitting import make
-    from zsi_contrastive.detector.results import finish_report
-    from zsi_contrastive.detector.stored import load_model
-
+    """Walks the road: pictures, words, model, training, evaluation of what was written, report."""
     clock = {"start": time.perf_counter()}
     config = complete(config)
-    check_run_options(config.run)
-    accelerator = make_accelerator(config.training)
+    accelerator = begin(config.run, config.training)
     with accelerator.main_process_first():
         data = read_data(config.data, config.words, config.run.seed, accelerator.is_main_process)
-    model = make(config, data, accelerator)
+    model = untrained_model(config, data, accelerator)
     run = Run.start(config, config.run, f"zsi-{data.split.name}", accelerator)
     record_splits(run, data.pictures)
     fitted = fit(config, model, run, accelerator, data)
     clock |= fitted.clock
 
     # The test is of what was written: the model is read back and sees the pictures themselves.
-    loaded = load_model(run.path)
-    found = evaluated(loaded.model, data.split, data.vectors, data.pictures, config.detection, accelerator,
-                      config.run.seed)  # fmt: skip
+    loaded = load_detector(run.path)
+    found = evaluated(
+        loaded.model, data.split, data.vectors, data.pictures, config.detection, accelerator, config.run.seed
+    )
     clock["tested"] = time.perf_counter()
     if accelerator.is_main_process:
-        finish_report(run, config, data, loaded, fitted, found, clock)
+        seconds = seconds_between(clock)
+        results = results_of(run, config, fitted, "pictures", seconds["prepared"], PACKAGES) | {"test": found.plain()}
+        run.save_json("detections.json", found.results)
+        print_scores(found)
+        print(f"model: {run.path / FOLDER}")
+        leave(
+            run,
+            results,
+            config.run.report,
+            "Zero-shot instance segmentation",
+            lambda: (
+                summary_of(found),
+                training_sections(run, config, data, loaded.model, fitted, found, results, seconds),
+            ),
+        )
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
-def fit(
-    config: TrainConfig, model: "ZeroShotMaskRCNN", run: "Run", accelerator: "Accelerator", data: "ZeroShotData"
-) -> "Fitted":
+def untrained_model(config: TrainConfig, data: ZeroShotData, accelerator: Accelerator) -> ZeroShotMaskRCNN:
+    """Makes the untrained model, the same in every process.
+
+    Raises:
+        LabError: the backbone or the vocabulary cannot be had.
+    """
+    words = None
+    if config.words.vocabulary is not None:
+        words = read_vocabulary(config.words.vocabulary, data.vectors.seen.shape[1])
+    with accelerator.main_process_first():  # weights are downloaded on their first use
+        set_seed(config.run.seed)
+        return make_model(config, data.vectors, words)
+
+
+def fit(config: TrainConfig, model: ZeroShotMaskRCNN, run: Run, accelerator: Accelerator, data: ZeroShotData) -> Fitted:
     """Trains what is not frozen and writes the model to `model/` under the run.
 
     Raises:
-        RunStopped: the loss is not a number, or something fixed has moved.
+        LabError: there are fewer pictures than processes.
+        RunStopped: the loss is NaN, or something frozen has moved.
         Interrupted: Ctrl-C; the run can be resumed.
     """
-    from zsi_contrastive.detector.fitting import finished, scores, set_up
-
-    fitting = set_up(config, model, run, accelerator, data)
-    loop, options = fitting.loop, config.training
-    weights = {"box_reconstruction": options.reconstruction, "mask_reconstruction": options.reconstruction,
-               "greedy_infomax": options.greedy_share, "patch_infonce": options.patch_share}  # fmt: skip
+    options, pictures = config.training, data.pictures["train"]
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    if len(pictures) < processes:
+        raise LabError(f"--data: {len(pictures)} training pictures are too few for {processes} processes")
+    model.to(accelerator.device)
+    channels_last(model, accelerator)
+    batches = PictureBatches(pictures, options.at_once, options.flip, config.run.seed, rank, processes)
+    source = ShuffledSteps(len(pictures), options.batch_size, config.run.seed, batches)
+    fitting = Fitting.start(
+        run, accelerator, model, optimizer_of(model, options), source, options, config.run.seed, "pictures"
+    )
+    loop = fitting.loop
+    weights = {"box_reconstruction": options.reconstruction, "mask_reconstruction": options.reconstruction}
+    weights |= {name: getattr(options, head.share) for name, head in CONTRASTIVE.items()}
     for batch in loop.batches():
-        pictures, targets, share = batch.to(accelerator.device)
-        losses = fitting.model(pictures, targets)
+        images, targets, share = batch.to(accelerator.device)
+        losses = fitting.model(images, targets)
         loss = sum(weights.get(name, 1.0) * value for name, value in losses.items()) * share
         parts = {f"{name}_loss": float(value.detach()) * share for name, value in losses.items()}
-        loop.step(loss, len(pictures) if share else 0, **parts)
+        # A process without a picture of its own computes another's, with a share of 0: it counts nowhere.
+        loop.step(loss, len(images) if share else 0, **parts)
         if loop.evaluation_due and len(data.pictures["validation"]):
-            loop.evaluated(scores(fitting), "validation/harmonic_mean", higher_is_better=True)
-    return finished(fitting)
+            scores = validation_scores(fitting, data, config.detection, options.validation_pictures)
+            loop.evaluated(scores, "validation/harmonic_mean", higher_is_better=True)
+
+    def save(state: dict[str, torch.Tensor]) -> None:
+        save_detector(config, model, state, data.split, data.vectors, run.path / FOLDER)
+
+    return fitting.finish(save)
+
+
+def optimizer_of(model: ZeroShotMaskRCNN, options: DetectorTrainingOptions) -> torch.optim.Optimizer:
+    """Makes the optimizer of what trains."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(trained, options.learning_rate, MOMENTUM, weight_decay=options.weight_decay)
+    return torch.optim.AdamW(trained, options.learning_rate, weight_decay=options.weight_decay, fused=True)
+
+
+def validation_scores(fitting: Fitting, data: ZeroShotData, detection: DetectionOptions, most: int) -> dict[str, float]:
+    """Measures AP at 0.5 of boxes of seen and unseen classes on validation pictures, each kind looked for alone."""
+    pictures = data.pictures["validation"]
+    pictures = pictures.subset(range(min(len(pictures), most)))
+    seen, unseen = pictures.part.ids(data.split.seen), pictures.part.ids(data.split.unseen)
+    assert isinstance(fitting.plain, ZeroShotMaskRCNN)
+    fitting.plain.eval()
+    query = query_of(data.vectors, detection, masks=False)
+    (rows,) = predictions(
+        fitting.plain,
+        pictures,
+        [query],
+        [[*seen, *unseen]],
+        detection,
+        fitting.accelerator,
+        AT_ONCE,
+        "validating",
+    )
+    fitting.model.train()
+    one, two = (scored(pictures.part, of_classes(rows, ids), ids, "box").means(ids)["ap@0.5"] for ids in (seen, unseen))
+    return {
+        "validation/seen_ap50": one,
+        "validation/unseen_ap50": two,
+        "validation/harmonic_mean": harmonic_mean(one, two),
+    }

@@ -1,4 +1,4 @@
-"""Vectors of words: from the reference's matrices, GloVe or fastText files, a text encoder, or a scene's attributes."""
+"""Vectors of words: from the paper's matrices, GloVe or fastText files, a text encoder, or a scene's attributes."""
 
 import gzip
 import math
@@ -6,17 +6,19 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TextIO, cast
 
 import numpy as np
 import torch
+from transformers import AutoModel, AutoTokenizer
 
 from labs_common.errors import LabError
-from labs_common.scenes import SHAPES, TEXTURES
-from zsi_contrastive.detector.splits import Split
+from labs_common.scenes.world import SHAPES, TEXTURES
+from zsi_contrastive.detector.annotations import Split
 
 ATTRIBUTES = "attributes"
 ENCODER = "encoder:"
-SAME = 0.999  # the cosine from which two vectors are of the same word in the same space
+SAME = 0.999  # the cosine from which two vectors are of the same word in the same space: files round their values
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,9 @@ class ClassVectors:
 
     Attributes:
         source: a file, `encoder:NAME` or `attributes`.
-        background: (d,); seen: (seen, d); unseen: (unseen, d).
+        background: (d,).
+        seen: (seen, d).
+        unseen: (unseen, d).
         by_column: whether the source has no words, so that only the order says what a vector is of.
         notes: what a reader should know, such as words that were not found.
     """
@@ -44,11 +48,11 @@ class ClassVectors:
 
 
 def read_class_vectors(source: str, split: Split) -> ClassVectors:
-    """The vectors of all classes of a split.
+    """Reads the vectors of all classes of a split.
 
     A matrix has a row for each dimension and a column for the background and each class, seen then unseen. From
     other sources each class vector has length 1, and the background is the mean of all, as it is in the
-    reference's matrices.
+    matrices published with Zheng et al. 2021.
 
     Raises:
         LabError: the source cannot be read, or does not fit the split.
@@ -63,7 +67,7 @@ def read_class_vectors(source: str, split: Split) -> ClassVectors:
 
 
 def read_matrix(path: Path, split: Split) -> torch.Tensor:
-    """The columns of a comma-separated matrix as rows (1 + classes, d), background first.
+    """Reads the columns of a comma-separated matrix as rows (1 + classes, d), background first.
 
     Raises:
         LabError: it has another number of columns than the split needs, or something that is no number.
@@ -88,7 +92,7 @@ def read_matrix(path: Path, split: Split) -> torch.Tensor:
 
 
 def read_vocabulary(path: Path, length: int) -> torch.Tensor:
-    """The words of a second vocabulary (words, d): the columns of a matrix, or the lines of a file of word vectors.
+    """Reads a second vocabulary (words, d): the columns of a matrix, or the lines of a file of word vectors.
 
     Raises:
         LabError: the file cannot be read, or its vectors have another length than the classes'.
@@ -103,20 +107,22 @@ def read_vocabulary(path: Path, length: int) -> torch.Tensor:
     except ValueError as error:
         raise LabError(f"--vocabulary {path}: {error}") from error
     if words.ndim != 2 or words.shape[1] != length or not words.isfinite().all():
-        raise LabError(f"--vocabulary {path}: its vectors have the shape {tuple(words.shape)}; each must have {length} "
-                       "finite values, as the classes' have")  # fmt: skip
+        raise LabError(
+            f"--vocabulary {path}: its vectors have the shape {tuple(words.shape)}; each must have {length} finite "
+            "values, as the classes' have"
+        )
     return words
 
 
 def is_matrix(path: Path) -> bool:
-    """Whether a file holds numbers alone with commas between, and no words."""
+    """Tells whether a file holds nothing but numbers with commas between, and no words."""
     with _opened(path) as stream:
         first = stream.readline()
     return "," in first and re.fullmatch(r"[\s,.eE+\-\d]*", first) is not None and len(first.split(",")) > 2
 
 
 def word_vectors(source: str, names: Sequence[str]) -> tuple[torch.Tensor, tuple[str, ...]]:
-    """Vectors (names, d) of length 1 of any words, and notes on those that were put together from parts.
+    """Looks up vectors (names, d) of length 1 of any words, and notes on those that were put together from parts.
 
     `source` is a file of GloVe or fastText, `encoder:NAME` for a text encoder of Hugging Face, or `attributes`.
 
@@ -129,16 +135,20 @@ def word_vectors(source: str, names: Sequence[str]) -> tuple[torch.Tensor, tuple
         return _unit(_encoded(source.removeprefix(ENCODER), names)), ()
     path = Path(source)
     if not path.is_file():
-        raise LabError(f"--word-vectors {source}: no such file; name a matrix, a text file of GloVe or fastText, or "
-                       f"{ENCODER}NAME for a text encoder")  # fmt: skip
+        raise LabError(
+            f"--word-vectors {source}: no such file; name a matrix, a text file of GloVe or fastText, or {ENCODER}NAME "
+            "for a text encoder"
+        )
     if is_matrix(path):
-        raise LabError(f"--word-vectors {source}: is a matrix, which has no words; to look for other words, name the "
-                       "text file that its vectors are from")  # fmt: skip
+        raise LabError(
+            f"--word-vectors {source}: is a matrix, which has no words; to look for other words, name the text file "
+            "that its vectors are from"
+        )
     return _looked_up(path, names)
 
 
 def attribute_vectors(names: Sequence[str]) -> torch.Tensor:
-    """What a drawn thing has: a one for its shape and one for its texture, as a vector of length 1 (names, 12).
+    """Says of drawn things what they have: a one for its shape and one for its texture, at length 1 (names, 12).
 
     Raises:
         LabError: a name has a word that is neither.
@@ -165,19 +175,20 @@ def check_same_space(known: Mapping[str, torch.Tensor], names: Sequence[str], ve
     for name, vector in zip(names, vectors, strict=True):
         if name in known:
             own = known[name]
-            same = len(own) == len(vector) and float(torch.cosine_similarity(own, vector, 0)) >= SAME
-            if not same:
-                raise LabError(f"--word-vectors: {name} has another vector there than the model was trained with; name "
-                               "the source that training had")  # fmt: skip
+            if len(own) != len(vector) or float(torch.cosine_similarity(own, vector, 0)) < SAME:
+                raise LabError(
+                    f"--word-vectors: {name} has another vector there than the model was trained with; name the source "
+                    "that training had"
+                )
 
 
 def of_length(vectors: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The vectors (n, d) at the mean length of others (m, d): a model's scores grow with it."""
+    """Brings vectors (n, d) to the mean length of others (m, d): a model's scores grow with it."""
     return _unit(vectors) * like.norm(dim=1).mean()
 
 
 def scaled_like(vectors: ClassVectors, trained: ClassVectors) -> ClassVectors:
-    """The same vectors at the length of those that a model was trained with."""
+    """Brings class vectors to the length of those that a model was trained with."""
     return replace(vectors, seen=of_length(vectors.seen, trained.seen), unseen=of_length(vectors.unseen, trained.seen))
 
 
@@ -204,13 +215,15 @@ def _looked_up(path: Path, names: Sequence[str]) -> tuple[torch.Tensor, tuple[st
         else:
             missing.append(name)
     if missing:
-        raise LabError(f"--word-vectors {path}: has no vector for {', '.join(missing)}; take a larger file, or name "
-                       "the classes otherwise")  # fmt: skip
+        raise LabError(
+            f"--word-vectors {path}: has no vector for {', '.join(missing)}; take a larger file, or name the classes "
+            "otherwise"
+        )
     return _unit(torch.tensor(rows, dtype=torch.float32)), tuple(notes)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, list[float]]]:
-    """Yields words with their values; a first line with two numbers is fastText's heading."""
+    """Yields words with their values; a first line of two numbers is fastText's heading."""
     length = 0
     with _opened(path) as stream:
         for number, line in enumerate(stream, 1):
@@ -227,14 +240,14 @@ def _lines(path: Path) -> Iterator[tuple[str, list[float]]]:
             yield word, values
 
 
-def _opened(path: Path):  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _opened(path: Path) -> TextIO:
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", errors="replace")
+        return cast(TextIO, gzip.open(path, "rt", encoding="utf-8", errors="replace"))
     return path.open(encoding="utf-8", errors="replace")
 
 
 def _forms(name: str) -> list[str]:
-    """How a name of several words may be written as one: word2vec has sports_ball, GloVe at best sports-ball."""
+    """Lists how a name of several words may be written as one: word2vec has sports_ball, GloVe at best sports-ball."""
     joined = [name, *(re.sub(r"[\s_-]+", sign, name) for sign in ("_", "-", ""))]
     return list(dict.fromkeys([*joined, *(form.lower() for form in joined)]))
 
@@ -244,9 +257,7 @@ def _words(name: str) -> list[str]:
 
 
 def _encoded(name: str, texts: Sequence[str]) -> torch.Tensor:
-    """The mean over tokens of an encoder's last layer (texts, d)."""
-    from transformers import AutoModel, AutoTokenizer
-
+    """Averages an encoder's last layer over the tokens of each text (texts, d)."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModel.from_pretrained(name)
@@ -256,7 +267,7 @@ def _encoded(name: str, texts: Sequence[str]) -> torch.Tensor:
     with torch.no_grad():
         batch = tokenizer(list(texts), padding=True, return_tensors="pt")
         states = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        weights = batch["attention_mask"][..., None].float()
+        weights = batch["attention_mask"][..., None].float()  # (texts, tokens, 1)
         mean: torch.Tensor = (states * weights).sum(1) / weights.sum(1)
         return mean
 

@@ -1,7 +1,16 @@
 """Shows, checks and writes word vectors: `python -m zsi_contrastive.words --split 48_17 --word-vectors FILE`."""
 
+import io
+
+import numpy as np
+import torch
+
 from labs_common.errors import LabError
-from zsi_contrastive.detector.command_config import VectorsConfig
+from labs_common.run import write_atomically
+from zsi_contrastive.detector.annotations import read_split
+from zsi_contrastive.detector.columns import checked_order, neighbours
+from zsi_contrastive.detector.config import SCENES, VectorsConfig
+from zsi_contrastive.detector.vectors import ATTRIBUTES, read_class_vectors
 
 
 def words(config: VectorsConfig) -> None:
@@ -10,16 +19,6 @@ def words(config: VectorsConfig) -> None:
     Raises:
         LabError: the vectors cannot be read, stand in another order, or cannot be written.
     """
-    import io
-
-    import numpy as np
-    import torch
-
-    from labs_common.run import write_atomically
-    from zsi_contrastive.detector.columns import checked_order, neighbours
-    from zsi_contrastive.detector.splits import SCENES, read_split
-    from zsi_contrastive.detector.vectors import ATTRIBUTES, read_class_vectors
-
     split = read_split(config.split)
     source = config.words.word_vectors or (ATTRIBUTES if config.split == SCENES else "")
     if not source:
@@ -39,7 +38,7 @@ def words(config: VectorsConfig) -> None:
     if config.write is not None:
         stream = io.StringIO()
         matrix = torch.cat([vectors.background[None], vectors.classes]).T  # (d, 1 + classes)
-        np.savetxt(stream, matrix.double().numpy(), fmt="%.9g", delimiter=",")
+        np.savetxt(stream, matrix.double().numpy(), fmt="%.9g", delimiter=",")  # nine digits are a float32, exactly
         try:
             write_atomically(config.write, stream.getvalue())
         except OSError as error:

@@ -1,7 +1,6 @@
-"""Splits, word vectors of every kind, and which column is which."""
+"""Word vectors of every kind, and which column is which."""
 
 import gzip
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,8 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from labs_common.errors import LabError
+from zsi_contrastive.detector.annotations import PUBLISHED, Split, coco_groups, read_split
 from zsi_contrastive.detector.columns import checked_order, neighbours
-from zsi_contrastive.detector.splits import PUBLISHED, Split, coco_groups, read_split, scenes_split
 from zsi_contrastive.detector.vectors import (
     attribute_vectors,
     check_same_space,
@@ -35,41 +34,6 @@ def drawn(classes: tuple[str, ...], length: int = 30) -> torch.Tensor:
 def write_matrix(file: Path, rows: torch.Tensor) -> Path:
     np.savetxt(file, torch.cat([rows.mean(0)[None], rows]).T.numpy(), delimiter=",")
     return file
-
-
-@pytest.mark.parametrize(("name", "seen", "unseen"), [("48_17", 48, 17), ("65_15", 65, 15)])
-def test_published_splits(name: str, seen: int, unseen: int) -> None:
-    split = read_split(name)
-    assert (len(split.seen), len(split.unseen)) == (seen, unseen)
-    assert len(set(split.classes)) == seen + unseen
-    assert set(split.classes) <= set(COCO)
-    assert len(COCO) == len(set(COCO)) == 80
-
-
-def test_every_texture_and_shape_of_an_unseen_pairing_is_seen() -> None:
-    split = scenes_split()
-    assert (len(split.seen), len(split.unseen)) == (24, 8)
-    words = {word for name in split.seen for word in name.split()}
-    assert all(set(name.split()) <= words for name in split.unseen)
-
-
-def test_splits_from_files(tmp_path: Path) -> None:
-    file = tmp_path / "my_72_8.json"
-    file.write_text(json.dumps({"seen": COCO[:72], "unseen": COCO[72:]}))
-    split = read_split(str(file))
-    assert (split.name, len(split.seen), len(split.unseen)) == ("my_72_8", 72, 8)
-    for content, said in (
-        ("{", "is not JSON"),
-        ('{"seen": ["a"]}', "unseen"),
-        ('{"seen": ["a"], "unseen": []}', "none of them empty"),
-        ('{"seen": ["a", "b"], "unseen": ["a"]}', "names a twice"),
-        ('{"seen": [1], "unseen": ["a"]}', "names of classes"),
-    ):
-        file.write_text(content)
-        with pytest.raises(LabError, match=said):
-            read_split(str(file))
-    with pytest.raises(LabError, match="no such file"):
-        read_split("49_16")
 
 
 def test_columns_in_the_right_order_are_believed(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from labs_common.errors import LabError
 from zsi_contrastive.detector.backbone import make_backbone
 from zsi_contrastive.detector.model import Parts, Sizes, ZeroShotMaskRCNN, pasted
-from zsi_contrastive.detector.regions import Asked, Sampling
+from zsi_contrastive.detector.regions import Query, Sampling
 
 D = 6
 SIZES = Sizes(16, 8, 1, (8, 16, 24), 48, 64, 16, (40, 40, 20, 20), 16, (5, 7), 1)
@@ -80,22 +80,22 @@ def test_a_model_scores_words_that_it_was_never_given() -> None:
     model.regions.keep(0.05, 0.5, 10)
     pictures = [sample(1)[0], torch.rand(3, 40, 40)]
     vectors = torch.randn(11, D)
-    asked = [
-        Asked(model.seen, torch.zeros(4, dtype=torch.int64)),
-        Asked(vectors, torch.tensor([0] * 4 + [1] * 7)),
+    queries = [
+        Query(model.seen, torch.zeros(4, dtype=torch.int64)),
+        Query(vectors, torch.tensor([0] * 4 + [1] * 7)),
     ]
-    one, two = model.detect(pictures, asked)
+    one, two = model.detect(pictures, queries)
     assert all(int(found.classes.max()) < 4 for found in one)
     for found, picture in zip(two, pictures, strict=True):
-        groups = asked[1].groups[found.classes]
+        groups = queries[1].groups[found.classes]
         assert (groups == 0).sum() <= 10
         assert (groups == 1).sum() <= 10
         assert pasted(found, *picture.shape[1:]).shape == (len(found.boxes), *picture.shape[1:])
         assert float(found.boxes[:, 2].max()) <= picture.shape[2] + 1e-3
     # Classes do not know of each other: a list with more of them gives the same scores, in its own order.
-    (alone,) = model.detect(pictures, [Asked(vectors[:4], torch.zeros(4, dtype=torch.int64))])
+    (alone,) = model.detect(pictures, [Query(vectors[:4], torch.zeros(4, dtype=torch.int64))])
     for found, whole in zip(alone, two, strict=True):
-        first = asked[1].groups[whole.classes] == 0
+        first = queries[1].groups[whole.classes] == 0
         torch.testing.assert_close(found.scores, whole.scores[first])
         torch.testing.assert_close(found.boxes, whole.boxes[first])
     other = make()
@@ -111,7 +111,7 @@ def test_half_precision() -> None:
     assert found.keys() == full.keys()
     assert all(bool(value.isfinite()) for value in found.values())
     with torch.autocast("cpu", torch.bfloat16):
-        model.eval().detect([sample(1)[0]], [Asked(torch.randn(3, D), torch.zeros(3, dtype=torch.int64))])
+        model.eval().detect([sample(1)[0]], [Query(torch.randn(3, D), torch.zeros(3, dtype=torch.int64))])
 
 
 @pytest.mark.parametrize("name", ["resnet18", "timm/resnet10t", "tiny"])

@@ -11,12 +11,10 @@ import pytest
 from faster_coco_eval.core import mask as rle
 
 from labs_common.errors import LabError
-from zsi_contrastive.detector.annotations import Instances
-from zsi_contrastive.detector.evaluation import iou, named_objects, scores_of
-from zsi_contrastive.detector.finding import together
-from zsi_contrastive.detector.pictures import InstancePictures
-from zsi_contrastive.detector.scoring import THRESHOLDS, harmonic_mean, read_results, scored
-from zsi_contrastive.detector.splits import Split
+from zsi_contrastive.detector.annotations import Instances, Split
+from zsi_contrastive.detector.pictures import instance_pictures
+from zsi_contrastive.detector.protocol import named_objects, scores_of
+from zsi_contrastive.detector.scoring import THRESHOLDS, harmonic_mean, iou, read_results, scored, together
 
 SPLIT = Split("mine", ("cat", "dog", "cow"), ("elf", "orc"))
 IDS = dict(zip(SPLIT.classes, (3, 17, 18, 44, 90), strict=True))
@@ -125,7 +123,7 @@ def test_what_an_object_is_called() -> None:
         {"image_id": 1, "category_id": 44, "bbox": [1, 0, 10, 10], "score": 0.7},
         {"image_id": 1, "category_id": 90, "bbox": [9, 9, 10, 10], "score": 0.99},
     ]
-    first, second = named_objects(InstancePictures(truth, (), SPLIT.classes), rows, SPLIT)
+    first, second = named_objects(instance_pictures(truth, (), SPLIT.classes), rows, SPLIT)
     assert (first.truth, first.said(), first.said(0.2)) == ("elf", "cat", "elf")
     assert (second.truth, second.said()) == ("cat", "nothing")
     assert iou([0, 0, 10, 10], [5, 0, 10, 10]) == pytest.approx(1 / 3)
@@ -134,7 +132,7 @@ def test_what_an_object_is_called() -> None:
 
 def test_both_tasks(case: tuple[Instances, list[dict[str, Any]]]) -> None:
     truth, results = case
-    found = scores_of(InstancePictures(truth, (), SPLIT.classes), results, SPLIT, 0.0, 100, True)
+    found = scores_of(instance_pictures(truth, (), SPLIT.classes), results, SPLIT, 0.0, 100, True)
     seen, unseen = [3, 17, 18], [44, 90]
     everything = scored(truth, results, seen + unseen, "mask")
     assert found.gzsi["mask"]["seen"] == everything.means(seen)

@@ -1,4 +1,4 @@
-"""The rule that makes zero-shot parts, and odd annotations and pictures."""
+"""Splits, the rule that makes zero-shot parts, and odd annotations and pictures."""
 
 import json
 from collections import Counter
@@ -10,10 +10,19 @@ import pytest
 from PIL import Image
 
 from labs_common.errors import LabError
-from zsi_contrastive.detector.annotations import Instances, check_parts, read_instances, zero_shot_parts
-from zsi_contrastive.detector.pictures import InstancePictures, found_pictures, mask_of
-from zsi_contrastive.detector.splits import Split, read_split, scenes_split
+from zsi_contrastive.detector.annotations import (
+    Instances,
+    Split,
+    check_parts,
+    coco_groups,
+    read_instances,
+    read_split,
+    scenes_split,
+    zero_shot_parts,
+)
+from zsi_contrastive.detector.pictures import found_pictures, instance_pictures, mask_of
 
+COCO = [name for names in coco_groups().values() for name in names]
 SPLIT = Split("mine", ("cat", "dog"), ("elf",))
 IDS = {"cat": 3, "dog": 17, "elf": 90, "tree": 44}  # with gaps
 SQUARE = [2.0, 2.0, 10.0, 2.0, 10.0, 8.0, 2.0, 8.0]
@@ -33,6 +42,41 @@ def file_of(folder: Path, annotations: list[dict[str, Any]], **more: Any) -> Pat
     path = folder / "annotations.json"
     path.write_text(json.dumps(content))
     return path
+
+
+@pytest.mark.parametrize(("name", "seen", "unseen"), [("48_17", 48, 17), ("65_15", 65, 15)])
+def test_published_splits(name: str, seen: int, unseen: int) -> None:
+    split = read_split(name)
+    assert (len(split.seen), len(split.unseen)) == (seen, unseen)
+    assert len(set(split.classes)) == seen + unseen
+    assert set(split.classes) <= set(COCO)
+    assert len(COCO) == len(set(COCO)) == 80
+
+
+def test_every_texture_and_shape_of_an_unseen_pairing_is_seen() -> None:
+    split = scenes_split()
+    assert (len(split.seen), len(split.unseen)) == (24, 8)
+    words = {word for name in split.seen for word in name.split()}
+    assert all(set(name.split()) <= words for name in split.unseen)
+
+
+def test_splits_from_files(tmp_path: Path) -> None:
+    file = tmp_path / "my_72_8.json"
+    file.write_text(json.dumps({"seen": COCO[:72], "unseen": COCO[72:]}))
+    split = read_split(str(file))
+    assert (split.name, len(split.seen), len(split.unseen)) == ("my_72_8", 72, 8)
+    for content, said in (
+        ("{", "is not JSON"),
+        ('{"seen": ["a"]}', "unseen"),
+        ('{"seen": ["a"], "unseen": []}', "none of them empty"),
+        ('{"seen": ["a", "b"], "unseen": ["a"]}', "names a twice"),
+        ('{"seen": [1], "unseen": ["a"]}', "names of classes"),
+    ):
+        file.write_text(content)
+        with pytest.raises(LabError, match=said):
+            read_split(str(file))
+    with pytest.raises(LabError, match="no such file"):
+        read_split("49_16")
 
 
 def test_the_rule(tmp_path: Path) -> None:
@@ -146,13 +190,13 @@ def test_targets(tmp_path: Path) -> None:
     outside = annotation(0, "cat", bbox=[30, 30, 5, 5], segmentation=[[30, 30, 35, 30, 35, 35]])
     crowd = annotation(0, "cat", iscrowd=1, segmentation={"size": [16, 20], "counts": [0, 320]})
     whole = read_instances(file_of(tmp_path, [annotation(0, "cat"), far, outside, crowd]))
-    pictures = InstancePictures(whole, (Path("x"),) * 6, ("dog", "cat"))
-    target = pictures.target(0, whole.by_image(), pictures.label_of())
+    pictures = instance_pictures(whole, (Path("x"),) * 6, ("dog", "cat"))
+    target = pictures.target(0)
     assert target["labels"].tolist() == [2, 1], "in the order of the classes, whatever the ids"
     assert target["boxes"].tolist() == [[2, 2, 10, 8], [15, 10, 20, 16]], "cut at the picture's edge"
     assert target["masks"].shape == (2, 16, 20)
     assert target["masks"].sum((1, 2)).tolist() == [48, 30]
-    empty = pictures.target(3, whole.by_image(), pictures.label_of())
+    empty = pictures.target(3)
     assert [tuple(value.shape) for value in empty.values()] == [(0, 4), (0,), (0, 16, 20)]
 
 
@@ -188,5 +232,5 @@ def test_drawn_scenes_are_cocos_format(scenes: Path) -> None:
     assert 5 < len(parts.train.images) < 40
     assert not train.left_out
     pictures = found_pictures(parts.train, [scenes / "train"], split.seen, "error", False)
-    target = pictures.target(0, parts.train.by_image(), pictures.label_of())
+    target = pictures.target(0)
     assert len(target["labels"]) == len(parts.train.by_image()[parts.train.images[0]["id"]])

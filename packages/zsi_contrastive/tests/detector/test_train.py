@@ -12,9 +12,9 @@ from labs_testing.commands import in_two_processes, losses
 from labs_testing.promises import Otherwise, Training, TrainingPromises
 from safetensors.torch import load_file
 
-from zsi_contrastive.detector.ablate import LIBRARIES
+from zsi_contrastive.detector.compare import LIBRARIES
 
-LAUNCH = Path(__file__).parents[1] / "launch"
+LAUNCH = Path(__file__).parents[2] / "launch"
 SMALL = ("--split", "scenes", "--min-side", "48", "--max-side", "64", "--batch-size", "4", "--epochs", "2",
          "--controls", "1", "--track", "none")  # fmt: skip
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from labs_testing import commands as lab_commands
 from PIL import Image
-
-from zsi_contrastive.detector.ablate import ROWS, planned_run
 from zsi_contrastive.detector.command_config import AblateConfig
-from zsi_contrastive.detector.splits import scenes_split
-from zsi_contrastive.detector.stored import load_model
+
+from zsi_contrastive.detector.annotations import scenes_split
+from zsi_contrastive.detector.compare import PARTS, VARIANTS, planned_run
+from zsi_contrastive.detector.saved import load_detector
 
 SMALL = ("--split", "scenes", "--min-side", "48", "--max-side", "64", "--batch-size", "4", "--controls", "1",
          "--track", "none")  # fmt: skip
@@ -162,7 +162,7 @@ def test_predict_with_words_of_a_file(scenes: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     here("train", "--data", scenes, *SMALL, "--word-vectors", tmp_path / "matrix.txt", "--vocabulary", tags,
          "--max-steps", "2", "--no-report", "--output", run)  # fmt: skip
-    assert load_model(run).model.regions.box_head.words.shape == (20, 8)
+    assert load_detector(run).model.regions.box_head.words.shape == (20, 8)
     shared = ("predict", "--checkpoint", run, "--output", tmp_path / "out", "--words", "zebra")
     assert "matrix without words" in here(*shared, code=2).stderr
     assert "another vector" in here(*shared, "--word-vectors", tmp_path / "other.txt", code=2).stderr
@@ -192,7 +192,7 @@ def test_prepare(scenes: Path, tmp_path: Path) -> None:
         if more:
             shutil.copy(scenes / "annotations" / "instances_val.json", tmp_path / "both.json")
         here("train", "--data", scenes, *SMALL, "--max-steps", "1", "--no-report", "--output", tmp_path / name, *more)
-    one, two = (load_model(tmp_path / name).model.state_dict() for name in ("whole", "part"))
+    one, two = (load_detector(tmp_path / name).model.state_dict() for name in ("whole", "part"))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -207,7 +207,8 @@ def test_words_says_which_column_is_which(coco_vectors: Path) -> None:
 
 
 def test_variants_add_one_part_each() -> None:
-    models = [planned_run(AblateConfig(), row).model for row in ROWS]
+    rows = list(VARIANTS)[: len(PARTS) + 1]
+    models = [planned_run(AblateConfig(), row, []).model for row in rows]
     parts = [(one.mask_head, one.decoders, one.background_rpn, one.sync_background) for one in models]
     assert [sum(row) for row in parts] == [0, 1, 2, 3, 4]
     assert all(after[place] or not before[place] for before, after in pairwise(parts) for place in range(4))
@@ -216,10 +217,10 @@ def test_variants_add_one_part_each() -> None:
 def test_ablate(scenes: Path, tmp_path: Path) -> None:
     shared = ("--data", scenes, *SMALL[:-2], "--max-steps", "1", "--limit", "4", "--output", tmp_path / "rows")
     here("ablate", *shared, "--rows", "detector,sync-background")
-    results = json.loads((tmp_path / "rows" / "results.json").read_text())
-    assert list(results["rows"]) == ["detector", "sync-background"]
-    assert "ZSI mask AP 0.5" not in results["rows"]["detector"]
-    assert "ZSI mask AP 0.5" in results["rows"]["sync-background"]
+    rows = json.loads((tmp_path / "rows" / "comparison.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == ["detector", "sync-background"]
+    assert "ZSI mask AP 0.5" not in rows[0]
+    assert "ZSI mask AP 0.5" in rows[1]
     assert "+ synchronised background" in (tmp_path / "rows" / "report.html").read_text(encoding="utf-8")
     stamp = (tmp_path / "rows" / "detector" / "seed-0" / "results.json").stat().st_mtime_ns
     here("ablate", *shared, "--rows", "detector,sync-background")

@@ -1,0 +1,134 @@
+"""Trains the paper's variants under one budget and reports on them: `python -m zsi_contrastive.ablate`.
+
+Each variant and seed is a run of `zsi_contrastive.train` in a process of its own. What is finished is not run again:
+the same command goes on where it was stopped, and rebuilds the report when all is there.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from labs_common.compare.collect import Entry, Measure, rows_of
+from labs_common.compare.plan import comparison_folder, plan_runs, seeds_text
+from labs_common.compare.processes import compare_runs, start_server
+from labs_common.compare.report import Findings, curves_of, notes_on, table_of
+from labs_common.errors import LabError
+from labs_common.report import Figure, Section, Text, bar_figure, save_figure
+from labs_common.run import Run
+from zsi_contrastive.detector.config import AblateConfig, TrainConfig, complete
+from zsi_contrastive.detector.data import read_data
+from zsi_contrastive.detector.heads import CONTRASTIVE
+
+LIBRARIES = ["zsi_contrastive.detector.train"]  # a fork server imports them once for all runs
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the ablation: what a report calls it, and the parts and contrastive heads that it has."""
+
+    said: str
+    parts: tuple[str, ...]
+    contrastive: tuple[str, ...] = ()
+
+
+PARTS = ("mask_head", "decoders", "background_rpn", "sync_background")  # in the order in which the paper adds them
+VARIANTS: dict[str, Variant] = {
+    "detector": Variant("detector alone: boxes", ()),
+    "mask-head": Variant("+ semantic mask head", PARTS[:1]),
+    "decoders": Variant("+ decoders with reconstruction", PARTS[:2]),
+    "background-rpn": Variant("+ background-aware proposals", PARTS[:3]),
+    "sync-background": Variant("+ synchronised background", PARTS),
+    "none": Variant("no contrastive head", PARTS),  # the same beside contrastive heads
+    **{name.replace("_", "-"): Variant(head.said, PARTS, (name,)) for name, head in CONTRASTIVE.items()},
+    "both": Variant("both contrastive heads", PARTS, tuple(CONTRASTIVE)),
+}
+ZSI, GZSI = "ZSI box AP 0.5", "GZSI box harmonic mean"
+
+
+def chance_of(entry: Entry) -> list[float]:
+    """Reads by seed what random vectors in the place of the unseen classes' scored (AP at 0.5, boxes)."""
+    rules = [rule for results in entry.results.values() for rule in results["test"]["other rules"].items()]
+    return [scores["ap@0.5"] for said, scores in rules if said.startswith("random") and scores["ap@0.5"] is not None]
+
+
+# In groups, because a page is too narrow for all; where there is no mask head, its figures are missing.
+MEASURES: list[dict[str, Measure]] = [
+    {
+        ZSI: lambda entry: entry.values("test", "zsi", "box", "ap@0.5"),
+        "ZSI box R@100": lambda entry: entry.values("test", "zsi", "box", "recall@0.5"),
+        "ZSI mask AP 0.5": lambda entry: entry.values("test", "zsi", "mask", "ap@0.5"),
+        "ZSI mask R@100": lambda entry: entry.values("test", "zsi", "mask", "recall@0.5"),
+    },
+    {
+        "GZSI box seen": lambda entry: entry.values("test", "gzsi", "box", "seen", "ap@0.5"),
+        "GZSI box unseen": lambda entry: entry.values("test", "gzsi", "box", "unseen", "ap@0.5"),
+        GZSI: lambda entry: entry.values("test", "gzsi", "box", "harmonic mean", "ap@0.5"),
+        "random vectors, box AP 0.5": chance_of,
+    },
+    {
+        "seconds": lambda entry: entry.cost("seconds"),
+        "parameters": lambda entry: entry.cost("parameters"),
+        "peak memory, MiB": lambda entry: entry.cost("peak memory", 2**20),
+    },
+]
+
+
+def ablate(config: AblateConfig) -> None:
+    """Plans the runs, does those that are missing, and writes the report."""
+    make = partial(planned_run, config)
+    planned = plan_runs(config.comparison, "--rows", config.rows, "variant", make, tuple(VARIANTS))
+    files = [config.data.data, config.words.word_vectors or None, config.words.vocabulary]
+    folder = comparison_folder("ablation", config, files)
+    start_server(config.comparison.launch, LIBRARIES)
+    first = next(iter(planned.values()))
+    # What is wrong with the data is said before anything runs.
+    read_data(first.data, first.words, config.comparison.seed, shown=True)
+    compare_runs(folder, config, "zsi_contrastive.train", planned, partial(findings, config))
+
+
+def planned_run(config: AblateConfig, row: str, flags: list[str]) -> TrainConfig:
+    """Returns the config of a variant's run.
+
+    Raises:
+        LabError: the variant has options after a colon, which it cannot have.
+    """
+    if flags:
+        raise LabError("variants have no options of their own; give them to all, as in --epochs 3")
+    variant = VARIANTS[row]
+    parts: dict[str, Any] = {name: name in variant.parts for name in PARTS}
+    parts |= {name: name in variant.contrastive for name in CONTRASTIVE}
+    if "greedy_infomax" not in variant.contrastive:
+        parts["greedy_weights"] = None
+    model = replace(config.model, **parts)
+    return complete(TrainConfig(config.data, config.words, model, config.detection, config.training))
+
+
+def findings(config: AblateConfig, run: Run, entries: Mapping[str, Entry], failed: Mapping[str, int]) -> Findings:
+    """Sets the variants beside each other, in the order in which they were asked for."""
+    rows = rows_of("variant", entries.values(), {name: one for group in MEASURES for name, one in group.items()})
+    rows = [{"variant": row["variant"], "description": VARIANTS[row["variant"]].said, **row} for row in rows]
+    tables = [table_of(rows, ("description", *group)) for group in MEASURES]
+    shown = {"unseen alone": ZSI, "seen": "GZSI box seen", "both": GZSI}
+    bars = {row["description"]: {said: row.get(name, 0.0) for said, name in shown.items()} for row in rows}
+    curves = {VARIANTS[name].said: entry.curve("validation/unseen_ap50") for name, entry in entries.items()}
+    note = (
+        f"Every variant has the same pictures, steps and {seeds_text(config.comparison)}. Up to the synchronised "
+        "background each adds one part; contrastive heads are added to all of them."
+    )
+    blocks: list[Any] = [
+        Text(note),
+        *notes_on(config.comparison, failed),
+        *tables,
+        Figure(save_figure(run, "variants", bar_figure(bars, "AP at 0.5")), "Boxes; both: harmonic mean."),
+        curves_of(
+            run,
+            curves,
+            "optimizer step",
+            "AP at 0.5, unseen boxes",
+            "Unseen classes alone, on validation pictures, first seed.",
+        ),
+    ]
+    best = max(rows, key=lambda row: row.get(ZSI, 0.0))
+    summary = f"{best['description']} has the best unseen boxes: AP at 0.5 {best.get(ZSI, 0.0):.3f}."
+    return Findings("What each part adds", summary, rows, [Section("Variants", blocks)], tuple(MEASURES[0]))

@@ -1,0 +1,347 @@
+"""The sections of the report that only the detector has, and what is printed."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from labs_common.fitting import Fitted
+from labs_common.progress import console
+from labs_common.report import (
+    Figure,
+    Gallery,
+    Section,
+    Table,
+    Text,
+    architecture_figure,
+    asked_section,
+    cost_section,
+    curve_figure,
+    curves_section,
+    matrix_figure,
+    rerun_section,
+    save_figure,
+    trained_section,
+)
+from labs_common.report.sections import structure_of
+from labs_common.run import Run
+from zsi_contrastive.detector.annotations import Split
+from zsi_contrastive.detector.columns import neighbours
+from zsi_contrastive.detector.config import TrainConfig
+from zsi_contrastive.detector.data import ZeroShotData
+from zsi_contrastive.detector.model import ZeroShotMaskRCNN
+from zsi_contrastive.detector.pictures import InstancePictures
+from zsi_contrastive.detector.predict import drawn_on
+from zsi_contrastive.detector.protocol import ON_IT, Evaluation, Named, named_objects
+from zsi_contrastive.detector.scoring import iou
+
+COLUMNS = ("recall@0.4", "recall@0.5", "recall@0.6", "ap@0.4", "ap@0.5", "ap@0.6", "ap")
+HEADINGS = ("R@100, 0.4", "R@100, 0.5", "R@100, 0.6", "AP 0.4", "AP 0.5", "AP 0.6", "AP 0.5:0.95")
+SHOWN = 9  # pictures of a gallery: three rows of a page
+# ZSI of Zheng et al., CVPR 2021, by split: COCO, ResNet-101. The boxes of 48/17 are what the authors' result file
+# scores; the rest is as their tables say.
+LITERATURE: dict[str, dict[str, dict[str, float]]] = {
+    "48_17": {
+        "box": {
+            "recall@0.4": 0.574,
+            "recall@0.5": 0.539,
+            "recall@0.6": 0.483,
+            "ap@0.4": 0.125,
+            "ap@0.5": 0.114,
+            "ap@0.6": 0.099,
+        },
+        "mask": {"recall@0.4": 0.503, "recall@0.5": 0.449, "recall@0.6": 0.387, "ap@0.5": 0.090},
+    },
+    "65_15": {
+        "box": {"recall@0.4": 0.619, "recall@0.5": 0.589, "recall@0.6": 0.544, "ap@0.5": 0.136},
+        "mask": {"recall@0.4": 0.558, "recall@0.5": 0.500, "recall@0.6": 0.429, "ap@0.5": 0.105},
+    },
+}
+
+
+def training_sections(
+    run: Run,
+    config: TrainConfig,
+    data: ZeroShotData,
+    model: ZeroShotMaskRCNN,
+    fitted: Fitted,
+    found: Evaluation,
+    results: Mapping[str, Any],
+    seconds: Mapping[str, float],
+) -> list[Section]:
+    """Makes all sections of a training's report; `model` was read back from disk, `results` are results.json."""
+    spent = cost_section(run, "pictures", seconds)
+    spent.blocks.append(Table(("", ""), list(results["cost"].items())))
+    for name, parameter in model.named_parameters():  # read back, nothing of it trains
+        parameter.requires_grad_(name not in fitted.audit.before)
+    trained = trained_section(fitted.audit)
+    drawn = save_figure(run, "architecture", architecture_figure(structure_of(model).rows))
+    trained.blocks.insert(1, Figure(drawn, "From below: backbone with its pyramid, proposals, regions."))
+    test = data.pictures["test"]
+    return [
+        asked_section(config),
+        data_section(data),
+        words_section(data),
+        trained,
+        _curves(run),
+        *measured_sections(run, found, data.split, test),
+        *finding_sections(run, found, data.split, test),
+        spent,
+        rerun_section(run),
+    ]
+
+
+def summary_of(found: Evaluation) -> str:
+    """States the main numbers in two sentences."""
+    parts = [f"{kind} {scores['ap@0.5']:.3f}" for kind, scores in found.zsi.items()]
+    chance = next(iter(found.others.items()), None)
+    beside = f" ({chance[0]}: box {chance[1]['ap@0.5']:.3f})" if chance and chance[0].startswith("random") else ""
+    both = found.gzsi["box"]
+    return (
+        f"Unseen classes alone: AP at 0.5 {', '.join(parts)}{beside}. Among all classes: seen "
+        f"{both['seen']['ap@0.5']:.3f}, unseen {both['unseen']['ap@0.5']:.3f}, harmonic mean "
+        f"{both['harmonic mean']['ap@0.5']:.3f}."
+    )
+
+
+def print_scores(found: Evaluation) -> None:
+    """Prints the main numbers, a line each."""
+    for kind, scores in found.zsi.items():
+        console.print(f"unseen alone, {kind}: {_line(scores)}")
+    for name, scores in found.others.items():
+        console.print(f"unseen alone, box, {name}: {_line(scores)}")
+    for kind, parts in found.gzsi.items():
+        said = ", ".join(f"{name} {scores['ap@0.5']:.3f}" for name, scores in parts.items())
+        console.print(f"seen and unseen, {kind}, AP at 0.5: {said}")
+
+
+def measured_sections(run: Run, found: Evaluation, split: Split, test: InstancePictures) -> list[Section]:
+    """Makes the tables of both tasks, the curve of the bias, and the table of each class."""
+    rows: list[Sequence[Any]] = [("unseen alone (ZSI)", kind, *_cells(scores)) for kind, scores in found.zsi.items()]
+    rows += [(f"ZSI, {name}", "box", *_cells(scores)) for name, scores in found.others.items()]
+    for kind, parts in found.gzsi.items():
+        rows += [(f"together (GZSI), {name}", kind, *_cells(scores)) for name, scores in parts.items()]
+    note = (
+        f"{len(test)} test pictures. Recall and AP are means over the classes that have objects there, as COCO does "
+        "it, with the best 100 of each picture. Unseen classes alone: no class of training competes. Together: all "
+        f"classes compete for these 100, with {found.bias:g} taken from the scores of seen ones."
+    )
+    section = Section("Numbers", [Text(note), Table(("task", "", *HEADINGS), rows)])
+    if split.name in LITERATURE:
+        beside = [(kind, *(values.get(name) for name in COLUMNS)) for kind, values in LITERATURE[split.name].items()]
+        said = "Zheng et al. 2021, ResNet-101, all of COCO's pictures of 2014: as cited, not measured here."
+        section.blocks.append(Table(("published (ZSI)", *HEADINGS), beside, said))
+    return [section, *([_sweep_section(run, found)] if found.sweep else []), _class_section(found)]
+
+
+def data_section(data: ZeroShotData) -> Section:
+    """Says where the pictures are from and how many the rule leaves, and shows some of them."""
+    rows = [(name, part.source, len(part), len(part.part.annotations)) for name, part in data.pictures.items()]
+    blocks: list[Any] = [
+        Text(
+            "Training pictures show at least one object of a seen class and none of an unseen one. Test pictures show "
+            "an unseen object; some of them are set aside for validation."
+        ),
+        Table(("part of the rule", "pictures", "objects", "crowds"), data.counts),
+        Table(("used", "annotations", "pictures", "objects and crowds"), rows),
+    ]
+    section = Section("Data", blocks)
+    for name, part in data.pictures.items():
+        if part.left_out and name in ("train", "test"):
+            left = list(part.left_out.items())
+            section.blocks.append(Table((f"left out, {name}", "how many"), left))
+    section.blocks.append(data_gallery(data.pictures["train"]))
+    return section
+
+
+def words_section(data: ZeroShotData) -> Section:
+    """Says what the classes are known by, and which classes are near each unseen one."""
+    vectors, split = data.vectors, data.split
+    near = neighbours(vectors.classes, split.classes)
+    rows = [
+        (name, ", ".join(f"{other} {cosine:.2f}" for other, cosine in near[len(split.seen) + place]))
+        for place, name in enumerate(split.unseen)
+    ]
+    length = vectors.seen.shape[1]
+    said = (
+        f"{len(split.seen)} seen and {len(split.unseen)} unseen classes, {length} values each, from {vectors.source}."
+    )
+    blocks = [Text(" ".join([said, *(f"Note: {note}." for note in data.notes)]))]
+    return Section("Words", [*blocks, Table(("unseen class", "most similar classes, with cosines"), rows)])
+
+
+def _sweep_section(run: Run, found: Evaluation) -> Section:
+    curves = {
+        f"{what}, {name}": ([line[f"{prefix}seen"] for line in lines], [line[f"{prefix}unseen"] for line in lines])
+        for name, lines in found.sweep.items()
+        for what, prefix in (("AP", ""), ("named", "named "))
+    }
+    drawn = save_figure(run, "seen_unseen", curve_figure(curves, "seen classes", "unseen classes"))
+    blocks: list[Any] = [
+        Figure(
+            drawn,
+            "What is gained for unseen classes and lost for seen ones by taking a bias from seen scores. AP at 0.5 "
+            "ranks the detections of each class among themselves: a bias moves it only through the cut at 100 a "
+            "picture. Named: the share of objects for which the best detection on it (IoU 0.5) has the right class.",
+        ),
+    ]
+    if "validation" in found.sweep:
+        best = max(found.sweep["validation"], key=lambda line: _or_zero(line["named harmonic mean"]))
+        at = next(line for line in found.sweep["test"] if line["bias"] == best["bias"])
+        none = found.sweep["test"][0]
+        said = (
+            f"On validation pictures a bias of {best['bias']:g} names best. On the test pictures it changes the "
+            f"harmonic mean of named objects from {none['named harmonic mean']:.3f} to "
+            f"{at['named harmonic mean']:.3f}, and that of AP from {none['harmonic mean']:.3f} to "
+            f"{at['harmonic mean']:.3f}. Use it with --seen-bias {best['bias']:g}."
+        )
+        blocks.append(Text(said))
+    columns = ("bias", "seen", "unseen", "harmonic mean", "named seen", "named unseen", "named harmonic mean")
+    for name, lines in found.sweep.items():
+        rows = [tuple(line[column] for column in columns) for line in lines]
+        blocks.append(Table(columns, rows, f"{name}: every bias", folded=True))
+    return Section("Seen against unseen", blocks)
+
+
+def _class_section(found: Evaluation) -> Section:
+    kinds = list(found.zsi)
+    shown = {f"AP 0.5, {kind}": (f"{kind} gzsi", "ap@0.5") for kind in kinds}
+    shown |= {f"R@100, {kind}": (f"{kind} gzsi", "recall@0.5") for kind in kinds}
+    shown |= {f"AP 0.5 alone, {kind}": (f"{kind} zsi", "ap@0.5") for kind in kinds}  # of unseen classes only
+    rows = []
+    for line in sorted(found.classes, key=lambda line: line["seen"]):
+        cells = [_shown(line[task][name]) if task in line else None for task, name in shown.values()]
+        rows.append((line["class"], "seen" if line["seen"] else "unseen", line["objects"], *cells))
+    caption = "every class, together with all others and alone"
+    return Section("Classes", [Table(("class", "", "objects", *shown), rows, caption, folded=True)])
+
+
+def _curves(run: Run) -> Section:
+    section = curves_section(run, ())
+    lines = list(run.lines("metrics.jsonl"))
+    names = [name for name in next((line for line in lines if "loss" in line), {}) if name.endswith("_loss")]
+    training = [line for line in lines if "loss" in line]
+    steps = [line["step"] for line in training]
+    parts = {name.removesuffix("_loss").replace("_", " "): (steps, [line[name] for line in training]) for name in names}
+    drawn = save_figure(run, "losses", curve_figure(parts, "optimizer step", "loss", log_up=True))
+    section.blocks.insert(1, Figure(drawn, "The parts of the loss."))
+    points = [line for line in lines if "validation/seen_ap50" in line]
+    found = {
+        name: ([line["step"] for line in points], [line[f"validation/{key}"] for line in points])
+        for name, key in (("seen", "seen_ap50"), ("unseen", "unseen_ap50"))
+    }
+    drawn = save_figure(run, "validation", curve_figure(found, "optimizer step", "AP at 0.5, boxes"))
+    section.blocks.insert(0, Figure(drawn, "Boxes on validation pictures, each kind of class looked for alone."))
+    return section
+
+
+def data_gallery(pictures: InstancePictures) -> Gallery:
+    """Shows the first pictures with their annotations."""
+    by_image = pictures.part.by_image()
+    names = dict(zip(pictures.part.ids(pictures.classes), pictures.classes, strict=True))
+    shown = []
+    for place in range(min(6, len(pictures))):
+        rows = [row for row in by_image.get(pictures.part.images[place]["id"], []) if not row["iscrowd"]]
+        said = [names[row["category_id"]] for row in rows]
+        shown.append((drawn_on(pictures.image(place), rows, said), ", ".join(dict.fromkeys(said))))
+    return Gallery(shown, "Training pictures with what their annotations outline.")
+
+
+def finding_sections(run: Run, found: Evaluation, split: Split, test: InstancePictures) -> list[Section]:
+    """Shows unseen things that were found, wrong detections, and what is taken for what; only this without files."""
+    right, wrong = _best_of_unseen(found, split, test) if test.contents else ([], [])
+    sections = []
+    if right:
+        caption = "Unseen classes alone: the best detections that are right, at most two of a class."
+        sections.append(Section("Unseen things that were found", [Gallery(right, caption)]))
+    if wrong:
+        caption = "The best detections of unseen classes that are wrong; below, what was said and what is there."
+        sections.append(Section("Failures", [Gallery(wrong, caption)]))
+    sections.append(confusion_section(run, named_objects(test, found.results, split), split, found.bias))
+    return sections
+
+
+def confusion_section(run: Run, named: Sequence[Named], split: Split, bias: float) -> Section:
+    """Counts which class the best detection on each object has, all classes competing."""
+    names = [*split.unseen, "a seen class", "nothing"]
+    counts = [[0] * len(names) for _ in names]
+
+    def row_of(name: str) -> int:
+        return names.index(name) if name in names else names.index("a seen class")
+
+    right_seen = seen = 0
+    taken: dict[str, Counter[str]] = {name: Counter() for name in split.unseen}
+    for thing in named:
+        said = thing.said(bias)
+        counts[row_of(thing.truth)][row_of(said)] += 1
+        if thing.truth in taken:
+            taken[thing.truth][said] += 1
+        else:
+            seen += 1
+            right_seen += said == thing.truth
+    figure = save_figure(run, "confusion", matrix_figure(counts, names, "said", "is"))
+    rows = [(name, said.total(), said[name] / max(1, said.total()), _most_common(said)) for name, said in taken.items()]
+    text = f"Of {seen} objects of seen classes {right_seen / max(1, seen):.1%} get their own class." if seen else ""
+    blocks: list[Any] = [
+        Text(f"For every object the class of the best detection on it (IoU of at least {ON_IT}). {text}"),
+        Figure(figure, "Objects of each unseen class, and of all seen classes together."),
+        Table(("unseen class", "objects", "right", "said most often"), rows),
+    ]
+    return Section("What is taken for what", blocks)
+
+
+def _most_common(said: Counter[str]) -> str:
+    return ", ".join(f"{other} {count}" for other, count in said.most_common(4))
+
+
+def _best_of_unseen(
+    found: Evaluation, split: Split, test: InstancePictures
+) -> tuple[list[tuple[Image.Image, str]], list[tuple[Image.Image, str]]]:
+    """Draws the best detections of unseen classes, right and wrong ones apart, each picture once among either."""
+    part = test.part
+    names = dict(zip(part.ids(split.classes), split.classes, strict=True))
+    unseen = set(part.ids(split.unseen))
+    places = {row["id"]: place for place, row in enumerate(part.images)}
+    by_image = part.by_image()
+    best = sorted((row for row in found.results if row["category_id"] in unseen), key=lambda row: -row["score"])
+    right: list[tuple[Image.Image, str]] = []
+    wrong: list[tuple[Image.Image, str]] = []
+    of_class: Counter[int] = Counter()
+    used: set[tuple[int, bool]] = set()
+    for row in best:
+        on = [one for one in by_image.get(row["image_id"], []) if iou(one["bbox"], row["bbox"]) >= ON_IT]
+        good = any(one["category_id"] == row["category_id"] for one in on)
+        key = (row["image_id"], good)
+        if key in used or (good and of_class[row["category_id"]] == 2) or len(right if good else wrong) == SHOWN:
+            continue
+        used.add(key)
+        of_class[row["category_id"]] += good
+        image = test.image(places[row["image_id"]])
+        said = f"{names[row['category_id']]} {row['score']:.2f}"
+        drawn = drawn_on(image, [row], [said])
+        if good:
+            right.append((drawn, said))
+        else:
+            there = ", ".join(dict.fromkeys(names[one["category_id"]] for one in on)) or "no object of a known class"
+            wrong.append((drawn, f"{said}; there: {there}"))
+        if len(right) == len(wrong) == SHOWN:
+            break
+    return right, wrong
+
+
+def _cells(scores: Mapping[str, float]) -> list[float | None]:
+    return [_shown(scores[name]) for name in COLUMNS]
+
+
+def _shown(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _or_zero(value: float) -> float:
+    return 0.0 if math.isnan(value) else value
+
+
+def _line(scores: Mapping[str, float]) -> str:
+    return f"AP at 0.5 {scores['ap@0.5']:.3f}, recall@100 at 0.5 {scores['recall@0.5']:.3f}"

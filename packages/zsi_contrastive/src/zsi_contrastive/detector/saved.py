@@ -1,0 +1,116 @@
+"""The result on disk: `zsi.json` and `model.safetensors`, and nothing else is needed to use a detector."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from labs_common.cli import config_from_yaml
+from labs_common.errors import LabError
+from labs_common.run import newest_run
+from labs_common.saved import load_model, save_model
+from zsi_contrastive.detector.annotations import Split
+from zsi_contrastive.detector.backbone import make_backbone
+from zsi_contrastive.detector.config import DataOptions, DetectionOptions, TrainConfig, changed, complete, default_split
+from zsi_contrastive.detector.model import Parts, Sizes, ZeroShotMaskRCNN, channels_of, sizes_of
+from zsi_contrastive.detector.regions import Sampling
+from zsi_contrastive.detector.vectors import ClassVectors
+
+FILE = "zsi.json"  # beside the weights
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained detector with the classes that it knows by name."""
+
+    model: ZeroShotMaskRCNN
+    split: Split
+    vectors: ClassVectors
+    detection: DetectionOptions
+
+
+def save_detector(
+    config: TrainConfig,
+    model: ZeroShotMaskRCNN,
+    state: Mapping[str, torch.Tensor],
+    split: Split,
+    vectors: ClassVectors,
+    folder: Path,
+) -> None:
+    """Writes the whole model in one move; `state` are its weights, which may be sharded in `model` itself."""
+    sizes, sampling = sizes_of(config)
+    words = model.regions.box_head.words
+    description = {
+        "backbone": config.model.backbone,
+        "parts": model.parts.plain(),
+        "sizes": asdict(sizes),
+        "sampling": asdict(sampling),
+        "detection": asdict(config.detection),
+        "split": asdict(split),
+        "word_vectors": vectors.source,
+        "by_column": vectors.by_column,
+        "words": None if words is None else list(words.shape),
+    }
+    save_model(folder, FILE, description, {**state, "unseen": vectors.unseen})
+
+
+def load_detector(path: Path, option: str = "--checkpoint") -> Loaded:
+    """Reads the detector of a finished run, or of the directory that `save_detector` wrote, in evaluation mode.
+
+    Raises:
+        LabError: none is there, or it is broken.
+    """
+    known: dict[str, Any] = {}
+
+    def build(said: dict[str, Any], state: dict[str, torch.Tensor]) -> ZeroShotMaskRCNN:
+        unseen = state.pop("unseen")  # all others are the model's
+        seen, background = state["seen"], state["background.word"]
+        split = said["split"]
+        known["split"] = Split(split["name"], tuple(split["seen"]), tuple(split["unseen"]))
+        known["vectors"] = ClassVectors(said["word_vectors"], background, seen, unseen, said["by_column"])
+        known["detection"] = DetectionOptions(**said["detection"])
+        sizes: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in said["sizes"].items()
+        }
+        return ZeroShotMaskRCNN(
+            make_backbone(said["backbone"], False, None, 0, channels_of(said["backbone"])),
+            background,
+            seen,
+            Parts.from_plain(said["parts"]),
+            Sizes(**sizes),
+            Sampling(**said["sampling"]),
+            # Random, because a layer behind them starts as their pseudo-inverse; the real ones are loaded over them.
+            None if said["words"] is None else torch.randn(said["words"]),
+        )
+
+    model, _, _ = load_model(path, FILE, option, build)
+    return Loaded(model, **known)
+
+
+def chosen_run(checkpoint: Path | None) -> Path:
+    """Returns the run that `--checkpoint` names, or the newest finished one under runs/.
+
+    Raises:
+        LabError: there is none.
+    """
+    return checkpoint or newest_run(FILE, "zsi_contrastive.train")
+
+
+def chosen_data(asked: DataOptions, checkpoint: Path) -> tuple[DataOptions, int]:
+    """Completes data options with what is left to the run, and returns the seed of its splits with them.
+
+    Raises:
+        LabError: the run does not say which pictures it had.
+    """
+    file = checkpoint / "config.yaml"
+    if not file.is_file():
+        if asked.data is None:
+            raise LabError(f"--checkpoint {checkpoint}: holds no config.yaml that names its pictures; name --data")
+        return dataclasses.replace(asked, split=default_split(asked)), 0
+    trained = complete(config_from_yaml(TrainConfig, file))
+    if asked.data is not None:
+        return dataclasses.replace(asked, split=asked.split or trained.data.split), trained.run.seed
+    return changed(trained.data, asked), trained.run.seed
