@@ -5,7 +5,7 @@ import pytest
 from labs_testing.commands import real_data
 from PIL import Image
 
-from labs_common.data import caption_splits, read_captioned
+from labs_common.data.captions import caption_splits, read_captioned
 from labs_common.errors import LabError
 from labs_common.scenes.files import write_flickr8k
 

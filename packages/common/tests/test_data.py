@@ -9,7 +9,9 @@ import pytest
 from labs_testing.commands import real_data
 from PIL import Image
 
-from labs_common.data import BadPictureError, checked, decoded, read_pictures, stratified_parts
+from labs_common.data.classes import stratified_parts
+from labs_common.data.images import BadPictureError, checked, decoded
+from labs_common.data.readers import read_pictures
 from labs_common.errors import LabError
 from labs_common.scenes.files import write_parquet
 

@@ -163,7 +163,7 @@ def _python_batch(data: str, file: Path) -> Batch:
     try:
         labels = np.asarray(batch.get(b"labels"), dtype=np.int64)
     except (TypeError, ValueError, OverflowError):
-        labels = np.zeros(())
+        labels = np.zeros((), dtype=np.int64)
     bytes_ = isinstance(levels, np.ndarray) and levels.dtype == np.uint8
     if not bytes_ or labels.ndim != 1 or levels.shape != (len(labels), PIXELS):
         raise LabError(

@@ -1,4 +1,4 @@
-"""Writes scenes as the real data sets are laid out: Flickr8k, CIFAR-10 as parquet, COCO.
+"""Scenes as data: classification tasks, and files laid out as Flickr8k, CIFAR-10 in parquet, and COCO are.
 
 Picture `number` of a set is scene `number` of its seed. Splits are given as a range of numbers, so that no scene
 is in two of them.
@@ -37,23 +37,76 @@ from labs_common.scenes.world import (
 )
 
 LEAST_PIXELS = 4.0  # a visible part with a smaller area is no instance
+TRUTH = "scenes.json"
+LOOKS = tuple(f"{texture} {colour}" for colour in COLOURS for texture in TEXTURES)
+MAIN = ((0.22, 0.38), (0.07, 0.16))  # radii: a large thing first, smaller ones after it
+
+Sample = Callable[[np.random.Generator], Scene]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task: a question about a scene, its possible answers, and scenes with the right one."""
+
+    question: str
+    classes: tuple[str, ...]
+    sample: Callable[[np.random.Generator], tuple[Scene, int]]
+
+
+def _shape(generator: np.random.Generator) -> tuple[Scene, int]:
+    scene = random_scene(generator, 1 + int(generator.integers(5)), MAIN)
+    return scene, list(SHAPES).index(scene.things[0].shape)
+
+
+def _texture(generator: np.random.Generator) -> tuple[Scene, int]:
+    scene = random_scene(generator, 1 + int(generator.integers(5)), MAIN)
+    return scene, TEXTURES.index(scene.things[0].texture)
+
+
+def _count(generator: np.random.Generator) -> tuple[Scene, int]:
+    count = 1 + int(generator.integers(MOST_THINGS))
+    return random_scene(generator, count, ((0.1, 0.2),)), count - 1
+
+
+def _look(generator: np.random.Generator) -> tuple[Scene, int]:
+    """Samples five things of one colour and one texture, but of any shapes: every part shows the same look."""
+    colour, texture = (list(options)[generator.integers(len(options))] for options in (COLOURS, TEXTURES))
+    looks = [(list(SHAPES)[generator.integers(len(SHAPES))], colour, texture) for _ in range(5)]
+    return random_scene(generator, 5, ((0.12, 0.22),), looks), LOOKS.index(f"{texture} {colour}")
+
+
+def _striped_colour(generator: np.random.Generator) -> tuple[Scene, int]:
+    """Samples three things of three textures and colours, one of them striped: texture has to be bound to colour."""
+    others = [texture for texture in TEXTURES if texture != "striped"]
+    generator.shuffle(others)
+    textures = ["striped", *others[:2]]
+    generator.shuffle(textures)
+    colours = [list(COLOURS)[place] for place in generator.permutation(len(COLOURS))[:3]]
+    looks = [(random_look(generator)[0], colour, texture) for colour, texture in zip(colours, textures, strict=True)]
+    scene = random_scene(generator, 3, ((0.15, 0.24),), looks)
+    return scene, list(COLOURS).index(colours[textures.index("striped")])
+
+
+TASKS = {
+    "shape": Task("Which shape has the largest thing?", tuple(SHAPES), _shape),
+    "texture": Task("Which texture has the largest thing?", TEXTURES, _texture),
+    "count": Task("How many things are there?", tuple(map(str, range(1, MOST_THINGS + 1))), _count),
+    "look": Task("What do all things look like?", LOOKS, _look),
+    "striped-colour": Task("Which colour has the striped thing?", tuple(COLOURS), _striped_colour),
+}
 
 
 def encoded(image: Image.Image, form: str = "png") -> bytes:
-    """The bytes of a picture file."""
+    """Writes a picture as the bytes of a file."""
     stream = io.BytesIO()
     image.save(stream, form, quality=92, compress_level=1)  # noise does not compress: do not try hard
     return stream.getvalue()
 
 
-Sample = Callable[[np.random.Generator], Scene]
-TRUTH = "scenes.json"
-
-
 def captioned_scenes(
     seed: int, numbers: Iterable[int], sample: Sample = random_scene
 ) -> Iterator[tuple[int, Scene, list[str]]]:
-    """Yields number, scene and captions."""
+    """Yields the number, scene and captions of each picture."""
     for number in numbers:
         generator = scene_generator(seed, number)
         scene = sample(generator)
@@ -63,13 +116,12 @@ def captioned_scenes(
 def write_flickr8k(
     folder: Path, numbers: Sequence[int], seed: int = 0, side: int = 64, sample: Sample = random_scene
 ) -> None:
-    """`Images/*.jpg`, `captions.txt` (CSV) and `Flickr8k.token.txt` (tab-separated): both published forms.
+    """Writes `Images/*.jpg`, `captions.txt` (CSV) and `Flickr8k.token.txt` (tab-separated): both published forms.
 
     Beside them `scenes.json` says what each picture shows; see `read_truth`.
     """
     (folder / "Images").mkdir(parents=True, exist_ok=True)
-    rows = []
-    truth = {}
+    rows, truth = [], {}
     for number, scene, sentences in captioned_scenes(seed, numbers, sample):
         name = f"scene_{number:06d}.jpg"
         (folder / "Images" / name).write_bytes(encoded(picture(scene, side), "jpeg"))
@@ -85,20 +137,19 @@ def write_flickr8k(
 
 
 def read_truth(folder: Path) -> dict[str, Scene]:
-    """The scene that each picture of `write_flickr8k` shows, by the picture's name; empty for other data."""
-    if not (folder / TRUTH).is_file():
-        return {}
-    truth = json.loads((folder / TRUTH).read_text(encoding="utf-8"))
+    """Reads the scene that each picture of `write_flickr8k` shows, by the picture's name; nothing for other data."""
+    file = folder / TRUTH
+    truth = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return {
         name: Scene(
-            **{**found, "light": tuple(found["light"]), "things": tuple(Thing(**thing) for thing in found["things"])}
+            **said | {"light": tuple(said["light"]), "things": tuple(Thing(**thing) for thing in said["things"])}
         )
-        for name, found in truth.items()
+        for name, said in truth.items()
     }
 
 
 def cached_flickr8k(name: str, recipe: Any, count: int, side: int, sample: Callable[..., Scene]) -> Path:
-    """The directory of `count` drawn scenes with captions, as Flickr8k is laid out; made now if never before."""
+    """Returns the directory of `count` scenes with captions, laid out as Flickr8k; they are drawn if never before."""
 
     def make(folder: Path) -> None:
         console.print(f"drawing {count} scenes with captions")
@@ -108,7 +159,7 @@ def cached_flickr8k(name: str, recipe: Any, count: int, side: int, sample: Calla
 
 
 def write_parquet(folder: Path, task: str, splits: dict[str, Sequence[int]], seed: int = 0, side: int = 64) -> None:
-    """`SPLIT.parquet` with the columns `img` (bytes, path) and `label` (with class names), as CIFAR-10 on the hub."""
+    """Writes `SPLIT.parquet` with columns `img` (bytes, path) and `label` (with names), as CIFAR-10 on the hub."""
     folder.mkdir(parents=True, exist_ok=True)
     features = {"img": {"_type": "Image"}, "label": {"names": list(TASKS[task].classes), "_type": "ClassLabel"}}
     schema = pa.schema(
@@ -133,11 +184,11 @@ def write_coco(
     categories: Sequence[str] = tuple(SHAPES),
     wanted: Callable[[Scene], bool] = lambda scene: True,
 ) -> None:
-    """`SPLIT/*.jpg`, `annotations/instances_SPLIT.json` and `captions_SPLIT.json`.
+    """Writes `SPLIT/*.jpg`, `annotations/instances_SPLIT.json` and `captions_SPLIT.json`.
 
     An instance has its category, box, area, the polygons of what is visible of it and, under `attributes`, its colour,
-    texture and size and whether its pairing of shape and colour is `unseen`. Scenes that are not
-    `wanted` (such as those with unseen pairings) are left out.
+    texture and size and whether its pairing of shape and colour is `unseen`. Scenes that are not `wanted` (such as
+    those with unseen pairings) are left out.
     """
     (folder / "annotations").mkdir(parents=True, exist_ok=True)
     ids = {name: place for place, name in enumerate(categories, 1)}
@@ -153,22 +204,22 @@ def write_coco(
             (folder / split_name / name).write_bytes(encoded(picture(scene, side), "jpeg"))
             images.append({"id": number, "file_name": name, "width": side, "height": side})
             for thing, polygons in visible_polygons(scene, side):
+                attributes = {name: getattr(thing, name) for name in ("colour", "texture", "size", "unseen")}
                 instances.append(
                     {"id": len(instances) + 1, "image_id": number, "category_id": ids[category(thing)], "iscrowd": 0}
                     | _measured(polygons)
-                    | {"attributes": {"colour": thing.colour, "texture": thing.texture, "size": thing.size,
-                                      "unseen": thing.unseen}}
-                )  # fmt: skip
-            sentences += [{"image_id": number, "caption": text} for text in texts]
+                    | {"attributes": attributes}
+                )
+            for text in texts:
+                sentences.append({"id": len(sentences) + 1, "image_id": number, "caption": text})
         shared = {"info": {"description": "drawn scenes", "version": "1"}, "licenses": [], "images": images}
         kinds = [{"id": place, "name": name, "supercategory": "shape"} for name, place in ids.items()]
-        numbered = [{"id": place, **sentence} for place, sentence in enumerate(sentences, 1)]
-        for kind, content in (
-            ("instances", shared | {"annotations": instances, "categories": kinds}),
-            ("captions", shared | {"annotations": numbered}),
+        for kind, own in (
+            ("instances", {"annotations": instances, "categories": kinds}),
+            ("captions", {"annotations": sentences}),
         ):
-            text = json.dumps(content)
-            (folder / "annotations" / f"{kind}_{split_name}.json").write_text(text, encoding="utf-8")
+            file = folder / "annotations" / f"{kind}_{split_name}.json"
+            file.write_text(json.dumps(shared | own), encoding="utf-8")
 
 
 def visible_polygons(scene: Scene, side: int) -> Iterator[tuple[Thing, list[Polygon]]]:
@@ -186,7 +237,7 @@ def visible_polygons(scene: Scene, side: int) -> Iterator[tuple[Thing, list[Poly
 
 
 def _without_holes(polygon: Polygon) -> list[Polygon]:
-    """The same area as polygons that COCO's format can hold: cut through each hole."""
+    """Cuts a polygon through each hole: COCO's format holds none."""
     if not polygon.interiors:
         return [polygon]
     x = Polygon(polygon.interiors[0]).centroid.x
@@ -203,59 +254,3 @@ def _measured(polygons: Sequence[Polygon]) -> dict[str, Any]:
         "area": round(sum(polygon.area for polygon in polygons), 2),
         "bbox": [round(left, 2), round(top, 2), round(right - left, 2), round(bottom - top, 2)],
     }
-
-
-LOOKS = tuple(f"{texture} {colour}" for colour in COLOURS for texture in TEXTURES)
-MAIN = ((0.22, 0.38), (0.07, 0.16))  # a large thing first, smaller ones after it
-
-
-@dataclass(frozen=True)
-class Task:
-    """A question about a scene, its possible answers, and scenes to ask it of."""
-
-    question: str
-    classes: tuple[str, ...]
-    sample: Callable[[np.random.Generator], tuple[Scene, int]]
-
-
-def _shape(generator: np.random.Generator) -> tuple[Scene, int]:
-    scene = random_scene(generator, 1 + int(generator.integers(5)), MAIN)
-    return scene, list(SHAPES).index(scene.things[0].shape)
-
-
-def _texture(generator: np.random.Generator) -> tuple[Scene, int]:
-    scene = random_scene(generator, 1 + int(generator.integers(5)), MAIN)
-    return scene, TEXTURES.index(scene.things[0].texture)
-
-
-def _count(generator: np.random.Generator) -> tuple[Scene, int]:
-    count = 1 + int(generator.integers(MOST_THINGS))
-    return random_scene(generator, count, ((0.1, 0.2),)), count - 1
-
-
-def _look(generator: np.random.Generator) -> tuple[Scene, int]:
-    """Five things of one colour and one texture, but of any shapes: every part of the picture shows the same look."""
-    colour, texture = (list(options)[generator.integers(len(options))] for options in (COLOURS, TEXTURES))
-    looks = [(list(SHAPES)[generator.integers(len(SHAPES))], colour, texture) for _ in range(5)]
-    return random_scene(generator, 5, ((0.12, 0.22),), looks), LOOKS.index(f"{texture} {colour}")
-
-
-def _striped_colour(generator: np.random.Generator) -> tuple[Scene, int]:
-    """Three things of three textures and colours, one of them striped: texture has to be bound to colour."""
-    others = [texture for texture in TEXTURES if texture != "striped"]
-    generator.shuffle(others)
-    textures = ["striped", *others[:2]]
-    generator.shuffle(textures)
-    colours = [list(COLOURS)[place] for place in generator.permutation(len(COLOURS))[:3]]
-    looks = [(random_look(generator)[0], colour, texture) for colour, texture in zip(colours, textures, strict=True)]
-    scene = random_scene(generator, 3, ((0.15, 0.24),), looks)
-    return scene, list(COLOURS).index(colours[textures.index("striped")])
-
-
-TASKS = {
-    "shape": Task("Which shape has the largest thing?", tuple(SHAPES), _shape),
-    "texture": Task("Which texture has the largest thing?", TEXTURES, _texture),
-    "count": Task("How many things are there?", tuple(map(str, range(1, MOST_THINGS + 1))), _count),
-    "look": Task("What do all things look like?", LOOKS, _look),
-    "striped-colour": Task("Which colour has the striped thing?", tuple(COLOURS), _striped_colour),
-}

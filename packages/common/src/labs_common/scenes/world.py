@@ -1,4 +1,4 @@
-"""What is in a scene: coloured, textured shapes with size, place and rotation, before anything is drawn.
+"""Scenes of coloured, textured shapes with size, place and rotation: sampled, then drawn into a picture.
 
 Lengths are shares of the picture's side, the origin is the upper left corner, angles are in radians.
 """
@@ -20,6 +20,7 @@ BACKGROUNDS = {"dark": (32, 34, 40), "grey": (112, 114, 118), "teal": (40, 105, 
 SIZES = ("small", "medium", "large")
 SMALL, LARGE = 0.11, 0.19  # a radius below is called small, one above large
 MOST_THINGS = 6
+FINER = 2  # pictures are drawn larger by this factor, then averaged: smooth edges
 
 
 def _turned(count: int, radii: Sequence[float]) -> np.ndarray:
@@ -73,7 +74,7 @@ class Thing:
     angle: float
 
     def outline(self, side: float = 1.0) -> np.ndarray:
-        """The polygon's corners (corners, 2) as x and y in a picture of `side` pixels."""
+        """Returns the polygon's corners (corners, 2) as x and y in a picture of `side` pixels."""
         cos, sin = math.cos(self.angle), math.sin(self.angle)
         turned = SHAPES[self.shape] @ np.array([[cos, sin], [-sin, cos]])
         return (turned * self.radius + (self.x, self.y)) * side
@@ -109,7 +110,7 @@ class Scene:
 
 
 def scene_generator(seed: int, index: int) -> np.random.Generator:
-    """The source of everything random in scene `index` of a set: the same for the same two numbers."""
+    """Returns the source of everything random in scene `index` of a set: the same for the same two numbers."""
     return np.random.default_rng([seed, index])
 
 
@@ -119,7 +120,7 @@ def random_scene(
     radii: Sequence[tuple[float, float]] = ((0.08, 0.24),),
     looks: Sequence[tuple[str, str, str]] | None = None,
 ) -> Scene:
-    """A scene of `things` shapes, by default one to five.
+    """Samples a scene of `things` shapes, by default one to five.
 
     `radii` are the ranges of the first, second, … thing's size (the last one is for the rest), `looks` the shape,
     colour and texture of each, by default drawn from all pairings. Later things lie in front and may hide
@@ -131,7 +132,7 @@ def random_scene(
         look = random_look(generator) if looks is None else looks[number]
         low, high = radii[min(number, len(radii) - 1)]
         radius = float(generator.uniform(low, high))
-        while True:
+        while True:  # twelve tries for each size
             spots = generator.uniform(radius * 0.9, 1 - radius * 0.9, (12, 2))
             fitting = [spot for spot in spots if all(_apart(spot, radius, other) for other in placed)]
             if fitting:
@@ -139,11 +140,11 @@ def random_scene(
             radius *= 0.85
         x, y = map(float, fitting[0])
         placed.append(Thing(*look, x, y, radius, float(generator.uniform(0, 2 * math.pi))))
-    light = generator.uniform(0.65, 1.15, 4)
+    left, right, top, bottom = map(float, generator.uniform(0.65, 1.15, 4))
     return Scene(
         things=tuple(placed),
         background=list(BACKGROUNDS)[generator.integers(len(BACKGROUNDS))],
-        light=(float(light[0]), float(light[1]), float(light[2]), float(light[3])),
+        light=(left, right, top, bottom),
         noise=float(generator.uniform(3, 14)),
         noise_seed=int(generator.integers(2**31)),
         clutter=int(generator.integers(2, 9)),
@@ -151,29 +152,26 @@ def random_scene(
 
 
 def random_look(generator: np.random.Generator) -> tuple[str, str, str]:
-    """Shape, colour and texture, each with equal chances."""
+    """Samples shape, colour and texture, each with equal chances."""
     choices = (tuple(SHAPES), tuple(COLOURS), TEXTURES)
     shape, colour, texture = (options[generator.integers(len(options))] for options in choices)
     return shape, colour, texture
 
 
 def _apart(spot: np.ndarray, radius: float, other: Thing) -> bool:
-    """Whether a thing at `spot` would leave most of `other` to be seen, and be seen itself."""
+    """Says whether a thing at `spot` would leave most of `other` to be seen, and be seen itself."""
     distance = math.hypot(spot[0] - other.x, spot[1] - other.y)
     return distance >= max(radius, other.radius) + 0.3 * min(radius, other.radius)
 
 
-FINER = 2  # drawn larger by this factor, then averaged: smooth edges
-
-
 def picture(scene: Scene, side: int = 64) -> Image.Image:
-    """The scene as an RGB picture of `side` times `side` pixels; the same bytes for the same scene."""
+    """Draws the scene as an RGB picture of `side` times `side` pixels; the same bytes for the same scene."""
     generator = np.random.default_rng(scene.noise_seed)
     canvas = Image.new("RGB", (side * FINER, side * FINER), BACKGROUNDS[scene.background])
     _draw_clutter(canvas, scene, generator)
     for thing in scene.things:
         _draw_thing(canvas, thing, generator)
-    levels = np.asarray(canvas.resize((side, side), Image.Resampling.BOX), dtype=np.float32)
+    levels = np.asarray(canvas.resize((side, side), Image.Resampling.BOX), dtype=np.float32)  # (side, side, 3)
     left, right, top, bottom = scene.light
     across, down = np.linspace(left, right, side, dtype=np.float32), np.linspace(top, bottom, side, dtype=np.float32)
     light = (across[None, :] + down[:, None])[..., None] / 2
@@ -182,7 +180,7 @@ def picture(scene: Scene, side: int = 64) -> Image.Image:
 
 
 def _draw_clutter(canvas: Image.Image, scene: Scene, generator: np.random.Generator) -> None:
-    """Short strokes and specks in the colours of things, so that a patch of colour proves nothing."""
+    """Draws short strokes and specks in the colours of things, so that a patch of colour proves nothing."""
     draw = ImageDraw.Draw(canvas)
     side = canvas.width
     palette = list(COLOURS.values())
@@ -193,28 +191,25 @@ def _draw_clutter(canvas: Image.Image, scene: Scene, generator: np.random.Genera
 
 def _draw_thing(canvas: Image.Image, thing: Thing, generator: np.random.Generator) -> None:
     corners = thing.outline(canvas.width)
-    left, top = np.floor(corners.min(0)).astype(int)
-    right, bottom = np.ceil(corners.max(0)).astype(int) + 1
-    mask = Image.new("1", (int(right - left), int(bottom - top)))
+    left, top = map(int, np.floor(corners.min(0)))
+    right, bottom = map(int, np.ceil(corners.max(0)) + 1)
+    mask = Image.new("1", (right - left, bottom - top))
     ImageDraw.Draw(mask).polygon((corners - (left, top)).ravel().tolist(), fill=1)
-    shift = generator.integers(-18, 19, 3)
-    shades = [
-        tuple(int(level) for level in np.clip((np.array(COLOURS[thing.colour]) + shift) * factor, 0, 255))
-        for factor in (1.0, 0.45)
-    ]
+    colour = np.array(COLOURS[thing.colour]) + generator.integers(-18, 19, 3)  # a name stands for a range of colours
+    shades = [tuple(map(int, np.clip(colour * factor, 0, 255))) for factor in (1.0, 0.45)]  # light and dark
     if thing.texture == "plain":
-        canvas.paste(shades[0], (int(left), int(top)), mask)
+        canvas.paste(shades[0], (left, top), mask)
         return
     # A pattern turns with its thing, in steps of an eighth.
     pattern = _pattern(thing.texture, round(thing.angle / np.pi * 4) % 4, canvas.width)
     fill = Image.new("RGB", mask.size, shades[0])
     fill.paste(shades[1], (0, 0), pattern.crop((0, 0, *mask.size)))
-    canvas.paste(fill, (int(left), int(top)), mask)
+    canvas.paste(fill, (left, top), mask)
 
 
 @lru_cache(maxsize=64)
 def _pattern(texture: str, eighths: int, side: int) -> Image.Image:
-    """Where a texture is dark, as a mask over the whole canvas; its period is an eleventh of the side."""
+    """Returns where a texture is dark, as a mask over the whole canvas; its period is an eleventh of the side."""
     place = np.arange(side) / side * 11
     x, y = np.meshgrid(place, place)
     angle = eighths * np.pi / 4
