@@ -11,9 +11,9 @@ from labs_testing.commands import losses
 from labs_testing.promises import Otherwise, Training, TrainingPromises
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel
 
-from clip_lab.compare import LIBRARIES
-from clip_lab.stored import load_model
+from clip_lab.saved import load_model
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 SMALL = ("--image", "test_vit", "--image-size", "32", "--text-width", "32", "--text-layers", "1", "--text-heads", "4",
@@ -91,7 +91,7 @@ class TestPromises(TrainingPromises):
         tower = tower_of(finished, tmp_path_factory.mktemp("tower") / "tower.safetensors")
         return Training(
             "clip_lab.train",
-            LIBRARIES,
+            ["clip_lab.train"],
             options,
             finished,
             "model/model.safetensors",
@@ -128,8 +128,6 @@ def test_the_other_objectives_train(objective: str, options: tuple[object, ...],
 
 def test_frozen_towers_are_computed_once_and_do_not_move(scenes: Path, finished: Path, tmp_path: Path) -> None:
     """Both towers frozen; cached and computed each time give the same."""
-    from transformers import BertConfig, BertModel
-
     weights = load_file(tower_of(finished, tmp_path / "tower.safetensors"))
     bert = tmp_path / "bert"
     BertModel(BertConfig(vocab_size=400, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -145,7 +143,7 @@ def test_frozen_towers_are_computed_once_and_do_not_move(scenes: Path, finished:
     assert all(torch.equal(found[f"image.network.{name}"], tensor) for name, tensor in weights.items())
     assert json.loads((tmp_path / "cached" / "frozen.json").read_text())
     results = json.loads((tmp_path / "cached" / "results.json").read_text())
-    assert results["cost"]["trained"] == 32 * (64 + 16) + 1, "two projections and the temperature"
+    assert results["cost"]["trainable"] == 32 * (64 + 16) + 1, "two projections and the temperature"
     views = tmp_path / "views"
     here(*shared, "--output", views, "--views", "2", "--augment", "crop")
     assert losses(views)[:3] == pytest.approx(losses(tmp_path / "cached")[:3], abs=1e-5), "the first view is plain"

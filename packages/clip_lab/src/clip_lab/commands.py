@@ -2,8 +2,15 @@
 
 from functools import partial
 
-from clip_lab.command_config import CompareConfig, DemoConfig, ExportConfig, ProbeConfig, RetrieveConfig, ZeroShotConfig
-from clip_lab.config import TrainConfig
+from clip_lab.config import (
+    CompareConfig,
+    DemoConfig,
+    ExportConfig,
+    ProbeConfig,
+    RetrieveConfig,
+    TrainConfig,
+    ZeroShotConfig,
+)
 from labs_common.cli import run_command
 
 compare = partial(run_command, "clip_lab.compare:compare", CompareConfig)

@@ -10,74 +10,236 @@ if __name__ == "__main__":  # before the imports below: --help and a wrong optio
     commands.compare()
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
-from clip_lab.command_config import CompareConfig
-from clip_lab.config import OBJECTIVES, HeadOptions, TrainConfig, complete
-from labs_common.cli import parse
-from labs_common.comparing import (
-    check_compared,
-    comparison_folder,
-    entries_of,
-    name_and_flags,
-    reading_entry,
-    seeds_of,
-    slug,
+import numpy as np
+import torch
+
+from clip_lab.config import CompareConfig, HeadOptions, TrainConfig, complete
+from clip_lab.data import read_data
+from clip_lab.encoder import Encoder, load_encoder
+from clip_lab.evaluate import (
+    captions_of,
+    embeddings_of,
+    likelihood_matrix,
+    perplexity,
+    picture_rows_of,
+    retrieval_metrics,
 )
+from clip_lab.image import make_image_tower
+from clip_lab.losses import OBJECTIVES, check_objective
+from clip_lab.probe import accuracy, features_of, read_splits
+from clip_lab.zero_shot import class_embeddings, filled
+from labs_common.cli import parse
+from labs_common.compare.collect import Entry, cell, rows_of
+from labs_common.compare.plan import comparison_folder, plan_runs
+from labs_common.compare.processes import compare_runs, start_server
+from labs_common.compare.report import Findings, curves_of, notes_on, table_of
+from labs_common.data.captions import Captions
+from labs_common.data.classes import LabelledPictures
 from labs_common.errors import LabError
-from labs_common.own_process import claimed, finished_runs, start_server
+from labs_common.logistic import fitted_layers
+from labs_common.options import ClassDataOptions
+from labs_common.report import Figure, Gallery, Section, Table, Text, bar_figure, save_figure
+from labs_common.report.pictures import shown
+from labs_common.run import Run
 
-LIBRARIES = ["clip_lab.train", "clip_lab.results", "clip_lab.scoring", "labs_common.training", "timm", "transformers"]
+TEMPLATE = "a {} in the picture"  # in the words of the drawn scenes' captions
+PENALTY = 1e-3  # of every probe: one of the penalties that the search of clip_lab.probe finds on drawn things
+NAMED = 240  # pictures that are named by likelihood, a pass for every class
+BATCH = 256  # pictures through a frozen tower at once
+MEASURED = "measured.json"  # with each run
+# What is measured of each model, as the tables call it; a model that cannot do it has an empty cell.
+CONTRASTIVE = ("R@1 by embedding", "R@5 by embedding", "classes by embedding")
+GENERATIVE = ("R@1 by likelihood", "R@5 by likelihood", "classes by likelihood", "perplexity")
+ABILITIES = (*CONTRASTIVE, *GENERATIVE, "linear probe")
+COSTS = {
+    "parameters": partial(Entry.cost, name="parameters"),
+    "training seconds": partial(Entry.cost, name="seconds"),
+    "pictures/s": partial(Entry.cost, name="pictures per second"),
+    "peak MiB": partial(Entry.cost, name="peak memory", scale=2**20),
+    "optimizer MiB": partial(Entry.cost, name="optimizer bytes", scale=2**20),
+}
 
 
 def compare(config: CompareConfig) -> None:
     """Plans the runs, does those that are missing, measures all of them alike, and writes the report."""
-    check_compared("objective", config.comparison)
+    planned = plan_runs(
+        config.comparison, "--objectives", config.objectives, "objective", partial(planned_run, config), [*OBJECTIVES]
+    )
     if config.ranked < 2:
         raise LabError("--ranked: must be at least 2")
-    planned = {spec: planned_run(config, spec) for spec in entries_of("--objectives", config.objectives)}
     folder = comparison_folder("compare-clip", config, [config.data.data, config.classes])
-
-    start_server(config.comparison.launch, LIBRARIES)
-    from clip_lab.comparison import gathered, write_comparison
-    from clip_lab.data import read_data
-    from clip_lab.image import make_image_tower
-
+    start_server(config.comparison.launch, ["clip_lab.train"])
     data = read_data(config.data, config.comparison.seed, shown=True)
-    make_image_tower(dataclasses.replace(config.image, image_pretrained=False, image_weights=None))
-    seeds = seeds_of(config.comparison)
-    with claimed(folder, config):
-        failed = finished_runs("clip_lab.train", planned, folder, config.comparison)
-        entries = gathered(folder, {spec: slug(spec) for spec in planned}, seeds, config, data)
-        write_comparison(folder, config, entries, failed)
+    make_image_tower(dataclasses.replace(config.image, image_pretrained=False, image_weights=None))  # or says why not
+    compare_runs(folder, config, "clip_lab.train", planned, partial(findings, config, data))
 
 
 @dataclass
 class ComparedOptions:
-    """What may follow an objective's name after colons."""
+    """The options that may follow an objective's name after colons."""
 
     head: HeadOptions = field(default_factory=HeadOptions)
     learning_rate: float = 0.0
     """Highest learning rate."""
 
 
-def planned_run(config: CompareConfig, spec: str) -> TrainConfig:
-    """The run of one entry of --objectives: an objective, and options of it after colons (`coca:queries=64`).
+def planned_run(config: CompareConfig, objective: str, flags: list[str]) -> TrainConfig:
+    """Makes the config of one entry of --objectives, as of `coca:queries=64`.
 
     Raises:
-        LabError: there is no such objective or option, or its value is wrong.
+        LabError: there is no such option, or its value is wrong.
     """
-    name, flags = name_and_flags(spec)
-    kind = next((objective for objective in OBJECTIVES if objective == name), None)
-    if kind is None:
-        raise LabError(f"--objectives {spec}: no such objective; there are {', '.join(OBJECTIVES)}")
-    with reading_entry("--objectives", spec):
-        own = parse(ComparedOptions, "--objectives", flags)
-        rate = own.learning_rate or config.training.learning_rate
-        return complete(
-            TrainConfig(
-                objective=kind, image=config.image, text=config.text, head=own.head, data=config.data,
-                batch=config.batch, cache=config.cache,
-                training=dataclasses.replace(config.training, learning_rate=rate),
-            )
-        )  # fmt: skip
+    own = parse(ComparedOptions, "--objectives", flags)
+    rate = own.learning_rate or config.training.learning_rate
+    run = complete(
+        TrainConfig(
+            objective=objective, image=config.image, text=config.text, head=own.head, data=config.data,
+            batch=config.batch, cache=config.cache,
+            training=dataclasses.replace(config.training, learning_rate=rate),
+        )
+    )  # fmt: skip
+    check_objective(run)
+    return run
+
+
+def findings(
+    config: CompareConfig, data: Captions, run: Run, entries: dict[str, Entry], failed: dict[str, int]
+) -> Findings:
+    """Measures what finished, and puts it side by side."""
+    splits = read_splits(ClassDataOptions(data=config.classes), config.comparison.seed)
+    for entry in entries.values():
+        for one in entry.runs.values():
+            measure(one, config, data, splits)
+
+    def measured(name: str, entry: Entry) -> list[float]:
+        return [kept["found"][name] for kept in entry.read(MEASURED).values() if name in kept["found"]]
+
+    measures = {name: partial(measured, name) for name in ABILITIES} | COSTS
+    rows = [
+        row | {"seeds": len(entry.results)}
+        for row, entry in zip(rows_of("objective", entries.values(), measures), entries.values(), strict=True)
+    ]
+    sections = [
+        _differences_section(entries, rows),
+        _numbers_section(run, config, rows),
+        _curves_section(run, entries),
+        Section("Cost", [table_of(rows, ("objective", *COSTS)), *notes_on(config.comparison, failed),
+                         Text("All had the same pictures and captions in the same order.")]),
+        _pictures_section(splits["test"]),
+    ]  # fmt: skip
+    return Findings("CLIP, CoCa and SimVLM", _summary(rows), rows, sections, ABILITIES)
+
+
+def measure(run: Run, config: CompareConfig, data: Captions, splits: Mapping[str, LabelledPictures]) -> None:
+    """Measures everything that the model of a run can do, on the same pictures as all others; kept with the run."""
+    asked = {"ranked": config.ranked, "classes": splits["test"].fingerprint()}
+    known = run.load_json(MEASURED)
+    if known is not None and known["asked"] == asked:
+        return
+    encoder = load_encoder(str(run.path))
+    loaded = encoder.ours
+    assert loaded is not None
+    test, found = data.splits["test"], {}
+    captions, of_picture = captions_of(test, min(config.ranked, len(test)))
+    rows = picture_rows_of(loaded, test)
+    few = rows[: int(of_picture[-1]) + 1]
+    similarity = {}
+    if loaded.model.embeds:
+        similarity["embedding"] = encoder.read(captions) @ embeddings_of(loaded, few).T
+    if loaded.model.writes:
+        found["perplexity"] = perplexity(loaded, rows, test)
+        similarity["likelihood"] = likelihood_matrix(loaded, few, captions)
+    for way, values in similarity.items():
+        metrics = retrieval_metrics(values, of_picture)
+        found |= {f"R@{k} by {way}": metrics[f"text_to_image/recall@{k}"] for k in (1, 5)}
+    found |= _measure_classes(encoder, splits)
+    run.save_json(MEASURED, {"asked": asked, "found": found})
+
+
+def _measure_classes(encoder: Encoder, splits: Mapping[str, LabelledPictures]) -> dict[str, float]:
+    """Measures the accuracy of naming test pictures in both ways, and of a linear probe."""
+    test, loaded, found = splits["test"], encoder.ours, {}
+    names = list(test.classes)
+    if encoder.text is not None:
+        image = features_of(encoder, {"test": test}, "embedding", BATCH, True)["test"]
+        said = (image.values @ class_embeddings(encoder, names, [TEMPLATE]).T).argmax(1)
+        found["classes by embedding"] = float((said == image.labels).double().mean())
+    if loaded is not None and loaded.model.writes:
+        few = test.subset(np.linspace(0, len(test) - 1, min(NAMED, len(test))).round().astype(int))
+        pictures = torch.stack([encoder.view(few.image(place)) for place in range(len(few))])
+        with torch.no_grad():
+            seen = [loaded.model.image(part.to(encoder.device)).places.flatten(1).cpu() for part in pictures.split(64)]
+        scores = likelihood_matrix(loaded, torch.cat(seen), [filled(TEMPLATE, name) for name in names])
+        found["classes by likelihood"] = float(np.mean(scores.argmax(0).numpy() == few.labels))
+    features = features_of(encoder, splits, "tower", BATCH, True)
+    layer = fitted_layers(*features["train"].to(encoder.device), len(names), [PENALTY])[0]
+    found["linear probe"] = accuracy(layer, features["test"].to(encoder.device))
+    return found
+
+
+def _differences_section(entries: Mapping[str, Entry], rows: list[dict[str, Any]]) -> Section:
+    """Shows what each one is, and what was measured of that here; a column per model."""
+    kinds = [OBJECTIVES[entry.first["config"]["objective"]] for entry in entries.values()]
+    table: list[tuple[Any, ...]] = [
+        ("made of", *(kind.model.made_of for kind in kinds)),
+        ("learns", *(kind.learns for kind in kinds)),
+        ("writes captions", *("yes" if kind.model.writes else "no" for kind in kinds)),
+        ("searches by one matrix product",
+         *("yes" if kind.model.embeds else "no: each caption is read with each picture" for kind in kinds)),
+    ]  # fmt: skip
+    measured = (CONTRASTIVE[0], GENERATIVE[0], "perplexity", "linear probe")
+    table += [(key, *(cell(row, key) for row in rows)) for key in measured]
+    return Section("Differences", [Table(("", *entries), table)])
+
+
+def _numbers_section(run: Run, config: CompareConfig, rows: list[dict[str, Any]]) -> Section:
+    """Shows everything that was measured, a column per model."""
+    table = [(key, *(cell(row, key) for row in rows)) for key in ABILITIES]
+    shares = [key for key in ABILITIES if key != "perplexity"]
+    bars = {key: {row["objective"]: float(row.get(key, 0.0)) for row in rows} for key in shares}
+    figure = save_figure(run, "numbers", bar_figure(bars, "share that is right", 1.0))
+    note = (
+        f"R@k: a test caption finds its picture among {config.ranked} (by chance {1 / config.ranked:.3f} at 1). By "
+        "embedding: cosines. By likelihood: how much more probable the caption is with this picture than with any. "
+        f"Classes: “{filled(TEMPLATE, '…')}” with every name; by likelihood on at most {NAMED} pictures. A bar of 0 is "
+        "what the model cannot do: its cell in the table is empty. The linear probe reads what the image tower makes "
+        f"of pictures, with a penalty of {PENALTY:g} for all."
+    )
+    figures = Figure(figure, "All measured on the same pictures.")
+    return Section("Numbers", [Table(("", *(row["objective"] for row in rows)), table), figures, Text(note)])
+
+
+def _curves_section(run: Run, entries: Mapping[str, Entry]) -> Section:
+    """Draws recall and loss on the validation pictures, where a model has them."""
+    blocks: list[Any] = []
+    for key, said in (("validation/recall", "mean recall"), ("validation/loss", "validation loss")):
+        curves = {name: curve for name, entry in entries.items() if (curve := entry.curve(key))[0]}
+        if curves:
+            caption = f"{said.capitalize()} after each epoch; first seed."
+            blocks.append(curves_of(run, curves, "optimizer step", said, caption))
+    note = Text(
+        "Losses of different objectives are of different things: how each falls says something, not which is lowest."
+    )
+    return Section("Curves", [*blocks, note])
+
+
+def _pictures_section(test: LabelledPictures) -> Section:
+    """Shows a picture of each class."""
+    places = [int(np.flatnonzero(test.labels == label)[0]) for label in range(min(12, len(test.classes)))
+              if (test.labels == label).any()]  # fmt: skip
+    tiles = [(shown(test.image(place), 96), test.classes[int(test.labels[place])]) for place in places]
+    return Section("Pictures to be named", [Gallery(tiles, f"From {test.source}.")])
+
+
+def _summary(rows: list[dict[str, Any]]) -> str:
+    said = []
+    for row in rows:
+        key = next((key for key in ("R@1 by embedding", "R@1 by likelihood") if key in row), None)
+        if key is not None:
+            said.append(f"{row['objective']} finds the picture of {row[key]:.0%} of captions first ({key[4:]})")
+    return "; ".join(said) + "."

@@ -1,30 +1,35 @@
-"""Every option of the lab, once, with its help text and default. Imports nothing heavy: `--help` is fast."""
+"""Every option of every command, once, with its help text and default. Imports nothing heavy: `--help` is fast."""
 
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from labs_common.errors import LabError
 from labs_common.options import (
+    CacheOptions,
     CaptionDataOptions,
+    ClassDataOptions,
+    CommandOptions,
+    ComparisonOptions,
+    OnBadData,
+    PageOptions,
     RunOptions,
     TrainingOptions,
+    one_of,
 )
 
-Objective = Literal["clip", "siglip", "coca", "simvlm"]
-OBJECTIVES: tuple[Objective, ...] = ("clip", "siglip", "coca", "simvlm")
 Augment = Literal["none", "crop", "crop+colour"]
-RowPrecision = Literal["bf16", "fp16", "fp32"]
-Watch = Literal["recall", "loss"]
-TINY, OWN = "tiny-cnn", "own"
-TRAIN, FINISHED = "clip_lab.train", "clip.json"  # what writes a model, and how one is known
-MOST_SCALE = 100.0
+TINY, OWN = "tiny-cnn", "own"  # the names of the towers that are not a library's
+TRAIN, FINISHED = "clip_lab.train", "clip.json"  # the command that writes a model, and the file that tells one
+MOST_SCALE = 100.0  # Radford et al. 2021, section 2.5: above it, training becomes unstable
 
 
 @dataclass
 class ImageOptions:
-    """What looks at the picture."""
+    """The image tower."""
 
     image: str = TINY
     """tiny-cnn (for a CPU) or any timm name: resnet50, vit_base_patch32_224, vit_small_patch16_224, convnext_tiny."""
@@ -37,14 +42,14 @@ class ImageOptions:
     image_stages: int = 0
     """Use only so many of a CNN's stages, as SimVLM does with the first three of a ResNet; 0 uses all."""
     freeze_image: bool = False
-    """Leave it as it is and train only the rest (LiT). What it makes of each picture is then computed once and kept."""
+    """Leave it as it is and train only the rest (LiT). Its output for each picture is then computed once and kept."""
     views: int = 1
     """With --freeze-image, how many augmented versions of each picture are kept; 1 keeps the plain picture."""
 
 
 @dataclass
 class TextOptions:
-    """What reads the captions."""
+    """The text tower and its tokenizer."""
 
     text: str = OWN
     """own (a causal transformer whose feature is at the end token) or a Hugging Face encoder by name or path:
@@ -71,15 +76,14 @@ class TextOptions:
 
 @dataclass
 class HeadOptions:
-    """What is between the towers and the objective."""
+    """The layers between the towers and the objective."""
 
     embedding: int = 0
     """Width of the space in which pictures and captions meet; 0 takes 512, and 128 with the tiny image tower."""
     scale: float = 1 / 0.07
-    """What cosines are multiplied by at first (1 / temperature); it is learnt, and never above 100. SigLIP's own start
-    is 10."""
+    """Factor of the cosines at first (1 / temperature); it is learnt, and never above 100. SigLIP's own start is 10."""
     queries: int = 0
-    """CoCa: how many vectors of the picture the decoder reads; 0 takes 256, and 16 with the tiny image tower."""
+    """CoCa: vectors of the picture that the decoder reads; 0 takes 256, and 16 with the tiny image tower."""
     decoder_layers: int = 0
     """CoCa and SimVLM: layers that write words; 0 takes as many as the text tower has."""
     contrastive_weight: float = 1.0
@@ -90,14 +94,14 @@ class HeadOptions:
 
 @dataclass
 class BatchOptions:
-    """How pictures and captions come together."""
+    """The pictures and captions of a step."""
 
     captions_per_picture: int = 2
-    """How many of a picture's captions a step holds, drawn by chance each epoch."""
+    """Captions of each picture in a step, drawn by chance each epoch."""
     multi_positive: bool = True
     """Captions of one picture are not negatives of each other; else only the pair itself is positive."""
     augment: Augment | None = None
-    """What training does to pictures: nothing; cut out 70 to 100 % of the area; also change brightness and contrast.
+    """Change pictures in training: not at all; cut out 70 to 100 % of the area; also change brightness and contrast.
     Nothing is mirrored: captions say left and right. By default crop, and none for drawn scenes, of which captions say
     exactly where things are."""
     chunk: int = 0
@@ -108,18 +112,8 @@ class BatchOptions:
 
 
 @dataclass
-class CacheOptions:
-    """What is kept on disk."""
-
-    cache: bool = True
-    """Keep decoded pictures, and what frozen towers make of them; --no-cache decodes and computes every epoch."""
-    boundary_precision: RowPrecision = "bf16"
-    """Precision of what frozen towers hand over, kept or not."""
-
-
-@dataclass
 class ClipTrainingOptions(TrainingOptions):
-    """How the weights are moved."""
+    """The optimizer, its schedule, and when training stops."""
 
     epochs: int = 0
     """Passes over the training pictures; 0 takes 8 for drawn scenes, else 30."""
@@ -134,7 +128,7 @@ class ClipTrainingOptions(TrainingOptions):
     """Share of all steps over which the learning rate rises from zero."""
     weight_decay: float = 0.1
     """AdamW's decoupled weight decay, of matrices only."""
-    watch: Watch = "recall"
+    watch: Literal["recall", "loss"] = "recall"
     """What --patience looks at, on the validation pictures: mean recall (1, 5 and 10, both ways), or the loss."""
 
 
@@ -147,7 +141,7 @@ class TrainConfig:
     Then `python -m clip_lab.retrieve "a dog on the beach" --data photos`.
     """
 
-    objective: Objective = "clip"
+    objective: Annotated[str, one_of("clip_lab.losses:OBJECTIVES")] = "clip"
     """clip: softmax over all pairs of a batch (Radford et al. 2021). siglip: every pair for itself (Zhai et al. 2023).
     coca: contrast and captions (Yu et al. 2022). simvlm: captions from their beginnings (Wang et al. 2022)."""
     image: ImageOptions = field(default_factory=ImageOptions)
@@ -160,11 +154,170 @@ class TrainConfig:
     run: RunOptions = field(default_factory=RunOptions)
 
 
+@dataclass
+class RetrieveConfig:
+    """Finds pictures for sentences, and captions for pictures.
+
+    `python -m clip_lab.retrieve "a dog on the beach" "two children" --data photos`, or
+    `python -m clip_lab.retrieve --picture dog.jpg --data flickr8k`. `--data` is any folder of pictures; without it,
+    the test pictures of the run are searched.
+    """
+
+    sentences: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Sentences whose pictures are searched."""
+    picture: tuple[str, ...] = ()
+    """Picture files, for which captions are searched (and similar pictures)."""
+    checkpoint: str = ""
+    """A finished run, or released weights as in probe (openai/clip-vit-base-patch32, RN50:openai); by default the
+    newest run under runs/."""
+    data: Path | None = None
+    """Folder of pictures, with its folders; captions in it are those that pictures look for."""
+    captions: Path | None = None
+    """Text file with a caption per line, instead of those of the data."""
+    index: Path | None = None
+    """Directory of the pictures' embeddings, so that only new and changed pictures are computed; by default in the
+    user's cache."""
+    search: Literal["exact", "faiss"] = "exact"
+    """exact: one matrix product. faiss (extra clip-lab[faiss]): an inverted file, for millions of pictures."""
+    top: int = 12
+    """Results to show."""
+    output: Path | None = None
+    """Directory of the grid (PNG) and the page (HTML); by default a new one under runs/."""
+    batch_size: int = 64
+    """Pictures at once."""
+    on_bad_data: OnBadData = "skip"
+    """What to do with pictures that cannot be read: leave them out and count them, or stop and name them."""
+    command: CommandOptions = field(default_factory=CommandOptions)
+
+
+@dataclass
+class ProbeConfig:
+    """One fully connected layer on a frozen image tower: how much do its features tell?
+
+    `python -m clip_lab.probe` probes the newest run of clip_lab.train. Released weights:
+    `python -m clip_lab.probe --checkpoint openai/clip-vit-base-patch32 --data cifar-10-batches-py`.
+    """
+
+    checkpoint: str = ""
+    """openai/clip-vit-base-patch32 or a directory (transformers), RN50:openai (open_clip), timm:resnet50_clip.openai
+    (timm:NAME,random for weights that were never trained), or a finished run; by default the newest under runs/."""
+    data: ClassDataOptions = field(default_factory=ClassDataOptions)
+    features: Literal["tower", "embedding"] = "tower"
+    """Input of the layer: the tower's feature before the projection, as in the paper, or the embedding."""
+    solver: Literal["lbfgs", "sgd"] = "lbfgs"
+    """lbfgs: logistic regression on all features at once, its L2 penalty found on the validation pictures. sgd: in
+    batches."""
+    penalty: float = 0.0
+    """L2 penalty (the paper's lambda, of the mean loss) instead of the search; 0 searches."""
+    shots: str = "1,2,4,8,16,all"
+    """Training pictures per class for the few-shot curve, separated by commas."""
+    draws: int = 3
+    """How often pictures are drawn for each of the few-shot counts."""
+    epochs: int = 100
+    """Passes over the training pictures, with --solver sgd."""
+    batch_size: int = 256
+    """Pictures at once, in the tower and in --solver sgd."""
+    learning_rate: float = 0.1
+    """Highest learning rate, with --solver sgd."""
+    cache: bool = True
+    """Keep the features on disk."""
+    output: Path | None = None
+    """Directory of the layer, the results and the report; by default a new one under runs/."""
+    seed: int = 0
+    """Seed of splits, draws and --solver sgd."""
+    command: CommandOptions = field(default_factory=CommandOptions)
+
+
+@dataclass
+class ZeroShotConfig:
+    """Names pictures without having seen one of their classes: by the sentence that fits best.
+
+    `python -m clip_lab.zero_shot` takes the newest run of clip_lab.train. Released weights:
+    `python -m clip_lab.zero_shot --checkpoint RN50:openai --data folder-of-classes --templates openai`.
+    """
+
+    checkpoint: str = ""
+    """As in probe: openai/clip-vit-base-patch32, RN50:openai, a directory, or a finished run; by default the newest
+    under runs/."""
+    data: ClassDataOptions = field(default_factory=ClassDataOptions)
+    templates: str = "short"
+    """Sentences into which a class's name is put: plain (a single one), short (seven), openai (the eighty that CLIP
+    used for ImageNet), or a text file with one per line and {} for the name."""
+    names: Path | None = None
+    """Text file with a name per class and line, in the data's order, instead of the data's own names."""
+    probe: bool = True
+    """Compare with a linear probe on the same features."""
+    batch_size: int = 256
+    """Pictures at once."""
+    cache: bool = True
+    """Keep the features on disk."""
+    output: Path | None = None
+    """Directory of the results and the report; by default a new one under runs/."""
+    seed: int = 0
+    """Seed of the splits."""
+    command: CommandOptions = field(default_factory=CommandOptions)
+
+
+@dataclass
+class DemoConfig:
+    """Serves a page that searches: `python -m clip_lab.demo --data photos` (extra `demo`)."""
+
+    checkpoint: str = ""
+    """A finished run, or released weights; by default the newest under runs/."""
+    data: Path | None = None
+    """Folder of pictures; without it, the test pictures of the run."""
+    captions: Path | None = None
+    """Text file with a caption per line, instead of those of the data."""
+    index: Path | None = None
+    """Directory of the pictures' embeddings; by default in the user's cache."""
+    top: int = 12
+    """Results to show."""
+    page: PageOptions = field(default_factory=PageOptions)
+    command: CommandOptions = field(default_factory=CommandOptions)
+
+
+@dataclass
+class ExportConfig:
+    """Writes a model in another library's format: `python -m clip_lab.export --checkpoint runs/… --output exported`."""
+
+    checkpoint: Path | None = None
+    """A finished run with --objective clip or siglip; by default the newest under runs/."""
+    to: Annotated[str, one_of("clip_lab.saved:FORMATS")] = "transformers"
+    """transformers: a VisionTextDualEncoderModel. open_clip: a directory for `create_model("local-dir:DIRECTORY")`, of
+    image towers with timm's own arguments and the own text tower."""
+    output: Path = Path("exported")
+    """Directory to write; it must not exist yet."""
+    command: CommandOptions = field(default_factory=CommandOptions)
+
+
+@dataclass
+class CompareConfig:
+    """Trains CLIP, CoCa and SimVLM with one budget and reports what each can do.
+
+    `python -m clip_lab.compare` alone compares them offline. The same command started again goes on where it was
+    stopped. For real: `python -m clip_lab.compare --data flickr8k --image resnet50 --image-pretrained --epochs 20`
+    """
+
+    objectives: str = "clip,coca,simvlm"
+    """Objectives, separated by commas; options of one follow after colons: coca:caption_weight=1:queries=64."""
+    image: ImageOptions = field(default_factory=ImageOptions)
+    text: TextOptions = field(default_factory=TextOptions)
+    data: CaptionDataOptions = field(default_factory=CaptionDataOptions)
+    batch: BatchOptions = field(default_factory=BatchOptions)
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    training: ClipTrainingOptions = field(default_factory=ClipTrainingOptions)
+    ranked: int = 60
+    """Test pictures among which every model finds captions: SimVLM has to read each caption with each picture."""
+    classes: str | None = None
+    """Pictures with classes to be named, as --data of zero_shot; by default drawn things."""
+    comparison: ComparisonOptions = field(default_factory=ComparisonOptions)
+
+
 def complete(config: TrainConfig) -> TrainConfig:
-    """The config with a default in the place of what was left to the towers and the data.
+    """Puts a default in the place of every option that was left to the towers and the data.
 
     Raises:
-        LabError: options that contradict each other, or are out of range.
+        LabError: options contradict each other, or are out of range.
     """
     _check(config)
     image, text, head, training = config.image, config.text, config.head, config.training
@@ -199,45 +352,37 @@ def complete(config: TrainConfig) -> TrainConfig:
 
 
 def _check(config: TrainConfig) -> None:
+    """Refuses what no training can do; `losses.check_objective` refuses what an objective cannot."""
     image, text, head, batch = config.image, config.text, config.head, config.batch
-    if image.image_weights is not None and image.image_weights.suffix != ".safetensors":
-        raise LabError(f"--image-weights {image.image_weights}: must be a .safetensors file; convert it with "
-                       "safetensors.torch")  # fmt: skip
-    if image.image_weights is not None and not image.image_weights.is_file():
-        raise LabError(f"--image-weights {image.image_weights}: no such file")
-    if image.image_weights is not None and image.image_pretrained:
-        raise LabError("--image-pretrained and --image-weights: give one of them")
+    weights = image.image_weights
     numbers = (image.image_size, image.image_stages, text.text_width, text.text_layers, text.text_heads,
                text.vocabulary, text.max_length, head.embedding, head.queries, head.decoder_layers, batch.chunk,
                config.data.limit, config.training.batch_size)  # fmt: skip
-    if min(numbers) < 0:
-        raise LabError("sizes, counts, layers, --chunk, --limit and --batch-size must not be negative")
-    if 0 < text.max_length < 4:
-        raise LabError("--max-length: must be at least 4")
-    if text.text_width % (text.text_heads or 4):
-        raise LabError(f"--text-width {text.text_width}: must be a multiple of --text-heads {text.text_heads or 4}")
-    if batch.captions_per_picture < 1 or batch.loss_chunk < 1 or image.views < 1:
-        raise LabError("--captions-per-picture, --loss-chunk and --views must be at least 1")
-    if image.views > 1 and not image.freeze_image:
-        raise LabError("--views: is of --freeze-image; other towers see a new version every epoch")
-    if not 0 < head.scale <= MOST_SCALE:
-        raise LabError(f"--scale {head.scale}: must lie between 0 and {MOST_SCALE:g}")
-    if min(head.contrastive_weight, head.caption_weight) < 0 or not head.contrastive_weight + head.caption_weight:
-        raise LabError("--contrastive-weight and --caption-weight must not be negative, nor both 0")
-    if head.contrastive_weight != 1.0 and config.objective != "coca":
-        raise LabError("--contrastive-weight: is of --objective coca")
-    if head.caption_weight != 2.0 and config.objective != "coca":
-        raise LabError("--caption-weight: is of --objective coca")
-    if text.text != OWN and config.objective in ("coca", "simvlm"):
-        raise LabError(f"--text {text.text}: sees a whole caption at once; --objective {config.objective} needs a "
-                       f"causal tower: --text {OWN}")  # fmt: skip
-    if text.text != OWN and text.tokenizer not in ("", text.text):
-        raise LabError(f"--tokenizer {text.tokenizer}: --text {text.text} has its own")
-    if text.freeze_text and text.text == OWN:
-        raise LabError(f"--freeze-text: --text {OWN} is trained from scratch; name a Hugging Face encoder in --text")
-    if image.freeze_image and not (image.image_pretrained or image.image_weights):
-        raise LabError("--freeze-image: the tower has random weights; add --image-pretrained or --image-weights FILE")
-    if config.objective == "simvlm" and config.training.watch == "recall" and config.training.patience:
-        raise LabError("--watch recall: --objective simvlm has no embeddings; take --watch loss")
-    if config.data.splits is not None and not config.data.splits.is_dir():
-        raise LabError(f"--splits {config.data.splits}: no such directory")
+    heads = text.text_heads or 4
+    refusals = (
+        (weights is not None and weights.suffix != ".safetensors",
+         f"--image-weights {weights}: must be a .safetensors file; convert it with safetensors.torch"),
+        (weights is not None and not weights.is_file(), f"--image-weights {weights}: no such file"),
+        (weights is not None and image.image_pretrained, "--image-pretrained and --image-weights: give one of them"),
+        (min(numbers) < 0, "sizes, counts, layers, --chunk, --limit and --batch-size must not be negative"),
+        (0 < text.max_length < 4, "--max-length: must be at least 4"),
+        (text.text_width % heads, f"--text-width {text.text_width}: must be a multiple of --text-heads {heads}"),
+        (min(batch.captions_per_picture, batch.loss_chunk, image.views) < 1,
+         "--captions-per-picture, --loss-chunk and --views must be at least 1"),
+        (image.views > 1 and not image.freeze_image,
+         "--views: is of --freeze-image; other towers see a new version every epoch"),
+        (not 0 < head.scale <= MOST_SCALE, f"--scale {head.scale}: must lie between 0 and {MOST_SCALE:g}"),
+        (min(head.contrastive_weight, head.caption_weight) < 0 or not head.contrastive_weight + head.caption_weight,
+         "--contrastive-weight and --caption-weight must not be negative, nor both 0"),
+        (text.text != OWN and text.tokenizer not in ("", text.text),
+         f"--tokenizer {text.tokenizer}: --text {text.text} has its own"),
+        (text.freeze_text and text.text == OWN,
+         f"--freeze-text: --text {OWN} is trained from scratch; name a Hugging Face encoder in --text"),
+        (image.freeze_image and not (image.image_pretrained or weights),
+         "--freeze-image: the tower has random weights; add --image-pretrained or --image-weights FILE"),
+        (config.data.splits is not None and not config.data.splits.is_dir(),
+         f"--splits {config.data.splits}: no such directory"),
+    )  # fmt: skip
+    for wrong, message in refusals:
+        if wrong:
+            raise LabError(message)

@@ -7,9 +7,16 @@ if __name__ == "__main__":  # before the imports below: --help and a wrong optio
 
 from typing import Any
 
-from clip_lab.command_config import DemoConfig
+import torch
+
+from clip_lab.config import DemoConfig
+from clip_lab.encoder import load_encoder
+from clip_lab.retrieve import known_captions, open_index
+from labs_common.data.images import decoded
 from labs_common.errors import LabError
 from labs_common.pages import check_page, serve
+
+BATCH = 64  # pictures through the tower at once, as in retrieve
 
 
 def demo(config: DemoConfig) -> None:
@@ -25,16 +32,11 @@ def demo(config: DemoConfig) -> None:
 
 
 def search_page(config: DemoConfig) -> Any:
-    """The page: a sentence in, pictures out; a picture in, captions and similar pictures out."""
-    import gradio
-    import torch
-
-    from clip_lab.encoder import load_encoder
-    from clip_lab.retrieve import known_captions, searched
-    from labs_common.data.images import decoded
+    """Builds the page: a sentence in, pictures out; a picture in, captions and similar pictures out."""
+    import gradio  # an extra
 
     encoder = load_encoder(config.checkpoint)
-    index, test = searched(config.data, encoder, config.index, 64)
+    index, test = open_index(config.data, encoder, config.index, BATCH)
     captions = known_captions(config.captions, config.data, test)
     read = encoder.read(captions) if captions else torch.empty(0)
 

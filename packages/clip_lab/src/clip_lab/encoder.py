@@ -8,24 +8,27 @@ encoder.image(pictures), encoder.text(["a dog"])   # where pictures and captions
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from clip_lab.config import FINISHED, TRAIN
+from clip_lab.config import FINISHED, TRAIN, ImageOptions
+from clip_lab.image import make_image_tower
 from clip_lab.model import CocaModel, SimVlmModel, rows_of
-from clip_lab.stored import Loaded, is_ours, load_model
+from clip_lab.saved import Loaded, is_ours, load_model
 from labs_common.data.images import RESAMPLING
 from labs_common.errors import LabError
-from labs_common.freezing import state_hash
+from labs_common.frozen.audit import state_hash
 from labs_common.run import newest_run
 
-TEXTS = 256
+TEXTS = 256  # sentences through a text tower at once
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class View:
     squeezed: bool
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """(3, size, size)."""
+        """Returns the picture as the tower's input (3, size, size)."""
         how = RESAMPLING.get(self.interpolation, Image.Resampling.BICUBIC)
         if not self.squeezed:
             # As torchvision counts: down, and half a pixel to the even side.
@@ -65,10 +68,10 @@ class Encoder:
     Attributes:
         name: as it was asked for.
         module: all of its weights.
-        features: pictures (pictures, 3, size, size) to what a probe reads (pictures, width).
-        image: the same to embeddings of length 1; None where it has none.
-        text: sentences to embeddings of length 1; None where it has none.
-        scale: what cosines are multiplied by.
+        features: maps pictures (pictures, 3, size, size) to a probe's input (pictures, width).
+        image: maps the same to embeddings of length 1; None where it has none.
+        text: maps sentences to embeddings of length 1; None where it has none.
+        scale: factor of the cosines.
         ours: the model, where it is one of this lab.
     """
 
@@ -83,12 +86,12 @@ class Encoder:
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """The device that its weights are on."""
         return next(self.module.parameters()).device
 
     @torch.no_grad()
     def embedded(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Pictures (pictures, 3, size, size) to embeddings (pictures, width), on the CPU.
+        """Embeds pictures (pictures, 3, size, size): (pictures, width), on the CPU.
 
         Raises:
             LabError: it has none.
@@ -100,7 +103,7 @@ class Encoder:
 
     @torch.no_grad()
     def read(self, sentences: Sequence[str]) -> torch.Tensor:
-        """Sentences to embeddings (sentences, width), on the CPU.
+        """Embeds sentences: (sentences, width), on the CPU.
 
         Raises:
             LabError: it has none.
@@ -111,13 +114,12 @@ class Encoder:
         return torch.cat(parts)
 
     def recipe(self) -> dict[str, Any]:
-        """All that its output for a picture depends on, as JSON values."""
-        view = {name: getattr(self.view, name) for name in ("size", "mean", "std", "interpolation", "squeezed")}
-        return {"weights": state_hash(self.module), "view": view, "torch": torch.__version__.split("+")[0]}
+        """Returns all that its output for a picture depends on, as JSON values."""
+        return {"weights": state_hash(self.module), "view": asdict(self.view), "torch": torch.__version__.split("+")[0]}
 
 
 def load_encoder(spec: str, device: torch.device | None = None) -> Encoder:
-    """The model that `--checkpoint` names, frozen, in evaluation mode.
+    """Loads the model that `--checkpoint` names, frozen, in evaluation mode.
 
     A finished run of ours or its `model/` (by default the newest under runs/); `MODEL:PRETRAINED` of open_clip, such as
     `RN50:openai`, or `hf-hub:ORG/NAME`; `timm:NAME`, an image tower alone; else a CLIP of transformers by its name or
@@ -143,13 +145,13 @@ def load_encoder(spec: str, device: torch.device | None = None) -> Encoder:
 
 
 def frozen(encoder: Encoder, device: torch.device) -> Encoder:
-    """The same on its device, in evaluation mode, without gradients."""
+    """Puts the encoder on its device, in evaluation mode, without gradients."""
     encoder.module.to(device).eval().requires_grad_(False)
     return encoder
 
 
 def of_ours(loaded: Loaded, name: str) -> Encoder:
-    """A model of this lab."""
+    """Wraps a model of this lab."""
     model, shape = loaded.model, loaded.transform
     view = View(shape.size, shape.mean, shape.std, shape.interpolation, squeezed=True)
     if isinstance(model, SimVlmModel):
@@ -167,14 +169,15 @@ def of_ours(loaded: Loaded, name: str) -> Encoder:
 
 
 def _transformers(spec: str) -> Encoder:
-    from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPModel, VisionTextDualEncoderModel
+    # Here, as the code of these models takes seconds to import and only released ones need it.
+    from transformers import AutoImageProcessor, CLIPModel, VisionTextDualEncoderModel
 
     try:
         config = AutoConfig.from_pretrained(spec)
         kinds: dict[str, Any] = {"clip": CLIPModel, "vision-text-dual-encoder": VisionTextDualEncoderModel}
         model: Any = kinds.get(config.model_type, AutoModel).from_pretrained(spec)
         tokenizer = AutoTokenizer.from_pretrained(spec)
-        view = _processor_view(spec, config)
+        view = _processor_view(AutoImageProcessor.from_pretrained(spec))
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise LabError(f"--checkpoint {spec}: cannot be had ({reason}); name a run, MODEL:PRETRAINED of open_clip, "
@@ -198,23 +201,16 @@ def _transformers(spec: str) -> Encoder:
     )  # fmt: skip
 
 
-def _processor_view(spec: str, config: Any) -> View:
-    """How the model's own image processor sees a picture."""
-    from transformers import AutoImageProcessor
-
-    known = AutoImageProcessor.from_pretrained(spec)
-    size = known.crop_size if getattr(known, "do_center_crop", False) else known.size
-    side = int(getattr(size, "height", None) or size["height"])
-    names = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+def _processor_view(known: Any) -> View:
+    """Reads off an image processor of transformers how it sees a picture."""
     squeezed = not getattr(known, "do_center_crop", False)
-    return View(
-        side, tuple(known.image_mean), tuple(known.image_std), names.get(int(known.resample), "bicubic"), squeezed
-    )
+    size = known.size if squeezed else known.crop_size
+    side = int(getattr(size, "height", None) or size["height"])
+    how = next((name for name, number in RESAMPLING.items() if number == int(known.resample)), "bicubic")
+    return View(side, tuple(known.image_mean), tuple(known.image_std), how, squeezed)
 
 
 def _open_clip(spec: str, name: str, pretrained: str | None) -> Encoder:
-    import open_clip
-
     architecture = name.removeprefix("local-dir:")
     if not name.startswith(("local-dir:", "hf-hub:")) and architecture not in open_clip.list_models():
         raise LabError(f"--checkpoint {spec}: open_clip has no model {architecture}; as in RN50:openai or "
@@ -242,7 +238,7 @@ def _open_clip(spec: str, name: str, pretrained: str | None) -> Encoder:
 
 
 def _before_projection(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What the paper's probe reads: a ViT's feature before its projection; a ResNet's pool projects by itself."""
+    """Returns the function of the paper's probe: a ViT's feature before its projection (a ResNet's pool projects)."""
     visual = model.visual
     if hasattr(visual, "trunk"):  # a timm tower
         return lambda x: visual.trunk(x)
@@ -261,9 +257,6 @@ def _before_projection(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _timm(spec: str) -> Encoder:
-    from clip_lab.config import ImageOptions
-    from clip_lab.image import make_image_tower
-
     name, _, how = spec.removeprefix("timm:").partition(",")
     if how not in ("", "random"):
         raise LabError(f"--checkpoint {spec}: after the name only ,random may follow (weights that were never trained)")

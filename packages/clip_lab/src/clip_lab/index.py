@@ -22,18 +22,20 @@ from labs_common.options import OnBadData
 from labs_common.progress import console, tracked
 from labs_common.run import written_whole
 
-LISTS, PROBES = 4, 32  # of an inverted file: lists per root of the pictures, and how many are searched
-NAMED = 5
+# Of an inverted file: lists per root of the pictures, of which FAISS's guide gives 4 as the least; how many of them are
+# searched; pictures that FAISS wants to learn a list from, else it warns.
+LISTS, PROBES, PER_LIST = 4, 32, 39
+NAMED = 5  # pictures that cannot be read, in a message
 
 
 @dataclass(frozen=True)
 class Index:
-    """Pictures and where they are in the space.
+    """Pictures and their embeddings.
 
     Attributes:
         files: their paths.
         vectors: of length 1 (pictures, width).
-        folder: where it is kept.
+        folder: the directory that it is kept in.
     """
 
     files: tuple[Path, ...]
@@ -41,7 +43,7 @@ class Index:
     folder: Path
 
     def nearest(self, queries: torch.Tensor, top: int, search: str = "exact") -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores and places (queries, top) of the most similar pictures, best first.
+        """Finds the most similar pictures: their scores and places (queries, top), best first.
 
         Raises:
             LabError: FAISS is asked for and not installed.
@@ -55,9 +57,9 @@ class Index:
         return torch.from_numpy(scores), torch.from_numpy(places)
 
     def _inverted(self) -> Any:
-        """FAISS's inverted file of the vectors, read from disk or made now."""
+        """Reads FAISS's inverted file of the vectors from disk, or makes it now."""
         try:
-            import faiss
+            import faiss  # an extra
         except ImportError as error:
             raise LabError("--search faiss: needs FAISS; install the extra clip-lab[faiss]") from error
         file = self.folder / "inverted.faiss"
@@ -65,7 +67,7 @@ class Index:
             found: Any = faiss.read_index(str(file))
         else:
             count, width = self.vectors.shape
-            lists = max(1, min(round(LISTS * count**0.5), count // 39))  # FAISS wants 39 pictures to learn a list from
+            lists = max(1, min(round(LISTS * count**0.5), count // PER_LIST))
             found = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, lists, faiss.METRIC_INNER_PRODUCT)
             found.train(self.vectors.numpy())
             found.add(self.vectors.numpy())
@@ -77,7 +79,7 @@ class Index:
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """All pictures in a folder and its folders.
+    """Lists all pictures in a folder and its folders.
 
     Raises:
         LabError: there is no such folder, or none in it.
@@ -90,11 +92,13 @@ def pictures_in(folder: Path) -> list[Path]:
     return files
 
 
-def indexed(
+def build_index(
     files: Sequence[Path], name: str, encoder: Encoder, kept: Path | None, batch_size: int,
     on_bad_data: OnBadData = "skip",
 ) -> Index:  # fmt: skip
-    """The index of these pictures, with what was not yet in it computed now; `name` says which pictures they are.
+    """Builds the index of these pictures: reads what is kept of it and computes the rest.
+
+    `name` says which pictures they are; `kept` is --index, by default a directory in the user's cache.
 
     Raises:
         LabError: some cannot be read and `on_bad_data` says so, or none can; or the index is of another model.
@@ -102,31 +106,23 @@ def indexed(
     recipe = encoder.recipe()
     where = kept or cache_directory() / f"index-{recipe_key([recipe, name])}"
     known, vectors = _read(where, recipe, "" if kept is None else f"--index {kept}")
-    stamps = [_stamp(file) for file in files]
-    wanted = [number for number, (file, stamp) in enumerate(zip(files, stamps, strict=True))
-              if known.get(str(file), (None, None))[1] != stamp]  # fmt: skip
-    new, bad = _embedded([files[number] for number in wanted], encoder, batch_size)
+    stamps = {file: _stamp(file) for file in files}
+    same = {file: vectors[known[str(file)][0]] for file in files if known.get(str(file), (0, None))[1] == stamps[file]}
+    new, bad = _embedded([file for file in files if file not in same], encoder, batch_size)
     if bad:
         _say_bad(name, bad, on_bad_data, len(bad) == len(files))
-    rows, there = [], []
-    fresh = {str(files[wanted[place]]): vector for place, vector in new.items()}
-    for file, stamp in zip(files, stamps, strict=True):
-        vector = fresh.get(str(file))
-        if vector is None and str(file) in known and known[str(file)][1] == stamp:
-            vector = vectors[known[str(file)][0]]
-        if vector is not None:
-            rows.append(vector)
-            there.append((file, stamp))
-    index = Index(tuple(file for file, _ in there), torch.stack(rows), where)
-    if fresh or len(there) != len(known):
-        _write(where, recipe, there, index.vectors)
-        console.print(f"index: {len(there):,} pictures in {where} ({len(fresh):,} computed now)")
+    every = same | new
+    there = tuple(file for file in files if file in every)
+    index = Index(there, torch.stack([every[file] for file in there]), where)
+    if new or len(there) != len(known):
+        _write(where, recipe, [(file, stamps[file]) for file in there], index.vectors)
+        console.print(f"index: {len(there):,} pictures in {where} ({len(new):,} computed now)")
     return index
 
 
-def _embedded(files: Sequence[Path], encoder: Encoder, batch_size: int) -> tuple[dict[int, torch.Tensor], list[str]]:
-    """The vector of each file by its place, and what could not be read."""
-    found: dict[int, torch.Tensor] = {}
+def _embedded(files: Sequence[Path], encoder: Encoder, batch_size: int) -> tuple[dict[Path, torch.Tensor], list[str]]:
+    """Embeds files: the vector of each, and a line on each that could not be read."""
+    found: dict[Path, torch.Tensor] = {}
     bad = []
 
     def seen(file: Path) -> torch.Tensor | str:
@@ -137,12 +133,12 @@ def _embedded(files: Sequence[Path], encoder: Encoder, batch_size: int) -> tuple
 
     starts = range(0, len(files), batch_size)
     for first in tracked(starts, "embedding pictures", len(starts), len(starts) > 1):
-        outcomes = list(decoding_threads().map(seen, files[first : first + batch_size]))
-        good = [(first + place, one) for place, one in enumerate(outcomes) if isinstance(one, torch.Tensor)]
-        bad += [one for one in outcomes if isinstance(one, str)]
+        batch = files[first : first + batch_size]
+        outcomes = dict(zip(batch, decoding_threads().map(seen, batch), strict=True))
+        good = {file: one for file, one in outcomes.items() if isinstance(one, torch.Tensor)}
+        bad += [one for one in outcomes.values() if isinstance(one, str)]
         if good:
-            vectors = encoder.embedded(torch.stack([picture for _, picture in good]))
-            found |= dict(zip((place for place, _ in good), vectors, strict=True))
+            found |= dict(zip(good, encoder.embedded(torch.stack([*good.values()])), strict=True))
     return found, bad
 
 
@@ -155,12 +151,13 @@ def _say_bad(name: str, bad: Sequence[str], on_bad_data: OnBadData, all_of_them:
 
 
 def _stamp(file: Path) -> list[int]:
+    """Tells a changed file by its size and time of change: reading all of it would take as long as embedding."""
     known = file.stat()
     return [known.st_size, known.st_mtime_ns]
 
 
 def _read(where: Path, recipe: dict[str, Any], option: str) -> tuple[dict[str, tuple[int, list[int]]], torch.Tensor]:
-    """What is known: place and stamp of each file, and the vectors."""
+    """Reads what is kept: place and stamp of each file, and the vectors."""
     if not (where / "pictures.json").is_file():
         if option and where.exists() and any(where.iterdir()):
             raise LabError(f"{option}: is not empty and no index; name another directory")

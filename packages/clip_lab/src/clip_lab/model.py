@@ -1,25 +1,24 @@
-"""The models: two towers that meet (CLIP), with a decoder (CoCa), and one decoder that reads both (SimVLM)."""
+"""The models: two towers that meet (CLIP, SigLIP), with a decoder (CoCa), and one decoder that reads both (SimVLM)."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip_lab.config import MOST_SCALE, OWN, HeadOptions, ImageOptions, Objective, TextOptions
-from clip_lab.image import ImageTower, make_image_tower
-from clip_lab.text import PretrainedText, TextTower, last_of, pretrained_text
-from clip_lab.tokens import Words
-from clip_lab.transformer import AttentionalPool, Block, initialise
+from clip_lab.config import MOST_SCALE, HeadOptions
+from clip_lab.decoder import AttentionalPool, Block, initialise
+from clip_lab.image import ImageTower
+from clip_lab.text import PretrainedText, TextTower, last_of
 
 
 class Embedded(NamedTuple):
-    """What training reads of a batch.
+    """A model's output for a batch.
 
     Attributes:
         image: embeddings of its pictures (pictures, width), of length 1; likewise `text` (captions, width).
-        scale: what cosines are multiplied by (scalar), with the `bias` that SigLIP adds.
+        scale: the factor of the cosines (scalar), with the `bias` that SigLIP adds.
         logits: the next word at each place (captions, length - 1, vocabulary), where the model writes.
     """
 
@@ -40,13 +39,13 @@ class Scale(nn.Module):
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor([bias]))
 
     def forward(self) -> torch.Tensor:
-        """The factor, never above 100; there its gradient goes on, so that it can come down again."""
+        """Returns the factor, never above 100; there its gradient goes on, so that it can come down again."""
         clipped = self.logit_scale.clamp(max=math.log(MOST_SCALE))
         return (self.logit_scale + (clipped - self.logit_scale).detach()).exp()[0]
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """What SigLIP adds to scaled cosines (scalar)."""
+        """SigLIP's addition to scaled cosines (scalar)."""
         return None if self.logit_bias is None else self.logit_bias[0]
 
 
@@ -54,44 +53,54 @@ class ClipModel(nn.Module):
     """Two towers and two projections without bias into one space (Radford et al. 2021, figure 3).
 
     Attributes:
-        reads: what of the image tower's output the rest reads.
+        made_of: in a comparison's words.
+        reads: the part of the image tower's output that the rest reads: its `feature`, or its `places`.
+        embeds: whether it has embeddings, so that pictures can be searched by one matrix product.
+        writes: whether it predicts words, for which it needs a causal text tower.
     """
 
-    reads = "feature"
+    made_of, reads, embeds, writes = "two towers", "feature", True, False
 
-    def __init__(
-        self, image: ImageTower, text: TextTower | PretrainedText, embedding: int, scale: float, bias: float | None
-    ) -> None:
+    def __init__(self, image: ImageTower, text: TextTower | PretrainedText, options: HeadOptions) -> None:
         super().__init__()
         self.image, self.text = image, text
-        self.image_projection = nn.Linear(image.width, embedding, bias=False)
-        self.text_projection = nn.Linear(text.width, embedding, bias=False)
+        self.image_projection = nn.Linear(image.width, options.embedding, bias=False)
+        self.text_projection = nn.Linear(text.width, options.embedding, bias=False)
         nn.init.normal_(self.image_projection.weight, std=image.width**-0.5)
         nn.init.normal_(self.text_projection.weight, std=text.width**-0.5)
-        self.scale = Scale(scale, bias)
+        self.scale = Scale(options.scale)
 
     def forward(self, pictures: torch.Tensor, words: torch.Tensor) -> Embedded:
-        """Pictures (pictures, 3, size, size) or what the frozen tower made of them; captions (captions, length)."""
+        """Embeds pictures (pictures, 3, size, size), or a frozen tower's rows, and captions (captions, length)."""
         return Embedded(self.embedded(rows_of(self, pictures)), self.embed_texts(words), self.scale(), self.scale.bias)
 
     def embedded(self, rows: torch.Tensor) -> torch.Tensor:
-        """The tower's features (pictures, width) to embeddings of length 1."""
+        """Projects the tower's features (pictures, width) to embeddings of length 1."""
         return F.normalize(self.image_projection(rows), dim=1)
 
     def embed_texts(self, words: torch.Tensor) -> torch.Tensor:
-        """Captions (captions, length), or the frozen tower's features, to embeddings of length 1."""
+        """Embeds captions (captions, length), or the frozen tower's features of them, with length 1."""
         feature = words if words.is_floating_point() else self.text(words).feature
         return F.normalize(self.text_projection(feature), dim=1)
+
+
+class SiglipModel(ClipModel):
+    """The same with a bias, and SigLIP's own starts of both (Zhai et al. 2023, section 3.2)."""
+
+    def __init__(self, image: ImageTower, text: TextTower | PretrainedText, options: HeadOptions) -> None:
+        super().__init__(image, text, options)
+        start = 10.0 if options.scale == HeadOptions().scale else options.scale
+        self.scale = Scale(start, bias=-10.0)  # at first nearly all pairs are negatives, and are taken for such
 
 
 class CocaModel(nn.Module):
     """CoCa (Yu et al. 2022, figure 2): contrast by one attentional pool, captions from another through a decoder.
 
     The text tower is the unimodal half; its causal states feed the multimodal half. The end token has seen the whole
-    caption, so it takes the part of the paper's appended [CLS].
+    caption, so it takes the part of the paper's appended [CLS]. Attributes are those of `ClipModel`.
     """
 
-    reads = "places"
+    made_of, reads, embeds, writes = "two towers and a decoder on both", "places", True, True
 
     def __init__(self, image: ImageTower, text: TextTower, options: HeadOptions) -> None:
         super().__init__()
@@ -112,7 +121,7 @@ class CocaModel(nn.Module):
         self.scale = Scale(options.scale)
 
     def forward(self, pictures: torch.Tensor, words: torch.Tensor, of_picture: torch.Tensor | None = None) -> Embedded:
-        """Pictures (pictures, 3, size, size) or the frozen tower's places, flat; captions (captions, length).
+        """Embeds pictures (pictures, 3, size, size), or a frozen tower's rows, and captions (captions, length).
 
         `of_picture` is each caption's picture (captions,); by default every picture has the same number of them.
         """
@@ -123,19 +132,19 @@ class CocaModel(nn.Module):
         return Embedded(self.embedded(rows), text, self.scale(), None, logits)
 
     def embedded(self, rows: torch.Tensor) -> torch.Tensor:
-        """The tower's places, flat (pictures, places × width), to embeddings of length 1."""
+        """Turns the tower's places, flat (pictures, places × width), into embeddings of length 1."""
         return F.normalize(self.image_projection(self.pooled(rows)), dim=1)
 
     def pooled(self, rows: torch.Tensor) -> torch.Tensor:
-        """The same to what the projection reads (pictures, width)."""
+        """Turns the same into the input of the projection (pictures, width)."""
         return self.contrastive(self._places(rows))[:, 0]
 
     def embed_texts(self, words: torch.Tensor) -> torch.Tensor:
-        """Captions (captions, length) to embeddings of length 1."""
+        """Embeds captions (captions, length), with length 1."""
         return F.normalize(self.text_projection(self.text(words).feature), dim=1)
 
     def next_words(self, rows: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-        """Logits of the next word (captions, length - 1, vocabulary); a row of places for each caption."""
+        """Returns logits of the next word (captions, length - 1, vocabulary), given a row of places per caption."""
         return self._next(rows, self.text(words).states[:, :-1])
 
     def _next(self, rows: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
@@ -145,16 +154,17 @@ class CocaModel(nn.Module):
         return self.vocabulary(self.norm(states))
 
     def _places(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.places(rows.unflatten(1, (self.image.count, self.image.width)))
+        return self.places(rows.unflatten(1, (self.image.count, self.image.width)))  # (pictures, places, width)
 
 
 class SimVlmModel(nn.Module):
     """SimVLM (Wang et al. 2022): places of the picture and the caption's prefix see each other, the rest is written.
 
-    One transformer reads both; the paper's encoder and decoder are its prefix and its causal part.
+    One transformer reads both; the paper's encoder and decoder are its prefix and its causal part. Attributes are those
+    of `ClipModel`.
     """
 
-    reads = "places"
+    made_of, reads, embeds, writes = "one transformer on places and words", "places", False, True
 
     def __init__(self, image: ImageTower, text: TextTower, options: HeadOptions) -> None:
         super().__init__()
@@ -176,17 +186,17 @@ class SimVlmModel(nn.Module):
         prefix: torch.Tensor,
         of_picture: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits (captions, length - 1, vocabulary) after the prefixes (captions,), which count the start token.
+        """Returns logits (captions, length - 1, vocabulary) after prefixes (captions,) that count the start token.
 
-        Pictures and `of_picture` as CoCa has them.
+        Pictures and `of_picture` are those of `CocaModel`.
         """
         return self.next_words(_each(rows_of(self, pictures), words, of_picture), words, prefix)
 
     def next_words(self, rows: torch.Tensor, words: torch.Tensor, prefix: torch.Tensor | None = None) -> torch.Tensor:
-        """The same with a row of places for each caption; without `prefix`, every word is to be predicted."""
+        """Does the same given a row of places for each caption; without `prefix`, every word is to be predicted."""
         places = self.places(rows.unflatten(1, (self.image.count, self.image.width))) + self.where
         written = self.words(words[:, :-1]) + self.when[: words.shape[1] - 1]
-        states = torch.cat([places, written], 1)
+        states = torch.cat([places, written], 1)  # (captions, places + length - 1, width)
         known = places.shape[1] + (1 if prefix is None else prefix[:, None, None])
         at = torch.arange(states.shape[1], device=states.device)
         mask = (at < known) | (at <= at[:, None])  # (captions, 1 or length, length): the prefix is seen from everywhere
@@ -200,48 +210,30 @@ Model = ClipModel | CocaModel | SimVlmModel
 
 
 def _each(rows: torch.Tensor, words: torch.Tensor, of_picture: torch.Tensor | None) -> torch.Tensor:
-    """The row of each caption's picture (captions, width)."""
+    """Returns the row of each caption's picture (captions, width)."""
     return rows.repeat_interleave(len(words) // len(rows), 0) if of_picture is None else rows[of_picture]
 
 
 def rows_of(model: Model, pictures: torch.Tensor) -> torch.Tensor:
-    """What of the image tower's output the rest reads, a row per picture; rows of a frozen tower are given back."""
+    """Returns the part of the image tower's output that the rest reads, a row per picture.
+
+    Rows of a frozen tower, which have been computed before, are given back as they are.
+    """
     if pictures.dim() == 2:
         return pictures
     seen = model.image(pictures)
     return seen.feature if model.reads == "feature" else seen.places.flatten(1)
 
 
-def make_model(objective: Objective, image: ImageOptions, text: TextOptions, head: HeadOptions, words: Words) -> Model:
-    """The model for an objective, with the weights that the towers' options name.
-
-    Raises:
-        LabError: a tower cannot be had.
-    """
-    tower = make_image_tower(image)
-    reader: TextTower | PretrainedText
-    if text.text == OWN:
-        reader = TextTower(len(words), text.text_width, text.text_layers, text.text_heads, words.length, words.end)
-    else:
-        reader = pretrained_text(text.text, text.text_pretrained, words.length, words.end)
-    model = built(objective, tower, reader, head)
-    for part, frozen in ((model.image, image.freeze_image), (getattr(model, "text", None), text.freeze_text)):
-        if part is not None and frozen:
-            part.requires_grad_(False)
-    return model
+def places_of_end(model: nn.Module, words: torch.Tensor) -> torch.Tensor:
+    """Returns the place of each caption's end token (captions,)."""
+    reader: Any = getattr(model, "text", model)  # SimVLM is its own
+    return last_of(words, reader.end)
 
 
-def built(objective: Objective, image: ImageTower, text: TextTower | PretrainedText, head: HeadOptions) -> Model:
-    """The model for an objective on these towers."""
-    if objective in ("clip", "siglip"):
-        # SigLIP's own starts (Zhai et al. 2023, section 3.2).
-        siglip = objective == "siglip"
-        start = 10.0 if siglip and head.scale == HeadOptions().scale else head.scale
-        return ClipModel(image, text, head.embedding, start, -10.0 if siglip else None)
-    assert isinstance(text, TextTower)
-    return CocaModel(image, text, head) if objective == "coca" else SimVlmModel(image, text, head)
-
-
-def places_of_end(model: Model, words: torch.Tensor) -> torch.Tensor:
-    """The place of each caption's end token (captions,)."""
-    return last_of(words, model.end if isinstance(model, SimVlmModel) else model.text.end)
+def training_mode(prepared: nn.Module, plain: nn.Module) -> None:
+    """Sets training mode, but for towers that are frozen: no statistic of theirs moves."""
+    prepared.train()
+    for tower in (getattr(plain, "image", None), getattr(plain, "text", None)):
+        if tower is not None and not any(parameter.requires_grad for parameter in tower.parameters()):
+            tower.eval()

@@ -4,13 +4,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModel
 
-from clip_lab.transformer import Block, initialise
+from clip_lab.decoder import Block, initialise
 from labs_common.errors import LabError
 
 
 class Read(NamedTuple):
-    """Of captions a feature each (captions, width), and a state per word (captions, length, width)."""
+    """A text tower's output: a feature per caption (captions, width), a state per word (captions, length, width)."""
 
     feature: torch.Tensor
     states: torch.Tensor
@@ -29,14 +30,14 @@ class TextTower(nn.Module):
         self.vocabulary, self.width, self.length, self.end = vocabulary, width, length, end
         self.heads = heads
         self.words = nn.Embedding(vocabulary, width)
-        self.places = nn.Parameter(torch.randn(length, width) * 0.01)
+        self.places = nn.Parameter(torch.randn(length, width) * 0.01)  # CLIP's own start, as the 0.02 below
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         nn.init.normal_(self.words.weight, std=0.02)
         initialise(self.blocks, width, layers)
 
     def forward(self, words: torch.Tensor) -> Read:
-        """Words (captions, length), each with an end token, after which nothing matters."""
+        """Reads words (captions, length), each caption with an end token, after which nothing matters."""
         states = self.words(words) + self.places[: words.shape[1]]
         for block in self.blocks:
             states = block(states, causal=True)
@@ -55,7 +56,7 @@ class PretrainedText(nn.Module):
         self.length = min(length, int(getattr(network.config, "max_position_embeddings", length)))
 
     def forward(self, words: torch.Tensor) -> Read:
-        """Words (captions, length), each with an end token, after which nothing matters."""
+        """Reads words (captions, length), each caption with an end token, after which nothing matters."""
         mask = torch.arange(words.shape[1], device=words.device) <= last_of(words, self.end)[:, None]
         found = self.network(input_ids=words, attention_mask=mask.long())
         states = found.last_hidden_state
@@ -66,18 +67,16 @@ class PretrainedText(nn.Module):
 
 
 def last_of(words: torch.Tensor, end: int) -> torch.Tensor:
-    """The place of the first end token of each caption (captions,)."""
+    """Returns the place of the first end token of each caption (captions,)."""
     return (words == end).int().argmax(1)
 
 
 def pretrained_text(name: str, pretrained: bool, length: int, end: int) -> PretrainedText:
-    """The Hugging Face encoder of this name or path.
+    """Loads the Hugging Face encoder of this name or path, or builds it with random weights.
 
     Raises:
         LabError: there is none, or it is no encoder.
     """
-    from transformers import AutoConfig, AutoModel
-
     try:
         config = AutoConfig.from_pretrained(name)
         if getattr(config, "is_encoder_decoder", False):

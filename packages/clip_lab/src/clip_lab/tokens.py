@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import sentencepiece
 import torch
+from open_clip.tokenizer import SimpleTokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerFast
 
 from labs_common.errors import LabError
 
 PAD, UNKNOWN, START, END = "<pad>", "<unk>", "<start>", "<end>"  # the end is not 2: transformers' CLIP misreads that
-LONGEST, COVERED = 77, 99
+LONGEST = 77  # pieces of a caption: CLIP's own context length
+COVERED = 99  # per cent of the training captions that are not cut, if no length is asked for
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Words:
 
     @property
     def pad(self) -> int:
-        """What fills a caption after its end; nothing is made of it."""
+        """The number that fills a caption after its end; no tower reads it."""
         found = self.backend.pad_token_id
         return self.end if found is None else int(found)
 
@@ -50,17 +52,17 @@ class Words:
         return len(self.backend)
 
     def numbers(self, sentence: str) -> list[int]:
-        """A sentence from start to end token, cut to the length."""
+        """Cuts a sentence into the numbers of its pieces, from start to end token, at most `length` of them."""
         first = [] if self.start is None else [self.start]
         found = self.backend(sentence, add_special_tokens=False, verbose=False).input_ids
         return [*first, *found[: self.length - len(first) - 1], self.end]
 
     def __call__(self, sentences: Sequence[str]) -> torch.Tensor:
-        """(sentences, length of the longest)."""
+        """Returns the sentences as numbers (sentences, length of the longest)."""
         return self.together([self.numbers(sentence) for sentence in sentences])
 
     def together(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Captions of several lengths as one tensor (captions, longest)."""
+        """Pads captions of several lengths to one tensor (captions, longest)."""
         found = np.full((len(rows), max(map(len, rows), default=1)), self.pad, dtype=np.int64)
         for place, row in enumerate(rows):
             found[place, : len(row)] = row
@@ -72,7 +74,7 @@ class Words:
 
 
 def make_words(kind: str, captions: Sequence[str], vocabulary: int, length: int, option: str = "--tokenizer") -> Words:
-    """The tokenizer of this kind; one that is trained learns from `captions`. Length 0 is found from them.
+    """Makes the tokenizer of this kind; one that is trained learns from `captions`. Length 0 is taken from them.
 
     Raises:
         LabError: it cannot be had, or lacks an end token.
@@ -99,7 +101,7 @@ def make_words(kind: str, captions: Sequence[str], vocabulary: int, length: int,
 
 
 def trained_sentencepiece(captions: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A unigram SentencePiece model (Kudo 2018) of the captions, in small letters, as a fast tokenizer.
+    """Trains a unigram SentencePiece model (Kudo 2018) on the captions, in small letters, as a fast tokenizer.
 
     Raises:
         LabError: there are too few captions.
@@ -133,19 +135,17 @@ def trained_sentencepiece(captions: Sequence[str], vocabulary: int) -> PreTraine
 
 
 def clip_bpe() -> CLIPTokenizer:
-    """CLIP's byte-pair vocabulary of 49,408, from the file that comes with open_clip."""
-    from open_clip.tokenizer import SimpleTokenizer
-
+    """Returns CLIP's byte-pair vocabulary of 49,408, from the file that comes with open_clip."""
     known = SimpleTokenizer()
     merges = sorted(known.bpe_ranks, key=lambda pair: known.bpe_ranks[pair])
-    names = ("<|startoftext|>", "<|endoftext|>")
-    encoder = {_special(name): number for name, number in known.encoder.items()}
-    return CLIPTokenizer(vocab=encoder, merges=merges, bos_token=names[0], eos_token=names[1], unk_token=names[1],
-                         pad_token=names[1])  # fmt: skip
+    start, end = "<|startoftext|>", "<|endoftext|>"  # OpenAI's names; open_clip's own are others
+    special = {"<start_of_text>": start, "<end_of_text>": end}
+    numbers = {special.get(name, name): number for name, number in known.encoder.items()}
+    return CLIPTokenizer(vocab=numbers, merges=merges, bos_token=start, eos_token=end, unk_token=end, pad_token=end)
 
 
 def load_words(folder: Path, length: int) -> Words:
-    """What `Words.save` wrote.
+    """Reads what `Words.save` wrote.
 
     Raises:
         LabError: it is missing or broken.
@@ -154,8 +154,3 @@ def load_words(folder: Path, length: int) -> Words:
         return Words(PreTrainedTokenizerFast.from_pretrained(folder), length)
     except (OSError, ValueError, KeyError) as error:
         raise LabError(f"{folder}: its tokenizer cannot be read ({str(error).splitlines()[0]})") from error
-
-
-def _special(name: str) -> str:
-    """open_clip writes <start_of_text> where OpenAI wrote <|startoftext|>."""
-    return {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}.get(name, name)

@@ -6,40 +6,38 @@ if __name__ == "__main__":  # before the imports below: --help and a wrong optio
     commands.train()
 
 import time
-from typing import TYPE_CHECKING
+from typing import Any
 
-from clip_lab.config import TrainConfig, complete
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
-if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
-    import torch
-    from accelerate import Accelerator
-
-    from clip_lab.batches import Step
-    from clip_lab.fitting import Fitted, Fitting
-    from clip_lab.model import Model
-    from clip_lab.tokens import Words
-    from labs_common.data.described import Captions
-    from labs_common.run import Run
+from clip_lab.config import OWN, TrainConfig, complete
+from clip_lab.data import Batches, read_data, read_pairs
+from clip_lab.evaluate import evaluate, scores
+from clip_lab.image import make_image_tower
+from clip_lab.losses import OBJECTIVES, check_objective
+from clip_lab.model import Model, SimVlmModel, training_mode
+from clip_lab.report import finish_report
+from clip_lab.saved import load_model, save_model
+from clip_lab.text import PretrainedText, TextTower, pretrained_text
+from clip_lab.tokens import Words, make_words
+from labs_common.data.captions import Captions
+from labs_common.data.splits import record_splits
+from labs_common.errors import LabError
+from labs_common.fitting import Fitted, Fitting, begin, channels_last, share_batch_norms
+from labs_common.run import Run
 
 
 def train(config: TrainConfig) -> None:
-    """The road: pictures and captions, model, training, evaluation of what was written, report."""
-    from clip_lab.data import read_data
-    from clip_lab.evaluation import evaluated
-    from clip_lab.fitting import make
-    from clip_lab.results import finish_report
-    from clip_lab.stored import load_model
-    from labs_common.data import record_splits
-    from labs_common.run import Run, check_run_options
-    from labs_common.training import make_accelerator
-
+    """Walks the road: pictures and captions, model, training, evaluation of what was written, report."""
     clock = {"start": time.perf_counter()}
     config = complete(config)
-    check_run_options(config.run)
-    accelerator = make_accelerator(config.training)
+    check_objective(config)
+    accelerator = begin(config.run, config.training)
     with accelerator.main_process_first():
         data = read_data(config.data, config.run.seed, accelerator.is_main_process)
-    model, words = make(config, data, accelerator)
+    model, words = make_model(config, data, accelerator)
     run = Run.start(config, config.run, config.objective, accelerator)
     record_splits(run, data.splits)
     fitted = fit(config, model, words, run, accelerator, data)
@@ -48,62 +46,93 @@ def train(config: TrainConfig) -> None:
     # The test is of what was written: the model is read back and sees the pictures themselves.
     if accelerator.is_main_process:
         loaded = load_model(run.path)
-        found = evaluated(loaded, data.splits["test"], data.truth, accelerator.device)
+        found = evaluate(loaded, data.splits["test"], data.truth, accelerator.device)
         clock["tested"] = time.perf_counter()
         finish_report(run, config, data, loaded, fitted, found, clock)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
-def fit(
-    config: TrainConfig, model: "Model", words: "Words", run: "Run", accelerator: "Accelerator", data: "Captions"
-) -> "Fitted":
+def make_model(config: TrainConfig, data: Captions, accelerator: Accelerator) -> tuple[Model, Words]:
+    """Makes the model that `config` describes, with its towers' weights, and its tokenizer.
+
+    Raises:
+        LabError: a tower or tokenizer cannot be had.
+    """
+    text = config.text
+    with accelerator.main_process_first():  # weights are downloaded on their first use
+        set_seed(config.run.seed)
+        captions = [caption for of_picture in data.splits["train"].captions for caption in of_picture]
+        option = "--tokenizer" if text.text == OWN else "--text"
+        words = make_words(text.tokenizer, captions, text.vocabulary, text.max_length, option)
+        tower = make_image_tower(config.image)
+        reader: TextTower | PretrainedText
+        if text.text == OWN:
+            reader = TextTower(len(words), text.text_width, text.text_layers, text.text_heads, words.length, words.end)
+        else:
+            reader = pretrained_text(text.text, text.text_pretrained, words.length, words.end)
+        model: Model = OBJECTIVES[config.objective].model(tower, reader, config.head)
+    if config.image.freeze_image:
+        tower.requires_grad_(False)
+    if text.freeze_text:
+        reader.requires_grad_(False)
+    return model, Words(words.backend, min(words.length, reader.length))
+
+
+def fit(config: TrainConfig, model: Model, words: Words, run: Run, accelerator: Accelerator, data: Captions) -> Fitted:
     """Trains what is not frozen and writes the model to `model/` under the run.
 
     Raises:
-        RunStopped: the loss is not a number, or something fixed has moved.
+        LabError: the batch cannot be split evenly, or the cache not be written.
+        RunStopped: the loss is not a number, or something frozen has moved.
         Interrupted: Ctrl-C; the run can be resumed.
     """
-    from clip_lab.fitting import finished, set_up
-    from clip_lab.scoring import scores
-
-    fitting = set_up(config, model, words, run, accelerator, data)
-    loop, watch = fitting.loop, config.training.watch
-    share_of_loss = {"clip": contrastive, "siglip": contrastive, "coca": coca, "simvlm": simvlm}[config.objective]
+    options, processes = config.training, accelerator.num_processes
+    if options.batch_size % processes:
+        raise LabError(f"--batch-size {options.batch_size}: must be a multiple of the {processes} processes")
+    if len(data.splits["train"]) < processes:
+        raise LabError(f"--data: {len(data.splits['train'])} training pictures are too few for {processes} processes")
+    model.to(accelerator.device)
+    training, validation = (
+        read_pairs(name, data.splits[name], config, model, words, accelerator) for name in ("train", "validation")
+    )
+    if not config.image.freeze_image:
+        model.image.network = share_batch_norms(model.image.network, accelerator)
+    if model.reads == "places":  # what makes the feature of them (a pool, a norm) gets no gradient then
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+    channels_last(model.image, accelerator)
+    optimizer = torch.optim.AdamW(parameter_groups(config, model), betas=(0.9, 0.98), fused=True)  # CLIP's own betas
+    batches = Batches(training, words, config.batch, config.run.seed, config.image.views,
+                      isinstance(model, SimVlmModel), accelerator.process_index, processes)  # fmt: skip
+    fitting = Fitting.start(run, accelerator, model, optimizer, batches.steps(options.batch_size), options,
+                            config.run.seed, "pictures")  # fmt: skip
+    training_mode(fitting.model, fitting.plain)
+    loop, share_of_loss = fitting.loop, OBJECTIVES[config.objective].share
     for step, number in loop.batches():
-        loss, metrics = share_of_loss(fitting, step, number)
+        loss, metrics = share_of_loss(fitting, config, step, number)
         loop.step(loss, len(step.parts[number].ids), **metrics)
         if loop.evaluation_due:
-            loop.evaluated(scores(fitting), f"validation/{watch}", higher_is_better=watch == "recall")
-    return finished(fitting)
+            found = scores(fitting, config, validation, words)
+            loop.evaluated(found, f"validation/{options.watch}", higher_is_better=options.watch == "recall")
+    rows = [kept for pairs in (training, validation) for kept in (pairs.rows, pairs.text_rows)]
+    return fitting.finish(lambda state: save_model(config, model, state, words, run.path), rows)
 
 
-def contrastive(fitting: "Fitting", step: "Step", number: int) -> "tuple[torch.Tensor, dict[str, float]]":
-    """A part's share of the step's loss: each caption finds its picture among all, each picture its captions."""
-    from clip_lab.contrast import contrast_share
-
-    loss, found = contrast_share(fitting, step, number)
-    return loss, {"logit_scale": float(found.scale.detach()) / len(step.parts)}
-
-
-def coca(fitting: "Fitting", step: "Step", number: int) -> "tuple[torch.Tensor, dict[str, float]]":
-    """The same, and every caption is written word by word (Yu et al. 2022, eq. 4)."""
-    from clip_lab.contrast import caption_share, contrast_share
-
-    head = fitting.config.head
-    contrast, found = contrast_share(fitting, step, number)
-    assert found.logits is not None
-    captions = caption_share(fitting, step.parts[number], found.logits)
-    metrics = {
-        "logit_scale": float(found.scale.detach()) / len(step.parts),
-        "contrastive_loss": float(contrast.detach()),
-        "caption_loss": float(captions.detach()),
-    }
-    return head.contrastive_weight * contrast + head.caption_weight * captions, metrics
-
-
-def simvlm(fitting: "Fitting", step: "Step", number: int) -> "tuple[torch.Tensor, dict[str, float]]":
-    """A part's share of the step's loss: each caption goes on from its beginning (Wang et al. 2022, eq. 3)."""
-    from clip_lab.contrast import suffix_share
-
-    return suffix_share(fitting, step.parts[number]), {}
+def parameter_groups(config: TrainConfig, model: Model) -> list[dict[str, Any]]:
+    """Groups what trains: weights that started from others move more slowly; vectors and scalars do not decay."""
+    options, text = config.training, getattr(model, "text", None)
+    slow = ("image.network.",) if config.image.image_pretrained or config.image.image_weights else ()
+    if isinstance(text, PretrainedText) and config.text.text_pretrained:
+        slow = (*slow, "text.network.")
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((name.startswith(slow), parameter.ndim > 1), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": options.tower_learning_rate if is_slow else options.learning_rate,
+            "weight_decay": options.weight_decay if decays else 0.0,
+        }
+        for (is_slow, decays), parameters in groups.items()
+    ]

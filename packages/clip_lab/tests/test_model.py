@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
 from clip_lab.config import TINY, HeadOptions, ImageOptions
 from clip_lab.image import ImageTower, make_image_tower
-from clip_lab.model import ClipModel, CocaModel, Scale, SimVlmModel, built, rows_of
+from clip_lab.losses import OBJECTIVES
+from clip_lab.model import ClipModel, CocaModel, Scale, SimVlmModel, rows_of, training_mode
 from clip_lab.text import PretrainedText, TextTower
 from labs_common.errors import LabError
 
@@ -84,7 +86,7 @@ def test_the_scale_never_passes_a_hundred_and_can_come_down_again() -> None:
 
 @pytest.mark.parametrize("objective", ["clip", "siglip", "coca"])
 def test_rows_of_a_frozen_tower_give_what_pictures_give(objective: str) -> None:
-    model = built(objective, *towers(), HEAD).eval()  # type: ignore[arg-type]
+    model = OBJECTIVES[objective].model(*towers(), HEAD).eval()
     assert isinstance(model, ClipModel | CocaModel)
     pictures = torch.randn(2, 3, 32, 32)
     found, again = model(pictures, WORDS), model(rows_of(model, pictures), WORDS)
@@ -99,8 +101,7 @@ def test_rows_of_a_frozen_tower_give_what_pictures_give(objective: str) -> None:
 
 
 def test_coca_writes_from_the_picture_and_what_came_before() -> None:
-    model = built("coca", *towers(), HEAD).eval()
-    assert isinstance(model, CocaModel)
+    model = CocaModel(*towers(), HEAD).eval()
     pictures = torch.randn(2, 3, 32, 32)
     logits = model(pictures, WORDS).logits
     assert logits.shape == (2, 6, 20)
@@ -118,8 +119,7 @@ def test_coca_writes_from_the_picture_and_what_came_before() -> None:
 
 
 def test_simvlm_reads_its_prefix_both_ways_and_writes_the_rest() -> None:
-    model = built("simvlm", *towers(), HEAD).eval()
-    assert isinstance(model, SimVlmModel)
+    model = SimVlmModel(*towers(), HEAD).eval()
     pictures = torch.randn(2, 3, 32, 32)
     prefix = torch.tensor([1, 3])
     logits = model(pictures, WORDS, prefix)
@@ -135,8 +135,6 @@ def test_simvlm_reads_its_prefix_both_ways_and_writes_the_rest() -> None:
 
 
 def test_a_hugging_face_encoder_reads_with_its_pooler_or_the_mean() -> None:
-    from transformers import BertConfig, BertModel
-
     config = BertConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     pooled = PretrainedText(BertModel(config), 9, 3).eval()
     read = pooled(WORDS)
@@ -147,3 +145,12 @@ def test_a_hugging_face_encoder_reads_with_its_pooler_or_the_mean() -> None:
     states = plain.network(input_ids=WORDS, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(plain(WORDS).feature[0], states[0, :5].mean(0))
     torch.testing.assert_close(plain(WORDS).feature[1], states[1].mean(0))
+
+
+def test_frozen_towers_stay_in_evaluation_mode() -> None:
+    tower = make_image_tower(ImageOptions())
+    tower.requires_grad_(False)
+    model = ClipModel(tower, TextTower(20, 32, 1, 4, 9, 3), HEAD)
+    training_mode(model, model)
+    assert not any(part.training for part in model.image.modules())
+    assert model.text.training

@@ -8,13 +8,10 @@ import torch
 from PIL import Image, ImageOps
 
 from clip_lab.config import TrainConfig
-from clip_lab.evaluation import Evaluation, Queries
-from clip_lab.fitting import Fitted
-from clip_lab.recall import AMONG
-from clip_lab.stored import FOLDER, Loaded
-from labs_common.cli import to_plain
-from labs_common.data import CaptionedPictures
-from labs_common.data.described import Captions
+from clip_lab.evaluate import AMONG, Evaluation
+from clip_lab.saved import Loaded
+from labs_common.data.captions import CaptionedPictures, Captions
+from labs_common.fitting import Fitted, leave, results_of
 from labs_common.progress import console
 from labs_common.report import (
     Figure,
@@ -31,16 +28,26 @@ from labs_common.report import (
     rerun_section,
     save_figure,
     trained_section,
-    write_report,
 )
-from labs_common.report.captioned import captioned_data_section, shown
-from labs_common.report.structure import structure_of
-from labs_common.run import Run, cost_of, machine_of, seconds_between
+from labs_common.report.pictures import captioned_data_section, shown
+from labs_common.report.sections import structure_of
+from labs_common.run import Run, seconds_between
+from labs_common.saved import FOLDER
 
-SHOWN, MATRIX, WORST = 5, 40, 6
+SHOWN, MATRIX, WORST = 5, 40, 6  # results of a caption, side of the matrix, errors: as many as a page's width takes
 RIGHT, WRONG = "#16a34a", "#dc2626"
 WAYS = {"text_to_image": "a picture for a caption", "image_to_text": "captions for a picture"}
 QUERIES = {"first": "first picture right", "among": "one of the first five right", "chance": "first right by chance"}
+PROBED = "Radford et al. 2021, table 10 (CIFAR-10)"
+MEASURED = "open_clip's results table (CIFAR-10)"
+# Published of the released weights, in per cent: linear probe and zero-shot accuracy on CIFAR-10.
+PUBLISHED = {
+    "RN50": (88.7, 71.57),
+    "RN101": (91.1, 80.78),
+    "ViT-B/32": (95.1, 89.83),
+    "ViT-B/16": (96.2, 90.77),
+    "ViT-L/14": (98.0, 95.59),
+}
 
 
 def finish_report(
@@ -53,35 +60,44 @@ def finish_report(
     clock: Mapping[str, float],
 ) -> None:
     """Writes results.json and the report, prints the main numbers and where the report is."""
-    seconds = seconds_between(clock)
-    run.save_json("results.json", results_of(run, config, fitted, found, seconds))
+    seconds, test = seconds_between(clock), data.splits["test"]
+    results = results_of(run, config, fitted, "pictures", seconds["prepared"]) | {
+        "evaluations": [line for line in run.lines("metrics.jsonl") if "validation/loss" in line],
+        "test": {
+            "metrics": found.metrics, "chance": found.chance, "pictures": found.ranked, "perplexity": found.perplexity,
+            "captions": len(found.of_picture),
+        },
+        "queries": {
+            kind: {"count": queries.count, **{key: getattr(queries, key) for key in QUERIES}}
+            for kind, queries in found.queries.items()
+        },
+    }  # fmt: skip
     print_scores(found)
     print(f"model: {run.path / FOLDER}")
-    if not config.run.report:
-        return
-    test = data.splits["test"]
-    cost = cost_section(run, "pictures", seconds)
-    kept = [("optimizer state, MiB", fitted.optimizer_bytes / 2**20),
-            ("pictures and features on disk, MiB", fitted.cache_bytes / 2**20)]  # fmt: skip
-    cost.blocks.append(Table(("", ""), kept))
-    sections = [
-        asked_section(config),
-        captioned_data_section(data),
-        _structure_section(run, loaded, fitted),
-        _curves(run, config),
-        numbers_section(found),
-        *query_sections(found, test),
-        _matrix_section(run, found, test),
-        *retrieval_sections(found, test),
-        cost,
-        rerun_section(run),
-    ]
-    path = write_report(run, f"{config.objective} finds pictures", summary_of(found), sections)
-    print(f"report: {path}")
+
+    def page() -> tuple[str, list[Section]]:
+        cost = cost_section(run, "pictures", seconds)
+        kept = [("optimizer state, MiB", fitted.optimizer_bytes / 2**20),
+                ("pictures and features on disk, MiB", fitted.cache_bytes / 2**20)]  # fmt: skip
+        cost.blocks.append(Table(("", ""), kept))
+        return summary_of(found), [
+            asked_section(config),
+            captioned_data_section(data),
+            _structure_section(run, loaded, fitted),
+            _curves(run),
+            numbers_section(found),
+            *query_sections(found, test),
+            _matrix_section(run, found),
+            *retrieval_sections(found, test),
+            cost,
+            rerun_section(run),
+        ]
+
+    leave(run, results, config.run.report, f"{config.objective} finds pictures", page)
 
 
 def print_scores(found: Evaluation) -> None:
-    """The main numbers, for the terminal."""
+    """Prints the main numbers to the terminal."""
     for way, said in WAYS.items():
         ours = "  ".join(f"R@{k} {found.metrics[f'{way}/recall@{k}']:.3f}" for k in AMONG)
         chance = "  ".join(f"{found.chance[f'{way}/recall@{k}']:.3f}" for k in AMONG)
@@ -95,34 +111,8 @@ def print_scores(found: Evaluation) -> None:
                       f"(by chance {queries.chance:.1%})")  # fmt: skip
 
 
-def results_of(
-    run: Run, config: TrainConfig, fitted: Fitted, found: Evaluation, by_part: Mapping[str, float]
-) -> dict[str, Any]:
-    """All that a comparison needs of a run: its config, scores, costs, machine and versions."""
-    return {
-        "config": to_plain(config),
-        "evaluations": [line for line in run.lines("metrics.jsonl") if "validation/loss" in line],
-        "test": {
-            "metrics": found.metrics, "chance": found.chance, "pictures": found.ranked, "perplexity": found.perplexity,
-            "captions": len(found.of_picture),
-        },
-        "queries": {
-            kind: {"count": queries.count, **{key: getattr(queries, key) for key in QUERIES}}
-            for kind, queries in found.queries.items()
-        },
-        "cost": {
-            **cost_of(run, "pictures"),
-            "preparation seconds": by_part["prepared"],
-            "trained": fitted.parameters["trained"],
-            "parameters": fitted.parameters["all"],
-            "optimizer bytes": fitted.optimizer_bytes,
-            "cache bytes": fitted.cache_bytes,
-        },
-        "environment": machine_of(run, ("torch", "timm", "accelerate")),
-    }  # fmt: skip
-
-
 def _structure_section(run: Run, loaded: Loaded, fitted: Fitted) -> Section:
+    """Draws the network and tells what trained."""
     section = trained_section(fitted.audit)
     model = loaded.model
     frozen = set(fitted.audit.before)
@@ -135,19 +125,19 @@ def _structure_section(run: Run, loaded: Loaded, fitted: Fitted) -> Section:
     drawing = save_figure(run, "architecture", architecture_figure(rows))
     model.requires_grad_(False)
     caption = (
-        f"From below: image tower, text tower, what joins them. {fitted.parameters['trained']:,} of "
-        f"{fitted.parameters['all']:,} parameters train; captions have at most {loaded.words.length} pieces of "
+        f"From below: image tower, text tower, what joins them. {fitted.trained:,} of "
+        f"{fitted.parameters:,} parameters train; captions have at most {loaded.words.length} pieces of "
         f"{len(loaded.words):,}."
     )
     section.blocks.insert(1, Figure(drawing, caption))
     return section
 
 
-def _curves(run: Run, config: TrainConfig) -> Section:
+def _curves(run: Run) -> Section:
+    """Draws loss, recall and temperature by step, and lists every evaluation."""
     section = curves_section(run, ("training/loss", "validation/loss"))
     every = list(run.lines("metrics.jsonl"))
-    lines = [line for line in every if "validation/recall" in line]
-    if lines:
+    if lines := [line for line in every if "validation/recall" in line]:
         epochs = [line["step"] for line in lines]
         curves = {
             f"R@{k}, {said}": (epochs, [line[f"validation/{way}/recall@{k}"] for line in lines])
@@ -156,8 +146,7 @@ def _curves(run: Run, config: TrainConfig) -> Section:
         }
         svg = save_figure(run, "recall", curve_figure(curves, "optimizer step", "recall"))
         section.blocks.append(Figure(svg, "Recall among the validation pictures after each epoch."))
-    scales = [line for line in every if "logit_scale" in line]
-    if scales:
+    if scales := [line for line in every if "logit_scale" in line]:
         curve = {"temperature": ([line["step"] for line in scales], [1 / line["logit_scale"] for line in scales])}
         svg = save_figure(run, "temperature", curve_figure(curve, "optimizer step", "temperature"))
         section.blocks.append(Figure(svg, "The learnt temperature: cosines are divided by it."))
@@ -170,7 +159,7 @@ def _curves(run: Run, config: TrainConfig) -> Section:
 
 
 def numbers_section(found: Evaluation) -> Section:
-    """Recall and rank beside those of a random order."""
+    """Shows recall and rank beside those of a random order."""
     columns = ("", *(f"R@{k}" for k in AMONG), "median rank")
     rows = []
     for way, said in WAYS.items():
@@ -189,7 +178,7 @@ def numbers_section(found: Evaluation) -> Section:
 
 
 def query_sections(found: Evaluation, test: CaptionedPictures) -> list[Section]:
-    """Searches whose answers are known, because it is known what was drawn."""
+    """Shows searches whose answers are known, because it is known what was drawn."""
     if not found.queries:
         return []
     rows = [
@@ -212,8 +201,8 @@ def _query_gallery(sentence: str, places: Sequence[int], right: Sequence[bool], 
     return Gallery(tiles, f"“{sentence}”")
 
 
-def _matrix_section(run: Run, found: Evaluation, test: CaptionedPictures) -> Section:
-    """Cosines of some test pictures with a caption of each."""
+def _matrix_section(run: Run, found: Evaluation) -> Section:
+    """Draws the cosines of some test pictures with a caption of each."""
     count = min(MATRIX, found.ranked)
     first = [int(np.flatnonzero(found.of_picture == place)[0]) for place in range(count)]
     values = found.similarity[first][:, :count]
@@ -226,7 +215,7 @@ def _matrix_section(run: Run, found: Evaluation, test: CaptionedPictures) -> Sec
 
 
 def retrieval_sections(found: Evaluation, test: CaptionedPictures) -> list[Section]:
-    """Captions with the pictures that they find, evenly from all; and those whose own picture comes last."""
+    """Shows captions with the pictures that they find, evenly from all; and those whose own picture comes last."""
     captions = [caption for of in test.captions[: found.ranked] for caption in of]
     own = found.similarity[torch.arange(len(captions)), torch.from_numpy(found.of_picture)]
     ranks = (found.similarity > own[:, None]).sum(1)
@@ -256,7 +245,7 @@ def _caption_gallery(place: int, captions: Sequence[str], found: Evaluation, tes
 
 
 def summary_of(found: Evaluation) -> str:
-    """The main result in two sentences."""
+    """States the main result in two sentences."""
     metrics, chance = found.metrics, found.chance
     keys = [f"text_to_image/{name}" for name in ("recall@1", "recall@10", "median rank")]
     first, ten, rank = (metrics[key] for key in keys)
@@ -266,7 +255,7 @@ def summary_of(found: Evaluation) -> str:
         f"{ten:.1%} (by chance {guessed[0]:.1%} and {guessed[1]:.1%}); its median rank is {rank:g} (by chance "
         f"{guessed[2]:g})."
     )
-    related: Queries | None = found.queries.get("two things and their relation")
+    related = found.queries.get("two things and their relation")
     if related is not None and related.count:
         said += (
             f" Searches such as “a red circle to the left of a blue square” show a right picture first in "
@@ -276,5 +265,14 @@ def summary_of(found: Evaluation) -> str:
 
 
 def framed(image: Image.Image, right: bool) -> Image.Image:
-    """The picture in a frame of the colour for right or wrong."""
+    """Frames the picture in the colour for right or wrong."""
     return ImageOps.expand(ImageOps.crop(image, 4), 4, RIGHT if right else WRONG)
+
+
+def published_section(ours: Mapping[str, float], checkpoint: str, data: str | None) -> Section:
+    """Puts accuracies measured here beside those published for CIFAR-10."""
+    here = f"here, {checkpoint} on {data or 'drawn things: not to be compared'}"
+    rows: list[tuple[Any, ...]] = [(name, value, here) for name, value in ours.items()]
+    rows += [(f"{name}, linear probe", value / 100, PROBED) for name, (value, _) in PUBLISHED.items()]
+    rows += [(f"{name}, zero-shot", value / 100, MEASURED) for name, (_, value) in PUBLISHED.items()]
+    return Section("Beside published figures", [Table(("", "accuracy", "source"), rows, "CIFAR-10, test pictures.")])

@@ -1,14 +1,36 @@
-"""The objectives against other implementations of them, and against the paper's own gradient."""
+"""The objectives against other implementations and the paper's own gradient; gradient caching against the whole."""
 
 import multiprocessing
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from open_clip import ClipLoss
+from transformers import BertConfig, BertModel
 
-from clip_lab.objectives import PADDED, Columns, caption_loss, clip_loss, gathered, siglip_loss, suffix_targets
-from clip_lab.recall import chance_metrics, retrieval_metrics
+from clip_lab.config import BatchOptions, HeadOptions, ImageOptions, TrainConfig
+from clip_lab.data import Batches, Pairs, Step
+from clip_lab.image import make_image_tower
+from clip_lab.losses import (
+    OBJECTIVES,
+    PADDED,
+    Columns,
+    all_columns,
+    caption_loss,
+    clip_loss,
+    embedded,
+    siglip_loss,
+    suffix_targets,
+)
+from clip_lab.model import training_mode
+from clip_lab.text import PretrainedText, TextTower
+from clip_lab.tokens import Words
+
+HEAD = HeadOptions(embedding=16, queries=3, decoder_layers=1)
 
 
 def embeddings(count: int, width: int = 16, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,7 +163,7 @@ def one_of_two(rank: int, file: str) -> None:
     def loss_of(name: str, x: torch.Tensor, y: torch.Tensor, ids: torch.Tensor, alone: bool) -> torch.Tensor:
         image, text = F.normalize(towers[0](x), dim=1), F.normalize(towers[1](y), dim=1)
         of = ids.repeat_interleave(2)
-        columns = None if alone else gathered(image, text, ids, of)
+        columns = None if alone else all_columns(image, text, ids, of)
         if name == "clip":
             return clip_loss(image, text, scale, ids, of, columns, 3) + 0 * bias
         return siglip_loss(image, text, scale, bias, ids, of, columns, 3)
@@ -182,38 +204,81 @@ def test_suffixes_begin_after_the_prefix_and_end_with_the_end() -> None:
     ]
 
 
-def test_recall_is_scikit_learns() -> None:
-    top_k = pytest.importorskip("sklearn.metrics").top_k_accuracy_score
-    generator = torch.Generator().manual_seed(1)
-    of_picture = torch.arange(12).repeat_interleave(5)
-    similarity = torch.randn(60, 12, generator=generator)
-    similarity[torch.arange(60), of_picture] += 1
-    found = retrieval_metrics(similarity, of_picture.numpy())
-    for k in (1, 5, 10):
-        assert found[f"text_to_image/recall@{k}"] == pytest.approx(
-            top_k(of_picture.numpy(), similarity.numpy(), k=k, labels=range(12))
-        )
-        # A picture has found its captions if one of them is among its first k.
-        best = [
-            any(of_picture[place] == picture for place in similarity[:, picture].topk(k).indices)
-            for picture in range(12)
-        ]
-        assert found[f"image_to_text/recall@{k}"] == pytest.approx(sum(best) / 12)
-    ranks = sorted(1 + int((similarity[row] > similarity[row, of_picture[row]]).sum()) for row in range(60))
-    assert found["text_to_image/median rank"] == (ranks[29] + ranks[30]) / 2
+def fitting_of(objective: str, words: Words, image: str = "test_vit", text: Any = None, **batch: Any) -> Any:
+    """As much of a `Fitting` as the shares of the loss read."""
+    torch.manual_seed(0)
+    tower = make_image_tower(ImageOptions(image=image, image_size=32))
+    text = text or TextTower(len(words), 32, 1, 4, words.length, words.end)
+    model = OBJECTIVES[objective].model(tower, text, HEAD)
+    training_mode(model, model)
+    config = TrainConfig(objective=objective, head=HEAD, batch=BatchOptions(**batch))
+    return SimpleNamespace(config=config, accelerator=Accelerator(cpu=True), model=model, plain=model)
 
 
-def test_a_model_that_tells_nothing_apart_is_not_rewarded() -> None:
-    found = retrieval_metrics(torch.ones(50, 10), torch.arange(10).repeat_interleave(5).numpy())
-    assert found["text_to_image/recall@1"] == 0
-    assert found["text_to_image/median rank"] == 5.5
+def share(fitting: Any, step: Step, number: int) -> tuple[torch.Tensor, dict[str, float]]:
+    return OBJECTIVES[fitting.config.objective].share(fitting, fitting.config, step, number)
 
 
-def test_chance_is_what_random_scores_give() -> None:
-    generator = torch.Generator().manual_seed(0)
-    of_picture = torch.arange(30).repeat_interleave(5).numpy()
-    drawn = [retrieval_metrics(torch.randn(150, 30, generator=generator), of_picture) for _ in range(150)]
-    expected = chance_metrics(150, 30)
-    for name, value in expected.items():
-        mean = sum(one[name] for one in drawn) / len(drawn)
-        assert mean == pytest.approx(value, rel=0.12, abs=0.01), name
+def of_a_step(fitting: Any, pairs: Pairs, words: Words, chunk: int) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss of a step of twelve pictures, and its gradient by every parameter."""
+    batches = Batches(pairs, words, BatchOptions(chunk=chunk), 0, prefixes=fitting.config.objective == "simvlm")
+    step, _ = batches(range(12), epoch=0)[0]
+    assert len(step.parts) == (1 if not chunk else -(-12 // chunk))
+    total = 0.0
+    for number in range(len(step.parts)):
+        loss, _ = share(fitting, step, number)
+        loss.backward()
+        total += loss.item()
+    named = fitting.model.named_parameters()
+    found = {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
+    fitting.model.zero_grad()
+    return total, found
+
+
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+def test_a_batch_in_parts_has_the_loss_and_gradients_of_the_whole(objective: str, pairs: tuple[Pairs, Words]) -> None:
+    fitting = fitting_of(objective, pairs[1])
+    whole, expected = of_a_step(fitting, *pairs, 0)
+    for chunk in (5, 1):
+        loss, found = of_a_step(fitting, *pairs, chunk)
+        assert loss == pytest.approx(whole, abs=1e-5)
+        assert found.keys() == expected.keys()
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4)
+    assert any("scale" in name for name in expected) == (objective != "simvlm")
+
+
+def test_dropout_falls_the_same_way_in_both_passes(pairs: tuple[Pairs, Words]) -> None:
+    """With another mask in the second pass, gradients would be of embeddings that were never compared."""
+    data, words = pairs
+    config = BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                        intermediate_size=32, hidden_dropout_prob=0.5)  # fmt: skip
+    fitting = fitting_of("clip", words, text=PretrainedText(BertModel(config), words.length, words.end))
+    step, _ = Batches(data, words, BatchOptions(chunk=4), seed=0)(range(12), 0)[0]
+    seen: list[torch.Tensor] = []
+    fitting.model.register_forward_hook(lambda _, __, output: seen.append(output.text.detach().clone()))
+    for number in range(3):
+        share(fitting, step, number)[0].backward()
+    assert len(seen) == 6
+    for first, second in zip(seen[:3], seen[3:], strict=True):
+        torch.testing.assert_close(first, second, atol=0, rtol=0)
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_batch_norms_count_each_picture_once(pairs: tuple[Pairs, Words]) -> None:
+    fitting = fitting_of("clip", pairs[1], image="tiny-cnn")
+    norm = fitting.model.image.network.bn1
+    of_a_step(fitting, *pairs, 6)
+    assert int(norm.num_batches_tracked) == 2  # a pass for each of two parts, the first passes not counted
+    assert norm.momentum == 0.1
+
+
+def test_without_multi_positives_every_other_caption_is_a_negative(pairs: tuple[Pairs, Words]) -> None:
+    data, words = pairs
+    step, _ = Batches(data, words, BatchOptions(), seed=0)(range(12), 0)[0]
+    fitting = fitting_of("clip", words, multi_positive=False)
+    found = embedded(fitting, step.parts[0])
+    expected = ClipLoss()(found.image.repeat_interleave(2, 0), found.text, found.scale)
+    torch.testing.assert_close(share(fitting, step, 0)[0], expected)
+    together = share(fitting_of("clip", words), step, 0)[0]
+    assert together.item() != pytest.approx(expected.item(), abs=1e-3)

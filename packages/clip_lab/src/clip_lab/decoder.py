@@ -20,14 +20,17 @@ class Attention(nn.Module):
         mask: torch.Tensor | None = None,
         causal: bool = False,
     ) -> torch.Tensor:
-        """States (batch, length, width), context (batch, places, width); `mask` is true where there is to be seen."""
+        """Attends from states (batch, length, width) to a context (batch, places, width), by default themselves.
+
+        `mask` (broadcast to batch, heads, length, places) is true where a state may look; with `causal`, only back.
+        """
         context = states if context is None else context
         q, k, v = (
             layer(of).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (batch, heads, length, width / heads)
             for layer, of in ((self.q, states), (self.k, context), (self.v, context))
         )
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return self.out(seen.transpose(1, 2).flatten(2))
+        return self.out(seen.transpose(1, 2).flatten(2))  # (batch, length, width)
 
 
 class Block(nn.Module):
@@ -48,7 +51,7 @@ class Block(nn.Module):
         mask: torch.Tensor | None = None,
         causal: bool = False,
     ) -> torch.Tensor:
-        """States (batch, length, width) to the same."""
+        """Maps states (batch, length, width) to new ones of the same shape; arguments as in `Attention`."""
         states = states + self.attention(self.norm1(states), mask=mask, causal=causal)
         if self.cross is not None and self.norm2 is not None:
             states = states + self.cross(self.norm2(states), context)
@@ -64,13 +67,16 @@ class AttentionalPool(nn.Module):
         self.norm, self.attention, self.after = nn.LayerNorm(width), Attention(width, heads), nn.LayerNorm(width)
 
     def forward(self, places: torch.Tensor) -> torch.Tensor:
-        """Places (batch, places, width) to (batch, queries, width)."""
-        queries = self.queries.expand(len(places), -1, -1)
+        """Pools places (batch, places, width) to (batch, queries, width)."""
+        queries = self.queries.expand(len(places), -1, -1)  # the same for every picture
         return self.after(self.attention(queries, self.norm(places)))
 
 
 def initialise(module: nn.Module, width: int, layers: int) -> None:
-    """Sets the weights of all blocks in `module` as CLIP's text tower has them (Radford et al. 2021, code)."""
+    """Draws the weights of all blocks in `module` as CLIP's text tower does (Radford et al. 2021, released code).
+
+    What writes into the residual stream starts smaller the more layers there are, so that its variance stays the same.
+    """
     for part in module.modules():
         if isinstance(part, Attention):
             for layer in (part.q, part.k, part.v):

@@ -1,0 +1,254 @@
+"""The result on disk, `clip.json`, `model.safetensors` and a tokenizer, and what other libraries read instead."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModel
+
+from clip_lab.config import FINISHED, HeadOptions, TrainConfig
+from clip_lab.data import transform_of
+from clip_lab.image import ImageTower
+from clip_lab.losses import OBJECTIVES
+from clip_lab.model import ClipModel, Model
+from clip_lab.text import PretrainedText, TextTower
+from clip_lab.tokens import Words, load_words
+from labs_common import saved
+from labs_common.data.captions import Transform
+from labs_common.data.images import RESAMPLING
+from labs_common.errors import LabError
+from labs_common.run import written_whole
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained model with all that it needs to read pictures and captions."""
+
+    objective: str
+    model: Model
+    words: Words
+    transform: Transform
+
+
+def save_model(config: TrainConfig, model: Model, state: Mapping[str, torch.Tensor], words: Words, run: Path) -> None:
+    """Writes the whole model to `model/` under the run; `state` are its weights, which may be sharded in `model`."""
+    tower, text = model.image, getattr(model, "text", None)
+    if isinstance(text, PretrainedText):
+        said_of_text = {"config": text.network.config.to_dict()}
+    else:
+        sizes = config.text
+        said_of_text = {"width": sizes.text_width, "layers": sizes.text_layers, "heads": sizes.text_heads}
+    description = {
+        "objective": config.objective,
+        "head": asdict(config.head),
+        "length": words.length,
+        "end": words.end,
+        "vocabulary": len(words),
+        "image": {
+            "architecture": tower.architecture, "arguments": tower.arguments, "image_size": tower.size,
+            "stages": tower.stages, "mean": tower.mean, "std": tower.std, "interpolation": tower.interpolation,
+        },
+        "text": said_of_text,
+    }  # fmt: skip
+    saved.save_model(run / saved.FOLDER, FINISHED, description, state, words.save)
+
+
+def is_ours(path: Path) -> bool:
+    """Tells whether a directory is a finished run, or what `save_model` wrote."""
+    return any((folder / FINISHED).is_file() for folder in (path / saved.FOLDER, path))
+
+
+def load_model(path: Path, option: str = "--checkpoint") -> Loaded:
+    """Loads the model of a finished run, or of the directory that `save_model` wrote; in evaluation mode.
+
+    Raises:
+        LabError: none is there, or it is broken.
+    """
+    model, said, folder = saved.load_model(path, FINISHED, option, _build)
+    return Loaded(said["objective"], model, load_words(folder, int(said["length"])), transform_of(model.image))
+
+
+def _build(said: Mapping[str, Any], _: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+    known, text = said["image"], said["text"]
+    tower = ImageTower(known["architecture"], known["arguments"], known["image_size"], known["stages"])
+    tower.mean, tower.std = tuple(known["mean"]), tuple(known["std"])
+    tower.interpolation = known["interpolation"]
+    reader: TextTower | PretrainedText
+    if "config" in text:
+        network = AutoModel.from_config(AutoConfig.for_model(**text["config"]))
+        reader = PretrainedText(network, said["length"], said["end"])
+    else:
+        sizes = (text["width"], text["layers"], text["heads"])
+        reader = TextTower(said["vocabulary"], *sizes, said["length"], said["end"])
+    model: torch.nn.Module = OBJECTIVES[said["objective"]].model(tower, reader, HeadOptions(**said["head"]))
+    return model
+
+
+def to_transformers(loaded: Loaded, folder: Path) -> None:
+    """Writes a `VisionTextDualEncoderModel` on timm's image tower, with tokenizer and image processor.
+
+    The own text tower becomes a `CLIPTextModel`, whose layers are the same.
+
+    Raises:
+        LabError: the towers are none that it has.
+    """
+    from transformers import (  # here, as their code takes seconds to import and only an export needs it
+        CLIPImageProcessor,
+        CLIPTextConfig,
+        CLIPTextModel,
+        TimmWrapperConfig,
+        TimmWrapperModel,
+        VisionTextDualEncoderModel,
+    )
+
+    model = _clip_of(loaded)
+    tower = model.image
+    if tower.stages:
+        raise LabError("--to transformers: has no image tower that ends early (--image-stages)")
+    vision_config = TimmWrapperConfig(architecture=tower.architecture, model_args=tower.arguments)
+    vision_config.num_labels = 0
+    vision_config.hidden_size = tower.width
+    vision = TimmWrapperModel(vision_config)
+    vision.timm_model.load_state_dict(tower.network.state_dict())
+    if isinstance(model.text, TextTower):
+        text_config = CLIPTextConfig(
+            vocab_size=model.text.vocabulary, hidden_size=model.text.width, intermediate_size=4 * model.text.width,
+            num_hidden_layers=len(model.text.blocks), num_attention_heads=model.text.heads,
+            max_position_embeddings=model.text.length, hidden_act="gelu", layer_norm_eps=1e-5,
+            bos_token_id=loaded.words.start, eos_token_id=loaded.words.end, pad_token_id=loaded.words.pad,
+        )  # fmt: skip
+        text: Any = CLIPTextModel(text_config)
+        text.load_state_dict(_as_clip_text(model.text), strict=True)
+    else:
+        text = model.text.network
+        if getattr(text, "pooler", None) is None:
+            raise LabError("--to transformers: its dual encoder reads the pooler's output, which this text tower lacks")
+    dual = VisionTextDualEncoderModel(vision_model=vision, text_model=text)
+    width = model.image_projection.out_features
+    if dual.visual_projection.out_features != width:
+        dual.config.projection_dim = width
+        dual = VisionTextDualEncoderModel(dual.config, vision_model=vision, text_model=text)
+    dual.visual_projection.load_state_dict(model.image_projection.state_dict())
+    dual.text_projection.load_state_dict(model.text_projection.state_dict())
+    dual.logit_scale.data.copy_(model.scale().detach().log())
+    shape = loaded.transform
+    pictures = CLIPImageProcessor(
+        size={"height": shape.size, "width": shape.size}, do_center_crop=False, image_mean=list(shape.mean),
+        image_std=list(shape.std), resample=RESAMPLING.get(shape.interpolation, RESAMPLING["bicubic"]),
+    )  # fmt: skip
+    with written_whole(folder) as part:
+        dual.save_pretrained(part)
+        loaded.words.save(part)
+        pictures.save_pretrained(part)
+
+
+def to_open_clip(loaded: Loaded, folder: Path) -> None:
+    """Writes `open_clip_config.json`, `open_clip_model.safetensors` and the tokenizer.
+
+    Raises:
+        LabError: the towers are none that it has.
+    """
+    model = _clip_of(loaded)
+    tower, text = model.image, model.text
+    own = {name for name in tower.arguments if name != "img_size"}
+    if own or tower.stages:
+        raise LabError(f"--to open_clip: its image towers have timm's own arguments, {tower.architecture} here has "
+                       f"{', '.join(sorted(own)) or '--image-stages'}; take --to transformers")  # fmt: skip
+    if tower.arguments:  # a side of its own, which open_clip does not hand on
+        usual = timm.create_model(tower.architecture, num_classes=0).state_dict()
+        if any(usual[name].shape != tensor.shape for name, tensor in tower.network.state_dict().items()):
+            raise LabError(f"--to open_clip: its {tower.architecture} is not for {tower.size} pixels; take --to "
+                           "transformers")  # fmt: skip
+    if not isinstance(text, TextTower):
+        raise LabError("--to open_clip: its Hugging Face text towers need the hub's name; take --to transformers")
+    shape = loaded.transform
+    said = {
+        "model_cfg": {
+            "embed_dim": model.image_projection.out_features,
+            "custom_text": True,
+            "init_logit_scale": float(model.scale().detach().log()),
+            "init_logit_bias": None if model.scale.bias is None else float(model.scale.bias),
+            "vision_cfg": {"timm_model_name": tower.architecture, "timm_model_pretrained": False, "timm_pool": "",
+                           "timm_proj": "linear", "image_size": tower.size},
+            "text_cfg": {"context_length": text.length, "vocab_size": text.vocabulary, "width": text.width,
+                         "heads": text.heads, "layers": len(text.blocks), "pool_type": "eos", "eos_id": text.end,
+                         "pad_id": loaded.words.pad, "hf_tokenizer_name": "this directory"},
+        },
+        "preprocess_cfg": {"mean": list(shape.mean), "std": list(shape.std), "interpolation": shape.interpolation,
+                           "resize_mode": "squash"},
+    }  # fmt: skip
+    state = {f"visual.trunk.{name}": tensor for name, tensor in tower.network.state_dict().items()}
+    state["visual.head.proj.weight"] = model.image_projection.weight
+    state |= {f"text.{name}": tensor for name, tensor in _as_open_clip_text(text).items()}
+    state["text.text_projection"] = model.text_projection.weight.T
+    state["logit_scale"] = model.scale().detach().log()
+    if model.scale.bias is not None:
+        state["logit_bias"] = model.scale.bias
+    with written_whole(folder) as part:
+        save_file({name: tensor.detach().contiguous().clone() for name, tensor in state.items()},
+                  part / "open_clip_model.safetensors", {"format": "pt"})  # fmt: skip
+        (part / "open_clip_config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+        loaded.words.save(part)
+
+
+class Format(NamedTuple):
+    """Another library's format: the function that writes it, and the call that reads the directory."""
+
+    write: Callable[[Loaded, Path], None]
+    read: str
+
+
+FORMATS = {
+    "transformers": Format(to_transformers, 'VisionTextDualEncoderModel.from_pretrained("{}")'),
+    "open_clip": Format(to_open_clip, 'open_clip.create_model("local-dir:{}")'),
+}
+
+
+def _clip_of(loaded: Loaded) -> ClipModel:
+    if not isinstance(loaded.model, ClipModel):
+        raise LabError(f"--checkpoint: was trained with --objective {loaded.objective}, of which no other library has "
+                       "the same model; clip and siglip can be written")  # fmt: skip
+    return loaded.model
+
+
+def _as_clip_text(text: TextTower) -> dict[str, torch.Tensor]:
+    """Gives the weights the names of transformers' `CLIPTextModel`."""
+    outer = ("embeddings.token_embedding.weight", "embeddings.position_embedding.weight", "final_layer_norm")
+    inner = {
+        "norm1": "layer_norm1", "norm3": "layer_norm2", "wide": "mlp.fc1", "narrow": "mlp.fc2",
+        "attention.q": "self_attn.q_proj", "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj",
+        "attention.out": "self_attn.out_proj",
+    }  # fmt: skip
+    return _renamed(text, outer, "encoder.layers", inner)
+
+
+def _as_open_clip_text(text: TextTower) -> dict[str, torch.Tensor]:
+    """Gives the weights the names of open_clip's `TextTransformer`, which has q, k and v in one matrix."""
+    outer, blocks = ("token_embedding.weight", "positional_embedding", "ln_final"), "transformer.resblocks"
+    inner = {
+        "norm1": "ln_1", "norm3": "ln_2", "wide": "mlp.c_fc", "narrow": "mlp.c_proj", "attention.out": "attn.out_proj"
+    }  # fmt: skip
+    state = _renamed(text, outer, blocks, inner)
+    for number, block in enumerate(text.blocks):
+        layers = [block.get_submodule(f"attention.{name}").state_dict() for name in "qkv"]
+        for kind in ("weight", "bias"):
+            state[f"{blocks}.{number}.attn.in_proj_{kind}"] = torch.cat([layer[kind] for layer in layers])
+    return state
+
+
+def _renamed(
+    text: TextTower, outer: tuple[str, str, str], blocks: str, inner: Mapping[str, str]
+) -> dict[str, torch.Tensor]:
+    """Renames the weights: of words, places and last norm (`outer`), and of each block's layers (`inner`)."""
+    state = {outer[0]: text.words.weight, outer[1]: text.places}
+    state |= {f"{outer[2]}.{name}": tensor for name, tensor in text.norm.state_dict().items()}
+    for number, block in enumerate(text.blocks):
+        for own, other in inner.items():
+            weights = block.get_submodule(own).state_dict()
+            state |= {f"{blocks}.{number}.{other}.{name}": tensor for name, tensor in weights.items()}
+    return state
