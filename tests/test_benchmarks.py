@@ -11,7 +11,7 @@ import pytest
 import tyro
 from test_entry_points import ROOT
 
-SCRIPTS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if path.name != "__main__.py")
+SCRIPTS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if path.name not in ("__main__.py", "memory.py"))
 SHOWN = re.compile(r"python benchmarks/(\w+\.py)((?:[ ]+[\w./'-]+)*)")
 TEXTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *SCRIPTS]
 

@@ -156,8 +156,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return shown[(ord(thing.shape[0]) + ord(thing.texture[0])) % len(shown)]
 
     write_coco(folder / "coco", {"train2017": range(16), "val2017": range(100, 116)}, 0, 48, category, names)
-    from zsi_contrastive.detector.data import category as own_category
     from zsi_contrastive.detector.annotations import scenes_split
+    from zsi_contrastive.detector.data import category as own_category
 
     write_coco(
         folder / "scenes", {"train": range(16), "val": range(16, 32)}, 0, 48, own_category, scenes_split().classes

@@ -20,7 +20,7 @@ SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
 
 class Stateful(Protocol):
-    """What a run must remember besides weights and optimizer, the same in every process."""
+    """State that a run must remember besides weights and optimizer, the same in every process."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and text, in dictionaries and lists."""

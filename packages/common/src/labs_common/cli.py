@@ -212,7 +212,7 @@ def _how_to_go_on() -> str:
 
 
 def _full_disk(error: BaseException | None) -> BaseException | None:
-    """What says that the disk is full: the error, or one that led to it."""
+    """Finds the error that says that the disk is full: this one, or one that led to it."""
     while error is not None:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or "No space left on device" in str(error):  # safetensors has an error of its own

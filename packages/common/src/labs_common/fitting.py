@@ -35,7 +35,7 @@ BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a training leaves behind besides the saved model.
+    """The facts that a training leaves behind besides the saved model.
 
     Attributes:
         audit: passed.

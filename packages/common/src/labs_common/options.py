@@ -54,7 +54,7 @@ def one_of(table: str) -> Any:
 
 @dataclass
 class RunOptions:
-    """Where a run lives and what it writes."""
+    """The directory of a run, its seed, and what it writes."""
 
     output: Path | None = None
     """Directory of this run; it must not exist yet. By default a new one under runs/."""
@@ -74,7 +74,7 @@ class RunOptions:
 
 @dataclass
 class CommandOptions:
-    """What every command that makes no run has."""
+    """The options of every command that makes no run."""
 
     config: Path | None = None
     """YAML file whose values take the place of the defaults; flags win."""
@@ -84,7 +84,7 @@ class CommandOptions:
 
 @dataclass
 class ComparisonOptions:
-    """What every command that compares several runs has."""
+    """The options of every command that compares several runs."""
 
     seeds: int = 1
     """Runs of each, with seeds from --seed on: the table then has mean and spread."""
@@ -103,7 +103,7 @@ class ComparisonOptions:
 
 @dataclass
 class PageOptions:
-    """Where a page for the browser is served."""
+    """The address of a page for the browser."""
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets other machines in."""
@@ -113,7 +113,7 @@ class PageOptions:
 
 @dataclass
 class TrainingOptions:
-    """How the weights are moved."""
+    """The optimization: steps, learning rate, precision, evaluations, checkpoints."""
 
     epochs: int = 3
     """Passes over the training data."""
@@ -146,7 +146,7 @@ class TrainingOptions:
 
 @dataclass
 class CacheOptions:
-    """What is kept of the part that does not train."""
+    """The cache of what the frozen part computes."""
 
     cache: bool = True
     """Compute what the frozen part makes of each sample once and keep it on disk; --no-cache computes it in every
@@ -157,7 +157,7 @@ class CacheOptions:
 
 @dataclass
 class CaptionDataOptions:
-    """Which pictures with captions."""
+    """The pictures with captions."""
 
     data: str | None = None
     """Flickr8k or a directory like it: pictures with captions.txt (image,caption) or Flickr8k.token.txt. Without it,
@@ -174,7 +174,7 @@ class CaptionDataOptions:
 
 @dataclass
 class ClassDataOptions:
-    """Which pictures with classes."""
+    """The pictures with classes."""
 
     data: str | None = None
     """CIFAR-10 (python batches or binary), a directory per class, .parquet files, or a Hugging Face id. Without it,

@@ -98,13 +98,13 @@ class Run:
         return path
 
     def load_json(self, name: str) -> Any:
-        """What `save_json` wrote, or None."""
+        """Reads what `save_json` wrote, or None."""
         path = self.path / name
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def cost_of(run: Run, unit: str) -> dict[str, Any]:
-    """What all steps of a run took, from timing.jsonl: seconds, steps, `unit`s trained on and their rate, bytes."""
+    """Adds up what all steps of a run took, from timing.jsonl: seconds, steps, `unit`s and their rate, bytes."""
     timing = list(run.lines("timing.jsonl"))
     seconds, count = (sum(line[key] for line in timing) for key in ("seconds", unit))
     return {
@@ -124,7 +124,7 @@ def machine_of(run: Run, packages: Sequence[str]) -> dict[str, Any]:
 
 
 def seconds_between(clock: Mapping[str, float]) -> dict[str, float]:
-    """How long each part took, by its name, from moments in the order in which the parts ended."""
+    """Says how long each part took, by its name, from moments in the order in which the parts ended."""
     return {name: now - before for (_, before), (name, now) in itertools.pairwise(clock.items())}
 
 
@@ -206,7 +206,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
 
 def environment() -> dict[str, Any]:
-    """What a reader needs to judge or repeat a run: command, commit, versions, hardware."""
+    """Records what a reader needs to judge or repeat a run: command, commit, versions, hardware."""
     gpu = torch.cuda.is_available()
     return {
         "command": command_line(),

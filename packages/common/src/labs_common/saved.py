@@ -65,7 +65,7 @@ def load_model(
 
 
 def timm_arguments(name: str, size: int, option: str) -> dict[str, Any]:
-    """What `timm.create_model` needs besides the name so that the network takes pictures of `size` (0: its own).
+    """Returns the arguments with which `timm.create_model` makes a network for pictures of `size` (0: its own).
 
     Raises:
         LabError: timm has no such network; similar names are listed.
@@ -108,7 +108,7 @@ def load_exactly(network: torch.nn.Module, state: Mapping[str, torch.Tensor], sa
 
 
 def saved_folder(path: Path, names: Sequence[str], option: str, inner: str = "model") -> Path:
-    """Where the files `names` of a saved model lie: under `model/` of a finished run, or in the directory itself.
+    """Finds the files `names` of a saved model: under `model/` of a finished run, or in the directory itself.
 
     Raises:
         LabError: they do not, with `option`, which named the path.
@@ -122,7 +122,7 @@ def saved_folder(path: Path, names: Sequence[str], option: str, inner: str = "mo
 
 @contextmanager
 def reading_model(path: Path, option: str) -> Iterator[None]:
-    """What is wrong with the files of a saved model becomes one line.
+    """Turns errors from reading and building a saved model into one line.
 
     Raises:
         LabError: instead of what reading and building raise.

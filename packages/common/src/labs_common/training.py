@@ -1,4 +1,4 @@
-"""What every training loop needs around the loss; the loop itself stays in the lab.
+"""Everything that a training loop needs around the loss; the loop itself stays in the lab.
 
 ```
 loop = Loop(run, accelerator, model, optimizer, source, options)

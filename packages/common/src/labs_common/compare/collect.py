@@ -148,7 +148,7 @@ def mean_and_spread(name: str, values: Sequence[float]) -> dict[str, float]:
 
 
 def cell(row: Mapping[str, Any], name: str) -> str | float | None:
-    """What `mean_and_spread` put into `row`, as a table shows it."""
+    """Formats what `mean_and_spread` put into `row` for a table."""
     if name not in row:
         return None
     if f"{name} ±" in row and row[f"{name} ±"] > 0:

@@ -108,7 +108,7 @@ def seeds_of(options: ComparisonOptions) -> range:
 
 
 def seeds_text(options: ComparisonOptions) -> str:
-    """How many seeds each had, in words."""
+    """Says how many seeds each had."""
     return "one seed" if options.seeds == 1 else f"{options.seeds} seeds"
 
 

@@ -170,7 +170,7 @@ def _forked(module: str, arguments: list[str], lock: Path) -> int:
 
 
 def _run(module: str, arguments: list[str], lock: str) -> None:
-    """What the forked process does."""
+    """Runs the command in the forked process."""
     stop_as_usual()
     sys.argv = [f"python -m {module}", *arguments]
     with Path(lock).open() as file, Path(os.devnull).open("w") as nothing:

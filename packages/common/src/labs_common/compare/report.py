@@ -30,7 +30,7 @@ RULE = (
 
 @dataclass(frozen=True)
 class Findings:
-    """What a lab makes of a comparison.
+    """A lab's results of a comparison.
 
     Attributes:
         title: of the report.

@@ -1,4 +1,4 @@
-"""What trains and what stays fixed, and the proof that the fixed part did not move."""
+"""Chooses what trains, and proves that everything else stayed as it was."""
 
 import hashlib
 import os

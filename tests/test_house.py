@@ -1,0 +1,120 @@
+"""The numbers that the house holds: who imports whom, how much a command needs, how files and docstrings are written."""
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LABS = ("caption_lab", "clip_lab", "llm_peft_fa", "vit_transfer", "zsi_contrastive")
+FILES = {
+    ".".join(file.relative_to(source).with_suffix("").parts).removesuffix(".__init__"): file
+    for source in sorted(ROOT.glob("packages/*/src"))
+    for file in sorted(source.rglob("*.py"))
+}
+# Files of this house, without packages' own, that a training command imports.
+MOST_FILES = {
+    "caption_lab.train": 40, "clip_lab.train": 42, "llm_peft_fa.train": 35, "vit_transfer.train": 36,
+    "zsi_contrastive.detector.train": 46, "zsi_contrastive.ssl.train": 42,
+}  # fmt: skip
+
+
+@cache
+def tree(name: str) -> ast.Module:
+    return ast.parse(FILES[name].read_text(encoding="utf-8"))
+
+
+@cache
+def imported(name: str) -> frozenset[str]:
+    """The modules of this house that a module imports, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return frozenset(found & FILES.keys())
+
+
+def closure(name: str) -> set[str]:
+    """Everything of this house that is read when a module is imported, the packages around it included."""
+    seen: set[str] = set()
+    coming = [name]
+    while coming:
+        module = coming.pop()
+        if module not in seen:
+            seen.add(module)
+            coming += [*imported(module), *([package] if (package := module.rpartition(".")[0]) else [])]
+    return seen
+
+
+def test_no_lab_imports_another_and_the_core_imports_none() -> None:
+    for name in FILES:
+        others = {module.partition(".")[0] for module in imported(name)} - {name.partition(".")[0]}
+        assert others <= {"labs_common"}, f"{name} imports {others}"
+
+
+def test_there_is_no_circle() -> None:
+    for name in FILES:
+        back = {module for module in imported(name) if module != name and name in closure_without_packages(module)}
+        assert not back, f"{name} and {back} import each other"
+
+
+def closure_without_packages(name: str) -> set[str]:
+    seen: set[str] = set()
+    coming = [name]
+    while coming:
+        module = coming.pop()
+        if module not in seen:
+            seen.add(module)
+            coming += imported(module)
+    return seen
+
+
+@pytest.mark.parametrize("name", MOST_FILES)
+def test_a_training_needs_few_files(name: str) -> None:
+    files = {module for module in closure(name) if FILES[module].name != "__init__.py"}
+    assert len(files) <= MOST_FILES[name], sorted(files)
+
+
+def test_the_house_stays_small() -> None:
+    """A sign, not a goal: who must raise a number says in docs/architecture.md what it bought."""
+    lines = {name: file.read_text(encoding="utf-8").count("\n") for name, file in FILES.items()}
+    assert len(lines) <= 175
+    assert sum(lines.values()) <= 26_000
+    assert {name: count for name, count in lines.items() if count > 400} == {}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_stand_at_the_top(name: str) -> None:
+    """One inside a function says why in a comment on its line."""
+    lines = FILES[name].read_text(encoding="utf-8").splitlines()
+    assert "TYPE_CHECKING" not in "\n".join(lines)
+    for function in ast.walk(tree(name)):
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            for node in ast.walk(function):
+                if isinstance(node, (ast.Import, ast.ImportFrom)):
+                    line = lines[node.lineno - 1]
+                    above = lines[node.lineno - 2].strip()
+                    assert "  # " in line or above.startswith(("# ", "import ", "from ")), (
+                        f"{name}:{node.lineno}: {line}"
+                    )
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_docstrings_say_something(name: str) -> None:
+    """A sentence with a verb, and not a question without its mark."""
+    for node in ast.walk(tree(name)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            said = ast.get_docstring(node) or ""
+            place = f"{name}:{getattr(node, 'lineno', 1)}: {said.splitlines()[0] if said else ''}"
+            assert not re.match(r"(What|Which|Where|How|Why)\b(?!.*\?)", said), place
+
+
+def test_every_package_is_typed_and_ships_no_tests() -> None:
+    for name in (*LABS, "labs_common"):
+        assert FILES[name].with_name("py.typed").exists()
+    shipped = {file.parent.name for file in FILES.values()} | {file.stem for file in FILES.values()}
+    assert not {name for name in shipped if name.startswith(("test", "conftest"))}
