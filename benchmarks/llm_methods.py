@@ -32,9 +32,9 @@ from labs_common.options import RunOptions, TrainingOptions
 from labs_common.run import Run, write_atomically
 from labs_common.training import Loop
 from llm_peft_fa.attention import NAME
-from llm_peft_fa.method_options import MethodOptions, resolved
-from llm_peft_fa.methods import METHODS, Adapted, Setting
-from llm_peft_fa.packed import PackedCausalLM, virtual_tokens
+from llm_peft_fa.config import MethodOptions
+from llm_peft_fa.methods import Setting, apply_method, resolved
+from llm_peft_fa.model import Adapted, PackedCausalLM, virtual_tokens
 from llm_peft_fa.packing import PackedRow, PackedSteps
 from llm_peft_fa.templates import Encoded
 
@@ -147,8 +147,8 @@ def batches(shape: str, bucketed: bool = True) -> list[list[Encoded]]:
 def model_of(method: str, shape: str, attention: str | None) -> Adapted:
     """The base with random weights, the same for both loops, under the method."""
     base = random_base(shape, attention)
-    options = resolved(MethodOptions(method=cast(Any, method), **OPTIONS[method]))
-    return METHODS[method](base, options, Setting(cast(Any, None), 64)).train()
+    options = resolved(MethodOptions(method=method, **OPTIONS[method]))
+    return apply_method(base, options, Setting(cast(Any, None), 64)).train()
 
 
 class Fixed(PackedSteps):

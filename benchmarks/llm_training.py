@@ -31,7 +31,7 @@ from labs_common.options import RunOptions, TrainingOptions
 from labs_common.run import Run, write_atomically
 from labs_common.training import Loop, peak_memory
 from llm_peft_fa.attention import NAME
-from llm_peft_fa.packed import PackedCausalLM
+from llm_peft_fa.model import PackedCausalLM
 from llm_peft_fa.packing import PackedSteps
 from llm_peft_fa.templates import Encoded
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from llm_peft_fa import persian_tasks, tiny
+from llm_peft_fa import persian, tiny
 
 # Llama's own turn markers, with its system role.
 LLAMA_TEMPLATE = """\
@@ -18,7 +18,7 @@ LLAMA_TEMPLATE = """\
 
 def random_gemma(folder: Path) -> Path:
     """A random Gemma 2: soft-caps, a sliding window shorter than some conversations, grouped heads."""
-    tokenizer = tiny._tokenizer(list(persian_tasks.plain_text(500, seed=1)), folder)
+    tokenizer = tiny._tokenizer(list(persian.plain_text(500, seed=1)), folder)
     torch.manual_seed(0)
     config = Gemma2Config(
         vocab_size=len(tokenizer), hidden_size=96, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -32,7 +32,7 @@ def random_gemma(folder: Path) -> Path:
 
 def random_llama(folder: Path) -> Path:
     """A random Llama with grouped heads and an untied head."""
-    tokenizer = tiny._tokenizer(list(persian_tasks.plain_text(500, seed=1)), folder)
+    tokenizer = tiny._tokenizer(list(persian.plain_text(500, seed=1)), folder)
     tokenizer.chat_template = LLAMA_TEMPLATE
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)

@@ -8,11 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from labs_common.errors import LabError
 from llm_peft_fa.answers import Prompt, answers, collected_prompts, scores
-from llm_peft_fa.config import GenerationOptions
+from llm_peft_fa.base import load_model, load_tokenizer
+from llm_peft_fa.config import GenerationOptions, MethodOptions
 from llm_peft_fa.data import Conversation, Reading
-from llm_peft_fa.method_options import MethodOptions, resolved
-from llm_peft_fa.methods import METHODS, Setting
-from llm_peft_fa.model import load_model, load_tokenizer
+from llm_peft_fa.methods import Setting, apply_method, resolved
 from llm_peft_fa.templates import encode_prompt
 
 QUESTION = [{"role": "user", "content": "پایتخت ایران کجاست؟"}]
@@ -57,7 +56,7 @@ def test_batched_answers_of_soft_prompts_equal_one_by_one(model_dir: Path, metho
     torch.manual_seed(0)
     tokenizer = load_tokenizer(str(model_dir))
     options = resolved(MethodOptions(method=method, virtual_tokens=5, prompt_init="random"))
-    model = METHODS[method](load_model(str(model_dir)), options, Setting(tokenizer, 5))
+    model = apply_method(load_model(str(model_dir)), options, Setting(tokenizer, 5))
     prompts = [Prompt([{"role": "user", "content": "کتاب " * n}]) for n in (9, 1, 20, 3, 9)]
     batched, single = (
         answers(

@@ -61,7 +61,7 @@ class TestPromises(TrainingPromises):
 
 def test_evaluate_repeats_the_numbers_of_the_run(finished: Path, tmp_path: Path) -> None:
     small = ("--test-prompts", "6", "--max-new-tokens", "6", "--output", tmp_path)
-    here("evaluate", "--run", finished, *small)
+    here("evaluate", "--checkpoint", finished, *small)
     again = json.loads((tmp_path / "evaluation.json").read_text())["scores"]
     first = json.loads((finished / "results.json").read_text())
     for side in ("before", "after"):
@@ -72,7 +72,7 @@ def test_evaluate_repeats_the_numbers_of_the_run(finished: Path, tmp_path: Path)
 
 def test_chat_streams_resets_and_quits(finished: Path) -> None:
     typed = "سلام\n/reset\nسلام\n/quit\nنه\n"
-    done = here("chat", "--run", finished, "--max-new-tokens", "5", typed=typed)
+    done = here("chat", "--checkpoint", finished, "--max-new-tokens", "5", typed=typed)
     first, reset, second = done.stdout.split("> ")[1:4]
     assert first == second != reset, "after /reset the same question gets the same answer"
     assert done.stdout.count("> ") == 4, "nothing is read after /quit"
@@ -108,7 +108,9 @@ def test_layers_leave_a_model_that_is_evaluated_and_forgetting_is_measured(gemma
     base = AutoModelForCausalLM.from_pretrained(gemma_dir)
     changed = {name for name, p in own.named_parameters() if not torch.equal(p, base.get_parameter(name))}
     assert changed == {name for name, _ in base.named_parameters() if name.startswith("model.layers.1.")}
-    here("evaluate", "--run", run, "--test-prompts", "6", "--max-new-tokens", "6", "--output", tmp_path / "again")
+    here(
+        "evaluate", "--checkpoint", run, "--test-prompts", "6", "--max-new-tokens", "6", "--output", tmp_path / "again"
+    )
     again = json.loads((tmp_path / "again" / "evaluation.json").read_text())["scores"]
     for side in ("before", "after"):
         for name in again[side]:

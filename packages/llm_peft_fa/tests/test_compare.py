@@ -14,7 +14,7 @@ from labs_common.comparing import entries_of, pareto
 from labs_common.errors import LabError
 from labs_common.options import ComparisonOptions
 from llm_peft_fa.compare import planned_run
-from llm_peft_fa.comparison import (
+from llm_peft_fa.compare_report import (
     Entry,
     Results,
     changing_pairs,
@@ -22,9 +22,10 @@ from llm_peft_fa.comparison import (
     prompt_scores,
     quality,
     recommended,
+    stability_text,
+    table_rows,
     within_noise,
 )
-from llm_peft_fa.comparison_report import stability_text, table_rows
 from llm_peft_fa.config import CompareConfig
 
 SMALL = (

@@ -7,7 +7,7 @@ import pytest
 
 from labs_common.errors import LabError
 from llm_peft_fa.config import DataOptions, ReadingOptions
-from llm_peft_fa.data import messages_of, read_conversations, training_and_validation
+from llm_peft_fa.data import messages_of, normalise, read_conversations, training_and_validation
 
 EXPECTED = [
     {"role": "system", "content": "س"},
@@ -136,9 +136,9 @@ def test_normalisation_can_be_switched_off(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps({"instruction": "كتاب", "output": "علي"}))
     texts = {}
-    for normalise in (True, False):
-        reading = read_conversations(str(file), "train", ReadingOptions(normalise=normalise))
-        texts[normalise] = [message["content"] for message in reading.conversations[0].messages]
+    for switched_on in (True, False):
+        reading = read_conversations(str(file), "train", ReadingOptions(normalise=switched_on))
+        texts[switched_on] = [message["content"] for message in reading.conversations[0].messages]
     assert texts == {True: ["کتاب", "علی"], False: ["كتاب", "علي"]}
 
 
@@ -151,3 +151,24 @@ def test_real_persian_conversations(real_chats: Path) -> None:
         "user",
         "assistant",
     }
+
+
+@pytest.mark.parametrize(
+    ("written", "becomes"),
+    [
+        ("علي و كتاب و موسى", "علی و کتاب و موسی"),
+        ("٠١٢٣٤٥٦٧٨٩ ۰۱۲ 012", "۰۱۲۳۴۵۶۷۸۹ ۰۱۲ 012"),
+        ("می\u200cروم", "می\u200cروم"),
+        ("می\u200c\u200c\u200cروم", "می\u200cروم"),
+        ("می\u200c روم", "می روم"),
+        ("می \u200cروم", "می روم"),
+        ("\u200cسلام\u200c\n\u200cسلام", "سلام\nسلام"),
+        ("کتـــاب", "کتاب"),
+        ("سلام\u00a0بر\ufeff تو", "سلام بر تو"),
+        ("مُحَمَّد؛ خانهٔ ما؟", "مُحَمَّد؛ خانهٔ ما؟"),
+        ("print(x[0])  # 3.14", "print(x[0])  # 3.14"),
+    ],
+)
+def test_one_spelling(written: str, becomes: str) -> None:
+    assert normalise(written) == becomes
+    assert normalise(becomes) == becomes

@@ -7,11 +7,11 @@ import torch
 from accelerate import Accelerator
 from commands import here
 
-from llm_peft_fa.adapters import save_tuned
-from llm_peft_fa.method_options import MethodOptions, resolved
-from llm_peft_fa.methods import METHODS, Setting
-from llm_peft_fa.model import load_model, load_tokenizer
-from llm_peft_fa.packed import PackedCausalLM
+from llm_peft_fa.base import load_model, load_tokenizer
+from llm_peft_fa.config import MethodOptions
+from llm_peft_fa.methods import Setting, apply_method, resolved
+from llm_peft_fa.model import PackedCausalLM
+from llm_peft_fa.saved import save_tuned
 
 SMALL = ("--test-prompts", "5", "--max-new-tokens", "4")
 
@@ -22,7 +22,7 @@ def adapter(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     tokenizer = load_tokenizer(str(llama_dir))
     options = resolved(MethodOptions(method="prefix_tuning", virtual_tokens=3, prompt_init="random"))
-    model = METHODS["prefix_tuning"](load_model(str(llama_dir)), options, Setting(tokenizer, 5))
+    model = apply_method(load_model(str(llama_dir)), options, Setting(tokenizer, 5))
     folder = tmp_path_factory.mktemp("somewhere")
     save_tuned(Accelerator(cpu=True), PackedCausalLM(model), tokenizer, folder)
     return folder / "adapter"
@@ -69,12 +69,13 @@ def test_any_model_is_measured_alone_or_beside_another(llama_dir: Path, data: Pa
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
-        (("--run", "a", "--model", "b"), "--run and --model"),
+        (("--checkpoint", "a", "--model", "b"), "--checkpoint and --model"),
         (("--adapter", "{nothing}"), "--adapter"),
         (("--model", "{nothing}"), "--model"),
         (("--model", "{model}", "--judge-file", "x.csv"), "--judge-file"),
         (("--model", "{model}", "--base", "{model}", "--judge-file", "missing/x.csv"), "--judge-file"),
-        (("--run", "{nothing}"), "--run"),
+        (("--checkpoint", "{nothing}"), "--checkpoint"),
+        (("--run", "{nothing}"), "--checkpoint"),
     ],
 )
 def test_bad_input_is_one_line(arguments: tuple[str, ...], names: str, llama_dir: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ import functools
 import hashlib
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +12,14 @@ from peft.utils import get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from labs_common.errors import LabError
+from labs_common.options import names_in
 from llm_peft_fa.adalora import RankBudget, orthogonality
-from llm_peft_fa.adapters import adapted_model, initial_update, load_tuned, save_merged, save_tuned
-from llm_peft_fa.architecture import structure_of
-from llm_peft_fa.method_options import DEFAULTS, LEARNING_RATES, Method, MethodOptions, resolved
-from llm_peft_fa.methods import METHODS, Adapted, Setting, check_quantization
-from llm_peft_fa.model import load_model, load_tokenizer
-from llm_peft_fa.packed import PackedCausalLM, virtual_tokens
+from llm_peft_fa.base import check_quantization, load_model, load_tokenizer
+from llm_peft_fa.config import MethodOptions
+from llm_peft_fa.methods import METHODS, Setting, apply_method, resolved
+from llm_peft_fa.model import Adapted, PackedCausalLM, structure_of, virtual_tokens
 from llm_peft_fa.packing import packed_row
+from llm_peft_fa.saved import adapted_model, initial_update, load_tuned, save_merged, save_tuned
 from llm_peft_fa.templates import Encoded
 
 LINEAR = "(q|k|v|o|gate|up|down)_proj"
@@ -67,7 +67,7 @@ def built(variant: str, folder: Path, precision: str = "no") -> Adapted:
     method = variant.split()[0]
     options = resolved(MethodOptions(method=method, **VARIANTS[variant][0]))
     torch.manual_seed(0)
-    return METHODS[method](load_model(str(folder), precision), options, Setting(tokenizer_of(folder), STEPS))
+    return apply_method(load_model(str(folder), precision), options, Setting(tokenizer_of(folder), STEPS))
 
 
 def trained(model: Adapted, steps: int = STEPS) -> PackedCausalLM:
@@ -92,8 +92,8 @@ def hashes(model: torch.nn.Module) -> dict[str, str]:
 
 
 def test_every_method_of_the_command_line_exists_and_is_tested() -> None:
-    methods = set(get_args(Method))
-    assert methods == set(METHODS) == set(DEFAULTS) == set(LEARNING_RATES)
+    methods = set(names_in("llm_peft_fa.methods:METHODS"))
+    assert methods == set(METHODS)
     assert {variant.split()[0] for variant in VARIANTS} == methods - {"qlora"}, "qlora has a test of its own"
 
 
@@ -247,7 +247,7 @@ def test_qlora_trains_beside_a_base_in_four_bits(model_dir: Path, tmp_path: Path
     options = resolved(MethodOptions(method="qlora", rank=3))
     torch.manual_seed(0)
     base = load_model(str(model_dir), quantized=True)
-    model = METHODS["qlora"](base, options, Setting(tokenizer_of(model_dir), STEPS))
+    model = apply_method(base, options, Setting(tokenizer_of(model_dir), STEPS))
     quantized = {name for name, p in model.named_parameters() if p.dtype == torch.uint8}
     assert {name.split(".")[-3] for name in quantized} == {
         "q_proj",
@@ -346,7 +346,7 @@ def test_options_that_do_not_fit_are_named(options: dict[str, Any], said: str) -
 def test_options_that_do_not_fit_the_model_are_named(options: dict[str, Any], said: str, gemma_dir: Path) -> None:
     setting = Setting(tokenizer_of(gemma_dir), 3)
     with pytest.raises(LabError, match=said):
-        METHODS[options["method"]](load_model(str(gemma_dir)), resolved(MethodOptions(**options)), setting)
+        apply_method(load_model(str(gemma_dir)), resolved(MethodOptions(**options)), setting)
 
 
 def test_a_missing_adapter_is_named(model_dir: Path, tmp_path: Path) -> None:

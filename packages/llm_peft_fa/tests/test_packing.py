@@ -5,10 +5,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llm_peft_fa.method_options import MethodOptions, resolved
-from llm_peft_fa.methods import METHODS, Adapted, Setting
-from llm_peft_fa.model import load_model, load_tokenizer
-from llm_peft_fa.packed import PackedCausalLM, check_packed_loss, virtual_tokens
+from llm_peft_fa.base import load_model, load_tokenizer
+from llm_peft_fa.config import MethodOptions
+from llm_peft_fa.methods import Setting, apply_method, resolved
+from llm_peft_fa.model import Adapted, PackedCausalLM, check_packed_loss, virtual_tokens
 from llm_peft_fa.packing import PackedSteps, learnt_tokens, packed_row, spread
 from llm_peft_fa.templates import Encoded
 
@@ -25,7 +25,7 @@ def conversations(count: int = 9, seed: int = 0, longest: int = 90) -> list[Enco
 def adapted(folder: Path, method: str, **options: object) -> Adapted:
     torch.manual_seed(0)
     complete = resolved(MethodOptions(method=method, **options))
-    return METHODS[method](load_model(str(folder)), complete, Setting(load_tokenizer(str(folder)), 10))
+    return apply_method(load_model(str(folder)), complete, Setting(load_tokenizer(str(folder)), 10))
 
 
 def own_loss(model: torch.nn.Module, item: Encoded) -> torch.Tensor:

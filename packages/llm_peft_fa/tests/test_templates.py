@@ -4,9 +4,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from labs_common.errors import LabError
+from llm_peft_fa.base import load_tokenizer
 from llm_peft_fa.data import Conversation, Reading
-from llm_peft_fa.model import load_tokenizer
-from llm_peft_fa.show import show_learnt
+from llm_peft_fa.report import show_learnt
 from llm_peft_fa.templates import check_before_training, encode, encode_all, encode_prompt
 
 CHAT = [

@@ -1,4 +1,4 @@
-"""What AdaLoRA needs beside its layers: a regulariser in the loss, and ranks that move after every step."""
+"""AdaLoRA beside its layers: a regulariser in the loss, and ranks that move after every step."""
 
 from typing import Any, cast
 
@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 
 def orthogonality(model: PeftModel) -> torch.Tensor:
-    """AdaLoRA's regulariser (Zhang et al. 2023, eq. 4), weighted as PEFT does: the mean of |P P^T - I|, Frobenius."""
+    """Computes AdaLoRA's regulariser (Zhang et al. 2023, eq. 4), weighted as PEFT does: the mean of |P P^T - I|_F."""
     norms = []
     for name, parameter in model.named_parameters():
         if "lora_A" in name or "lora_B" in name:
@@ -20,7 +20,7 @@ def orthogonality(model: PeftModel) -> torch.Tensor:
 class RankBudget:
     """Lets PEFT mask the least important ranks after each step of the optimizer, by the gradients of that step.
 
-    What PEFT's allocator remembers is in no state dict, so it is kept here for checkpoints.
+    PEFT keeps its allocator's averages in no state dict: a resumed run would choose other ranks without these.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, optimizer: torch.optim.Optimizer) -> None:
@@ -36,7 +36,7 @@ class RankBudget:
         self.step += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps done, the moving averages of the importances, and which ranks are left."""
+        """Returns the steps done, the moving averages of the importances, and the ranks that are left."""
         allocator = self.adalora.rankallocator
         return {
             "step": self.step,

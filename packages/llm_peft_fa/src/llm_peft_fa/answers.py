@@ -1,7 +1,8 @@
 """Prompts, the answers that a model gives to them, and scores of those answers."""
 
 import random
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby
@@ -11,16 +12,14 @@ import sacrebleu
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
 from labs_common.errors import LabError
 from labs_common.progress import tracked
+from llm_peft_fa.base import stop_ids
 from llm_peft_fa.config import GenerationOptions
-from llm_peft_fa.data import Message, Reading
-from llm_peft_fa.methods import Adapted
-from llm_peft_fa.model import stop_ids
-from llm_peft_fa.normalise import normalise
-from llm_peft_fa.packed import base_of, virtual_tokens
+from llm_peft_fa.data import Message, Reading, normalise
+from llm_peft_fa.model import Adapted, base_of, virtual_tokens
 from llm_peft_fa.templates import encode_prompt
 
 Scores = dict[str, float]
@@ -36,7 +35,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class BeforeAndAfter:
     """Answers of the base model and of the fine-tuned one to the same prompts, and their scores."""
 
     prompts: list[Prompt]
@@ -47,7 +46,7 @@ class Comparison:
 
 
 def collected_prompts(reading: Reading, options: GenerationOptions, seed: int) -> list[Prompt]:
-    """The user's own prompts, then a seeded choice of the conversations with their last answer taken off.
+    """Reads the user's own prompts, then draws conversations by the seed and takes their last answers off.
 
     Raises:
         LabError: the file of --prompts cannot be read or is empty.
@@ -66,21 +65,21 @@ def collected_prompts(reading: Reading, options: GenerationOptions, seed: int) -
     return own + [Prompt(item.messages[:-1], item.messages[-1]["content"], item.verifiable) for item in picked]
 
 
-def compared(
+def before_and_after(
     tuned: Adapted,
     base: AbstractContextManager[Adapted] | None,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
     options: GenerationOptions,
     accelerator: Accelerator,
-) -> Comparison:
+) -> BeforeAndAfter:
     """Answers all prompts with the fine-tuned model, and with the base if there is one; processes share the work."""
     after = answers(tuned, tokenizer, prompts, options, accelerator, "answering, fine-tuned")
     if base is None:
-        return Comparison(prompts, None, after, {"after": scores(prompts, after)})
+        return BeforeAndAfter(prompts, None, after, {"after": scores(prompts, after)})
     with base as model:
         before = answers(model, tokenizer, prompts, options, accelerator, "answering, base")
-    return Comparison(prompts, before, after, {"before": scores(prompts, before), "after": scores(prompts, after)})
+    return BeforeAndAfter(prompts, before, after, {"before": scores(prompts, before), "after": scores(prompts, after)})
 
 
 @torch.no_grad()
@@ -92,7 +91,7 @@ def answers(
     accelerator: Accelerator,
     task: str = "answering",
 ) -> list[str]:
-    """The model's greedy answers, in the order of the prompts, the same in every process.
+    """Generates greedy answers, in the order of the prompts, the same in every process.
 
     Prompts of like length go together, padded on the left. With virtual tokens among the inputs only those of equal
     length do: the padding would stand between a soft prompt and its text, where PEFT counts it as positions.
@@ -122,8 +121,38 @@ def answers(
     return [everyone[number] for number in range(len(prompts))]
 
 
+def streamed_answer(
+    model: Adapted,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+) -> Iterator[str]:
+    """Yields the answer to the last message in pieces; at temperature 0 the likeliest token is taken.
+
+    Raises:
+        LabError: the chat template does not accept such messages.
+    """
+    base = base_of(model)
+    ids = torch.tensor([encode_prompt(tokenizer, messages)], device=base.device)
+    streamer = TextIteratorStreamer(cast(Any, tokenizer), skip_prompt=True, skip_special_tokens=True)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    thread = threading.Thread(
+        target=cast(Any, model).generate,
+        kwargs={
+            "input_ids": ids, "attention_mask": torch.ones_like(ids), "streamer": streamer,
+            "max_new_tokens": max_new_tokens, "eos_token_id": sorted(stop_ids(base, tokenizer)),
+            "pad_token_id": tokenizer.pad_token_id, **sampling,
+        },
+        daemon=True,
+    )  # fmt: skip
+    thread.start()
+    yield from streamer
+    thread.join()
+
+
 def scores(prompts: Sequence[Prompt], said: Sequence[str]) -> Scores:
-    """Exact match, chrF, distinct-1 and -2, and mean length; a score that no prompt allows is left out.
+    """Computes exact match, chrF, distinct-1 and -2, and mean length; a score that no prompt allows is left out.
 
     Exact match is over verifiable prompts, chrF (Popović 2015, sacrebleu's) over all that have a reference,
     distinct-n (Li et al. 2016, section 5: different n-grams over all n-grams) and words over all answers.
@@ -150,6 +179,6 @@ def scores(prompts: Sequence[Prompt], said: Sequence[str]) -> Scores:
 
 
 def same(answer: str, reference: str) -> bool:
-    """Equal but for spelling variants, spacing, and a full stop at the end."""
+    """Tells whether two texts are equal but for spelling variants, spacing, and a full stop at the end."""
     one, other = (" ".join(normalise(text).split()).rstrip(" .") for text in (answer, reference))
     return one == other

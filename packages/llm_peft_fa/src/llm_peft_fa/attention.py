@@ -14,7 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-NAME = "labs_packed"  # what `attn_implementation` is set to
+NAME = "labs_packed"  # for `attn_implementation`
+# Conversations are grouped by length, rounded up to a power of two, so that less than half of a block is padding. All
+# up to this length share a block: more blocks are more calls of the kernel.
 SMALLEST_BLOCK = 32
 # Scores of blocks this long are made again in the backward pass: they are as large as the length squared.
 RECOMPUTED_FROM = 256
@@ -24,12 +26,12 @@ Prefix = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values by layer, (1
 
 
 def blocks_of(lengths: list[int]) -> Blocks:
-    """How to gather a packed row of conversations of these lengths into blocks, and back.
+    """Plans how a packed row of conversations of these lengths is gathered into blocks, and back.
 
     Returns:
         gather: per block, (conversations, longest) positions in the row. Padding repeats position 0; it
             stands to the right, where no real token looks.
-        back: (row length,) where each position of the row stands in the flattened, concatenated blocks.
+        back: (row length,) the place of each position of the row in the flattened, concatenated blocks.
     """
     starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
     groups: dict[int, list[int]] = {}
@@ -63,7 +65,7 @@ def packed_attention(
     dropout: float = 0.0,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention as transformers calls it; `blocks` of `blocks_of` make it packed.
+    """Computes attention as transformers calls it; `blocks` of `blocks_of` make it packed.
 
     `query` is (1, heads, row, head width); key and value have a divisor of its heads. `softcap` is Gemma 2's
     attention soft-cap. With `sliding_window` w a position sees itself and the w - 1 before it. `prefix` stands before
@@ -110,7 +112,7 @@ def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,
     scale: float, softcap: float | None, dropout: float,
 ) -> torch.Tensor:  # fmt: skip
-    """Attention under an additive mask, or causal without one; (batch, heads, length, head width)."""
+    """Computes attention under an additive mask, or causal without one; (batch, heads, length, head width)."""
     if softcap is None:
         causal = mask is None and q.shape[2] > 1
         grouped = q.shape[1] != k.shape[1]
@@ -120,7 +122,8 @@ def _attend(
     repeats = q.shape[1] // k.shape[1]
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    scores = (q @ k.transpose(2, 3) * (scale / softcap)).tanh() * softcap  # arXiv 2408.00118, section 2
+    # (batch, heads, length, seen); arXiv 2408.00118, section 2
+    scores = (q @ k.transpose(2, 3) * (scale / softcap)).tanh() * softcap
     if mask is not None:
         scores = scores + mask
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype)

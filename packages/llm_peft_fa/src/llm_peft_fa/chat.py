@@ -1,27 +1,22 @@
-"""Talks to a result: `python -m llm_peft_fa.chat --run runs/NAME`."""
+"""Talks to a result: `python -m llm_peft_fa.chat --checkpoint runs/NAME`."""
 
 from llm_peft_fa import commands
 
 if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
     commands.chat()
 
-from typing import TYPE_CHECKING
+import torch
 
+from labs_common.progress import console
+from llm_peft_fa.answers import streamed_answer
 from llm_peft_fa.config import ChatConfig
-
-if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
-    from llm_peft_fa.data import Message
+from llm_peft_fa.data import Message
+from llm_peft_fa.saved import subject_of
 
 
 def chat(config: ChatConfig) -> None:
     """Reads questions line by line and streams the answers, until /quit or the end of the input."""
-    import torch
-
-    from labs_common.progress import console
-    from llm_peft_fa.streaming import streamed_answer
-    from llm_peft_fa.subjects import subject_of
-
-    subject = subject_of(config.run, config.adapter, config.model)
+    subject = subject_of(config.checkpoint, config.adapter, config.model)
     tokenizer, model = subject.load_tokenizer(), subject.load()
     torch.manual_seed(config.seed)
     console.print(f"{subject.name}: /reset forgets the conversation, /quit leaves")

@@ -1,7 +1,7 @@
 """Every method under one budget, and one report: `python -m llm_peft_fa.compare --methods lora,prefix_tuning,layers`.
 
-Each method and seed is a run of `llm_peft_fa.train` in a process of its own, so its peak memory is its own. What is
-finished is not run again: the same command goes on where it was stopped, and rebuilds the report when all is there.
+Each method and seed is a run of `llm_peft_fa.train` in a process of its own, so its peak memory is its own. Finished
+runs are not run again: the same command goes on where it was stopped, and rebuilds the report when all are there.
 """
 
 from llm_peft_fa import commands
@@ -10,7 +10,12 @@ if __name__ == "__main__":  # before the imports below: --help and a wrong optio
     commands.compare()
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
 
 from labs_common.cache import path_name
 from labs_common.cli import parse
@@ -26,10 +31,17 @@ from labs_common.comparing import (
 from labs_common.errors import LabError
 from labs_common.options import RunOptions
 from labs_common.own_process import claimed, finished_run, finished_runs, start_server
-from llm_peft_fa.config import CompareConfig, TrainConfig, complete
-from llm_peft_fa.method_options import MethodOptions
+from labs_common.run import Run, write_atomically
+from labs_common.training import total_steps
+from llm_peft_fa.answers import answers, collected_prompts, scores
+from llm_peft_fa.base import check_quantization, device, load_model, load_tokenizer
+from llm_peft_fa.compare_report import gathered, write_comparison
+from llm_peft_fa.config import CompareConfig, MethodOptions, TrainConfig
+from llm_peft_fa.data import plain_paragraphs, training_and_validation
+from llm_peft_fa.methods import complete
+from llm_peft_fa.packing import PackedSteps
 
-LIBRARIES = ["llm_peft_fa.train", "llm_peft_fa.results", "llm_peft_fa.adapters", "labs_common.training", "sacrebleu"]
+LIBRARIES = ["llm_peft_fa.train"]
 
 
 def compare(config: CompareConfig) -> None:
@@ -42,9 +54,6 @@ def compare(config: CompareConfig) -> None:
     folder = comparison_folder(f"compare-{path_name(config.model.model)}", config, files)
 
     start_server(config.comparison.launch, LIBRARIES)
-    from llm_peft_fa.comparison import check_plan, gathered, save_base_answers, steps_of
-    from llm_peft_fa.comparison_report import write_comparison
-
     check_plan(planned)
     seeds = seeds_of(config.comparison)
     with claimed(folder, config):
@@ -61,7 +70,7 @@ def compare(config: CompareConfig) -> None:
 
 
 def planned_run(config: CompareConfig, spec: str) -> TrainConfig:
-    """The run of one entry of --methods: a method, and options of it after colons (`lora:rank=8:learning_rate=0.001`).
+    """Plans the run of an entry of --methods: a method, and its options after colons (`lora:rank=8:learning_rate=0.1`).
 
     Raises:
         LabError: there is no such method or option.
@@ -90,9 +99,7 @@ def planned_run(config: CompareConfig, spec: str) -> TrainConfig:
 
 
 def _searched(config: CompareConfig, run: TrainConfig, folder: Path, name: str, steps: int) -> TrainConfig:
-    """The run with the best of --search learning rates: threefold steps around its own, `steps` steps each."""
-    from llm_peft_fa.comparison import validation_loss_of
-
+    """Gives the run the best of --search learning rates: threefold steps around its own, `steps` steps each."""
     middle = config.search // 2
     tried = {}
     for place in range(config.search):
@@ -105,7 +112,7 @@ def _searched(config: CompareConfig, run: TrainConfig, folder: Path, name: str, 
         path = folder / "search" / name / f"rate-{rate:.2g}"
         wanted = _at(short, config.comparison.seed, path)
         if finished_run("llm_peft_fa.train", wanted, path, folder, config.comparison.launch) == 0:
-            tried[rate] = validation_loss_of(path)
+            tried[rate] = float(Run(path).load_json("results.json")["after"]["validation loss"])
     if not tried:
         return run
     best = min(tried, key=lambda rate: tried[rate])
@@ -114,3 +121,44 @@ def _searched(config: CompareConfig, run: TrainConfig, folder: Path, name: str, 
 
 def _at(run: TrainConfig, seed: int, path: Path | None = None) -> TrainConfig:
     return dataclasses.replace(run, run=RunOptions(output=path, seed=seed, track="none"))
+
+
+def check_plan(planned: Mapping[str, TrainConfig]) -> None:
+    """Makes sure that every planned run can start, as far as can be told without its process; writes nothing.
+
+    Raises:
+        LabError: the machine, the data or the model does not allow one.
+    """
+    if any(run.method.method == "qlora" for run in planned.values()):
+        check_quantization()
+    first = next(iter(planned.values()))
+    collected_prompts(training_and_validation(first.data, first.run.seed)[1], first.generation, first.run.seed)
+    plain_paragraphs(first)
+    PartialState()
+    load_tokenizer(first.model.model, first.model.template)
+
+
+def steps_of(run: TrainConfig) -> int:
+    """Counts the optimizer steps of a planned run."""
+    training, _ = training_and_validation(run.data, run.run.seed)
+    lengths = PackedSteps([None] * len(training.conversations), run.training.batch_size, 1, 0)  # type: ignore[list-item]
+    return total_steps(run.training, lengths)
+
+
+def save_base_answers(folder: Path, run: TrainConfig) -> None:
+    """Answers the prompts of this seed with the base alone, unless that has been done."""
+    if (folder / "scores.json").exists():
+        return
+    _, validation = training_and_validation(run.data, run.run.seed)
+    prompts = collected_prompts(validation, run.generation, run.run.seed)
+    tokenizer = load_tokenizer(run.model.model, run.model.template)
+    base = load_model(run.model.model)
+    torch.nn.Module.to(base, device())
+    said = answers(base, tokenizer, prompts, run.generation, Accelerator(), "answering, base")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"prompt": prompt.messages[-1]["content"], "reference": prompt.reference, "after": answer}
+        for prompt, answer in zip(prompts, said, strict=True)
+    ]
+    write_atomically(folder / "answers.json", json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
+    write_atomically(folder / "scores.json", json.dumps(scores(prompts, said), indent=1) + "\n")

@@ -1,20 +1,33 @@
 """Every option of the lab, once, with its help text and default. Imports nothing heavy: `--help` is fast."""
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from labs_common.errors import LabError
-from labs_common.options import CommandOptions, ComparisonOptions, OnBadData, PageOptions, RunOptions, TrainingOptions
-from llm_peft_fa.method_options import LEARNING_RATES, SOFT_PROMPTS, WITHOUT_PEFT, MethodOptions, resolved
+import tyro
 
+from labs_common.options import (
+    CommandOptions,
+    ComparisonOptions,
+    OnBadData,
+    PageOptions,
+    RunOptions,
+    TrainingOptions,
+    one_of,
+)
+
+Method = Annotated[str, one_of("llm_peft_fa.methods:METHODS")]
+PromptInit = Literal["random", "text", "vocabulary"]
+Which = Literal["first", "last", "both"]
 OnTooLong = Literal["error", "truncate", "skip"]
+# Files and scripts of before say --run, or `run:` in a config.yaml.
+Checkpoint = Annotated[Path | None, tyro.conf.arg(aliases=["--run"])]
+Checkpoints = Annotated[tuple[Path, ...], tyro.conf.arg(aliases=["--runs", "--run"])]
 
 
 @dataclass
 class ModelOptions:
-    """Which base model, and how it is talked to."""
+    """The base model and its chat template."""
 
     model: str = "tiny"
     """tiny (made on first use, offline), a Hugging Face id such as google/gemma-2-2b, or a directory."""
@@ -26,13 +39,13 @@ class ModelOptions:
 
 @dataclass
 class ReadingOptions:
-    """How data files are read."""
+    """Reading and cleaning of data files."""
 
     data: str | None = None
     """Conversations: a .json, .jsonl or .parquet file, a directory, or a Hugging Face id. Without it, Persian tasks
     are generated."""
     split: str = "train"
-    """Which split of a directory or Hugging Face dataset --data names."""
+    """Split of the directory or Hugging Face dataset that --data names."""
     normalise: bool = True
     """Persian normalisation: Arabic letters and digits to Persian ones, half-spaces tidied; diacritics stay."""
     on_bad_data: OnBadData = "error"
@@ -41,16 +54,16 @@ class ReadingOptions:
 
 @dataclass
 class DataOptions(ReadingOptions):
-    """Which conversations, and how many."""
+    """The conversations to train and to validate on."""
 
     validation_data: str | None = None
     """Conversations to validate and to take test prompts from; as --data."""
     validation_split: str = "validation"
-    """Which split of a directory or Hugging Face dataset --validation-data names."""
+    """Split of the directory or Hugging Face dataset that --validation-data names."""
     validation_fraction: float = 0.05
     """Share of --data set aside for validation when there is no --validation-data."""
     conversations: int = 3000
-    """How many conversations are generated when there is no --data."""
+    """Number of conversations that are generated when there is no --data."""
     max_length: int = 4096
     """Longest conversation, in tokens."""
     on_too_long: OnTooLong = "error"
@@ -63,13 +76,53 @@ class DataOptions(ReadingOptions):
 
 
 @dataclass
+class MethodOptions:
+    """The fine-tuning method. An option that is not given has the method's own default; config.yaml tells it."""
+
+    method: Method = "lora"
+    """Fine-tuning method: soft prompts, low-rank and other small updates (qlora on a 4-bit base), or without PEFT some
+    layers or the full model; docs/llm_peft_fa.md says when to use which."""
+    rank: int | None = None
+    """LoRA family: rank of the update; of adalora, the mean rank at the end."""
+    alpha: float | None = None
+    """LoRA family: the update is scaled by alpha / rank (rslora: alpha / sqrt(rank))."""
+    dropout: float | None = None
+    """LoRA family and oft: dropout before the update, in training."""
+    target_modules: tuple[str, ...] | None = None
+    """LoRA family, oft, ia3: names of the layers to adapt, such as q_proj v_proj; all-linear is every linear layer but
+    the vocabulary's."""
+    block_size: int | None = None
+    """oft: width of the rotated blocks; it must divide the layers' input widths."""
+    virtual_tokens: int | None = None
+    """Soft prompts: number of virtual tokens before each conversation."""
+    prompt_init: PromptInit | None = None
+    """prompt_tuning: random, text (the embeddings of --prompt-text) or vocabulary (of random tokens). prefix_tuning:
+    random, or text (the keys and values that the base computes for --prompt-text)."""
+    prompt_text: str | None = None
+    """The text of --prompt-init text, repeated or cut to --virtual-tokens."""
+    encoder_width: int | None = None
+    """p_tuning, prefix_tuning: width of the network that makes the virtual tokens in training. 0: prefix_tuning without
+    projection, p_tuning with the model's width."""
+    layers: int | None = None
+    """layers: number of decoder layers that train at each end."""
+    which: Which | None = None
+    """layers: the end that trains: first, last or both."""
+    train_embeddings: bool = False
+    """layers: train the token embeddings too."""
+    train_final_norm: bool = False
+    """layers: train the final norm too."""
+    train_head: bool = False
+    """layers: train the vocabulary projection too."""
+
+
+@dataclass
 class GenerationOptions:
-    """How answers are generated for the evaluation."""
+    """Generation of answers for the evaluation."""
 
     prompts: Path | None = None
     """Text file with one prompt per line to be answered before and after."""
     test_prompts: int = 150
-    """How many prompts of the test data are answered."""
+    """Number of prompts of the test data that are answered."""
     max_new_tokens: int = 64
     """Longest answer, in tokens."""
     generation_batch: int = 32
@@ -80,7 +133,7 @@ class GenerationOptions:
 
 @dataclass
 class LanguageTrainingOptions(TrainingOptions):
-    """How the weights are moved."""
+    """Optimizer, schedule and checkpoints."""
 
     epochs: int = 2
     """Passes over the training data."""
@@ -110,33 +163,17 @@ class TrainConfig:
     """Print the first batch with the learnt tokens in colour, and stop."""
 
 
-def complete(config: TrainConfig) -> TrainConfig:
-    """The config with the method's own defaults in the place of what was not given.
-
-    Raises:
-        LabError: options that the method does not have, or that contradict each other.
-    """
-    method = resolved(config.method)
-    if config.merge and method.method in (*SOFT_PROMPTS, *WITHOUT_PEFT):
-        why = "writes a whole model already" if method.method in WITHOUT_PEFT else "has no update that could be merged"
-        raise LabError(f"--merge: {method.method} {why}; drop --merge")
-    tiny, real = LEARNING_RATES[method.method]
-    rate = config.training.learning_rate or (tiny if config.model.model == "tiny" else real)
-    training = dataclasses.replace(config.training, learning_rate=rate)
-    return dataclasses.replace(config, method=method, training=training)
-
-
 @dataclass
 class EvaluateConfig:
     """Measures a finished run, any adapter or any model, and its base beside it: loss, answers, scores.
 
-    `python -m llm_peft_fa.evaluate --run runs/NAME --data test.jsonl`
+    `python -m llm_peft_fa.evaluate --checkpoint runs/NAME --data test.jsonl`
     `python -m llm_peft_fa.evaluate --adapter DIRECTORY --judge-file to_rate.csv`
     `python -m llm_peft_fa.evaluate --model google/gemma-2-2b-it --base google/gemma-2-2b --data test.jsonl`
     """
 
-    run: Path | None = None
-    """Directory of a run; by default the newest under runs/."""
+    checkpoint: Checkpoint = None
+    """Directory of a finished run; by default the newest under runs/."""
     adapter: Path | None = None
     """Directory of any adapter that PEFT loads, in the place of a run."""
     model: str | None = None
@@ -163,11 +200,11 @@ class EvaluateConfig:
 class ChatConfig:
     """Talks to a finished run, an adapter or any model. /reset forgets the conversation, /quit leaves.
 
-    `python -m llm_peft_fa.chat --run runs/NAME`
+    `python -m llm_peft_fa.chat --checkpoint runs/NAME`
     """
 
-    run: Path | None = None
-    """Directory of a run; by default the newest under runs/."""
+    checkpoint: Checkpoint = None
+    """Directory of a finished run; by default the newest under runs/."""
     adapter: Path | None = None
     """Directory of any adapter that PEFT loads, in the place of a run."""
     model: str | None = None
@@ -190,8 +227,8 @@ class DemoConfig:
     `python -m llm_peft_fa.demo`
     """
 
-    runs: tuple[Path, ...] = ()
-    """Directories of runs; by default all finished ones under runs/, newest first."""
+    checkpoint: Checkpoints = ()
+    """Directories of finished runs; by default all under runs/, newest first."""
     models: tuple[str, ...] = ()
     """Further models: Hugging Face ids or directories."""
     page: PageOptions = field(default_factory=PageOptions)
@@ -215,7 +252,7 @@ class InspectConfig:
     template: str = "auto"
     """Chat template, as in training."""
     samples: int = 5
-    """How many conversations are shown."""
+    """Number of conversations that are shown."""
     output: Path | None = None
     """Directory of report.html; by default a new one under runs/."""
     seed: int = 0

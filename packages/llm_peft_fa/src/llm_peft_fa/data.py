@@ -1,21 +1,37 @@
 """Conversations from files: ShareGPT, `messages` and Alpaca rows in JSON, JSON lines, parquet or a dataset.
 
-A row is used as it is or not at all. What cannot be used is counted by reason, and the first few are named
-by file and line.
+A row is used as it is or not at all. Rows that cannot be used are counted by reason, and the first few are named
+by file and line. Persian text gets one spelling for what a keyboard can type in several ways:
+
+| written | becomes |
+|---|---|
+| Arabic yeh and alef maksura (ي ى), kaf (ك) | Persian yeh (ی), kaf (ک) |
+| Arabic-Indic digits (٠-٩) | Persian digits (۰-۹); ASCII digits stay, since code and formulas use them |
+| zero-width non-joiner | kept between letters; dropped at spaces, at line ends, and when doubled |
+| zero-width space, byte-order marks, soft hyphens, tatweel (ـ) | dropped |
+| no-break space | space |
+| diacritics, everything else | left alone |
+
+The libraries for this rewrite more: hazm changes ASCII digits, punctuation, spacing and diacritics and brings a tagger
+along; parsivar and piraye rewrite or depend as much.
 """
 
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
+
 from labs_common.errors import LabError
-from llm_peft_fa.config import DataOptions, OnBadData, ReadingOptions
-from llm_peft_fa.normalise import normalise
-from llm_peft_fa.persian_tasks import conversations, test_conversations
+from llm_peft_fa.config import DataOptions, OnBadData, ReadingOptions, TrainConfig
+from llm_peft_fa.persian import conversations, held_out_conversations, plain_text
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
 
@@ -28,7 +44,17 @@ ROLES = {
     "model": "assistant",
 }
 FILE_KINDS = (".json", ".jsonl", ".parquet")
-SHORT_ANSWER = 5  # words
+SHORT_ANSWER = 5  # words; a longer right answer is seldom the reference word for word
+PARAGRAPHS = 200  # of plain text, which is measured at every evaluation: it must take seconds
+PLAIN_TEXT_SEED = 2  # the tiny base was pre-trained on that of seed 1
+
+LETTERS = str.maketrans(
+    {"ي": "ی", "ى": "ی", "ك": "ک", "\u00a0": " "}
+    | {chr(0x0660 + digit): chr(0x06F0 + digit) for digit in range(10)}
+    | dict.fromkeys("\u200b\ufeff\u00ad\u0640", None)
+)
+# A non-joiner does nothing beside a space, a line's end or another one.
+IDLE_NON_JOINER = re.compile("(?<![^\\s\u200c])\u200c+|\u200c+(?=\\s|$)|(?<=\u200c)\u200c+")
 
 
 @dataclass(frozen=True)
@@ -44,7 +70,7 @@ class Conversation:
 
 @dataclass
 class Reading:
-    """What was read from one source, and what could not be used."""
+    """The conversations of one source, and the rows that could not be used."""
 
     source: str
     conversations: list[Conversation] = field(default_factory=list)
@@ -60,7 +86,12 @@ class Reading:
 
 
 class UnusableRowError(Exception):
-    """Why a row cannot be used; the part before a colon is what rows are counted by."""
+    """The reason why a row cannot be used; rows are counted by the part before a colon."""
+
+
+def normalise(text: str) -> str:
+    """Returns the text in one spelling, see the table above. Twice gives the same as once."""
+    return IDLE_NON_JOINER.sub("", text.translate(LETTERS))
 
 
 def training_and_validation(options: DataOptions, seed: int) -> tuple[Reading, Reading]:
@@ -75,7 +106,8 @@ def training_and_validation(options: DataOptions, seed: int) -> tuple[Reading, R
         if options.validation_data is not None:
             raise LabError("--validation-data: needs --data; the generated tasks bring their own validation")
         made = conversations(options.conversations, seed)
-        return _generated("generated Persian tasks", made), _generated("held-out tasks", test_conversations(300, seed))
+        kept = held_out_conversations(300, seed)  # the test prompts are drawn from them: 150 by default
+        return _generated("generated Persian tasks", made), _generated("held-out tasks", kept)
     training = read_conversations(options.data, options.split, options)
     if options.validation_data is not None:
         return training, read_conversations(options.validation_data, options.validation_split, options)
@@ -120,7 +152,7 @@ def read_conversations(source: str, split: str, options: ReadingOptions) -> Read
 
 
 def check_bad_data(reading: Reading, on_bad_data: OnBadData) -> None:
-    """Applies --on-bad-data to what was refused.
+    """Applies --on-bad-data to the rows that were refused.
 
     Raises:
         LabError: rows were refused and they are errors, or nothing else is left.
@@ -161,10 +193,10 @@ def rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
 
 
 def messages_of(row: Any) -> list[Message]:
-    """The messages of a ShareGPT, `messages` or Alpaca row.
+    """Reads the messages of a ShareGPT, `messages` or Alpaca row.
 
     Raises:
-        UnusableRowError: why the row cannot be used.
+        UnusableRowError: the row cannot be used, and why.
     """
     if not isinstance(row, dict):
         raise UnusableRowError(f"not an object: {type(row).__name__}")
@@ -175,11 +207,10 @@ def messages_of(row: Any) -> list[Message]:
     elif "instruction" in row and "output" in row:
         parts = [row["instruction"], row.get("input")]
         asked = "\n\n".join(str(part).strip() for part in parts if part)
-        turns = [_turn(turn, "role", "content") for turn in (
-            *([{"role": "system", "content": row["system"]}] if row.get("system") else []),
-            {"role": "user", "content": asked},
-            {"role": "assistant", "content": row["output"]},
-        )]  # fmt: skip
+        said = [("system", row.get("system")), ("user", asked), ("assistant", row["output"])]
+        if not row.get("system"):
+            said = said[1:]
+        turns = [_turn({"role": role, "content": text}, "role", "content") for role, text in said]
     else:
         raise UnusableRowError(f"unknown columns: {', '.join(map(str, list(row)[:5]))}")
     _check_order(turns)
@@ -221,6 +252,28 @@ def _check_order(messages: list[Message]) -> None:
         raise UnusableRowError("ends without an answer")
 
 
+def plain_paragraphs(config: TrainConfig) -> list[str]:
+    """Returns the paragraphs on which forgetting is measured: how well a model still predicts its base's world.
+
+    They are those of --plain-text, or generated ones for the tiny base; none for another base without the option.
+
+    Raises:
+        LabError: the file cannot be read or is empty.
+    """
+    file = config.data.plain_text
+    if file is None:
+        made = plain_text(PARAGRAPHS, PLAIN_TEXT_SEED)
+        return [text.strip() for text in made] if config.model.model == "tiny" else []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LabError(f"--plain-text {file}: cannot be read; name a text file with a paragraph per line") from error
+    found = list(islice((line.strip() for line in lines if line.strip()), PARAGRAPHS))
+    if not found:
+        raise LabError(f"--plain-text {file}: is empty; write a paragraph per line")
+    return found
+
+
 def _generated(name: str, made: Iterable[list[Message]]) -> Reading:
     return Reading(name, [Conversation(messages, f"{name} {n}", verifiable=True) for n, messages in enumerate(made, 1)])
 
@@ -246,7 +299,7 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _whole_json(text: str) -> list[Any] | None:
-    """The rows of a JSON file: a list, or an object that holds one list; None if it is JSON lines."""
+    """Returns the rows of a JSON file: a list, or an object that holds one list; None if it is JSON lines."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
@@ -258,9 +311,6 @@ def _whole_json(text: str) -> list[Any] | None:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
     try:
         table = pyarrow.parquet.read_table(path)
     except (OSError, pyarrow.ArrowException) as error:
@@ -281,7 +331,7 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
 
 
 def _dataset_rows(source: str, split: str, from_disk: bool) -> Iterator[tuple[str, Any]]:
-    import datasets
+    import datasets  # here: it takes two seconds to import, and files do not need it
 
     try:
         if from_disk:

@@ -6,18 +6,16 @@ if __name__ == "__main__":  # before the imports below: --help and a wrong optio
     commands.demo()
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from labs_common.errors import LabError
 from labs_common.pages import check_page, serve
+from llm_peft_fa.answers import streamed_answer
 from llm_peft_fa.config import DemoConfig
-
-if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
-    from transformers import PreTrainedTokenizerBase
-
-    from llm_peft_fa.methods import Adapted
-    from llm_peft_fa.subjects import Subject
+from llm_peft_fa.model import Adapted
+from llm_peft_fa.saved import Subject, finished_runs, subject_of
 
 Turns = list[dict[str, Any]]  # what Gradio keeps of a conversation: role and content
 
@@ -33,36 +31,28 @@ def demo(config: DemoConfig) -> None:
     serve(chat_page(subjects, config.max_new_tokens), config.page)
 
 
-def found_subjects(config: DemoConfig) -> "dict[str, Subject]":
-    """What the page offers, by name: runs, the bases they were made from, and --models.
+def found_subjects(config: DemoConfig) -> dict[str, Subject]:
+    """Lists what the page offers, by name: runs, the bases they were made from, and --models.
 
     Raises:
         LabError: nothing is there.
     """
-    from llm_peft_fa.adapters import FOLDERS
-    from llm_peft_fa.subjects import subject_of
-
-    runs = list(config.runs)
+    runs = [*config.checkpoint] or ([] if config.models else finished_runs())
     if not runs and not config.models:
-        finished = {folder.parent for name in FOLDERS for folder in Path("runs").glob(f"*/{name}")}
-        runs = sorted(finished, key=lambda run: -run.stat().st_mtime)
-    if not runs and not config.models:
-        raise LabError("no finished run under runs/; train one, or name --runs or --models")
+        raise LabError("no finished run under runs/; train one, or name --checkpoint or --models")
     found = [subject_of(run, None, None) for run in runs]
     bases = dict.fromkeys([*(subject.base for subject in found if subject.base), *config.models])
     found += [subject_of(None, None, name) for name in bases]
     return {f"{subject.name} (base)" if subject.trained is None else subject.name: subject for subject in found}
 
 
-def chat_page(subjects: "dict[str, Subject]", max_new_tokens: int) -> Any:
-    """The page: a question goes to the models on both sides; Persian runs from right to left."""
-    import gradio
+def chat_page(subjects: dict[str, Subject], max_new_tokens: int) -> Any:
+    """Builds the page: a question goes to the models on both sides; Persian runs from right to left."""
+    import gradio  # of an extra
 
     loaded: dict[str, tuple[Adapted, PreTrainedTokenizerBase]] = {}
 
     def answer(name: str, turns: Turns) -> Iterator[str]:
-        from llm_peft_fa.streaming import streamed_answer
-
         if name not in loaded:
             loaded[name] = (subjects[name].load(), subjects[name].load_tokenizer())
         model, tokenizer = loaded[name]
@@ -108,7 +98,7 @@ def chat_page(subjects: "dict[str, Subject]", max_new_tokens: int) -> Any:
 
 
 def _text(content: Any) -> str:
-    """The text of a turn, which Gradio may keep as a list of parts."""
+    """Returns the text of a turn, which Gradio may keep as a list of parts."""
     if isinstance(content, str):
         return content
     return "".join(part.get("text", "") for part in content if isinstance(part, dict))

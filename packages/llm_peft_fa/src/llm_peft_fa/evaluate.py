@@ -1,6 +1,6 @@
 """Loss, answers and scores of any run, adapter or model, beside those of its base.
 
-`python -m llm_peft_fa.evaluate --run runs/NAME` repeats the evaluation of a run, on its data or on other.
+`python -m llm_peft_fa.evaluate --checkpoint runs/NAME` repeats the evaluation of a run, on its data or on other.
 """
 
 from llm_peft_fa import commands
@@ -8,47 +8,43 @@ from llm_peft_fa import commands
 if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
     commands.evaluate()
 
+import csv
+import io
+import json
+import os
+import random
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from accelerate import Accelerator
 
 from labs_common.cache import path_name
-from llm_peft_fa.config import EvaluateConfig
+from labs_common.cli import to_plain
+from labs_common.errors import LabError
+from labs_common.progress import console
+from labs_common.report import Section, Table, write_report
+from labs_common.run import Run, check_new, new_folder, write_atomically
+from llm_peft_fa.answers import BeforeAndAfter, before_and_after, collected_prompts
+from llm_peft_fa.config import EvaluateConfig, TrainConfig
+from llm_peft_fa.data import Reading, read_conversations, training_and_validation
+from llm_peft_fa.model import Adapted, PackedCausalLM, base_of, check_packed_loss, mean_loss, virtual_tokens
+from llm_peft_fa.packing import PackedSteps
+from llm_peft_fa.report import answers_section, numbers_section, saved_answers
+from llm_peft_fa.saved import Subject, plain_base, subject_of
+from llm_peft_fa.templates import Encoded, encode_all
 
-if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
-    from collections.abc import Iterator
-
-    from accelerate import Accelerator
-
-    from llm_peft_fa.data import Reading
-    from llm_peft_fa.methods import Adapted
-    from llm_peft_fa.subjects import Subject
-    from llm_peft_fa.templates import Encoded
+JUDGE_COLUMNS = ("number", "prompt", "answer A", "answer B", "better (A, B or =)")
+TOKENS_PER_ROW = 2048  # as --tokens-per-batch has it in training
 
 
 def evaluate(config: EvaluateConfig) -> None:
     """Answers prompts with a model and its base, and writes scores, a report and perhaps a table for judges."""
-    from accelerate import Accelerator
-
-    from labs_common.cli import to_plain
-    from labs_common.errors import LabError
-    from labs_common.progress import console
-    from labs_common.report import Section, Table, write_report
-    from labs_common.run import Run, check_new, new_folder
-    from llm_peft_fa.adapters import plain_base
-    from llm_peft_fa.answers import collected_prompts, compared
-    from llm_peft_fa.judging import check_judge_file, write_judge_file
-    from llm_peft_fa.results import answers_section, numbers_section, saved_answers
-    from llm_peft_fa.subjects import subject_of
-    from llm_peft_fa.templates import encode_all
-
     check_new(config.output)
-    subject = subject_of(config.run, config.adapter, config.model, config.base)
-    with_base = config.generation.answer_base and subject.base is not None
+    subject = subject_of(config.checkpoint, config.adapter, config.model, config.base)
+    base = subject.base if config.generation.answer_base else None
     if config.judge_file is not None:
-        if not with_base:
-            raise LabError("--judge-file: needs two models to compare; name a run, an adapter, or a --base")
-        check_judge_file(config.judge_file)
+        check_judge_file(config.judge_file, base)
     output = new_folder(config.output, _own_folder(config, subject))
     seed = subject.trained.run.seed if subject.trained is not None else config.seed
     reading = _reading(config, subject)
@@ -60,50 +56,40 @@ def evaluate(config: EvaluateConfig) -> None:
     losses = {"after": loss_of(tuned, encoded, accelerator)}
 
     @contextmanager
-    def measured_base(base: str) -> "Iterator[Adapted]":
+    def measured_base(base: str) -> Iterator[Adapted]:
         with plain_base(tuned, base) as model:
             losses["before"] = loss_of(model, encoded, accelerator, adapted=False)
             yield model
 
-    before = measured_base(subject.base) if with_base and subject.base is not None else None
-    comparison = compared(tuned, before, tokenizer, prompts, config.generation, accelerator)
-    for side, values in comparison.scores.items():
+    before = None if base is None else measured_base(base)
+    both = before_and_after(tuned, before, tokenizer, prompts, config.generation, accelerator)
+    for side, values in both.scores.items():
         if (loss := losses[side]) is not None:
             values["validation loss"] = loss
     if not accelerator.is_main_process:
         return
     output.mkdir(parents=True, exist_ok=True)
     run = Run(output)
-    run.save_json(
-        "evaluation.json",
-        {"config": to_plain(config), "scores": comparison.scores, "answers": saved_answers(comparison)},
-    )
+    results = {"config": to_plain(config), "scores": both.scores, "answers": saved_answers(both)}
+    run.save_json("evaluation.json", results)
     if config.judge_file is not None:
-        write_judge_file(config.judge_file, comparison, subject.name, seed)
+        write_judge_file(config.judge_file, both, subject.name, seed)
     sections = [
         Section("Data", [Table(("source", "conversations"), [(reading.source, len(reading.conversations))])]),
-        numbers_section(comparison.scores),
-        answers_section(comparison),
+        numbers_section(both.scores),
+        answers_section(both),
     ]
-    title = f"Evaluation of {subject.name}"
-    path = write_report(run, title, f"Base: {subject.base or 'none'}", sections)
-    for name, values in comparison.scores.items():
+    path = write_report(run, f"Evaluation of {subject.name}", f"Base: {subject.base or 'none'}", sections)
+    for name, values in both.scores.items():
         console.print(f"{name}: " + "  ".join(f"{key} {value:.3f}" for key, value in values.items()))
     print(f"report: {path}")
 
 
-def loss_of(
-    model: "Adapted", encoded: "list[Encoded]", accelerator: "Accelerator", adapted: bool = True
-) -> float | None:
-    """Mean loss over the learnt tokens; None for an architecture that cannot be packed.
+def loss_of(model: Adapted, encoded: list[Encoded], accelerator: Accelerator, adapted: bool = True) -> float | None:
+    """Averages the loss, in nats, over the learnt tokens; None for an architecture that cannot be packed.
 
     `adapted=False` is the base inside a model whose adapter is switched off.
     """
-    from labs_common.errors import LabError
-    from labs_common.progress import console
-    from llm_peft_fa.packed import PackedCausalLM, base_of, check_packed_loss, mean_loss, virtual_tokens
-    from llm_peft_fa.packing import PackedSteps
-
     try:
         check_packed_loss(base_of(model))
     except LabError as error:
@@ -111,24 +97,60 @@ def loss_of(
         return None
     subject = model if adapted else base_of(model)
     steps = PackedSteps(
-        encoded, len(encoded), 2048, 0, accelerator.process_index, accelerator.num_processes, virtual_tokens(subject)
-    )
+        encoded, len(encoded), TOKENS_PER_ROW, 0, accelerator.process_index, accelerator.num_processes,
+        virtual_tokens(subject),
+    )  # fmt: skip
     return mean_loss(PackedCausalLM(subject), steps.rows_of(encoded), accelerator)
 
 
-def _reading(config: EvaluateConfig, subject: "Subject") -> "Reading":
-    """--data, or the validation data of the run, or the generated tasks that are held out."""
-    from llm_peft_fa.config import TrainConfig
-    from llm_peft_fa.data import read_conversations, training_and_validation
+def check_judge_file(file: Path, base: str | None) -> None:
+    """Refuses a file that cannot be written or that somebody may have begun to fill in.
 
+    Raises:
+        LabError: it exists, its directory does not or cannot be written, or there is no base to compare with.
+    """
+    if base is None:
+        raise LabError("--judge-file: needs two models to compare; name a run, an adapter, or a --base")
+    if file.exists():
+        raise LabError(f"--judge-file {file}: exists already and may hold ratings; name another")
+    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+        raise LabError(f"--judge-file {file}: its directory does not exist or cannot be written")
+
+
+def write_judge_file(file: Path, both: BeforeAndAfter, tuned: str, seed: int) -> None:
+    """Writes a CSV table for people to rate, A and B in random order by row, and FILE.key.json with the true names.
+
+    The byte-order mark makes spreadsheets read the Persian as UTF-8.
+    """
+    assert both.before is not None
+    draw = random.Random(f"judges {seed}")
+    stream = io.StringIO()
+    table = csv.writer(stream)
+    table.writerow(JUDGE_COLUMNS)
+    key = []
+    rows = zip(both.prompts, both.before, both.after, strict=True)
+    for number, (prompt, before, after) in enumerate(rows, 1):
+        sides = [("base", before), (tuned, after)]
+        draw.shuffle(sides)
+        asked = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt.messages)
+        if len(prompt.messages) == 1:
+            asked = prompt.messages[0]["content"]
+        table.writerow((number, asked, sides[0][1], sides[1][1], ""))
+        key.append({"number": number, "A": sides[0][0], "B": sides[1][0]})
+    write_atomically(file, "\ufeff" + stream.getvalue())
+    write_atomically(file.with_name(f"{file.name}.key.json"), json.dumps(key, indent=1) + "\n")
+
+
+def _reading(config: EvaluateConfig, subject: Subject) -> Reading:
+    """Reads --data, or the validation data of the run, or the generated tasks that are held out."""
     if config.reading.data is not None:
         return read_conversations(config.reading.data, config.reading.split, config.reading)
     trained = subject.trained or TrainConfig()
     return training_and_validation(trained.data, trained.run.seed)[1]
 
 
-def _own_folder(config: EvaluateConfig, subject: "Subject") -> Path:
-    """Where the evaluation goes: under the run or adapter, of a plain model under runs/."""
+def _own_folder(config: EvaluateConfig, subject: Subject) -> Path:
+    """Names the directory of the evaluation: under the run or adapter, of a plain model under runs/."""
     if subject.trained is None and config.adapter is None:
         return Path("runs") / f"evaluation-{path_name(subject.name)}"
-    return (config.run or config.adapter or Path("runs") / subject.name) / "evaluation"
+    return (config.checkpoint or config.adapter or Path("runs") / subject.name) / "evaluation"

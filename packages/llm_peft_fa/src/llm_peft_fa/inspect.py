@@ -1,38 +1,42 @@
-"""What is in a model and in a data file: `python -m llm_peft_fa.inspect --model … --data chats.jsonl`."""
+"""Shows what is in a model and in a data file: `python -m llm_peft_fa.inspect --model … --data chats.jsonl`."""
 
 from llm_peft_fa import commands
 
 if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
     commands.inspect()
 
-from typing import TYPE_CHECKING, Any
+import dataclasses
+import random
+from collections import Counter
 
-from llm_peft_fa.config import InspectConfig
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
 
-if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
-    from transformers import PreTrainedTokenizerBase
-
-    from labs_common.report import Section
-    from labs_common.run import Run
-    from llm_peft_fa.data import Reading
+from labs_common.options import RunOptions
+from labs_common.progress import console, tracked
+from labs_common.report import (
+    Code,
+    Figure,
+    Section,
+    Table,
+    Text,
+    architecture_figure,
+    histogram_figure,
+    save_figure,
+    write_report,
+)
+from labs_common.run import Run, check_run_options
+from llm_peft_fa.base import load_tokenizer, own_template, unloaded_model
+from llm_peft_fa.config import DataOptions, InspectConfig, MethodOptions
+from llm_peft_fa.data import Reading, read_conversations, training_and_validation
+from llm_peft_fa.methods import METHODS, Setting, apply_method, resolved
+from llm_peft_fa.model import Adapted, structure_of
+from llm_peft_fa.report import print_refused, refused_blocks
+from llm_peft_fa.templates import encode, render, without_system
 
 
 def inspect(config: InspectConfig) -> None:
     """Takes model and data as training would, and writes and prints what they hold."""
-    import dataclasses
-
-    from accelerate import Accelerator
-
-    from labs_common.options import RunOptions
-    from labs_common.progress import console
-    from labs_common.report import Table, Text, write_report
-    from labs_common.run import Run, check_run_options
-    from llm_peft_fa.config import DataOptions
-    from llm_peft_fa.data import read_conversations, training_and_validation
-    from llm_peft_fa.method_options import resolved
-    from llm_peft_fa.model import load_tokenizer
-    from llm_peft_fa.results import print_refused
-
     options = RunOptions(output=config.output, seed=config.seed, track="none")
     check_run_options(options)
     method = resolved(config.method)
@@ -63,16 +67,14 @@ def inspect(config: InspectConfig) -> None:
     print(f"report: {path}")
 
 
-def _model_section(run: "Run", model: str, method: Any) -> "Section":
-    """The parts of the model, drawn and as a table, and what the method would train of them."""
-    from labs_common.report import Figure, Section, Table, Text, architecture_figure, save_figure
-    from llm_peft_fa.architecture import outline, structure_of
-
+def _model_section(run: Run, model: str, method: MethodOptions) -> Section:
+    """Shows the parts of the model, drawn and as a table, and what the method would train of them."""
     structure = structure_of(outline(model, method))
     drawing = save_figure(run, "architecture", architecture_figure(structure.rows))
     said = (
         f"{structure.name}: {structure.parameters:,} parameters. --method {method.method} trains "
-        f"{structure.trainable:,} of them ({structure.trainable / structure.parameters:.2%})."
+        f"{structure.trainable:,} of them ({structure.trainable / structure.parameters:.2%}): "
+        f"{METHODS[method.method].description}."
     )
     rows = [
         (row.name, cell.name, row.times * (cell.trained + cell.fixed), row.times * cell.trained)
@@ -83,12 +85,20 @@ def _model_section(run: "Run", model: str, method: Any) -> "Section":
     return Section("The model", [Text(said), Figure(drawing, "Input below."), Table(columns, rows)])
 
 
-def _template_section(config: InspectConfig, tokenizer: "PreTrainedTokenizerBase") -> "Section":
-    """Base or instruct, and what that means for templates."""
-    from labs_common.report import Code, Section, Table, Text
-    from llm_peft_fa.model import own_template
-    from llm_peft_fa.templates import render, without_system
+def outline(model: str, options: MethodOptions) -> Adapted:
+    """Builds the model under a method, without weights: enough to count what would train.
 
+    Values do not matter here, so methods that start from the base's weights start at random.
+    """
+    alike = {"pissa": "lora", "olora": "lora", "qlora": "lora"}
+    method = alike.get(options.method, options.method)
+    options = dataclasses.replace(options, method=method, prompt_init="random" if options.prompt_init else None)
+    setting = Setting(load_tokenizer(model), steps=100)
+    return apply_method(unloaded_model(model), options, setting)
+
+
+def _template_section(config: InspectConfig, tokenizer: PreTrainedTokenizerBase) -> Section:
+    """Tells base from instruct, and what that means for templates."""
     system = {"role": "system", "content": "پاسخ کوتاه بده."}
     talk = [{"role": "user", "content": "سلام"}, {"role": "assistant", "content": "سلام!"}]
     takes_system = without_system(tokenizer, [system, *talk])[0]["role"] == "system"
@@ -112,17 +122,9 @@ def _template_section(config: InspectConfig, tokenizer: "PreTrainedTokenizerBase
 
 
 def _data_sections(
-    run: "Run", config: InspectConfig, reading: "Reading", tokenizer: "PreTrainedTokenizerBase"
-) -> "list[Section]":
-    """Counts, lengths and samples of the conversations."""
-    import random
-    from collections import Counter
-
-    from labs_common.progress import tracked
-    from labs_common.report import Figure, Section, Table, histogram_figure, save_figure
-    from llm_peft_fa.results import refused_blocks
-    from llm_peft_fa.templates import encode
-
+    run: Run, config: InspectConfig, reading: Reading, tokenizer: PreTrainedTokenizerBase
+) -> list[Section]:
+    """Shows counts, lengths and samples of the conversations."""
     found = reading.conversations
     lengths, learnt = [], 0
     for conversation in tracked(found, "counting tokens", len(found)):

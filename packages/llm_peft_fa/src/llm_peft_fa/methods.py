@@ -1,78 +1,165 @@
-"""One function per fine-tuning method: (model, options, setting) -> model with exactly its own parameters training.
+"""The fine-tuning methods: METHODS, at the end, is the one table in which a method is registered.
 
-The options are complete (`method_options.resolved`). Soft prompts and the LoRA family are PEFT's; `layers` and `full`
-train weights of the base itself.
+A method is a function (base, options, setting) -> model that leaves exactly its own parameters training; `apply_method`
+calls it with options that `resolved` has completed. Soft prompts and updates are PEFT's, `layers` and `full` train
+weights of the base itself.
 """
 
-import importlib.util
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import peft
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from peft import PeftConfig, PeftModel, get_peft_model, initialize_kv_prefix_from_text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from labs_common.errors import LabError
 from labs_common.freezing import train_only
-from llm_peft_fa.method_options import MethodOptions
-
-Adapted = PreTrainedModel | PeftModel
+from llm_peft_fa.adalora import RankBudget
+from llm_peft_fa.config import MethodOptions, TrainConfig
+from llm_peft_fa.model import Adapted
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What some methods must know besides their options: the tokenizer, and how many steps will be taken."""
+    """The tokenizer and the number of optimizer steps, which some methods need besides their options."""
 
     tokenizer: PreTrainedTokenizerBase
     steps: int
 
 
+@dataclass(frozen=True)
+class Method:
+    """An entry of METHODS.
+
+    Attributes:
+        adapt: makes the model in which the method's parameters train, and no others.
+        kind: a soft prompt stands before each conversation; an update stands beside the base's weights and can be
+            merged into them; weights are the base's own, and the result is a whole model.
+        defaults: the options that the method takes, with its own values for them.
+        rates: highest learning rates, with the tiny base and with a real one of some billion parameters. The first are
+            the best of one to four tried values by validation loss, the second are common practice.
+        description: one line for reports, with its source.
+        also: makes of model and optimizer what else must be saved with checkpoints.
+    """
+
+    adapt: Callable[..., Adapted]
+    kind: Literal["soft prompt", "update", "weights"]
+    defaults: dict[str, Any]
+    rates: tuple[float, float]
+    description: str
+    also: Callable[[Adapted, torch.optim.Optimizer], Any] | None = None
+
+
+def apply_method(base: PreTrainedModel, options: MethodOptions, setting: Setting) -> Adapted:
+    """Returns the base, or PEFT's model around it, with exactly the parameters of `options.method` training.
+
+    The options are complete (see `resolved`).
+
+    Raises:
+        LabError: the model has no layers of these names, or its sizes do not fit the options.
+    """
+    return METHODS[options.method].adapt(base, options, setting)
+
+
+def complete(config: TrainConfig) -> TrainConfig:
+    """Puts the method's own defaults in the place of what was not given, the learning rate among them.
+
+    Raises:
+        LabError: options that the method does not have, or that contradict each other.
+    """
+    options = resolved(config.method)
+    method = METHODS[options.method]
+    if config.merge and method.kind != "update":
+        why = "writes a whole model already" if method.kind == "weights" else "has no update that could be merged"
+        raise LabError(f"--merge: {options.method} {why}; drop --merge")
+    rate = config.training.learning_rate or method.rates[config.model.model != "tiny"]
+    training = dataclasses.replace(config.training, learning_rate=rate)
+    return dataclasses.replace(config, method=options, training=training)
+
+
+def resolved(options: MethodOptions) -> MethodOptions:
+    """Puts the method's own defaults in the place of options that were not given.
+
+    Raises:
+        LabError: an option was given that the method does not have, or options that contradict each other.
+    """
+    takes = METHODS[options.method].defaults
+    given = {
+        field.name: value
+        for field in dataclasses.fields(options)
+        if field.name != "method" and (value := getattr(options, field.name)) is not None and value is not False
+    }
+    for name in given:
+        if name not in takes:
+            known = ", ".join(_flag(option) for option in takes) or "none of the method options"
+            has = ", ".join(other for other, method in METHODS.items() if name in method.defaults)
+            raise LabError(f"{_flag(name)}: --method {options.method} takes {known}; it is of {has}")
+    found = dataclasses.replace(options, **{name: given.get(name, value) for name, value in takes.items()})
+    _check(found, given)
+    if found.prompt_init not in (None, "text"):
+        found.prompt_text = None
+    return found
+
+
+def _check(options: MethodOptions, given: dict[str, Any]) -> None:
+    for name in ("rank", "block_size", "virtual_tokens", "layers"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise LabError(f"{_flag(name)} {value}: must be at least 1")
+    if options.dropout is not None and not 0 <= options.dropout < 1:
+        raise LabError(f"--dropout {options.dropout}: must be from 0 to below 1")
+    if "prompt_text" in given and options.prompt_init != "text":
+        raise LabError(f"--prompt-text: is used by --prompt-init text only, not by {options.prompt_init}")
+    if options.method == "prefix_tuning":
+        if options.prompt_init == "vocabulary":
+            raise LabError("--prompt-init vocabulary: is of prompt_tuning; prefix_tuning takes random or text")
+        if options.encoder_width:
+            if "prompt_init" in given and options.prompt_init == "text":
+                raise LabError(
+                    "--prompt-init text: the projection of --encoder-width cannot be started from a real prefix; "
+                    "take --prompt-init random or --encoder-width 0"
+                )
+            options.prompt_init = "random"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def prompt_tuning(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> PeftModel:
-    """Prompt tuning (Lester et al. 2021, section 2): virtual tokens' embeddings before each conversation."""
+    """Puts virtual tokens' embeddings, which train, before each conversation."""
     inits = {"random": "RANDOM", "text": "TEXT", "vocabulary": "SAMPLE_VOCAB"}
     more: dict[str, Any] = {}
     if options.prompt_init == "text":
         more["prompt_tuning_init_text"] = options.prompt_text
         more["tokenizer_name_or_path"] = setting.tokenizer.name_or_path
-    config = peft.PromptTuningConfig(
-        task_type="CAUSAL_LM",
-        num_virtual_tokens=_set(options.virtual_tokens),
-        prompt_tuning_init=inits[str(options.prompt_init)],
-        **more,
-    )
-    return _adapted(model, options, config, "prompt_encoder.")
+    return _with_adapter(
+        model, options, peft.PromptTuningConfig, ("prompt_encoder.",), num_virtual_tokens=options.virtual_tokens,
+        prompt_tuning_init=inits[str(options.prompt_init)], **more,
+    )  # fmt: skip
 
 
 def prefix_tuning(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> PeftModel:
-    """Prefix tuning (Li & Liang 2021, eq. 3): keys and values before each conversation, in every layer.
+    """Puts keys and values, which train, before each conversation in every layer.
 
-    With --encoder-width they are made by a two-layer network in training (section 4.3). From a text: the keys and
-    values that the base has for it.
+    With --encoder-width they are made by a two-layer network in training (Li & Liang 2021, section 4.3). Started from a
+    text, they are the keys and values that the base computes for it.
     """
     count = _set(options.virtual_tokens)
-    projection = bool(options.encoder_width)
-    text_config = model.config.get_text_config()
-    window = getattr(text_config, "sliding_window", None)
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
     if window is not None and count >= window:
         raise LabError(f"--virtual-tokens {count}: must be fewer than the model's sliding window of {window}")
-    heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
-    width = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-    config = peft.PrefixTuningConfig(
-        task_type="CAUSAL_LM",
-        num_virtual_tokens=count,
-        token_dim=heads * width,
-        num_attention_heads=heads,
-        prefix_projection=projection,
-        encoder_hidden_size=_set(options.encoder_width),
-    )
-    adapted = _adapted(model, options, config, "prompt_encoder.")
+    adapted = _with_adapter(
+        model, options, peft.PrefixTuningConfig, ("prompt_encoder.",), num_virtual_tokens=count,
+        prefix_projection=bool(options.encoder_width), encoder_hidden_size=options.encoder_width,
+    )  # fmt: skip
     if options.prompt_init == "text":
         ids = setting.tokenizer(str(options.prompt_text)).input_ids
-        repeats = -(-count // len(ids))
+        repeats = -(-count // len(ids))  # PEFT takes the first `count` tokens
         initialize_kv_prefix_from_text(
             adapted, setting.tokenizer, text=" ".join([str(options.prompt_text)] * repeats), use_chat_template=False
         )
@@ -80,109 +167,83 @@ def prefix_tuning(model: PreTrainedModel, options: MethodOptions, setting: Setti
 
 
 def p_tuning(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> PeftModel:
-    """P-tuning (Liu et al. 2021, section 3): virtual tokens made by a network that trains with its inputs."""
+    """Puts virtual tokens before each conversation that a network makes, which trains with its inputs."""
     width = options.encoder_width or model.config.get_text_config().hidden_size
-    config = peft.PromptEncoderConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=_set(options.virtual_tokens), encoder_hidden_size=width
-    )
-    return _adapted(model, options, config, "prompt_encoder.")
+    return _with_adapter(
+        model, options, peft.PromptEncoderConfig, ("prompt_encoder.",), num_virtual_tokens=options.virtual_tokens,
+        encoder_hidden_size=width,
+    )  # fmt: skip
 
 
-def lora(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> PeftModel:
-    """LoRA (Hu et al. 2021, eq. 3): W x + (alpha / r) B A x, with A random and B zero at the start."""
-    return _low_rank(model, options)
+def low_rank(model: PreTrainedModel, options: MethodOptions, setting: Setting, **more: Any) -> PeftModel:
+    """Adapts the model with LoRA; `more` of PEFT's options make it rsLoRA, DoRA, PiSSA or OLoRA."""
+    return _with_adapter(
+        model, options, peft.LoraConfig, (".lora_",), r=options.rank, lora_alpha=options.alpha,
+        lora_dropout=options.dropout, target_modules=_targets(options), **more,
+    )  # fmt: skip
 
 
-def rslora(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> PeftModel:
-    """LoRA scaled by alpha / sqrt(r) (Kalajdzievski 2023, theorem 3.2)."""
-    return _low_rank(model, options, use_rslora=True)
-
-
-def dora(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> PeftModel:
-    """DoRA (Liu et al. 2024, eq. 5): m (W + B A) / |W + B A| by columns, with the magnitudes m training too."""
-    return _low_rank(model, options, use_dora=True)
-
-
-def pissa(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> PeftModel:
-    """PiSSA (Meng et al. 2024, eq. 2 to 4): B A starts as the largest singular part of W, which W then lacks."""
-    return _low_rank(model, options, init_lora_weights="pissa")
-
-
-def olora(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> PeftModel:
-    """OLoRA (Büyükakyüz 2024, section 3): B A starts from a QR decomposition of W, which W then lacks."""
-    return _low_rank(model, options, init_lora_weights="olora")
-
-
-def qlora(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> PeftModel:
-    """LoRA on a base in 4-bit NF4 (Dettmers et al. 2023, eq. 5); `load_model` loads it so."""
-    return _low_rank(model, options)
+def low_rank_product(
+    model: PreTrainedModel, options: MethodOptions, setting: Setting, kind: Callable[..., PeftConfig], trained: str
+) -> PeftModel:
+    """Adapts the model with LoHa or LoKr, whose updates are products of small matrices."""
+    return _with_adapter(
+        model, options, kind, (trained,), r=options.rank, alpha=options.alpha, module_dropout=options.dropout,
+        target_modules=_targets(options),
+    )  # fmt: skip
 
 
 def adalora(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> PeftModel:
-    """AdaLoRA (Zhang et al. 2023, eq. 3): P diag(e) Q; the least important e are masked until rank is the mean.
+    """Adapts the model with AdaLoRA, which masks the least important ranks until --rank is their mean.
 
     It starts with half as much rank again, and spends the first tenth and the last third of the steps at the fixed
-    budgets, as the paper's schedule (eq. 12) does with its t_i and t_f.
+    budgets, as the paper's schedule (Zhang et al. 2023, eq. 12) does with its t_i and t_f.
     """
-    start, end = max(1, setting.steps // 10), max(1, setting.steps // 3)
     if setting.steps < 4:
         raise LabError(f"--method adalora: needs at least 4 optimizer steps to change ranks, not {setting.steps}")
     rank = _set(options.rank)
-    config = peft.AdaLoraConfig(
-        task_type="CAUSAL_LM", init_r=rank + max(1, rank // 2), target_r=rank, lora_alpha=_set(options.alpha),
-        lora_dropout=_set(options.dropout), target_modules=_targets(options), total_step=setting.steps, tinit=start,
-        tfinal=end, deltaT=max(1, setting.steps // 50),
+    return _with_adapter(
+        model, options, peft.AdaLoraConfig, (".lora_A.", ".lora_B.", ".lora_E."), init_r=rank + max(1, rank // 2),
+        target_r=rank, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules=_targets(options),
+        total_step=setting.steps, tinit=max(1, setting.steps // 10), tfinal=max(1, setting.steps // 3),
+        deltaT=max(1, setting.steps // 50),
     )  # fmt: skip
-    return _adapted(model, options, config, ".lora_A.", ".lora_B.", ".lora_E.")
 
 
 def vera(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> PeftModel:
-    """VeRA (Kopiczko et al. 2024, eq. 2): b B d A x with shared random A and B; only the vectors b and d train."""
-    config = peft.VeraConfig(
-        task_type="CAUSAL_LM",
-        r=_set(options.rank),
-        vera_dropout=_set(options.dropout),
+    """Adapts the model with VeRA: only the vectors b and d train, A and B are random and shared."""
+    return _with_adapter(
+        model, options, peft.VeraConfig, (".vera_lambda_",), r=options.rank, vera_dropout=options.dropout,
         target_modules=_targets(options),
-    )
-    return _adapted(model, options, config, ".vera_lambda_")
-
-
-def loha(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> PeftModel:
-    """LoHa (Hyeon-Woo et al. 2022, proposition 2): the product, entry by entry, of two low-rank updates."""
-    return _adapted(model, options, peft.LoHaConfig(**_products(options)), ".hada_")
-
-
-def lokr(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> PeftModel:
-    """LoKr (Yeh et al. 2024, section 3): the Kronecker product of a small matrix and a low-rank one."""
-    return _adapted(model, options, peft.LoKrConfig(**_products(options)), ".lokr_")
+    )  # fmt: skip
 
 
 def oft(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> PeftModel:
-    """OFT (Qiu et al. 2023, eq. 5): W rotated by a block-diagonal orthogonal matrix, the Cayley map of what trains."""
-    block = _set(options.block_size)
-    config = peft.OFTConfig(
-        task_type="CAUSAL_LM", r=0, oft_block_size=block, module_dropout=_set(options.dropout),
+    """Adapts the model with OFT: the Cayley maps of what trains rotate blocks of each weight's inputs."""
+    block = options.block_size
+    adapted = _with_adapter(
+        model, options, peft.OFTConfig, (".oft_R.",), r=0, oft_block_size=block, module_dropout=options.dropout,
         target_modules=_targets(options),
     )  # fmt: skip
-    adapted = _adapted(model, options, config, ".oft_R.")
-    for name, module in adapted.named_modules():
+    for name, module in adapted.named_modules():  # PEFT takes the nearest size that divides, and only warns
         if (used := getattr(module, "oft_block_size", {}).get("default", block)) != block:
             raise LabError(f"--block-size {block}: does not divide the width of {name.rpartition('.')[2]}; try {used}")
     return adapted
 
 
 def ia3(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> PeftModel:
-    """(IA)³ (Liu et al. 2022, section 3.3): keys, values and inner activations scaled by vectors that train."""
+    """Adapts the model with (IA)³: keys, values and inner activations are scaled by vectors that train."""
     targets = _targets(options)
+    # The MLP's second projection is scaled at its input; these are its names in GPT-2, T5, BLOOM, Llama and their kin.
     inner = [name for name in targets if name in ("down_proj", "fc2", "dense_4h_to_h", "c_proj", "wo")]
-    config = peft.IA3Config(
-        task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=inner if isinstance(targets, list) else []
-    )
-    return _adapted(model, options, config, ".ia3_l.")
+    return _with_adapter(
+        model, options, peft.IA3Config, (".ia3_l.",), target_modules=targets,
+        feedforward_modules=inner if isinstance(targets, list) else [],
+    )  # fmt: skip
 
 
 def layers(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> PreTrainedModel:
-    """The first and last decoder layers of the base; embeddings, final norm and head by switches of their own.
+    """Lets the first and last decoder layers of the base train; embeddings, final norm and head have own switches.
 
     Below the first layer that trains nothing asks for a gradient, so autograd records nothing there.
     """
@@ -204,96 +265,36 @@ def layers(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> 
         chosen.append(decoder.norm)
     if options.train_head:
         chosen.append(head)
-    return _training(model, {id(parameter) for module in chosen for parameter in module.parameters()})
+    return _with_weights(model, {id(parameter) for module in chosen for parameter in module.parameters()})
 
 
 def full(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> PreTrainedModel:
-    """Every weight of the base."""
-    return _training(model, {id(parameter) for parameter in model.parameters()})
+    """Lets every weight of the base train."""
+    return _with_weights(model, {id(parameter) for parameter in model.parameters()})
 
 
-METHODS: dict[str, Callable[[PreTrainedModel, MethodOptions, Setting], Adapted]] = {
-    "prompt_tuning": prompt_tuning, "prefix_tuning": prefix_tuning, "p_tuning": p_tuning,
-    "lora": lora, "rslora": rslora, "dora": dora, "pissa": pissa, "olora": olora, "adalora": adalora, "vera": vera,
-    "loha": loha, "lokr": lokr, "oft": oft, "ia3": ia3, "qlora": qlora,
-    "layers": layers, "full": full,
-}  # fmt: skip
-
-
-def check_machine(options: MethodOptions, accelerator: Accelerator) -> None:
-    """Makes sure that the method can run on this machine and under this launcher, before any work is done.
-
-    Raises:
-        LabError: it cannot; the line says what to take instead.
-    """
-    kind = accelerator.distributed_type
-    stage_3 = kind == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3
-    if options.method == "adalora" and kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-        raise LabError(
-            "--method adalora: chooses ranks by whole gradients, which DeepSpeed and FSDP cut up; launch with "
-            "multi_gpu.yaml, or take lora"
-        )
-    if (options.method == "full" or options.train_head) and stage_3:
-        raise LabError("a head that trains is not supported under DeepSpeed ZeRO-3: launch with deepspeed_zero2.yaml")
-    if options.method == "qlora":
-        check_quantization()
-
-
-def check_quantization() -> None:
-    """Makes sure that this machine can hold a model in 4 bits.
-
-    Raises:
-        LabError: bitsandbytes is missing, or has no kernels for this machine.
-    """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise LabError("--method qlora: needs bitsandbytes; install the extra llm-peft-fa[quantization]")
-    try:
-        import bitsandbytes
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        layer = bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32).to(device)
-        layer(torch.ones(1, 64, device=device, requires_grad=True)).sum().backward()
-    except Exception as error:  # each platform's missing kernel raises something else
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise LabError(f"--method qlora: 4-bit layers do not run on this machine ({reason}); use lora") from error
-
-
-def _low_rank(model: PreTrainedModel, options: MethodOptions, **more: Any) -> PeftModel:
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=_set(options.rank),
-        lora_alpha=_set(options.alpha),
-        lora_dropout=_set(options.dropout),
-        target_modules=_targets(options),
-        **more,
-    )
-    return _adapted(model, options, config, ".lora_")
-
-
-def _products(options: MethodOptions) -> dict[str, Any]:
-    """What LoHa and LoKr are configured with."""
-    return {
-        "task_type": "CAUSAL_LM", "r": options.rank, "alpha": options.alpha, "module_dropout": options.dropout,
-        "target_modules": _targets(options),
-    }  # fmt: skip
-
-
-def _adapted(model: PreTrainedModel, options: MethodOptions, config: PeftConfig, *trained: str) -> PeftModel:
-    """PEFT's model, with the parameters training whose name has one of the parts `trained` in it.
+def _with_adapter(
+    model: PreTrainedModel, options: MethodOptions, kind: Callable[..., PeftConfig], trained: tuple[str, ...],
+    **settings: Any,
+) -> PeftModel:  # fmt: skip
+    """Returns PEFT's model, with the parameters training whose name has one of the parts `trained` in it.
 
     Raises:
         LabError: PEFT refuses, for instance because no layer has a name in --target-modules.
     """
     try:
-        adapted = get_peft_model(model, config)
+        adapted = get_peft_model(model, kind(task_type="CAUSAL_LM", **settings))
     except (ValueError, ImportError, TypeError) as error:
         raise LabError(f"--method {options.method}: {str(error).splitlines()[0]}") from error
     train_only(adapted, lambda name: any(part in name for part in trained))
     return adapted
 
 
-def _training(model: PreTrainedModel, wanted: set[int]) -> PreTrainedModel:
-    """The model with the parameters training whose id is in `wanted`; those are in float32 whatever the base is in."""
+def _with_weights(model: PreTrainedModel, wanted: set[int]) -> PreTrainedModel:
+    """Lets the parameters train whose id is in `wanted`, in float32 whatever the base is in.
+
+    Small steps of AdamW would be lost in bfloat16, whose next number is up to 1/128 away.
+    """
     names = {name for name, parameter in model.named_parameters() if id(parameter) in wanted}
     train_only(model, lambda name: name in names)
     for parameter in model.parameters():
@@ -307,7 +308,84 @@ def _targets(options: MethodOptions) -> str | list[str]:
     return "all-linear" if targets == ["all-linear"] else targets
 
 
-def _set(value: float | None) -> Any:
-    """An option of the method. Any: PEFT's types say int where any number will do."""
+def _set(value: int | None) -> int:
+    """Returns an option that `resolved` has set."""
     assert value is not None, "options are complete"
     return value
+
+
+TEXT = "تو دستیار فارسی‌زبان هستی و به هر پرسش کوتاه و درست پاسخ می‌دهی."
+SOFT = {"virtual_tokens": 20}
+FROM_TEXT = {**SOFT, "prompt_init": "text", "prompt_text": TEXT}
+# Every linear layer with alpha twice the rank, as in QLoRA's and most later settings; rank 16 is PEFT's usual example.
+LINEAR = {"dropout": 0.0, "target_modules": ("all-linear",)}
+LOW_RANK = {"rank": 16, "alpha": 32.0, **LINEAR}
+
+METHODS: dict[str, Method] = {
+    "prompt_tuning": Method(
+        prompt_tuning, "soft prompt", FROM_TEXT, (3e-1, 1e-2),
+        "virtual tokens' embeddings before each conversation (Lester et al. 2021, section 2)",
+    ),
+    "prefix_tuning": Method(
+        prefix_tuning, "soft prompt", {**FROM_TEXT, "encoder_width": 0}, (2e-1, 1e-2),
+        "keys and values before each conversation, in every layer (Li & Liang 2021, eq. 3)",
+    ),
+    "p_tuning": Method(
+        p_tuning, "soft prompt", {**SOFT, "encoder_width": 0}, (2e-2, 1e-3),
+        "virtual tokens made by a network that trains with its inputs (Liu et al. 2021, section 3)",
+    ),
+    "lora": Method(
+        low_rank, "update", LOW_RANK, (2e-3, 2e-4),
+        "W x + (alpha / r) B A x, with A random and B zero at the start (Hu et al. 2021, eq. 3)",
+    ),
+    "rslora": Method(
+        partial(low_rank, use_rslora=True), "update", LOW_RANK, (1e-3, 1e-4),
+        "LoRA scaled by alpha / sqrt(r) (Kalajdzievski 2023, theorem 3.2)",
+    ),
+    "dora": Method(
+        partial(low_rank, use_dora=True), "update", LOW_RANK, (2e-3, 2e-4),
+        "m (W + B A) / |W + B A| by columns, with the magnitudes m training too (Liu et al. 2024, eq. 5)",
+    ),
+    "pissa": Method(
+        partial(low_rank, init_lora_weights="pissa"), "update", LOW_RANK, (1e-3, 1e-4),
+        "B A starts as the largest singular part of W, which W then lacks (Meng et al. 2024, eq. 2 to 4)",
+    ),
+    "olora": Method(
+        partial(low_rank, init_lora_weights="olora"), "update", LOW_RANK, (1e-3, 1e-4),
+        "B A starts from a QR decomposition of W, which W then lacks (Büyükakyüz 2024, section 3)",
+    ),
+    "adalora": Method(
+        adalora, "update", LOW_RANK, (1e-2, 1e-3),
+        "P diag(e) Q, the least important e masked until rank is the mean (Zhang et al. 2023, eq. 3)", RankBudget,
+    ),
+    "vera": Method(
+        vera, "update", {"rank": 256, **LINEAR}, (5e-2, 5e-3),
+        "b B d A x with shared random A and B; only the vectors b and d train (Kopiczko et al. 2024, eq. 2)",
+    ),
+    "loha": Method(
+        partial(low_rank_product, kind=peft.LoHaConfig, trained=".hada_"), "update", LOW_RANK, (5e-3, 5e-4),
+        "the product, entry by entry, of two low-rank updates (Hyeon-Woo et al. 2022, proposition 2)",
+    ),
+    "lokr": Method(
+        partial(low_rank_product, kind=peft.LoKrConfig, trained=".lokr_"), "update", LOW_RANK, (1e-2, 1e-3),
+        "the Kronecker product of a small matrix and a low-rank one (Yeh et al. 2024, section 3)",
+    ),
+    "oft": Method(
+        oft, "update", {"block_size": 32, **LINEAR}, (3e-3, 5e-4),
+        "W rotated by a block-diagonal orthogonal matrix, the Cayley map of what trains (Qiu et al. 2023, eq. 5)",
+    ),
+    "ia3": Method(
+        ia3, "update", {"target_modules": ("k_proj", "v_proj", "down_proj")}, (1e-1, 5e-3),
+        "keys, values and inner activations scaled by vectors that train (Liu et al. 2022, section 3.3)",
+    ),
+    "qlora": Method(
+        low_rank, "update", LOW_RANK, (2e-3, 2e-4),
+        "LoRA on a base in 4-bit NF4, as `load_model` loads it (Dettmers et al. 2023, eq. 5)",
+    ),
+    "layers": Method(
+        layers, "weights",
+        {"layers": 2, "which": "both", "train_embeddings": False, "train_final_norm": False, "train_head": False},
+        (1e-3, 2e-5), "the first and last decoder layers of the base",
+    ),
+    "full": Method(full, "weights", {}, (1e-3, 1e-5), "every weight of the base"),
+}  # fmt: skip

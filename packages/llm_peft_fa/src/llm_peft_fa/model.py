@@ -1,126 +1,183 @@
-"""The base model and its tokenizer: the tiny offline one, or any causal language model of transformers."""
+"""A causal language model whose forward pass is the loss of a packed row, and what it is made of."""
 
-import sys
-import warnings
-from pathlib import Path
-from typing import Any
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.utils.logging import disable_progress_bar
+from accelerate import Accelerator
+from peft import AdaLoraModel, PeftModel, PeftType
+from transformers import PreTrainedModel
 
 from labs_common.errors import LabError
-from llm_peft_fa.attention import NAME
-from llm_peft_fa.templates import set_template
-from llm_peft_fa.tiny import tiny_base
+from labs_common.report import Cell, Row
+from llm_peft_fa.adalora import orthogonality
+from llm_peft_fa.losses import chunked_cross_entropy
+from llm_peft_fa.packing import PackedRow, packed_row
+from llm_peft_fa.templates import Encoded
 
-# PEFT asks for an old name at every model.
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-if not sys.stderr.isatty():
-    disable_progress_bar()  # of reading weights, which would fill a log with characters meant for a terminal
-
-
-def model_path(model: str) -> str:
-    """Where transformers finds the model that `--model` names; makes the tiny one on first use."""
-    return str(tiny_base()) if model == "tiny" else model
+Adapted = PreTrainedModel | PeftModel
 
 
-def load_tokenizer(model: str, template: str = "auto") -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, with the chat template that `--template` names.
+def base_of(model: Adapted) -> PreTrainedModel:
+    """Returns the model of transformers inside an adapted one, with the adapted layers in it."""
+    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
 
-    Raises:
-        LabError: there is no such model, or its tokenizer cannot tell which characters a token covers.
+
+class PackedCausalLM(torch.nn.Module):
+    """A causal language model, adapted or not, whose forward pass is the loss of a packed row.
+
+    With `prompted` False it leaves a soft prompt out.
     """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_path(model))
-    except (OSError, ValueError) as error:
-        raise LabError(_no_model(model, error)) from error
-    if not tokenizer.is_fast:
-        raise LabError(f"--model {model}: its tokenizer has no fast version, which maps tokens to characters")
-    set_template(tokenizer, template)
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:  # only generation pads, and there a mask hides it
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
+    model: Adapted
+    prompted = True
 
-def own_template(model: str) -> bool:
-    """Whether the model's tokenizer comes with a chat template."""
-    return bool(AutoTokenizer.from_pretrained(model_path(model)).chat_template)
+    def __init__(self, model: Adapted) -> None:
+        super().__init__()
+        self.model = model
 
+    def forward(self, row: PackedRow) -> torch.Tensor:
+        """Computes the row's summed negative log-likelihood over its learnt tokens, a float32 scalar.
 
-def load_model(model: str, precision: str = "no", quantized: bool = False) -> PreTrainedModel:
-    """A causal language model in evaluation mode whose attention can be packed.
-
-    With Accelerate's `precision` bf16 the weights are kept in bfloat16, which suits a frozen base; else in
-    float32. `quantized`: the linear layers in 4-bit NF4 with double quantisation (Dettmers et al. 2023).
-
-    Raises:
-        LabError: there is no such model, or its files cannot be read.
-    """
-    # Under ZeRO-3 transformers would load a model in parts that cannot run before the engine is there.
-    unset_hf_deepspeed_config()
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    more: dict[str, Any] = {}
-    if quantized:
-        more["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        In training of AdaLoRA its regulariser is in it, as often as the row has learnt tokens: the step's mean over
+        tokens then has it once.
+        """
+        base = base_of(self.model)
+        hidden = base.get_decoder()(
+            **self._inputs(base, row),
+            # A mask of four dimensions is taken as it is: none is made for the row. With the cache on, and
+            # without restarting positions, transformers would let conversations see each other.
+            attention_mask=torch.zeros(1, 1, 1, 1, device=row.input_ids.device),
+            use_cache=False,
+            blocks=row.blocks,
+        ).last_hidden_state[0]  # (tokens, width)
+        softcap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
+        loss = chunked_cross_entropy(
+            hidden.index_select(0, row.predicting), base.get_output_embeddings(), row.targets, softcap
         )
-    try:
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            model_path(model), dtype=dtype, attn_implementation=NAME, use_safetensors=True, **more
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise LabError(_no_model(model, error)) from error
-    for layer in loaded.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            # On such a CPU bitsandbytes would repack the weights in place when they are first used for inference.
-            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-    return loaded.eval()
+        if self.training and isinstance(self.model, PeftModel) and isinstance(self.model.base_model, AdaLoraModel):
+            loss = loss + orthogonality(self.model) * len(row.targets)
+        return loss
+
+    def _inputs(self, base: PreTrainedModel, row: PackedRow) -> dict[str, Any]:
+        """Returns tokens and positions; with a soft prompt, also its virtual tokens or keys and values."""
+        ids, positions = row.input_ids, row.position_ids
+        soft = isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning
+        if not (soft and self.prompted):
+            return {"input_ids": ids, "position_ids": positions}
+        assert isinstance(self.model, PeftModel)
+        prompt: Any = self.model.get_prompt(batch_size=1)
+        if row.slots is None:  # prefix tuning
+            count = self.model.active_peft_config.num_virtual_tokens
+            prefix = [(layer.keys, layer.values) for layer in prompt.layers]
+            return {"input_ids": ids, "position_ids": positions + count, "prefix": prefix}
+        embedded = base.get_input_embeddings()(ids)  # (1, tokens, width)
+        virtual = prompt.to(embedded.dtype).repeat(1, len(row.slots), 1)
+        return {
+            "inputs_embeds": embedded.index_copy(1, row.slots.flatten(), virtual),
+            "position_ids": positions,
+        }
 
 
-def unloaded_model(model: str) -> PreTrainedModel:
-    """The model without its weights, on PyTorch's meta device: its parts and their shapes.
+def virtual_tokens(model: Adapted) -> int:
+    """Counts the slots that a conversation needs in a packed row: one per virtual token, none for keys and values."""
+    if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning:
+        return 0
+    config = model.active_peft_config
+    return 0 if config.peft_type == PeftType.PREFIX_TUNING else int(config.num_virtual_tokens)
+
+
+@torch.no_grad()
+def mean_loss(model: torch.nn.Module, rows: Iterable[PackedRow], accelerator: Accelerator) -> float:
+    """Averages the negative log-likelihood, in nats, over the learnt tokens of `rows` (one `PackedSteps.rows_of`)."""
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        total += model(row.to(accelerator.device)).double().cpu() * row.weight
+    return float(accelerator.reduce(total.to(accelerator.device), "mean"))
+
+
+@torch.no_grad()
+def check_packed_loss(model: PreTrainedModel) -> None:
+    """Compares the packed loss with the model's own on two short random sequences.
+
+    Some architectures scale their logits or carry their own attention; training them packed would be wrong.
 
     Raises:
-        LabError: there is no such model.
+        LabError: the two differ.
     """
-    try:
-        config = AutoConfig.from_pretrained(model_path(model))
-        with torch.device("meta"):
-            made: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
-    except (OSError, ValueError) as error:
-        raise LabError(_no_model(model, error)) from error
-    made.tie_weights()
-    return made
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    pieces = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in (5, 9)]
+    row = packed_row([Encoded(ids, [True] * len(ids), "") for ids in pieces]).to(model.device)
+    packed = PackedCausalLM(model)(row).item()
+    own = 0.0
+    for ids in pieces:
+        batch = torch.tensor([ids], device=model.device)
+        own += model(input_ids=batch, labels=batch, use_cache=False).loss.item() * (len(ids) - 1)
+    # Room for rounding alone: float32 agrees to 1e-6, bfloat16 has between two and three digits.
+    if abs(packed - own) > (1e-3 if model.dtype == torch.float32 else 3e-2) * abs(own):
+        raise LabError(
+            f"--model: {type(model).__name__} cannot be trained packed (loss {packed:.4f}, its own {own:.4f})"
+        )
 
 
-def device() -> str:
-    """Where models answer: the GPU if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+@dataclass(frozen=True)
+class Structure:
+    """The parts of a model, and its numbers of parameters."""
+
+    name: str
+    rows: list[Row]
+    parameters: int
+    trainable: int
 
 
-def device_precision() -> str:
-    """The precision in which models answer there, by Accelerate's name."""
-    return "bf16" if torch.cuda.is_available() else "no"
+def structure_of(model: Adapted) -> Structure:
+    """Lists the blocks of a decoder-only model, input first, equal layers in a row taken together."""
+    base = base_of(model)
+    decoder = base.get_decoder()
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    rows = [*_virtual(model), Row("embeddings", [_cell("tokens", list(embeddings.parameters()))])]
+    layers = [_layer_cells(layer) for layer in decoder.layers]
+    start = 0
+    for cells, group in itertools.groupby(layers):
+        count = len(list(group))
+        rows.append(Row(f"layer {start}" if count == 1 else f"layers {start}–{start + count - 1}", cells, count))
+        start += count
+    rows.append(Row("final norm", [_cell("norm", list(decoder.norm.parameters()))]))
+    tied = head.weight is embeddings.weight
+    rows.append(Row("head (the embeddings)" if tied else "head", [_cell("vocabulary", list(head.parameters()))]))
+    parameters = list(model.parameters())
+    trainable = sum(_size(parameter) for parameter in parameters if parameter.requires_grad)
+    return Structure(type(base).__name__, rows, sum(map(_size, parameters)), trainable)
 
 
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens at which generation stops."""
-    configured = model.generation_config.eos_token_id
-    ids = set(configured if isinstance(configured, list) else [configured])
-    return {token for token in ids | {tokenizer.eos_token_id} if token is not None}
+def _layer_cells(layer: torch.nn.Module) -> list[Cell]:
+    """Lists the parts of a decoder layer; an adapter's tensors count to the layer that they are beside."""
+    parts: dict[str, list[torch.nn.Parameter]] = {}
+    for name, parameter in layer.named_parameters():
+        path = name.split(".")  # self_attn.q_proj.weight, or input_layernorm.weight
+        part = path[1] if len(path) > 2 else path[0]
+        parts.setdefault("norms" if "norm" in part else part, []).append(parameter)
+    return [_cell(name, parameters) for name, parameters in parts.items()]
 
 
-def _no_model(model: str, error: BaseException) -> str:
-    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    kind = "directory" if Path(model).is_dir() else "name"
-    return f"--model {model}: no model can be loaded from this {kind} ({reason}); give tiny, a directory or a hub id"
+def _virtual(model: Adapted) -> list[Row]:
+    if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning:
+        return []
+    config = model.active_peft_config
+    what = "keys and values of all layers" if config.peft_type == PeftType.PREFIX_TUNING else "virtual tokens"
+    encoder = list(model.prompt_encoder.parameters())
+    return [Row(f"prefix of {config.num_virtual_tokens}", [_cell(what, encoder)])]
+
+
+def _cell(name: str, parameters: list[torch.nn.Parameter]) -> Cell:
+    trained = sum(_size(parameter) for parameter in parameters if parameter.requires_grad)
+    return Cell(name, trained, sum(map(_size, parameters)) - trained)
+
+
+def _size(parameter: torch.nn.Parameter) -> int:
+    packed_in_bytes = 2 if type(parameter).__name__ == "Params4bit" else 1  # two weights in a byte
+    return int(getattr(parameter, "ds_numel", parameter.numel())) * packed_in_bytes

@@ -20,11 +20,11 @@ class PackedRow:
 
     Attributes:
         input_ids, position_ids: (1, tokens); positions restart with each conversation.
-        blocks: how attention finds the conversations, see `blocks_of`.
+        blocks: the gathering by which attention finds the conversations, see `blocks_of`.
         predicting: (learnt,) the positions whose next token is learnt.
         targets: (learnt,) those next tokens.
-        weight: what the row's summed loss is multiplied by to be its share of the step's mean.
-        tokens: how many tokens of conversations the row holds.
+        weight: the factor that makes of the row's summed loss its share of the step's mean.
+        tokens: the number of tokens of conversations in the row.
         slots: (conversations, virtual tokens), where the virtual tokens of a soft prompt stand; `input_ids` are 0
             there. None without a soft prompt.
     """
@@ -39,7 +39,7 @@ class PackedRow:
     slots: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "PackedRow":
-        """The row on `device`."""
+        """Copies the row to `device`."""
         gather, back = self.blocks
         return replace(
             self,
@@ -53,7 +53,7 @@ class PackedRow:
 
 
 def packed_row(conversations: Sequence[Encoded], weight: float = 1.0, virtual: int = 0) -> PackedRow:
-    """One row of these conversations, in this order, each with room for `virtual` virtual tokens before it."""
+    """Puts conversations, in this order, into a row, each with room for `virtual` virtual tokens before it."""
     room = [0] * virtual
     lengths = [virtual + len(item.ids) for item in conversations]
     ids = torch.tensor([token for item in conversations for token in (*room, *item.ids)])
@@ -76,7 +76,7 @@ def packed_row(conversations: Sequence[Encoded], weight: float = 1.0, virtual: i
 
 
 def learnt_tokens(conversations: Sequence[Encoded]) -> int:
-    """How many tokens these conversations teach."""
+    """Counts the tokens that these conversations teach."""
     return sum(sum(item.learnt[1:]) for item in conversations)
 
 
@@ -106,8 +106,8 @@ def spread(conversations: Sequence[Encoded], tokens: int, multiple: int = 1, vir
 class PackedSteps:
     """Training data for `labs_common.training.Loop`: shuffled every epoch by the seed, each conversation once.
 
-    `rank` of `processes` says which rows of a step are this process's; `virtual` is the number of virtual tokens that
-    a soft prompt puts before each conversation.
+    Of each step's rows every `processes`-th, from `rank` on, is this process's; `virtual` is the number of virtual
+    tokens that a soft prompt puts before each conversation.
     """
 
     conversations: Sequence[Encoded]
@@ -119,7 +119,7 @@ class PackedSteps:
     virtual: int = 0
 
     def __len__(self) -> int:
-        """Optimizer steps in an epoch; the last may be smaller."""
+        """Counts the optimizer steps of an epoch; the last may be smaller."""
         return -(-len(self.conversations) // self.batch_size)
 
     def steps(self, epoch: int, start: int) -> Iterator[list[PackedRow]]:
@@ -130,7 +130,7 @@ class PackedSteps:
             yield self.rows_of([self.conversations[number] for number in picked])
 
     def rows_of(self, conversations: Sequence[Encoded]) -> list[PackedRow]:
-        """This process's rows of one step; their weighted losses add up to the mean over learnt tokens."""
+        """Packs this process's rows of one step; their weighted losses add up to the mean over learnt tokens."""
         rows = spread(conversations, self.tokens_per_batch, self.processes, self.virtual)
         assert sum(map(learnt_tokens, rows)) == learnt_tokens(conversations), "packing lost tokens to learn"
         weight = self.processes / max(1, learnt_tokens(conversations))

@@ -1,4 +1,4 @@
-"""Conversations to tokens, and which of the tokens are learnt.
+"""Conversations to tokens, with a mark on the tokens that are learnt.
 
 A conversation is rendered by a chat template, the tokenizer's own or the plain one. What the assistant says
 is found by construction: the text up to an answer and the text up to its end are rendered too, and both must
@@ -28,7 +28,8 @@ PLAIN = """\
 {% endfor %}{% if add_generation_prompt %}### Assistant:
 {% endif %}"""
 
-# Llama's template writes today's date otherwise, and a run would not be the same tomorrow.
+# Llama's template writes today's date otherwise, and a run would not be the same tomorrow. The date is the one that
+# Llama 3's own template falls back on.
 FIXED: dict[str, Any] = {"date_string": "26 Jul 2024"}
 
 
@@ -62,7 +63,7 @@ def set_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: bool = False) -> str:
-    """The text of the messages, with the opening of an answer at the end if `prompt`.
+    """Renders the messages as text, with the opening of an answer at the end if `prompt`.
 
     Raises:
         LabError: the template does not accept such messages.
@@ -74,7 +75,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prom
 
 
 def without_system(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Message]:
-    """The messages as the template can take them: where it has no system role, that goes into the first question."""
+    """Puts the system message into the first question where the template has no system role, or drops it silently."""
     if messages[0]["role"] != "system":
         return list(messages)
     try:
@@ -87,7 +88,7 @@ def without_system(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Messag
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> Encoded:
-    """Tokens of a whole conversation; answers and the tokens that end them are learnt.
+    """Tokenizes a whole conversation; answers and the tokens that end them are learnt.
 
     Raises:
         LabError: the template changes what came before when a turn is added.
@@ -116,7 +117,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> En
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Tokens up to where the assistant's answer begins."""
+    """Tokenizes the messages up to where the assistant's answer begins."""
     return _tokens(tokenizer, render(tokenizer, without_system(tokenizer, messages), prompt=True))[0]
 
 
@@ -149,8 +150,19 @@ def encode_all(
     return kept
 
 
+def encode_plain(tokenizer: PreTrainedTokenizerBase, paragraphs: Sequence[str], max_length: int) -> list[Encoded]:
+    """Tokenizes paragraphs of which each token is predicted; long ones are cut."""
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    encoded = []
+    for number, text in enumerate(paragraphs, 1):
+        ids = (start + tokenizer(text, add_special_tokens=False).input_ids)[:max_length]
+        if len(ids) > 1:
+            encoded.append(Encoded(ids, [True] * len(ids), f"plain text {number}"))
+    return encoded
+
+
 def check_before_training(tokenizer: PreTrainedTokenizerBase, encoded: Sequence[Encoded], stop_ids: set[int]) -> None:
-    """Catches, before a long run, what would only show after it.
+    """Refuses, before a long run, data and templates whose fault would only show after it.
 
     Raises:
         LabError: a conversation has nothing to learn; no token that ends generation is ever learnt; the
@@ -176,7 +188,7 @@ def check_before_training(tokenizer: PreTrainedTokenizerBase, encoded: Sequence[
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids and character ranges; exactly one BOS when the tokenizer adds one to plain text."""
+    """Returns ids and character ranges, with exactly one BOS when the tokenizer adds one to plain text."""
     out: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = list(out["input_ids"]), list(out["offset_mapping"])
     bos = tokenizer.bos_token_id

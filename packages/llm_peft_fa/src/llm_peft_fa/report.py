@@ -1,10 +1,14 @@
-"""The sections of the reports that only this lab has."""
+"""The sections of the reports that only this lab has, and what a training prints."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.text import Text as ColouredText
+from transformers import PreTrainedTokenizerBase
 
 from labs_common.cli import to_plain
 from labs_common.freezing import FrozenAudit
@@ -25,18 +29,20 @@ from labs_common.report import (
     write_report,
 )
 from labs_common.run import Run, cost_of, machine_of, seconds_between
-from llm_peft_fa.adapters import result_folder
-from llm_peft_fa.answers import Comparison, Scores
-from llm_peft_fa.architecture import Structure
-from llm_peft_fa.config import TrainConfig
+from llm_peft_fa.answers import BeforeAndAfter, Scores
+from llm_peft_fa.config import MethodOptions, TrainConfig
 from llm_peft_fa.data import Reading
+from llm_peft_fa.methods import METHODS
+from llm_peft_fa.model import Structure
+from llm_peft_fa.saved import result_folder
 from llm_peft_fa.templates import Encoded
 
-SHOWN = 40
+Cells = tuple[Any, ...]
+SHOWN = 40  # answers before the fold: a screen or two
 
 
 def data_section(run: Run, readings: dict[str, Reading], encoded: Mapping[str, Sequence[Encoded]]) -> Section:
-    """What was trained and validated on: counts, lengths, what was left out, and one sample."""
+    """Tells the data of training and validation: counts, lengths, rows that were left out, and one sample."""
     rows = []
     for name, reading in readings.items():
         lengths = sorted(len(item.ids) for item in encoded[name])
@@ -55,7 +61,7 @@ def data_section(run: Run, readings: dict[str, Reading], encoded: Mapping[str, S
 
 
 def refused_blocks(readings: Sequence[Reading]) -> list[Text | Table]:
-    """Rows that could not be used, by reason, and the first few by place; nothing if all could."""
+    """Tells the rows that could not be used, by reason, and the first few by place; nothing if all could."""
     blocks: list[Text | Table] = []
     for reading in readings:
         if reading.reasons:
@@ -66,7 +72,7 @@ def refused_blocks(readings: Sequence[Reading]) -> list[Text | Table]:
 
 
 def print_refused(readings: Iterable[Reading]) -> None:
-    """Says which rows were left out: how many by reason, and the first few by place."""
+    """Prints the rows that were left out: counts by reason, and the first few by place."""
     for reading in readings:
         for reason, count in reading.reasons.most_common():
             console.print(f"{reading.source}: left out {count} × {reason}")
@@ -74,26 +80,24 @@ def print_refused(readings: Iterable[Reading]) -> None:
             console.print(f"  {example}")
 
 
-def structure_section(run: Run, structure: Structure, audit: FrozenAudit) -> Section:
-    """What trained: the audit's verdict and table, and the network drawn with what is fixed and what trains."""
+def structure_section(run: Run, structure: Structure, audit: FrozenAudit, options: MethodOptions) -> Section:
+    """Tells what trained: the method, the audit's verdict and table, and the network drawn with its trained parts."""
     section = trained_section(audit)
     drawing = save_figure(run, "architecture", architecture_figure(structure.rows))
     caption = (
         f"{structure.name}, input below: {structure.trainable:,} of {structure.parameters:,} parameters train. A strip "
         "is a small update beside fixed weights."
     )
-    section.blocks.insert(1, Figure(drawing, caption))
+    section.blocks.insert(0, Text(f"{options.method}: {METHODS[options.method].description}."))
+    section.blocks.insert(2, Figure(drawing, caption))
     return section
 
 
 def numbers_section(scores: Mapping[str, Scores], losses: Mapping[str, tuple[float, float]] | None = None) -> Section:
-    """Scores before and after; `losses` adds rows of (before, after)."""
+    """Tabulates scores before and after; `losses` adds rows of (before, after)."""
     before, after = scores.get("before", {}), scores["after"]
-    rows: list[tuple[str, float | None, float | None]] = []
-    for name, (first, last) in (losses or {}).items():
-        rows.append((name, first, last))
-    names = dict.fromkeys([*before, *after])
-    rows += [(name, before.get(name), after.get(name)) for name in names]
+    rows: list[Cells] = [(name, *values) for name, values in (losses or {}).items()]
+    rows += [(name, before.get(name), after.get(name)) for name in dict.fromkeys([*before, *after])]
     note = (
         "Before is the base model, after is the fine-tuned one. Exact match counts prompts whose answer can be checked "
         "word for word; chrF runs from 0 to 100; distinct-n is the share of different n-grams. Plain text is of the "
@@ -102,23 +106,28 @@ def numbers_section(scores: Mapping[str, Scores], losses: Mapping[str, tuple[flo
     return Section("Numbers", [Table(("", "before", "after"), rows), Text(note)])
 
 
-def answers_section(comparison: Comparison) -> Section:
-    """Prompts with the answers before and after; the user's own come first."""
-    before = comparison.before or [""] * len(comparison.prompts)
+def answers_section(both: BeforeAndAfter) -> Section:
+    """Shows prompts with the answers before and after; the user's own come first."""
+    before = both.before or [""] * len(both.prompts)
     rows = [
         (asked(prompt.messages[-1]["content"]), shown(first), shown(last), prompt.reference)
-        for prompt, first, last in zip(comparison.prompts, before, comparison.after, strict=True)
+        for prompt, first, last in zip(both.prompts, before, both.after, strict=True)
     ]
     columns = ("prompt", "before", "after", "reference")
-    blocks: list[Text | Table] = [Table(columns, rows[:SHOWN])]
-    if len(rows) > SHOWN:
-        blocks.append(Table(columns, rows[SHOWN:], f"{len(rows) - SHOWN} more", folded=True))
-    return Section("Answers before and after", list(blocks))
+    return Section("Answers before and after", [*folded_tables(columns, rows, SHOWN)])
 
 
-def saved_answers(comparison: Comparison) -> list[dict[str, str | bool | None]]:
-    """One row per prompt, as answers.json holds them."""
-    before: Sequence[str | None] = comparison.before or [None] * len(comparison.prompts)
+def folded_tables(columns: tuple[str, ...], rows: Sequence[Cells], shown: int) -> list[Table]:
+    """Makes a table of the first rows, and one behind a fold of the others if there are more than `shown`."""
+    tables = [Table(columns, rows[:shown])]
+    if len(rows) > shown:
+        tables.append(Table(columns, rows[shown:], f"{len(rows) - shown} more", folded=True))
+    return tables
+
+
+def saved_answers(both: BeforeAndAfter) -> list[dict[str, str | bool | None]]:
+    """Lists one row per prompt, as answers.json holds them."""
+    before: Sequence[str | None] = both.before or [None] * len(both.prompts)
     return [
         {
             "prompt": prompt.messages[-1]["content"],
@@ -127,33 +136,37 @@ def saved_answers(comparison: Comparison) -> list[dict[str, str | bool | None]]:
             "before": first,
             "after": last,
         }
-        for prompt, first, last in zip(comparison.prompts, before, comparison.after, strict=True)
+        for prompt, first, last in zip(both.prompts, before, both.after, strict=True)
     ]
 
 
 def shown(answer: str) -> str:
-    """An answer in one line; a long one by its beginning, since answers.json has all of it."""
+    """Puts an answer into one line; a long one is cut, since answers.json has all of it."""
     line = " ".join(answer.split())
     return line if len(line) <= 200 else line[:200] + " …"
 
 
 def asked(text: str) -> str:
-    """A question; a long one is shown by its end, where the question of a text stands."""
+    """Cuts a long question to its end, where the question about a text stands."""
     return text if len(text) <= 400 else "… " + text[-400:]
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a run took: parameters, bytes of the optimizer's state in a process, bytes of the result on disk."""
+    """Costs of a run: parameters, bytes of the optimizer's state in a process, bytes of the result on disk."""
 
     trainable: int
     parameters: int
     optimizer_bytes: int
     disk_bytes: int
 
+    def named(self) -> dict[str, int]:
+        """Names the costs as results.json does."""
+        return {name.replace("_", " "): value for name, value in dataclasses.asdict(self).items()}
+
 
 def disk_bytes(folder: Path) -> int:
-    """Bytes of the weights in a directory."""
+    """Adds up the bytes of the weights in a directory."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
@@ -161,11 +174,11 @@ def finish_report(
     run: Run,
     config: TrainConfig,
     sections: Sequence[Section],
-    comparison: Comparison,
+    both: BeforeAndAfter,
     costs: Costs,
     clock: Mapping[str, float],
 ) -> None:
-    """Writes results.json, answers.json and the report, prints the main numbers and where the report is.
+    """Writes results.json, answers.json and the report, prints the main numbers and the report's path.
 
     `sections` are those on the data and on what trained; `clock` holds the moments at which the parts of
     this start ended, in order.
@@ -182,8 +195,8 @@ def finish_report(
         for key in ("validation/loss", "validation/perplexity", "plain text/loss")
         if key in kept
     }
-    results = results_of(run, config, comparison, losses, costs)
-    run.save_json("answers.json", saved_answers(comparison))
+    results = results_of(run, config, both, losses, costs)
+    run.save_json("answers.json", saved_answers(both))
     run.save_json("results.json", results)
     for name in results["after"]:
         before = results["before"].get(name)
@@ -193,8 +206,7 @@ def finish_report(
     print(f"{result_folder(run.path).name}: {result_folder(run.path)}")
     if config.run.report:
         cost = cost_section(run, "tokens", seconds_between(clock))
-        rows = [(name, value) for name, value in dataclasses.asdict(costs).items()]
-        cost.blocks.append(Table(("", ""), [(name.replace("_", " "), value) for name, value in rows]))
+        cost.blocks.append(Table(("", ""), [*costs.named().items()]))
         exact, summary = "exact match", ""
         if exact in results["before"]:
             summary = f"{exact} {results['before'][exact]:.1%} → {results['after'][exact]:.1%}; "
@@ -203,8 +215,8 @@ def finish_report(
             asked_section(config),
             *sections,
             curves_section(run),
-            numbers_section(comparison.scores, losses),
-            answers_section(comparison),
+            numbers_section(both.scores, losses),
+            answers_section(both),
             cost,
             rerun_section(run),
         ]
@@ -213,18 +225,39 @@ def finish_report(
 
 
 def results_of(
-    run: Run, config: TrainConfig, comparison: Comparison, losses: Mapping[str, tuple[float, float]], costs: Costs
+    run: Run, config: TrainConfig, both: BeforeAndAfter, losses: Mapping[str, tuple[float, float]], costs: Costs
 ) -> dict[str, Any]:
-    """All that a comparison needs of a run: its config, scores, costs, machine and versions."""
-    before = dict(comparison.scores.get("before", {})) | {name: values[0] for name, values in losses.items()}
-    after = dict(comparison.scores["after"]) | {name: values[1] for name, values in losses.items()}
+    """Gathers all that a comparison needs of a run: its config, scores, costs, machine and versions."""
+    before = dict(both.scores.get("before", {})) | {name: values[0] for name, values in losses.items()}
+    after = dict(both.scores["after"]) | {name: values[1] for name, values in losses.items()}
     return {
         "config": to_plain(config),
         "before": before,
         "after": after,
-        "cost": {
-            **cost_of(run, "tokens"),
-            **{name.replace("_", " "): value for name, value in dataclasses.asdict(costs).items()},
-        },
+        "cost": {**cost_of(run, "tokens"), **costs.named()},
         "environment": machine_of(run, ("torch", "transformers", "peft", "accelerate")),
     }
+
+
+def show_learnt(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Encoded]) -> None:
+    """Prints conversations as the tokenizer decodes them: learnt tokens green, the others grey.
+
+    Without colours, learnt stretches stand in ⟦ ⟧.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    for item in conversations:
+        text = ColouredText()
+        for start, end in _stretches(item.learnt):
+            piece = str(tokenizer.decode(item.ids[start:end]))
+            if not item.learnt[start]:
+                text.append(piece, "bright_black")
+            else:
+                text.append(piece if console.is_terminal else f"⟦{piece}⟧", "bold green")
+        console.rule(f"{item.where}: {len(item.ids)} tokens, {sum(item.learnt)} learnt", align="left")
+        console.print(text)
+
+
+def _stretches(flags: Sequence[bool]) -> list[tuple[int, int]]:
+    """Lists the ranges over which `flags` stays the same."""
+    ends = [place for place in range(1, len(flags)) if flags[place] != flags[place - 1]] + [len(flags)]
+    return list(zip([0, *ends], ends, strict=False))

@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 
-CHUNK_LOGITS = 1 << 22  # elements of one chunk's logits: 16 MiB in float32
+# Elements of one chunk's logits: 16 MiB in float32, or 32 positions of Llama 3's vocabulary of 128,256.
+CHUNK_LOGITS = 1 << 22
 
 
 def chunked_cross_entropy(
     hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor, softcap: float | None = None
 ) -> torch.Tensor:
-    """Sum over positions of -log softmax(cap(hidden @ W^T + b))[target].
+    """Sums -log softmax(cap(hidden @ W^T + b))[target] over positions.
 
     Args:
         hidden: (positions, width), only the positions that predict a learnt token.
@@ -76,9 +77,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _gathered(head: torch.nn.Linear) -> contextlib.AbstractContextManager[Any]:
-    """Under DeepSpeed ZeRO-3 the weight lies in parts over the processes; here it is needed whole."""
+    """Makes the weight whole for a while where DeepSpeed ZeRO-3 has it in parts over the processes."""
     if hasattr(head.weight, "ds_status"):
-        import deepspeed
+        import deepspeed  # of an extra
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
         if head.weight.ds_status != ZeroParamStatus.AVAILABLE:  # a small or tied one may be whole already

@@ -2,8 +2,8 @@ import pytest
 import torch
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from llm_peft_fa import loss as module
-from llm_peft_fa.loss import chunked_cross_entropy
+from llm_peft_fa import losses as module
+from llm_peft_fa.losses import chunked_cross_entropy
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

@@ -2,18 +2,19 @@ import re
 
 import pytest
 
-from llm_peft_fa.normalise import normalise
-from llm_peft_fa.persian_tasks import (
+from llm_peft_fa.data import normalise
+from llm_peft_fa.persian import (
+    MONTHS,
     TASKS,
+    WEEKDAYS,
     conversations,
     held_out,
+    held_out_questions,
     number_words,
     persian_digits,
     plain_text,
     questions,
 )
-from llm_peft_fa.persian_tasks import test_questions as kept_questions
-from llm_peft_fa.persian_words import MONTHS, WEEKDAYS
 
 
 def test_answers_are_right() -> None:
@@ -49,7 +50,7 @@ def test_texts_are_normalised() -> None:
 
 def test_held_out_items_are_never_asked_in_training() -> None:
     trained = {question.text for question in questions(4000, seed=1)}
-    kept = list(kept_questions(seed=1))
+    kept = list(held_out_questions(seed=1))
     assert not trained & {question.text for question in kept}
     assert {question.task for question in kept} == set(TASKS), "every task is tested"
     for name, task in TASKS.items():

@@ -1,12 +1,15 @@
-"""The report of a comparison, made from its runs' JSON alone."""
+"""The results of a comparison, read from its runs' JSON alone, ordered by stated rules, and their report."""
 
 import itertools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from labs_common.comparing import cell, figure_text, mean_and_spread, pareto, seeds_of, seeds_text
+import sacrebleu
+
+from labs_common.comparing import cell, figure_text, mean_and_spread, pareto, seeds_of, seeds_text, within_one_error
 from labs_common.progress import console
 from labs_common.report import (
     Figure,
@@ -20,20 +23,53 @@ from labs_common.report import (
     write_report,
 )
 from labs_common.run import Run
-from llm_peft_fa.comparison import (
-    Entry,
-    Results,
-    changing_pairs,
-    order_of,
-    quality,
-    recommended,
-    within_noise,
-)
+from llm_peft_fa.answers import same
 from llm_peft_fa.config import CompareConfig
-from llm_peft_fa.results import asked, shown
+from llm_peft_fa.report import asked, folded_tables, shown
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method of a comparison, over all seeds.
+
+    Attributes:
+        name: as --methods names it.
+        results: results.json by seed.
+        answers: answers.json by seed.
+        curve: of the first seed, (step, training loss).
+    """
+
+    name: str
+    results: dict[int, dict[str, Any]]
+    answers: dict[int, list[dict[str, Any]]]
+    curve: list[tuple[int, float]]
+
+    def after(self, score: str) -> list[float]:
+        """Lists a score by seed, of those seeds that have it."""
+        return [result["after"][score] for result in self.results.values() if score in result["after"]]
+
+    def before(self, score: str) -> list[float]:
+        """Lists a score of the base by seed, as the run measured it."""
+        return [result["before"][score] for result in self.results.values() if score in result["before"]]
+
+    def cost(self, name: str) -> list[float]:
+        """Lists a cost by seed."""
+        return [result["cost"][name] for result in self.results.values()]
+
+
+@dataclass(frozen=True)
+class Results:
+    """All methods, those without a finished run left out, and the base's scores and answers by seed."""
+
+    entries: dict[str, Entry]
+    base_scores: dict[int, dict[str, float]]
+    base_answers: dict[int, list[dict[str, Any]]]
+
 
 SCORES = ("exact match", "chrF", "validation loss", "plain text loss")
-# name in the report, how to get it of an entry by seed, whether less is better
+# The name in the report, and the values of an entry by seed.
 COSTS: tuple[tuple[str, Callable[[Entry], list[float]]], ...] = (
     ("training seconds", lambda entry: entry.cost("seconds")),
     ("tokens/s", lambda entry: entry.cost("tokens per second")),
@@ -42,11 +78,99 @@ COSTS: tuple[tuple[str, Callable[[Entry], list[float]]], ...] = (
     ("optimizer KiB", lambda entry: [value / 2**10 for value in entry.cost("optimizer bytes")]),
     ("on disk KiB", lambda entry: [value / 2**10 for value in entry.cost("disk bytes")]),
 )
-SHOWN = 15
+SHOWN = 15  # answers before the fold: with a column for each method the rows are high
+
+
+def gathered(folder: Path, paths: Mapping[str, str], seeds: Iterable[int]) -> Results:
+    """Reads the finished runs; `paths` are their directories by the methods' names."""
+    entries = {}
+    seeds = list(seeds)
+    for name, path in paths.items():
+        runs = {seed: Run(folder / path / f"seed-{seed}") for seed in seeds}
+        done = {seed: run for seed, run in runs.items() if (run.path / "results.json").exists()}
+        if done:
+            lines = next(iter(done.values())).lines("metrics.jsonl")
+            entries[name] = Entry(
+                name,
+                {seed: run.load_json("results.json") for seed, run in done.items()},
+                {seed: run.load_json("answers.json") for seed, run in done.items()},
+                [(line["step"], line["loss"]) for line in lines if "loss" in line],
+            )
+    base = {seed: Run(folder / BASE / f"seed-{seed}") for seed in seeds}
+    return Results(
+        entries,
+        {seed: run.load_json("scores.json") for seed, run in base.items()},
+        {seed: run.load_json("answers.json") for seed, run in base.items()},
+    )
+
+
+def prompt_scores(answers: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Scores each answer: 1 or 0 where it can be checked word for word, if any can; else by its chrF (0 to 1)."""
+    checked = [row for row in answers if row["verifiable"] and row["reference"] is not None]
+    if checked:
+        return [float(same(row["after"], row["reference"])) for row in checked]
+    return [
+        sacrebleu.sentence_chrf(row["after"], [row["reference"]]).score / 100 for row in answers if row["reference"]
+    ]
+
+
+def quality(entry: Entry, seed: int | None = None) -> float:
+    """Averages `prompt_scores`, over all seeds or of one; minus the validation loss if no prompt has a reference."""
+    chosen = entry.answers if seed is None else {seed: entry.answers[seed]}
+    found = [score for answers in chosen.values() for score in prompt_scores(answers)]
+    if found:
+        return statistics.fmean(found)
+    losses = {number: result["after"]["validation loss"] for number, result in entry.results.items()}
+    return -statistics.fmean(losses[number] for number in chosen)
+
+
+def within_noise(best: Entry, other: Entry) -> bool:
+    """Tells whether `other` is at most one standard error worse than `best` (Breiman et al. 1984, section 3.4.3).
+
+    The standard error is that of the mean difference on the same prompts of the same seeds.
+    """
+    differences = [
+        one - two
+        for seed in best.answers.keys() & other.answers.keys()
+        for one, two in zip(prompt_scores(best.answers[seed]), prompt_scores(other.answers[seed]), strict=True)
+    ]
+    if len(differences) < 2:
+        return best.name == other.name
+    return within_one_error(differences)
+
+
+def recommended(entries: Mapping[str, Entry]) -> tuple[Entry, list[Entry]]:
+    """Returns the method with the fewest trained parameters among those within noise of the best, and all of those."""
+    best = max(entries.values(), key=quality)
+    equal = [entry for entry in entries.values() if within_noise(best, entry)]
+    return min(equal, key=lambda entry: entry.cost("trainable")[0]), equal
+
+
+def order_of(entries: Mapping[str, Entry], seed: int) -> list[str]:
+    """Lists the methods that have this seed, best first."""
+    there = [entry for entry in entries.values() if seed in entry.answers]
+    return [entry.name for entry in sorted(there, key=lambda entry: -quality(entry, seed))]
+
+
+def changing_pairs(entries: Mapping[str, Entry], seeds: Sequence[int]) -> list[tuple[str, str]]:
+    """Lists the pairs of methods whose order by quality is not the same in all seeds."""
+    names = list(entries)
+    found = []
+    for place, one in enumerate(names):
+        for two in names[place + 1 :]:
+            signs = {
+                (first > second) - (first < second)
+                for seed in seeds
+                if seed in entries[one].answers and seed in entries[two].answers
+                for first, second in [(quality(entries[one], seed), quality(entries[two], seed))]
+            }
+            if len(signs) > 1:
+                found.append((one, two))
+    return found
 
 
 def write_comparison(folder: Path, config: CompareConfig, results: Results, failed: Mapping[str, int]) -> None:
-    """Writes comparison.json and report.html, prints the table's main columns and where they are."""
+    """Writes comparison.json and report.html, prints the table's main columns and the report's path."""
     run = Run(folder)
     if not results.entries:
         console.print("no run finished: there is nothing to report")
@@ -78,7 +202,7 @@ def write_comparison(folder: Path, config: CompareConfig, results: Results, fail
 
 
 def table_rows(results: Results) -> list[dict[str, Any]]:
-    """One row per method, best first, and the base: scores and costs as means over seeds, `NAME ±` their spread."""
+    """Lists a row per method, best first, and the base: scores and costs as means over seeds, `NAME ±` their spread."""
     rows = []
     for entry in sorted(results.entries.values(), key=lambda entry: -quality(entry)):
         row: dict[str, Any] = {"method": entry.name, "learning rate": _first(entry)["training"]["learning_rate"]}
@@ -96,7 +220,7 @@ def table_rows(results: Results) -> list[dict[str, Any]]:
 
 
 def recommendation_section(results: Results, best: Entry, equal: Sequence[Entry], config: CompareConfig) -> Section:
-    """The rule, what it gives, and how sure the order is."""
+    """States the rule, its verdict, and how sure the order is."""
     words, names = quality_name(results), ", ".join(entry.name for entry in equal)
     top = max(results.entries.values(), key=quality)
     remembers = min(equal, key=lambda entry: statistics.fmean(entry.after("plain text loss") or [0]))
@@ -118,7 +242,7 @@ def recommendation_section(results: Results, best: Entry, equal: Sequence[Entry]
 
 
 def stability_text(results: Results, config: CompareConfig) -> str:
-    """Whether the order of the methods can be relied on."""
+    """Tells whether the order of the methods can be relied on."""
     entries = results.entries
     seeds = seeds_of(config.comparison)
     orders = [order_of(entries, seed) for seed in seeds]
@@ -141,7 +265,7 @@ def stability_text(results: Results, config: CompareConfig) -> str:
 def numbers_section(
     rows: Sequence[Mapping[str, Any]], results: Results, config: CompareConfig, failed: Mapping[str, int]
 ) -> Section:
-    """The tables of quality and of cost."""
+    """Tabulates quality and cost."""
     present = [name for name in SCORES if any(name in row for row in rows)]
     quality_rows = [(row["method"], *(cell(row, name) for name in present)) for row in rows]
     costs = [name for name, _ in COSTS]
@@ -171,7 +295,7 @@ def numbers_section(
 
 
 def pareto_section(run: Run, results: Results) -> Section:
-    """Quality against parameters, time, memory and forgetting."""
+    """Draws quality against parameters, time, memory and forgetting."""
     words, blocks = quality_name(results), []
     entries = results.entries
     against: list[tuple[str, str, Callable[[Entry], float], bool]] = [
@@ -192,7 +316,7 @@ def pareto_section(run: Run, results: Results) -> Section:
 
 
 def curves_section(run: Run, results: Results) -> Section:
-    """The training losses on one axis."""
+    """Draws the training losses on one axis."""
     curves = {}
     for entry in results.entries.values():
         width = max(1, len(entry.curve) // 40)
@@ -206,7 +330,7 @@ def curves_section(run: Run, results: Results) -> Section:
 
 
 def strengths_section(results: Results) -> Section:
-    """What each method is best and worst at, from the figures alone."""
+    """Lists what each method is best and worst at, from the numbers alone."""
     entries = list(results.entries.values())
     measures: list[tuple[str, dict[str, float], bool]] = []
     for name in SCORES:
@@ -233,22 +357,19 @@ def strengths_section(results: Results) -> Section:
 
 
 def answers_section(results: Results) -> Section:
-    """The same prompts answered by the base and by every method, first seed."""
+    """Shows the same prompts answered by the base and by every method, first seed."""
     seed = next(iter(results.base_answers))
     there = {name: entry.answers[seed] for name, entry in results.entries.items() if seed in entry.answers}
     rows = []
     for number, row in enumerate(results.base_answers[seed]):
         said = [shown(answers[number]["after"]) for answers in there.values()]
         rows.append((asked(row["prompt"]), row["reference"], shown(row["after"]), *said))
-    columns = ("prompt", "reference", "base", *there)
-    blocks: list[Text | Table] = [Table(columns, rows[:SHOWN])]
-    if len(rows) > SHOWN:
-        blocks.append(Table(columns, rows[SHOWN:], f"{len(rows) - SHOWN} more", folded=True))
-    return Section("The same prompts, answered by all", list(blocks))
+    tables = folded_tables(("prompt", "reference", "base", *there), rows, SHOWN)
+    return Section("The same prompts, answered by all", [*tables])
 
 
 def budget_section(results: Results) -> Section:
-    """What was the same for all, as the runs recorded it, and on what machine."""
+    """Tells what was the same for all, as the runs recorded it, and on what machine."""
     rows = []
     for entry in results.entries.values():
         steps, tokens = entry.cost("steps"), entry.cost("tokens")
@@ -269,7 +390,7 @@ def budget_section(results: Results) -> Section:
 
 
 def quality_name(results: Results) -> str:
-    """What `quality` measures in this comparison."""
+    """Names what `quality` measures in this comparison."""
     answers = next(iter(next(iter(results.entries.values())).answers.values()))
     if any(row["verifiable"] and row["reference"] is not None for row in answers):
         return "exact match"

@@ -1,0 +1,142 @@
+"""The base model and its tokenizer: the tiny offline one, or any causal language model of transformers."""
+
+import importlib.util
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.utils.logging import disable_progress_bar
+
+from labs_common.errors import LabError
+from llm_peft_fa.attention import NAME
+from llm_peft_fa.templates import set_template
+from llm_peft_fa.tiny import tiny_base
+
+# PEFT asks for an old name at every model.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+if not sys.stderr.isatty():
+    disable_progress_bar()  # of reading weights, which would fill a log with characters meant for a terminal
+
+
+def model_path(model: str) -> str:
+    """Returns the name or path under which transformers finds `--model`; makes the tiny one on first use."""
+    return str(tiny_base()) if model == "tiny" else model
+
+
+def load_tokenizer(model: str, template: str = "auto") -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a model, with the chat template that `--template` names.
+
+    Raises:
+        LabError: there is no such model, or its tokenizer cannot tell which characters a token covers.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_path(model))
+    except (OSError, ValueError) as error:
+        raise LabError(_no_model(model, error)) from error
+    if not tokenizer.is_fast:
+        raise LabError(f"--model {model}: its tokenizer has no fast version, which maps tokens to characters")
+    set_template(tokenizer, template)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:  # only generation pads, and there a mask hides it
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def own_template(model: str) -> bool:
+    """Tells whether the model's tokenizer comes with a chat template."""
+    return bool(AutoTokenizer.from_pretrained(model_path(model)).chat_template)
+
+
+def load_model(model: str, precision: str | None = None, quantized: bool = False) -> PreTrainedModel:
+    """Loads a causal language model, in evaluation mode, whose attention can be packed.
+
+    With Accelerate's `precision` bf16 the weights are kept in bfloat16, which suits a frozen base, else in float32;
+    None takes what inference takes on this machine: bf16 on a GPU. `quantized`: the linear layers in 4-bit NF4 with
+    double quantisation (Dettmers et al. 2023).
+
+    Raises:
+        LabError: there is no such model, or its files cannot be read.
+    """
+    # Under ZeRO-3 transformers would load a model in parts that cannot run before the engine is there.
+    unset_hf_deepspeed_config()
+    precision = precision or ("bf16" if torch.cuda.is_available() else "no")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    more: dict[str, Any] = {}
+    if quantized:
+        more["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    try:
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model_path(model), dtype=dtype, attn_implementation=NAME, use_safetensors=True, **more
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise LabError(_no_model(model, error)) from error
+    for layer in loaded.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            # On such a CPU bitsandbytes would repack the weights in place when they are first used for inference.
+            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    return loaded.eval()
+
+
+def unloaded_model(model: str) -> PreTrainedModel:
+    """Builds the model without its weights, on PyTorch's meta device: its parts and their shapes.
+
+    Raises:
+        LabError: there is no such model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model_path(model))
+        with torch.device("meta"):
+            made: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
+    except (OSError, ValueError) as error:
+        raise LabError(_no_model(model, error)) from error
+    made.tie_weights()
+    return made
+
+
+def device() -> str:
+    """Names the device on which models answer: the GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_quantization() -> None:
+    """Makes sure that this machine can hold a model in 4 bits.
+
+    Raises:
+        LabError: bitsandbytes is missing, or has no kernels for this machine.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise LabError("--method qlora: needs bitsandbytes; install the extra llm-peft-fa[quantization]")
+    try:
+        import bitsandbytes  # of an extra
+
+        layer = bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32).to(device())
+        layer(torch.ones(1, 64, device=device(), requires_grad=True)).sum().backward()
+    except Exception as error:  # each platform's missing kernel raises something else
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise LabError(f"--method qlora: 4-bit layers do not run on this machine ({reason}); use lora") from error
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Collects the tokens at which generation stops: of the model's configuration and of the tokenizer."""
+    configured = model.generation_config.eos_token_id
+    ids = set(configured if isinstance(configured, list) else [configured])
+    return {token for token in ids | {tokenizer.eos_token_id} if token is not None}
+
+
+def _no_model(model: str, error: BaseException) -> str:
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    kind = "directory" if Path(model).is_dir() else "name"
+    return f"--model {model}: no model can be loaded from this {kind} ({reason}); give tiny, a directory or a hub id"
