@@ -1,27 +1,29 @@
-"""The comparison: its plan and the command; the demo's page."""
+"""The comparison: its plan and the command."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from labs_testing import commands as lab_commands
 
-from caption_lab.compare import planned_run
-from caption_lab.config import CaptionTrainingOptions, CompareConfig, DecodingOptions
-from caption_lab.published import PUBLISHED
+from caption_lab.compare import plan
+from caption_lab.config import CaptionTrainingOptions, CompareConfig
+from caption_lab.report import PUBLISHED
 from labs_common.errors import LabError
 from labs_common.options import CaptionDataOptions
 
 
 def test_an_entry_becomes_a_run_with_its_own_options() -> None:
     config = CompareConfig(data=CaptionDataOptions(limit=30), training=CaptionTrainingOptions(label_smoothing=0.2))
-    run = planned_run(config, "transformer:mask_words=0.1:encoder=resnet18:no-pretrained:learning_rate=0.5")
+    spec = "transformer:mask_words=0.1:encoder=resnet18:no-pretrained:learning_rate=0.5"
+    run = plan(replace(config, models=spec))[spec]
     assert (run.model, run.encoder.encoder, run.encoder.pretrained) == ("transformer", "resnet18", False)
     assert (run.decoder.mask_words, run.training.learning_rate, run.training.label_smoothing) == (0.1, 0.5, 0.2)
     assert run.data.limit == 30
     for wrong in ("lstm", "show_tell:mask_words=0.1", "transformer:depth=3", "transformer:mask_words=2"):
         with pytest.raises(LabError, match=f"--models {wrong}"):
-            planned_run(config, wrong)
+            plan(replace(config, models=wrong))
 
 
 def test_the_command_goes_on_where_it_was_stopped(scenes: Path, tmp_path: Path) -> None:
@@ -55,22 +57,6 @@ def test_the_command_goes_on_where_it_was_stopped(scenes: Path, tmp_path: Path) 
     rows, again = (json.loads(text)["rows"] for text in (saved, (folder / "comparison.json").read_bytes()))
     assert [row["CIDEr-D"] for row in rows] == [row["CIDEr-D"] for row in again]
     assert "--epochs" in lab_commands.here("caption_lab.compare", *options, "--epochs", "3", code=2).stderr
-    the_page(first.parent)
-
-
-def the_page(run: Path) -> None:
-    """What its button does, without a browser."""
-    pytest.importorskip("gradio", reason="needs the extra caption-lab[demo]")
-    from PIL import Image
-
-    from caption_lab.demo import caption_page
-
-    page = caption_page(run, DecodingOptions())
-    (described,) = [function.fn for function in page.fns.values()]
-    caption, looks = described(Image.new("RGB", (50, 30), "red"), 2)
-    assert isinstance(caption, str)
-    assert looks == []
-    assert described(None, 2) == ("", [])
 
 
 @pytest.mark.parametrize(
@@ -92,9 +78,3 @@ def test_bad_input_is_one_line(arguments: tuple[str, ...], names: str, scenes: P
     assert len(done.errors) == 1, done.stderr
     assert names in done.errors[0]
     assert not (tmp_path / "out").exists(), "nothing is left behind"
-
-
-def test_a_demo_without_a_captioner_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("gradio", reason="needs the extra caption-lab[demo]")
-    monkeypatch.chdir(tmp_path)
-    assert "runs/" in lab_commands.here("caption_lab.demo", code=2).errors[0]

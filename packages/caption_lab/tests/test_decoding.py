@@ -4,10 +4,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from caption_lab.config import DecodingOptions
-from caption_lab.decoders import ShowAttendTell, ShowTell, Step, Tensors
+from caption_lab.config import DecoderOptions, DecodingOptions
+from caption_lab.decoder import CAPTIONERS, NextWord, ShowTell, Sizes, Tensors
 from caption_lab.decoding import beam_search, log_probabilities, repeating, roll_out, write
-from caption_lab.transformer import TransformerCaptioner
 from caption_lab.vocabulary import END, PAD, START, UNK
 
 WORDS, LENGTH = (4, 5, 6), 4
@@ -20,11 +19,11 @@ class Toy:
     def begin(self, features: torch.Tensor) -> tuple[Tensors, Tensors]:
         return {"picture": features}, {"state": torch.ones(len(features), 1, dtype=torch.long)}
 
-    def step(self, words: torch.Tensor, fixed: Tensors, moving: Tensors) -> Step:
+    def step(self, words: torch.Tensor, fixed: Tensors, moving: Tensors) -> NextWord:
         state = (moving["state"] * 31 + words * 17 + fixed["picture"][:, None] * 7) % 9973
         place = torch.arange(VOCABULARY)
         logits = ((state[..., None] * (place + 3) * 7919) % 1009).float() / 250
-        return Step(logits, {"state": state}, None)
+        return NextWord(logits, {"state": state}, None)
 
 
 def toy_log_probability(picture: int, caption: tuple[int, ...]) -> float:
@@ -61,14 +60,14 @@ def test_a_wide_beam_finds_what_trying_everything_finds(power: float) -> None:
 def decoders() -> dict[str, tuple[torch.nn.Module, torch.Tensor]]:
     torch.manual_seed(1)
     grid = torch.randn(9, 6, 10)
+    options = DecoderOptions(width=16, layers=2, heads=4, dropout=0.3)
     return {
-        "show_tell": (ShowTell(30, 10, 16, 0.3).eval(), 3 * grid[:, 0]),
-        "show_attend_tell": (ShowAttendTell(30, 10, 16, 0.3).eval(), grid),
-        "transformer": (TransformerCaptioner(30, 10, 6, 16, 2, 4, 0.1, 12).eval(), grid),
+        name: (kind.decoder(Sizes(30, 10, 6, 12), options).eval(), 3 * grid[:, 0] if kind.one_vector else grid)
+        for name, kind in CAPTIONERS.items()
     }
 
 
-@pytest.fixture(params=["show_tell", "show_attend_tell", "transformer"])
+@pytest.fixture(params=list(CAPTIONERS))
 def decoder(request: pytest.FixtureRequest) -> tuple[torch.nn.Module, torch.Tensor]:
     found, features = decoders()[request.param]
     with torch.no_grad():  # untrained, all words are about equally probable: make them differ, and captions end

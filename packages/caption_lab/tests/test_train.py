@@ -1,10 +1,9 @@
-"""The commands, with the options that a user types."""
+"""The command, with the options that a user types."""
 
 import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from labs_testing import commands as lab_commands
@@ -13,11 +12,11 @@ from labs_testing.promises import Otherwise, Training, TrainingPromises
 from PIL import Image
 from safetensors.torch import load_file
 
-from caption_lab.compare import LIBRARIES
 from caption_lab.metrics import caption_metrics
 from caption_lab.vocabulary import Cleaning
 
 LAUNCH = Path(__file__).parents[1] / "launch"
+LIBRARIES = ["caption_lab.train"]
 SMALL = ("--no-pretrained", "--width", "32", "--batch-size", "32", "--epochs", "3", "--track", "none")
 
 
@@ -27,20 +26,6 @@ def here(*arguments: object, code: int = 0) -> lab_commands.Done:
 
 def trained(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "model" / "model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def options(scenes: Path) -> tuple[object, ...]:
-    return ("--model", "show_attend_tell", "--data", scenes, *SMALL)
-
-
-@pytest.fixture(scope="module")
-def finished(options: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole run."""
-    run = tmp_path_factory.mktemp("runs") / "finished"
-    done = here(*options, "--output", run, "--save-every", "4")
-    assert f"report: {run / 'report.html'}" in done.stdout
-    return run
 
 
 def test_a_run_leaves_everything_that_it_promises(finished: Path, scenes: Path) -> None:
@@ -127,54 +112,6 @@ def test_early_stopping_self_critical_training_and_captions(finished: Path, scen
     assert "drop their options" in here(*shared, "--start", finished, "--width", "8", code=2).stderr
 
 
-def test_caption_command(finished: Path, scenes: Path, tmp_path: Path) -> None:
-    """In a process of its own, on pictures that no training saw, by file, directory and pattern."""
-
-    def said(*arguments: object, code: int = 0) -> lab_commands.Done:
-        return lab_commands.here("caption_lab.caption", *arguments, "--checkpoint", finished, code=code)
-
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    for number, size in enumerate([(90, 40), (40, 90), (300, 300)]):
-        Image.fromarray(generator.integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-    Image.new("L", (50, 50)).save(folder / "grey.jpg")
-    (folder / "notes.txt").write_text("no picture")
-    heat = tmp_path / "heat.png"
-    named = (folder, folder / "0.png")
-    process = lab_commands.forked("caption_lab.caption", LIBRARIES, *named, "--checkpoint", finished, "--heatmap", heat)
-    process.join()
-    assert process.exitcode == 0
-    rows = [line.split("\t") for line in said(*named).stdout.splitlines()]
-    assert [Path(name).name for name, _ in rows] == ["0.png", "1.png", "2.png", "grey.jpg"]
-    assert sorted(path.name for path in tmp_path.glob("heat*")) == [f"heat-{number}.png" for number in (1, 2, 3, 4)]
-    Image.open(tmp_path / "heat-1.png").verify()
-
-    by_pattern = said(f"{folder}/*.png", "--beam", "3").stdout.splitlines()
-    assert [line.split("\t") for line in by_pattern] == rows[:3]
-    said(folder / "0.png", "--heatmap", heat, "--top-p", "0.9")
-    assert heat.exists()
-    (folder / "empty.jpg").write_bytes(b"")
-    assert "empty.jpg" in said(folder, code=2).errors[0]
-    assert len(said(folder, "--on-bad-data", "skip").stdout.splitlines()) == 4
-    for wrong in (("nothing.png",), (), (folder / "0.png", "--heatmap", "heat.txt"), (folder / "0.png", "--beam", "0")):
-        assert len(said(*wrong, code=2).errors) == 1
-
-
-def test_evaluate_command(finished: Path, scenes: Path, tmp_path: Path) -> None:
-    def said(*arguments: object, code: int = 0) -> lab_commands.Done:
-        return lab_commands.here("caption_lab.evaluate", "--checkpoint", finished, *arguments, code=code)
-
-    said("--beams", "1,3", "--output", tmp_path / "own")
-    found = json.loads((tmp_path / "own" / "evaluation.json").read_text())
-    results = json.loads((finished / "results.json").read_text())
-    assert found["by beam"]["3"] == pytest.approx(results["test"]["metrics"]), "the run's own test pictures again"
-    assert "Beam widths" in (tmp_path / "own" / "report.html").read_text()
-    said("--beams", "1", "--data", scenes, "--split", "all", "--output", tmp_path / "all")
-    assert json.loads((tmp_path / "all" / "evaluation.json").read_text())["pictures"] == 60
-    assert "--beams" in said("--beams", "none", code=2).stderr
-
-
 @pytest.mark.parametrize("model", ["show_tell", "show_attend_tell", "transformer"])
 def test_real_photographs(model: str, real_pictures: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
@@ -191,19 +128,6 @@ def test_real_photographs(model: str, real_pictures: Path, tmp_path: Path) -> No
     assert (">Where it looked<" in html) == (model != "show_tell")
     other = sorted((real_pictures / "Images").iterdir())[0]
     assert lab_commands.here("caption_lab.caption", other, "--checkpoint", run).stdout.startswith(str(other))
-
-
-def test_prepare(scenes: Path, tmp_path: Path) -> None:
-    run = tmp_path / "prepared"
-    lab_commands.here("caption_lab.prepare", "--data", scenes, "--vocabulary-size", "12", "--output", run)
-    found = json.loads((run / "statistics.json").read_text())
-    assert found["pictures"] == 60
-    assert found["captions"] == 300
-    assert 0 < found["unknown words, test"] < 0.5
-    html = (run / "report.html").read_text()
-    for said in ("&lt;start&gt;", "20 most frequent words", "Lengths", "copies of pictures"):
-        assert said in html
-    assert {"vocabulary.json", "tokenizer.json", "splits.json"} <= {path.name for path in run.iterdir()}
 
 
 @pytest.mark.parametrize(

@@ -9,61 +9,63 @@ from caption_lab import commands
 if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
     commands.compare()
 
-import dataclasses
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
-from caption_lab.config import (
-    MODELS,
-    TINY,
-    CompareConfig,
-    DecoderOptions,
-    EncoderOptions,
-    TrainConfig,
-    complete,
-)
+import numpy as np
+
+from caption_lab.config import TINY, CompareConfig, DecoderOptions, EncoderOptions, TrainConfig
+from caption_lab.data import read_data
+from caption_lab.decoder import CAPTIONERS
+from caption_lab.encoder import make_encoder
+from caption_lab.metrics import CiderD, mistakes
+from caption_lab.model import complete
+from caption_lab.report import METRICS, attention_maps, published_section, word_tiles
+from caption_lab.saved import load_captioner
+from caption_lab.tiny import tiny_weights
+from caption_lab.vocabulary import cleaning_of
 from labs_common.cli import parse
-from labs_common.comparing import (
-    check_compared,
-    comparison_folder,
-    entries_of,
-    name_and_flags,
-    reading_entry,
-    seeds_of,
-    slug,
-)
-from labs_common.errors import LabError
-from labs_common.own_process import claimed, finished_runs, start_server
+from labs_common.compare.collect import Entry, Measure, rows_of, within_one_error
+from labs_common.compare.plan import comparison_folder, plan_runs, seeds_text
+from labs_common.compare.processes import compare_runs, start_server
+from labs_common.compare.report import Findings, budget_section, curves_of, notes_on, pareto_section, table_of
+from labs_common.data.captions import CaptionedPictures, Captions
+from labs_common.report import Figure, Gallery, Section, Table, Text, bar_figure, save_figure
+from labs_common.report.pictures import shown
+from labs_common.run import Run
+from labs_common.scenes.captions import GRAMMAR, KINDS
+from labs_common.scenes.world import Scene
 
-LIBRARIES = ["caption_lab.train", "caption_lab.results", "caption_lab.fitting", "labs_common.training", "timm"]
+EXAMPLES, WORST = 5, 6  # pictures in the sections on captions and on errors
+TRUTH: dict[str, Measure] = {"right in everything": lambda entry: entry.values("claims", "written", "whole")}
+COSTS: dict[str, Measure] = {
+    "trained parameters": lambda entry: entry.cost("trainable"),
+    "all parameters": lambda entry: entry.cost("parameters"),
+    "training seconds": lambda entry: entry.cost("seconds"),
+    "captions/s": lambda entry: entry.cost("captions per second"),
+    "peak MiB": lambda entry: entry.cost("peak memory", 2**20),
+    "kept on disk, MiB": lambda entry: entry.cost("cache bytes", 2**20),
+}
 
 
 def compare(config: CompareConfig) -> None:
     """Plans the runs, does those that are missing, and writes the report."""
-    check_compared("model", config.comparison)
-    planned = {spec: planned_run(config, spec) for spec in entries_of("--models", config.models)}
+    planned = plan(config)
     folder = comparison_folder("compare-captioners", config, [config.data.data])
-
-    start_server(config.comparison.launch, LIBRARIES)
-    from caption_lab.comparison import gathered, write_comparison
-    from caption_lab.data import read_data
-    from caption_lab.encoder import make_encoder
-    from caption_lab.tiny import tiny_weights
-
+    start_server(config.comparison.launch, ["caption_lab.train"])
     if any(run.encoder.encoder == TINY and run.encoder.pretrained for run in planned.values()):
         tiny_weights()  # made here, so that no run's memory is that of making it
     data = read_data(config.data, config.comparison.seed, shown=True)
     for run in planned.values():
-        make_encoder(dataclasses.replace(run.encoder, pretrained=False)).train_last(run.encoder.unfreeze, False)
-    seeds = seeds_of(config.comparison)
-    with claimed(folder, config):
-        failed = finished_runs("caption_lab.train", planned, folder, config.comparison)
-        entries = gathered(folder, {spec: slug(spec) for spec in planned}, seeds)
-        write_comparison(folder, config, entries, data.splits["test"], data.truth, failed)
+        make_encoder(replace(run.encoder, pretrained=False)).train_last(run.encoder.unfreeze, False)
+    compare_runs(folder, config, "caption_lab.train", planned, partial(findings, config, data))
 
 
 @dataclass
 class ComparedOptions:
-    """What may follow a model's name after colons."""
+    """The options that may follow a model's name after colons."""
 
     encoder: EncoderOptions = field(default_factory=EncoderOptions)
     decoder: DecoderOptions = field(default_factory=DecoderOptions)
@@ -75,23 +77,182 @@ class ComparedOptions:
     """Share of the input words that the model's own guesses replace at the end of training."""
 
 
-def planned_run(config: CompareConfig, spec: str) -> TrainConfig:
-    """The run of one entry of --models: a model, and options of it after colons (`transformer:mask_words=0.1`).
+def plan(config: CompareConfig) -> dict[str, TrainConfig]:
+    """Makes the run of each entry of --models: a model, and options of it after colons.
 
     Raises:
-        LabError: there is no such model or option, or its value is wrong.
+        LabError: the comparison cannot start, or an entry names no model or option, or has a wrong value.
     """
-    name, flags = name_and_flags(spec)
-    kind = next((model for model in MODELS if model == name), None)
-    if kind is None:
-        raise LabError(f"--models {spec}: no such model; there are {', '.join(MODELS)}")
-    with reading_entry("--models", spec):
+
+    def run_of(name: str, flags: list[str]) -> TrainConfig:
         own = parse(ComparedOptions, "--models", flags)
         options = ("learning_rate", "label_smoothing", "scheduled_sampling")
         given = {option: getattr(own, option) or getattr(config.training, option) for option in options}
         return complete(
             TrainConfig(
-                model=kind, encoder=own.encoder, decoder=own.decoder, vocabulary=config.vocabulary, data=config.data,
-                cache=config.cache, training=dataclasses.replace(config.training, **given), decoding=config.decoding,
+                model=name, encoder=own.encoder, decoder=own.decoder, vocabulary=config.vocabulary, data=config.data,
+                cache=config.cache, training=replace(config.training, **given), decoding=config.decoding,
             )
         )  # fmt: skip
+
+    return plan_runs(config.comparison, "--models", config.models, "model", run_of, tuple(CAPTIONERS))
+
+
+def findings(
+    config: CompareConfig, data: Captions, run: Run, entries: Mapping[str, Entry], failed: Mapping[str, int]
+) -> Findings:
+    """Makes the table, the highest CIDEr-D first, and the sections of the report."""
+    test, truth = data.splits["test"], data.truth
+    captions = {
+        name: {seed: [row["caption"] for row in rows] for seed, rows in entry.read("captions.json").items()}
+        for name, entry in entries.items()
+    }
+    ordered = sorted(entries.values(), key=lambda entry: -_cider(entry))
+    metrics: dict[str, Measure] = {name: partial(_metric, key) for key, name in METRICS.items()}
+    measures = metrics | (TRUTH if ordered[0].values("claims", "written", "whole") else {}) | COSTS
+    rows = rows_of("model", ordered, measures)
+    best = ordered[0].name
+    equal = equal_to(best, captions, test, config)
+    summary = (
+        f"{len(entries)} captioners, {seeds_text(config.comparison)} each. Highest CIDEr-D: {best} "
+        f"({rows[0]['CIDEr-D']:.2f}); within one standard error of it: {', '.join(equal)}."
+    )
+    bars = {row["model"]: {name: row[name] for name in ("BLEU-1", "BLEU-4")} for row in rows}
+    numbers: list[Any] = [
+        table_of(rows, ("model", *METRICS.values())),
+        Figure(save_figure(run, "bleu", bar_figure(bars, "per cent")), "BLEU of the test captions."),
+        Text(f"Each was read back from disk and described the test pictures with --beam {config.decoding.beam}."),
+        *notes_on(config.comparison, failed),
+    ]
+    against = {name: (COSTS[name], False) for name in ("training seconds", "trained parameters")}
+    cost = [table_of(rows, ("model", *COSTS)), *pareto_section(run, entries, _cider, "CIDEr-D", against).blocks]
+    ours = {name: entry.first["test"]["metrics"] for name, entry in entries.items()}
+    sections = [
+        Section("Numbers", numbers),
+        *([truth_section(run, entries)] if truth else []),
+        published_section(ours, config.data.data),
+        examples_section(captions, test, config.comparison.seed),
+        looks_section(entries, test, config),
+        *([errors_section(captions, test, truth, config.comparison.seed)] if truth else []),
+        curves_section(run, entries),
+        Section("Cost", cost),
+        budget_section("model", entries, "captions",
+                       "All had the same captions in the same order, and the same number of epochs."),
+    ]  # fmt: skip
+    printed = ("BLEU-1", "BLEU-4", "CIDEr-D", *TRUTH, "training seconds")
+    return Findings("Captioners compared", summary, rows, sections, printed)
+
+
+def equal_to(
+    best: str, captions: Mapping[str, Mapping[int, list[str]]], test: CaptionedPictures, config: CompareConfig
+) -> list[str]:
+    """Names the entries whose CIDEr-D is no more than one standard error below that of `best`, on the same pictures.
+
+    `captions` are those of the test pictures by entry and seed.
+    """
+    cleaning = cleaning_of(config.vocabulary)
+    judge = CiderD([[cleaning.words(caption) for caption in those] for those in test.captions])
+    scores = {
+        name: {seed: judge.scores([c.split() for c in said], range(len(test))) for seed, said in its.items()}
+        for name, its in captions.items()
+    }
+    found = []
+    for name, its in scores.items():
+        differences = [scores[best][seed] - its[seed] for seed in sorted(scores[best].keys() & its.keys())]
+        if name == best or (differences and within_one_error(np.concatenate(differences).tolist())):
+            found.append(name)
+    return found
+
+
+def truth_section(run: Run, entries: Mapping[str, Entry]) -> Section:
+    """Shows how much of what the captions claim is so, by kind of claim."""
+    columns = (*KINDS, GRAMMAR)
+    rows = []
+    bars = {}
+    for name, entry in entries.items():
+        for how, found in entry.first["claims"].items():
+            of_others = how == "of another picture"
+            if of_others and name != next(iter(entries)):
+                continue  # it is the same for all
+            shares = {kind: pair[0] / pair[1] for kind, pair in found["by kind"].items()}
+            rows.append((how if of_others else f"{name}, {how}", found["whole"], *map(shares.get, columns)))
+            if how == "written":
+                bars[name] = {kind: shares.get(kind, 0.0) for kind in ("objects", "colours", "relations")}
+    text = (
+        "What is drawn is known, so each claim of a caption can be judged. Written: the captions that were measured. "
+        "Drawn by chance: three more of each picture (--top-p 0.9), which say more different things. Of another "
+        "picture: true captions, but of other pictures."
+    )
+    svg = save_figure(run, "claims", bar_figure(bars, "share of claims that are right", 1.0))
+    head = ("captions", "right in everything", *columns)
+    table = Table(head, rows, "Share of claims that are right, by kind; first seed.")
+    return Section("What is true", [Text(text), table, Figure(svg, "The captions that were measured.")])
+
+
+def examples_section(captions: Mapping[str, Mapping[int, list[str]]], test: CaptionedPictures, seed: int) -> Section:
+    """Shows five test pictures with what each captioner says of them."""
+    blocks: list[Any] = []
+    for place in _examples(test):
+        rows = [(name, its[seed][place]) for name, its in captions.items() if seed in its]
+        rows += [("true", caption) for caption in test.captions[place]]
+        blocks += [Gallery([(shown(test.image(place)), test.names[place])], ""), Table(("", "caption"), rows)]
+    return Section("Five test pictures", blocks)
+
+
+def looks_section(entries: Mapping[str, Entry], test: CaptionedPictures, config: CompareConfig) -> Section:
+    """Shows where each captioner that attends looked for each word, on the same pictures."""
+    blocks: list[Any] = []
+    for name, entry in entries.items():
+        captioner = load_captioner(entry.run.path)
+        images = [test.image(place) for place in _examples(test)[:2]]
+        for image, (words, attention) in zip(images, attention_maps(captioner, images, config.decoding), strict=False):
+            blocks.append(Gallery(word_tiles(image, words, attention), f"{name}: {' '.join(words)}"))
+    return Section("Where they looked", blocks or [Text("None of them looks at places.")])
+
+
+def errors_section(
+    captions: Mapping[str, Mapping[int, list[str]]],
+    test: CaptionedPictures,
+    truth: Mapping[str, Scene],
+    seed: int,
+) -> Section:
+    """Shows test pictures of which every captioner claims something wrong."""
+    said = {name: its[seed] for name, its in captions.items() if seed in its}
+    wrong = {
+        name: [mistakes(caption, truth[picture]) for caption, picture in zip(its, test.names, strict=True)]
+        for name, its in said.items()
+    }
+    hard = [place for place in range(len(test)) if all(claims[place] for claims in wrong.values())]
+    gallery = []
+    for place in hard[:WORST]:
+        each = [
+            f"{name}: {said[name][place]} (wrong: {', '.join(claim.said for claim in claims[place])})"
+            for name, claims in wrong.items()
+        ]
+        gallery.append((shown(test.image(place)), "; ".join(each)))
+    text = f"Of {len(hard)} of {len(test)} test pictures every captioner claims something that is not so."
+    return Section("Hard for all", [Gallery(gallery, text) if gallery else Text(text)])
+
+
+def curves_section(run: Run, entries: Mapping[str, Entry]) -> Section:
+    """Draws loss and CIDEr-D by epoch, all on one axis."""
+    figures = [
+        curves_of(run, {name: entry.epochs(key) for name, entry in entries.items()}, "epoch", title,
+                  f"{title[0].upper()}{title[1:]} by epoch; first seed.")
+        for key, title in (("validation/loss", "validation loss"), ("training/loss", "training loss"),
+                           ("validation/cider", "validation CIDEr-D"))
+    ]  # fmt: skip
+    note = "show_attend_tell's training loss contains its attention penalty; validation losses are of the words alone."
+    return Section("Curves", [*figures, Text(note)])
+
+
+def _metric(key: str, entry: Entry) -> list[float]:
+    return entry.values("test", "metrics", key)
+
+
+def _cider(entry: Entry) -> float:
+    return entry.mean("test", "metrics", "cider")
+
+
+def _examples(test: CaptionedPictures) -> list[int]:
+    return [int(place) for place in np.linspace(0, len(test) - 1, min(EXAMPLES, len(test))).round()]

@@ -3,12 +3,13 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from labs_common.errors import LabError
 from labs_common.options import (
+    CacheOptions,
     CaptionDataOptions,
     CommandOptions,
     ComparisonOptions,
@@ -16,21 +17,20 @@ from labs_common.options import (
     PageOptions,
     RunOptions,
     TrainingOptions,
+    names_in,
+    one_of,
 )
 
-Model = Literal["show_tell", "show_attend_tell", "transformer"]
-MODELS: tuple[Model, ...] = ("show_tell", "show_attend_tell", "transformer")
-ONE_VECTOR: tuple[Model, ...] = ("show_tell",)  # these see the picture as one vector, the others its places
-Objective = Literal["cross-entropy", "scst"]
+Model = Annotated[str, one_of("caption_lab.decoder:CAPTIONERS")]
+Objective = Annotated[str, one_of("caption_lab.losses:OBJECTIVES")]
 Watch = Literal["cider", "bleu-4", "loss"]
-RowPrecision = Literal["bf16", "fp16", "fp32"]
 TINY = "tiny-cnn"
-TRAIN, FINISHED = "caption_lab.train", "vocabulary.json"  # what writes a captioner, and how one is known
+TRAIN, FINISHED = "caption_lab.train", "vocabulary.json"  # the command that writes a captioner, and a file of one
 
 
 @dataclass
 class EncoderOptions:
-    """What looks at the picture."""
+    """The part that looks at the picture."""
 
     encoder: str = TINY
     """tiny-cnn (pre-trained here on first use, offline) or any timm name: resnet50, efficientnet_b0, convnext_tiny,
@@ -46,12 +46,12 @@ class EncoderOptions:
     """show_tell sees the picture as one vector: the means over so many parts of it across and down, side by side. 0
     takes 1, which is the global feature of the papers, and 3 with the tiny encoder."""
     unfreeze: int = 0
-    """How many of the encoder's last stages train as well. What is before them is computed once and kept."""
+    """The number of the encoder's last stages that train as well. What is before them is computed once and kept."""
 
 
 @dataclass
 class DecoderOptions:
-    """What writes the words."""
+    """The part that writes the words."""
 
     width: int = 0
     """Width of words and states; 0 takes 512, and with the tiny encoder 256 for an LSTM and 128 for the transformer."""
@@ -70,7 +70,7 @@ class DecoderOptions:
 
 @dataclass
 class VocabularyOptions:
-    """How captions become words."""
+    """The rules by which captions become words."""
 
     lowercase: bool = True
     """Write everything small."""
@@ -92,19 +92,8 @@ class VocabularyOptions:
 
 
 @dataclass
-class CacheOptions:
-    """What is kept of the frozen encoder."""
-
-    cache: bool = True
-    """Compute the frozen part of the encoder once per picture and keep its output on disk; --no-cache runs it every
-    epoch."""
-    boundary_precision: RowPrecision = "bf16"
-    """Precision in which the frozen part hands over its output, cached or not."""
-
-
-@dataclass
 class DecodingOptions:
-    """How captions are written by a trained model."""
+    """The search for a caption by a trained model."""
 
     beam: int = 3
     """Captions that are followed at once; 1 takes the most probable word each time."""
@@ -113,15 +102,14 @@ class DecodingOptions:
     no_repeat: int = 0
     """No sequence of so many words occurs twice in a caption; 0 allows it."""
     top_p: float = 0.0
-    """Draw words by chance from the most probable ones that together have this probability (nucleus); 0 does not
-    draw."""
+    """Sample words from the most probable ones that together have this probability (nucleus); 0 does not sample."""
     temperature: float = 1.0
-    """Drawing is bolder above 1, more careful below."""
+    """Sampling is bolder above 1, more careful below."""
 
 
 @dataclass
 class CaptionTrainingOptions(TrainingOptions):
-    """How the weights are moved."""
+    """The optimizer, its schedule, and the evaluations between epochs."""
 
     epochs: int = 0
     """Passes over the training captions; 0 takes 3 for drawn scenes, 5 for --objective scst, else 20."""
@@ -142,9 +130,9 @@ class CaptionTrainingOptions(TrainingOptions):
     """Put all captions of a picture into the same batch: what they share is computed once, which makes an epoch of
     show_attend_tell up to three times shorter, and batches less varied."""
     watch: Watch = "cider"
-    """What --patience looks at, on the validation pictures."""
+    """The score that --patience looks at, on the validation pictures."""
     watch_pictures: int = 200
-    """How many validation pictures are captioned after every epoch."""
+    """The number of validation pictures that are captioned after every epoch."""
 
 
 @dataclass
@@ -187,7 +175,7 @@ class EvaluateConfig:
     """Directory of a finished run; by default the newest under runs/."""
     data: CaptionDataOptions = field(default_factory=CaptionDataOptions)
     split: Literal["train", "validation", "test", "all"] = "test"
-    """Which pictures; without --data, of the run's own."""
+    """The pictures to describe; without --data, of the run's own."""
     beams: str = "1,3,5"
     """Beam widths to compare, separated by commas."""
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
@@ -207,7 +195,7 @@ class CaptionConfig:
     checkpoint: Path | None = None
     """Directory of a finished run; by default the newest under runs/."""
     heatmap: Path | None = None
-    """Also draw where the model looked for each word into this file; of several pictures into one each (NAME-1.png,
+    """Also draw into this file where the model looked for each word; of several pictures into one each (NAME-1.png,
     …)."""
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
     seed: int = 0
@@ -215,7 +203,7 @@ class CaptionConfig:
     batch_size: int = 32
     """Pictures at once."""
     on_bad_data: OnBadData = "error"
-    """What to do with pictures that cannot be read: stop and name them, or leave them out."""
+    """For pictures that cannot be read: stop and name them, or leave them out."""
     command: CommandOptions = field(default_factory=CommandOptions)
 
 
@@ -256,7 +244,7 @@ class CompareConfig:
     20`
     """
 
-    models: str = ",".join(MODELS)
+    models: str = ",".join(names_in("caption_lab.decoder:CAPTIONERS"))
     """Models, separated by commas; options of one follow after colons: transformer:mask_words=0.1:encoder=resnet18."""
     vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
     data: CaptionDataOptions = field(default_factory=CaptionDataOptions)
@@ -266,53 +254,24 @@ class CompareConfig:
     comparison: ComparisonOptions = field(default_factory=ComparisonOptions)
 
 
-def complete(config: TrainConfig) -> TrainConfig:
-    """The config with a default in the place of what was left to the model and the data.
+def complete_words(options: VocabularyOptions, drawn: bool) -> VocabularyOptions:
+    """Returns the options with a default for --min-count: drawn scenes have no rare words to leave out."""
+    return dataclasses.replace(options, min_count=options.min_count or (1 if drawn else 3))
+
+
+def check(config: TrainConfig) -> None:
+    """Refuses options that are out of range, whatever the captioner and the objective.
 
     Raises:
-        LabError: options that contradict each other, or are out of range.
+        LabError: one is.
     """
-    _check(config)
-    encoder, decoder, training, words = config.encoder, config.decoder, config.training, config.vocabulary
-    drawn = config.data.data is None
-    if config.start is not None:  # it brings all the rest
-        own = dataclasses.replace(training, learning_rate=training.learning_rate or 5e-5, epochs=training.epochs or 5)
-        return dataclasses.replace(config, training=own)
-    tiny, lstm = encoder.encoder == TINY, config.model != "transformer"
-    pool = 0 if config.model not in ONE_VECTOR else 3 if tiny else 1
-    rates = {(True, True): 3e-3, (True, False): 2e-3, (False, True): 4e-4, (False, False): 3e-4}
-    return dataclasses.replace(
-        config,
-        encoder=dataclasses.replace(encoder, pool=encoder.pool or pool),
-        decoder=dataclasses.replace(
-            decoder,
-            width=decoder.width or (512 if not tiny else 256 if lstm else 128),
-            dropout=decoder.dropout if decoder.dropout is not None else 0.0 if tiny else 0.3 if lstm else 0.1,
-        ),
-        vocabulary=dataclasses.replace(words, min_count=words.min_count or (1 if drawn else 3)),
-        training=dataclasses.replace(
-            training,
-            learning_rate=training.learning_rate or rates[tiny, lstm],
-            epochs=training.epochs or (3 if drawn else 20),
-        ),
-    )
-
-
-def _check(config: TrainConfig) -> None:
     encoder, decoder, training = config.encoder, config.decoder, config.training
-    if (config.objective == "scst") != (config.start is not None):
-        raise LabError("--objective scst and --start RUN belong together: it goes on from a captioner that can write")
     if config.start is not None:
         given = (dataclasses.replace(encoder, unfreeze=0), decoder, config.vocabulary)
         if given != (EncoderOptions(), DecoderOptions(), VocabularyOptions()):
             raise LabError(
                 "--start brings its encoder, decoder and vocabulary: drop their options (--unfreeze may stay)"
             )
-    if config.objective == "scst" and (training.scheduled_sampling or decoder.mask_words or training.label_smoothing):
-        raise LabError("--scheduled-sampling, --mask-words and --label-smoothing are of --objective cross-entropy; "
-                       "drop them")  # fmt: skip
-    if decoder.mask_words and config.model != "transformer":
-        raise LabError("--mask-words: is of --model transformer")
     for flag, value in (("mask-words", decoder.mask_words), ("scheduled-sampling", training.scheduled_sampling),
                         ("label-smoothing", training.label_smoothing), ("dropout", decoder.dropout or 0)):  # fmt: skip
         if not 0 <= value < 1:
@@ -323,12 +282,8 @@ def _check(config: TrainConfig) -> None:
         raise LabError(f"--weights {encoder.weights}: must be a .safetensors file; convert it with safetensors.torch")
     if min(encoder.image_size, encoder.unfreeze, encoder.pool, decoder.width, config.data.limit) < 0:
         raise LabError("--image-size, --unfreeze, --pool, --width and --limit must not be negative")
-    if encoder.pool and config.model not in ONE_VECTOR:
-        raise LabError("--pool: is of --model show_tell; the others look at places")
     if decoder.layers < 1 or decoder.heads < 1:
         raise LabError("--layers and --heads must be at least 1")
-    if config.model == "transformer" and decoder.width % decoder.heads:
-        raise LabError(f"--width {decoder.width}: must be a multiple of --heads {decoder.heads}")
     if config.data.splits is not None and not config.data.splits.is_dir():
         raise LabError(f"--splits {config.data.splits}: no such directory")
     check_decoding(config.decoding)

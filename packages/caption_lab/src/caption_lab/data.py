@@ -1,29 +1,156 @@
-"""Pictures and captions in: the splits, and pictures as the encoder sees them."""
+"""Samples in, batches out: pictures with captions, and the steps that the decoder learns from.
 
+A batch has a row of the encoder's frozen front for each picture, computed once and kept for all its captions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
 
 from caption_lab.encoder import Encoder
 from caption_lab.tiny import RECIPE, demo_scene
-from labs_common.data.described import Captions, Transform, read_captions
-from labs_common.options import CaptionDataOptions
+from caption_lab.vocabulary import Vocabulary, padded
+from labs_common.data.captions import CaptionedPictures, Captions, PictureTensors, read_captions
+from labs_common.frozen.cache import ComputedRows, Rows, front_rows
+from labs_common.options import CacheOptions, CaptionDataOptions
+from labs_common.scenes.files import cached_flickr8k
+from labs_common.steps import ShuffledSteps, own_part, shuffled
 
-# The offline data. The numbers of its scenes are others than those that the encoder was pre-trained on: its seed is 0.
+# The offline data. Its scenes have other seeds than those that the encoder was pre-trained on (0 here, 1 there); 64
+# pixels are more than the tiny encoder reads, so that pictures can be looked at; 9,000 scenes make an epoch of 36,000
+# captions, of which three take about two minutes on two cores.
 DEMO_SIDE, DEMO_COUNT = 64, 9000
-
-
-def transform_of(encoder: Encoder) -> Transform:
-    """What the encoder was trained on."""
-    return Transform(encoder.size, encoder.mean, encoder.std, encoder.interpolation)
+Order = Literal["captions", "by picture", "pictures"]
 
 
 def read_data(options: CaptionDataOptions, seed: int, shown: bool) -> Captions:
-    """The splits of --data, or of the drawn scenes; see `read_captions`."""
+    """Reads the splits of --data, or of the drawn scenes; see `read_captions`."""
     return read_captions(options, seed, shown, drawn_scenes)
 
 
 def drawn_scenes() -> Path:
-    """Drawn scenes with five captions each; made now if never before."""
-    from labs_common.scenes.files import cached_flickr8k
-
+    """Returns the directory of the drawn scenes with five captions each; draws them if that was never done."""
     recipe = {"side": DEMO_SIDE, "count": DEMO_COUNT, "scenes": RECIPE, "format": 1}
     return cached_flickr8k("captioned-scenes", recipe, DEMO_COUNT, DEMO_SIDE, demo_scene)
+
+
+class Batch(NamedTuple):
+    """A process's part of an optimizer step.
+
+    Attributes:
+        rows: of the encoder's front (pictures, row width), each picture once however many of its captions are there.
+        of_rows: the row of each caption (captions,).
+        words: (captions, length), from `<start>` on, padded.
+        pictures: each caption's picture, by its place in the split.
+        of_words: factor of a mean over this part's words, so that the processes' mean is the mean over all words of
+            the step; 0 for a process without a part.
+        of_captions: the same for a mean over captions.
+    """
+
+    rows: torch.Tensor
+    of_rows: torch.Tensor
+    words: torch.Tensor
+    pictures: list[int]
+    of_words: float
+    of_captions: float
+
+    def to(self, device: torch.device) -> "Batch":
+        """Returns the batch with its tensors on `device`."""
+        return self._replace(
+            rows=self.rows.to(device), of_rows=self.of_rows.to(device), words=self.words.to(device)
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CaptionRows:
+    """A split: the front's output for its pictures, and its captions as numbers.
+
+    Attributes:
+        pairs: the picture and the words of each caption.
+    """
+
+    rows: Rows
+    pairs: list[tuple[int, list[int]]]
+
+    def of_pictures(self, places: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the rows of the pictures that occur (pictures, row width), and the row of each place (places,)."""
+        unique, where = np.unique(np.asarray(places), return_inverse=True)
+        return self.rows.rows(0, unique.tolist()), torch.from_numpy(where)
+
+
+def caption_steps(
+    data: CaptionRows, batch_size: int, seed: int, order: Order = "captions", rank: int = 0, processes: int = 1
+) -> ShuffledSteps:
+    """Cuts training data into optimizer steps of `batch_size` captions, of which each process gets one batch.
+
+    `order` shuffles captions; pictures, of which all captions follow each other ("by picture"); or pictures of which
+    only the first caption comes ("pictures").
+    """
+    of_picture: dict[int, list[int]] = {}
+    for number, (picture, _) in enumerate(data.pairs):
+        of_picture.setdefault(picture, []).append(number)
+    of_each = list(of_picture.values())
+    # Captions that stay together when the order is drawn.
+    parts = {
+        "captions": [[number] for numbers in of_each for number in numbers],
+        "by picture": of_each,
+        "pictures": [numbers[:1] for numbers in of_each],
+    }[order]
+
+    def numbers_of(epoch: int) -> list[int]:
+        return [number for part in shuffled(seed, epoch, len(parts)) for number in parts[part]]
+
+    def batch(numbers: list[int], epoch: int, step: int) -> list[Batch]:
+        mine, of_captions = own_part(numbers, rank, processes)
+        words = [data.pairs[number][1] for number in mine]
+        pictures = [data.pairs[number][0] for number in mine]
+        predicted = sum(map(len, words)) - len(words)  # every word but <start>
+        of_all = sum(len(data.pairs[number][1]) - 1 for number in numbers)
+        of_words = predicted * processes / of_all if of_captions else 0.0
+        return [Batch(*data.of_pictures(pictures), padded(words)[0], pictures, of_words, of_captions)]
+
+    return ShuffledSteps(sum(map(len, parts)), batch_size, seed, batch, numbers_of)
+
+
+def encoded_pairs(pictures: CaptionedPictures, vocabulary: Vocabulary) -> list[tuple[int, list[int]]]:
+    """Returns every caption of every picture as its picture's place and its words' numbers."""
+    return [
+        (place, words)
+        for place, captions in enumerate(pictures.captions)
+        for words in map(vocabulary.encode, captions)
+        if len(words) > 2  # of punctuation alone nothing is left
+    ]
+
+
+def caption_rows(
+    name: str,
+    pictures: CaptionedPictures,
+    encoder: Encoder,
+    vocabulary: Vocabulary,
+    options: CacheOptions,
+    accelerator: Accelerator,
+) -> CaptionRows:
+    """Returns a split called `name` with the front's output, of which whatever its cache lacks is computed now.
+
+    The encoder is on its device. Where nothing of it is frozen, the rows are the pictures.
+
+    Raises:
+        LabError: the cache's disk is full or broken.
+    """
+    tensors = PictureTensors(pictures, encoder.transform)
+    pairs = encoded_pairs(pictures, vocabulary)
+    if not encoder.has_front:
+        return CaptionRows(ComputedRows(lambda _, places: tensors.batch(places), "fp32"), pairs)
+
+    def compute(_: int, places: Sequence[int]) -> torch.Tensor:
+        return encoder.front(tensors.batch(places).to(accelerator.device))
+
+    recipe = {"tensors": tensors.recipe(), "pool": encoder.pool}
+    rows = front_rows(f"{encoder.architecture}-{name}", encoder.front_module, compute, len(pictures),
+                      encoder.row_width, recipe, options, accelerator)  # fmt: skip
+    return CaptionRows(rows, pairs)

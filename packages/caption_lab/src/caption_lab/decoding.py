@@ -1,14 +1,19 @@
-"""How captions are written: greedily, by beam search, or by chance; all pictures of a batch at once."""
+"""Captions are written greedily, by beam search, or by sampling; all pictures of a batch at once."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from caption_lab.config import DecodingOptions
-from caption_lab.vocabulary import END, PAD, START, UNK
+from caption_lab.vocabulary import END, PAD, START, UNK, Vocabulary
+from labs_common.progress import tracked
 
 NEVER = (PAD, START, UNK)  # these are never written
+GREEDY = DecodingOptions(beam=1)
 
 
 @dataclass(frozen=True)
@@ -16,7 +21,7 @@ class Written:
     """The captions of a batch of pictures.
 
     Attributes:
-        words: numbers of each caption's words, with `<end>` unless it was cut off.
+        words: the numbers of each caption's words, with `<end>` unless it was cut off.
         log_probabilities: of each caption, the sum over its words.
         attention: (words, places) of each caption if the decoder attends and it was asked for, else empty.
     """
@@ -34,10 +39,40 @@ def write(
     generator: torch.Generator | None = None,
     attention: bool = False,
 ) -> Written:
-    """Captions for features (pictures, …), of at most `length` words with `<end>`; `generator` is for `top_p`."""
+    """Writes captions for features (pictures, …), of at most `length` words with `<end>`.
+
+    `decoder` is one of `caption_lab.decoder`, in evaluation mode; `top_p` samples from `generator`.
+    """
     if options.top_p or options.beam == 1:
         return roll_out(decoder, features, length, options, generator, attention)
     return beam_search(decoder, features, length, options, attention)
+
+
+def captions_of(
+    decoder: Any,
+    features: Callable[[Sequence[int]], torch.Tensor],
+    count: int,
+    vocabulary: Vocabulary,
+    options: DecodingOptions,
+    accelerator: Accelerator | None = None,
+    batch_size: int = 64,
+    task: str = "",
+) -> list[str]:
+    """Writes a caption for each of `count` pictures; `features` gives what the decoder reads for their places.
+
+    The processes of `accelerator` share the pictures; every one gets all captions. With a `task` it shows how far it
+    has come. `top_p` samples from the process's generator.
+    """
+    rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    mine = range(rank, count, processes)
+    found: list[tuple[int, str]] = []
+    starts = range(0, len(mine), batch_size)
+    for first in tracked(starts, task, len(starts), bool(task) and rank == 0):
+        places = list(mine[first : first + batch_size])
+        written = write(decoder, features(places), vocabulary.length + 1, options)
+        found += zip(places, map(vocabulary.decode, written.words), strict=True)
+    everyone = gather_object(found) if processes > 1 else found
+    return [caption for _, caption in sorted(everyone)]
 
 
 @torch.no_grad()
@@ -49,7 +84,7 @@ def roll_out(
     generator: torch.Generator | None = None,
     attention: bool = False,
 ) -> Written:
-    """The most probable next word every time, or with `top_p` one drawn by chance (Holtzman et al. 2020, eq. 2, 3)."""
+    """Takes the most probable next word every time; with `top_p` a sampled one (Holtzman et al. 2020, eq. 2, 3)."""
     fixed, moving = decoder.begin(features)
     words = torch.full((len(features), 1, 1), START, device=features.device)
     total = torch.zeros(len(features), device=features.device)
@@ -58,23 +93,25 @@ def roll_out(
     while words.shape[2] <= length and not bool(over.all()):
         logits, moving, seen = decoder.step(words[:, :, -1], fixed, moving)
         logs = log_probabilities(logits, _banned(words, options, logits))[:, 0]  # (pictures, vocabulary)
-        chosen = _drawn(logs, options, generator) if options.top_p else logs.argmax(-1)
+        chosen = _sampled(logs, options, generator) if options.top_p else logs.argmax(-1)
         total += torch.where(over, 0.0, logs.gather(1, chosen[:, None])[:, 0])
         words = torch.cat([words, torch.where(over, PAD, chosen)[:, None, None]], 2)
         over = over | (chosen == END)
         if attention and seen is not None:
             looked.append(seen[:, 0])
-    return _written(words[:, 0], total, torch.stack(looked, 1) if looked else None)
+    captions = [[word for word in row if word != PAD] for row in words[:, 0, 1:].tolist()]
+    seen_of = torch.stack(looked, 1).cpu().unbind() if looked else ()  # of each picture (words, places)
+    return Written(captions, total.tolist(), [seen[: len(row)] for seen, row in zip(seen_of, captions, strict=False)])
 
 
 @torch.no_grad()
 def beam_search(
     decoder: Any, features: torch.Tensor, length: int, options: DecodingOptions, attention: bool = False
 ) -> Written:
-    """The best caption that following `options.beam` beginnings of each picture finds.
+    """Follows `options.beam` beginnings of each picture and returns the best caption that they lead to.
 
-    Ranked by log-probability / words ** `length_penalty`, `<end>` counting as a word. A picture leaves the batch when
-    no beginning that is still open can get ahead of its best finished caption.
+    They are ranked by log-probability / words ** `length_penalty`, `<end>` counting as a word. A picture leaves the
+    batch when no beginning that is still open can get ahead of its best finished caption.
     """
     beams, power = options.beam, options.length_penalty
     fixed, moving = decoder.begin(features)
@@ -82,7 +119,7 @@ def beam_search(
     device = features.device
     words = torch.full((len(features), beams, 1), START, device=device)
     total = torch.full((len(features), beams), -torch.inf, device=device)
-    total[:, 0] = 0.0  # all beams are the same now: only the first counts
+    total[:, 0] = 0.0  # all beams are the same at first: only one counts
     counts = torch.zeros(len(features), beams, device=device)
     over = torch.zeros(len(features), beams, dtype=torch.bool, device=device)
     looked: torch.Tensor | None = None
@@ -95,6 +132,7 @@ def beam_search(
         logs = logs.masked_fill(over[..., None], -torch.inf)
         logs[..., PAD] = torch.where(over, 0.0, logs[..., PAD])
         totals, lengths = total[..., None] + logs, (counts + ~over)[..., None].expand_as(logs)
+        # The beams' next words compete with each other: (pictures, beams * vocabulary)
         _, best = (totals / lengths**power).flatten(1).topk(beams)
         beam, word = best // logs.shape[-1], best % logs.shape[-1]
         total, counts = totals.flatten(1).gather(1, best), lengths.flatten(1).gather(1, best)
@@ -109,7 +147,8 @@ def beam_search(
         # Probabilities only fall: this is the most that an open beginning can still reach.
         reachable = (total / length**power).masked_fill(over, -torch.inf).amax(1)
         done = (finished >= reachable) | (step == length - 1)
-        if not (bool(done.all()) or done.sum() * 4 >= len(done)):  # taking a few out costs more than it saves
+        # Taking pictures out copies all that the beams know: fewer than a quarter cost more than they save.
+        if not (bool(done.all()) or done.sum() * 4 >= len(done)):
             continue
         first = score.masked_fill(~over & (step < length - 1), -torch.inf).argmax(1)
         for place in done.nonzero()[:, 0].tolist():
@@ -130,17 +169,20 @@ def beam_search(
 
 
 def log_probabilities(logits: torch.Tensor, banned: torch.Tensor | None = None) -> torch.Tensor:
-    """Of the next words (…, vocabulary), among those that are ever written and not `banned`."""
+    """Returns those of the next words (…, vocabulary), among the words that are ever written and not `banned`."""
     logits = logits.float().index_fill(-1, torch.tensor(NEVER, device=logits.device), -torch.inf)
     return (logits if banned is None else logits.masked_fill(banned, -torch.inf)).log_softmax(-1)
 
 
 def repeating(words: torch.Tensor, size: int, vocabulary: int) -> torch.Tensor:
-    """Which words (pictures, beams, vocabulary) would end a sequence of `size` words that `words` already have."""
+    """Marks the words (pictures, beams, vocabulary) that would repeat a sequence of `size` words of `words`.
+
+    `words` (pictures, beams, length) are those so far; `<end>` is never marked.
+    """
     banned = torch.zeros(*words.shape[:2], vocabulary, dtype=torch.bool, device=words.device)
     if words.shape[2] >= size:
         windows = words.unfold(2, size, 1)  # (pictures, beams, windows, size)
-        begun = words[:, :, None, words.shape[2] - size + 1 :]
+        begun = words[:, :, None, words.shape[2] - size + 1 :]  # (pictures, beams, 1, size - 1)
         same = (windows[..., :-1] == begun).all(-1)
         # Where nothing repeats, a word that is never written anyway is banned.
         banned.scatter_(2, torch.where(same, windows[..., -1], PAD), True)
@@ -152,8 +194,8 @@ def _banned(words: torch.Tensor, options: DecodingOptions, logits: torch.Tensor)
     return repeating(words, options.no_repeat, logits.shape[-1]) if options.no_repeat else None
 
 
-def _drawn(logs: torch.Tensor, options: DecodingOptions, generator: torch.Generator | None) -> torch.Tensor:
-    """A word of each picture, by chance, from the smallest set of words that together have `top_p`."""
+def _sampled(logs: torch.Tensor, options: DecodingOptions, generator: torch.Generator | None) -> torch.Tensor:
+    """Samples a word for each picture from the smallest set of words that together have `top_p`."""
     shares, order = (logs / options.temperature).softmax(-1).sort(-1, descending=True)
     before = shares.cumsum(-1) - shares
     shares = shares.masked_fill(before >= options.top_p, 0.0)
@@ -161,12 +203,5 @@ def _drawn(logs: torch.Tensor, options: DecodingOptions, generator: torch.Genera
 
 
 def _of_beams(tensor: torch.Tensor, beam: torch.Tensor) -> torch.Tensor:
-    """The entries of (pictures, beams, …) that belong to the chosen beams (pictures, beams)."""
+    """Takes the entries of (pictures, beams, …) that belong to the chosen beams (pictures, beams)."""
     return tensor[torch.arange(len(beam), device=beam.device)[:, None], beam]
-
-
-def _written(words: torch.Tensor, total: torch.Tensor, looked: torch.Tensor | None) -> Written:
-    """From words (captions, length) that begin with `<start>` and end in padding, and what was looked at for them."""
-    captions = [[word for word in row if word != PAD] for row in words[:, 1:].tolist()]
-    attention = [] if looked is None else [seen[: len(row)] for seen, row in zip(looked.cpu(), captions, strict=True)]
-    return Written(captions, total.tolist(), attention)

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from caption_lab.config import FINISHED, TRAIN, DecodingOptions, DemoConfig, check_decoding
+from caption_lab.report import attention_maps, word_tiles
+from caption_lab.saved import load_captioner
 from labs_common.pages import check_page, serve
+from labs_common.run import newest_run
 
 
 def demo(config: DemoConfig) -> None:
@@ -19,8 +22,6 @@ def demo(config: DemoConfig) -> None:
     Raises:
         LabError: Gradio is not installed, no captioner is there, or the port is taken.
     """
-    from labs_common.run import newest_run
-
     check_decoding(config.decoding)
     checkpoint = config.checkpoint or newest_run(FINISHED, TRAIN)
     check_page(config.page, "caption-lab[demo]")
@@ -28,26 +29,20 @@ def demo(config: DemoConfig) -> None:
 
 
 def caption_page(checkpoint: Path, decoding: DecodingOptions) -> Any:
-    """The page: a picture in, its caption and where the captioner looked out."""
-    import gradio
-
-    from caption_lab.decoding import write
-    from caption_lab.export import features_of, load_captioner
-    from caption_lab.looking import looked_at, word_tiles
+    """Makes the page: a picture in, its caption and where the captioner looked out."""
+    import gradio  # an extra, which may be missing
 
     captioner = load_captioner(checkpoint)
 
-    def described(image: Any, beam: float) -> tuple[str, list[Any]]:
+    def describe(image: Any, beam: float) -> tuple[str, list[Any]]:
         if image is None:
             return "", []
         options = replace(decoding, beam=int(beam))
         image = image.convert("RGB")
-        looks = looked_at(captioner, [image], options)
-        if looks:
-            ((words, attention),) = looks
+        if maps := attention_maps(captioner, [image], options):
+            ((words, attention),) = maps
             return " ".join(words), word_tiles(image, words, attention)
-        features = features_of(captioner, captioner.transform.normalised([captioner.transform.levels(image)]))
-        (numbers,) = write(captioner.model.decoder, features, captioner.length, options).words
+        (numbers,) = captioner.describe([image], options).words
         return captioner.vocabulary.decode(numbers), []
 
     with gradio.Blocks(title="caption_lab") as page:
@@ -60,5 +55,5 @@ def caption_page(checkpoint: Path, decoding: DecodingOptions) -> Any:
             with gradio.Column():
                 caption = gradio.Textbox(label="Caption", elem_id="caption", interactive=False)
                 looks = gradio.Gallery(label="Where it looked for each word", columns=4, elem_id="looks")
-        send.click(described, [image, beam], [caption, looks])
+        send.click(describe, [image, beam], [caption, looks])
     return page

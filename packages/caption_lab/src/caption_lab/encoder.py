@@ -10,51 +10,48 @@ from torch import nn
 
 from caption_lab.config import TINY, EncoderOptions
 from caption_lab.tiny import RECIPE, tiny_arguments, tiny_weights
-from labs_common.cut import Cut
+from labs_common.data.captions import Transform
 from labs_common.errors import LabError
-from labs_common.networks import load_exactly, read_weights, timm_arguments
+from labs_common.frozen.cut import Cut
+from labs_common.saved import load_exactly, read_weights, timm_arguments
 
 
 class Encoder(nn.Module):
-    """A timm network whose forward ends at its last grid; of that the means over `pool` × `pool` parts, side by side.
+    """A timm network without its classifier: the vectors of its last grid, or their means over parts of the picture.
 
     It stays in evaluation mode, so that no batch-norm statistic moves, also in stages that train.
 
     Attributes:
-        architecture: what `timm.create_model` is given, with `arguments`.
-        pool: 0 to keep the grid.
-        size: side of its pictures in pixels.
-        mean: of its pictures' channels, with `std`.
+        architecture: the name for `timm.create_model`, with `arguments`.
+        pool: the means over so many parts across and down, side by side, are the one vector; 0 keeps the grid.
+        transform: what makes a picture fit for it.
         grid: rows and columns of places.
         width: of each place's vector; of the one vector if it is pooled.
         stages: prefixes of the parameters that train.
     """
 
     def __init__(self, architecture: str, arguments: dict[str, Any], size: int, pool: int) -> None:
-        """The network with random weights.
+        """Makes the network with random weights for pictures of `size` pixels; 0 takes its own size.
 
         Raises:
-            LabError: its output is no grid of vectors.
+            LabError: it takes no such pictures, or its output is no grid of vectors.
         """
         super().__init__()
         self.architecture, self.arguments, self.pool = architecture, arguments, pool
-        self.network: Any = timm.create_model(architecture, num_classes=0, **arguments)
-        self.network.eval()
+        network: Any = timm.create_model(architecture, num_classes=0, **arguments)
+        self.network = network.eval()
         known = resolve_model_data_config(self.network)
-        self.size = size or int(known["input_size"][-1])
-        self.mean, self.std = tuple(known["mean"]), tuple(known["std"])
-        self.interpolation = str(known["interpolation"])
+        size = size or int(known["input_size"][-1])
+        self.transform = Transform(size, tuple(known["mean"]), tuple(known["std"]), str(known["interpolation"]))
         self.stages: tuple[str, ...] = ()
         self._cut: tuple[Cut, ...] = ()  # not a submodule: its modules are the network's
         self._skip: int = int(getattr(self.network, "num_prefix_tokens", 0))
         with torch.no_grad():
-            device = next(self.network.parameters()).device
-            look: Any = self.network.forward_features
             try:
-                example = look(torch.zeros(2, 3, self.size, self.size, device=device))
+                example = network.forward_features(self._example())
             except (AssertionError, RuntimeError) as error:
                 reason = str(error).splitlines()[0]
-                raise LabError(f"--image-size {self.size}: {architecture} takes no such pictures ({reason})") from error
+                raise LabError(f"--image-size {size}: {architecture} takes no such pictures ({reason})") from error
         if not isinstance(example, torch.Tensor) or example.dim() not in (3, 4):
             raise LabError(f"--encoder {architecture}: gives no grid of vectors; take another")
         if example.dim() == 3:
@@ -74,11 +71,11 @@ class Encoder(nn.Module):
 
     @property
     def places(self) -> int:
-        """How many vectors it gives."""
+        """The number of vectors that it gives."""
         return 1 if self.pool else self.grid[0] * self.grid[1]
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Pictures (batch, 3, size, size) to (batch, places, width), or (batch, width) if it is pooled."""
+        """Turns pictures (batch, 3, size, size) into (batch, places, width), or (batch, width) if it is pooled."""
         features = self.network.forward_features(pictures)
         if self._layout == "tokens":
             features = features[:, self._skip :]
@@ -88,47 +85,45 @@ class Encoder(nn.Module):
             features = features.flatten(2).transpose(1, 2)
         if not self.pool:
             return features
-        grid = features.transpose(1, 2).unflatten(2, self.grid)
+        grid = features.transpose(1, 2).unflatten(2, self.grid)  # (batch, width, rows, columns)
         return F.adaptive_avg_pool2d(grid, self.pool).flatten(1)
 
     def train_last(self, count: int, frozen_is_kept: bool) -> None:
         """Lets the last `count` stages train; cuts the network before them where their input is to be kept.
 
         Raises:
-            LabError: it has no so many stages, or cannot be cut there.
+            LabError: it has fewer stages, or cannot be cut there.
         """
         self._cut = ()
         self.stages = tuple(f"network.{name}" for name in last_stages(self.network, count))
+        trained = tuple(f"{stage}." for stage in self.stages)
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(
-                name.startswith(tuple(f"{stage}." for stage in self.stages)) if self.stages else False
-            )
+            parameter.requires_grad_(name.startswith(trained))
         if self.stages and frozen_is_kept:
-            device = next(self.parameters()).device
-            self._cut = (Cut(self, self.stages, torch.zeros(2, 3, self.size, self.size, device=device)),)
+            self._cut = (Cut(self, self.stages, self._example()),)
 
     @property
     def row_width(self) -> int:
-        """Values in a row of `front`."""
+        """The number of values in a row of `front`."""
         return self._cut[0].width if self._cut else self.places * self.width
 
     @property
     def has_front(self) -> bool:
-        """Whether a part of it gives the same for a picture all the time."""
+        """True if a part of it gives the same for a picture all the time."""
         return bool(self._cut) or not self.stages
 
     def front(self, pictures: torch.Tensor) -> torch.Tensor:
-        """What does not train: pictures (batch, 3, size, size) to rows (batch, row_width)."""
+        """Runs the part that does not train: pictures (batch, 3, size, size) to rows (batch, row_width)."""
         rows: torch.Tensor = self._cut[0].front(pictures) if self._cut else self(pictures).flatten(1)
         return rows
 
     @property
     def front_module(self) -> nn.Module:
-        """The module whose weights and code decide what `front` gives."""
+        """The module that decides by its weights and code what `front` gives."""
         return self._cut[0].front if self._cut else self
 
     def back(self, rows: torch.Tensor) -> torch.Tensor:
-        """What trains: rows (or pictures, where nothing is frozen) to features, as `forward` gives them."""
+        """Runs the part that trains: rows (pictures, where nothing is frozen) to features as `forward` gives them."""
         if not self.has_front:
             return self(rows)
         if self._cut:
@@ -136,12 +131,17 @@ class Encoder(nn.Module):
         return rows.float() if self.pool else rows.float().unflatten(1, (self.places, self.width))
 
     def train(self, mode: bool = True) -> "Encoder":
-        """Stays as it is: no statistic of it moves, nothing of it is dropped."""
+        """Changes nothing: no statistic of it moves, nothing of it is dropped."""
         return self
+
+    def _example(self) -> torch.Tensor:
+        """Two empty pictures (batch, 3, size, size); two, because a batch of one can hide an axis."""
+        size = self.transform.size
+        return torch.zeros(2, 3, size, size, device=next(self.network.parameters()).device)
 
 
 def make_encoder(options: EncoderOptions) -> Encoder:
-    """The encoder with the weights that the options name; what trains is not decided yet.
+    """Makes the encoder with the weights that the options name; what trains is not decided yet.
 
     Raises:
         LabError: timm has no such network, its weights cannot be had, or the file is of another.
@@ -169,12 +169,12 @@ def make_encoder(options: EncoderOptions) -> Encoder:
 
 
 def last_stages(network: Any, count: int) -> list[str]:
-    """Prefixes of the parameters of the last `count` stages, and of all that comes after them.
+    """Finds the prefixes of the parameters of the last `count` stages, and of all that comes after them.
 
     A stage ends where timm lists a feature map (`feature_info`): layer1 to layer4 of a ResNet, each block of a ViT.
 
     Raises:
-        LabError: the network has no so many.
+        LabError: the network has fewer.
     """
     if not count:
         return []
@@ -193,6 +193,6 @@ def last_stages(network: Any, count: int) -> list[str]:
 
 
 def _unit(parameter: str) -> str:
-    """The part of the network that a parameter belongs to: layer4 or blocks.6."""
+    """Names the part of the network that a parameter belongs to: layer4 or blocks.6."""
     first, *rest = parameter.split(".")
     return f"{first}.{rest[0]}" if rest and rest[0].isdigit() and len(rest) > 1 else first

@@ -5,17 +5,34 @@ from caption_lab import commands
 if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
     commands.evaluate()
 
-import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from caption_lab.config import FINISHED, TRAIN, EvaluateConfig, TrainConfig, check_decoding
-from labs_common.cli import config_from_yaml
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from caption_lab.config import FINISHED, TRAIN, DecodingOptions, EvaluateConfig, TrainConfig, check_decoding
+from caption_lab.data import drawn_scenes, read_data
+from caption_lab.decoding import captions_of
+from caption_lab.metrics import Evaluation, caption_metrics, references_of, truthfulness
+from caption_lab.report import METRICS, captions_json, evaluation_sections, print_scores, published_section
+from caption_lab.saved import Captioner, load_captioner
+from caption_lab.vocabulary import Cleaning
+from labs_common.cli import config_from_yaml, to_plain
+from labs_common.data.captions import CaptionedPictures, PictureTensors, at_most, read_captioned, truth_of
+from labs_common.data.splits import print_left_out
 from labs_common.errors import LabError
+from labs_common.progress import console
+from labs_common.report import Section, Table, asked_section, write_report
+from labs_common.run import Run, check_new, new_folder, newest_run
+from labs_common.scenes.world import Scene
 
-if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
-    from labs_common.data import CaptionedPictures
-    from labs_common.scenes import Scene
+# Captions that say more different things than the best one, to be judged as well; 0.9 is Holtzman et al.'s usual value.
+SAMPLED = DecodingOptions(beam=1, top_p=0.9)
+SAMPLES = 3  # of each picture
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -26,18 +43,6 @@ def evaluate(config: EvaluateConfig) -> None:
     """
     check_decoding(config.decoding)
     beams = _beams(config)
-
-    import torch
-    from accelerate import Accelerator
-
-    from caption_lab.evaluation import evaluated
-    from caption_lab.export import load_captioner
-    from caption_lab.results import METRICS, captions_json, evaluation_sections, print_scores, published_section
-    from labs_common.cli import to_plain
-    from labs_common.progress import console
-    from labs_common.report import Section, Table, asked_section, write_report
-    from labs_common.run import Run, check_new, new_folder, newest_run
-
     check_new(config.output)
     checkpoint = config.checkpoint or newest_run(FINISHED, TRAIN)
     captioner = load_captioner(checkpoint)
@@ -46,8 +51,8 @@ def evaluate(config: EvaluateConfig) -> None:
     accelerator = Accelerator()
     kept: dict[int, torch.Tensor] = {}
     found = {
-        beam: evaluated(captioner, pictures, truth, dataclasses.replace(config.decoding, beam=beam), accelerator,
-                        config.batch_size, kept=kept)
+        beam: evaluate_captioner(captioner, pictures, truth, replace(config.decoding, beam=beam), accelerator,
+                                 config.batch_size, kept=kept)
         for beam in beams
     }  # fmt: skip
     if not accelerator.is_main_process:
@@ -55,6 +60,7 @@ def evaluate(config: EvaluateConfig) -> None:
     (output / "figures").mkdir(parents=True, exist_ok=True)
     run = Run(output)
     best = max(beams, key=lambda beam: found[beam].metrics["cider"])
+    metrics = found[best].metrics
     scores = {str(beam): found[beam].metrics for beam in beams}
     run.save_json("evaluation.json", {"config": to_plain(config), "pictures": len(pictures), "by beam": scores})
     run.save_json("captions.json", captions_json(pictures, found[best].captions))
@@ -62,40 +68,84 @@ def evaluate(config: EvaluateConfig) -> None:
         console.print(f"beam {beam}")
         print_scores(found[beam])
     rows = [(beam, *(found[beam].metrics[key] for key in METRICS)) for beam in beams]
+    caption = f"What follows is of beam {best}, with the highest CIDEr-D."
     sections = [
         asked_section(config),
-        Section("Beam widths", [Table(("beam", *METRICS.values()), rows, f"What follows is of beam {best}, with the "
-                                      "highest CIDEr-D.")]),
-        *evaluation_sections(run, found[best], pictures, truth, captioner,
-                             dataclasses.replace(config.decoding, beam=best)),
-        published_section({captioner.kind: found[best].metrics}, source),
-    ]  # fmt: skip
-    metrics = found[best].metrics
+        Section("Beam widths", [Table(("beam", *METRICS.values()), rows, caption)]),
+        *evaluation_sections(run, found[best], pictures, truth, captioner, replace(config.decoding, beam=best)),
+        published_section({captioner.kind: metrics}, source),
+    ]
     said = ", ".join(f"{METRICS[key]} {metrics[key]:.3g}" for key in ("bleu-1", "bleu-4", "cider"))
     summary = f"{len(pictures)} pictures, beam {best}: {said}."
-    path = write_report(run, f"Evaluation of {checkpoint.name}", summary, sections)
-    print(f"report: {path}")
+    print(f"report: {write_report(run, f'Evaluation of {checkpoint.name}', summary, sections)}")
 
 
-def chosen_pictures(
-    config: EvaluateConfig, checkpoint: Path
-) -> "tuple[CaptionedPictures, dict[str, Scene], str | None]":
-    """The pictures, what drawn ones show, and where they are from: of --data, or of the run itself.
+def evaluate_captioner(
+    captioner: Captioner,
+    pictures: CaptionedPictures,
+    truth: Mapping[str, Scene],
+    options: DecodingOptions,
+    accelerator: Accelerator,
+    batch_size: int = 64,
+    seed: int = 0,
+    kept: dict[int, torch.Tensor] | None = None,
+) -> Evaluation:
+    """Runs the whole captioner on the pictures and scores its captions; the processes share them.
+
+    Sampling begins with `seed`. Several calls for the same pictures that get the same `kept` run the encoder once.
+    """
+    tensors = PictureTensors(pictures, captioner.model.encoder.transform)
+    model, vocabulary = captioner.model.to(accelerator.device), captioner.vocabulary
+    reused = bool(truth) or kept is not None  # drawn pictures are described several times
+    kept = {} if kept is None else kept
+
+    @torch.no_grad()
+    def features(places: Sequence[int]) -> torch.Tensor:
+        missing = [place for place in places if place not in kept]
+        if missing:
+            found: torch.Tensor = model.encoder(tensors.batch(missing).to(accelerator.device))
+            if not reused:
+                return found
+            kept.update(zip(missing, found, strict=True))
+        return torch.stack([kept[place] for place in places])
+
+    def write(by: DecodingOptions, task: str, number: int = 0) -> list[str]:
+        set_seed(seed + number, device_specific=True)
+        return captions_of(model.decoder, features, len(pictures), vocabulary, by, accelerator, batch_size, task)
+
+    captions, others = write(options, "writing captions"), captions_of_others(pictures, vocabulary.cleaning)
+    claims = {}
+    if truth:
+        scenes = [truth[name] for name in pictures.names]
+        claims["written"] = truthfulness(captions, scenes)
+        sampled = [write(SAMPLED, f"sampling captions, {n + 1} of {SAMPLES}", n) for n in range(SAMPLES)]
+        claims["drawn by chance"] = truthfulness([c for each in sampled for c in each], scenes * SAMPLES)
+        claims["of another picture"] = truthfulness(others, scenes)
+    references = references_of(pictures, vocabulary.cleaning)
+    metrics, chance = (caption_metrics([c.split() for c in those], references) for those in (captions, others))
+    return Evaluation(captions, metrics, chance, claims)
+
+
+def captions_of_others(pictures: CaptionedPictures, cleaning: Cleaning) -> list[str]:
+    """Returns for each picture a true caption of another one: what somebody would score who did not look."""
+    order = np.random.default_rng(0).permutation(len(pictures))
+    other = {int(here): int(there) for here, there in zip(order, np.roll(order, 1), strict=True)}
+    return [" ".join(cleaning.words(pictures.captions[other[place]][0])) for place in range(len(pictures))]
+
+
+def chosen_pictures(config: EvaluateConfig, checkpoint: Path) -> tuple[CaptionedPictures, dict[str, Scene], str | None]:
+    """Reads the pictures of --data, or of the run itself; returns with them what drawn ones show and --data.
 
     Raises:
         LabError: they cannot be read, or the run does not say which pictures it had.
     """
-    from caption_lab.data import drawn_scenes, read_data
-    from labs_common.data import print_left_out, read_captioned
-    from labs_common.data.described import at_most, truth_of
-
     options, seed = config.data, 0
     if options.data is None:
         file = checkpoint / "config.yaml"
         if not file.is_file():
             raise LabError(f"--checkpoint {checkpoint}: holds no config.yaml that names its pictures; name --data")
         trained = config_from_yaml(TrainConfig, file)
-        options = dataclasses.replace(
+        options = replace(
             trained.data, on_bad_data=config.data.on_bad_data, limit=options.limit or trained.data.limit,
             splits=options.splits or trained.data.splits,
         )  # fmt: skip
@@ -111,12 +161,15 @@ def chosen_pictures(
 
 
 def _beams(config: EvaluateConfig) -> list[int]:
+    """Reads --beams; sampling follows no beams, so one width stands for all.
+
+    Raises:
+        LabError: they are no widths.
+    """
     try:
         beams = [int(beam) for beam in config.beams.split(",")]
     except ValueError:
         beams = []
     if not beams or min(beams) < 1:
         raise LabError(f"--beams {config.beams}: must be numbers from 1 with commas between, as in 1,3,5")
-    if config.decoding.top_p:
-        return beams[:1]
-    return list(dict.fromkeys(beams))
+    return beams[:1] if config.decoding.top_p else list(dict.fromkeys(beams))

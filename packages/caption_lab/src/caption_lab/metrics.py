@@ -1,4 +1,4 @@
-"""BLEU, ROUGE-L and CIDEr-D of captions, and how varied they are. Everything works on words that are already cleaned.
+"""BLEU, ROUGE-L and CIDEr-D of captions, how varied they are, and how much of what they say of a drawn scene is true.
 
 METEOR is left out: the papers used version 1.5, which is a Java program with paraphrase tables. What Python has
 (`nltk.translate.meteor_score`) follows an older definition and gives other numbers (nltk issue 2655).
@@ -7,19 +7,62 @@ METEOR is left out: the papers used version 1.5, which is a Java program with pa
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from sacrebleu.metrics.bleu import BLEU
 
+from caption_lab.vocabulary import SPECIAL, UNK, Cleaning
+from labs_common.data.captions import CaptionedPictures
+from labs_common.scenes.captions import Claim, claims_of
+from labs_common.scenes.world import Scene
+
 Words = Sequence[str]
-ORDERS = 4
-SIGMA = 6.0
-BETA = 1.2
+ORDERS = 4  # n-grams of one to four words, in BLEU and in CIDEr
+SIGMA = 6.0  # of CIDEr-D's Gaussian over the difference in length
+BETA = 1.2  # ROUGE-L's weight of recall, as coco-caption has it
+
+
+@dataclass(frozen=True)
+class Truthfulness:
+    """The share of what captions claim that is so.
+
+    Attributes:
+        by_kind: for each kind of claim how many are right, and how many there are.
+        whole: the share of captions that are right in everything.
+    """
+
+    by_kind: dict[str, tuple[int, int]]
+    whole: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The captions of a split, and their scores.
+
+    Attributes:
+        captions: one for each picture.
+        metrics: of them.
+        chance: the metrics of true captions that are of other pictures.
+        claims: what is right in them, in sampled captions and in those of other pictures; empty where nobody knows
+            what is true.
+    """
+
+    captions: list[str]
+    metrics: dict[str, float]
+    chance: dict[str, float]
+    claims: dict[str, Truthfulness]
+
+
+def references_of(pictures: CaptionedPictures, cleaning: Cleaning) -> list[list[list[str]]]:
+    """Returns the words of every true caption of every picture, cleaned as the model's own are."""
+    cleaned = [[cleaning.words(caption) for caption in captions] for captions in pictures.captions]
+    return [[words for words in captions if words] or [[SPECIAL[UNK]]] for captions in cleaned]
 
 
 def caption_metrics(captions: Sequence[Words], references: Sequence[Sequence[Words]]) -> dict[str, float]:
-    """All metrics of captions, one for each picture, against that picture's references.
+    """Computes all metrics of captions, one for each picture, against that picture's references.
 
     BLEU and ROUGE-L are in per cent as in the papers, CIDEr-D as coco-caption gives it (1.0 is usually printed as 100).
     """
@@ -30,7 +73,7 @@ def caption_metrics(captions: Sequence[Words], references: Sequence[Sequence[Wor
 
 
 def bleu(captions: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
-    """BLEU-1 to BLEU-4 in per cent, of the corpus, not smoothed (Papineni et al. 2002)."""
+    """Computes BLEU-1 to BLEU-4 in per cent, of the corpus, not smoothed (Papineni et al. 2002)."""
     most = max(map(len, references))
     # sacrebleu takes the first reference of every picture, then the second, …; None where there is none.
     streams: Any = [[" ".join(r[place]) if place < len(r) else None for r in references] for place in range(most)]
@@ -43,7 +86,7 @@ def bleu(captions: Sequence[Words], references: Sequence[Sequence[Words]]) -> li
 
 
 def rouge_l(caption: Words, references: Sequence[Words]) -> float:
-    """ROUGE-L as coco-caption defines it: F with beta 1.2 of the best precision and the best recall (Lin 2004)."""
+    """Computes ROUGE-L as coco-caption does: F of the best precision and the best recall (Lin 2004), 0 to 1."""
     if not caption:
         return 0.0
     common = [longest_common(caption, reference) for reference in references]
@@ -55,7 +98,7 @@ def rouge_l(caption: Words, references: Sequence[Words]) -> float:
 
 
 def longest_common(one: Words, other: Words) -> int:
-    """The length of the longest sequence of words that is in both, not necessarily without gaps."""
+    """Returns the length of the longest sequence of words that is in both, not necessarily without gaps."""
     row = [0] * (len(other) + 1)
     for word in one:
         before = 0
@@ -67,7 +110,7 @@ def longest_common(one: Words, other: Words) -> int:
 class CiderD:
     """CIDEr-D (Vedantam et al. 2015, section 6): likeness of n-grams, the rare ones counting more.
 
-    How rare an n-gram is comes from the pictures whose references this is made of.
+    The pictures whose references this is made of say how rare an n-gram is.
     """
 
     def __init__(self, references: Sequence[Sequence[Words]]) -> None:
@@ -77,12 +120,15 @@ class CiderD:
         self._references = [[self._vector(grams) for grams in of_picture] for of_picture in counted]
 
     def scores(self, captions: Sequence[Words], pictures: Sequence[int]) -> np.ndarray:
-        """The score of each caption against the references of its picture (captions,), from 0 to 10."""
+        """Scores each caption against the references of its picture (captions,), from 0 to 10."""
         found = [self._score(caption, self._references[p]) for caption, p in zip(captions, pictures, strict=True)]
         return np.array(found, dtype=np.float64)
 
     def _vector(self, grams: Counter[tuple[str, ...]]) -> tuple[list[dict[tuple[str, ...], float]], list[float], int]:
-        """Weight of each n-gram by order, the vectors' lengths, and how many bigrams there are."""
+        """Returns the weight of each n-gram by order, the vectors' lengths, and the number of bigrams.
+
+        The latter stands for the caption's length, as in coco-caption's code.
+        """
         weights: list[dict[tuple[str, ...], float]] = [{} for _ in range(ORDERS)]
         for gram, count in grams.items():
             weights[len(gram) - 1][gram] = count * (self._pictures - math.log(max(1, self._rarity[gram])))
@@ -110,9 +156,24 @@ def _grams(words: Words) -> Counter[tuple[str, ...]]:
 
 
 def diversity(captions: Sequence[Words]) -> dict[str, float]:
-    """Share of captions that are unlike all others, how many different words they use, and their mean length."""
+    """Returns the share of captions unlike all others, the number of different words, and the mean length."""
     return {
         "distinct": len({tuple(caption) for caption in captions}) / len(captions),
         "words used": float(len({word for caption in captions for word in caption})),
         "length": float(np.mean([len(caption) for caption in captions])),
     }
+
+
+def truthfulness(captions: Sequence[str], scenes: Sequence[Scene]) -> Truthfulness:
+    """Judges each caption against its scene."""
+    judged = [claims_of(caption, scene) for caption, scene in zip(captions, scenes, strict=True)]
+    by_kind: dict[str, tuple[int, int]] = {}
+    for claim in (claim for claims in judged for claim in claims):
+        right, there = by_kind.get(claim.kind, (0, 0))
+        by_kind[claim.kind] = (right + claim.right, there + 1)
+    return Truthfulness(by_kind, sum(all(claim.right for claim in claims) for claims in judged) / len(judged))
+
+
+def mistakes(caption: str, scene: Scene) -> list[Claim]:
+    """Returns the claims of a caption that are not so."""
+    return [claim for claim in claims_of(caption, scene) if not claim.right]

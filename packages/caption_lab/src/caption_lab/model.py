@@ -1,14 +1,16 @@
-"""The captioner: an encoder and a decoder."""
+"""The captioner: an encoder and a decoder, and the options that depend on which ones they are."""
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from caption_lab.config import DecoderOptions, EncoderOptions, Model
-from caption_lab.decoders import Output, ShowAttendTell, ShowTell
-from caption_lab.encoder import Encoder, make_encoder
-from caption_lab.transformer import TransformerCaptioner
+from caption_lab.config import TINY, DecoderOptions, TrainConfig, check, complete_words
+from caption_lab.decoder import CAPTIONERS, Output, Sizes
+from caption_lab.encoder import Encoder
+from caption_lab.losses import OBJECTIVES
+from caption_lab.vocabulary import Vocabulary
+from labs_common.errors import LabError
 
 
 class ImageCaptioningModel(nn.Module):
@@ -19,30 +21,61 @@ class ImageCaptioningModel(nn.Module):
         self.encoder, self.decoder = encoder, decoder
 
     def forward(self, rows: torch.Tensor, of_rows: torch.Tensor, words: torch.Tensor) -> Output:
-        """What follows each of the words (captions, length) that are about the pictures `of_rows` (captions,).
+        """Predicts what follows each of the words (captions, length) about the pictures `of_rows` (captions,).
 
         `rows` (pictures, …) are of the encoder's front: what a picture's captions share is computed once.
         """
         return self.decoder(self.encoder.back(rows), words, of_rows)
 
 
-def make_decoder(model: Model, options: DecoderOptions, vocabulary: int, length: int, encoder: Encoder) -> Any:
-    """A decoder with fresh weights; `length` is the most positions of a caption. Take the seed first."""
-    dropout = options.dropout or 0.0
-    if model == "transformer":
-        return TransformerCaptioner(vocabulary, encoder.width, encoder.places, options.width, options.layers,
-                                    options.heads, dropout, length)  # fmt: skip
-    kind = {"show_tell": ShowTell, "show_attend_tell": ShowAttendTell}[model]
-    return kind(vocabulary, encoder.width, options.width, dropout)
-
-
-def make_model(
-    model: Model, encoder: EncoderOptions, decoder: DecoderOptions, vocabulary: int, length: int
+def make_captioner(
+    kind: str, encoder: Encoder, options: DecoderOptions, vocabulary: Vocabulary
 ) -> ImageCaptioningModel:
-    """A captioner with a fresh decoder; take the seed first.
+    """Puts a fresh decoder for the vocabulary's words and its longest caption behind an encoder; set the seed first."""
+    sizes = Sizes(len(vocabulary), encoder.width, encoder.places, vocabulary.length + 1)
+    return ImageCaptioningModel(encoder, CAPTIONERS[kind].decoder(sizes, options))
+
+
+def complete(config: TrainConfig) -> TrainConfig:
+    """Returns the config with a default in the place of what was left to the captioner, the encoder and the data.
 
     Raises:
-        LabError: the encoder cannot be had.
+        LabError: options that contradict each other, or are out of range.
     """
-    looking = make_encoder(encoder)
-    return ImageCaptioningModel(looking, make_decoder(model, decoder, vocabulary, length, looking))
+    check(config)
+    kind, writes = CAPTIONERS[config.model], OBJECTIVES[config.objective].writes
+    encoder, decoder, training, words = config.encoder, config.decoder, config.training, config.vocabulary
+    if writes != (config.start is not None):
+        raise LabError("--objective scst and --start RUN belong together: it goes on from a captioner that can write")
+    if writes and (training.scheduled_sampling or decoder.mask_words or training.label_smoothing):
+        raise LabError("--scheduled-sampling, --mask-words and --label-smoothing: are of --objective cross-entropy; "
+                       "drop them")  # fmt: skip
+    if decoder.mask_words and not kind.words_at_once:
+        raise LabError(f"--mask-words: is of --model {_names('words_at_once')}")
+    if encoder.pool and not kind.one_vector:
+        raise LabError(f"--pool: is of --model {_names('one_vector')}; the others look at places")
+    if config.start is not None:  # it brings all the rest
+        own = replace(training, learning_rate=training.learning_rate or 5e-5, epochs=training.epochs or 5)
+        return replace(config, training=own)
+    tiny, drawn = encoder.encoder == TINY, config.data.data is None
+    width = decoder.width or (kind.width if tiny else 512)
+    if kind.words_at_once and width % decoder.heads:
+        raise LabError(f"--width {width}: must be a multiple of --heads {decoder.heads}")
+    dropout = 0.0 if tiny else kind.dropout
+    return replace(
+        config,
+        # The tiny encoder's one mean would say too little: nine parts of the picture side by side.
+        encoder=replace(encoder, pool=(encoder.pool or (3 if tiny else 1)) if kind.one_vector else 0),
+        decoder=replace(decoder, width=width, dropout=dropout if decoder.dropout is None else decoder.dropout),
+        vocabulary=complete_words(words, drawn),
+        training=replace(
+            training,
+            learning_rate=training.learning_rate or kind.rates[not tiny],
+            epochs=training.epochs or (3 if drawn else 20),
+        ),
+    )
+
+
+def _names(trait: str) -> str:
+    """Names the captioners that have this trait."""
+    return " or ".join(name for name, kind in CAPTIONERS.items() if getattr(kind, trait))

@@ -16,9 +16,8 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 from labs_common.cache import cached_directory
-from labs_common.pretraining import pretrain, reproducible
 from labs_common.progress import tracked
-from labs_common.scenes import (
+from labs_common.scenes.world import (
     BACKGROUNDS,
     COLOURS,
     SHAPES,
@@ -29,14 +28,19 @@ from labs_common.scenes import (
     random_scene,
     scene_generator,
 )
+from labs_common.tiny import pretrain, reproducible
 
+# As small as the things of a scene can still be told apart, and a grid of 6 × 6 places to attend to.
 SIDE, CELL = 48, 8
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-THIRDS = 3
+THIRDS = 3  # left, middle, right; top, middle, bottom: the places that captions name
+# The labels of each cell, by kind; a cell without a thing shows the background, whatever the kind.
 NAMES = {
     kind: [*names, *BACKGROUNDS]
     for kind, names in (("shape", SHAPES), ("colour", COLOURS), ("texture", TEXTURES), ("size", SIZES))
 }
+# Weights in the loss: most cells show background, which counts less; of over a hundred facts few are so of a scene,
+# and their mean is small against the sum over six kinds of labels.
 BACKGROUND, FACTS = 0.2, 50.0
 RECIPE: dict[str, Any] = {
     "architecture": "resnet10t", "arguments": {"channels": (32, 64, 96, 128), "output_stride": CELL},
@@ -48,7 +52,7 @@ RECIPE: dict[str, Any] = {
 
 
 def demo_scene(generator: np.random.Generator) -> Scene:
-    """One to three things of `RECIPE`'s shapes, colours and textures: as much as 48 pixels and two minutes can tell."""
+    """Draws one to three things of `RECIPE`'s looks: as much as 48 pixels and two minutes of training can tell."""
     count = 1 + int(generator.integers(RECIPE["things"]))
     names = [RECIPE[kind] for kind in ("shapes", "colours", "textures")]
     looks = [tuple(kind[generator.integers(len(kind))] for kind in names) for _ in range(count)]
@@ -57,13 +61,13 @@ def demo_scene(generator: np.random.Generator) -> Scene:
 
 
 def tiny_arguments() -> dict[str, Any]:
-    """What timm's `create_model` needs to build the network, besides its name."""
+    """Returns what timm's `create_model` needs besides the name to build the network."""
     shown = {"mean": MEAN, "std": STD, "input_size": (3, SIDE, SIDE), "crop_pct": 1.0, "pool_size": None}
     return dict(RECIPE["arguments"]) | {"pretrained_cfg_overlay": shown}
 
 
 def tiny_weights() -> dict[str, torch.Tensor]:
-    """The pre-trained weights, made now if never before."""
+    """Returns the pre-trained weights; trains them if that was never done here."""
     return load_file(cached_directory("caption-tiny-cnn", RECIPE | {"format": 1}, _make) / "model.safetensors")
 
 
@@ -76,19 +80,18 @@ def _make(folder: Path) -> None:
 def _pretrained() -> torch.nn.Module:
     images, cells, wholes = _scenes(RECIPE["pictures"])
     model: Any = timm.create_model(RECIPE["architecture"], num_classes=0, **tiny_arguments()).train()
-    # Half as long again without this layout on a CPU.
+    # On a CPU the training takes half as long again without this layout.
     model, images = (thing.to(memory_format=torch.channels_last) for thing in (model, images))
     kinds = [*(len(names) for names in NAMES.values()), SIDE // CELL, SIDE // CELL]
     by_cell = torch.nn.Conv2d(model.num_features, sum(kinds), 1)
     of_whole = torch.nn.Linear(model.num_features, wholes.shape[1])
 
-    # Most places show background: it counts less.
     weights = [torch.tensor([BACKGROUND if n in BACKGROUNDS else 1.0 for n in names]) for names in NAMES.values()]
-    weights += [torch.full((SIDE // CELL,), 0.2)] * 2
+    weights += [torch.full((SIDE // CELL,), BACKGROUND)] * 2  # equal weights: they cancel
 
     def loss_of(places: torch.Tensor) -> torch.Tensor:
         features = model.forward_features((images[places].float() / 255 - MEAN[0]) / STD[0])  # (batch, width, 6, 6)
-        said = by_cell(features).split(kinds, 1)
+        said = by_cell(features).split(kinds, 1)  # for each kind (batch, labels, 6, 6)
         losses = [
             F.cross_entropy(logits, cells[places, kind].long(), weight)
             for kind, (logits, weight) in enumerate(zip(said, weights, strict=True))
@@ -103,7 +106,7 @@ def _pretrained() -> torch.nn.Module:
 
 
 def _scenes(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pictures (count, 3, side, side), kinds by cell (count, 3, rows, columns), and what there is (count, facts)."""
+    """Draws pictures (count, 3, side, side) with labels by cell (count, 6, rows, columns) and facts (count, facts)."""
     images, cells, wholes = [], [], []
     for number in tracked(range(count), "drawing scenes for the tiny CNN", count):
         scene = demo_scene(scene_generator(1, number))
@@ -118,7 +121,7 @@ def _scenes(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def _kinds_by_cell(scene: Scene) -> np.ndarray:
-    """What is at each cell's middle, as numbers in each of `NAMES`, and its row and column (6, rows, columns)."""
+    """Labels each cell by what is at its middle, in each of `NAMES`, and by its row and column (6, rows, columns)."""
     found = []
     for kind, names in NAMES.items():
         canvas = Image.new("L", (SIDE, SIDE), names.index(scene.background))
@@ -129,7 +132,7 @@ def _kinds_by_cell(scene: Scene) -> np.ndarray:
 
 
 def _facts(scene: Scene) -> np.ndarray:
-    """Ones for the pairs of shape and colour there are, the thirds that each shape is in, and the background."""
+    """Marks the pairs of shape and colour there are, the thirds that each shape is in, and the background."""
     shapes, colours = list(SHAPES), list(COLOURS)
     pairs = np.zeros((len(shapes), len(colours)), dtype=np.uint8)
     places = np.zeros((len(shapes), 2, THIRDS), dtype=np.uint8)

@@ -5,36 +5,43 @@ from caption_lab import commands
 if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
     commands.train()
 
+import copy
+import dataclasses
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from caption_lab.config import TrainConfig, complete
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, set_seed
 
-if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
-    import torch
-    from accelerate import Accelerator
-
-    from caption_lab.batches import Batch
-    from caption_lab.fitting import Fitted, Fitting, Made
-    from labs_common.data.described import Captions
-    from labs_common.run import Run
+from caption_lab.config import TrainConfig
+from caption_lab.data import CaptionRows, caption_rows, caption_steps, read_data
+from caption_lab.decoding import GREEDY, captions_of
+from caption_lab.encoder import make_encoder
+from caption_lab.evaluate import evaluate_captioner
+from caption_lab.losses import OBJECTIVES, Learner, SelfCritic, next_word_loss
+from caption_lab.metrics import caption_metrics, references_of
+from caption_lab.model import ImageCaptioningModel, complete, make_captioner
+from caption_lab.report import finish_report
+from caption_lab.saved import load_captioner, save_captioner
+from caption_lab.vocabulary import PAD, Vocabulary, build_vocabulary, padded
+from labs_common.checkpoint import SHARDED
+from labs_common.data.captions import Captions
+from labs_common.data.splits import record_splits
+from labs_common.errors import LabError
+from labs_common.fitting import Fitted, Fitting, begin
+from labs_common.progress import console
+from labs_common.run import Run
+from labs_common.saved import FOLDER
+from labs_common.training import training_means
 
 
 def train(config: TrainConfig) -> None:
-    """The road: pictures and captions, captioner, training, evaluation of what was written, report."""
-    from caption_lab.data import read_data
-    from caption_lab.evaluation import evaluated
-    from caption_lab.export import load_captioner
-    from caption_lab.fitting import make
-    from caption_lab.results import finish_report
-    from labs_common.data import record_splits
-    from labs_common.run import Run, check_run_options
-    from labs_common.training import make_accelerator
-
+    """Walks the road: pictures and captions, captioner, training, evaluation of what was saved, report."""
     clock = {"start": time.perf_counter()}
     config = complete(config)
-    check_run_options(config.run)
-    accelerator = make_accelerator(config.training)
+    accelerator = begin(config.run, config.training)
     with accelerator.main_process_first():
         data = read_data(config.data, config.run.seed, accelerator.is_main_process)
     made = make(config, data, accelerator)
@@ -43,67 +50,169 @@ def train(config: TrainConfig) -> None:
     fitted = fit(made, run, accelerator, data)
     clock |= fitted.clock
 
-    # The test is of what was written: the captioner is read back and sees the pictures themselves.
+    # What was saved is tested: the captioner is read back and sees the pictures themselves.
     captioner = load_captioner(run.path)
-    found = evaluated(captioner, data.splits["test"], data.truth, config.decoding, accelerator)
+    found = evaluate_captioner(captioner, data.splits["test"], data.truth, config.decoding, accelerator)
     clock["tested"] = time.perf_counter()
     if accelerator.is_main_process:
         finish_report(run, made.config, data, captioner, fitted, found, clock)
     accelerator.end_training()
 
 
-def fit(made: "Made", run: "Run", accelerator: "Accelerator", data: "Captions") -> "Fitted":
-    """Trains the decoder, and what of the encoder is free, and writes the captioner to `model/` under the run.
+@dataclass(frozen=True)
+class Made:
+    """A captioner before its training.
+
+    Attributes:
+        config: with what --start brought.
+    """
+
+    config: TrainConfig
+    model: ImageCaptioningModel
+    vocabulary: Vocabulary
+
+
+def make(config: TrainConfig, data: Captions, accelerator: Accelerator) -> Made:
+    """Makes the captioner that `config` describes, with fresh weights in the decoder, or reads that of --start.
 
     Raises:
-        RunStopped: the loss is not a number, or something fixed has moved.
+        LabError: the encoder or the start cannot be had, or the start is of another kind.
+    """
+    with accelerator.main_process_first():  # the tiny encoder is made, others are downloaded on their first use
+        set_seed(config.run.seed)
+        if config.start is not None:
+            found = load_captioner(config.start, "--start")
+            if found.kind != config.model:
+                raise LabError(f"--start {config.start}: is of --model {found.kind}; say so")
+            config = dataclasses.replace(config, decoder=found.options)
+            model, vocabulary = found.model, found.vocabulary
+            model.decoder.requires_grad_(True)
+        else:
+            captions = [caption for of_picture in data.splits["train"].captions for caption in of_picture]
+            vocabulary = build_vocabulary(captions, config.vocabulary)
+            model = make_captioner(config.model, make_encoder(config.encoder), config.decoder, vocabulary)
+        model.encoder.train_last(config.encoder.unfreeze, config.cache.cache)
+    return Made(config, model, vocabulary)
+
+
+def fit(made: Made, run: Run, accelerator: Accelerator, data: Captions) -> Fitted:
+    """Trains the decoder, and what of the encoder is free, and saves the captioner to `model/` under the run.
+
+    Raises:
+        LabError: the encoder cannot be cut, the cache not be written, or the objective not have sharded weights.
+        RunStopped: the loss is not a number, or something frozen has moved.
         Interrupted: Ctrl-C; the run can be resumed.
     """
-    from caption_lab.fitting import finished, scores, set_up
-
-    fitting = set_up(made, run, accelerator, data)
-    loop, watch = fitting.loop, made.config.training.watch
-    share_of_loss = {"cross-entropy": caption_loss, "scst": self_critical_loss}[made.config.objective]
+    config, model, vocabulary = made.config, made.model.to(accelerator.device), made.vocabulary
+    options, objective, splits = config.training, OBJECTIVES[config.objective], data.splits
+    plain = _writer(model, config, accelerator)
+    rows = {
+        name: caption_rows(name, splits[name], model.encoder, vocabulary, config.cache, accelerator)
+        for name in ("train", "validation")
+    }
+    groups = [{"params": [p for p in model.decoder.parameters() if p.requires_grad], "lr": options.learning_rate}]
+    if own := [p for p in model.encoder.parameters() if p.requires_grad]:
+        groups.append({"params": own, "lr": options.encoder_learning_rate})
+    optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay, fused=True)
+    source = caption_steps(
+        rows["train"], options.batch_size, config.run.seed,
+        "pictures" if objective.writes else "by picture" if options.by_picture else "captions",
+        accelerator.process_index, accelerator.num_processes,
+    )  # fmt: skip
+    fitting = Fitting.start(run, accelerator, model, optimizer, source, options, config.run.seed, "captions")
+    critic = SelfCritic(splits["train"].captions, vocabulary) if objective.writes else None
+    learner = Learner(config, fitting.model, plain, vocabulary, critic)
+    watched = splits["validation"].subset(range(min(options.watch_pictures, len(splits["validation"]))))
+    references = references_of(watched, vocabulary.cleaning)
+    loop = fitting.loop
     for batch in loop.batches():
-        loss, metrics = share_of_loss(fitting, batch)
+        loss, metrics = objective.loss(learner, batch.to(accelerator.device), loop.step_number / loop.total)
         loop.step(loss, len(batch.pictures) if batch.of_captions else 0, **metrics)
         if loop.evaluation_due:
-            loop.evaluated(scores(fitting), f"validation/{watch}", higher_is_better=watch != "loss")
-    return finished(fitting)
+            scores = validate(fitting, learner, rows["validation"], references, watched.names[0])
+            loop.evaluated(scores, f"validation/{options.watch}", higher_is_better=options.watch != "loss")
+
+    def save(state: dict[str, torch.Tensor]) -> None:
+        save_captioner(run.path / FOLDER, config.model, model.encoder, config.decoder, vocabulary, state)
+
+    return fitting.finish(save, [part.rows for part in rows.values()])
 
 
-def caption_loss(fitting: "Fitting", batch: "Batch") -> "tuple[torch.Tensor, dict[str, float]]":
-    """This part's share of the step's loss: the next word, and that attention should go everywhere."""
-    import torch
+def validate(
+    fitting: Fitting, learner: Learner, data: CaptionRows, references: Sequence[Sequence[Sequence[str]]], sample: str
+) -> dict[str, float]:
+    """Computes loss, BLEU-4 and CIDEr-D on the validation pictures, and the training loss since the last evaluation.
 
-    from caption_lab.objectives import attention_penalty, masked, next_word_loss, with_own_guesses
-
-    options, loop, device = fitting.config.training, fitting.loop, fitting.accelerator.device
-    rows, of_rows, words = (tensor.to(device) for tensor in (batch.rows, batch.of_rows, batch.words))
-    inputs, targets = words[:, :-1], words[:, 1:]
-    if hidden := fitting.config.decoder.mask_words:
-        inputs = masked(inputs, hidden, len(fitting.vocabulary))
-    if guessed := options.scheduled_sampling * loop.step_number / loop.total:
-        with torch.no_grad():
-            first = fitting.model(rows, of_rows, inputs)
-        inputs = with_own_guesses(inputs, first, guessed)
-    output = fitting.model(rows, of_rows, inputs)
-    loss = next_word_loss(output.logits, targets, options.label_smoothing) * batch.of_words
-    if output.attention is None:
-        return loss, {}
-    penalty = attention_penalty(output.attention, targets) * batch.of_captions
-    share = fitting.config.decoder.attention_penalty
-    return loss + share * penalty, {"word_loss": float(loss.detach()), "penalty": float(penalty.detach())}
+    Captions are written greedily for as many pictures as there are references. The first one's, which is called
+    `sample`, is printed and kept in samples.jsonl.
+    """
+    accelerator, run, step = fitting.accelerator, fitting.run, fitting.loop.step_number
+    found = {"validation/loss": validation_loss(fitting, data)}
+    captions = _captions(fitting, learner, data, len(references))
+    metrics = caption_metrics([caption.split() for caption in captions], references)
+    found |= {f"validation/{name}": metrics[name] for name in ("bleu-4", "cider")}
+    if step not in {line["step"] for line in run.lines("samples.jsonl")}:
+        run.append("samples.jsonl", {"step": step, "picture": sample, "caption": captions[0]})
+    if accelerator.is_main_process:
+        console.print(f"{sample}: {captions[0]}")
+    fitting.model.train()
+    return training_means(run, "captions", ("loss",)) | found
 
 
-def self_critical_loss(fitting: "Fitting", batch: "Batch") -> "tuple[torch.Tensor, dict[str, float]]":
-    """This part's share of the step's loss: drawn captions that beat the greedy ones become more probable."""
-    from caption_lab.objectives import policy_loss
+@torch.no_grad()
+def validation_loss(fitting: Fitting, data: CaptionRows) -> float:
+    """Returns the mean cross-entropy over all words of the validation captions; every process takes its share."""
+    accelerator, size = fitting.accelerator, fitting.loop.options.batch_size
+    fitting.model.eval()
+    sums = torch.zeros(2, dtype=torch.float64)
+    mine = range(accelerator.process_index, len(data.pairs), accelerator.num_processes)
+    for first in range(0, -(-len(data.pairs) // accelerator.num_processes), size):
+        # Sharded weights are gathered by all processes together: one without captions left repeats one.
+        chosen = [data.pairs[number] for number in mine[first : first + size]]
+        there = bool(chosen)
+        chosen = chosen or data.pairs[:1]
+        words = padded([words for _, words in chosen])[0].to(accelerator.device)
+        rows, of_rows = (t.to(accelerator.device) for t in data.of_pictures([picture for picture, _ in chosen]))
+        loss = next_word_loss(fitting.model(rows, of_rows, words[:, :-1]).logits, words[:, 1:])
+        count = int((words[:, 1:] != PAD).sum())
+        sums += torch.tensor([float(loss) * count, count], dtype=torch.float64) * there
+    everyone = accelerator.reduce(sums.float().to(accelerator.device)) if accelerator.num_processes > 1 else sums
+    return float(everyone[0] / everyone[1])
 
-    assert fitting.critic is not None
-    device = fitting.accelerator.device
-    rows, of_rows = batch.rows.to(device), batch.of_rows.to(device)
-    words, advantages, reward = fitting.critic.drawn(fitting.plain, rows[of_rows], batch.pictures)
-    logits = fitting.model(rows, of_rows, words[:, :-1]).logits
-    loss = policy_loss(logits, words[:, 1:], advantages) * batch.of_captions
-    return loss, {"reward": reward * batch.of_captions}
+
+def _writer(model: ImageCaptioningModel, config: TrainConfig, accelerator: Accelerator) -> ImageCaptioningModel:
+    """Returns the module that writes captions while training: the model, or where weights are sharded a copy to fill.
+
+    Raises:
+        LabError: the objective writes captions in every step, for which no copy can be filled.
+    """
+    if accelerator.distributed_type not in SHARDED:
+        return model
+    if OBJECTIVES[config.objective].writes:
+        raise LabError(f"--objective {config.objective}: writes captions while it learns, which sharded weights "
+                       "cannot; take one GPU, or launch/multi_gpu.yaml")  # fmt: skip
+    plain = copy.deepcopy(model)
+    plain.encoder.train_last(config.encoder.unfreeze, config.cache.cache)  # with a cut of its own
+    return plain
+
+
+def _captions(fitting: Fitting, learner: Learner, data: CaptionRows, count: int) -> list[str]:
+    """Writes greedy captions of the first pictures; where weights are sharded, the main process alone does."""
+    accelerator, plain = fitting.accelerator, learner.plain
+
+    @torch.no_grad()
+    def features(places: Sequence[int]) -> torch.Tensor:
+        return plain.encoder.back(data.rows.rows(0, places).to(accelerator.device))
+
+    def write(by: Accelerator | None) -> list[str]:
+        plain.eval()
+        return captions_of(plain.decoder, features, count, learner.vocabulary, GREEDY, by)
+
+    if plain is fitting.plain:
+        return write(accelerator)
+    state = accelerator.get_state_dict(fitting.model)  # gathered by all processes together
+    found: list[list[str]] = [[]]
+    if accelerator.is_main_process:
+        plain.load_state_dict(state)
+        found = [write(None)]
+    return list(broadcast_object_list(found)[0])

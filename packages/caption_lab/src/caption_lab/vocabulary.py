@@ -1,12 +1,4 @@
-"""Captions as words and words as numbers; the same as a Hugging Face `tokenizer.json`.
-
-| token | number | what it is for |
-|---|---|---|
-| `<pad>` | 0 | fills a caption up to the length of the longest beside it; nothing is learnt from it |
-| `<start>` | 1 | what the model reads before the first word |
-| `<end>` | 2 | what it writes when the caption is over: without it, it could not stop |
-| `<unk>` | 3 | stands for a word that is too rare to be learnt; never written |
-"""
+"""Captions as words and words as numbers; the same as a Hugging Face `tokenizer.json`."""
 
 import json
 import math
@@ -26,15 +18,22 @@ from caption_lab.config import VocabularyOptions
 from labs_common.errors import LabError
 from labs_common.run import write_atomically
 
-SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
+# The first words of every vocabulary, and what each is for.
+PURPOSES = {
+    "<pad>": "fills a caption up to the length of the longest beside it; nothing is learnt from it",
+    "<start>": "what the model reads before the first word",
+    "<end>": "what it writes when the caption is over: without it, it could not stop",
+    "<unk>": "stands for a word that is too rare to be learnt; it is never written",
+}
+SPECIAL = tuple(PURPOSES)
 PAD, START, END, UNK = range(4)
 FILE, TOKENIZER = "vocabulary.json", "tokenizer.json"
-COVERED = 0.99  # of the training captions are no longer than the chosen length
+COVERED = 0.99  # share of the training captions that are not cut; the few longest would lengthen every batch
 
 
 @dataclass(frozen=True)
 class Cleaning:
-    """What becomes of capitals, punctuation, digits and symbols; see `VocabularyOptions`.
+    """The rules for capitals, punctuation, digits and symbols; see `VocabularyOptions`.
 
     What is not kept becomes a space, but for apostrophes, which vanish; what is kept is a word of its own.
     """
@@ -64,8 +63,13 @@ class Cleaning:
         )
 
     def words(self, caption: str) -> list[str]:
-        """The words of a caption."""
+        """Splits a caption into its words."""
         return [word for word, _ in self.splitter.pre_tokenize_str(self.normalizer.normalize_str(caption))]
+
+
+def cleaning_of(options: VocabularyOptions) -> Cleaning:
+    """Returns the rules that the options ask for."""
+    return Cleaning(options.lowercase, options.punctuation, options.digits, options.symbols)
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Vocabulary:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The same as a tokenizer of Hugging Face: `<start>` and `<end>` around the words."""
+        """The same as a tokenizer of Hugging Face, which puts `<start>` and `<end>` around the words."""
         numbers = {word: number for number, word in enumerate(self.words)}
         tokenizer = Tokenizer(WordLevel(numbers, unk_token=SPECIAL[UNK]))
         tokenizer.add_special_tokens(list(SPECIAL))
@@ -99,12 +103,12 @@ class Vocabulary:
         return tokenizer
 
     def encode(self, caption: str) -> list[int]:
-        """`<start>`, the first `length` words, `<end>`, as numbers."""
+        """Turns a caption into numbers: `<start>`, the first `length` words, `<end>`."""
         numbers: list[int] = self.tokenizer.encode(caption).ids
         return [*numbers[: self.length + 1], END] if len(numbers) > self.length + 2 else numbers
 
     def decode(self, numbers: Iterable[int]) -> str:
-        """The words between `<start>` and the first `<end>`, with spaces between."""
+        """Joins the words between `<start>` and the first `<end>` with spaces."""
         found = []
         for number in numbers:
             if number == END:
@@ -121,7 +125,7 @@ class Vocabulary:
 
 
 def load_vocabulary(folder: Path) -> Vocabulary:
-    """What `Vocabulary.save` wrote.
+    """Reads what `Vocabulary.save` wrote.
 
     Raises:
         LabError: it is missing or broken.
@@ -137,12 +141,12 @@ def load_vocabulary(folder: Path) -> Vocabulary:
 
 
 def build_vocabulary(captions: Iterable[str], options: VocabularyOptions) -> Vocabulary:
-    """The words of these (training) captions, most frequent first, equal ones by alphabet.
+    """Collects the words of these (training) captions, most frequent first, equal ones by alphabet.
 
     Raises:
         LabError: no word is frequent enough.
     """
-    cleaning = Cleaning(options.lowercase, options.punctuation, options.digits, options.symbols)
+    cleaning = cleaning_of(options)
     cleaned = [cleaning.words(caption) for caption in captions]
     counts = Counter(word for words in cleaned for word in words if word not in SPECIAL)
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
@@ -156,13 +160,13 @@ def build_vocabulary(captions: Iterable[str], options: VocabularyOptions) -> Voc
 
 
 def covering_length(lengths: Sequence[int], share: float = COVERED) -> int:
-    """The smallest length that `share` of the captions do not exceed."""
+    """Returns the smallest length that `share` of the captions do not exceed."""
     ordered = sorted(lengths)
     return max(1, ordered[math.ceil(share * len(ordered)) - 1])
 
 
 def padded(captions: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Captions of different lengths as one tensor (captions, longest), and a mask of it that is true at words."""
+    """Pads captions to one tensor (captions, longest), and returns with it a mask that is true at words."""
     longest = max(map(len, captions))
     numbers = torch.full((len(captions), longest), PAD)
     for row, caption in enumerate(captions):

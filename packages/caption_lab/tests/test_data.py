@@ -3,10 +3,10 @@ from collections import Counter
 import pytest
 import torch
 
-from caption_lab.batches import Batch, CaptionRows, CaptionSteps, Order
-from caption_lab.decoders import ShowAttendTell, ShowTell
-from caption_lab.objectives import next_word_loss
-from caption_lab.transformer import TransformerCaptioner
+from caption_lab.config import DecoderOptions
+from caption_lab.data import Batch, CaptionRows, Order, caption_steps
+from caption_lab.decoder import CAPTIONERS, Sizes
+from caption_lab.losses import next_word_loss
 from caption_lab.vocabulary import END, START
 
 
@@ -39,7 +39,7 @@ def captions(batch: Batch) -> list[tuple[int, tuple[int, ...]]]:
 
 @pytest.mark.parametrize(("order", "count"), [("captions", 35), ("by picture", 35), ("pictures", 7)])
 def test_every_epoch_has_each_once_in_another_order(data: CaptionRows, order: Order, count: int) -> None:
-    steps = CaptionSteps(data, 8, 0, order)
+    steps = caption_steps(data, 8, 0, order)
     epochs = [[pair for (batch,) in steps.steps(epoch, 0) for pair in captions(batch)] for epoch in (0, 1)]
     every = [(picture, tuple(words)) for picture, words in data.pairs]
     expected = every[::5] if order == "pictures" else every
@@ -55,13 +55,17 @@ def test_every_epoch_has_each_once_in_another_order(data: CaptionRows, order: Or
 
 
 def test_a_picture_is_read_once_for_all_its_captions(data: CaptionRows) -> None:
-    list(CaptionSteps(data, 10, 0, "by picture").steps(0, 0))
+    list(caption_steps(data, 10, 0, "by picture").steps(0, 0))
     assert set(data.rows.read.values()) == {1}
 
 
 def decoders() -> list[torch.nn.Module]:
     torch.manual_seed(1)
-    return [ShowTell(12, 24, 16, 0.0), ShowAttendTell(12, 6, 16, 0.0), TransformerCaptioner(12, 6, 4, 16, 1, 2, 0.0, 9)]
+    options = DecoderOptions(width=16, layers=1, heads=2, dropout=0.0)
+    return [
+        kind.decoder(Sizes(12, 24 if kind.one_vector else 6, 4, 9), options)
+        for kind in (CAPTIONERS[name] for name in ("show_tell", "show_attend_tell", "transformer"))
+    ]
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -77,8 +81,8 @@ def test_parts_of_a_step_add_up_and_shared_features_change_nothing(data: Caption
             logits = decoder(features[batch.of_rows], inputs).logits
         return next_word_loss(logits, targets) * batch.of_words
 
-    whole = [batch for (batch,) in CaptionSteps(data, 16, 0).steps(0, 0)]
-    parts = [[batch for (batch,) in CaptionSteps(data, 16, 0, "captions", rank, 3).steps(0, 0)] for rank in range(3)]
+    whole = [batch for (batch,) in caption_steps(data, 16, 0).steps(0, 0)]
+    parts = [[batch for (batch,) in caption_steps(data, 16, 0, "captions", rank, 3).steps(0, 0)] for rank in range(3)]
     for step, batch in enumerate(whole):
         expected = loss_of(batch, shared=False)
         torch.testing.assert_close(loss_of(batch, shared=True), expected)
@@ -88,6 +92,6 @@ def test_parts_of_a_step_add_up_and_shared_features_change_nothing(data: Caption
 
 
 def test_a_process_without_a_part_takes_part_without_weight(data: CaptionRows) -> None:
-    steps = CaptionSteps(data, 16, 0, "captions", rank=4, processes=5)
+    steps = caption_steps(data, 16, 0, "captions", rank=4, processes=5)
     (last,) = next(iter(steps.steps(0, 2)))  # three captions are left for five processes
     assert (last.of_words, last.of_captions, len(last.pictures)) == (0, 0, 1)

@@ -1,22 +1,20 @@
 import pytest
 import torch
 
-from caption_lab.decoders import ShowAttendTell, ShowTell
-from caption_lab.transformer import TransformerCaptioner
+from caption_lab.config import DecoderOptions
+from caption_lab.decoder import CAPTIONERS, Sizes
 from caption_lab.vocabulary import PAD, START
 
 
 def made(name: str, dropout: float = 0.0) -> tuple[torch.nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     grid = torch.randn(3, 6, 10)
-    return {
-        "show_tell": (ShowTell(20, 10, 16, dropout), grid.mean(1)),
-        "show_attend_tell": (ShowAttendTell(20, 10, 16, dropout), grid),
-        "transformer": (TransformerCaptioner(20, 10, 6, 16, 3, 4, dropout, 9), grid),
-    }[name]
+    kind = CAPTIONERS[name]
+    decoder = kind.decoder(Sizes(20, 10, 6, 9), DecoderOptions(width=16, layers=3, heads=4, dropout=dropout))
+    return decoder, grid.mean(1) if kind.one_vector else grid
 
 
-NAMES = ("show_tell", "show_attend_tell", "transformer")
+NAMES = tuple(CAPTIONERS)  # what a further captioner has to do as well
 WORDS = torch.tensor(
     [[START, 5, 6, 7, 8, 9, 10, 11], [START, 5, 4, 4, 2, PAD, PAD, PAD], [START, 9, 9, 2, PAD, PAD, PAD, PAD]]
 )

@@ -2,10 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from caption_lab.config import VocabularyOptions
-from caption_lab.decoders import Output, ShowTell
-from caption_lab.metrics import CiderD
-from caption_lab.objectives import (
+from caption_lab.config import DecoderOptions, VocabularyOptions
+from caption_lab.decoder import Output, ShowTell, Sizes
+from caption_lab.losses import (
     SelfCritic,
     attention_penalty,
     masked,
@@ -13,6 +12,7 @@ from caption_lab.objectives import (
     policy_loss,
     with_own_guesses,
 )
+from caption_lab.metrics import CiderD
 from caption_lab.vocabulary import END, PAD, START, UNK, build_vocabulary
 
 TARGETS = torch.tensor([[5, 6, END, PAD], [7, END, PAD, PAD]])
@@ -82,7 +82,7 @@ class Plain(torch.nn.Module):
 
     def __init__(self, words: int) -> None:
         super().__init__()
-        self.decoder = ShowTell(words, 4, 24, 0.0)
+        self.decoder = ShowTell(Sizes(words, 4, 1, 0), DecoderOptions(width=24))
         self.encoder = torch.nn.Module()
         self.encoder.back = lambda rows: rows
 
@@ -115,7 +115,7 @@ def test_self_critical_training_raises_the_reward() -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     rewards = []
     for _ in range(60):
-        words, advantages, reward = critic.drawn(model, rows, pictures)
+        words, advantages, reward = critic.sample(model, rows, pictures)
         rewards.append(reward)
         loss = policy_loss(model.decoder(rows, words[:, :-1]).logits, words[:, 1:], advantages)
         optimizer.zero_grad()

@@ -1,0 +1,311 @@
+"""The results of a run, and the sections of the report that only this lab has."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib import figure
+from PIL import Image
+
+from caption_lab.config import DecodingOptions, TrainConfig
+from caption_lab.decoder import CAPTIONERS
+from caption_lab.metrics import Evaluation, Truthfulness, mistakes, references_of, rouge_l
+from caption_lab.saved import Captioner
+from labs_common.data.captions import CaptionedPictures, Captions
+from labs_common.fitting import Fitted, leave, results_of
+from labs_common.progress import console
+from labs_common.report import (
+    Figure,
+    Gallery,
+    Section,
+    Table,
+    Text,
+    architecture_figure,
+    asked_section,
+    bar_figure,
+    cost_section,
+    curve_figure,
+    curves_section,
+    rerun_section,
+    save_figure,
+    trained_section,
+)
+from labs_common.report.pictures import captioned_data_section, shown
+from labs_common.report.sections import structure_of
+from labs_common.run import Run, seconds_between
+from labs_common.saved import FOLDER
+from labs_common.scenes.captions import GRAMMAR, KINDS
+from labs_common.scenes.world import Scene
+
+SHOWN, LOOKED_AT, WORST = 10, 4, 8  # pictures in the sections on captions, on attention and on errors
+SIDE, ACROSS = 150, 6  # pixels of a word's map, and maps in a row of a heat-map's file
+METRICS = {
+    "bleu-1": "BLEU-1", "bleu-2": "BLEU-2", "bleu-3": "BLEU-3", "bleu-4": "BLEU-4", "rouge-l": "ROUGE-L",
+    "cider": "CIDEr-D", "distinct": "distinct captions", "words used": "words used", "length": "words a caption",
+}  # fmt: skip
+# BLEU-1 to BLEU-4 and METEOR in per cent, 5 references; None where the paper gives none. Figures of Xu et al. 2015,
+# table 1, which also reports those of the others.
+PUBLISHED: dict[str, tuple[float | None, ...]] = {
+    "Show and Tell (Google NIC)": (63.0, 41.0, 27.0, None, None),
+    "Log-bilinear": (65.6, 42.4, 27.7, 17.7, 17.31),
+    "Show, Attend and Tell, soft attention": (67.0, 44.8, 29.9, 19.5, 18.93),
+    "Show, Attend and Tell, hard attention": (67.0, 45.7, 31.4, 21.3, 20.30),
+}
+SOURCE = "arXiv 1502.03044, table 1"
+
+
+def finish_report(
+    run: Run,
+    config: TrainConfig,
+    data: Captions,
+    captioner: Captioner,
+    fitted: Fitted,
+    found: Evaluation,
+    clock: Mapping[str, float],
+) -> None:
+    """Writes results.json, captions.json and the report, prints the main numbers and where the report is."""
+    seconds = seconds_between(clock)
+    test = data.splits["test"]
+    run.save_json("captions.json", captions_json(test, found.captions))
+    results = results_of(run, config, fitted, "captions", seconds["prepared"]) | {
+        "vocabulary": {"words": len(captioner.vocabulary), "length": captioner.vocabulary.length},
+        "evaluations": [line for line in run.lines("metrics.jsonl") if "validation/loss" in line],
+        "test": {"metrics": found.metrics, "chance": found.chance, "pictures": len(found.captions)},
+        "claims": {
+            name: {"whole": truth.whole, "by kind": {kind: list(pair) for kind, pair in _by_kind(truth)}}
+            for name, truth in found.claims.items()
+        },
+    }
+    print_scores(found)
+    print(f"model: {run.path / FOLDER}")
+
+    def page() -> tuple[str, list[Section]]:
+        cost = cost_section(run, "captions", seconds)
+        cost.blocks.append(Table(("", ""), [("optimizer state, MiB", fitted.optimizer_bytes / 2**20),
+                                            ("features kept on disk, MiB", fitted.cache_bytes / 2**20)]))  # fmt: skip
+        return _summary(found), [
+            asked_section(config),
+            captioned_data_section(data),
+            _structure_section(run, config, captioner, fitted),
+            _curves(run, data.splits["validation"]),
+            *evaluation_sections(run, found, test, data.truth, captioner, config.decoding),
+            published_section({config.model: found.metrics}, config.data.data),
+            cost,
+            rerun_section(run),
+        ]
+
+    leave(run, results, config.run.report, f"{config.model} describes pictures", page)
+
+
+def print_scores(found: Evaluation) -> None:
+    """Prints the main numbers."""
+    for name, metrics in (("test captions", found.metrics), ("by chance", found.chance)):
+        said = "  ".join(f"{METRICS[key]} {metrics[key]:.3g}" for key in ("bleu-1", "bleu-4", "rouge-l", "cider"))
+        console.print(f"{name}: {said}")
+    for name, truth in found.claims.items():
+        kinds = "  ".join(f"{kind} {right / there:.0%}" for kind, (right, there) in _by_kind(truth))
+        console.print(f"{name}: {truth.whole:.0%} of captions right in everything ({kinds})")
+
+
+def captions_json(pictures: CaptionedPictures, captions: Sequence[str]) -> list[dict[str, str]]:
+    """Returns the caption that was written for each picture, as other programs may read it."""
+    return [{"image": name, "caption": caption} for name, caption in zip(pictures.names, captions, strict=True)]
+
+
+def evaluation_sections(
+    run: Run,
+    found: Evaluation,
+    pictures: CaptionedPictures,
+    truth: Mapping[str, Scene],
+    captioner: Captioner,
+    decoding: DecodingOptions,
+) -> list[Section]:
+    """Shows numbers, captions, where the captioner looked, and what was wrong."""
+    rows = [
+        ("test captions", *(found.metrics[key] for key in METRICS)),
+        ("true captions of other pictures", *(found.chance[key] for key in METRICS)),
+    ]
+    text = (
+        f"Measured once, on the captioner read back from disk, with --beam {decoding.beam}. The second row is what "
+        "somebody would score who writes good sentences without looking. BLEU and ROUGE-L in per cent. METEOR is not "
+        "given: version 1.5, which the papers used, exists in Java only, and what Python has gives other numbers."
+    )
+    numbers = Section("Numbers", [Table(("", *METRICS.values()), rows), Text(text)])
+    if found.claims:
+        numbers.blocks += _truth_blocks(run, found)
+    spread = np.linspace(0, len(pictures) - 1, min(SHOWN, len(pictures))).round().astype(int).tolist()
+    gallery = [_tile(pictures, place, f"{found.captions[place]}  —  true: {pictures.captions[place][0]}")
+               for place in spread]  # fmt: skip
+    sections = [numbers, Section("Captions", [Gallery(gallery, "Test pictures, evenly from all of them.")])]
+    chosen = [pictures.image(place) for place in spread[:: max(1, len(spread) // LOOKED_AT)][:LOOKED_AT]]
+    if maps := attention_maps(captioner, chosen, decoding):
+        blocks: list[Any] = [
+            Text("The picture under the attention of each word: bright is where the captioner looked when it chose it.")
+        ]
+        blocks += [Gallery(word_tiles(image, *its), " ".join(its[0])) for image, its in zip(chosen, maps, strict=True)]
+        sections.append(Section("Where it looked", blocks))
+    return [*sections, _error_section(found, pictures, truth, captioner)]
+
+
+def published_section(ours: Mapping[str, Mapping[str, float]], data: str | None) -> Section:
+    """Shows our numbers beside what the papers report on Flickr8k."""
+    keys = ("bleu-1", "bleu-2", "bleu-3", "bleu-4")
+    here = data or "drawn scenes, which are much easier: not to be compared"
+    rows: list[tuple[Any, ...]] = [
+        (name, *(metrics[key] for key in keys), None, f"here, on {here}") for name, metrics in ours.items()
+    ]
+    rows += [(name, *values, SOURCE) for name, values in PUBLISHED.items()]
+    columns = ("model", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "source")
+    return Section("Beside the papers", [Table(columns, rows, "Flickr8k, official test pictures, five references.")])
+
+
+def attention_maps(
+    captioner: Captioner, images: Sequence[Image.Image], options: DecodingOptions
+) -> list[tuple[list[str], torch.Tensor]]:
+    """Returns for each picture the words of its caption and their attention (words, rows, columns).
+
+    Empty if the captioner does not attend. `top_p` is not used: the map is of the caption that the search finds.
+    """
+    written = captioner.describe(images, replace(options, top_p=0.0), attention=True)
+    found = []
+    for numbers, attention in zip(written.words if written.attention else [], written.attention, strict=True):
+        words = captioner.vocabulary.decode(numbers).split()
+        found.append((words, attention[: len(words)].unflatten(1, captioner.model.encoder.grid)))
+    return found
+
+
+def word_tiles(image: Image.Image, words: Sequence[str], attention: torch.Tensor) -> list[tuple[Image.Image, str]]:
+    """Returns for each word the picture under its map, and the word."""
+    return [(under_map(image, part), word) for word, part in zip(words, attention, strict=True)]
+
+
+def under_map(image: Image.Image, attention: torch.Tensor, side: int = SIDE) -> Image.Image:
+    """Blends the picture with its attention (rows, columns), dark where that is least, at `side` pixels."""
+    low, high = float(attention.min()), float(attention.max())
+    levels = ((attention - low) / max(high - low, 1e-12) * 255).round().byte().cpu().numpy()
+    grown = Image.fromarray(levels).resize((side, side), Image.Resampling.BICUBIC)
+    colours = Image.fromarray((255 * mpl.colormaps["inferno"](np.asarray(grown))[..., :3]).astype(np.uint8))
+    return Image.blend(image.resize((side, side), Image.Resampling.BILINEAR), colours, 0.6)
+
+
+def save_heatmap(image: Image.Image, words: Sequence[str], attention: torch.Tensor, file: Path) -> None:
+    """Writes a PNG: the picture, then the picture under the map of each word, row by row."""
+    tiles = [(image.resize((SIDE, SIDE)), ""), *word_tiles(image, words, attention)]
+    rows = -(-len(tiles) // ACROSS)
+    canvas = figure.Figure(figsize=(1.7 * ACROSS, 1.9 * rows), layout="constrained")
+    for place, (tile, word) in enumerate(tiles):
+        axes = canvas.add_subplot(rows, ACROSS, place + 1)
+        axes.imshow(tile)
+        axes.set_title(word, fontsize=10)
+        axes.set_axis_off()
+    part = file.with_name(f".{file.name}.part")
+    canvas.savefig(part, format="png", dpi=110)
+    part.replace(file)
+
+
+def _structure_section(run: Run, config: TrainConfig, captioner: Captioner, fitted: Fitted) -> Section:
+    section = trained_section(fitted.audit)
+    encoder, decoder = captioner.model.encoder, captioner.model.decoder
+    # Nothing of what was read back trains: the figure shows what did.
+    encoder.train_last(config.encoder.unfreeze, frozen_is_kept=False)
+    decoder.requires_grad_(True)
+    rows = [*structure_of(encoder.network).rows, *structure_of(decoder).rows]
+    drawing = save_figure(run, "architecture", architecture_figure(rows))
+    places = f"{encoder.places} {'vector' if encoder.pool else 'places'}"
+    caption = (
+        f"Encoder below, decoder above: {CAPTIONERS[config.model].description}. The encoder gives {places} of "
+        f"{encoder.width} values; {fitted.trained:,} of {fitted.parameters:,} parameters train; the vocabulary has "
+        f"{len(captioner.vocabulary):,} words."
+    )
+    section.blocks.insert(1, Figure(drawing, caption))
+    return section
+
+
+def _curves(run: Run, validation: CaptionedPictures) -> Section:
+    section = curves_section(run, ("training/loss", "validation/loss"))
+    lines = [line for line in run.lines("metrics.jsonl") if "validation/cider" in line]
+    steps = [line["step"] for line in lines]
+    for key, name in (("cider", "CIDEr-D"), ("bleu-4", "BLEU-4")):
+        curve = {name: (steps, [line[f"validation/{key}"] for line in lines])}
+        svg = save_figure(run, key, curve_figure(curve, "optimizer step", name))
+        section.blocks.append(Figure(svg, f"{name} of greedy captions of the validation pictures."))
+    keys = ("step", "training/loss", "validation/loss", "validation/bleu-4", "validation/cider")
+    columns = [key.replace("/", " ") for key in keys]
+    section.blocks.append(Table(columns, [[line.get(key) for key in keys] for line in lines], "every evaluation", True))
+    if samples := list(run.lines("samples.jsonl")):
+        name = samples[0]["picture"]
+        tile = _tile(validation, validation.names.index(name), name)
+        said = "What the captioner said of this validation picture after each epoch:"
+        table = Table(("step", "caption"), [(line["step"], line["caption"]) for line in samples])
+        section.blocks += [Gallery([tile], said), table]
+    return section
+
+
+def _truth_blocks(run: Run, found: Evaluation) -> list[Any]:
+    kinds = [kind for kind in (*KINDS, GRAMMAR) if any(kind in truth.by_kind for truth in found.claims.values())]
+    shares = {
+        name: {kind: right / there for kind, (right, there) in _by_kind(truth)} for name, truth in found.claims.items()
+    }
+    rows = [(name, found.claims[name].whole, *(its.get(kind) for kind in kinds)) for name, its in shares.items()]
+    bars = {kind: {name: its.get(kind, 0.0) for name, its in shares.items()} for kind in kinds}
+    return [
+        Text("What is drawn is known, so what captions claim can be judged, each claim for itself:"),
+        Table(("captions", "right in everything", *kinds), rows, "Share of claims that are right, by kind."),
+        Figure(save_figure(run, "claims", bar_figure(bars, "share of claims that are right", 1.0)),
+               "Relations and places are right if they are of things with those shapes and colours."),
+    ]  # fmt: skip
+
+
+def _error_section(
+    found: Evaluation, pictures: CaptionedPictures, truth: Mapping[str, Scene], captioner: Captioner
+) -> Section:
+    """Shows the worst captions: those with most wrong claims, or where nobody knows them, least like the true ones."""
+    if not truth:
+        references = references_of(pictures, captioner.vocabulary.cleaning)
+        each = [rouge_l(caption.split(), those) for caption, those in zip(found.captions, references, strict=True)]
+        least = [
+            _tile(pictures, place, f"{found.captions[place]}  —  true: {pictures.captions[place][0]}")
+            for place in np.argsort(each, kind="stable")[:WORST].tolist()
+        ]
+        said = (
+            "The captions that have least in common with all true ones (ROUGE-L): look for wrong objects, colours, "
+            "counts."
+        )
+        return Section("Errors", [Gallery(least, said)])
+    judged = [(place, mistakes(found.captions[place], truth[name])) for place, name in enumerate(pictures.names)]
+    wrong = sorted(((place, claims) for place, claims in judged if claims), key=lambda item: -len(item[1]))
+    if not wrong:
+        return Section("Errors", [Text("None.")])
+    counts = Counter(claim.kind for _, claims in wrong for claim in claims)
+    worst = []
+    for place, claims in wrong[:WORST]:
+        listed = ", ".join(f"{claim.said} ({claim.kind})" for claim in claims)
+        worst.append(_tile(pictures, place, f"{found.captions[place]}  —  wrong: {listed}"))
+    said = f"{len(wrong)} of {len(pictures)} captions claim something that is not so; these claim most of it."
+    return Section("Errors", [Table(("wrong claims about", "how many"), counts.most_common()), Gallery(worst, said)])
+
+
+def _summary(found: Evaluation) -> str:
+    ours, chance = (
+        [f"{metrics['bleu-1']:.1f}", f"{metrics['bleu-4']:.1f}", f"{metrics['cider']:.2f}"]
+        for metrics in (found.metrics, found.chance)
+    )
+    said = f"Test captions: BLEU-1 {ours[0]}, BLEU-4 {ours[1]}, CIDEr-D {ours[2]} (true captions of other pictures: " \
+           f"{', '.join(chance)})."  # fmt: skip
+    if "written" in found.claims:
+        said += f" {found.claims['written'].whole:.0%} of them are right in all that they claim."
+    return said
+
+
+def _tile(pictures: CaptionedPictures, place: int, text: str) -> tuple[Image.Image, str]:
+    return shown(pictures.image(place)), text
+
+
+def _by_kind(truth: Truthfulness) -> list[tuple[str, tuple[int, int]]]:
+    """Returns the kinds of claims that occur, in the order in which reports show them."""
+    return [(kind, truth.by_kind[kind]) for kind in (*KINDS, GRAMMAR) if kind in truth.by_kind]
