@@ -29,23 +29,18 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 
-from clip_lab import train
-from clip_lab.batches import ClipSteps, Pairs, picture_rows
-from clip_lab.classes import features_of
-from clip_lab.config import CacheOptions, HeadOptions, ImageOptions, TrainConfig
-from clip_lab.contrast import pictures_of
-from clip_lab.data import read_data, transform_of
+from clip_lab.config import BatchOptions, CacheOptions, HeadOptions, ImageOptions, TrainConfig
+from clip_lab.data import Batches, Pairs, picture_rows, read_data, transform_of
 from clip_lab.encoder import load_encoder
-from clip_lab.export import to_open_clip
-from clip_lab.fitting import training_mode
 from clip_lab.image import make_image_tower
-from clip_lab.model import ClipModel, built
-from clip_lab.objectives import clip_loss
-from clip_lab.stored import Loaded
+from clip_lab.losses import clip_loss, contrastive, pictures_of
+from clip_lab.model import ClipModel, training_mode
+from clip_lab.probe import features_of
+from clip_lab.saved import Loaded, to_open_clip
 from clip_lab.text import TextTower
 from clip_lab.tokens import Words, make_words
-from labs_common.data import LabelledPictures, checked
-from labs_common.data.described import PictureTensors
+from labs_common.data.captions import PictureTensors
+from labs_common.data.classes import LabelledPictures, checked
 from labs_common.logistic import COARSE, Layer, fitted_layers, solved
 from labs_common.options import CaptionDataOptions
 from labs_common.run import write_atomically
@@ -144,8 +139,7 @@ def towers(options: Options, words: Words) -> tuple[ClipModel, Any]:
 
     torch.manual_seed(0)
     text = TextTower(len(words), 256, 4, 8, words.length, words.end)
-    model = built("clip", make_image_tower(ImageOptions(image=options.image)), text, HeadOptions(embedding=256))
-    assert isinstance(model, ClipModel)
+    model = ClipModel(make_image_tower(ImageOptions(image=options.image)), text, HeadOptions(embedding=256))
     with tempfile.TemporaryDirectory() as folder:
         to_open_clip(Loaded("clip", model, words, transform_of(model.image)), Path(folder) / "exported")
         theirs = open_clip.create_model(f"local-dir:{folder}/exported")
@@ -161,7 +155,9 @@ def drawn(options: Options, cache: bool) -> tuple[Pairs, Words]:
         part = read_data(CaptionDataOptions(data=str(folder)), 0, shown=False).splits["train"].subset(range(count))
         words = make_words("sentencepiece", [caption for of in part.captions for caption in of], 1000, 0)
         tower = make_image_tower(ImageOptions(image=options.image))
-        rows = picture_rows("bench", PictureTensors(part, transform_of(tower)), CacheOptions(cache=cache), False)
+        rows = picture_rows(
+            "bench", PictureTensors(part, transform_of(tower)), CacheOptions(cache=cache), Accelerator()
+        )
         numbers = [[words.numbers(caption) for caption in of] for of in part.captions]
         if not cache:  # the folder goes away: all are decoded now
             decoded = rows.rows(0, range(count))
@@ -195,14 +191,14 @@ def step(options: Options) -> dict[str, Any]:
     model, theirs = towers(options, words)
     fitting, criterion = fitting_of(model), ClipLoss()
     optimizers = [torch.optim.AdamW(which.parameters(), lr=RATE, fused=True) for which in (model, theirs)]
-    source = ClipSteps(pairs, words, options.batch, 1, "none", 0, 0)
+    source = Batches(pairs, words, BatchOptions(captions_per_picture=1, augment="none"), 0).steps(options.batch)
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
     differ = 0.0
     for whole, number in (parts[0] for parts in source.steps(0, 0)):
         part = whole.parts[0]
 
         def ours(whole: Any = whole, number: int = number) -> float:
-            loss, _ = train.contrastive(fitting, whole, number)
+            loss, _ = contrastive(fitting, fitting.config, whole, number)
             loss.backward()
             optimizers[0].step()
             optimizers[0].zero_grad()
@@ -317,7 +313,7 @@ def waiting(options: Options) -> dict[str, Any]:
     model, _ = towers(options, words)
     fitting = fitting_of(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
-    source = ClipSteps(pairs, words, options.batch, 2, "crop+colour", 0, 0)
+    source = Batches(pairs, words, BatchOptions(augment="crop+colour"), 0).steps(options.batch)
     waited, start = 0.0, time.perf_counter()
     steps = iter(source.steps(0, 0))
     while True:
@@ -327,7 +323,7 @@ def waiting(options: Options) -> dict[str, Any]:
         if parts is None:
             break
         for whole, number in parts:
-            loss, _ = train.contrastive(fitting, whole, number)
+            loss, _ = contrastive(fitting, fitting.config, whole, number)
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
