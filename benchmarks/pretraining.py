@@ -17,7 +17,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,16 +43,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from labs_common.data import LabelledPictures
-from labs_common.data.pictures import checked
+from labs_common.data.classes import LabelledPictures
+from labs_common.data.images import checked
 from labs_common.data.readers import read_pictures
 from labs_common.run import Run, write_atomically
 from labs_common.training import make_accelerator
 from zsi_contrastive.greedy import GreedySizes, PatchModules
-from zsi_contrastive.ssl.config import PretrainConfig, complete
-from zsi_contrastive.ssl.train import make, set_up
-from zsi_contrastive.ssl.methods import LOSSES
+from zsi_contrastive.ssl.config import PretrainConfig
+from zsi_contrastive.ssl.data import Pixels
+from zsi_contrastive.ssl.methods import complete
 from zsi_contrastive.ssl.model import make_encoder
+from zsi_contrastive.ssl.train import fit, make_network
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIDE, WIDTH = 32, 512
@@ -100,26 +101,23 @@ def pictures_of(options: Options) -> LabelledPictures:
     return checked(found, "error", False)
 
 
-def ours(options: Options, pictures: LabelledPictures, folder: Path) -> Generator[None]:
-    """One training step of `pretrain` at a time, as its loop has it."""
+def ours(options: Options, pictures: LabelledPictures, folder: Path) -> float:
+    """Pictures per second of `pretrain` in the steps that are timed, as the run itself records them."""
     asked = PretrainConfig(method=options.method)
     asked.encoder = dataclasses.replace(asked.encoder, backbone="resnet18", stem="small")
     asked.views = dataclasses.replace(asked.views, local_crops=0)
     asked.training = dataclasses.replace(
-        asked.training, batch_size=options.batch, epochs=1, optimizer="sgd", save_every=10**9, compile=options.compile
-    )
+        asked.training, batch_size=options.batch, epochs=1, optimizer="sgd", save_every=10**9, evaluate_every=10**9,
+        compile=options.compile,
+    )  # fmt: skip
     config = complete(asked)
     accelerator = make_accelerator(config.training)
     run = Run.start(config, dataclasses.replace(config.run, output=folder / "run", track="none"), "ssl", accelerator)
-    few = pictures.subset(range(options.batch))
-    fitting = set_up(config, make(config, accelerator), run, accelerator,
-                     {"train": pictures, "validation": few, "test": few})  # fmt: skip
-    for batch in fitting.loop.batches():
-        loss = LOSSES[config.method](fitting.step_of(batch))
-        fitting.set_decay()
-        fitting.loop.step(loss, len(batch.pictures))
-        fitting.follow()
-        yield
+    splits = {"train": pictures} | dict.fromkeys(("validation", "test"), pictures.subset(range(options.batch)))
+    pixels = {name: Pixels(part, SIDE, accelerator.device, False) for name, part in splits.items()}
+    fit(config, make_network(config, accelerator), run, accelerator, pixels)
+    timed = list(run.lines("timing.jsonl"))[WARM:]
+    return sum(line["pictures"] for line in timed) / sum(line["seconds"] for line in timed)
 
 
 class Transformed(torch.utils.data.Dataset[list[torch.Tensor]]):
@@ -151,8 +149,8 @@ HEADS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def theirs(options: Options, pictures: LabelledPictures) -> Generator[None]:
-    """One training step of lightly's parts at a time."""
+def theirs(options: Options, pictures: LabelledPictures) -> float:
+    """Pictures per second of lightly's parts in the steps that are timed."""
     torch.manual_seed(0)
     method = options.method
     asked = complete(PretrainConfig(method="simclr"))
@@ -173,7 +171,8 @@ def theirs(options: Options, pictures: LabelledPictures) -> Generator[None]:
     if options.their_bf16:
         student.to(memory_format=torch.channels_last)
     autocast = torch.autocast(DEVICE.type, torch.bfloat16) if options.their_bf16 else contextlib.nullcontext()
-    for first, second in loader:
+    start = 0.0
+    for step, (first, second) in enumerate(loader, 1):
         one, two = first.to(DEVICE, non_blocking=True), second.to(DEVICE, non_blocking=True)
         with autocast:
             if method == "simclr":
@@ -190,7 +189,11 @@ def theirs(options: Options, pictures: LabelledPictures) -> Generator[None]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        yield
+        if step == WARM:
+            wait()
+            start = time.perf_counter()
+    wait()
+    return options.batch * options.steps / (time.perf_counter() - start)
 
 
 def rates(options: Options) -> dict[str, float]:
@@ -199,17 +202,9 @@ def rates(options: Options) -> dict[str, float]:
     found: dict[str, list[float]] = {"ours": [], "lightly": []}
     for _ in range(options.rounds):
         # Not step by step in turns: lightly's workers would go on during our steps.
-        for name, seen in found.items():
-            with tempfile.TemporaryDirectory() as folder:
-                loop = ours(options, pictures, Path(folder)) if name == "ours" else theirs(options, pictures)
-                for step in range(options.steps + WARM):
-                    if step == WARM:
-                        wait()
-                        start = time.perf_counter()
-                    next(loop)
-                wait()
-                seen.append(options.batch * options.steps / (time.perf_counter() - start))
-                loop.close()
+        with tempfile.TemporaryDirectory() as folder:
+            found["ours"].append(ours(options, pictures, Path(folder)))
+        found["lightly"].append(theirs(options, pictures))
     rate = {name: statistics.median(seen) for name, seen in found.items()}
     return {f"{name}, pictures/s": value for name, value in rate.items()} | {"ratio": rate["ours"] / rate["lightly"]}
 

@@ -1,1 +1,1 @@
-"""What `zsi_contrastive.pretrain` is made of: pictures, views, networks, methods, measures, report."""
+"""Self-supervised learning: features from pictures without labels, by several methods."""

@@ -1,124 +1,120 @@
-"""The results of a comparison's runs, and the report on them."""
+"""Several methods of pre-training under one budget, and one report: `python -m zsi_contrastive.compare`.
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+Each method and seed is a run of `zsi_contrastive.pretrain` in a process of its own, so its peak memory is its own.
+What is finished is not run again: the same command goes on where it was stopped, and rebuilds the report when all is
+there.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from functools import partial
+from operator import methodcaller
 from typing import Any
 
-from labs_common.comparing import cell, figure_text, mean_and_spread, seeds_text, slug
-from labs_common.progress import console
-from labs_common.report import (
-    Figure,
-    Section,
-    Table,
-    Text,
-    asked_section,
-    bar_figure,
-    curve_figure,
-    save_figure,
-    write_report,
-)
-from labs_common.run import Run, environment
-from zsi_contrastive.ssl.config import CompareConfig
+from labs_common.cli import parse
+from labs_common.compare.collect import Entry, Measure, rows_of
+from labs_common.compare.plan import comparison_folder, plan_runs, seeds_text
+from labs_common.compare.processes import compare_runs, start_server
+from labs_common.compare.report import Findings, curves_of, notes_on, table_of
+from labs_common.report import Figure, Section, Table, Text, bar_figure, save_figure
+from labs_common.run import Run
+from zsi_contrastive.ssl.config import CompareConfig, ComparedOptions, MethodOptions, PretrainConfig
+from zsi_contrastive.ssl.data import read_splits
+from zsi_contrastive.ssl.methods import METHODS, complete
 
-WORTH = {"kNN": "knn", "kNN, random weights": "knn before", "linear probe": "probe", "spread": "spread",
-         "effective rank": "effective rank"}  # fmt: skip
-COSTS = {"seconds": "seconds", "steps": "steps", "pictures": "pictures", "parameters": "parameters"}
-
-
-def gathered(folder: Path, specs: Iterable[str], seeds: Sequence[int]) -> dict[str, list[Run]]:
-    """The finished runs of each entry."""
-    runs = {spec: [Run(folder / slug(spec) / f"seed-{seed}") for seed in seeds] for spec in specs}
-    done = {spec: [run for run in of_spec if run.load_json("results.json")] for spec, of_spec in runs.items()}
-    return {spec: of_spec for spec, of_spec in done.items() if of_spec}
-
-
-def measured(runs: Iterable[Run]) -> dict[str, Any]:
-    """Means, and spreads over seeds, of what is compared."""
-    results = [run.load_json("results.json") for run in runs]
-    line: dict[str, Any] = {}
-    for name, key in WORTH.items():
-        line |= mean_and_spread(name, [result["test"][key] for result in results if key in result["test"]])
-    for name, key in COSTS.items():
-        line |= mean_and_spread(name, [result["cost"][key] for result in results])
-    line |= mean_and_spread("peak MiB", [result["cost"]["peak memory"] / 2**20 for result in results])
-    rates = [result["cost"]["pictures"] / result["cost"]["seconds"] for result in results if result["cost"]["seconds"]]
-    return line | mean_and_spread("pictures per second", rates)
+LIBRARIES = ["zsi_contrastive.ssl.train"]  # it imports all that a run needs
+WORTH: dict[str, Measure] = {
+    "kNN": methodcaller("values", "test", "knn"),
+    "kNN, random weights": methodcaller("values", "test", "knn before"),
+    "linear probe": methodcaller("values", "test", "probe"),
+    "spread": methodcaller("values", "test", "spread"),
+    "effective rank": methodcaller("values", "test", "effective rank"),
+}
+COST: dict[str, Measure] = {
+    "seconds": methodcaller("cost", "seconds"),
+    "steps": methodcaller("cost", "steps"),
+    "pictures": methodcaller("cost", "pictures"),
+    "parameters": methodcaller("cost", "parameters"),
+    "pictures per second": methodcaller("cost", "pictures per second"),
+    "peak MiB": methodcaller("cost", "peak memory", 2**20),
+}
 
 
-def write_comparison(
-    folder: Path, config: CompareConfig, found: Mapping[str, list[Run]], failed: Mapping[str, int]
-) -> None:
-    """Writes results.json and report.html, and prints where they are."""
-    run = Run(folder)
-    if not found:
-        console.print("no run is finished: there is nothing to report")
-        return
-    lines = {spec: measured(runs) for spec, runs in found.items()}
-    run.save_json("environment.json", environment())
-    run.save_json("results.json", {"methods": lines, "failed": dict(failed)})
-    worth = [name for name in WORTH if any(name in line for line in lines.values())]
-    cost = ["seconds", "steps", "parameters", "pictures per second", "peak MiB"]
-    tables = [
-        Table(("", *names), [(spec, *(cell(line, name) for name in names)) for spec, line in lines.items()])
-        for names in (worth, cost)
-    ]
-    curves = {spec: _curve(runs[0], "test/knn") for spec, runs in found.items()}
-    curves = {spec: points for spec, points in curves.items() if points[0]}
-    figures = []
-    if curves:
-        first = next(iter(curves.values()))
-        last = max(points[0][-1] for points in curves.values())
-        random = {"random weights": ([0.0, last], [first[1][0]] * 2)}
-        figures.append(Figure(save_figure(run, "knn", curve_figure(curves | random, "epoch", "kNN accuracy, test")),
-                              "Test pictures that neighbours name right, first seed."))  # fmt: skip
-        shown: dict[str, dict[str, float]] = {
-            spec: {name: line[name] for name in ("kNN", "linear probe") if name in line} for spec, line in lines.items()
-        }
-        if len({tuple(bars) for bars in shown.values()}) == 1:
-            figures.append(Figure(save_figure(run, "methods", bar_figure(shown, "accuracy")), "Test pictures."))
-    ranks = {spec: _curve(runs[0], "test/effective_rank") for spec, runs in found.items()}
-    figures.append(Figure(save_figure(run, "rank", curve_figure(ranks, "epoch", "effective rank")),
-                          "How many dimensions the features use; near 1 they have collapsed."))  # fmt: skip
+def compare(config: CompareConfig) -> None:
+    """Plans the runs, does those that are missing, and writes the report."""
+    planned = plan_runs(config.comparison, "--methods", config.methods, "method", partial(run_of, config), [*METHODS])
+    folder = comparison_folder("compare-pretraining", config, [config.data.data])
+    start_server(config.comparison.launch, LIBRARIES)
+    read_splits(config.data, config.comparison.seed, shown=True)  # what is wrong with it is said before anything runs
+    compare_runs(folder, config, "zsi_contrastive.pretrain", planned, partial(findings, config))
+
+
+def run_of(config: CompareConfig, method: str, flags: list[str]) -> PretrainConfig:
+    """Makes the run of one entry of --methods: a method, and options after colons (`moco:queue=256`).
+
+    Raises:
+        LabError: there is no such option, or its value is wrong.
+    """
+    asked = parse(ComparedOptions, "--methods", flags)
+    own, views = _changed(config.own, MethodOptions(), asked.own), config.views
+    if asked.local_crops >= 0:
+        views = dataclasses.replace(views, local_crops=asked.local_crops)
+    training = _changed(config.training, ComparedOptions(), asked, ("batch_size", "learning_rate", "optimizer"))
+    return complete(PretrainConfig(method, config.data, config.encoder, views, own, training, config.measure))
+
+
+def _changed(options: Any, usual: Any, asked: Any, names: Iterable[str] | None = None) -> Any:
+    """The options with what was `asked` otherwise than `usual`."""
+    names = vars(usual) if names is None else names
+    given = {name: getattr(asked, name) for name in names}
+    return dataclasses.replace(options, **{name: value for name, value in given.items() if value != vars(usual)[name]})
+
+
+def findings(config: CompareConfig, run: Run, entries: dict[str, Entry], failed: dict[str, int]) -> Findings:
+    """Makes the tables and figures, in the order of --methods: an entry with options stands below its method."""
+    rows = rows_of("method", entries.values(), WORTH | COST)
+    worth = [name for name in WORTH if any(name in row for row in rows)]
     note = f"Every method saw the same pictures as often, with {seeds_text(config.comparison)}. "
     note += "What follows a colon is changed."
-    if config.comparison.seeds == 1:
-        note += " One run of each says little about small differences: see --seeds."
-    sections = [
-        asked_section(config),
-        Section("Methods", [Text(note), *tables, *figures]),
-        *([Section("What each change does", [effects_table(lines)])] if effects_of(lines) else []),
-    ]
-    if failed:
-        sections.append(Section("Failed", [Table(("run", "exit code"), list(failed.items()))]))
-    ranked = {spec: line["kNN"] for spec, line in lines.items() if "kNN" in line}
-    best = max(ranked, key=lambda spec: ranked[spec]) if ranked else None
-    summary = f"{best} has the best neighbours: {ranked[best]:.1%} right." if best else "No classes to ask for."
-    path = write_report(run, "Pre-training compared", summary, sections)
-    for spec, line in lines.items():
-        print(f"{spec}: " + ", ".join(f"{name} {figure_text(line[name])}" for name in worth if name in line))
-    print(f"report: {path}")
+    methods = sorted({name.split(":")[0] for name in entries}, key=[*METHODS].index)
+    kinds = Table(("method", "against collapse"), [(name, METHODS[name].about) for name in methods])
+    cost = [name for name in COST if name != "pictures"]
+    tables = [table_of(rows, ["method", *names]) for names in (worth, cost)]
+    sections = [Section("Methods", [Text(note), *notes_on(config.comparison, failed), *tables, kinds,
+                                    *figures_of(run, entries, rows)])]  # fmt: skip
+    if effects := effects_of(rows):
+        shown = [(name, changed, usual, f"{change:+.3f}") for name, _, changed, usual, change in effects]
+        sections.append(Section("What each change does", [Table(("with", "kNN", "without", "difference"), shown)]))
+    ranked = [row for row in rows if "kNN" in row]
+    best = max(ranked, key=lambda row: row["kNN"]) if ranked else None
+    summary = "No classes to ask for."
+    if best is not None:
+        summary = f"{best['method']} has the best neighbours: {best['kNN']:.1%} right."
+    return Findings("Pre-training compared", summary, rows, sections, worth)
 
 
-def effects_of(lines: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, float, float, float]]:
+def figures_of(run: Run, entries: Mapping[str, Entry], rows: list[dict[str, Any]]) -> list[Figure]:
+    """Draws kNN accuracy and effective rank by epoch, and the accuracies side by side."""
+    figures = []
+    curves = {name: entry.epochs("test/knn") for name, entry in entries.items() if entry.curve("test/knn")[0]}
+    if curves:
+        random = next(iter(curves.values()))[1][0]  # before the first step
+        end = max(epochs[-1] for epochs, _ in curves.values())
+        curves["random weights"] = ([0.0, end], [random, random])
+        figures.append(curves_of(run, curves, "epoch", "kNN accuracy, test",
+                                 "Test pictures that neighbours name right, first seed."))  # fmt: skip
+        bars: dict[str, dict[str, float]] = {
+            row["method"]: {name: row[name] for name in ("kNN", "linear probe") if name in row} for row in rows
+        }
+        if len({tuple(named) for named in bars.values()}) == 1:  # all were measured alike
+            figures.append(Figure(save_figure(run, "methods", bar_figure(bars, "accuracy")), "Test pictures."))
+    ranks = {name: entry.epochs("test/effective_rank") for name, entry in entries.items()}
+    caption = "How many dimensions the features use; near 1 they have collapsed."
+    return [*figures, curves_of(run, ranks, "epoch", "effective rank", caption)]
+
+
+def effects_of(rows: list[dict[str, Any]]) -> list[tuple[str, str, float, float, float]]:
     """Each entry with options beside its method without: names, kNN of both and their difference."""
-    found = []
-    for spec, line in lines.items():
-        method = spec.split(":")[0]
-        if spec != method and method in lines and "kNN" in line and "kNN" in lines[method]:
-            changed, usual = line["kNN"], lines[method]["kNN"]
-            found.append((spec, method, changed, usual, changed - usual))
-    return found
-
-
-def effects_table(lines: Mapping[str, Mapping[str, Any]]) -> Table:
-    """What `effects_of` found."""
-    rows = [(spec, changed, usual, f"{change:+.3f}") for spec, _, changed, usual, change in effects_of(lines)]
-    return Table(("with", "kNN", "without", "difference"), rows)
-
-
-def _curve(run: Run, key: str) -> tuple[list[float], list[float]]:
-    """Epochs and values of an evaluation."""
-    timed = [line for line in run.lines("metrics.jsonl") if "epoch" in line]
-    each = timed[-1]["step"] / timed[-1]["epoch"] if timed else 1.0
-    points = [line for line in run.lines("metrics.jsonl") if key in line]
-    return [line["step"] / each for line in points], [line[key] for line in points]
+    knn = {row["method"]: row["kNN"] for row in rows if "kNN" in row}
+    pairs = [(name, name.split(":")[0]) for name in knn if ":" in name]
+    return [(name, usual, knn[name], knn[usual], knn[name] - knn[usual]) for name, usual in pairs if usual in knn]

@@ -1,24 +1,21 @@
-"""The options of pre-training and of comparing its methods, each once. Nothing heavy here: `--help` is fast."""
+"""The options of `pretrain` and `compare`, each once. Nothing here imports torch, so `--help` stays fast."""
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 from labs_common.errors import LabError
-from labs_common.options import ClassDataOptions, ComparisonOptions, RunOptions, TrainingOptions
+from labs_common.options import ClassDataOptions, ComparisonOptions, RunOptions, TrainingOptions, one_of
 from zsi_contrastive.detector.config import TINY
 
-Method = Literal["simclr", "moco", "byol", "dino", "gim", "cpc"]
-METHODS: tuple[Method, ...] = get_args(Method)
-TAUGHT = ("moco", "byol", "dino")  # these have a teacher
-GREEDY = ("gim", "cpc")
-RESNET50_V2 = "resnet50v2"
-PRETRAINED = "pretrained.json"
+MethodName = Annotated[str, one_of("zsi_contrastive.ssl.methods:METHODS")]
+Optimizer = Literal["auto", "sgd", "lars", "adamw"]
+RESNETS = ("resnet", "resnext", "wide_resnet")  # what the names of torchvision's ResNets begin with
+RESNET50_V2 = "resnet50v2"  # the network of Greedy InfoMax's paper
 
 
 @dataclass
 class PretrainDataOptions(ClassDataOptions):
-    """Which pictures. Labels, where there are any, only measure what was learnt."""
+    """Pictures to learn from. Labels, where there are any, only measure what was learnt."""
 
     data: str | None = None
     """CIFAR-10, a directory per class, .parquet files, a Hugging Face id, or a directory of pictures without classes
@@ -27,7 +24,7 @@ class PretrainDataOptions(ClassDataOptions):
 
 @dataclass
 class EncoderOptions:
-    """Which network learns."""
+    """The network that learns."""
 
     backbone: str = TINY
     """tiny, a ResNet of torchvision (resnet18), or a network of timm (vit_tiny_patch16_224); gim and cpc have networks
@@ -40,7 +37,7 @@ class EncoderOptions:
 
 @dataclass
 class ViewOptions:
-    """How a picture is changed at random, twice or more, on the device."""
+    """Random changes of a picture, made twice or more, on the device."""
 
     crop_scale: tuple[float, float] = (0.0, 1.0)
     """Smallest and largest share of the picture's area that a view shows; 0 takes the method's: 0.08, and 0.14 or with
@@ -109,7 +106,7 @@ class PretrainTrainingOptions(TrainingOptions):
     """Passes over the training pictures; 0 takes 200, and 15 for tiny."""
     batch_size: int = 0
     """Pictures per optimizer step, over all processes together; 0 takes 512, and 256 for tiny."""
-    optimizer: Literal["auto", "sgd", "lars", "adamw"] = "auto"
+    optimizer: Optimizer = "auto"
     """SGD or LARS with momentum 0.9, or AdamW; auto is SGD for convolutional networks, AdamW for tiny, gim, cpc and
     transformers, and LARS for byol with tiny."""
     learning_rate: float = 0.0
@@ -155,7 +152,7 @@ class PretrainConfig:
     `model/encoder.safetensors` then starts a detector (`zsi_contrastive.train --backbone-weights`).
     """
 
-    method: Method = "simclr"
+    method: MethodName = "simclr"
     """simclr: negatives in the batch; moco: in a queue; byol: none, but a teacher; dino: a teacher's distributions;
     gim: patches, three modules that learn alone; cpc: the same in one with a context."""
     data: PretrainDataOptions = field(default_factory=PretrainDataOptions)
@@ -167,121 +164,35 @@ class PretrainConfig:
     run: RunOptions = field(default_factory=RunOptions)
 
 
-def complete(config: PretrainConfig) -> PretrainConfig:
-    """The config with a default in the place of what was left to the method and the encoder.
+def check_ranges(config: PretrainConfig) -> None:
+    """Refuses values that make no sense, whatever the method.
 
     Raises:
-        LabError: options that contradict each other, or are out of range.
-    """
-    check(config)
-    method, own, encoder = config.method, config.own, config.encoder
-    tiny, dino, greedy = encoder.backbone == TINY, method == "dino", method in GREEDY
-    training = completed_training(config)
-    side = encoder.side or (32 if tiny or encoder.stem == "small" else 64 if greedy else 224)
-    local = (4 if dino else 0) if config.views.local_crops < 0 else config.views.local_crops
-    low, high = config.views.crop_scale
-    low = low or ((0.4 if local else 0.14) if dino else 0.08)
-    momentum = 0.99 if own.momentum < 0 else own.momentum
-    rising = method in ("byol", "dino") and momentum > 0
-    shrink = 4 if tiny else 1
-    return dataclasses.replace(
-        config,
-        encoder=dataclasses.replace(encoder, side=side),
-        views=dataclasses.replace(
-            config.views,
-            crop_scale=(low, high),
-            local_crops=local,
-            local_side=config.views.local_side or side // 2,
-        ),
-        own=dataclasses.replace(
-            own,
-            temperature=own.temperature or (0.1 if method != "simclr" else 0.2 if tiny else 0.5),
-            momentum=momentum,
-            momentum_end=(1.0 if rising else momentum) if own.momentum_end < 0 else own.momentum_end,
-            queue=own.queue or 4096,
-            hidden=own.hidden or {"byol": 1024, "dino": 2048}.get(method, 512) // shrink,
-            outputs=own.outputs or {"byol": 256, "dino": 2048 // shrink}.get(method, 128),
-        ),
-        training=training,
-    )
-
-
-def completed_training(config: PretrainConfig) -> PretrainTrainingOptions:
-    """How the weights are moved, with the method's own values."""
-    training, greedy = config.training, config.method in GREEDY
-    tiny = config.encoder.backbone == TINY
-    batch = training.batch_size or (256 if tiny else 512)
-    optimizer = training.optimizer
-    if optimizer == "auto":
-        convolutional = config.encoder.backbone.startswith(("resnet", "resnext", "wide_resnet"))
-        optimizer = "sgd" if convolutional and not greedy else "adamw"
-        if tiny and config.method == "byol":  # with AdamW it nearly collapses before it learns
-            optimizer = "lars"
-    rates = {
-        "sgd": 0.06 * batch / 128,
-        "lars": 2.0 if tiny else 0.3 * batch / 256,
-        "adamw": 2e-4 if greedy and not tiny else 2e-3,
-    }
-    decays = {"sgd": 5e-4, "lars": 1e-6, "adamw": 0.0 if greedy else 0.04}
-    decay = decays[optimizer] if training.weight_decay < 0 else training.weight_decay
-    return dataclasses.replace(
-        training,
-        epochs=training.epochs or (15 if tiny else 200),
-        batch_size=batch,
-        optimizer=optimizer,
-        learning_rate=training.learning_rate or rates[optimizer],
-        weight_decay=decay,
-        weight_decay_end=decay if training.weight_decay_end < 0 else training.weight_decay_end,
-        clip_norm=(3.0 if config.method == "dino" else 0.0) if training.clip_norm < 0 else training.clip_norm,
-    )
-
-
-def check(config: PretrainConfig) -> None:
-    """Refuses what makes no sense.
-
-    Raises:
-        LabError: options contradict each other, or one is out of range.
+        LabError: one is out of range, or does not fit the encoder.
     """
     encoder, views, own, measure = config.encoder, config.views, config.own, config.measure
-    if config.method in GREEDY and encoder.backbone not in (TINY, RESNET50_V2):
-        raise LabError(f"--backbone {encoder.backbone}: {config.method} has networks of its own: take {TINY} or "
-                       f"{RESNET50_V2}")  # fmt: skip
-    if config.method not in GREEDY and encoder.backbone == RESNET50_V2:
-        raise LabError(f"--backbone {RESNET50_V2}: is for gim and cpc alone; take resnet50")
-    if encoder.stem == "small" and not encoder.backbone.startswith(("resnet", "resnext", "wide_resnet")):
+    if encoder.stem == "small" and not encoder.backbone.startswith(RESNETS):
         raise LabError("--stem small: is for ResNets of torchvision")
     if encoder.side and encoder.side < 8:
         raise LabError("--side: must be at least 8")
-    if config.method in GREEDY and encoder.side % 8:
-        raise LabError(f"--side {encoder.side}: {config.method} cuts pictures into patches: take a multiple of 8")
-    if views.local_crops > 0 and config.method != "dino":
-        raise LabError(f"--local-crops: only dino's student sees more views than two; {config.method} does not")
-    for name, scale in (("crop-scale", views.crop_scale), ("local-scale", views.local_scale)):
-        if not 0 <= scale[0] <= scale[1] <= 1 or not scale[1]:
+    for name, (low, high) in (("crop-scale", views.crop_scale), ("local-scale", views.local_scale)):
+        if not 0 <= low <= high <= 1 or not high:
             raise LabError(f"--{name}: must be two shares of the area from 0 to 1, the smaller first")
-    shares = {"flip": views.flip, "grey": views.grey, "blur": views.blur, "solarize": views.solarize,
-              "jitter": views.jitter}  # fmt: skip
+    shares = {name: getattr(views, name) for name in ("flip", "grey", "blur", "solarize", "jitter")}
+    shares |= {"momentum": max(0.0, own.momentum, own.momentum_end)}  # below 0 it is left to the method
     for name, share in shares.items():
         if not 0 <= share <= 1:
             raise LabError(f"--{name}: must lie between 0 and 1")
     if not 0 <= own.prior < 1:
         raise LabError("--prior: must be at least 0 and less than 1")
-    if own.momentum > 1 or own.momentum_end > 1:
-        raise LabError("--momentum: must lie between 0 and 1")
-    for name, value in (("temperature", own.temperature), ("hardness", own.hardness), ("koleo", own.koleo)):
-        if value < 0:
-            raise LabError(f"--{name}: must not be negative")
     if own.teacher_temperature <= 0:
         raise LabError("--teacher-temperature: must be above 0")
-    counts = {
-        "neighbours": measure.neighbours or 1,
-        "bank": measure.bank,
-        "ahead": own.ahead,
-        "negatives": own.negatives,
-    }
-    for name, value in counts.items():
-        if value < 1:
-            raise LabError(f"--{name}: must be at least 1")
+    at_least = {name: (getattr(own, name), 0) for name in ("temperature", "hardness", "koleo")}
+    at_least |= {"ahead": (own.ahead, 1), "negatives": (own.negatives, 1), "bank": (measure.bank, 1),
+                 "neighbours": (measure.neighbours or 1, 1)}  # fmt: skip
+    for name, (value, least) in at_least.items():
+        if value < least:
+            raise LabError(f"--{name}: must be at least {least}")
 
 
 @dataclass
@@ -303,3 +214,18 @@ class CompareConfig:
     training: PretrainTrainingOptions = field(default_factory=PretrainTrainingOptions)
     measure: MeasureOptions = field(default_factory=MeasureOptions)
     comparison: ComparisonOptions = field(default_factory=ComparisonOptions)
+
+
+@dataclass
+class ComparedOptions:
+    """What may follow a method's name after colons; the rest is one budget for all."""
+
+    own: MethodOptions = field(default_factory=MethodOptions)
+    batch_size: int = 0
+    """Pictures per optimizer step."""
+    local_crops: int = -1
+    """Small views that only dino's student sees."""
+    learning_rate: float = 0.0
+    """Highest learning rate."""
+    optimizer: Literal["", "sgd", "lars", "adamw"] = ""
+    """Instead of the method's own."""

@@ -1,21 +1,26 @@
-"""How good features are: neighbours that vote, and whether they have collapsed."""
+"""What features are worth: neighbours that vote, a linear probe, and whether the features have collapsed."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from labs_common.progress import tracked
-from zsi_contrastive.ssl.data import Levels
+from labs_common.logistic import fitted_layers
+from labs_common.progress import console, tracked
+from labs_common.report.pictures import Predictions
+from zsi_contrastive.ssl.config import PretrainConfig
+from zsi_contrastive.ssl.data import Pixels
 from zsi_contrastive.ssl.model import features_of
-from zsi_contrastive.ssl.views import plain
+from zsi_contrastive.ssl.views import middle_square
 
-AT_ONCE = 512
-VOTE_TEMPERATURE = 0.1
-RANKED = 2048  # features whose singular values are looked at
+AT_ONCE = 512  # pictures, or rows of the matrix of cosines
+VOTE_TEMPERATURE = 0.1  # Wu et al. 2018 have 0.07; lightly's benchmark, beside which these figures stand, 0.1
+RANKED = 2048  # features whose singular values are computed: more would hardly change them
 COLLAPSED = 0.1  # a spread below this is next to nothing
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # the probe's, of the mean loss, on features of deviation 1
 
 
 @dataclass(frozen=True)
@@ -28,57 +33,70 @@ class Features:
     places: torch.Tensor
 
 
+def scores(
+    encoder: torch.nn.Module, pixels: Mapping[str, Pixels], config: PretrainConfig, accelerator: Accelerator
+) -> dict[str, float]:
+    """Measures kNN accuracy on validation and test pictures that have classes, and whether features collapsed."""
+    side, measure = config.encoder.side, config.measure
+    features = {name: features_from(encoder, pixels[name], side, accelerator) for name in ("validation", "test")}
+    found: dict[str, float] = {}
+    if len(pixels["train"].pictures.classes) > 1:
+        bank = features_from(encoder, pixels["train"], side, accelerator, measure.bank)
+        # 200 is usual on CIFAR-10; of few training pictures so many would be of other classes.
+        neighbours = measure.neighbours or (200 if len(bank.labels) >= 10_000 else 20)
+        found = {f"{name}/knn": knn_accuracy(bank, asked, neighbours) for name, asked in features.items()}
+    test = features["test"].values
+    found |= {"test/spread": spread(test), "test/effective_rank": effective_rank(test)}
+    if found["test/spread"] < COLLAPSED and accelerator.is_main_process:
+        console.print(f"the features have collapsed: all pictures look alike (spread {found['test/spread']:.3f})")
+    return found
+
+
 @torch.no_grad()
 def features_from(
-    encoder: torch.nn.Module, levels: Levels, side: int, accelerator: Accelerator, most: int = 0, shown: str = ""
+    encoder: torch.nn.Module, pixels: Pixels, side: int, accelerator: Accelerator, most: int = 0, shown: str = ""
 ) -> Features:
-    """Features of the pictures (at most `most`, evenly spread), each process computing its part.
+    """Computes features of the pictures (at most `most`, evenly spread), each process a part of them.
 
     `shown` names a progress bar. The encoder is in evaluation mode meanwhile.
     """
-    count = min(most, len(levels)) if most else len(levels)
-    places = torch.linspace(0, len(levels) - 1, count).round().long()
+    count = min(most, len(pixels)) if most else len(pixels)
+    places = torch.linspace(0, len(pixels) - 1, count).round().long()
     each = -(-count // accelerator.num_processes)
-    padded = torch.cat([places, places[:1].expand(each * accelerator.num_processes - count)])
-    mine = padded[accelerator.process_index * each : (accelerator.process_index + 1) * each]
+    padded = torch.cat([places, places[:1].expand(each * accelerator.num_processes - count)])  # for an equal part each
+    batches = padded[accelerator.process_index * each :][:each].split(AT_ONCE)
     before = encoder.training
     encoder.eval()
     parts = []
-    batches = mine.split(AT_ONCE)
     for batch in tracked(batches, shown, len(batches), bool(shown) and accelerator.is_main_process):
         with accelerator.autocast():
-            found = features_of(encoder, plain(levels.batch(batch), levels.aspects[batch], side))
-        parts.append(found.float())
+            features = features_of(encoder, middle_square(pixels.batch(batch), pixels.aspects[batch], side))
+        parts.append(features.float())
     encoder.train(before)
     values: torch.Tensor = accelerator.gather(torch.cat(parts))
-    labels = torch.from_numpy(levels.pictures.labels)[places].to(values.device)
-    return Features(values[:count], labels, len(levels.pictures.classes), places)
+    labels = torch.from_numpy(pixels.pictures.labels)[places].to(values.device)
+    return Features(values[:count], labels, len(pixels.pictures.classes), places)
 
 
 def knn_accuracy(bank: Features, asked: Features, neighbours: int) -> float:
-    """Share of pictures whose class most of the nearest of the bank have (Wu et al. 2018, section 3.4).
+    """Share of pictures whose class wins the vote of their nearest pictures in the bank (Wu et al. 2018, section 3.4).
 
-    Cosines c, each vote weighs exp(c / 0.1).
+    A neighbour with cosine c has exp(c / 0.1) votes.
     """
     right = knn_classes(bank, asked.values, neighbours) == asked.labels
     return float(right.double().mean())
 
 
-def usual_neighbours(bank: int) -> int:
-    """How many of `bank` training pictures vote: 200 of CIFAR-10's as everywhere, a tenth as many of few pictures."""
-    return 200 if bank >= 10_000 else 20
-
-
 def knn_classes(bank: Features, values: torch.Tensor, neighbours: int) -> torch.Tensor:
-    """The class (n,) that the neighbours of each feature (n, width) vote for."""
+    """Returns the class (n,) that the neighbours of each feature (n, width) vote for."""
     known = F.normalize(bank.values, dim=1)
-    found = []
+    winners = []
     for part in F.normalize(values, dim=1).split(AT_ONCE):
         cosines, places = (part @ known.T).topk(min(neighbours, len(known)), dim=1)
         votes = torch.zeros(len(part), bank.classes, device=part.device)
         votes.scatter_add_(1, bank.labels[places], (cosines / VOTE_TEMPERATURE).exp())
-        found.append(votes.argmax(1))
-    return torch.cat(found)
+        winners.append(votes.argmax(1))
+    return torch.cat(winners)
 
 
 def spread(values: torch.Tensor) -> float:
@@ -91,11 +109,29 @@ def spread(values: torch.Tensor) -> float:
 
 
 def effective_rank(values: torch.Tensor) -> float:
-    """How many dimensions features (n, width) use: exp of the entropy of their singular values' shares.
+    """Number of dimensions that features (n, width) use: exp of the entropy of their singular values' shares.
 
     Roy & Vetterli 2007, of features less their mean.
     """
     centred = (values[:RANKED] - values[:RANKED].mean(0)).double()
     sizes = torch.linalg.svdvals(centred)
-    shares = sizes / sizes.sum().clamp(min=1e-300)
+    shares = sizes / sizes.sum().clamp(min=1e-300)  # all 0 if the features are equal
     return float(torch.special.entr(shares).sum().exp())
+
+
+def linear_probe(features: Mapping[str, Features]) -> Predictions:
+    """Fits a linear layer on standardised features and returns its predictions for the test pictures.
+
+    Of four penalties the best on the validation pictures is taken, of equal ones the largest; with that it is fitted
+    on training and validation pictures.
+    """
+    train = features["train"]
+    mean, deviation = train.values.mean(0), train.values.std(0).clamp(min=1e-6)
+    known = {name: ((part.values - mean) / deviation, part.labels) for name, part in features.items()}
+    values, labels = known["validation"]
+    layers = fitted_layers(*known["train"], train.classes, PENALTIES)
+    right = [int((layer.logits(values).argmax(1) == labels).sum()) for layer in layers]
+    penalty = max(zip(right, PENALTIES, strict=True))[1]
+    both = [torch.cat(pair) for pair in zip(known["train"], known["validation"], strict=True)]
+    layer = fitted_layers(both[0], both[1], train.classes, [penalty])[0]
+    return Predictions(layer.probabilities(known["test"][0]), known["test"][1].cpu().numpy())

@@ -1,8 +1,9 @@
-"""The objectives, one function each, and nothing of them kept in memory that grows with the square of the batch.
+"""The losses, one function each. None keeps anything in memory that grows with the square of the batch.
 
-Rows belong to pictures, patches or words; d is their length. Where a batch is spread over processes each function
-takes this process's rows and returns their mean: the mean of that over processes is the whole batch's loss, and its
-gradient too. What compares rows with all others brings those of the other processes with `gathered`.
+Rows are embeddings of pictures or patches; d is their length. Where a batch is spread over processes, each function
+takes this process's rows and returns their mean loss: the mean of that over processes is the whole batch's loss, and
+its gradient is the whole batch's gradient. A loss that compares rows with all others collects those of the other
+processes with `gathered`.
 """
 
 import math
@@ -14,28 +15,29 @@ from labs_common.gathering import CHUNK, gathered, in_chunks, mean_over_processe
 
 
 def hadsell_loss(rows: torch.Tensor, labels: torch.Tensor, margin: float = 1.0, chunk: int = CHUNK) -> torch.Tensor:
-    """Pairs of one class are drawn together, others pushed a margin apart (Hadsell et al. 2006, eq. 4).
+    """Draws pairs of one class together and pushes others a margin apart (Hadsell et al. 2006, eq. 4).
 
-    Squared distance for the former, max(0, margin − distance)² for the latter; the mean over all ordered pairs.
+    The loss is the squared distance for the former, max(0, margin − distance)² for the latter, averaged over all
+    ordered pairs.
 
     Args:
         rows: (n, d).
-        labels: class of each (n,).
-        margin: the distance from which others are left alone.
+        labels: the class of each row (n,).
+        margin: the distance beyond which pairs of different classes cost nothing.
         chunk: rows at once.
     """
     columns, of = gathered(rows), gathered(labels)
-    place = _first(len(rows)) + torch.arange(len(rows), device=rows.device)
+    place = _own_places(rows)
 
     def pairs(
         own: torch.Tensor, label: torch.Tensor, place: torch.Tensor, columns: torch.Tensor, of: torch.Tensor
     ) -> torch.Tensor:
         squared = (own[:, None] - columns).square().sum(-1)
-        distance = squared.clamp(min=1e-12).sqrt()  # whose slope at 0 is not a number
+        distance = squared.clamp(min=1e-12).sqrt()  # the square root's gradient at 0 is infinite
         loss = torch.where(label[:, None] == of, squared, (margin - distance).clamp(min=0).square())
         return loss.scatter(1, place[:, None], 0.0).sum()
 
-    # Differences (chunk, n, d) are held, not products: no cancellation between rows that are close.
+    # Differences (chunk, n, d) and not products, which would cancel between close rows; so the chunks are smaller.
     total = in_chunks(pairs, (rows, labels, place), (columns, of), max(1, chunk // 64))
     return total / (len(rows) * (len(columns) - 1))
 
@@ -43,11 +45,11 @@ def hadsell_loss(rows: torch.Tensor, labels: torch.Tensor, margin: float = 1.0, 
 def nce_loss(
     scores: torch.Tensor, noise_scores: torch.Tensor, log_noise: torch.Tensor, log_noise_of_noise: torch.Tensor
 ) -> torch.Tensor:
-    """Noise-contrastive estimation: tell data from noise by log p − log q (Gutmann & Hyvärinen 2010, eq. 3).
+    """Tells data from noise by log p − log q: noise-contrastive estimation (Gutmann & Hyvärinen 2010, eq. 3).
 
     Args:
         scores: log p of the data under the model, which need not be normalised (n,).
-        noise_scores: log p of the noise (n, k), k draws for each.
+        noise_scores: log p of the noise (n, k), k samples for each row of data.
         log_noise: log q of the data under the noise's distribution (n,).
         log_noise_of_noise: log q of the noise (n, k).
     """
@@ -60,36 +62,35 @@ def nce_loss(
 def info_nce_loss(
     queries: torch.Tensor, keys: torch.Tensor, temperature: float = 1.0, group: int = 0, chunk: int = CHUNK
 ) -> torch.Tensor:
-    """Which key belongs to each query? −log exp(q·k) / Σ exp(q·k') (van den Oord et al. 2018, CPC, eq. 4).
+    """Classifies which key belongs to each query: −log exp(q·k) / Σ exp(q·k') (van den Oord et al. 2018, CPC, eq. 4).
 
     Args:
         queries: (n, d), such as contexts after their W_k.
-        keys: (n, d), the one that belongs to each.
-        temperature: by which products are divided.
-        group: each query is told only from the keys of its own `group` rows, as they stand (what is left over for a
-            whole group is left out); 0 compares all with all, over all processes.
+        keys: (n, d), row by row the one that belongs to each query.
+        temperature: products are divided by it.
+        group: compares each query only with the keys of its own group of `group` consecutive rows (a last incomplete
+            group is left out); 0 compares all with all, over all processes.
         chunk: rows at once.
     """
     if group:
         count = max(1, len(queries) // group)
         size = min(group, len(queries))
         own, others = (rows[: count * size].view(count, size, -1) for rows in (queries, keys))
-        products = (own @ others.transpose(1, 2) / temperature).flatten(0, 1)  # (n, group)
+        products = (own @ others.transpose(1, 2) / temperature).flatten(0, 1)  # (count · size, size)
         return F.cross_entropy(products, torch.arange(size, device=queries.device).repeat(count))
 
     def part(query: torch.Tensor, place: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(query @ keys.T / temperature, place, reduction="sum")
 
-    place = _first(len(queries)) + torch.arange(len(queries), device=queries.device)
-    return in_chunks(part, (queries, place), (gathered(keys),), chunk) / len(queries)
+    return in_chunks(part, (queries, _own_places(queries)), (gathered(keys),), chunk) / len(queries)
 
 
 def nt_xent_loss(
     first: torch.Tensor, second: torch.Tensor, temperature: float = 0.5, chunk: int = CHUNK
 ) -> torch.Tensor:
-    """Which of all other views is the other view of this picture? (Chen et al. 2020, SimCLR, eq. 1).
+    """Classifies which of all other views is the other view of the same picture (Chen et al. 2020, SimCLR, eq. 1).
 
-    `first` and `second` (n, d) are two views of the same pictures; cosines divided by `temperature`.
+    `first` and `second` (n, d) are two views of the same pictures; cosines are divided by `temperature`.
     """
     rows, own, other, columns = _two_views(first, second)
 
@@ -104,40 +105,38 @@ def debiased_loss(
     first: torch.Tensor, second: torch.Tensor, temperature: float = 0.5, prior: float = 0.1, hardness: float = 0.0,
     chunk: int = CHUNK,
 ) -> torch.Tensor:  # fmt: skip
-    """NT-Xent's positives against negatives that are corrected for being of the same class (Chuang et al. 2020, eq. 8).
+    """NT-Xent with negatives that are corrected for being of the same class (Chuang et al. 2020, eq. 8).
 
-    `prior` is the share of such false negatives: with it 0 this is the decoupled form of NT-Xent's sum. With
-    `hardness` β above 0 negatives count by exp(β f·f⁻) besides (Robinson et al. 2021, section 3); f·f⁻ are cosines
-    divided by `temperature`. Shapes are those of `nt_xent_loss`.
+    Args:
+        first: one view of each picture (n, d).
+        second: the other views (n, d).
+        temperature: cosines f·f⁻ are divided by it.
+        prior: the share of negatives that are of the same class; with 0 the correction vanishes.
+        hardness: weighs negatives by exp(hardness · f·f⁻ / temperature), so that near ones count more (Robinson et al.
+            2021, section 3, as in its authors' code); 0 weighs all alike.
+        chunk: rows at once.
     """
     rows, own, other, columns = _two_views(first, second)
     count = len(columns) - 2
 
     def part(rows: torch.Tensor, own: torch.Tensor, other: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        products = rows @ columns.T / temperature
+        products = rows @ columns.T / temperature  # (chunk, 2n)
         right = products.gather(1, other[:, None])[:, 0]
         negatives = products.scatter(1, torch.stack([own, other], 1), -math.inf)
+        # The log of the (weighted) mean of exp(f·f⁻ / temperature) over the negatives.
         if hardness:
-            seen = ((1 + hardness) * negatives).logsumexp(1) - (hardness * negatives).logsumexp(1)
+            mean = ((1 + hardness) * negatives).logsumexp(1) - (hardness * negatives).logsumexp(1)
         else:
-            seen = negatives.logsumexp(1) - math.log(count)
-        corrected = (seen.exp() - prior * right.exp()) / (1 - prior)
-        whole = right.exp() + count * corrected.clamp(min=math.exp(-1 / temperature))
+            mean = negatives.logsumexp(1) - math.log(count)
+        corrected = (mean.exp() - prior * right.exp()) / (1 - prior)
+        whole = right.exp() + count * corrected.clamp(min=math.exp(-1 / temperature))  # its least possible value
         return (whole.log() - right).sum()
 
     return in_chunks(part, (rows, own, other), (columns,), chunk) / len(rows)
 
 
-def hard_negative_loss(
-    first: torch.Tensor, second: torch.Tensor, temperature: float = 0.5, prior: float = 0.1, hardness: float = 1.0,
-    chunk: int = CHUNK,
-) -> torch.Tensor:  # fmt: skip
-    """`debiased_loss` with negatives that count by how near they are (Robinson et al. 2021, section 3)."""
-    return debiased_loss(first, second, temperature, prior, hardness, chunk)
-
-
 def byol_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Squared distance of directions, 2 − 2 cos, from predicted to target (n, d) (Grill et al. 2020, BYOL, eq. 2).
+    """Measures how far predicted is from target (n, d): 2 − 2 cos (Grill et al. 2020, BYOL, eq. 2).
 
     The target gets no gradient.
     """
@@ -147,7 +146,7 @@ def byol_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def moco_loss(
     queries: torch.Tensor, keys: torch.Tensor, queue: torch.Tensor, temperature: float = 0.1, chunk: int = CHUNK
 ) -> torch.Tensor:
-    """Which key is of the same picture: its own, or one of the queue? (He et al. 2020, MoCo, eq. 1).
+    """Classifies which key is of the query's picture: its own, or one of the queue (He et al. 2020, MoCo, eq. 1).
 
     `queries` and `keys` (n, d), `queue` (m, d); only the queries get a gradient.
     """
@@ -162,74 +161,74 @@ def moco_loss(
 
 
 def dino_loss(student: torch.Tensor, targets: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
-    """Cross-entropy of the student's views with the teacher's of other views (Caron et al. 2021, DINO, eq. 3).
+    """Cross-entropy between the teacher's view and each other view of the student (Caron et al. 2021, DINO, eq. 3).
 
     Args:
         student: logits (views, n, k); the first of them are the views that the teacher saw.
-        targets: the teacher's distributions (global views, n, k), from `sharpened` or `sinkhorn_knopp`.
+        targets: the teacher's distributions (full views, n, k), from `sharpened` or `sinkhorn_knopp`; without gradient.
         temperature: the student's.
     """
     logs = (student / temperature).log_softmax(-1)
-    pairs = -torch.einsum("tnk,snk->ts", targets.detach(), logs)
+    pairs = -torch.einsum("tnk,snk->ts", targets.detach(), logs)  # (full views, views)
     others = ~torch.eye(len(targets), len(student), dtype=torch.bool, device=pairs.device)
     return pairs[others].sum() / (int(others.sum()) * student.shape[1])
 
 
 def sharpened(logits: torch.Tensor, centre: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The teacher's distributions: its logits (…, k) less their `centre` (k,), by a low temperature (DINO, section 3).
+    """Turns the teacher's logits (…, k), less their `centre` (k,), into distributions (DINO, section 3).
 
-    Centring keeps one answer from winning everywhere, sharpening keeps all from being equal.
+    Centring keeps one prototype from winning everywhere; a low temperature keeps all from being equally likely.
     """
     return ((logits - centre) / temperature).softmax(-1)
 
 
 def moved_centre(centre: torch.Tensor, logits: torch.Tensor, momentum: float = 0.9) -> torch.Tensor:
-    """The centre (k,) after the teacher's logits (views, n, k) of this step, over all processes (DINO, eq. 4)."""
+    """Moves the centre (k,) towards the mean of the teacher's logits (views, n, k) of all processes (DINO, eq. 4)."""
     return centre * momentum + mean_over_processes(logits.detach().flatten(0, -2).mean(0)) * (1 - momentum)
 
 
 @torch.no_grad()
 def sinkhorn_knopp(logits: torch.Tensor, temperature: float, rounds: int = 3) -> torch.Tensor:
-    """Distributions (n, k) over prototypes that all are used equally (Caron et al. 2020, SwAV, section 3.1).
+    """Turns logits (n, k) into distributions that use all prototypes equally (Caron et al. 2020, SwAV, section 3.1).
 
-    DINOv2 takes it in the place of the centre. Rows of all processes are balanced together.
+    DINOv2 does it instead of centring. Rows of all processes are balanced together.
     """
-    logs = (logits / temperature).double()
+    logs = (logits / temperature).double()  # at low temperatures they span hundreds
     for _ in range(rounds):
-        of_prototype = gathered(logs.logsumexp(0, keepdim=True)).logsumexp(0)
+        of_prototype = gathered(logs.logsumexp(0, keepdim=True)).logsumexp(0)  # (k,)
         logs = (logs - of_prototype).log_softmax(1)
     return logs.exp().to(logits.dtype)
 
 
 def koleo_loss(rows: torch.Tensor, chunk: int = CHUNK) -> torch.Tensor:
-    """−mean log of the distance to the nearest other row, which spreads rows (n, d) evenly.
+    """Spreads rows (n, d) evenly: −mean log of each one's distance to the nearest other row.
 
-    Sablayrolles et al. 2019, eq. 2, on directions as in DINOv2 (Oquab et al. 2024, section 4).
+    Sablayrolles et al. 2019, eq. 2, on unit vectors as in DINOv2 (Oquab et al. 2024, section 4).
     """
     rows = F.normalize(rows, dim=1)
     columns = gathered(rows)
-    place = _first(len(rows)) + torch.arange(len(rows), device=rows.device)
 
     def part(rows: torch.Tensor, place: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             nearest = (rows @ columns.T).scatter(1, place[:, None], -2.0).argmax(1)
-        # As torch's pairwise distance has it: 1e-8 keeps the slope of equal rows a number.
+        # 1e-8, also inside torch's distance, keeps the loss and the gradient of equal rows finite.
         return -(F.pairwise_distance(rows, columns[nearest], eps=1e-8) + 1e-8).log().sum()
 
-    return in_chunks(part, (rows, place), (columns,), chunk) / len(rows)
+    return in_chunks(part, (rows, _own_places(rows)), (columns,), chunk) / len(rows)
 
 
-def _first(count: int) -> int:
-    """The place of this process's first row among those of all, `count` in each."""
-    return torch.distributed.get_rank() * count if several_processes() else 0
+def _own_places(rows: torch.Tensor) -> torch.Tensor:
+    """Where this process's rows (n,) stand among the gathered ones of all processes."""
+    first = torch.distributed.get_rank() * len(rows) if several_processes() else 0
+    return first + torch.arange(len(rows), device=rows.device)
 
 
 def _two_views(
     first: torch.Tensor, second: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Both views' directions as rows (2n, d), each one's own place and its other view's, and all processes' columns."""
+    """Both views as unit rows (2n, d), the places of each row and of its other view, and all processes' rows."""
     first, second = F.normalize(first, dim=1), F.normalize(second, dim=1)
     columns = torch.cat([gathered(first), gathered(second)])
-    own = _first(len(first)) + torch.arange(len(first), device=first.device)
+    own = _own_places(first)
     other = own + len(columns) // 2
     return torch.cat([first, second]), torch.cat([own, other]), torch.cat([other, own]), columns

@@ -1,29 +1,138 @@
-"""A step of each method: views in, loss out.
+"""The methods: the loss of a step, what each remembers between steps, and its defaults, all in the table `METHODS`."""
 
-`LOSSES[method](step)` runs the prepared network once, as DistributedDataParallel wants it.
-"""
-
-from collections.abc import Callable
-from typing import NamedTuple
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 
+from labs_common.errors import LabError, RunStopped
+from labs_common.gathering import gathered
+from zsi_contrastive.detector.config import TINY
+from zsi_contrastive.ssl.config import RESNET50_V2, RESNETS, MethodOptions, PretrainConfig, check_ranges
 from zsi_contrastive.ssl.losses import (
     byol_loss,
     debiased_loss,
     dino_loss,
-    hard_negative_loss,
     koleo_loss,
     moco_loss,
+    moved_centre,
     nt_xent_loss,
     sharpened,
     sinkhorn_knopp,
 )
-from zsi_contrastive.ssl.config import MethodOptions
-from zsi_contrastive.ssl.teacher import Memory
+from zsi_contrastive.ssl.model import Learner, on_patches, with_projection, with_prototypes
 
-GLOBAL_VIEWS = 2
+
+@dataclass(frozen=True)
+class Method:
+    """A way to learn without labels.
+
+    Attributes:
+        loss: from a step to its loss. It runs the prepared network once, as DistributedDataParallel needs it.
+        network: makes the untrained network of a completed config.
+        about: in a few words, what keeps its features from collapsing.
+        remembers: the parts of `Memory` that it needs.
+        measured: whose features count, and are saved.
+        full_views: views of a picture at full size.
+        small_views: whether it can use further small ones (--local-crops).
+        on_patches: whether it needs networks of its own that see a picture as patches.
+        defaults: its values of options that the user left open (0, -1 or auto), where they are not `DEFAULTS`. A
+            learning rate or weight decay is that of its own optimizer.
+        tiny: the same for the tiny encoder.
+    """
+
+    loss: Callable[["Step"], torch.Tensor]
+    network: Callable[[PretrainConfig], torch.nn.Module]
+    about: str
+    remembers: tuple[Literal["teacher", "queue", "centre"], ...] = ()
+    measured: Literal["learner", "teacher"] = "learner"
+    full_views: int = 2
+    small_views: bool = False
+    on_patches: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    tiny: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Memory:
+    """What a method remembers between steps besides the weights that learn, saved and resumed with the run.
+
+    Parts that the method has no use for are None.
+
+    Attributes:
+        teacher: a moving average of the learner, without its prediction; no gradient ever reaches it. It stays in
+            training mode: its batch norms take the batch's statistics, as the learner's do.
+        queue: normalised keys of earlier steps (keys, outputs), the oldest from `place` on.
+        centre: mean of the teacher's logits (prototypes,).
+    """
+
+    def __init__(self, config: PretrainConfig, learner: torch.nn.Module, device: torch.device) -> None:
+        own, parts = config.own, METHODS[config.method].remembers
+        self.teacher: Learner | None = None
+        self.queue = self.centre = None
+        self.place = 0
+        if "teacher" in parts:
+            assert isinstance(learner, Learner)
+            self.teacher = Learner(copy.deepcopy(learner.encoder), copy.deepcopy(learner.projection))
+            self.teacher.requires_grad_(False).to(device)
+        if "queue" in parts:  # random directions until there are keys, as in MoCo's own code
+            generator = torch.Generator().manual_seed(config.run.seed)
+            self.queue = F.normalize(torch.randn(own.queue, own.outputs, generator=generator), dim=1).to(device)
+        if "centre" in parts:
+            self.centre = torch.zeros(own.outputs, device=device)
+
+    @torch.no_grad()
+    def update_teacher(self, learner: torch.nn.Module, momentum: float) -> None:
+        """Moves the teacher's parameters to the learner's: a share `momentum` stays. Its buffers are its own."""
+        if self.teacher is None:
+            return
+        assert isinstance(learner, Learner)
+        for kept, new in ((self.teacher.encoder, learner.encoder), (self.teacher.projection, learner.projection)):
+            for own, fresh in zip(kept.parameters(), new.parameters(), strict=True):
+                own.lerp_(fresh, 1 - momentum)
+
+    @torch.no_grad()
+    def enqueue(self, keys: torch.Tensor) -> None:
+        """Puts the keys (n, outputs) of all processes into the queue, in the place of the oldest."""
+        assert self.queue is not None
+        keys = F.normalize(gathered(keys.detach()).to(self.queue), dim=1)[-len(self.queue) :]
+        places = (self.place + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+        self.queue[places] = keys
+        self.place = (self.place + len(keys)) % len(self.queue)
+
+    def check_teacher(self, optimizer: torch.optim.Optimizer) -> int:
+        """Counts the teacher's tensors, after making sure that only `update_teacher` can have moved them.
+
+        Raises:
+            RunStopped: one has a gradient, or is the optimizer's.
+        """
+        if self.teacher is None:
+            return 0
+        optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for name, parameter in self.teacher.named_parameters():
+            if parameter.requires_grad or parameter.grad is not None or id(parameter) in optimized:
+                raise RunStopped(f"the teacher's {name} was given a gradient")
+        return len(list(self.teacher.parameters()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+        teacher = None if self.teacher is None else self.teacher.state_dict()
+        return {"teacher": teacher, "queue": self.queue, "place": self.place, "centre": self.centre}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
+        if self.teacher is not None:
+            self.teacher.load_state_dict(state["teacher"])
+        if self.queue is not None:
+            self.queue.copy_(state["queue"])
+        if self.centre is not None:
+            self.centre = state["centre"].to(self.centre.device)
+        self.place = int(state["place"])
 
 
 class Step(NamedTuple):
@@ -40,74 +149,171 @@ class Step(NamedTuple):
     accelerator: Accelerator
     views: list[torch.Tensor]
 
-    def learnt(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def learner_outputs(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The learner's output for every view, and its encoder's features for full ones, in float32."""
-        found, features = self.network(self.views)
-        return [out.float() for out in found], [part.float() for part in features]
+        outputs, features = self.network(self.views)
+        return [out.float() for out in outputs], [part.float() for part in features]
 
     @torch.no_grad()
-    def taught(self) -> list[torch.Tensor]:
-        """The teacher's output for the first two views, in float32."""
+    def teacher_outputs(self) -> list[torch.Tensor]:
+        """The teacher's output for the two full views, in float32."""
         assert self.memory.teacher is not None
         with self.accelerator.autocast():
-            found, _ = self.memory.teacher(self.views[:GLOBAL_VIEWS])
-        return [out.float() for out in found]
+            outputs, _ = self.memory.teacher(self.views[:2])
+        return [out.float() for out in outputs]
 
 
 def simclr(step: Step) -> torch.Tensor:
-    """Both views against all others of the batch, by one of three losses."""
-    (first, second), _ = step.learnt()
+    """Tells both views from all others of the batch, by one of three losses (Chen et al. 2020)."""
+    (first, second), _ = step.learner_outputs()
     own = step.own
-    if own.loss == "debiased":
-        return debiased_loss(first, second, own.temperature, own.prior)
-    if own.loss == "hard-negative":
-        return hard_negative_loss(first, second, own.temperature, own.prior, own.hardness)
-    return nt_xent_loss(first, second, own.temperature)
+    if own.loss == "nt-xent":
+        return nt_xent_loss(first, second, own.temperature)
+    return debiased_loss(first, second, own.temperature, own.prior, own.hardness if own.loss == "hard-negative" else 0)
 
 
 def moco(step: Step) -> torch.Tensor:
-    """Each view as a query, the teacher's other view as its key, among the queue; both ways."""
-    (queries, _), keys = step.learnt(), step.taught()
-    assert step.memory.queue is not None
-    losses = [
-        moco_loss(query, key, step.memory.queue, step.own.temperature)
-        for query, key in zip(queries, reversed(keys), strict=True)
-    ]
-    step.memory.remember(torch.cat(keys))
-    return torch.stack(losses).mean()
+    """Finds the teacher's other view among the queue, for each view in turn (He et al. 2020)."""
+    (queries, _), keys = step.learner_outputs(), step.teacher_outputs()
+    queue = step.memory.queue
+    assert queue is not None
+    pairs = zip(queries, reversed(keys), strict=True)
+    loss = torch.stack([moco_loss(query, key, queue, step.own.temperature) for query, key in pairs]).mean()
+    step.memory.enqueue(torch.cat(keys))
+    return loss
 
 
 def byol(step: Step) -> torch.Tensor:
-    """Each view predicts the teacher's other view; both ways."""
-    (predicted, _), targets = step.learnt(), step.taught()
-    losses = [byol_loss(one, other) for one, other in zip(predicted, reversed(targets), strict=True)]
-    return torch.stack(losses).mean()
+    """Predicts the teacher's other view from each view in turn (Grill et al. 2020)."""
+    (predicted, _), targets = step.learner_outputs(), step.teacher_outputs()
+    pairs = zip(predicted, reversed(targets), strict=True)
+    return torch.stack([byol_loss(one, other) for one, other in pairs]).mean()
 
 
 def dino(step: Step) -> torch.Tensor:
-    """Every view of the learner takes over the teacher's distributions of the other views."""
+    """Matches every view of the learner to the teacher's distributions of the other views (Caron et al. 2021)."""
     own, memory = step.own, step.memory
-    (found, features), logits = step.learnt(), torch.stack(step.taught())
+    (outputs, features), logits = step.learner_outputs(), torch.stack(step.teacher_outputs())
     assert memory.centre is not None
     if own.centring == "mean":
         targets = sharpened(logits, memory.centre, own.teacher_temperature)
     else:
         targets = torch.stack([sinkhorn_knopp(of_view, own.teacher_temperature) for of_view in logits])
-    memory.recentre(logits)
-    loss = dino_loss(torch.stack(found), targets, own.temperature)
+    memory.centre = moved_centre(memory.centre, logits)
+    loss = dino_loss(torch.stack(outputs), targets, own.temperature)
     if own.koleo:
-        spread = [koleo_loss(of_view) for of_view in features]
-        loss = loss + own.koleo * torch.stack(spread).mean()
+        loss = loss + own.koleo * torch.stack([koleo_loss(of_view) for of_view in features]).mean()
     return loss
 
 
 def patches(step: Step) -> torch.Tensor:
-    """The sum of the modules' own losses, or the one of all."""
+    """Sums the modules' own losses (Löwe et al. 2019), or takes the one of all (van den Oord et al. 2018)."""
     (pictures,) = step.views
     losses, _ = step.network(pictures)
     return torch.sum(losses)
 
 
-LOSSES: dict[str, Callable[[Step], torch.Tensor]] = {
-    "simclr": simclr, "moco": moco, "byol": byol, "dino": dino, "gim": patches, "cpc": patches,
+# The values of options that are left open, where the method has none of its own.
+DEFAULTS: dict[str, Any] = {
+    "side": 224, "crop_scale": (0.08, 1.0), "local_crops": 0,
+    "temperature": 0.1, "momentum": 0.99, "queue": 4096, "hidden": 512, "outputs": 128,
+    "epochs": 200, "batch_size": 512, "clip_norm": 0.0,
 }  # fmt: skip
+TINY_DEFAULTS = {"side": 32, "epochs": 15, "batch_size": 256}  # under three minutes on two cores
+# As in Löwe et al. 2019: crops of 64 pixels, Adam without decay.
+OF_PATCHES = {"side": 64, "optimizer": "adamw", "learning_rate": 2e-4, "weight_decay": 0.0}
+
+METHODS: dict[str, Method] = {
+    "simclr": Method(
+        simclr, with_projection, "negatives: the batch's other pictures",
+        defaults={"temperature": 0.5}, tiny={"temperature": 0.2},
+    ),
+    "moco": Method(
+        moco, partial(with_projection, norm=False), "negatives: keys of earlier steps in a queue",
+        remembers=("teacher", "queue"),
+    ),
+    "byol": Method(
+        byol, partial(with_projection, prediction=True), "no negatives: a prediction of a teacher's output",
+        remembers=("teacher",), defaults={"hidden": 1024, "outputs": 256, "momentum_end": 1.0},
+        tiny={"optimizer": "lars"},  # with AdamW it nearly collapses before it learns
+    ),
+    "dino": Method(
+        dino, with_prototypes, "no negatives: a teacher's distributions, centred and sharpened",
+        remembers=("teacher", "centre"), measured="teacher", small_views=True,
+        defaults={"crop_scale": (0.14, 1.0), "local_crops": 4, "hidden": 2048, "outputs": 2048, "momentum_end": 1.0,
+                  "clip_norm": 3.0},
+        tiny={"outputs": 512},
+    ),
+    "gim": Method(
+        patches, partial(on_patches, isolated=True), "negatives: other patches, for three modules with a loss each",
+        full_views=1, on_patches=True, defaults=OF_PATCHES, tiny={"learning_rate": 2e-3},
+    ),
+    "cpc": Method(
+        patches, partial(on_patches, isolated=False), "negatives: other patches, for one network under a context",
+        full_views=1, on_patches=True, defaults=OF_PATCHES, tiny={"learning_rate": 2e-3},
+    ),
+}  # fmt: skip
+
+
+def complete(config: PretrainConfig) -> PretrainConfig:
+    """Returns the config with a default for every option that was left to the method and the encoder.
+
+    Raises:
+        LabError: options contradict each other, or are out of range.
+    """
+    check_ranges(config)
+    _check_method(config)
+    method, encoder, views, training = METHODS[config.method], config.encoder, config.views, config.training
+    tiny = encoder.backbone == TINY
+    defaults = {"optimizer": "sgd" if encoder.backbone.startswith(RESNETS) else "adamw", **DEFAULTS, **method.defaults}
+    if tiny:
+        defaults |= {**TINY_DEFAULTS, "hidden": defaults["hidden"] // 4, **method.tiny}
+    if encoder.stem == "small":
+        defaults["side"] = 32
+
+    optimizer = defaults["optimizer"] if training.optimizer == "auto" else training.optimizer
+    batch = training.batch_size or defaults["batch_size"]
+    rates = {"sgd": 0.06 * batch / 128, "lars": 2.0 if tiny else 0.3 * batch / 256, "adamw": 2e-3}
+    decays = {"sgd": 5e-4, "lars": 1e-6, "adamw": 0.04}
+    usual = {"learning_rate": rates[optimizer], "weight_decay": decays[optimizer]}
+    defaults = usual | defaults if optimizer == defaults["optimizer"] else defaults | usual
+    defaults["weight_decay_end"] = _given(training, defaults, "weight_decay")
+
+    momentum = _given(config.own, defaults, "momentum")
+    defaults["momentum_end"] = defaults.get("momentum_end", momentum) if momentum else 0.0
+    defaults["local_side"] = _given(encoder, defaults, "side") // 2
+    low, high = views.crop_scale
+    # With small views the full ones show more of the picture: DINO, section 4.
+    low = low or (0.4 if _given(views, defaults, "local_crops") else defaults["crop_scale"][0])
+    return dataclasses.replace(
+        config,
+        encoder=_filled(encoder, defaults),
+        views=_filled(dataclasses.replace(views, crop_scale=(low, high)), defaults),
+        own=_filled(config.own, defaults),
+        training=_filled(training, {**defaults, "optimizer": optimizer}),
+    )
+
+
+def _given(options: Any, defaults: Mapping[str, Any], name: str) -> Any:
+    """The option's value, or its default if the user left it open."""
+    return getattr(_filled(options, {name: defaults[name]}), name)
+
+
+def _filled(options: Any, defaults: Mapping[str, Any]) -> Any:
+    """Returns the options with a default for each that was left open: 0, auto, or below 0 where -1 is the mark."""
+    values = {option.name: (getattr(options, option.name), option.default) for option in dataclasses.fields(options)}
+    left = [name for name, (value, mark) in values.items() if value == mark or (mark == -1 and value < 0)]
+    return dataclasses.replace(options, **{name: defaults[name] for name in left if name in defaults})
+
+
+def _check_method(config: PretrainConfig) -> None:
+    """Refuses an encoder or views that are not for the method."""
+    method, backbone, side = METHODS[config.method], config.encoder.backbone, config.encoder.side
+    if method.on_patches and backbone not in (TINY, RESNET50_V2):
+        raise LabError(f"--backbone {backbone}: {config.method} has networks of its own: take {TINY} or {RESNET50_V2}")
+    if not method.on_patches and backbone == RESNET50_V2:
+        raise LabError(f"--backbone {RESNET50_V2}: is for gim and cpc alone; take resnet50")
+    if method.on_patches and side % 8:
+        raise LabError(f"--side {side}: {config.method} cuts pictures into patches: take a multiple of 8")
+    if config.views.local_crops > 0 and not method.small_views:
+        raise LabError(f"--local-crops: only dino's student sees more views than two; {config.method} does not")

@@ -1,18 +1,21 @@
-"""Encoders by name, and the heads that methods put on them."""
+"""The networks: encoders by name, and the heads that methods put on them."""
 
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models import get_model, list_models
 
 from labs_common.errors import LabError
-from labs_common.networks import timm_arguments
+from labs_common.saved import timm_arguments
 from zsi_contrastive.detector.backbone import TINY_CHANNELS, TinyBody
 from zsi_contrastive.detector.config import TINY
 from zsi_contrastive.greedy import TINY_SIZES, GreedySizes, PatchModules
-from zsi_contrastive.ssl.config import GREEDY, EncoderOptions, PretrainConfig
+from zsi_contrastive.ssl.config import RESNETS, EncoderOptions, PretrainConfig
+
+NORMS = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "": nn.Identity}
 
 
 class Encoder(nn.Module):
@@ -28,14 +31,13 @@ class Encoder(nn.Module):
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         """Features (n, width)."""
-        found = self.network(pictures)
-        if isinstance(found, list):  # the tiny body's maps, the coarsest last
-            found = found[-1].mean((2, 3))
-        return found
+        out = self.network(pictures)
+        # The tiny body gives its maps (n, channels, h, w), the coarsest last.
+        return out[-1].mean((2, 3)) if isinstance(out, list) else out
 
 
 def make_encoder(options: EncoderOptions) -> Encoder:
-    """The encoder with random weights.
+    """Makes the encoder with random weights.
 
     Raises:
         LabError: there is no such network, or it does not take pictures of that side.
@@ -43,7 +45,7 @@ def make_encoder(options: EncoderOptions) -> Encoder:
     name = options.backbone
     if name == TINY:
         return Encoder(TinyBody(), TINY_CHANNELS[-1])
-    if name.startswith(("resnet", "resnext", "wide_resnet")) and name in list_models():
+    if name.startswith(RESNETS) and name in list_models():
         network: Any = get_model(name, weights=None)
         width = network.fc.in_features
         network.fc = nn.Identity()
@@ -52,8 +54,6 @@ def make_encoder(options: EncoderOptions) -> Encoder:
             nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
             network.maxpool = nn.Identity()
         return Encoder(network, width)
-    import timm
-
     arguments = timm_arguments(name, options.side, "--backbone")
     if "img_size" in arguments:
         arguments["dynamic_img_size"] = True  # local crops are smaller
@@ -70,10 +70,9 @@ def make_encoder(options: EncoderOptions) -> Encoder:
 
 
 def make_head(inputs: int, hidden: int, outputs: int, norm: str) -> nn.Sequential:
-    """Two layers with a normalisation (`batch`, `layer` or none, "") and a ReLU between."""
-    norms = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "": nn.Identity}
+    """Makes two layers with a normalisation (`batch`, `layer` or none, "") and a ReLU between."""
     return nn.Sequential(
-        nn.Linear(inputs, hidden, bias=not norm), norms[norm](hidden), nn.ReLU(), nn.Linear(hidden, outputs)
+        nn.Linear(inputs, hidden, bias=not norm), NORMS[norm](hidden), nn.ReLU(), nn.Linear(hidden, outputs)
     )
 
 
@@ -82,10 +81,9 @@ class DinoHead(nn.Module):
 
     def __init__(self, inputs: int, hidden: int, bottleneck: int, prototypes: int, norm: str) -> None:
         super().__init__()
-        norms = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
         self.layers = nn.Sequential(
-            nn.Linear(inputs, hidden), norms[norm](hidden), nn.GELU(),
-            nn.Linear(hidden, hidden), norms[norm](hidden), nn.GELU(), nn.Linear(hidden, bottleneck),
+            nn.Linear(inputs, hidden), NORMS[norm](hidden), nn.GELU(),
+            nn.Linear(hidden, hidden), NORMS[norm](hidden), nn.GELU(), nn.Linear(hidden, bottleneck),
         )  # fmt: skip
         self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck) * 0.02)
 
@@ -105,42 +103,43 @@ class Learner(nn.Module):
         self.encoder, self.projection, self.prediction = encoder, projection, prediction
 
     def forward(self, views: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """What comes out for each view (n, outputs), and the features of those of the first size (n, width).
+        """The output for each view (n, outputs), and the features of those of the first size (n, width).
 
         Views of one size go through together, so they share the statistics of batch norms.
         """
-        found: list[torch.Tensor] = []
+        outputs: list[torch.Tensor] = []
         features: list[torch.Tensor] = []  # of the first size
-        while len(found) < len(views):
-            first = len(found)
+        while len(outputs) < len(views):
+            first = len(outputs)
             alike = [view for view in views[first:] if view.shape == views[first].shape]
-            seen = self.encoder(torch.cat(alike))
+            seen = self.encoder(torch.cat(alike))  # (alike · n, width)
             features = features or list(seen.chunk(len(alike)))
             out = self.projection(seen)
             out = out if self.prediction is None else self.prediction(out)
-            found += out.chunk(len(alike))
-        return found, features
+            outputs += out.chunk(len(alike))
+        return outputs, features
 
 
-def make_learner(config: PretrainConfig) -> nn.Module:
-    """The untrained network of a completed config: a `Learner`, or `PatchModules` for gim and cpc.
+def with_projection(config: PretrainConfig, norm: bool = True, prediction: bool = False) -> Learner:
+    """Makes the learner of SimCLR, MoCo (no norm in its projection) and BYOL (with a prediction)."""
+    encoder, own = make_encoder(config.encoder), config.own
+    projection = make_head(encoder.width, own.hidden, own.outputs, own.head_norm if norm else "")
+    return Learner(
+        encoder, projection, make_head(own.outputs, own.hidden, own.outputs, own.head_norm) if prediction else None
+    )
 
-    Raises:
-        LabError: the encoder cannot be had.
-    """
-    own, method = config.own, config.method
-    if method in GREEDY:
-        sizes = TINY_SIZES if config.encoder.backbone == TINY else GreedySizes()
-        return PatchModules(sizes, method == "gim", own.ahead, own.negatives)
-    encoder = make_encoder(config.encoder)
-    if method == "dino":
-        bottleneck = min(256, own.hidden)
-        return Learner(encoder, DinoHead(encoder.width, own.hidden, bottleneck, own.outputs, own.head_norm))
-    projection = make_head(encoder.width, own.hidden, own.outputs, "" if method == "moco" else own.head_norm)
-    prediction = None
-    if method == "byol":
-        prediction = make_head(own.outputs, own.hidden, own.outputs, own.head_norm)
-    return Learner(encoder, projection, prediction)
+
+def with_prototypes(config: PretrainConfig) -> Learner:
+    """Makes the learner of DINO."""
+    encoder, own = make_encoder(config.encoder), config.own
+    bottleneck = min(256, own.hidden)  # 256 in the paper, with 2,048 hidden
+    return Learner(encoder, DinoHead(encoder.width, own.hidden, bottleneck, own.outputs, own.head_norm))
+
+
+def on_patches(config: PretrainConfig, isolated: bool) -> PatchModules:
+    """Makes the modules of Greedy InfoMax, which are isolated, or of CPC."""
+    sizes = TINY_SIZES if config.encoder.backbone == TINY else GreedySizes()
+    return PatchModules(sizes, isolated, config.own.ahead, config.own.negatives)
 
 
 def has_batch_norm(network: nn.Module) -> bool:
@@ -149,11 +148,11 @@ def has_batch_norm(network: nn.Module) -> bool:
 
 
 def encoder_of(network: nn.Module) -> nn.Module:
-    """What gives the features of pictures: `Learner.encoder`, or `PatchModules` as they are."""
+    """The part that gives the features of pictures: `Learner.encoder`, or `PatchModules` as they are."""
     return network.encoder if isinstance(network, Learner) else network
 
 
 def features_of(encoder: nn.Module, pictures: torch.Tensor) -> torch.Tensor:
-    """Features (n, width) of pictures as networks read them."""
-    found: torch.Tensor = encoder.features(pictures) if isinstance(encoder, PatchModules) else encoder(pictures)
-    return found
+    """Features (n, width) of normalised pictures."""
+    features: torch.Tensor = encoder.features(pictures) if isinstance(encoder, PatchModules) else encoder(pictures)
+    return features

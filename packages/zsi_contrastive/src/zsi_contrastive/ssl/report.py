@@ -1,18 +1,23 @@
-"""The probe, results.json and the report of a pre-training."""
+"""The report of a pre-training: what its features are worth, in numbers and pictures, and how to go on with them."""
 
 import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
 
-from labs_common.cli import to_plain
-from labs_common.data import LabelledPictures
-from labs_common.logistic import fitted_layers
+from labs_common.data.classes import LabelledPictures
+from labs_common.fitting import Fitted, leave, results_of
 from labs_common.progress import console
 from labs_common.report import (
     Code,
     Figure,
+    Gallery,
     Section,
     Table,
     Text,
@@ -23,79 +28,83 @@ from labs_common.report import (
     rerun_section,
     save_figure,
     trained_section,
-    write_report,
 )
-from labs_common.report.classes import Predictions, class_data_section, class_sections, wilson_interval
-from labs_common.run import Run, cost_of, machine_of, seconds_between
+from labs_common.report.figures import map_figure
+from labs_common.report.pictures import Predictions, class_data_section, class_sections, shown, wilson_interval
+from labs_common.run import Run, seconds_between
+from labs_common.saved import FOLDER
 from zsi_contrastive.detector.config import TINY
+from zsi_contrastive.greedy import PatchModules
 from zsi_contrastive.ssl.config import PretrainConfig
-from zsi_contrastive.ssl.train import Fitted
-from zsi_contrastive.ssl.galleries import attention_section, map_section, neighbours_gallery, views_gallery
-from zsi_contrastive.ssl.evaluate import COLLAPSED, Features, effective_rank, spread
-from zsi_contrastive.ssl.saved import FOLDER, WEIGHTS, load_encoder
+from zsi_contrastive.ssl.data import Pixels
+from zsi_contrastive.ssl.evaluate import COLLAPSED, Features, effective_rank, linear_probe, spread
+from zsi_contrastive.ssl.methods import METHODS
+from zsi_contrastive.ssl.model import Encoder
+from zsi_contrastive.ssl.saved import WEIGHTS, load_encoder
+from zsi_contrastive.ssl.views import middle_square, pixels_of, recipes_of, views_of
 
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # of the mean loss, on features of deviation 1
+EXAMPLES = 6  # test pictures beside their neighbours
+ACROSS = 4  # pictures beside the first of a row: a row of the page has five
+MAPPED = 1000  # test pictures on the map: t-SNE takes seconds for these, and more would hide each other
+THUMBNAIL = 96  # pixels
 
 
 def finish_report(
     run: Run,
     config: PretrainConfig,
-    splits: Mapping[str, LabelledPictures],
+    pixels: Mapping[str, Pixels],
+    features: Mapping[str, Features],
     fitted: Fitted,
+    teacher_tensors: int,
     clock: dict[str, float],
 ) -> None:
     """Probes the features, writes results.json and the report, and prints the main numbers."""
-    test, several = fitted.features["test"], len(splits["test"].classes) > 1
-    found: Predictions | None = None
-    if several and config.measure.probe:
-        found = probed(fitted.features)
+    splits = {name: part.pictures for name, part in pixels.items()}
+    test, classes = features["test"], features["test"].classes
+    probe: Predictions | None = None
+    if classes > 1 and config.measure.probe:
+        probe = linear_probe(features)
         clock["probed"] = time.perf_counter()
-    lines = [line for line in run.lines("metrics.jsonl") if "test/spread" in line]
-    first, last = lines[0], lines[-1]
+    evaluations = [line for line in run.lines("metrics.jsonl") if "test/spread" in line]
+    first, last = evaluations[0], evaluations[-1]
     scores: dict[str, Any] = {
         "spread": spread(test.values), "effective rank": effective_rank(test.values),
         "spread before": first["test/spread"],
     }  # fmt: skip
-    if several:
+    if classes > 1:
         scores |= {"knn": last["test/knn"], "knn before": first["test/knn"], "knn validation": last["validation/knn"],
-                   "chance": 1 / test.classes}  # fmt: skip
-    if found is not None:
-        scores["probe"] = found.accuracy
-    write_results(run, config, fitted, scores)
-    console.print(summary_of(config, scores))
+                   "chance": 1 / classes}  # fmt: skip
+    if probe is not None:
+        scores["probe"] = probe.accuracy
+    seconds, summary = seconds_between(clock), summary_of(config, scores)
+    console.print(summary)
     print(f"encoder: {run.path / FOLDER / WEIGHTS}")
-    if config.run.report:
-        path = write_pages(run, config, splits, fitted, scores, found, clock)
-        print(f"report: {path}")
 
+    def page() -> tuple[str, list[Section]]:
+        data, trained = class_data_section(splits), trained_section(fitted.audit)
+        data.blocks.append(views_gallery(config, pixels["train"]))
+        if teacher_tensors:
+            trained.blocks.append(Text(f"The teacher's {teacher_tensors} tensors follow the learner's as a moving "
+                                       "average: none was given a gradient or is the optimizer's."))  # fmt: skip
+        encoder = load_encoder(run.path)
+        sections = [
+            asked_section(config),
+            data,
+            trained,
+            curves_section(run, ()),
+            worth_section(run, config, scores, evaluations, len(test.labels)),
+            neighbours_section(splits, features),
+            map_section(run, config.measure.map, test, splits["test"].classes, config.run.seed),
+            attention_section(encoder, pixels["test"], config.encoder.side),
+            *(class_sections(run, splits["test"], probe) if probe is not None else []),
+            use_section(run, config, encoder),
+            cost_section(run, "pictures", seconds),
+            rerun_section(run),
+        ]
+        return summary, [section for section in sections if section is not None]
 
-def probed(features: Mapping[str, Features]) -> Predictions:
-    """What a linear layer on standardised features says of the test pictures.
-
-    Of four penalties the best on the validation pictures is taken, of equal ones the largest; with that it is fitted
-    on training and validation pictures.
-    """
-    mean, deviation = features["train"].values.mean(0), features["train"].values.std(0).clamp(min=1e-6)
-    known = {name: ((part.values - mean) / deviation, part.labels) for name, part in features.items()}
-    classes = features["train"].classes
-    tried = fitted_layers(*known["train"], classes, PENALTIES)
-    values, labels = known["validation"]
-    right = [int((layer.logits(values).argmax(1) == labels).sum()) for layer in tried]
-    penalty = max(zip(right, PENALTIES, strict=True))[1]
-    both = [torch.cat(pair) for pair in zip(known["train"], known["validation"], strict=True)]
-    layer = fitted_layers(both[0], both[1], classes, [penalty])[0]
-    return Predictions(layer.probabilities(known["test"][0]), known["test"][1].cpu().numpy())
-
-
-def write_results(run: Run, config: PretrainConfig, fitted: Fitted, scores: Mapping[str, Any]) -> None:
-    """results.json: what was measured and what it cost."""
-    cost = {
-        **cost_of(run, "pictures"),
-        "parameters": fitted.parameters,
-        "optimizer bytes": fitted.optimizer_bytes,
-    }
-    machine = machine_of(run, ("torch", "timm", "accelerate"))
-    run.save_json("results.json", {"config": to_plain(config), "test": scores, "cost": cost, "environment": machine})
+    results = results_of(run, config, fitted, "pictures", seconds["prepared"]) | {"test": scores}
+    leave(run, results, config.run.report, f"Pre-training with {config.method}", page)
 
 
 def summary_of(config: PretrainConfig, scores: Mapping[str, Any]) -> str:
@@ -111,92 +120,158 @@ def summary_of(config: PretrainConfig, scores: Mapping[str, Any]) -> str:
     return said + "."
 
 
-def write_pages(
-    run: Run,
-    config: PretrainConfig,
-    splits: Mapping[str, LabelledPictures],
-    fitted: Fitted,
-    scores: Mapping[str, Any],
-    found: Predictions | None,
-    clock: Mapping[str, float],
-) -> str:
-    """The report; returns its path."""
-    seconds = seconds_between(clock)
-    levels, test = fitted.levels, splits["test"]
-    data = class_data_section(splits)
-    data.blocks.append(views_gallery(config, levels["train"]))
-    trained = trained_section(fitted.audit)
-    if fitted.teacher_tensors:
-        trained.blocks.append(Text(f"The teacher's {fitted.teacher_tensors} tensors follow the learner's as a moving "
-                                   "average: none was given a gradient or is the optimizer's."))  # fmt: skip
-    sections = [
-        asked_section(config),
-        data,
-        trained,
-        curves_section(run, ()),
-        worth_section(run, config, scores, found, len(test)),
-        Section("Nearest neighbours", [
-            neighbours_gallery(test, splits["train"], fitted.features["test"], fitted.features["train"])
-        ]),
-    ]  # fmt: skip
-    if config.measure.map != "none":
-        sections.append(map_section(run, config.measure.map, fitted.features["test"], test.classes, config.run.seed))
-    attention = attention_section(load_encoder(run.path), levels["test"], config.encoder.side)
-    sections += [attention] if attention else []
-    sections += class_sections(run, test, found) if found is not None else []
-    sections += [use_section(run, config), cost_section(run, "pictures", seconds), rerun_section(run)]
-    return write_report(run, f"Pre-training with {config.method}", summary_of(config, scores), sections)
-
-
 def worth_section(
-    run: Run, config: PretrainConfig, scores: Mapping[str, Any], found: Predictions | None, pictures: int
+    run: Run, config: PretrainConfig, scores: Mapping[str, Any], evaluations: list[dict[str, Any]], pictures: int
 ) -> Section:
     """KNN accuracy on test `pictures` beside the random encoder's, the probe, and the watch for collapse."""
-    lines = [line for line in run.lines("metrics.jsonl") if "test/spread" in line]
-    steps = [line["step"] for line in lines]
+    steps = [line["step"] for line in evaluations]
     rows: list[tuple[str, Any]] = []
-    blocks: list[Any] = []
+    figures = []
+
+    def draw(name: str, curves: Mapping[str, list[float]], up: str, caption: str) -> None:
+        drawn = curve_figure({key: (steps, values) for key, values in curves.items()}, "optimizer step", up)
+        figures.append(Figure(save_figure(run, name, drawn), caption))
+
     if "knn" in scores:
         low, high = wilson_interval(scores["knn"], pictures)
         rows += [("kNN, test", scores["knn"]), ("95 % interval", f"{low:.3f} to {high:.3f}"),
                  ("kNN, test, random weights", scores["knn before"]), ("chance", scores["chance"])]  # fmt: skip
-        curves = {name: (steps, [line[f"{name}/knn"] for line in lines]) for name in ("test", "validation")}
-        curves["random weights, test"] = ([steps[0], steps[-1]], [scores["knn before"]] * 2)
-        blocks.append(Figure(save_figure(run, "knn", curve_figure(curves, "optimizer step", "kNN accuracy")),
-                             "Share of pictures whose nearest training pictures name their class. Nothing is chosen "
-                             "by the test pictures."))  # fmt: skip
-    if found is not None:
-        rows.append(("linear probe, test", found.accuracy))
+        curves = {name: [line[f"{name}/knn"] for line in evaluations] for name in ("test", "validation")}
+        draw("knn", curves | {"random weights, test": [scores["knn before"]] * len(steps)}, "kNN accuracy",
+             "Share of pictures whose nearest training pictures name their class. Nothing is chosen by the test "
+             "pictures.")  # fmt: skip
+    if "probe" in scores:
+        rows.append(("linear probe, test", scores["probe"]))
     rows += [("spread", scores["spread"]), ("effective rank", scores["effective rank"])]
-    for name, key, up in (("spread", "test/spread", "spread"), ("rank", "test/effective_rank", "effective rank")):
-        figure = curve_figure({name: (steps, [line[key] for line in lines])}, "optimizer step", up)
-        said = ("Deviation of the features' directions; 0 is collapse, all pictures look alike." if name == "spread"
-                else "How many dimensions the features use.")  # fmt: skip
-        blocks.append(Figure(save_figure(run, name, figure), said))
-    note = (
-        "Features are those before the heads"
-        + (", of the teacher" if config.method == "dino" else "")
-        + ". Spread is 1 where directions fill all of the space (SimSiam's measure times the root of the width)."
-    )
-    return Section("What the features are worth", [Text(note), Table(("", ""), rows), *blocks])
+    draw("spread", {"spread": [line["test/spread"] for line in evaluations]}, "spread",
+         "Deviation of the features' directions; 0 is collapse, all pictures look alike.")  # fmt: skip
+    draw("rank", {"rank": [line["test/effective_rank"] for line in evaluations]}, "effective rank",
+         "How many dimensions the features use.")  # fmt: skip
+    of_teacher = ", of the teacher" if METHODS[config.method].measured == "teacher" else ""
+    note = (f"Method: {METHODS[config.method].about}. Features are those before the heads{of_teacher}. Spread is 1 "
+            "where directions fill all of the space (SimSiam's measure times the root of the width).")  # fmt: skip
+    return Section("What the features are worth", [Text(note), Table(("", ""), rows), *figures])
 
 
-def use_section(run: Run, config: PretrainConfig) -> Section:
+def use_section(run: Run, config: PretrainConfig, encoder: torch.nn.Module) -> Section:
     """How to go on with the encoder."""
     file, name = run.path / FOLDER / WEIGHTS, config.encoder.backbone
-    if config.method == "cpc":
-        return Section("How to use it", [Text("zsi_contrastive.ssl.saved.load_encoder reads the encoder.")])
-    if config.method == "gim":
+    commands: list[str] = []
+    if isinstance(encoder, PatchModules) and not encoder.isolated:
+        said = "zsi_contrastive.ssl.saved.load_encoder reads the encoder."
+    elif isinstance(encoder, PatchModules):
+        said = "Its modules start the detector's Greedy InfoMax head."
         backbone = "" if name == TINY else "--backbone resnet101 "
-        command = f"python -m zsi_contrastive.train {backbone}--greedy-infomax --greedy-weights {file}"
-        return Section("How to use it", [Text("Its modules start the detector's Greedy InfoMax head."), Code(command)])
-    if config.encoder.stem == "small":
+        commands = [f"python -m zsi_contrastive.train {backbone}--greedy-infomax --greedy-weights {file}"]
+    elif config.encoder.stem == "small":
         said = "A network with a small stem is another network than the detector's: train with --stem usual for that."
-        return Section("How to use it", [Text(said)])
-    said = "The weights start a detector, if the network has feature maps at strides of 4 to 32"
-    commands = [f"python -m zsi_contrastive.train --backbone {name} --backbone-weights {file}"]
-    if name != TINY:
-        said += ", and the networks of other labs"
-        commands += [f"python -m vit_transfer.train --model {name} --weights {file}",
-                     f"python -m clip_lab.train --image {name} --image-weights {file}"]  # fmt: skip
-    return Section("How to use it", [Text(said + "."), *map(Code, commands)])
+    else:
+        said = "The weights start a detector, if the network has feature maps at strides of 4 to 32"
+        said += "." if name == TINY else ", and the networks of other labs."
+        commands = [f"python -m zsi_contrastive.train --backbone {name} --backbone-weights {file}"]
+        if name != TINY:
+            commands += [f"python -m vit_transfer.train --model {name} --weights {file}",
+                         f"python -m clip_lab.train --image {name} --image-weights {file}"]  # fmt: skip
+    return Section("How to use it", [Text(said), *map(Code, commands)])
+
+
+def views_gallery(config: PretrainConfig, pixels: Pixels) -> Gallery:
+    """Some training pictures, each beside random views of it."""
+    places = torch.linspace(0, len(pixels) - 1, 4).long()
+    of_method = recipes_of(config.encoder, config.views, METHODS[config.method].full_views)
+    recipes = (of_method * ACROSS)[:ACROSS]
+    views = views_of(pixels.batch(places), pixels.aspects[places], recipes, config.run.seed, 0, slice(0, len(places)))
+    rows: list[tuple[Image.Image, str]] = []
+    for number, place in enumerate(places.tolist()):
+        rows.append((_thumbnail(pixels.pictures.image(place)), "picture"))
+        for view, recipe in zip(views, recipes, strict=True):
+            small = recipe.side != config.encoder.side
+            rows.append((_thumbnail(_image(view[number])), "small view" if small else "view"))
+    return Gallery(rows, "Training pictures and views of them: what the network learns to see as one.")
+
+
+def neighbours_section(splits: Mapping[str, LabelledPictures], features: Mapping[str, Features]) -> Section:
+    """Test pictures, each before the training pictures with the nearest features."""
+    test, train, bank = splits["test"], splits["train"], features["train"]
+    chosen = np.linspace(0, len(test) - 1, EXAMPLES).round().astype(int)
+    cosines = F.normalize(features["test"].values, dim=1)[chosen] @ F.normalize(bank.values, dim=1).T
+    nearest = cosines.topk(ACROSS, dim=1)
+    rows: list[tuple[Image.Image, str]] = []
+    for place, near, likeness in zip(chosen, nearest.indices.cpu(), nearest.values.cpu(), strict=True):
+        rows.append((_thumbnail(test.image(int(place))), f"asked: {_name(test, int(place))}"))
+        for number, cosine in zip(bank.places[near].tolist(), likeness.tolist(), strict=True):
+            rows.append((_thumbnail(train.image(number)), f"{cosine:.2f} {_name(train, number)}"))
+    caption = f"Test pictures and the {ACROSS} training pictures with the nearest features (cosine)."
+    return Section("Nearest neighbours", [Gallery(rows, caption)])
+
+
+def map_section(run: Run, kind: str, asked: Features, names: tuple[str, ...], seed: int) -> Section | None:
+    """Test pictures' features in two dimensions; None if no map was asked for."""
+    values = F.normalize(asked.values, dim=1)[:MAPPED].cpu().numpy()
+    if kind == "none":
+        return None
+    if kind == "tsne":
+        perplexity = min(30, (len(values) - 1) / 3)  # its usual value, as far as there are three times as many pictures
+        places = TSNE(2, perplexity=perplexity, random_state=seed).fit_transform(values)
+        said = "t-SNE (van der Maaten & Hinton 2008): near points are alike, distances between groups mean nothing."
+    else:
+        places = PCA(2, random_state=seed).fit_transform(values)
+        said = "Their first two principal components."
+    points = [(float(x), float(y)) for x, y in places]
+    drawn = save_figure(run, "map", map_figure(points, asked.labels[:MAPPED].tolist(), names))
+    return Section("Map of the features", [Figure(drawn, f"{len(points)} test pictures by their features. {said}")])
+
+
+def attention_section(encoder: torch.nn.Module, pixels: Pixels, side: int) -> Section | None:
+    """Where the class token of a vision transformer's last block looks, by head; None for other networks."""
+    network = encoder.network if isinstance(encoder, Encoder) else None
+    if network is None or not any(name.startswith("blocks.0.attn") for name, _ in network.named_modules()):
+        return None
+    places = torch.linspace(0, len(pixels) - 1, 4).long()
+    pictures = middle_square(pixels.batch(places), pixels.aspects[places], side).cpu()  # where the encoder was loaded
+    maps = class_attention(network, pictures)
+    if maps is None:
+        return None
+    rows: list[tuple[Image.Image, str]] = []
+    for picture, heads in zip(pictures, maps, strict=True):
+        rows.append((_thumbnail(_image(picture)), "picture"))
+        for number, head in enumerate(heads[:ACROSS]):
+            grey = (head / head.max().clamp(min=1e-9) * 255).byte().numpy()
+            rows.append((_thumbnail(Image.fromarray(grey)), f"head {number}"))
+    note = ("Attention of the class token to the patches in the last block; in a network trained with DINO it often "
+            "lies on things (Caron et al. 2021, figure 1).")  # fmt: skip
+    return Section("Where it looks", [Text(note), Gallery(rows, "Brighter patches count more.")])
+
+
+@torch.no_grad()
+def class_attention(network: torch.nn.Module, pictures: torch.Tensor) -> torch.Tensor | None:
+    """Attention (n, heads, rows, columns) of the class token in the last block of a timm ViT; None if it has none."""
+    attention: Any = [*network.get_submodule("blocks").children()][-1].get_submodule("attn")
+    patches: Any = getattr(network, "patch_embed", None)
+    if patches is None or getattr(network, "cls_token", None) is None or not hasattr(attention, "qkv"):
+        return None
+    kept: list[torch.Tensor] = []
+    handle = attention.qkv.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
+    try:
+        network(pictures)
+    finally:
+        handle.remove()
+    count, tokens, _ = kept[0].shape
+    # (n, tokens, 3 · width) to query, key and value (n, heads, tokens, width of a head)
+    query, key, _ = kept[0].view(count, tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    query, key = attention.q_norm(query), attention.k_norm(key)
+    shares = (query[:, :, :1] @ key.transpose(-1, -2) * attention.scale).softmax(-1)[:, :, 0]  # (n, heads, tokens)
+    rows, columns = (size // patch for size, patch in zip(pictures.shape[-2:], patches.patch_size, strict=True))
+    return shares[:, :, -rows * columns :].view(count, -1, rows, columns)  # class and register tokens come first
+
+
+def _name(pictures: LabelledPictures, place: int) -> str:
+    return pictures.classes[int(pictures.labels[place])] if len(pictures.classes) > 1 else pictures.names[place]
+
+
+def _image(view: torch.Tensor) -> Image.Image:
+    return Image.fromarray(pixels_of(view[None])[0].cpu().numpy())
+
+
+def _thumbnail(image: Image.Image) -> Image.Image:
+    return shown(image, THUMBNAIL)

@@ -1,6 +1,7 @@
-"""What is around the training loop: setting up, measuring on the way, and leaving the encoder behind."""
+"""Learns features from pictures without labels: `accelerate launch -m zsi_contrastive.pretrain --method byol …`."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,106 +9,126 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from timm.optim import Lars
 
 from labs_common.checkpoint import SHARDED
-from labs_common.data import LabelledPictures
+from labs_common.data.classes import LabelledPictures
+from labs_common.data.splits import record_splits
 from labs_common.errors import LabError
-from labs_common.freezing import FrozenAudit
-from labs_common.progress import console
+from labs_common.fitting import Fitted, Fitting, begin, channels_last, share_batch_norms
 from labs_common.run import Run
-from labs_common.training import Loop, state_bytes
-from zsi_contrastive.ssl.config import GREEDY, PretrainConfig
-from zsi_contrastive.ssl.data import Batch, Levels, Steps, held_levels
-from zsi_contrastive.ssl.evaluate import (
-    COLLAPSED,
-    Features,
-    effective_rank,
-    features_from,
-    knn_accuracy,
-    spread,
-    usual_neighbours,
-)
-from zsi_contrastive.ssl.methods import Step
-from zsi_contrastive.ssl.model import Learner, encoder_of, has_batch_norm, make_learner
+from labs_common.training import Loop, total_steps
+from zsi_contrastive.ssl.config import PretrainConfig
+from zsi_contrastive.ssl.data import Batch, Pixels, read_splits, training_steps
+from zsi_contrastive.ssl.evaluate import Features, features_from, scores
+from zsi_contrastive.ssl.methods import METHODS, Memory, Step, complete
+from zsi_contrastive.ssl.model import DinoHead, Learner, encoder_of, features_of
+from zsi_contrastive.ssl.report import finish_report
 from zsi_contrastive.ssl.saved import save_encoder
-from zsi_contrastive.ssl.teacher import Memory, along_cosine
 from zsi_contrastive.ssl.views import Recipe, recipes_of, views_of
 
-EVALUATIONS = 12
-MOMENTUM = 0.9
+EVALUATIONS = 12  # of a run, by default: enough points for a curve
+MOMENTUM = 0.9  # of SGD and LARS, as in all of the papers
+
+
+def train(config: PretrainConfig) -> None:
+    """The road: pictures, network, training, what its features are worth, report."""
+    clock = {"start": time.perf_counter()}
+    config = complete(config)
+    accelerator = begin(config.run, config.training)
+    network = make_network(config, accelerator)
+    with accelerator.main_process_first():
+        splits = read_splits(config.data, config.run.seed, accelerator.is_main_process)
+    check_pictures(config, splits)
+    run = Run.start(config, config.run, f"{config.method}-{config.encoder.backbone}", accelerator)
+    record_splits(run, splits)
+    learning = set_up(config, network, run, accelerator, splits)
+    fitted, teacher_tensors = fit(learning)
+    features = final_features(learning)
+    clock |= fitted.clock | {"measured": time.perf_counter()}
+    if accelerator.is_main_process:
+        finish_report(run, config, learning.pixels, features, fitted, teacher_tensors, clock)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 @dataclass(frozen=True)
-class Fitting:
+class Learning:
     """A pre-training that is ready to begin, or to go on.
 
     Attributes:
-        network: the prepared network, with `plain` the module in it.
-        measured: the module whose features count: the learner's encoder, or dino's teacher's.
-        prepared_at: the moment at which all this was there.
+        measured: the module whose features count: the learner's encoder, or the teacher's.
+        pixels: the pictures of each split.
     """
 
     config: PretrainConfig
-    run: Run
-    accelerator: Accelerator
-    network: torch.nn.Module
-    plain: torch.nn.Module
-    measured: torch.nn.Module
+    fitting: Fitting
     memory: Memory
-    optimizer: torch.optim.Optimizer
-    loop: Loop
-    levels: dict[str, Levels]
+    measured: torch.nn.Module
+    pixels: dict[str, Pixels]
     recipes: list[Recipe]
-    audit: FrozenAudit
-    prepared_at: float
 
     def step_of(self, batch: Batch) -> Step:
-        """A batch's random views, and what its loss needs besides."""
-        views = views_of(batch.pictures, batch.aspects, self.recipes, self.config.run.seed, batch.step, batch.own)
+        """Makes a batch's random views, beside what its loss needs."""
+        views = views_of(batch.pixels, batch.aspects, self.recipes, self.config.run.seed, batch.step, batch.own)
         views = [view.contiguous(memory_format=torch.channels_last) for view in views]  # convolutions are faster so
-        return Step(self.network, self.memory, self.config.own, self.accelerator, views)
+        return Step(self.fitting.model, self.memory, self.config.own, self.fitting.accelerator, views)
 
-    def set_decay(self) -> None:
-        """Sets this step's weight decay."""
-        options, loop = self.config.training, self.loop
-        decay = along_cosine(loop.step_number, loop.total, options.weight_decay, options.weight_decay_end)
-        for group in self.optimizer.param_groups:
+    def set_weight_decay(self) -> None:
+        """Sets the weight decay of the step that comes next."""
+        options, loop = self.config.training, self.fitting.loop
+        decay = cosine(loop.step_number, loop.total, options.weight_decay, options.weight_decay_end)
+        for group in self.fitting.optimizer.param_groups:
             group["weight_decay"] = decay if group["decays"] else 0.0
 
-    def follow(self) -> None:
-        """Lets the teacher come after the step that was just done."""
-        own, loop = self.config.own, self.loop
-        momentum = along_cosine(loop.step_number, loop.total, own.momentum, own.momentum_end)
-        self.memory.follow(self.plain, momentum)
+    def update_teacher(self) -> None:
+        """Moves the teacher after the step that was just done."""
+        own, loop = self.config.own, self.fitting.loop
+        self.memory.update_teacher(
+            self.fitting.plain, cosine(loop.step_number, loop.total, own.momentum, own.momentum_end)
+        )
+
+    def scores(self) -> dict[str, float]:
+        """Measures the features as they are now."""
+        return scores(self.measured, self.pixels, self.config, self.fitting.accelerator)
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """What a pre-training leaves behind besides the saved encoder.
-
-    Attributes:
-        levels: the pictures of each split.
-        features: of them, by the encoder as it is now.
-        teacher_tensors: how many of the teacher's were audited.
-        parameters: how many learn.
-        optimizer_bytes: of its state, in a process.
-        clock: moments at which its parts ended, in order.
-    """
-
-    levels: dict[str, Levels]
-    features: dict[str, Features]
-    audit: FrozenAudit
-    teacher_tensors: int
-    parameters: int
-    optimizer_bytes: int
-    clock: dict[str, float]
-
-
-def make(config: PretrainConfig, accelerator: Accelerator) -> torch.nn.Module:
-    """The untrained network, the same in every process.
+def fit(learning: Learning) -> tuple[Fitted, int]:
+    """Trains, and writes the encoder to `model/` under the run; also returns the number of the teacher's tensors.
 
     Raises:
-        LabError: it cannot be had, or the launch cannot train it.
+        RunStopped: the loss is NaN, something fixed has moved, or the teacher was given a gradient.
+        Interrupted: Ctrl-C; the run can be resumed.
+    """
+    config, fitting = learning.config, learning.fitting
+    loop, loss_of = fitting.loop, METHODS[config.method].loss
+    if loop.step_number == 0:
+        loop.evaluated(learning.scores())  # the random encoder, beside which all figures stand
+    for batch in loop.batches():
+        loss = loss_of(learning.step_of(batch))
+        learning.set_weight_decay()
+        loop.step(loss, len(batch.pixels))
+        learning.update_teacher()
+        if loop.evaluation_due:
+            loop.evaluated(learning.scores(), "validation/knn", higher_is_better=True)
+    teacher_tensors = learning.memory.check_teacher(fitting.optimizer)
+    fitted = fitting.finish(lambda _: save_encoder(config, learning.measured, fitting.run.path))
+    return fitted, teacher_tensors
+
+
+def final_features(learning: Learning) -> dict[str, Features]:
+    """Computes the features of all pictures of each split, of the training pictures at most --bank."""
+    side, accelerator = learning.config.encoder.side, learning.fitting.accelerator
+    most = {"train": learning.config.measure.bank, "validation": 0, "test": 0}
+    return {name: features_from(learning.measured, learning.pixels[name], side, accelerator, count, f"features, {name}")
+            for name, count in most.items()}  # fmt: skip
+
+
+def make_network(config: PretrainConfig, accelerator: Accelerator) -> torch.nn.Module:
+    """Makes the untrained network, the same in every process.
+
+    Raises:
+        LabError: it cannot be had, does not take pictures of that side, or the launch cannot train it.
     """
     if config.training.batch_size % accelerator.num_processes:
         raise LabError(f"--batch-size {config.training.batch_size}: must be a multiple of the "
@@ -117,23 +138,18 @@ def make(config: PretrainConfig, accelerator: Accelerator) -> torch.nn.Module:
                        "spreads them out; launch with launch/multi_gpu.yaml or multi_node.yaml")  # fmt: skip
     with accelerator.main_process_first():
         set_seed(config.run.seed)
-        network = make_learner(config)
-    try:  # a network that does not take pictures of that side, or its parts, says so before anything begins
-        with torch.no_grad():
-            encoder, side = encoder_of(network), config.encoder.side
-            encoder.eval()
-            sides = {side, config.views.local_side} if config.views.local_crops else {side}
-            for each in sides:
-                if config.method in GREEDY:
-                    network(torch.zeros(2, 3, each, each))
-                else:
-                    encoder(torch.zeros(1, 3, each, each))
-            encoder.train()
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise LabError(f"--backbone {config.encoder.backbone}: does not take pictures of {each} pixels ({reason}); "
-                       "see --side and --local-side") from error  # fmt: skip
-    set_seed(config.run.seed)
+        network = METHODS[config.method].network(config)
+    encoder, side = encoder_of(network), config.encoder.side
+    encoder.eval()
+    for each in {side, config.views.local_side} if config.views.local_crops else {side}:
+        try:  # a network that does not take such pictures says so before anything begins
+            with torch.no_grad():
+                features_of(encoder, torch.zeros(1, 3, each, each))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise LabError(f"--backbone {config.encoder.backbone}: does not take pictures of {each} pixels ({reason}); "
+                           "see --side and --local-side") from error  # fmt: skip
+    encoder.train()
     return network
 
 
@@ -143,10 +159,10 @@ def check_pictures(config: PretrainConfig, splits: Mapping[str, LabelledPictures
     Raises:
         LabError: there are fewer training pictures than a batch has, or nothing to watch for --patience.
     """
-    options, train = config.training, splits["train"]
-    if len(train) < options.batch_size:
-        raise LabError(f"--batch-size {options.batch_size}: there are only {len(train)} training pictures")
-    if options.patience and len(train.classes) < 2:
+    options, pictures = config.training, splits["train"]
+    if len(pictures) < options.batch_size:
+        raise LabError(f"--batch-size {options.batch_size}: there are only {len(pictures)} training pictures")
+    if options.patience and len(pictures.classes) < 2:
         raise LabError("--patience: there is nothing to watch without classes")
 
 
@@ -156,53 +172,35 @@ def set_up(
     run: Run,
     accelerator: Accelerator,
     splits: Mapping[str, LabelledPictures],
-) -> Fitting:
-    """Prepares the loop.
+) -> Learning:
+    """Decodes the pictures and prepares network, memory, optimizer and loop.
 
     Raises:
         RunStopped: the run is being resumed, and something fixed is another.
     """
-    options, shown, device = config.training, accelerator.is_main_process, accelerator.device
-    levels = held_levels(splits, config.encoder.side, device, shown)
-    several = accelerator.num_processes > 1
-    if several and device.type == "cuda":
-        network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    elif several and shown and has_batch_norm(network):
-        console.print("batch normalisation takes the statistics of each process's own pictures here: torch shares them "
-                      "between GPUs only, so the result depends on the number of processes")  # fmt: skip
-    network.to(device)
-    network.to(memory_format=torch.channels_last)
+    options, method, device = config.training, METHODS[config.method], accelerator.device
+    pixels = {name: Pixels(part, config.encoder.side, device, accelerator.is_main_process)
+              for name, part in splits.items()}  # fmt: skip
+    network = share_batch_norms(network, accelerator).to(device)
+    channels_last(network, accelerator)
     memory = Memory(config, network, device)
+    learner = memory.teacher if method.measured == "teacher" and memory.teacher is not None else network
     optimizer = make_optimizer(config, network)
-    measured = memory.teacher.encoder if config.method == "dino" and memory.teacher else encoder_of(network)
     if options.compile:
         network.compile()
-    prepared, optimizer = accelerator.prepare(network, optimizer)
-    plain = accelerator.unwrap_model(prepared)
-    audit = FrozenAudit(plain)
-    if run.resumed and (before := run.load_json("frozen.json")):
-        audit.check(before)
-    elif shown:
-        run.save_json("frozen.json", audit.before)
-    source = Steps(levels["train"], options.batch_size, config.run.seed, accelerator.process_index,
-                   accelerator.num_processes)  # fmt: skip
-    whole = options.epochs * len(source)
-    if options.max_steps is not None:
-        whole = min(whole, options.max_steps)
-    every = options.evaluate_every or max(1, round(whole / EVALUATIONS))
-    loop = Loop(run, accelerator, prepared, optimizer, source, dataclasses.replace(options, evaluate_every=every),
-                config.run.seed, unit="pictures", also=memory)  # fmt: skip
-    if config.method == "dino":
-        _keep_prototypes(plain, loop, config.own.freeze_last * len(source))
-    if memory.teacher is not None:
-        memory.teacher.train()
-    prepared.train()
-    return Fitting(config, run, accelerator, prepared, plain, measured, memory, optimizer, loop, levels,
-                   recipes_of(config), audit, time.perf_counter())  # fmt: skip
+    source = training_steps(pixels["train"], options.batch_size, config.run.seed, accelerator.process_index,
+                            accelerator.num_processes)  # fmt: skip
+    every = options.evaluate_every or max(1, round(total_steps(options, source) / EVALUATIONS))
+    options = dataclasses.replace(options, evaluate_every=every)
+    fitting = Fitting.start(run, accelerator, network, optimizer, source, options, config.run.seed, "pictures", memory)
+    if isinstance(network, Learner) and isinstance(network.projection, DinoHead):
+        keep_prototypes(network.projection, fitting.loop, config.own.freeze_last * len(source))
+    recipes = recipes_of(config.encoder, config.views, method.full_views)
+    return Learning(config, fitting, memory, encoder_of(learner), pixels, recipes)
 
 
 def make_optimizer(config: PretrainConfig, network: torch.nn.Module) -> torch.optim.Optimizer:
-    """SGD, LARS or AdamW. With the latter two, biases and norms are not decayed (and LARS does not scale them)."""
+    """Makes SGD, LARS or AdamW; the latter two do not decay biases and norms, and LARS does not scale their steps."""
     options = config.training
     learnt = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if options.optimizer == "sgd":
@@ -212,60 +210,15 @@ def make_optimizer(config: PretrainConfig, network: torch.nn.Module) -> torch.op
     groups = [{"params": matrices, "decays": True}, {"params": rest, "decays": False, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     if options.optimizer == "lars":
-        from timm.optim import Lars
-
         return Lars(groups, options.learning_rate, MOMENTUM, weight_decay=options.weight_decay)
     return torch.optim.AdamW(groups, options.learning_rate, weight_decay=options.weight_decay)
 
 
-def _keep_prototypes(learner: torch.nn.Module, loop: Loop, steps: int) -> None:
-    """DINO's prototypes keep their directions in the first steps: their slope is nothing then."""
-    assert isinstance(learner, Learner)
-    prototypes = learner.projection.get_parameter("prototypes")
-    prototypes.register_hook(lambda slope: slope * float(loop.step_number >= steps))
+def keep_prototypes(head: DinoHead, loop: Loop, steps: int) -> None:
+    """Zeroes the gradient of DINO's prototypes in the first steps: their directions stay, as in its authors' code."""
+    head.prototypes.register_hook(lambda gradient: gradient * float(loop.step_number >= steps))
 
 
-def scores(fitting: Fitting) -> dict[str, float]:
-    """KNN accuracy where there are classes, and whether the features of test pictures have collapsed."""
-    side, measure, accelerator = fitting.config.encoder.side, fitting.config.measure, fitting.accelerator
-    features = {
-        name: features_from(fitting.measured, fitting.levels[name], side, accelerator)
-        for name in ("validation", "test")
-    }
-    found: dict[str, float] = {}
-    if len(fitting.levels["train"].pictures.classes) > 1:
-        bank = features_from(fitting.measured, fitting.levels["train"], side, accelerator, measure.bank)
-        voters = measure.neighbours or usual_neighbours(len(bank.labels))
-        found = {f"{name}/knn": knn_accuracy(bank, asked, voters) for name, asked in features.items()}
-    test = features["test"].values
-    found |= {"test/spread": spread(test), "test/effective_rank": effective_rank(test)}
-    if found["test/spread"] < COLLAPSED and accelerator.is_main_process:
-        console.print(f"the features have collapsed: all pictures look alike (spread {found['test/spread']:.3f})")
-    return found
-
-
-def finished(fitting: Fitting) -> Fitted:
-    """Audits what was fixed, and the teacher; writes the encoder and takes the features of all pictures.
-
-    Raises:
-        RunStopped: something fixed has moved, or the teacher was given a gradient.
-    """
-    fitting.audit.check()
-    tensors = fitting.memory.audit(fitting.optimizer)
-    config, accelerator = fitting.config, fitting.accelerator
-    parameters = sum(p.numel() for p in fitting.plain.parameters() if p.requires_grad)
-    clock = {"prepared": fitting.prepared_at, "trained": time.perf_counter()}
-    if accelerator.is_main_process:
-        save_encoder(config, fitting.measured, fitting.run.path)
-    accelerator.wait_for_everyone()
-    most = {"train": config.measure.bank, "validation": 0, "test": 0}
-    features = {
-        name: features_from(
-            fitting.measured, fitting.levels[name], config.encoder.side, accelerator, count, f"features, {name}"
-        )
-        for name, count in most.items()
-    }
-    clock["measured"] = time.perf_counter()
-    accelerator.wait_for_everyone()
-    held = state_bytes(fitting.optimizer)
-    return Fitted(fitting.levels, features, fitting.audit, tensors, parameters, held, clock)
+def cosine(step: int, total: int, start: float, end: float) -> float:
+    """The value at optimizer step `step` (from 0) of `total` on half a cosine from start to end."""
+    return end + (start - end) * (1 + math.cos(math.pi * step / max(1, total))) / 2

@@ -1,33 +1,30 @@
-"""`pretrain` and `compare` as they are run."""
+"""`pretrain` as it is run, and what is around its loop."""
 
+import copy
 import json
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from labs_testing import commands as lab_commands
 from labs_testing.commands import in_two_processes, losses, real_data
 from labs_testing.promises import KILLS, Training, TrainingPromises
 from PIL import Image
 from safetensors.torch import load_file
 
-from labs_common.scenes.files import write_parquet
-from zsi_contrastive.compare import LIBRARIES
+from labs_common.errors import LabError
 from zsi_contrastive.detector.backbone import make_backbone
-from zsi_contrastive.ssl.config import METHODS
+from zsi_contrastive.ssl.compare import LIBRARIES
+from zsi_contrastive.ssl.config import PretrainConfig
+from zsi_contrastive.ssl.methods import METHODS, complete
 from zsi_contrastive.ssl.saved import load_encoder
+from zsi_contrastive.ssl.train import cosine, make_network, make_optimizer
 
-COUNTS = {"train": range(96), "validation": range(96, 120), "test": range(120, 160)}
 SMALL = ("--side", "16", "--batch-size", "32", "--epochs", "1", "--hidden", "16", "--outputs", "12", "--queue", "64",
          "--track", "none")  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def looks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("looks")
-    write_parquet(folder, "look", COUNTS, 0, 16)
-    return folder
 
 
 def here(*arguments: object, code: int = 0) -> lab_commands.Done:
@@ -159,9 +156,7 @@ def test_a_wrong_batch_leaves_no_run(looks: Path, tmp_path: Path) -> None:
 
 
 def test_broken_encoders_are_refused(finished: dict[str, Path], tmp_path: Path) -> None:
-    from labs_common.errors import LabError
-
-    with pytest.raises(LabError, match="no pre-trained encoder"):
+    with pytest.raises(LabError, match="no trained model"):
         load_encoder(tmp_path)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "pretrained.json").write_text((finished["simclr"] / "model" / "pretrained.json").read_text())
@@ -170,33 +165,12 @@ def test_broken_encoders_are_refused(finished: dict[str, Path], tmp_path: Path) 
         load_encoder(tmp_path)
 
 
-def test_compare_and_its_report(looks: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "compared"
-    arguments = ("--methods", "simclr,byol,byol:momentum=0", "--data", looks, *SMALL[:-2], "--map", "none",
-                 "--no-probe", "--output", folder)  # fmt: skip
-    done = lab_commands.here("zsi_contrastive.compare", *arguments)
-    assert "report:" in done.stdout
-    found = json.loads((folder / "results.json").read_text())
-    assert found["failed"] == {}
-    assert list(found["methods"]) == ["simclr", "byol", "byol:momentum=0"]
-    steps = {line["steps"] for line in found["methods"].values()}
-    assert steps == {3}, "one budget"
-    page = (folder / "report.html").read_text()
-    assert "What each change does" in page
-    asked = json.loads((folder / "byol-momentum=0" / "seed-0" / "results.json").read_text())["config"]
-    assert asked["own"]["momentum"] == 0
-    assert asked["own"]["momentum_end"] == 0
-    for wrong, said in (("swav", "no such method"), ("moco:queues=3", "queues"), ("moco,moco", "twice")):
-        done = lab_commands.here("zsi_contrastive.compare", "--methods", wrong, "--data", looks, code=2)
-        assert said in done.errors[0]
-
-
 @pytest.mark.parametrize("name", ["resnet18", "test_vit", "test_convnext"])
 def test_weights_start_the_same_network_of_timm_or_torchvision(name: str, looks: Path, tmp_path: Path) -> None:
     """As the detector, vit_transfer and clip_lab load them: by timm's names, or torchvision's for its ResNets."""
     import timm
 
-    from labs_common.networks import load_exactly, read_weights
+    from labs_common.saved import load_exactly, read_weights
 
     here("--data", looks, *SMALL, "--backbone", name, "--side", "32", "--max-steps", "1", "--no-report", "--no-probe",
          "--map", "none", "--output", tmp_path / "run")  # fmt: skip
@@ -230,6 +204,44 @@ def test_greedy_modules_start_the_detectors_head(finished: dict[str, Path], scen
     moved = (after[f"greedy.isolated.{name}"] - before[name]).abs().max()
     assert 0 < moved < 0.05, "they started there, and learnt"
     assert (run / "results.json").exists(), "the written model was read back and tested"
+
+
+def test_timms_lars_is_lightlys() -> None:
+    peer = pytest.importorskip("lightly.utils.lars", reason="lightly is the independent peer").LARS
+    given = complete(PretrainConfig("simclr"))
+    given.training.optimizer, given.training.learning_rate, given.training.weight_decay = "lars", 0.3, 1e-2
+    networks = [METHODS["simclr"].network(given)] * 2
+    networks[1] = copy.deepcopy(networks[0])
+    ours = make_optimizer(given, networks[0])
+    decayed = [p for p in networks[1].parameters() if p.ndim > 1]
+    rest = [p for p in networks[1].parameters() if p.ndim <= 1]
+    theirs = peer([{"params": decayed}, {"params": rest, "weight_decay": 0.0}], lr=0.3, momentum=0.9, weight_decay=1e-2)
+    for seed in range(3):
+        for network in networks:
+            for number, parameter in enumerate(network.parameters()):
+                generator = torch.Generator().manual_seed(100 * seed + number)
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+        ours.step()
+        theirs.step()
+    for one, other in zip(*(network.parameters() for network in networks), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_schedules() -> None:
+    assert cosine(0, 10, 0.99, 1.0) == pytest.approx(0.99)
+    assert cosine(10, 10, 0.99, 1.0) == pytest.approx(1.0)
+    assert cosine(5, 10, 0.04, 0.4) == pytest.approx(0.22)
+    schedule = pytest.importorskip("lightly.utils.scheduler", reason="lightly is the independent peer").cosine_schedule
+    assert cosine(3, 10, 0.9, 1.0) == pytest.approx(schedule(3, 11, 0.9, 1.0), abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
+def test_sharded_weights_are_refused(kind: str) -> None:
+    launched = types.SimpleNamespace(num_processes=2, distributed_type=DistributedType[kind])
+    with pytest.raises(LabError, match="multi_gpu"):
+        make_network(complete(PretrainConfig("byol")), launched)
+    with pytest.raises(LabError, match="multiple of the 3 processes"):
+        make_network(complete(PretrainConfig("byol")), types.SimpleNamespace(num_processes=3))
 
 
 def test_neighbours_get_better_on_real_pictures(tmp_path: Path) -> None:

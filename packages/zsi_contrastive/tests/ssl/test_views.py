@@ -56,42 +56,42 @@ def test_crops_are_torchvisions(pictures: torch.Tensor) -> None:
 @pytest.mark.parametrize("factor", [0.3, 1.6])
 def test_colours_are_torchvisions(pictures: torch.Tensor, name: str, function, factor: float) -> None:
     levels = pictures.float() / 255
-    found = views.coloured(levels, chance(6, **{name: factor}))
+    found = views.recoloured(levels, chance(6, **{name: factor}))
     torch.testing.assert_close(found, function(levels, factor), atol=2e-3, rtol=0)
 
 
 def test_grey_solarize_and_blur_are_torchvisions(pictures: torch.Tensor) -> None:
     levels = pictures.float() / 255
     torch.testing.assert_close(
-        views.coloured(levels, chance(6, grey=True)), V.rgb_to_grayscale(levels, 3), atol=2e-3, rtol=0
+        views.recoloured(levels, chance(6, grey=True)), V.rgb_to_grayscale(levels, 3), atol=2e-3, rtol=0
     )
     torch.testing.assert_close(
-        views.coloured(levels, chance(6, solarized=True)), V.solarize(levels, 0.5), atol=2e-3, rtol=0
+        views.recoloured(levels, chance(6, solarized=True)), V.solarize(levels, 0.5), atol=2e-3, rtol=0
     )
-    blurred = views.coloured(levels, chance(6, blurred=True, sigma=1.3))
+    blurred = views.recoloured(levels, chance(6, blurred=True, sigma=1.3))
     torch.testing.assert_close(blurred, V.gaussian_blur(levels, [5, 5], [1.3, 1.3]), atol=2e-3, rtol=0)
     one = chance(6) | {"blurred": torch.arange(6) == 2, "sigma": torch.linspace(0.2, 2, 6)}
-    found = views.coloured(levels, one)
+    found = views.recoloured(levels, one)
     torch.testing.assert_close(found[[0, 1, 3]], levels[[0, 1, 3]], atol=2e-3, rtol=0)
     assert not torch.allclose(found[2], levels[2], atol=1e-2)
 
 
 def test_hues_turn_and_luminance_stays() -> None:
     angles = torch.tensor([0.0, 2 * math.pi, 1.0])
-    turns = views.hue_turns(angles)
+    turns = views.hue_rotations(angles)
     torch.testing.assert_close(turns[:2], torch.eye(3).expand(2, 3, 3), atol=1e-5, rtol=0)
     colour = torch.tensor([0.6, 0.3, 0.4])
     luminance = torch.tensor(views.LUMINANCE)
     assert float(luminance @ (turns[2] @ colour)) == pytest.approx(float(luminance @ colour), abs=1e-3)
     assert not torch.allclose(turns[2] @ colour, colour, atol=0.05)
-    back = views.hue_turns(-angles)[2] @ turns[2]
+    back = views.hue_rotations(-angles)[2] @ turns[2]
     torch.testing.assert_close(back, torch.eye(3), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("aspect", [1.0, 2.0])
-def test_crops_are_drawn_as_torchvision_draws_them(aspect: float) -> None:
+def test_crops_are_sampled_as_torchvision_samples_them(aspect: float) -> None:
     count = 4000
-    found = views.drawn(FULL, torch.full((count,), aspect), torch.Generator().manual_seed(0))
+    found = views.sample(FULL, torch.full((count,), aspect), torch.Generator().manual_seed(0))
     crop = RandomResizedCrop(32, scale=(0.08, 1.0))
     canvas = torch.zeros(3, 500, round(500 * aspect))
     torch.manual_seed(0)
@@ -117,8 +117,8 @@ def test_a_process_has_its_part_of_what_one_would_have(pictures: torch.Tensor) -
     assert not torch.allclose(other[0], whole[0])
 
 
-def test_plain_is_the_middle_square() -> None:
+def test_features_are_taken_from_the_middle_square() -> None:
     wide = torch.zeros(1, 3, 10, 10, dtype=torch.uint8)
     wide[..., 3:7] = 255  # squeezed from 25 × 10: the middle ten columns are these four
-    found = views.plain(wide, torch.tensor([2.5]), 10)
-    torch.testing.assert_close(views.shown(found)[..., 1:-1, :], torch.full((1, 10, 8, 3), 255, dtype=torch.uint8))
+    found = views.middle_square(wide, torch.tensor([2.5]), 10)
+    torch.testing.assert_close(views.pixels_of(found)[..., 1:-1, :], torch.full((1, 10, 8, 3), 255, dtype=torch.uint8))

@@ -1,0 +1,44 @@
+"""Measures of features against peers, and the attention that the report draws."""
+
+import pytest
+import torch
+
+from zsi_contrastive.ssl import evaluate
+from zsi_contrastive.ssl.report import class_attention
+
+
+def test_neighbours_are_lightlys() -> None:
+    peer = pytest.importorskip("lightly.utils.benchmarking", reason="lightly is the independent peer").knn_predict
+    torch.manual_seed(0)
+    bank, labels = torch.randn(300, 12), torch.randint(7, (300,))
+    asked = torch.randn(50, 12)
+    found = evaluate.knn_classes(evaluate.Features(bank, labels, 7, torch.arange(300)), asked, 21)
+    normal = torch.nn.functional.normalize
+    expected = peer(normal(asked, dim=1), normal(bank, dim=1).T, labels, 7, 21, 0.1)[:, 0]
+    assert (found == expected).float().mean() > 0.99  # of equal votes either may win
+
+
+def test_effective_rank_and_spread() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(2000, 16)
+    assert evaluate.effective_rank(rows) == pytest.approx(16, abs=0.3)
+    assert evaluate.effective_rank(rows[:, :3] @ torch.randn(3, 16)) < 3.1
+    assert evaluate.spread(rows) == pytest.approx(1, abs=0.02)
+    assert evaluate.spread(torch.ones(10, 16)) == pytest.approx(0, abs=1e-6)
+
+
+def test_class_attention_is_what_the_block_computes() -> None:
+    timm = pytest.importorskip("timm")
+    network = timm.create_model("test_vit", num_classes=0, img_size=64).eval()
+    pictures = torch.randn(2, 3, 64, 64)
+    found = class_attention(network, pictures)
+    assert found.shape == (2, network.blocks[-1].attn.num_heads, 4, 4)
+    attention = network.blocks[-1].attn
+    attention.fused_attn = False
+    kept = []
+    handle = attention.attn_drop.register_forward_hook(lambda _m, inputs, _o: kept.append(inputs[0]))
+    network(pictures)
+    handle.remove()
+    torch.testing.assert_close(found.flatten(2), kept[0][:, :, 0, 1:])
+    tokenless = timm.create_model("test_vit", num_classes=0, img_size=64, class_token=False, global_pool="avg").eval()
+    assert class_attention(tokenless, pictures) is None
