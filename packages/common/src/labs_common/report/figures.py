@@ -8,17 +8,20 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Patch, Rectangle
 
-# Drawn in this colour, then replaced by the page's text colour.
-INK = "#010203"
+INK = "#010203"  # a colour that nothing else has: `_svg` replaces it by the page's text colour
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#64748b", "#eab308", "#06b6d4", "#ec4899")
-MOST_INSIDE = 6  # curves whose legend stands among them
-MOST_NAMED = 16  # classes in a legend
+MOST_INSIDE = 6  # curves whose legend stands among them: a longer one would hide some
+MOST_NAMED = 16  # classes in a legend: more do not fit beside a figure
 FIXED, TRAINED = "#94a3b8", "#f97316"
+BESIDE = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "fontsize": 8}  # places of a legend
+ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1)}
 
 
 @dataclass(frozen=True)
@@ -42,43 +45,37 @@ class Row:
 def curve_figure(
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], across: str, up: str, log_up: bool = False
 ) -> str:
-    """Lines by name, each the positions and values of its points; few points are marked. Returns SVG."""
-    canvas, axes = _canvas()
+    """Draws lines by name, each the positions and values of its points; few points are marked. Returns SVG."""
+    canvas, axes = _canvas(across, up)
     for colour, (name, (xs, ys)) in zip(_colours(len(curves)), curves.items(), strict=True):
         axes.plot(xs, ys, label=name, color=colour, linewidth=1.6, marker="o" if len(xs) <= 20 else "", markersize=4)
-    axes.set_xlabel(across)
-    axes.set_ylabel(up)
     if log_up:
         axes.set_yscale("log")
     if len(curves) > MOST_INSIDE:
-        axes.legend(frameon=False, labelcolor=INK, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        _legend(axes, **BESIDE)
     elif len(curves) > 1:
-        axes.legend(frameon=False, labelcolor=INK)
+        _legend(axes)
     return _svg(canvas)
 
 
 def histogram_figure(values: Sequence[float], across: str, up: str = "count", bins: int = 40) -> str:
-    """How often each range of `values` occurs. Returns SVG."""
-    canvas, axes = _canvas()
+    """Draws how often each range of `values` occurs. Returns SVG."""
+    canvas, axes = _canvas(across, up)
     axes.hist(values, bins=bins, color=COLOURS[0])
-    axes.set_xlabel(across)
-    axes.set_ylabel(up)
     return _svg(canvas)
 
 
 def count_scatter_figure(counts: Mapping[int, int], across: str, up: str, limit: int) -> str:
-    """How often each whole number occurs, as points, with a line after `limit`. Returns SVG."""
-    canvas, axes = _canvas()
+    """Draws how often each whole number occurs, as points, with a line after `limit`. Returns SVG."""
+    canvas, axes = _canvas(across, up)
     axes.scatter(list(counts), list(counts.values()), s=22, color=COLOURS[0])
     axes.axvline(limit + 0.5, color=TRAINED, linewidth=1.2)
-    axes.set_xlabel(across)
-    axes.set_ylabel(up)
     return _svg(canvas)
 
 
 def bar_figure(values: Mapping[str, Mapping[str, float]], across: str, limit: float | None = None) -> str:
-    """Horizontal bars: one group per key of `values`, one bar per key of the inner mappings. Returns SVG."""
-    canvas, axes = _canvas(height=0.8 + 0.32 * max(4, len(values)))
+    """Draws horizontal bars: a group per key of `values`, a bar per key of the inner mappings. Returns SVG."""
+    canvas, axes = _canvas(across, height=0.8 + 0.32 * max(4, len(values)))
     names = list(next(iter(values.values())))
     height = 0.8 / len(names)
     for place, (name, colour) in enumerate(zip(names, _colours(len(names)), strict=True)):
@@ -86,18 +83,17 @@ def bar_figure(values: Mapping[str, Mapping[str, float]], across: str, limit: fl
         axes.barh(offsets, [bars[name] for bars in values.values()], height, label=name, color=colour)
     axes.set_yticks(range(len(values)), list(values))
     axes.invert_yaxis()
-    axes.set_xlabel(across)
     if limit is not None:
         axes.set_xlim(0, limit)
-    if len(names) > 1:  # above: long bars would lie under it
-        axes.legend(frameon=False, labelcolor=INK, ncols=min(4, len(names)), loc="lower left", bbox_to_anchor=(0, 1))
+    if len(names) > 1:  # long bars would lie under one inside
+        _legend(axes, ncols=min(4, len(names)), **ABOVE)
     return _svg(canvas)
 
 
 def matrix_figure(values: Sequence[Sequence[float]], names: Sequence[str], across: str, up: str) -> str:
-    """A square of counts with the same names on both sides, each row shaded by its shares. Returns SVG."""
+    """Draws a square of counts, the same names on both sides, each row shaded by its shares. Returns SVG."""
     count = len(names)
-    canvas, axes = _canvas(height=min(7.0, 1.6 + 0.42 * count))
+    canvas, axes = _canvas(across, up, height=min(7.0, 1.6 + 0.42 * count))
     for row, counts in enumerate(values):
         total = max(1, sum(counts))
         for column, value in enumerate(counts):
@@ -110,29 +106,25 @@ def matrix_figure(values: Sequence[Sequence[float]], names: Sequence[str], acros
     places = [place + 0.5 for place in range(count)]
     axes.set_xticks(places, names, rotation=45 if max(map(len, names)) > 4 else 0, fontsize=8 if count <= 30 else 4)
     axes.set_yticks(places, names, fontsize=8 if count <= 30 else 4)
-    axes.set_xlabel(across)
-    axes.set_ylabel(up)
     axes.grid(False)
     return _svg(canvas)
 
 
 def heat_figure(values: Sequence[Sequence[float]], across: str, up: str) -> str:
-    """Values (rows, columns) as colours, with a bar that says which is which. Returns SVG."""
-    canvas, axes = _canvas(height=5.2)
+    """Draws values (rows, columns) as colours, with a bar that says which is which. Returns SVG."""
+    canvas, axes = _canvas(across, up, height=5.2)
     axes.grid(False)
     shown = axes.imshow(values, cmap="viridis", interpolation="nearest", aspect="auto")
     bar = canvas.colorbar(shown, ax=axes)
     bar.ax.tick_params(colors=INK)
-    axes.set_xlabel(across)
-    axes.set_ylabel(up)
     return _svg(canvas)
 
 
 def scatter_figure(
     points: Mapping[str, tuple[float, float]], across: str, up: str, log_across: bool = False, best: Sequence[str] = ()
 ) -> str:
-    """Named points (x, y); those in `best` are joined by a line, such as a Pareto front. Returns SVG."""
-    canvas, axes = _canvas(height=3.6)
+    """Draws named points (x, y); those in `best` are joined by a line, such as a Pareto front. Returns SVG."""
+    canvas, axes = _canvas(across, up, height=3.6)
     for name, (x, y) in points.items():
         axes.plot(x, y, "o", color=TRAINED if name in best else FIXED, markersize=7)
     line = sorted(points[name] for name in best)
@@ -140,31 +132,28 @@ def scatter_figure(
     if log_across:
         axes.set_xscale("log")
     axes.margins(0.16)
-    axes.set_xlabel(across)
-    axes.set_ylabel(up)
     _name_points(canvas, axes, points)
     return _svg(canvas)
 
 
 def map_figure(points: Sequence[tuple[float, float]], labels: Sequence[int], names: Sequence[str]) -> str:
-    """Points in two dimensions, coloured by class; few classes are named beside it. Returns SVG."""
+    """Draws points (x, y), coloured by class; few classes are named beside them. Returns SVG."""
     canvas, axes = _canvas(height=5.2)
     shades = mpl.colormaps["turbo"]
-    many = len(names) > MOST_NAMED
     for label, name in enumerate(names):
         own = [point for point, of in zip(points, labels, strict=True) if of == label]
-        colour = shades((label + 0.5) / len(names)) if many or len(names) > len(COLOURS) else COLOURS[label]
+        colour = COLOURS[label] if len(names) <= len(COLOURS) else shades((label + 0.5) / len(names))
         axes.scatter([x for x, _ in own], [y for _, y in own], s=9, color=colour, label=name, linewidths=0, alpha=0.8)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.grid(False)
     if 1 < len(names) <= MOST_NAMED:
-        axes.legend(frameon=False, labelcolor=INK, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+        _legend(axes, **BESIDE)
     return _svg(canvas)
 
 
 def architecture_figure(rows: Sequence[Row]) -> str:
-    """A network from its input (below) to its output: grey is fixed, orange trains, a strip is a part. Returns SVG."""
+    """Draws a network from its input (below) up: grey is fixed, orange trains, a strip is a part. Returns SVG."""
     canvas, axes = _canvas(height=0.8 + 0.5 * len(rows))
     for height, row in enumerate(rows):
         width = 1 / len(row.cells)
@@ -183,12 +172,12 @@ def architecture_figure(rows: Sequence[Row]) -> str:
     axes.grid(False)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    handles = [Patch(color=TRAINED, label="trains"), Patch(color=FIXED, label="fixed")]
-    axes.legend(handles=handles, frameon=False, labelcolor=INK, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+    patches = [Patch(color=TRAINED, label="trains"), Patch(color=FIXED, label="fixed")]
+    _legend(axes, handles=patches, ncols=2, **ABOVE)
     return _svg(canvas)
 
 
-def _canvas(height: float = 3.2) -> tuple[Canvas, "mpl.axes.Axes"]:
+def _canvas(across: str = "", up: str = "", height: float = 3.2) -> tuple[Canvas, Axes]:
     canvas = Canvas(figsize=(7, height), layout="constrained")
     canvas.patch.set_alpha(0)
     axes = canvas.add_subplot()
@@ -198,19 +187,23 @@ def _canvas(height: float = 3.2) -> tuple[Canvas, "mpl.axes.Axes"]:
     for name, spine in axes.spines.items():
         spine.set_color(INK)
         spine.set_visible(name in ("left", "bottom"))
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
+    axes.set_xlabel(across, color=INK)
+    axes.set_ylabel(up, color=INK)
     return canvas, axes
 
 
-def _name_points(canvas: Canvas, axes: "mpl.axes.Axes", points: Mapping[str, tuple[float, float]]) -> None:
-    """Writes each name beside its point, inside the figure, or as little above it as keeps it clear of those below."""
+def _legend(axes: Axes, **more: Any) -> None:
+    axes.legend(frameon=False, labelcolor=INK, **more)
+
+
+def _name_points(canvas: Canvas, axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Writes each name beside its point, inside the figure, lifted as little as keeps it clear of those below."""
     canvas.draw_without_rendering()
-    to_points, end = 72 / canvas.dpi, canvas.get_figwidth() * 72
+    to_points, end = 72 / canvas.dpi, canvas.get_figwidth() * 72  # a point is a 72nd of an inch
     taken: list[tuple[float, float, float]] = []  # left, bottom and width of the names so far, in points
     for name, place in sorted(points.items(), key=lambda item: item[1][1]):
         left, bottom = axes.transData.transform(place) * to_points
-        lift, width, side = 4.0, 4.6 * len(name), 6.0
+        lift, width, side = 4.0, 4.6 * len(name), 6.0  # a letter of 8 points is about 4.6 wide
         if left + side + width > end:
             left, side = left - 2 * side - width, -side
         while any(
@@ -219,10 +212,8 @@ def _name_points(canvas: Canvas, axes: "mpl.axes.Axes", points: Mapping[str, tup
         ):
             lift += 3
         taken.append((left, bottom + lift, width))
-        axes.annotate(
-            name, place, xytext=(side, lift), textcoords="offset points", ha="left" if side > 0 else "right",
-            color=INK, fontsize=8,
-        )  # fmt: skip
+        align = "left" if side > 0 else "right"
+        axes.annotate(name, place, xytext=(side, lift), textcoords="offset points", ha=align, color=INK, fontsize=8)
 
 
 def _colours(count: int) -> list[str]:

@@ -17,7 +17,6 @@ class Text:
     """A paragraph; right-to-left when it begins in Persian."""
 
     text: str
-    kind: str = "text"
 
 
 @dataclass
@@ -29,7 +28,6 @@ class Table:
     caption: str = ""
     folded: bool = False
     """Behind a line that opens it."""
-    kind: str = "table"
 
 
 @dataclass
@@ -38,7 +36,6 @@ class Figure:
 
     svg: str
     caption: str
-    kind: str = "figure"
 
 
 @dataclass
@@ -47,7 +44,6 @@ class Gallery:
 
     pictures: Sequence[tuple[Image.Image, str]]
     caption: str
-    kind: str = "gallery"
 
 
 @dataclass
@@ -55,7 +51,6 @@ class Code:
     """A command or a file, as it is typed."""
 
     text: str
-    kind: str = "code"
 
 
 @dataclass
@@ -90,7 +85,7 @@ def save_figure(run: Run, name: str, svg: str) -> str:
 
 
 def _picture(image: Image.Image) -> str:
-    """The picture as a URL that holds it."""
+    """Writes the picture as a URL that holds it."""
     stream = io.BytesIO()
     image.save(stream, "png")
     return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
@@ -103,8 +98,8 @@ def _cell(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
+    if isinstance(value, float) and 0.001 <= abs(value) < 1000:
+        return f"{value:.3f}"
     if isinstance(value, float):
-        return (
-            f"{value:.3f}" if 0.001 <= abs(value) < 1000 else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-        )
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return str(value)

@@ -1,4 +1,4 @@
-"""What a report says of pictures and of what a network says they show."""
+"""Sections about pictures: the data with captions or classes, and a classifier's predictions and mistakes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,37 +13,35 @@ from labs_common.report.figures import matrix_figure
 from labs_common.report.page import Figure, Gallery, Section, Table, Text, save_figure
 from labs_common.run import Run
 
+MISTAKES = 12  # as many as a reader looks at
+
 
 def captioned_data_section(data: Captions) -> Section:
-    """Where the pictures are from, how many there are in each split, and some with their captions."""
-    splits = data.splits
+    """Says where the pictures are from and how many are in each split, and shows some with their captions."""
+    first = data.splits["train"]
     rows = [
         (name, part.source, len(part), sum(map(len, part.captions)), part.fingerprint())
-        for name, part in splits.items()
+        for name, part in data.splits.items()
     ]
     section = Section("Data", [Table(("split", "source", "pictures", "captions", "fingerprint"), rows)])
     if data.left_out:
         section.blocks.append(Table(("left out because", "how many"), list(data.left_out.items())))
-        section.blocks.append(Text("First: " + "; ".join(splits["train"].examples)))
-    first = splits["train"]
+        section.blocks.append(Text("First: " + "; ".join(first.examples)))
     samples = [(shown(first.image(place)), " · ".join(first.captions[place])) for place in range(min(6, len(first)))]
     section.blocks.append(Gallery(samples, "Training pictures with their captions."))
     return section
 
 
 def shown(image: Image.Image, side: int = 200) -> Image.Image:
-    """A picture as large as a report wants it; very small ones keep their edges."""
+    """Resizes a picture as a report wants it; very small ones keep their edges."""
     scale = side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC)
 
 
-MISTAKES = 12
-
-
 @dataclass(frozen=True)
 class Predictions:
-    """What a network says about a split.
+    """A classifier's predictions for a split.
 
     Attributes:
         probabilities: (pictures, classes).
@@ -67,7 +65,7 @@ class Predictions:
     def loss(self) -> float:
         """Mean cross-entropy."""
         right = self.probabilities[np.arange(len(self.labels)), self.labels]
-        return float(-np.log(np.maximum(right, 1e-30)).mean())
+        return float(-np.log(np.maximum(right, 1e-30)).mean())  # finite even where 32 bits gave a zero
 
     def confusion(self) -> np.ndarray:
         """Pictures by true class (rows) and predicted class (columns)."""
@@ -76,21 +74,21 @@ class Predictions:
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """The 95 % score interval of a share measured on `count` cases (Wilson 1927)."""
-    z2 = 1.959963984540054**2
+    """Returns the 95 % score interval of a share measured on `count` cases (Wilson 1927)."""
+    z2 = 1.959963984540054**2  # between minus and plus this lie 95 % of a normal distribution
     middle = share + z2 / (2 * count)
     half = math.sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count**2)))
     return (middle - half) / (1 + z2 / count), (middle + half) / (1 + z2 / count)
 
 
 def class_data_section(splits: Mapping[str, LabelledPictures]) -> Section:
-    """Where the pictures are from, how many of each class are in each split, and one of each class."""
+    """Says where the pictures are from and how many of each class are in each split, and shows one of each class."""
     first = splits["train"]
     rows = [(name, part.source, len(part), part.fingerprint()) for name, part in splits.items()]
     section = Section("Data", [Table(("split", "source", "pictures", "fingerprint"), rows)])
     for part in {part.source: part for part in splits.values() if part.left_out}.values():
-        found = [(reason, count) for reason, count in part.left_out.most_common()]
-        section.blocks.append(Table(("left out because", "pictures"), found, f"Pictures of {part.source} left out."))
+        reasons = part.left_out.most_common()
+        section.blocks.append(Table(("left out because", "pictures"), reasons, f"Pictures of {part.source} left out."))
         section.blocks.append(Text("First: " + "; ".join(part.examples)))
     counts = {name: np.bincount(part.labels, minlength=len(first.classes)) for name, part in splits.items()}
     by_class = [(name, *(int(count[place]) for count in counts.values())) for place, name in enumerate(first.classes)]
@@ -104,35 +102,29 @@ def class_data_section(splits: Mapping[str, LabelledPictures]) -> Section:
 
 
 def class_sections(run: Run, test: LabelledPictures, found: Predictions) -> list[Section]:
-    """Per-class table, confusion matrix, and the most confident mistakes as pictures."""
-    confusion = found.confusion()
-    names = test.classes
+    """Shows a table of the classes, the confusion matrix, and the most confident mistakes as pictures."""
+    confusion, names = found.confusion(), test.classes
     hits, there, said = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
     rows = [
         (name, int(there[place]), _share(hits[place], there[place]), _share(hits[place], said[place]))
         for place, name in enumerate(names)
     ]
-    figure = save_figure(run, "confusion", matrix_figure(confusion.tolist(), names, "predicted class", "true class"))
-    classes = Section(
-        "Classes",
-        [
-            Table(("class", "test pictures", "recall", "precision"), rows),
-            Figure(figure, "Test pictures by true and predicted class; blue was right."),
-        ],
-    )
+    matrix = save_figure(run, "confusion", matrix_figure(confusion.tolist(), names, "predicted class", "true class"))
+    table = Table(("class", "test pictures", "recall", "precision"), rows)
+    figure = Figure(matrix, "Test pictures by true and predicted class; blue was right.")
     sure = found.probabilities.max(1)
     wrong = np.flatnonzero(found.said != found.labels)
-    worst = wrong[np.argsort(-sure[wrong], kind="stable")][:MISTAKES]
-    mistakes = [(test.image(int(place)), said_line(names, found, int(place))) for place in worst]
-    said_so = f"{len(wrong)} of {len(found.labels)} are wrong; these with the most confidence."
+    worst = wrong[np.argsort(-sure[wrong], kind="stable")][:MISTAKES].tolist()
+    mistakes = [(test.image(place), said_line(names, found, place)) for place in worst]
+    caption = f"{len(wrong)} of {len(found.labels)} are wrong; these with the most confidence."
     return [
-        classes,
-        Section("Mistakes", [Gallery(mistakes, said_so)] if mistakes else [Text("None.")]),
+        Section("Classes", [table, figure]),
+        Section("Mistakes", [Gallery(mistakes, caption) if mistakes else Text("None.")]),
     ]
 
 
 def said_line(names: Sequence[str], found: Predictions, place: int) -> str:
-    """What was said of a picture, how surely, and what it is."""
+    """Says what a picture was taken for, how surely, and what it is."""
     said = int(found.said[place])
     sure = f"{names[said]} ({found.probabilities[place, said]:.0%})"
     return sure if said == found.labels[place] else f"{sure}, is {names[found.labels[place]]}"

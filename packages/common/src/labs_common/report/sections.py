@@ -1,4 +1,7 @@
-"""The sections that every lab's report has: what was asked, what trained, curves, cost, how to run it again."""
+"""The sections that every lab's report has: what was asked, what trained, curves, cost, how to run it again.
+
+Also a network as a stack of its parts, for the figure of its architecture.
+"""
 
 import itertools
 import json
@@ -16,51 +19,46 @@ from labs_common.run import Run
 
 
 def asked_section(config: Any) -> Section:
-    """The options that differ from their defaults, and all of them behind a fold."""
-    given, usual = flat_options(config), flat_options(type(config)())
-    changed = [(_flag(name), _said(value)) for name, value in given.items() if value != usual[name]]
-    every = [(_flag(name), _said(value)) for name, value in given.items()]
+    """Lists the options that differ from their defaults, and all of them behind a fold."""
+    usual = flat_options(type(config)())
+    every, changed = [], []
+    for name, value in flat_options(config).items():
+        every.append(("--" + name.replace("_", "-"), _said(value)))
+        if value != usual[name]:
+            changed.append(every[-1])
     first = Table(("option", "value"), changed) if changed else Text("All options had their defaults.")
     return Section("What was asked", [first, Table(("option", "value"), every, "every option", folded=True)])
 
 
 def trained_section(audit: FrozenAudit) -> Section:
-    """What trained and what stayed fixed, with the audit's verdict; call after `audit.check`."""
+    """Lists what trained and what stayed fixed, with the audit's verdict; call after `audit.check`."""
     rows = audit.table()
     trained, fixed = (sum(int(row[key]) for row in rows) for key in ("trained", "fixed"))
     verdict = (
         f"{trained:,} values trained ({trained / max(1, trained + fixed):.2%}); {fixed:,} stayed fixed. "
         f"{len(audit.before)} fixed tensors were hashed before and after training: all are unchanged."
     )
-    columns = ("module", "trained", "fixed", "verified tensors")
     body = [(row["module"], row["trained"], row["fixed"], row["verified"]) for row in rows]
-    return Section("What trained", [Text(verdict), Table(columns, body)])
+    return Section("What trained", [Text(verdict), Table(("module", "trained", "fixed", "verified tensors"), body)])
 
 
 def curves_section(run: Run, evaluations: Sequence[str] = ("validation/loss",)) -> Section:
-    """Loss and learning rate by step; `evaluations` are drawn into the figure of the loss."""
+    """Draws loss and learning rate by step; `evaluations` are drawn into the figure of the loss."""
     lines = list(run.lines("metrics.jsonl"))
-    training = [line for line in lines if "loss" in line]
-    steps = [line["step"] for line in training]
-    losses: dict[str, tuple[list[float], list[float]]] = {"training": (steps, [line["loss"] for line in training])}
-    for name in evaluations:
-        points = [line for line in lines if name in line]
-        losses[name.replace("/", " ")] = ([line["step"] for line in points], [line[name] for line in points])
-    rates = {"learning rate": (steps, [line["learning_rate"] for line in training])}
-    return Section(
-        "Curves",
-        [
-            Figure(save_figure(run, "loss", curve_figure(losses, "optimizer step", "loss")), "Loss by step."),
-            Figure(
-                save_figure(run, "learning_rate", curve_figure(rates, "optimizer step", "learning rate")),
-                "Learning rate by step.",
-            ),
-        ],
-    )
+
+    def curve(name: str) -> tuple[list[float], list[float]]:
+        there = [line for line in lines if name in line]
+        return [line["step"] for line in there], [line[name] for line in there]
+
+    losses = {"training": curve("loss")} | {name.replace("/", " "): curve(name) for name in evaluations}
+    loss = save_figure(run, "loss", curve_figure(losses, "optimizer step", "loss"))
+    rates = {"learning rate": curve("learning_rate")}
+    rate = save_figure(run, "learning_rate", curve_figure(rates, "optimizer step", "learning rate"))
+    return Section("Curves", [Figure(loss, "Loss by step."), Figure(rate, "Learning rate by step.")])
 
 
 def cost_section(run: Run, unit: str, seconds: Mapping[str, float]) -> Section:
-    """Time, throughput and memory, from timing.jsonl; `seconds` are the parts of this start of the run."""
+    """Lists time, throughput and memory, from timing.jsonl; `seconds` are the parts of this start of the run."""
     timing = list(run.lines("timing.jsonl"))
     spent = sum(line["seconds"] for line in timing)
     count = sum(line[unit] for line in timing)
@@ -76,22 +74,12 @@ def cost_section(run: Run, unit: str, seconds: Mapping[str, float]) -> Section:
 
 
 def rerun_section(run: Run) -> Section:
-    """The exact command, the machine and the versions."""
+    """Gives the exact command, the machine and the versions."""
     environment = run.load_json("environment.json")
     packages = list(environment.pop("packages").items())
     rows = [(name.replace("_", " "), _said(value)) for name, value in environment.items()]
-    return Section(
-        "How to run it again",
-        [
-            Code(environment["command"]),
-            Table(("", ""), rows),
-            Table(("package", "version"), packages, "versions", True),
-        ],
-    )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    versions = Table(("package", "version"), packages, "versions", folded=True)
+    return Section("How to run it again", [Code(environment["command"]), Table(("", ""), rows), versions])
 
 
 def _said(value: Any) -> str:
@@ -101,7 +89,7 @@ def _said(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Structure:
-    """What a network is made of, in numbers of parameters."""
+    """A network's parts from its input on, and its numbers of parameters."""
 
     name: str
     rows: list[Row]
@@ -110,7 +98,7 @@ class Structure:
 
 
 def structure_of(model: torch.nn.Module) -> Structure:
-    """The parts of a network from its input to its head, equal ones in a row taken together."""
+    """Lists the parts of a network from its input to its head, equal ones in a row taken together."""
     rows = []
     for cells, group in itertools.groupby(_parts(model), key=lambda part: part[1]):
         names = [name for name, _ in group]
