@@ -40,7 +40,7 @@ from labs_common.scenes.files import write_parquet  # noqa: E402
 from labs_common.training import make_accelerator, peak_memory  # noqa: E402
 from vit_transfer.config import DataOptions, ModelOptions, PictureTrainingOptions, TrainConfig, complete  # noqa: E402
 from vit_transfer.data import Tensors, read_splits, transform_of  # noqa: E402
-from vit_transfer.model import create, input_size, transfer  # noqa: E402
+from vit_transfer.model import create, transfer  # noqa: E402
 
 BATCH, RATE, DECAY = 32, 1e-3, 0.01
 
@@ -189,9 +189,8 @@ def made(options: Options) -> tuple[torch.nn.Module, dict[str, Pictures]]:
     splits = read_splits(config.data, 0, shown=False)
     set_seed(0)
     network = create(config.model, len(splits["train"].classes))
-    size = input_size(network, config.model)
-    shape = transform_of(network, size, config.data, 0)
-    model = transfer(network, config.model, size, cached=False, whole=True)
+    model = transfer(network, config.model, cached=False, sharded=True)  # which is not cut
+    shape = transform_of(network, model.size, config.data.augment, 0)
     return model, {name: Pictures(part, Tensors(part, shape)) for name, part in splits.items()}
 
 

@@ -1,11 +1,10 @@
-"""What is unfrozen: these parameters, nothing else."""
+"""The parameters that are unfrozen: these and nothing else."""
 
 import pytest
 import torch
-from labs_testing.commands import here
 
 from labs_common.errors import LabError
-from vit_transfer.catalogue import CATALOGUE, block_of, family
+from vit_transfer.catalogue import FAMILIES, block_of, family
 from vit_transfer.config import ModelOptions
 from vit_transfer.model import create, transfer
 
@@ -56,7 +55,7 @@ LAST = {
 
 
 def test_the_table_is_the_catalogue() -> None:
-    names = {name for members in CATALOGUE.values() for name in members}
+    names = {name for members in FAMILIES.values() for name in members.networks}
     assert names == {name for name in LAST if not name.startswith("tiny-")}
     assert family("timm/resnet50.a1_in1k") == "ResNet"
     assert family("convnext_tiny") is None
@@ -66,7 +65,7 @@ def test_the_table_is_the_catalogue() -> None:
 def test_exactly_the_last_block_and_the_head_train(name: str) -> None:
     with torch.device("meta"):
         network = create(ModelOptions(model=name, pretrained=False), 10)
-        model = transfer(network, ModelOptions(model=name), 64, cached=False, whole=True)
+        model = transfer(network, ModelOptions(model=name), cached=False, sharded=True)
     trained = {key for key, parameter in network.named_parameters() if parameter.requires_grad}
     expected = {key for key, _ in network.named_parameters() if key.startswith(tuple(f"{p}." for p in LAST[name]))}
     assert trained == expected
@@ -95,7 +94,7 @@ def test_any_other_network_by_name() -> None:
 def test_frozen_statistics_stay_and_trained_ones_move() -> None:
     torch.manual_seed(0)
     network = create(ModelOptions(model="resnet18", pretrained=False), 10)
-    model = transfer(network, ModelOptions(model="resnet18"), 32, cached=False)
+    model = transfer(network, ModelOptions(model="resnet18", image_size=32), cached=False)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     model.train()
     assert model.cut is not None
@@ -105,11 +104,3 @@ def test_frozen_statistics_stay_and_trained_ones_move() -> None:
     assert moved
     assert all((key.startswith("layer4.1.bn") and "running" in key) or "num_batches" in key for key in moved)
     assert all(key.startswith("layer4.1.") for key in moved)
-
-
-def test_models_lists_and_names() -> None:
-    out = here("vit_transfer.models", "--names", "resnet18,convnext_tiny").stdout
-    assert "layer4.1.conv2.weight" in out
-    assert "layer4.0" not in out
-    assert "stages" in out
-    assert "resnet18" in here("vit_transfer.models", "--names", "resnt18", code=2).stderr

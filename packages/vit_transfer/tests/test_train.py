@@ -15,7 +15,7 @@ from labs_testing.promises import Otherwise, Training, TrainingPromises
 from safetensors.torch import load_file
 
 from vit_transfer.compare import LIBRARIES
-from vit_transfer.export import class_names, load_exported
+from vit_transfer.saved import class_names, load_model
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 SMALL = ("--batch-size", "8", "--epochs", "3", "--track", "none", "--image-size", "32")
@@ -146,7 +146,7 @@ def test_real_pictures_cached_uncached_and_exported(name: str, head: str, real_p
         "truck",
     ]
     images = torch.randn(2, 3, 64, 64)
-    own = load_exported(folder)
+    own = load_model(folder)
     config = json.loads((folder / "config.json").read_text())
     built = timm.create_model(
         config["architecture"], num_classes=10, checkpoint_path=str(folder / "model.safetensors"),

@@ -1,6 +1,10 @@
-"""The families that are compared, and for each the last block: what is unfrozen besides the head."""
+"""The families of networks that the lab compares, and of each the last block: what is unfrozen besides the head.
 
-from collections.abc import Callable
+A family is one entry of `FAMILIES`; the list on the screen, the comparison and `--unfreeze block` all read it there.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,62 +21,124 @@ from timm.models.xception_aligned import XceptionAligned
 
 from labs_common.errors import LabError
 
-# The models of arXiv 2110.05270 by family, under timm's names, with the closest weights where timm has several.
-CATALOGUE: dict[str, tuple[str, ...]] = {
-    "VGG": ("vgg11", "vgg13", "vgg16", "vgg19"),
-    "ResNet": ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
-    "DenseNet": ("densenet121", "densenet161", "densenet169", "densenet201"),
-    "Inception": ("inception_v3",),
-    "Xception": ("legacy_xception", "xception41"),
-    "EfficientNet": ("efficientnet_b0", "efficientnet_b1", "efficientnet_b2", "efficientnet_b3", "efficientnet_b4"),
-    "MobileNet": ("mobilenetv2_100", "mobilenetv3_small_100", "mobilenetv3_large_100"),
-    "ViT": ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224", "vit_base_patch32_224",
-            "vit_large_patch16_224"),
-    "DeiT": ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224",
-             "deit_tiny_distilled_patch16_224", "deit_small_distilled_patch16_224",
-             "deit_base_distilled_patch16_224"),
-    "Swin": ("swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224", "swin_base_patch4_window7_224"),
+# Finds the prefixes of the names of the last block's parameters.
+Rule = Callable[[torch.nn.Module], tuple[str, ...]]
+CNN, TRANSFORMER = "CNN", "transformer"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Networks of one architecture.
+
+    Attributes:
+        kind: CNN or transformer.
+        networks: timm's names of those that are compared.
+        last_block: by timm's class, also for networks of that class that are not listed.
+    """
+
+    kind: str
+    networks: tuple[str, ...]
+    last_block: Mapping[type, Rule]
+
+
+def at(*paths: str) -> Rule:
+    """Returns the rule that names the modules at these paths, where -1 stands for the last child: blocks.-1."""
+
+    def resolved(model: torch.nn.Module, path: str) -> str:
+        found: list[str] = []
+        for part in path.split("."):
+            children = model.get_submodule(".".join(found)).named_children()
+            found.append([name for name, _ in children][-1] if part == "-1" else part)
+        return ".".join(found)
+
+    return lambda model: tuple(resolved(model, path) for path in paths)
+
+
+def last_group(model: torch.nn.Module) -> tuple[str, ...]:
+    """Names the convolutions and norms of a VGG between its last two poolings."""
+    layers = list(model.get_submodule("features").named_children())
+    pools = [place for place, (_, layer) in enumerate(layers) if isinstance(layer, torch.nn.MaxPool2d)]
+    group = layers[pools[-2] + 1 : pools[-1]]
+    return tuple(f"features.{name}" for name, layer in group if any(True for _ in layer.parameters()))
+
+
+def last_inverted_residual(model: torch.nn.Module) -> tuple[str, ...]:
+    """Names the last inverted residual block; what may follow is a 1 x 1 convolution, which is no block."""
+    kinds = ("InvertedResidual", "DepthwiseSeparableConv", "EdgeResidual", "UniversalInvertedResidual")
+    return ([name for name, layer in model.named_modules() if type(layer).__name__ in kinds][-1],)
+
+
+# The models of arXiv 2110.05270, under timm's names, with the closest weights where timm has several.
+FAMILIES: dict[str, Family] = {
+    "VGG": Family(CNN, ("vgg11", "vgg13", "vgg16", "vgg19"), {VGG: last_group}),
+    "ResNet": Family(
+        CNN, ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"), {ResNet: at("layer4.-1")}
+    ),
+    "DenseNet": Family(
+        CNN, ("densenet121", "densenet161", "densenet169", "densenet201"), {DenseNet: at("features.denseblock4")}
+    ),
+    "Inception": Family(CNN, ("inception_v3",), {InceptionV3: at("Mixed_7c")}),
+    "Xception": Family(
+        CNN,
+        ("legacy_xception", "xception41"),
+        # The exit flow's last two separable convolutions with their norms.
+        {Xception: at("conv3", "bn3", "conv4", "bn4"), XceptionAligned: at("blocks.-1")},
+    ),
+    "EfficientNet": Family(
+        CNN,
+        ("efficientnet_b0", "efficientnet_b1", "efficientnet_b2", "efficientnet_b3", "efficientnet_b4"),
+        {EfficientNet: last_inverted_residual},
+    ),
+    "MobileNet": Family(
+        CNN,
+        ("mobilenetv2_100", "mobilenetv3_small_100", "mobilenetv3_large_100"),
+        {MobileNetV3: last_inverted_residual},  # timm builds version 2 as an EfficientNet
+    ),
+    "ViT": Family(
+        TRANSFORMER,
+        ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224", "vit_base_patch32_224",
+         "vit_large_patch16_224"),
+        {VisionTransformer: at("blocks.-1")},
+    ),
+    "DeiT": Family(
+        TRANSFORMER,
+        ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224", "deit_tiny_distilled_patch16_224",
+         "deit_small_distilled_patch16_224", "deit_base_distilled_patch16_224"),
+        {VisionTransformer: at("blocks.-1")},
+    ),
+    "Swin": Family(
+        TRANSFORMER,
+        ("swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224", "swin_base_patch4_window7_224"),
+        {SwinTransformer: at("layers.-1.blocks.-1")},
+    ),
 }  # fmt: skip
-TRANSFORMERS = frozenset({"ViT", "DeiT", "Swin"})
 
 
 def family(model_name: str) -> str | None:
-    """The family that a timm name (with or without a tag) belongs to, if it is in the catalogue."""
+    """Returns the family that lists a timm name (with or without a tag), None if none does."""
     plain = model_name.removeprefix("timm/").split(".")[0]
-    return next((name for name, members in CATALOGUE.items() if plain in members), None)
-
-
-def last_block(model: torch.nn.Module) -> tuple[str, ...]:
-    """The prefixes of the parameters of the last block, of any model of a class that the catalogue has.
-
-    - transformers: the last encoder block (`blocks.11`; Swin: `layers.3.blocks.1`);
-    - ResNet: the last residual block (`layer4.2`), EfficientNet and MobileNet: the last inverted residual;
-    - VGG: the last group of convolutions, between its last two poolings;
-    - DenseNet: the last dense block, Inception: the last mixed block, Xception: the exit flow's last convolutions.
-
-    Raises:
-        LabError: the model is of another class; its children are listed.
-    """
-    for kind, rule in RULES.items():
-        if isinstance(model, kind):
-            return rule(model)
-    parts = ", ".join(name for name, _ in model.named_children())
-    raise LabError(f"--model: a {type(model).__name__} is not in the catalogue: name its last block with --block "
-                   f"(it has {parts})")  # fmt: skip
+    return next((name for name, members in FAMILIES.items() if plain in members.networks), None)
 
 
 def block_of(model: torch.nn.Module, block: str | None) -> tuple[str, ...]:
-    """`--block`, one prefix or several after commas, or the model's own last block.
+    """Finds what `--unfreeze block` trains: `--block`, prefixes with commas between, or by default the last block.
 
     Raises:
-        LabError: no module has such a name.
+        LabError: no module has such a name, or the model is of a class that no family has; its parts are listed.
     """
     if block is None:
-        return last_block(model)
+        for kind, rule in ((kind, rule) for members in FAMILIES.values() for kind, rule in members.last_block.items()):
+            if isinstance(model, kind):
+                return rule(model)
+        parts = ", ".join(name for name, _ in model.named_children())
+        raise LabError(
+            f"--model: a {type(model).__name__} is not in the catalogue: name its last block with --block "
+            f"(it has {parts})"
+        )
     prefixes = tuple(part.strip() for part in block.split(",") if part.strip())
     modules = dict(model.named_modules())
     for prefix in prefixes:
-        if not prefix or prefix not in modules:
+        if prefix not in modules:
             known = [name for name in modules if name.count(".") <= 1 and name][-8:]
             raise LabError(f"--block {prefix}: the model has no such part; among its last are {', '.join(known)}")
     if not any(True for prefix in prefixes for _ in modules[prefix].parameters()):
@@ -81,50 +147,6 @@ def block_of(model: torch.nn.Module, block: str | None) -> tuple[str, ...]:
 
 
 def classifiers(model: Any) -> tuple[str, ...]:
-    """The names of the model's heads (two for a distilled DeiT)."""
+    """Returns the names of a timm model's heads: one, or two for a distilled DeiT."""
     names = model.pretrained_cfg["classifier"]
     return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _in_order(*path: str) -> Callable[[torch.nn.Module], tuple[str, ...]]:
-    """The last child of the last child … below `path`."""
-
-    def rule(model: torch.nn.Module) -> tuple[str, ...]:
-        prefix = path[0]
-        for _ in path[1:]:
-            prefix += f".{list(model.get_submodule(prefix)._modules)[-1]}"
-        return (prefix,)
-
-    return rule
-
-
-def _swin(model: Any) -> tuple[str, ...]:
-    stage = f"layers.{len(model.get_submodule('layers')) - 1}.blocks"
-    return (f"{stage}.{len(model.get_submodule(stage)) - 1}",)
-
-
-def _vgg(model: torch.nn.Module) -> tuple[str, ...]:
-    layers = list(model.get_submodule("features").named_children())
-    pools = [place for place, (_, layer) in enumerate(layers) if isinstance(layer, torch.nn.MaxPool2d)]
-    group = layers[pools[-2] + 1 : pools[-1]]
-    return tuple(f"features.{name}" for name, layer in group if any(True for _ in layer.parameters()))
-
-
-def _inverted_residual(model: torch.nn.Module) -> tuple[str, ...]:
-    names = [name for name, layer in model.named_modules() if type(layer).__name__ in INVERTED]
-    return (names[-1],)
-
-
-INVERTED = ("InvertedResidual", "DepthwiseSeparableConv", "EdgeResidual", "UniversalInvertedResidual")
-RULES: dict[type, Callable[[torch.nn.Module], tuple[str, ...]]] = {
-    VisionTransformer: _in_order("blocks", "last"),
-    SwinTransformer: _swin,
-    ResNet: _in_order("layer4", "last"),
-    VGG: _vgg,
-    DenseNet: lambda model: ("features.denseblock4",),
-    InceptionV3: lambda model: ("Mixed_7c",),
-    Xception: lambda model: ("conv3", "bn3", "conv4", "bn4"),
-    XceptionAligned: _in_order("blocks", "last"),
-    EfficientNet: _inverted_residual,
-    MobileNetV3: _inverted_residual,
-}

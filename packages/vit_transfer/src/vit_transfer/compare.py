@@ -23,9 +23,13 @@ from labs_common.comparing import (
     slug,
 )
 from labs_common.own_process import claimed, finished_runs, start_server
+from vit_transfer.compare_report import read_entries, write_comparison
 from vit_transfer.config import TINY, CompareConfig, ModelOptions, TrainConfig, complete
+from vit_transfer.data import read_splits
+from vit_transfer.tiny import tiny_model
+from vit_transfer.train import check_network
 
-LIBRARIES = ["vit_transfer.train", "vit_transfer.results", "vit_transfer.baselines", "labs_common.training", "timm"]
+LIBRARIES = ["vit_transfer.train", "vit_transfer.compare"]
 
 
 def compare(config: CompareConfig) -> None:
@@ -35,34 +39,27 @@ def compare(config: CompareConfig) -> None:
     folder = comparison_folder("compare-networks", config, [config.data.data])
 
     start_server(config.comparison.launch, LIBRARIES)
-    from vit_transfer.comparison import gathered
-    from vit_transfer.comparison_report import write_comparison
-    from vit_transfer.data import read_splits
-    from vit_transfer.tiny import tiny_model
-    from vit_transfer.train import check_network
-
     splits = read_splits(config.data, config.comparison.seed, shown=True)
     for run in planned.values():
-        check_network(run, splits)
+        check_network(run.model, len(splits["train"].classes), run.cache.cache)
         if run.model.model in TINY and run.model.pretrained:
             tiny_model(run.model.model, 2, pretrained=True)  # here, so that no run's memory is that of making it
-    seeds = seeds_of(config.comparison)
     with claimed(folder, config):
         failed = finished_runs("vit_transfer.train", planned, folder, config.comparison)
-        entries = gathered(folder, {spec: slug(spec) for spec in planned}, seeds)
+        entries = read_entries(folder, {spec: slug(spec) for spec in planned}, seeds_of(config.comparison))
         write_comparison(folder, config, entries, splits["test"], failed)
 
 
 @dataclass
 class ComparedOptions(ModelOptions):
-    """What may follow a network's name after colons."""
+    """The options that may follow a network's name after colons."""
 
     learning_rate: float = 0.0
     """Highest learning rate."""
 
 
 def planned_run(config: CompareConfig, spec: str) -> TrainConfig:
-    """The run of one entry of --models: a network, and options of it after colons (`resnet50:unfreeze=head`).
+    """Plans the run of one entry of --models: a network, and options of it after colons (`resnet50:unfreeze=head`).
 
     Raises:
         LabError: there is no such option, or its value is wrong.
@@ -75,9 +72,5 @@ def planned_run(config: CompareConfig, spec: str) -> TrainConfig:
         found = parse(ComparedOptions, "--models", [f"--model={name}", *shared, *flags])
         options = {field.name: getattr(found, field.name) for field in dataclasses.fields(ModelOptions)}
         rate = found.learning_rate or config.training.learning_rate
-        return complete(
-            TrainConfig(
-                model=ModelOptions(**options), data=config.data, cache=config.cache,
-                training=dataclasses.replace(config.training, learning_rate=rate), baselines="no",
-            )
-        )  # fmt: skip
+        training = dataclasses.replace(config.training, learning_rate=rate)
+        return complete(TrainConfig(ModelOptions(**options), config.data, config.cache, training, baselines="no"))

@@ -3,23 +3,32 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from labs_common.errors import LabError
-from labs_common.options import ClassDataOptions, CommandOptions, ComparisonOptions, RunOptions, TrainingOptions
+from labs_common.options import (
+    ClassDataOptions,
+    CommandOptions,
+    ComparisonOptions,
+    RunOptions,
+    TrainingOptions,
+    names_in,
+    one_of,
+)
 
 Unfreeze = Literal["block", "head", "all"]
-Head = Literal["linear", "mlp"]
+Head = Annotated[str, one_of("vit_transfer.model:HEADS")]
 Augment = Literal["flip", "crop"]
 Asked = Literal["auto", "yes", "no"]
 RowPrecision = Literal["bf16", "fp16", "fp32"]
-TINY = ("tiny-vit", "tiny-cnn", "tiny-deit")
-Distillation = Literal["hard", "soft"]
+Distillation = Annotated[str, one_of("vit_transfer.distill:DISTILLATIONS")]
+Norm = Annotated[str, one_of("vit_transfer.perturbations:NORMS")]
+TINY = names_in("vit_transfer.tiny:RECIPES")
 
 
 @dataclass
 class ModelOptions:
-    """Which network, and what of it trains."""
+    """The network, and what of it trains."""
 
     model: str = "tiny-vit"
     """tiny-vit, tiny-cnn or tiny-deit (pre-trained here on first use, offline), or any timm name; see python -m
@@ -43,7 +52,7 @@ class ModelOptions:
 
 @dataclass
 class DataOptions(ClassDataOptions):
-    """Which pictures, and what training does to them."""
+    """The pictures, and what training does to them."""
 
     views: int = 1
     """Versions of each training picture, one per epoch in turn: the first is the picture itself, the others are
@@ -54,7 +63,7 @@ class DataOptions(ClassDataOptions):
 
 @dataclass
 class CacheOptions:
-    """What is kept of the frozen front."""
+    """The output of the frozen front, kept or not."""
 
     cache: bool = True
     """Compute the frozen front once per picture and keep its output on disk; --no-cache runs it every epoch."""
@@ -64,7 +73,7 @@ class CacheOptions:
 
 @dataclass
 class PictureTrainingOptions(TrainingOptions):
-    """How the weights are moved."""
+    """The optimizer's budget and settings."""
 
     epochs: int = 16
     """Passes over the training pictures."""
@@ -135,7 +144,7 @@ class AttackConfig:
     models: str = "tiny-cnn,tiny-vit"
     """Networks, separated by commas: directories of finished runs, or names: their last block is then trained on the
     pictures first."""
-    norm: Literal["linf", "l2"] = "linf"
+    norm: Norm = "linf"
     """What is bounded: the largest change of a level, or the square root of the summed squares of all."""
     radius: float = 0.0
     """The bound, on levels of 0 to 255; 0 takes the paper's: 10 for linf, and for l2 2000 at 224 pixels, in proportion
@@ -196,7 +205,7 @@ Config = TypeVar("Config", bound=TrainConfig)
 
 
 def complete(config: Config) -> Config:
-    """The config with a default in the place of what was left to the model.
+    """Fills in the defaults that depend on the model: learning rate and baselines.
 
     Raises:
         LabError: options that contradict each other, or are out of range.
@@ -216,32 +225,13 @@ def complete(config: Config) -> Config:
     if model.image_size < 0 or model.head_width < 1 or data.limit < 0:
         raise LabError("--image-size, --head-width and --limit must not be negative")
     tiny = model.model in TINY
-    own = {"block": 3e-3, "head": 3e-3, "all": 2e-3} if tiny else {"block": 1e-3, "head": 1e-3, "all": 1e-4}
-    rate = training.learning_rate or own[model.unfreeze]
-    baselines = config.baselines if config.baselines != "auto" else "yes" if tiny and wants_baselines(model) else "no"
-    if baselines == "yes" and not wants_baselines(model):
-        raise LabError("--baselines yes: compares with --unfreeze block of a pre-trained model; drop one of them")
-    return dataclasses.replace(config, training=dataclasses.replace(training, learning_rate=rate), baselines=baselines)
-
-
-def complete_distillation(config: DistillConfig) -> DistillConfig:
-    """`complete` for a distillation.
-
-    Raises:
-        LabError: options that contradict each other, or are out of range.
-    """
-    if not 0 <= config.weight <= 1 or config.temperature <= 0:
-        raise LabError("--weight must lie between 0 and 1, --temperature above 0")
-    if config.distillation == "hard" and config.temperature != DistillConfig().temperature:
-        raise LabError("--temperature: is of --distillation soft; drop it, or add --distillation soft")
+    usual = {"block": 3e-3, "head": 3e-3, "all": 2e-3} if tiny else {"block": 1e-3, "head": 1e-3, "all": 1e-4}
+    # Head alone and from scratch are other things than this run only if it trains a block of a pre-trained network.
+    comparable = model.unfreeze == "block" and (model.pretrained or model.weights is not None)
     baselines: Asked = config.baselines
     if baselines == "auto":
-        baselines = "yes" if config.model.model in TINY else "no"
-    weight = config.weight or {"hard": 0.5, "soft": 0.1}[config.distillation]
-    found = complete(dataclasses.replace(config, baselines="no"))
-    return dataclasses.replace(found, baselines=baselines, weight=weight)
-
-
-def wants_baselines(model: ModelOptions) -> bool:
-    """Whether head alone and from scratch are other things than what this run does."""
-    return model.unfreeze == "block" and (model.pretrained or model.weights is not None)
+        baselines = "yes" if tiny and comparable else "no"
+    if baselines == "yes" and not comparable:
+        raise LabError("--baselines yes: compares with --unfreeze block of a pre-trained model; drop one of them")
+    rate = training.learning_rate or usual[model.unfreeze]
+    return dataclasses.replace(config, training=dataclasses.replace(training, learning_rate=rate), baselines=baselines)

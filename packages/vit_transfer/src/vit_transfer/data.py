@@ -1,26 +1,36 @@
-"""Pictures in: the three splits, checked and recorded, and the tensors that a network sees."""
+"""Pictures in, batches out: the three splits, the tensors that a network sees, and the rows of its frozen front."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import timm
 import torch
+from accelerate import Accelerator
 from PIL import Image, ImageOps
+from timm.data import resolve_model_data_config
 
-from labs_common.cache import cached_directory
+from labs_common.cache import cached_directory, path_name
 from labs_common.data import LabelledPictures
 from labs_common.data.classes import read_classes
 from labs_common.data.images import RESAMPLING, decoding_threads
+from labs_common.features import CachedRows, ComputedRows, Rows, cached_rows
+from labs_common.freezing import state_hash
 from labs_common.progress import console
 from labs_common.scenes import TASKS
-from vit_transfer.config import Augment, DataOptions
+from labs_common.scenes.files import write_parquet
+from labs_common.training import read_ahead
+from vit_transfer.config import Augment, CacheOptions, DataOptions
+from vit_transfer.model import Transfer
 
 # The offline data: few enough pictures to train on that what was learnt before has to help.
 DEMO_TASK, DEMO_SIDE = "count", 48
 DEMO_SPLITS: dict[str, Sequence[int]] = {"train": range(400), "validation": range(400, 600), "test": range(600, 1600)}
+FRONT_BATCH = 64  # pictures that go through the front at once: its memory does not grow with a chunk of the cache
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,7 @@ class Transform:
     seed: int
 
     def levels(self, image: Image.Image, view: int, place: int) -> np.ndarray:
-        """(3, size, size) in 0 to 255; view 0 is plain, every other its own augmentation of picture `place`."""
+        """Returns (3, size, size) in 0 to 255; view 0 is plain, every other its own augmentation of picture `place`."""
         side: float = min(image.size)
         left, top = (image.width - side) / 2, (image.height - side) / 2
         mirrored = False
@@ -43,7 +53,7 @@ class Transform:
             generator = np.random.default_rng([self.seed, view, place])
             mirrored = generator.random() < 0.5
             if self.augment == "crop":
-                cut = side * generator.uniform(0.7, 1.0)
+                cut = side * generator.uniform(0.7, 1.0)  # of at least half the area
                 left, top = left + generator.uniform(0, side - cut), top + generator.uniform(0, side - cut)
                 side = cut
         box = (left, top, left + side, top + side)
@@ -51,20 +61,16 @@ class Transform:
         return np.asarray(ImageOps.mirror(resized) if mirrored else resized).transpose(2, 0, 1)
 
     def normalised(self, levels: torch.Tensor) -> torch.Tensor:
-        """Levels (batch, 3, size, size) of 0 to 255 as the network reads them."""
+        """Turns levels (batch, 3, size, size) of 0 to 255 into what the network reads."""
         mean, std = (torch.tensor(values, device=levels.device)[:, None, None] for values in (self.mean, self.std))
         return (levels.float() / 255 - mean) / std
 
 
-def transform_of(model: torch.nn.Module, size: int, options: DataOptions, seed: int) -> Transform:
-    """What timm says that the model was trained on, without its crop: small pictures have nothing to spare."""
-    from timm.data import resolve_model_data_config
-
+def transform_of(model: torch.nn.Module, size: int, augment: Augment, seed: int) -> Transform:
+    """Takes what timm says that the model was trained on, without its crop: small pictures have nothing to spare."""
     known = resolve_model_data_config(model)
-    return Transform(
-        size, tuple(known["mean"]), tuple(known["std"]),
-        known["interpolation"] if known["interpolation"] in RESAMPLING else "bicubic", options.augment, seed,
-    )  # fmt: skip
+    interpolation = known["interpolation"] if known["interpolation"] in RESAMPLING else "bicubic"
+    return Transform(size, tuple(known["mean"]), tuple(known["std"]), interpolation, augment, seed)
 
 
 @dataclass(frozen=True)
@@ -83,11 +89,11 @@ class Tensors:
         return torch.from_numpy(self.pictures.labels)
 
     def batch(self, view: int, places: Sequence[int]) -> torch.Tensor:
-        """Pictures (places, 3, size, size) as the network reads them."""
+        """Returns pictures (places, 3, size, size) as the network reads them."""
         return self.transform.normalised(self.levels(view, places))
 
     def levels(self, view: int, places: Sequence[int]) -> torch.Tensor:
-        """Pictures (places, 3, size, size) at the network's size, in 0 to 255."""
+        """Returns pictures (places, 3, size, size) at the network's size, in 0 to 255."""
 
         def one(place: int) -> np.ndarray:
             return self.transform.levels(self.pictures.image(place), view, place)
@@ -95,30 +101,141 @@ class Tensors:
         return torch.from_numpy(np.stack(list(decoding_threads().map(one, places))))
 
     def recipe(self, views: int) -> dict[str, Any]:
-        """All that the tensors depend on, as JSON values."""
-        said = asdict(self.transform) | {"pictures": self.pictures.fingerprint()}
-        if views == 1:  # nothing is drawn by chance
-            said.pop("augment"), said.pop("seed")
-        return said
+        """Lists all that the tensors depend on, as JSON values."""
+        found = asdict(self.transform) | {"pictures": self.pictures.fingerprint()}
+        if views == 1:  # nothing is sampled
+            found.pop("augment"), found.pop("seed")
+        return found
 
 
 def read_splits(options: DataOptions, seed: int, shown: bool) -> dict[str, LabelledPictures]:
-    """The splits of --data, or of the drawn scenes; see `read_classes`."""
+    """Reads the splits of --data, or of drawn scenes; see `labs_common.data.classes.read_classes`."""
     return read_classes(options, seed, shown, _demo_data)
 
 
 def _demo_data() -> Path:
-    """Drawn scenes whose things are to be counted, as parquet files."""
-    from labs_common.scenes.files import write_parquet
-
-    recipe = {
-        "task": DEMO_TASK,
-        "side": DEMO_SIDE,
-        "splits": {name: [part[0], len(part)] for name, part in DEMO_SPLITS.items()},
-    }
+    """Draws scenes whose things are to be counted, as parquet files, once."""
 
     def make(folder: Path) -> None:
         console.print(f"drawing {sum(map(len, DEMO_SPLITS.values()))} scenes ({TASKS[DEMO_TASK].question})")
         write_parquet(folder, DEMO_TASK, DEMO_SPLITS, seed=0, side=DEMO_SIDE)
 
-    return cached_directory("counting-scenes", recipe | {"format": 1}, make)
+    splits = {name: [part[0], len(part)] for name, part in DEMO_SPLITS.items()}
+    recipe = {"task": DEMO_TASK, "side": DEMO_SIDE, "splits": splits, "format": 1}
+    return cached_directory("counting-scenes", recipe, make)
+
+
+class Batch(NamedTuple):
+    """A process's part of an optimizer step.
+
+    Attributes:
+        inputs: rows (pictures, width), or pictures where the network is not cut.
+        targets: class numbers (pictures,).
+        view: the version of the pictures.
+        places: of the pictures in their split.
+        share: what the mean loss is multiplied by, so that the step's loss is the mean over all processes' pictures.
+    """
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    view: int
+    places: Sequence[int]
+    share: float
+
+    def to(self, device: torch.device) -> "Batch":
+        """Moves the tensors to a device."""
+        return self._replace(inputs=self.inputs.to(device), targets=self.targets.to(device))
+
+
+@dataclass(frozen=True)
+class PictureRows:
+    """A split: the rows that the trained part reads, and the labels."""
+
+    rows: Rows
+    labels: torch.Tensor
+
+    def batch(self, view: int, places: Sequence[int], share: float = 1.0) -> Batch:
+        """Reads the pictures at these places."""
+        return Batch(self.rows.rows(view, places), self.labels[list(places)], view, places, share)
+
+
+@dataclass
+class PictureSteps:
+    """Training data for `labs_common.training.Loop`: shuffled every epoch by the seed, each picture once."""
+
+    data: PictureRows
+    batch_size: int
+    views: int
+    seed: int
+    rank: int = 0
+    processes: int = 1
+
+    def __len__(self) -> int:
+        """Optimizer steps in an epoch; the last may be smaller."""
+        return -(-len(self.data.labels) // self.batch_size)
+
+    def steps(self, epoch: int, start: int) -> Iterator[list[Batch]]:
+        """Yields this process's part of each step of the epoch, read while the step before is computed."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.data.labels)).tolist()
+
+        def read(step: int) -> Batch:
+            return self.batch(epoch % self.views, order[step * self.batch_size : (step + 1) * self.batch_size])
+
+        return ([batch] for batch in read_ahead(read, range(start, len(self))))
+
+    def batch(self, view: int, places: list[int]) -> Batch:
+        """Reads this process's part of one step, of which `places` are all pictures."""
+        mine = places[self.rank :: self.processes]
+        if not mine:  # every process takes part in every step
+            return self.data.batch(view, places[:1], 0.0)
+        return self.data.batch(view, mine, len(mine) * self.processes / len(places))
+
+
+def rows_of(
+    name: str, tensors: Tensors, model: Transfer, options: CacheOptions, views: int, accelerator: Accelerator
+) -> PictureRows:
+    """Returns the rows of a split called `name`, after computing whatever its cache lacks; the model is on its device.
+
+    Raises:
+        LabError: the cache's disk is full or broken.
+    """
+    cut = model.cut
+    if cut is None:
+        return PictureRows(ComputedRows(tensors.batch, "fp32"), tensors.labels)
+
+    def compute(view: int, places: Sequence[int]) -> torch.Tensor:
+        parts = []
+        for first in range(0, len(places), FRONT_BATCH):
+            images = tensors.batch(view, places[first : first + FRONT_BATCH]).to(accelerator.device)
+            with torch.no_grad(), accelerator.autocast():
+                parts.append(cut.front(images))
+        return torch.cat(parts)
+
+    precision = options.boundary_precision
+    if not options.cache:
+        return PictureRows(ComputedRows(compute, precision), tensors.labels)
+    recipe = {"front": front_recipe(model, accelerator), "tensors": tensors.recipe(views)}
+    rows = cached_rows(f"{path_name(model.name)}-{name}", recipe, len(tensors), views, cut.width, precision, compute,
+                       accelerator.is_main_process)  # fmt: skip
+    return PictureRows(rows, tensors.labels)
+
+
+def front_recipe(model: Transfer, accelerator: Accelerator) -> dict[str, Any]:
+    """Lists all that the front's output depends on besides the pictures: its code, its weights, the arithmetic."""
+    cut = model.cut
+    assert cut is not None
+    modules = [f"{name}: {type(layer).__name__}({layer.extra_repr()})" for name, layer in cut.front.named_modules()]
+    code = hashlib.sha256("\n".join([cut.front.graph_module.code, *modules]).encode()).hexdigest()
+    return {
+        "model": model.name,
+        "code": code,
+        "weights": state_hash(cut.front),
+        "precision": accelerator.mixed_precision,
+        "torch": torch.__version__.split("+")[0],
+        "timm": timm.__version__,
+    }
+
+
+def disk_bytes(splits: Sequence[PictureRows]) -> int:
+    """Sums the bytes of the caches."""
+    return sum(split.rows.bytes_on_disk for split in splits if isinstance(split.rows, CachedRows))

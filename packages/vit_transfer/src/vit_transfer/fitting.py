@@ -1,4 +1,4 @@
-"""What training and distillation share before and after their loops."""
+"""Sets up a training before its loop and finishes it after it; train and distill share that."""
 
 import time
 from collections.abc import Mapping
@@ -15,12 +15,11 @@ from labs_common.progress import console
 from labs_common.report.structure import Structure, structure_of
 from labs_common.run import Run
 from labs_common.training import Loop, state_bytes, training_means
-from vit_transfer.batches import PictureRows, PictureSteps, disk_bytes, rows_of
 from vit_transfer.config import TrainConfig
-from vit_transfer.data import Tensors, Transform, transform_of
+from vit_transfer.data import PictureRows, PictureSteps, Tensors, Transform, disk_bytes, rows_of, transform_of
 from vit_transfer.evaluate import mean_scores
-from vit_transfer.export import FOLDER, save_model
-from vit_transfer.model import create, has_batch_norm, input_size, transfer
+from vit_transfer.model import create, transfer
+from vit_transfer.saved import FOLDER, save_model
 
 
 @dataclass(frozen=True)
@@ -83,16 +82,15 @@ def set_up(
     with accelerator.main_process_first():  # a tiny model is made, others are downloaded on their first use
         set_seed(config.run.seed)
         network = create(config.model, len(splits["train"].classes)).to(accelerator.device)
-    size = input_size(network, config.model)
-    sharded = accelerator.distributed_type in SHARDED
     several = accelerator.num_processes > 1
-    together = several and accelerator.device.type == "cuda"
-    model = transfer(network, config.model, size, config.cache.cache, sharded, by_head, together)
-    if several and not together and shown and has_batch_norm(network, model.trained):
+    sync = several and accelerator.device.type == "cuda"
+    sharded = accelerator.distributed_type in SHARDED
+    model = transfer(network, config.model, config.cache.cache, sharded, by_head, sync)
+    if several and not sync and shown and model.has_batch_norm:
         console.print("batch normalisation takes the statistics of each process's own pictures here: torch shares them "
                       "between GPUs only, so the result depends on the number of processes")  # fmt: skip
     structure = structure_of(network)
-    transform = transform_of(network, size, config.data, config.run.seed)
+    transform = transform_of(network, model.size, config.data.augment, config.run.seed)
     views = {"train": config.data.views, "validation": 1}
     rows = {
         name: rows_of(name, Tensors(splits[name], transform), model, config.cache, count, accelerator)

@@ -1,7 +1,7 @@
 """The network: any timm model with a new head, and what of it trains."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,68 +19,54 @@ from labs_common.freezing import train_only
 from vit_transfer.catalogue import block_of, classifiers
 from vit_transfer.config import TINY, ModelOptions
 from vit_transfer.first_tokens import FirstTokens, can_be_shortened, read_tokens
+from vit_transfer.tiny import tiny_model
 
 
 class MlpHead(torch.nn.Sequential):
-    """width -> hidden -> classes with a ReLU between."""
+    """width -> hidden -> classes with a ReLU between: the head of arXiv 2110.05270."""
 
     def __init__(self, width: int, hidden: int, classes: int) -> None:
         super().__init__(torch.nn.Linear(width, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, classes))
 
 
-@register_model
-def with_mlp_head(
-    pretrained: bool = False, pretrained_cfg: Any = None, base: str = "", hidden: int = 512, **others: Any
-) -> torch.nn.Module:
-    """Timm entry point of a model whose classifiers are MLPs: what an export of `--head mlp` names.
-
-    timm knows it after `import vit_transfer.model`. `base` is built without weights of its own: they would be
-    replaced, and might have to be downloaded.
-    """
-    shown = resolve_pretrained_cfg("with_mlp_head", pretrained_cfg=pretrained_cfg).to_dict() if pretrained_cfg else {}
-    own = {name: shown[name] for name in ("num_classes",) if name in shown}
-    own |= {name: value for name, value in others.items() if value is not None}
-    model: Any = _with_mlp(timm.create_model(base, pretrained=False, **own), hidden)
-    if shown:
-        model.pretrained_cfg = shown
-    if pretrained:
-        load_pretrained(model, num_classes=model.num_classes)
-    return model
+# `--head`: makes a head of (width, --head-width, classes); None keeps the linear one that timm makes.
+HEADS: dict[str, Callable[[int, int, int], torch.nn.Module] | None] = {
+    "linear": None,
+    "mlp": MlpHead,
+}
 
 
 def create(options: ModelOptions, classes: int) -> torch.nn.Module:
-    """The network with a fresh head for `classes` classes; take the seed first.
+    """Makes the network with a fresh head for `classes` classes; take the seed first.
 
     Raises:
         LabError: timm has no such model, or its weights cannot be had.
     """
+    pretrained = options.pretrained and options.weights is None
     if options.model in TINY:
-        from vit_transfer.tiny import tiny_model
-
-        model = tiny_model(options.model, classes, options.pretrained and options.weights is None, options.image_size)
+        model = tiny_model(options.model, classes, pretrained, options.image_size)
     else:
-        model = _from_timm(options, classes)
+        model = _from_timm(options.model, classes, pretrained, options.image_size)
     if options.weights is not None:
         _load(model, options.weights)
-    return _with_mlp(model, options.head_width) if options.head == "mlp" else model
+    return _with_head(model, options.head, options.head_width)
 
 
-def _from_timm(options: ModelOptions, classes: int) -> torch.nn.Module:
-    name = options.model
+def _from_timm(name: str, classes: int, pretrained: bool, image_size: int) -> torch.nn.Module:
     if not timm.is_model(name.removeprefix("timm/").split(".")[0]):
         like = difflib.get_close_matches(name, timm.list_models(), 4)
         hint = f"; like it are {', '.join(like)}" if like else ""
         raise LabError(f"--model {name}: timm has no such model{hint}; python -m vit_transfer.models lists some")
     known = timm.get_pretrained_cfg(name.removeprefix("timm/"), allow_unregistered=True)
     fixed = known is not None and known.fixed_input_size
-    size: dict[str, Any] = {"img_size": options.image_size} if options.image_size and fixed else {}
-    pretrained = options.pretrained and options.weights is None
+    size: dict[str, Any] = {"img_size": image_size} if image_size and fixed else {}
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=classes, **size)
     except Exception as error:  # downloads fail in many ways; everything else about the name has been checked
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise LabError(f"--model {name}: cannot be made ({reason}); check the network, or give --weights FILE or "
-                       "--no-pretrained") from error  # fmt: skip
+        raise LabError(
+            f"--model {name}: cannot be made ({reason}); check the network, or give --weights FILE or --no-pretrained"
+        ) from error
 
 
 def _load(model: torch.nn.Module, file: Path) -> None:
@@ -103,41 +89,74 @@ def _load(model: torch.nn.Module, file: Path) -> None:
         model.load_state_dict(given, strict=False)
 
 
-def _with_mlp(model: torch.nn.Module, hidden: int) -> torch.nn.Module:
+def _with_head(model: torch.nn.Module, head: str, hidden: int) -> torch.nn.Module:
+    """Replaces the linear heads of a model.
+
+    Raises:
+        LabError: its head is not linear.
+    """
+    made = HEADS[head]
+    if made is None:
+        return model
     for name in classifiers(model):
-        head = model.get_submodule(name)
-        if not isinstance(head, torch.nn.Linear):
-            raise LabError(f"--head mlp: the head of this model is a {type(head).__name__}; take --head linear")
-        model.set_submodule(name, MlpHead(head.in_features, hidden, head.out_features))
+        own = model.get_submodule(name)
+        if not isinstance(own, torch.nn.Linear):
+            raise LabError(f"--head {head}: the head of this model is a {type(own).__name__}; take --head linear")
+        model.set_submodule(name, made(own.in_features, hidden, own.out_features))
     return model
 
 
-def unfreeze(model: torch.nn.Module, options: ModelOptions) -> tuple[str, ...]:
-    """Makes exactly the wanted part trainable; returns the prefixes of its parameters ("" for everything).
+def _register(head: str) -> None:
+    """Lets timm build a network with this head under the name that its saved config.json has, such as with_mlp_head.
 
-    Raises:
-        LabError: there is no such block.
+    timm knows it after `import vit_transfer.model`. `base` is built without weights of its own: they would be
+    replaced, and might have to be downloaded.
     """
-    if options.unfreeze == "all":
-        train_only(model, lambda name: True)
-        return ("",)
-    block = block_of(model, options.block) if options.unfreeze == "block" else ()
-    prefixes = (*block, *classifiers(model))
-    train_only(model, lambda name: name.startswith(tuple(f"{prefix}." for prefix in prefixes)))
-    return prefixes
+
+    def with_head(
+        pretrained: bool = False, pretrained_cfg: Any = None, base: str = "", hidden: int = 512, **others: Any
+    ) -> torch.nn.Module:
+        given = resolve_pretrained_cfg(architecture(head), pretrained_cfg=pretrained_cfg) if pretrained_cfg else None
+        shown = given.to_dict() if given else {}
+        own = {name: shown[name] for name in ("num_classes",) if name in shown}
+        own |= {name: value for name, value in others.items() if value is not None}
+        model: Any = _with_head(timm.create_model(base, pretrained=False, **own), head, hidden)
+        if shown:
+            model.pretrained_cfg = shown
+        if pretrained:
+            load_pretrained(model, num_classes=model.num_classes)
+        return model
+
+    with_head.__name__ = architecture(head)
+    register_model(with_head)
+
+
+def architecture(head: str) -> str:
+    """Returns timm's name of a network with one of our heads."""
+    return f"with_{head}_head"
+
+
+for _name, _made in HEADS.items():
+    if _made is not None:
+        _register(_name)
 
 
 class Transfer(torch.nn.Module):
     """A network of which a part trains; it takes rows of the frozen front's output where there is a cut.
 
     The frozen part is always in evaluation mode, so that no batch-norm statistic of it moves.
+
+    Attributes:
+        name: of the network, as --model has it.
+        size: side in pixels of the pictures that it sees.
+        trained: prefixes of the names of the parameters that train, "" for all.
     """
 
     def __init__(
-        self, name: str, model: torch.nn.Module, trained: Sequence[str], cut: Cut | None, by_head: bool = False
+        self, name: str, model: torch.nn.Module, size: int, trained: Sequence[str], cut: Cut | None, by_head: bool
     ) -> None:
         super().__init__()
-        self.name, self.model, self.trained, self.by_head = name, model, trained, by_head
+        self.name, self.model, self.size, self.trained, self.by_head = name, model, size, trained, by_head
         self._cut = (cut,)  # not a submodule: its modules are the model's
         self.eval()
 
@@ -147,9 +166,9 @@ class Transfer(torch.nn.Module):
         return self._cut[0]
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Rows, or pictures where there is no cut, to logits (batch, classes); `by_head`, in training, to two of them.
+        """Turns rows, or pictures where there is no cut, into logits (batch, classes).
 
-        Else the mean of the class head and the distillation head is taken.
+        With `by_head`, training gets those of the class head and of the distillation head; else their mean is taken.
         """
         logits = self.model(inputs) if self.cut is None else self.cut.back(inputs.float())
         return (logits[0] + logits[1]) / 2 if isinstance(logits, tuple) and not self.training else logits
@@ -159,33 +178,40 @@ class Transfer(torch.nn.Module):
         super().train(False)
         self.training = mode
         if self.by_head:
-            self.model.training = mode  # its own flag alone: it then gives what both heads say
+            self.model.training = mode  # its own flag alone: it then gives the logits of both heads
         for prefix in self.trained:
             self.model.get_submodule(prefix).train(mode)
         return self
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether a trained part normalises by the statistics of its batch."""
+        kinds = torch.nn.modules.batchnorm._BatchNorm
+        parts = [self.model.get_submodule(prefix) for prefix in self.trained]
+        return any(isinstance(layer, kinds) for part in parts for layer in part.modules())
 
 
 def transfer(
     model: Any,
     options: ModelOptions,
-    size: int,
     cached: bool,
-    whole: bool = False,
+    sharded: bool = False,
     by_head: bool = False,
-    together: bool = False,
+    sync_batch_norm: bool = False,
 ) -> Transfer:
     """Freezes the model's front and cuts it off; the model is on its device already.
 
-    `whole` is for weights that will be sharded: every block is called as a whole then, and without a cache the
-    network is not cut. Without a cache, one that cannot be cut is not cut either. `together` lets the trained batch
-    normalisations take their statistics over all processes.
+    `sharded` weights need every block to be called as a whole, so without a cache the network is not cut then. Without
+    a cache, one that cannot be cut is not cut either. `by_head` gives the logits of both heads of a network with a
+    distillation token in training. `sync_batch_norm` lets the trained batch normalisations take their statistics over
+    all processes.
 
     Raises:
         LabError: there is no such block; the network cannot be cut and should be `cached`; or it has no distillation
             token and should train `by_head`.
     """
-    trained = unfreeze(model, options)
-    if together:
+    trained = unfreeze(model, options.unfreeze, options.block)
+    if sync_batch_norm:
         for prefix in trained:
             part = convert_sync_batchnorm(model.get_submodule(prefix))
             if prefix:
@@ -193,23 +219,44 @@ def transfer(
     model.eval()
     if by_head:
         if not hasattr(model, "head_dist"):
-            raise LabError(f"--model {options.model}: has no distillation token; take one that has, such as "
-                           "deit_tiny_distilled_patch16_224")  # fmt: skip
+            raise LabError(
+                f"--model {options.model}: has no distillation token; take one that has, such as "
+                "deit_tiny_distilled_patch16_224"
+            )
         model.set_distilled_training(True)
         model.training = True  # for the cut, which records what the forward does now
-    cut = None
-    if trained != ("",) and (cached or not whole):
+    cut, size = None, input_size(model, options.image_size)
+    if trained != ("",) and (cached or not sharded):
         try:
             cut = Cut(model, trained, torch.zeros(2, 3, size, size, device=next(model.parameters()).device))
         except LabError:
             if cached:
                 raise
-    if cut is not None and not whole:
-        shorten_last_block(model, cut)
-    return Transfer(options.model, model, trained, cut, by_head)
+    if cut is not None and not sharded:
+        _shorten_last_block(model, cut)
+    return Transfer(options.model, model, size, trained, cut, by_head)
 
 
-def shorten_last_block(model: Any, cut: Cut) -> None:
+def unfreeze(model: torch.nn.Module, part: str, block: str | None) -> tuple[str, ...]:
+    """Makes exactly the wanted part trainable; returns the prefixes of its parameters ("" for everything).
+
+    Raises:
+        LabError: there is no such block.
+    """
+    if part == "all":
+        train_only(model, lambda name: True)
+        return ("",)
+    prefixes = (*(block_of(model, block) if part == "block" else ()), *classifiers(model))
+    train_only(model, lambda name: name.startswith(tuple(f"{prefix}." for prefix in prefixes)))
+    return prefixes
+
+
+def input_size(model: torch.nn.Module, image_size: int = 0) -> int:
+    """Returns the side in pixels of the pictures that the network sees: `image_size`, or with 0 the network's own."""
+    return image_size or int(resolve_model_data_config(model)["input_size"][-1])
+
+
+def _shorten_last_block(model: Any, cut: Cut) -> None:
     """Computes the last block of a vision transformer only for the tokens that its head reads, where that is exact."""
     count = read_tokens(model)
     if not count:
@@ -218,14 +265,3 @@ def shorten_last_block(model: Any, cut: Cut) -> None:
     block: Any = model.get_submodule(name)
     if can_be_shortened(block) and cut.calls(name):
         cut.replace(name, FirstTokens(block, count))
-
-
-def input_size(model: torch.nn.Module, options: ModelOptions) -> int:
-    """Side in pixels of the pictures that the network sees."""
-    return options.image_size or int(resolve_model_data_config(model)["input_size"][-1])
-
-
-def has_batch_norm(model: torch.nn.Module, trained: Sequence[str]) -> bool:
-    """Whether a trained part normalises by the statistics of its batch."""
-    kinds = torch.nn.modules.batchnorm._BatchNorm
-    return any(isinstance(layer, kinds) for prefix in trained for layer in model.get_submodule(prefix).modules())

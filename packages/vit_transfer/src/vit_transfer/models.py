@@ -9,8 +9,37 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from rich.console import Console
+from rich.table import Table
+
 from labs_common.errors import LabError
-from vit_transfer.config import TINY, ModelsConfig
+from vit_transfer.catalogue import FAMILIES, block_of, family
+from vit_transfer.config import TINY, ModelOptions, ModelsConfig
+from vit_transfer.model import create, input_size
+
+
+def models(config: ModelsConfig) -> None:
+    """Prints the table, and the names of the parameters if networks were named."""
+    if config.names is None:
+        names = [name for members in FAMILIES.values() for name in members.networks] + list(TINY)
+    else:
+        names = [name.strip() for name in config.names.split(",") if name.strip()]
+    if not names:
+        raise LabError("--names: is empty; name some networks, such as resnet50,deit_small_patch16_224")
+    table = Table("family", "network", "last block", "of it, M", "all, M", "side")
+    found = {name: listed(name) for name in names}
+    for name, row in found.items():
+        numbers = (f"{row.in_block / 1e6:.2f}", f"{row.parameters / 1e6:.2f}", str(row.side))
+        table.add_row(family(name) or "–", name, ", ".join(row.block) or "name one with --block", *numbers)
+    console = Console(width=None if sys.stdout.isatty() else 140)  # a file has no width of its own
+    console.print(table)
+    if config.names is None:
+        console.print("M: million parameters. --model NAME takes one; any other timm network goes with --block.")
+        return
+    for name, row in found.items():
+        parts = row.names if row.block else row.parts
+        console.print(f"{name}, {'trained by --unfreeze block' if row.block else 'its parts'}:", *parts, sep="\n  ")
 
 
 @dataclass(frozen=True)
@@ -34,49 +63,14 @@ class Listed:
     parts: list[str]
 
 
-def models(config: ModelsConfig) -> None:
-    """Prints the table, and the names of the parameters if networks were named."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from vit_transfer.catalogue import CATALOGUE, family
-
-    if config.names is None:
-        names = [name for members in CATALOGUE.values() for name in members] + list(TINY)
-    else:
-        names = [name.strip() for name in config.names.split(",") if name.strip()]
-    if not names:
-        raise LabError("--names: is empty; name some networks, such as resnet50,deit_small_patch16_224")
-    table = Table("family", "network", "last block", "of it, M", "all, M", "side")
-    found = {name: listed(name) for name in names}
-    for name, row in found.items():
-        numbers = (f"{row.in_block / 1e6:.2f}", f"{row.parameters / 1e6:.2f}", str(row.side))
-        table.add_row(family(name) or "–", name, ", ".join(row.block) or "name one with --block", *numbers)
-    console = Console(width=None if sys.stdout.isatty() else 140)  # a file has no width of its own
-    console.print(table)
-    if config.names is None:
-        console.print("M: million parameters. --model NAME takes one; any other timm network goes with --block.")
-        return
-    for name, row in found.items():
-        said = row.names if row.block else row.parts
-        console.print(f"{name}, {'trained by --unfreeze block' if row.block else 'its parts'}:", *said, sep="\n  ")
-
-
 def listed(name: str) -> Listed:
-    """The network's figures, found without making its weights.
+    """Finds the network's numbers, without making its weights.
 
     Raises:
         LabError: timm has no such network.
     """
-    import torch
-
-    from vit_transfer.catalogue import block_of
-    from vit_transfer.config import ModelOptions
-    from vit_transfer.model import create, input_size
-
-    options = ModelOptions(model=name, pretrained=False)
     with torch.device("meta"):
-        network: Any = create(options, 1000)
+        network: Any = create(ModelOptions(model=name, pretrained=False), 1000)
     try:
         block = block_of(network, None)
     except LabError:
@@ -88,6 +82,6 @@ def listed(name: str) -> Listed:
         sum(own.values()),
         list(own),
         sum(value.numel() for value in network.parameters()),
-        input_size(network, options),
+        input_size(network),
         [part for part, _ in network.named_children()],
     )

@@ -14,50 +14,50 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed
 
 from labs_common.cache import cached_directory
 from labs_common.pretraining import pretrain, reproducible
 from labs_common.progress import tracked
 from labs_common.scenes import SHAPES, TASKS, Scene, picture, scene_generator
-from vit_transfer.catalogue import classifiers
+from vit_transfer.catalogue import CNN, TRANSFORMER, classifiers
 
 SIDE, PATCH = 48, 8
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+TOKEN_WEIGHT = 3.0  # of the patches' loss beside that of the whole picture
 RECIPES: dict[str, dict[str, Any]] = {
-    # Strides only down to 8: to count things a network has to see where they are.
-    "tiny-cnn": {
-        "architecture": "resnet10t", "arguments": {"channels": (24, 48, 64, 96), "output_stride": 8},
-        "pictures": 8000, "steps": 450, "batch": 64, "learning_rate": 4e-3,
-    },
     "tiny-vit": {
+        "kind": TRANSFORMER,
         "architecture": "vit_tiny_patch16_224",
         "arguments": {"img_size": SIDE, "patch_size": PATCH, "embed_dim": 96, "depth": 4, "num_heads": 3},
         "pictures": 8000, "steps": 650, "batch": 64, "learning_rate": 2e-3,
     },
-    # The same with a distillation token, which begins as a copy of the class token.
+    # Strides only down to 8: to count things a network has to see where they are.
+    "tiny-cnn": {
+        "kind": CNN,
+        "architecture": "resnet10t", "arguments": {"channels": (24, 48, 64, 96), "output_stride": 8},
+        "pictures": 8000, "steps": 450, "batch": 64, "learning_rate": 4e-3,
+    },
+    # tiny-vit with a distillation token, which begins as a copy of the class token.
     "tiny-deit": {
+        "kind": TRANSFORMER,
         "architecture": "deit_tiny_distilled_patch16_224",
         "arguments": {"img_size": SIDE, "patch_size": PATCH, "embed_dim": 96, "depth": 4, "num_heads": 3},
         "base": "tiny-vit",
     },
 }  # fmt: skip
-TOKEN_WEIGHT = 3.0
 
 
 def tiny_model(name: str, classes: int, pretrained: bool, size: int = 0) -> Any:
-    """A tiny model with a fresh head, pre-trained on shapes (now, if never before) or random."""
+    """Makes a tiny model with a fresh head, pre-trained on shapes (now, if never before) or random."""
     model = _created(RECIPES[name], classes, size)
     if pretrained:
         base = RECIPES[name].get("base", name)
-        recipe = RECIPES[base]
-        folder = cached_directory(base, recipe | {"format": 1}, lambda folder: _make(folder, recipe))
-        state = load_file(folder / "model.safetensors")
+        state = load_file(_pretrained_folder(base) / "model.safetensors")
         if base != name:
-            positions = state["pos_embed"]
+            positions = state["pos_embed"]  # (1, tokens, width), the class token's first
             state |= {"dist_token": state["cls_token"], "pos_embed": torch.cat([positions[:, :1], positions], 1)}
         if size not in (0, SIDE) and "pos_embed" in state:
-            from timm.layers import resample_abs_pos_embed
-
             state["pos_embed"] = resample_abs_pos_embed(
                 state["pos_embed"], model.patch_embed.grid_size, num_prefix_tokens=model.num_prefix_tokens
             )
@@ -71,14 +71,18 @@ def _created(recipe: dict[str, Any], classes: int, size: int = 0) -> Any:
     if size and "img_size" in arguments:
         arguments["img_size"] = size
     shown = {"mean": MEAN, "std": STD, "input_size": (3, SIDE, SIDE), "crop_pct": 1.0, "pool_size": None}
-    return timm.create_model(
-        recipe["architecture"], num_classes=classes, pretrained_cfg_overlay=shown, **arguments
-    )  # fmt: skip
+    return timm.create_model(recipe["architecture"], num_classes=classes, pretrained_cfg_overlay=shown, **arguments)
 
 
-def _make(folder: Path, recipe: dict[str, Any]) -> None:
-    with reproducible():
-        save_file(_pretrained(recipe).state_dict(), folder / "model.safetensors")
+def _pretrained_folder(name: str) -> Path:
+    """Returns the directory of a tiny model's weights, which are trained if they never were."""
+    recipe = {key: value for key, value in RECIPES[name].items() if key != "kind"}  # does not change the weights
+
+    def make(folder: Path) -> None:
+        with reproducible():
+            save_file(_pretrained(recipe).state_dict(), folder / "model.safetensors")
+
+    return cached_directory(name, recipe | {"format": 1}, make)
 
 
 def _pretrained(recipe: dict[str, Any]) -> torch.nn.Module:

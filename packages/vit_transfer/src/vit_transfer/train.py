@@ -7,50 +7,55 @@ if __name__ == "__main__":  # before the imports below: --help and a wrong optio
 
 import dataclasses
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
-from vit_transfer.config import TrainConfig, complete
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
 
-if TYPE_CHECKING:  # the real imports wait until the command line has been read: --help is fast
-    from accelerate import Accelerator
+from labs_common.cache import path_name
+from labs_common.data import LabelledPictures, record_splits
+from labs_common.errors import Interrupted
+from labs_common.progress import console
+from labs_common.run import Run, check_run_options
+from labs_common.training import make_accelerator
+from vit_transfer.config import AttackConfig, DistillConfig, ModelOptions, TrainConfig, complete
+from vit_transfer.data import Batch, Tensors, read_splits
+from vit_transfer.evaluate import predictions_of
+from vit_transfer.fitting import Fitted, finished, scores, set_up
+from vit_transfer.model import create, transfer
+from vit_transfer.report import finish_report
+from vit_transfer.saved import FOLDER, load_model
 
-    from labs_common.data import LabelledPictures
-    from labs_common.run import Run
-    from vit_transfer.fitting import Fitted
+# Gives the mean loss over a batch and further means to log; the model is one of `fitting.set_up`.
+Loss = Callable[[torch.nn.Module, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 def train(config: TrainConfig) -> None:
     """The road: pictures, network, training, baselines, evaluation of what was written, report."""
-    from labs_common.cache import path_name
-    from labs_common.data import record_splits
-    from labs_common.run import Run, check_run_options
-    from labs_common.training import make_accelerator
-    from vit_transfer.baselines import baseline_configs, trained_baselines
-    from vit_transfer.data import Tensors, read_splits
-    from vit_transfer.evaluate import predicted
-    from vit_transfer.export import FOLDER, load_exported
-    from vit_transfer.results import finish_report
-
     clock = {"start": time.perf_counter()}
     config = complete(config)
     check_run_options(config.run)
     accelerator = make_accelerator(config.training)
     with accelerator.main_process_first():
         splits = read_splits(config.data, config.run.seed, accelerator.is_main_process)
-    check_network(config, splits)
+    check_network(config.model, len(splits["train"].classes), config.cache.cache)
     run = Run.start(config, config.run, f"{config.model.unfreeze}-{path_name(config.model.model)}", accelerator)
     record_splits(run, splits)
     fitted = fit(config, run, accelerator, splits)
     clock |= fitted.clock
-    wanted = baseline_configs(config) if config.baselines == "yes" else {}
-    others = trained_baselines(wanted, run, accelerator, splits)
+    folders = {"this run": run.path / FOLDER}
+    if config.baselines == "yes":
+        folders |= fit_beside(baselines(config), run, accelerator, splits)
     clock["baselines"] = time.perf_counter()
 
-    # The test is of what was written: the exported network is read back and run whole.
+    # The test is of what was written: the saved network is read back and run whole.
     test = Tensors(splits["test"], fitted.transform)
     scored = {
-        name: predicted(load_exported(folder / FOLDER), test, accelerator, f"testing, {name}")
-        for name, folder in {"this run": run.path, **others}.items()
+        name: predictions_of(load_model(folder), test, accelerator, f"testing, {name}")
+        for name, folder in folders.items()
     }
     clock["tested"] = time.perf_counter()
     if accelerator.is_main_process:
@@ -60,41 +65,108 @@ def train(config: TrainConfig) -> None:
     accelerator.end_training()
 
 
-def check_network(config: TrainConfig, splits: "dict[str, LabelledPictures]", by_head: bool = False) -> None:
+def check_network(options: ModelOptions, classes: int, cached: bool, by_head: bool = False) -> None:
     """Makes sure that there is such a network, that it can be cut and that --weights fit it, before a run begins.
 
     Raises:
         LabError: it is not so.
     """
-    import torch
-
-    from vit_transfer.model import create, input_size, transfer
-
-    options = dataclasses.replace(config.model, pretrained=False)
-    with torch.device("meta"):
-        network = create(options, len(splits["train"].classes))
-        transfer(network, options, input_size(network, options), config.cache.cache, by_head=by_head)
+    with torch.device("meta"):  # shapes without weights
+        network = create(dataclasses.replace(options, pretrained=False), classes)
+        transfer(network, options, cached, by_head=by_head)
 
 
-def fit(config: TrainConfig, run: "Run", accelerator: "Accelerator", splits: "dict[str, LabelledPictures]") -> "Fitted":
+def fit(
+    config: TrainConfig,
+    run: Run,
+    accelerator: Accelerator,
+    splits: Mapping[str, LabelledPictures],
+    loss_of: Loss | None = None,
+    by_head: bool = False,
+) -> Fitted:
     """Trains what `config` leaves free and writes the whole network to `model/` under the run.
 
+    `loss_of` is by default the cross-entropy with the labels. `by_head` lets a network with a distillation token give
+    the logits of both heads in training.
+
     Raises:
-        RunStopped: the loss is not a number, or something fixed has moved.
+        RunStopped: the loss is NaN, or something frozen has changed.
         Interrupted: Ctrl-C; the run can be resumed.
     """
-    import torch.nn.functional as F
-
-    from vit_transfer.fitting import finished, scores, set_up
-
-    fitting = set_up(config, run, accelerator, splits)
-    loop, model, device = fitting.loop, fitting.model, accelerator.device
+    fitting = set_up(config, run, accelerator, splits, by_head)
+    loop, loss_of = fitting.loop, loss_of or label_loss(config.training.label_smoothing)
     for batch in loop.batches():
-        logits = model(batch.inputs.to(device)).float()
-        targets = batch.targets.to(device)
-        loss = F.cross_entropy(logits, targets, label_smoothing=config.training.label_smoothing) * batch.share
-        right = float((logits.argmax(1) == targets).float().mean()) * batch.share
-        loop.step(loss, len(targets) if batch.share else 0, accuracy=right)
+        loss, means = loss_of(fitting.model, batch.to(accelerator.device))
+        shares = {name: float(value) * batch.share for name, value in means.items()}
+        loop.step(loss * batch.share, len(batch.targets) if batch.share else 0, **shares)
         if loop.evaluation_due:
             loop.evaluated(scores(fitting), watch="validation/loss")
     return finished(fitting, splits)
+
+
+def label_loss(smoothing: float) -> Loss:
+    """Returns the cross-entropy with the labels, of whose weight a share is spread over all classes."""
+
+    def loss_of(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        logits = model(batch.inputs).float()
+        loss = F.cross_entropy(logits, batch.targets, label_smoothing=smoothing)
+        return loss, {"accuracy": (logits.argmax(1) == batch.targets).float().mean()}
+
+    return loss_of
+
+
+def baselines(config: TrainConfig) -> dict[str, TrainConfig]:
+    """Returns by name what a run is compared with: the learning rate that is usual for it, all else as in `config`."""
+    changes: dict[str, dict[str, Any]] = {
+        "head only": {"unfreeze": "head", "block": None},
+        "from scratch": {"unfreeze": "all", "block": None, "pretrained": False, "weights": None},
+    }
+    usual = dataclasses.replace(config.training, learning_rate=0.0)
+    return {
+        name: complete(
+            dataclasses.replace(
+                config, model=dataclasses.replace(config.model, **change), training=usual, baselines="no"
+            )
+        )
+        for name, change in changes.items()
+    }
+
+
+def named_config(name: str, config: DistillConfig | AttackConfig) -> TrainConfig:
+    """Returns the training of a network that is only named: its last block, plain pictures, the same budget."""
+    return complete(
+        TrainConfig(
+            model=ModelOptions(model=name),
+            data=dataclasses.replace(config.data, views=1),
+            cache=config.cache,
+            training=dataclasses.replace(config.training, learning_rate=0.0),
+            run=config.run,
+            baselines="no",
+        )
+    )
+
+
+def fit_beside(
+    configs: Mapping[str, TrainConfig], run: Run, accelerator: Accelerator, splits: Mapping[str, LabelledPictures]
+) -> dict[str, Path]:
+    """Trains what is not there yet under the run; returns the directory of each one's saved network.
+
+    Raises:
+        Interrupted: Ctrl-C; what was done is saved, and resuming the run goes on from there.
+    """
+    folders = {}
+    for name, wanted in configs.items():
+        path = run.path / "baselines" / path_name(name).replace(" ", "-")
+        folders[name] = path / FOLDER
+        if folders[name].is_dir():
+            continue
+        if accelerator.is_main_process:
+            console.print(f"training {name}")
+            path.mkdir(parents=True, exist_ok=True)
+        accelerator.wait_for_everyone()
+        try:
+            fit(wanted, Run(path, run.is_main, resumed=True), accelerator, splits)
+        except Interrupted as error:
+            reason = str(error).split(";")[0]
+            raise Interrupted(f"{reason}; everything is saved: go on with --resume {run.path}") from None
+    return folders

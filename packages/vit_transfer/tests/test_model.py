@@ -1,14 +1,12 @@
-"""A cut network computes what the whole one does; so does its shortened last block, gradients included."""
+"""A cut network computes what the whole one does."""
 
 import pytest
 import torch
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from labs_common.cut import Cut
 from labs_common.errors import LabError
 from vit_transfer.config import ModelOptions
-from vit_transfer.first_tokens import FirstTokens, can_be_shortened, read_tokens
 from vit_transfer.model import create, transfer
 
 # One of each family, with the smallest pictures that it takes.
@@ -30,7 +28,7 @@ def made(name: str, **options: object) -> tuple[nn.Module, ModelOptions, int]:
 def test_front_and_back_are_the_whole(name: str) -> None:
     network, options, size = made(name)
     images = torch.randn(3, 3, size, size)
-    model = transfer(network, options, size, cached=True).eval()
+    model = transfer(network, options, cached=True).eval()
     with torch.no_grad():
         whole = network(images)
         assert model.cut is not None
@@ -95,48 +93,10 @@ def test_a_network_that_cannot_be_traced_says_so() -> None:
         Cut(Branches(), ("last",), torch.randn(2, 3))
 
 
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("options", [{}, {"qkv_bias": True}, {"qkv_bias": True, "init_values": 0.3}])
-def test_first_tokens_are_the_blocks_with_gradients(count: int, options: dict[str, object]) -> None:
-    torch.manual_seed(0)
-    block = Block(24, 3, **options).double().eval()
-    with torch.no_grad():  # norms that do something
-        for norm in (block.norm1, block.norm2):
-            norm.weight.uniform_(0.5, 1.5)
-            norm.bias.uniform_(-0.5, 0.5)
-    assert can_be_shortened(block)
-    x = torch.randn(5, 11, 24, dtype=torch.float64)
-    weight = torch.randn(5, count, 24, dtype=torch.float64)
-    short = FirstTokens(block, count)
-    torch.testing.assert_close(short(x), block(x)[:, :count], atol=1e-12, rtol=0)
-    names = [name for name, _ in block.named_parameters()]
-    assert names == [name for name, _ in short.named_parameters()]
-    plain = torch.autograd.grad((block(x)[:, :count] * weight).sum(), list(block.parameters()))
-    shortened = torch.autograd.grad((short(x) * weight).sum(), list(short.parameters()))
-    for name, one, other in zip(names, plain, shortened, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-11, rtol=0, msg=name)
-
-
-def test_only_where_it_is_exact() -> None:
-    small = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 2}
-    assert read_tokens(VisionTransformer(**small)) == 1
-    assert read_tokens(VisionTransformer(**small, global_pool="avg")) == 0
-    assert read_tokens(made("tiny-deit")[0]) == 2
-    assert not can_be_shortened(Block(24, 3, qk_norm=True))
-    assert not can_be_shortened(Block(24, 3, attn_drop=0.1))
-    pooled = VisionTransformer(**small, global_pool="avg", num_classes=3)
-    pooled.pretrained_cfg = {"classifier": "head"}
-    model = transfer(pooled.eval(), ModelOptions(), 32, cached=True)
-    assert model.cut is not None
-    assert not any(isinstance(layer, FirstTokens) for layer in model.cut.back.modules())
-    images = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(model(model.cut.front(images)), pooled(images), atol=1e-5, rtol=0)
-
-
 def test_by_head_gives_both_in_training_and_their_mean_otherwise() -> None:
     network, options, size = made("tiny-deit")
     images = torch.randn(2, 3, size, size)
-    model = transfer(network, options, size, cached=True, by_head=True)
+    model = transfer(network, options, cached=True, by_head=True)
     assert model.cut is not None
     rows = model.cut.front(images)
     one, two = model.train()(rows)
@@ -146,4 +106,4 @@ def test_by_head_gives_both_in_training_and_their_mean_otherwise() -> None:
     torch.testing.assert_close(model.eval()(rows), (one + two) / 2)
     network, options, size = made("tiny-vit")
     with pytest.raises(LabError, match="no distillation token"):
-        transfer(network, options, size, cached=True, by_head=True)
+        transfer(network, options, cached=True, by_head=True)

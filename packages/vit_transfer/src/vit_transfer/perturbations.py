@@ -1,17 +1,54 @@
-"""Perturbations that change what a network says: DeepFool, the fast gradient, and universal ones made of the first.
+"""Perturbations that change a network's predictions: DeepFool, the fast gradient, and universal ones made of the first.
 
 Pictures and perturbations are levels of 0 to 255 at the network's own size; many pictures are kept as bytes. A
 perturbed picture is a picture: levels outside 0 to 255 are clipped before the network sees them.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-Norm = Literal["linf", "l2"]
 EVALUATION_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A measure of a perturbation's size.
+
+    Attributes:
+        symbol: for the report.
+        projected: moves a perturbation (3, height, width) to the nearest one within the ball of a radius.
+        steepest: turns gradients (batch, 3, height, width) into the changes of size 1 that raise the loss most.
+        radius: Moosavi-Dezfooli et al. 2017's for a picture of a side; for l2 theirs belongs to 224 pixels, and in
+            proportion to the side it keeps the mean change of a level.
+    """
+
+    symbol: str
+    projected: Callable[[torch.Tensor, float], torch.Tensor]
+    steepest: Callable[[torch.Tensor], torch.Tensor]
+    radius: Callable[[int], float]
+
+
+def _directions(gradients: torch.Tensor) -> torch.Tensor:
+    return gradients / gradients.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None, None]
+
+
+NORMS: dict[str, Norm] = {
+    "linf": Norm(
+        "ℓ∞",
+        projected=lambda change, radius: change.clamp(-radius, radius),
+        steepest=torch.sign,
+        radius=lambda side: 10.0,
+    ),
+    "l2": Norm(
+        "ℓ2",
+        projected=lambda change, radius: change * (radius / change.norm().clamp(min=radius)),
+        steepest=_directions,
+        radius=lambda side: 2000.0 * (side / 224),
+    ),
+}
 
 
 class OnLevels(torch.nn.Module):
@@ -22,7 +59,7 @@ class OnLevels(torch.nn.Module):
         self.model, self.normalised, self.size = model.eval().requires_grad_(False), normalised, size
 
     def forward(self, levels: torch.Tensor) -> torch.Tensor:
-        """Logits (batch, classes)."""
+        """Computes logits (batch, classes)."""
         logits: torch.Tensor = self.model(self.normalised(levels.clamp(0, 255)))
         return logits.float()
 
@@ -30,7 +67,7 @@ class OnLevels(torch.nn.Module):
 def deepfool(
     model: torch.nn.Module, picture: torch.Tensor, classes: int = 10, steps: int = 50, overshoot: float = 0.02
 ) -> torch.Tensor:
-    """The least change, in the sense of l2, that makes `model` say something else of `picture` (3, height, width).
+    """Finds the least change, in the sense of l2, that changes the prediction of `picture` (3, height, width).
 
     Moosavi-Dezfooli et al. 2016, algorithm 2: the nearest face of the linearised decision region, again and again,
     among the `classes` likeliest classes. Returns the change, (1 + overshoot) times what reaches the boundary; after
@@ -52,35 +89,34 @@ def deepfool(
         lengths = gradients.flatten(1).norm(dim=1) + 1e-8
         distances = gaps.detach().abs() / lengths
         nearest = distances.argmin()
+        # 1e-4 as in foolbox: on the boundary itself the step would be nothing.
         change = change + (distances[nearest] + 1e-4) * gradients[nearest] / lengths[nearest]
     return (1 + overshoot) * change
 
 
-def projected(change: torch.Tensor, norm: Norm, radius: float) -> torch.Tensor:
-    """The nearest perturbation within the ball of `radius` around zero (Moosavi-Dezfooli et al. 2017, eq. 3)."""
-    if norm == "linf":
-        return change.clamp(-radius, radius)
-    return change * (radius / change.norm().clamp(min=radius))
+def projected(change: torch.Tensor, norm: str, radius: float) -> torch.Tensor:
+    """Moves a perturbation to the nearest one within `radius` of zero (Moosavi-Dezfooli et al. 2017, eq. 3)."""
+    return NORMS[norm].projected(change, radius)
 
 
 def fast_gradient(
-    model: torch.nn.Module, pictures: torch.Tensor, labels: torch.Tensor, norm: Norm, radius: float
+    model: torch.nn.Module, pictures: torch.Tensor, labels: torch.Tensor, norm: str, radius: float
 ) -> torch.Tensor:
-    """One step of `radius` up the loss, for each picture its own (Goodfellow et al. 2015, section 4).
+    """Takes one step of `radius` up the loss, for each picture its own (Goodfellow et al. 2015, section 4).
 
     The sign of the gradient for linf, its direction for l2. Returns (batch, 3, height, width).
     """
-    return _step(_gradient(model, pictures, labels), norm, radius)
+    return radius * NORMS[norm].steepest(_gradient(model, pictures, labels))
 
 
 def universal_fast_gradient(
-    model: torch.nn.Module, pictures: torch.Tensor, labels: torch.Tensor, norm: Norm, radius: float
+    model: torch.nn.Module, pictures: torch.Tensor, labels: torch.Tensor, norm: str, radius: float
 ) -> torch.Tensor:
-    """The same step for all pictures: up their summed loss. Returns (3, height, width)."""
+    """Takes the same step for all pictures: up their summed loss. Returns (3, height, width)."""
     total = torch.zeros_like(pictures[0], dtype=torch.float32)
     for some, known in zip(pictures.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True):
         total += _gradient(model, some, known).sum(0)
-    return _step(total[None], norm, radius)[0]
+    return radius * NORMS[norm].steepest(total[None])[0]
 
 
 def _gradient(model: torch.nn.Module, pictures: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -90,15 +126,11 @@ def _gradient(model: torch.nn.Module, pictures: torch.Tensor, labels: torch.Tens
     return gradient
 
 
-def _step(gradient: torch.Tensor, norm: Norm, radius: float) -> torch.Tensor:
-    if norm == "linf":
-        return radius * gradient.sign()
-    return radius * gradient / gradient.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None, None]
-
-
 @torch.no_grad()
-def said_of(model: torch.nn.Module, pictures: torch.Tensor, change: torch.Tensor | None = None) -> torch.Tensor:
-    """The class numbers (pictures,) said of pictures with `change` added, one for all or each picture's own."""
+def predicted_classes(
+    model: torch.nn.Module, pictures: torch.Tensor, change: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Predicts the class numbers (pictures,) of pictures with `change` added, one for all or each picture's own."""
     found = []
     for first in range(0, len(pictures), EVALUATION_BATCH):
         some = pictures[first : first + EVALUATION_BATCH].float()
@@ -108,36 +140,36 @@ def said_of(model: torch.nn.Module, pictures: torch.Tensor, change: torch.Tensor
 
 
 def fooling_rate(before: torch.Tensor, after: torch.Tensor) -> float:
-    """Share of pictures of which something else is said, right or wrong (Moosavi-Dezfooli et al. 2017, eq. 1)."""
+    """Returns the share of pictures whose prediction changed, right or wrong (Moosavi-Dezfooli et al. 2017, eq. 1)."""
     return float((before != after).float().mean())
 
 
 def universal_perturbation(
     model: torch.nn.Module,
     pictures: torch.Tensor,
-    norm: Norm,
+    norm: str,
     radius: float,
     wanted: float = 0.8,
     passes: int = 10,
     seed: int = 0,
     each: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> torch.Tensor:
-    """One perturbation (3, height, width) that changes what is said of most `pictures` (count, 3, height, width).
+    """Finds one perturbation (3, height, width) that changes most predictions of `pictures` (count, 3, height, width).
 
     Moosavi-Dezfooli et al. 2017, algorithm 1: for every picture that is not fooled yet, DeepFool's least change is
     added and the sum is projected on the ball of `radius`; until the fooling rate on these pictures is `wanted`, or
     after `passes` passes the best of all. `each` goes over the order of a pass, for a progress bar.
     """
-    before = said_of(model, pictures)
+    before = predicted_classes(model, pictures)
     change = torch.zeros_like(pictures[0], dtype=torch.float32)
     best, best_rate = change, -1.0
     for number in range(passes):
         order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed + number)).tolist()
         for place in each(order):
             perturbed = pictures[place] + change
-            if int(said_of(model, perturbed[None])[0]) == before[place]:
+            if int(predicted_classes(model, perturbed[None])[0]) == before[place]:
                 change = projected(change + deepfool(model, perturbed), norm, radius)
-        rate = fooling_rate(before, said_of(model, pictures, change))
+        rate = fooling_rate(before, predicted_classes(model, pictures, change))
         if rate > best_rate:
             best, best_rate = change, rate
         if rate >= wanted:

@@ -16,7 +16,7 @@ from labs_common.errors import LabError
 from labs_common.run import written_whole
 from vit_transfer.config import ModelOptions
 from vit_transfer.data import Transform
-from vit_transfer.model import Transfer
+from vit_transfer.model import HEADS, Transfer, architecture
 
 FOLDER, WEIGHTS = "model", "model.safetensors"
 
@@ -36,18 +36,19 @@ def save_model(
     """
     moving = accelerator.unwrap_model(prepared)
     assert isinstance(moving, Transfer)
-    gathered = accelerator.get_state_dict(prepared)  # DeepSpeed and FSDP: the whole weights, on the main process
+    whole = accelerator.get_state_dict(prepared)  # DeepSpeed and FSDP: the whole weights, on the main process
     if not accelerator.is_main_process:
         return
     model: Any = moving.model
-    state = {name.removeprefix("model."): tensor.cpu().contiguous() for name, tensor in gathered.items()}
+    state = {name.removeprefix("model."): tensor.cpu().contiguous() for name, tensor in whole.items()}
     own: dict[str, Any] = {"label_names": list(classes)}
     arguments: dict[str, Any] = {}
-    if options.head == "mlp":
-        own["pretrained_cfg"] = {"architecture": "with_mlp_head"}
+    if HEADS[options.head] is not None:
+        own["pretrained_cfg"] = {"architecture": architecture(options.head)}
         arguments = {"base": model.pretrained_cfg["architecture"], "hidden": options.head_width}
-    shown = {"input_size": (3, transform.size, transform.size), "crop_pct": 1.0, "mean": transform.mean,
-             "std": transform.std, "interpolation": transform.interpolation}  # fmt: skip
+    size = moving.size
+    shown = {"input_size": (3, size, size), "crop_pct": 1.0, "mean": transform.mean, "std": transform.std,
+             "interpolation": transform.interpolation}  # fmt: skip
     with written_whole(folder) as part:
         save_file(state, part / WEIGHTS, {"format": "pt"})
         # timm's public `save_for_hf` would write the model's own weights, which may be sharded.
@@ -58,8 +59,8 @@ def save_model(
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def load_exported(folder: Path) -> Any:
-    """The network that `save_model` wrote, in evaluation mode.
+def load_model(folder: Path) -> Any:
+    """Reads the network that `save_model` wrote, in evaluation mode.
 
     Raises:
         LabError: none is there, or it is broken.
@@ -74,12 +75,12 @@ def load_exported(folder: Path) -> Any:
 
 
 def class_names(folder: Path) -> list[str]:
-    """The names of the classes of an exported model, empty if it was written by another program."""
+    """Reads the names of the classes of a saved model; none if another program wrote it."""
     return list(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("label_names", []))
 
 
-def finished_network(option: str, value: str, classes: Sequence[str]) -> Path | None:
-    """The directory of an exported network, if `value` names one or a run that has one; None for a network's name.
+def saved_model(option: str, value: str, classes: Sequence[str]) -> Path | None:
+    """Finds the directory of a saved network, if `value` names one or a run that has one; None for a network's name.
 
     Raises:
         LabError: the directory holds none, or one of other classes.
@@ -92,7 +93,9 @@ def finished_network(option: str, value: str, classes: Sequence[str]) -> Path | 
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
     if not (folder / "config.json").is_file():
         raise LabError(f"{option} {value}: holds no trained network; name a finished run of vit_transfer.train")
-    if class_names(folder) != list(classes):
-        raise LabError(f"{option} {value}: knows other classes than the data ({', '.join(class_names(folder)[:4])} …); "
-                       "train one on this data")  # fmt: skip
+    known = class_names(folder)
+    if known != list(classes):
+        raise LabError(
+            f"{option} {value}: knows other classes than the data ({', '.join(known[:4])} …); train one on this data"
+        )
     return folder

@@ -1,11 +1,11 @@
-"""Heat-maps against what they are by definition."""
+"""Heat-maps against their definitions."""
 
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from vit_transfer.config import ModelOptions
-from vit_transfer.explain import attention_rollout, grad_cam, heat_maps
+from vit_transfer.evaluate import attention_rollout, grad_cam, heat_maps
 from vit_transfer.model import create
 
 

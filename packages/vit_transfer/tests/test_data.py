@@ -1,4 +1,4 @@
-"""What a cached front depends on, and how pictures are dealt to steps and processes."""
+"""The key of a cached front, the augmented views, and how pictures are dealt to steps and processes."""
 
 import dataclasses
 from pathlib import Path
@@ -8,16 +8,15 @@ import torch
 from accelerate import Accelerator
 
 from labs_common.data import LabelledPictures, checked, read_pictures
-from vit_transfer.batches import PictureRows, PictureSteps, front_recipe
 from vit_transfer.config import DataOptions, ModelOptions
-from vit_transfer.data import Tensors, Transform, read_splits, transform_of
+from vit_transfer.data import PictureRows, PictureSteps, Tensors, Transform, front_recipe, read_splits, transform_of
 from vit_transfer.model import Transfer, create, transfer
 
 
 def made(seed: int = 0, **options: object) -> Transfer:
     chosen = ModelOptions(model="tiny-vit", pretrained=False, **options)
     torch.manual_seed(seed)
-    return transfer(create(chosen, 4), chosen, 48, cached=True)
+    return transfer(create(chosen, 4), chosen, cached=True)
 
 
 def test_the_key_of_a_front() -> None:
@@ -43,7 +42,7 @@ def pictures(scenes: Path) -> LabelledPictures:
 
 
 def test_the_key_of_the_pictures(pictures: LabelledPictures) -> None:
-    transform = transform_of(made().model, 48, DataOptions(), 0)
+    transform = transform_of(made().model, 48, "flip", 0)
     first = Tensors(pictures, transform).recipe(1)
     assert Tensors(pictures, transform).recipe(1) == first
     for change in ({"size": 40}, {"mean": (0.4, 0.5, 0.5)}, {"interpolation": "nearest"}):

@@ -1,4 +1,4 @@
-"""results.json and the sections of the report that only this lab has."""
+"""Writes results.json and the report, with the sections that only this lab has."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -38,11 +38,11 @@ from labs_common.report.classes import (
 from labs_common.run import Run, cost_of, machine_of, seconds_between
 from vit_transfer.config import TrainConfig
 from vit_transfer.data import Tensors, Transform
-from vit_transfer.explain import heat_maps, overlaid
-from vit_transfer.export import FOLDER, load_exported
+from vit_transfer.evaluate import heat_maps, overlaid
 from vit_transfer.fitting import Fitted
+from vit_transfer.saved import FOLDER, load_model
 
-LOOKED_AT = 8
+MAPS = 8  # pictures with a heat-map
 
 
 def finish_report(
@@ -83,7 +83,7 @@ def finish_report(
         numbers_section(run, results, compared),
         *more,
         *class_sections(run, splits["test"], own),
-        looked_section(run, splits["test"], fitted.transform, own),
+        heat_map_section(run, splits["test"], fitted.transform, own),
         cost,
         rerun_section(run),
     ]
@@ -102,7 +102,7 @@ def results_of(
     scored: Mapping[str, Predictions],
     by_part: Mapping[str, float],
 ) -> dict[str, Any]:
-    """All that a comparison needs of a run: its config, scores, costs, machine and versions."""
+    """Gathers what a comparison needs of a run: its config, scores, costs, machine and versions."""
     evaluations = [line for line in run.lines("metrics.jsonl") if "validation/loss" in line]
     # With --patience the run went back to its best weights.
     kept = min(evaluations, key=lambda line: line["validation/loss"]) if config.training.patience else evaluations[-1]
@@ -131,7 +131,7 @@ def results_of(
 
 
 def structure_section(run: Run, fitted: Fitted) -> Section:
-    """What trained: the audit's verdict and table, and the network drawn with what is fixed and what trains."""
+    """Shows what trained: the audit's verdict and table, and the network drawn with what is fixed and what trains."""
     section = trained_section(fitted.audit)
     structure = fitted.structure
     drawing = save_figure(run, "architecture", architecture_figure(structure.rows))
@@ -144,7 +144,7 @@ def structure_section(run: Run, fitted: Fitted) -> Section:
 
 
 def numbers_section(run: Run, results: Mapping[str, Any], compared: str) -> Section:
-    """Accuracy on the test pictures, beside what it is compared with."""
+    """Shows the accuracy on the test pictures, beside what it is compared with."""
     rows = [
         (name, found["accuracy"], "{:.3f} to {:.3f}".format(*found["interval"]), found["loss"])
         for name, found in results["test"].items()
@@ -162,12 +162,12 @@ def numbers_section(run: Run, results: Mapping[str, Any], compared: str) -> Sect
     return section
 
 
-def looked_section(run: Run, test: LabelledPictures, transform: Transform, found: Predictions) -> Section:
-    """Heat-maps of the exported network, on test pictures spread over the classes and on the first mistakes."""
-    wrong = np.flatnonzero(found.said != found.labels)[: LOOKED_AT // 4]
+def heat_map_section(run: Run, test: LabelledPictures, transform: Transform, found: Predictions) -> Section:
+    """Shows heat-maps of the saved network, on test pictures spread over the classes and on the first mistakes."""
+    wrong = np.flatnonzero(found.said != found.labels)[: MAPS // 4]
     right = [np.flatnonzero((found.labels == place) & (found.said == place))[:1] for place in range(len(test.classes))]
-    places = [int(place) for place in np.concatenate([*right, wrong])[-LOOKED_AT:]]
-    model = load_exported(run.path / FOLDER)
+    places = [int(place) for place in np.concatenate([*right, wrong])[-MAPS:]]
+    model = load_model(run.path / FOLDER)
     images = Tensors(test, transform).batch(0, places)
     method, maps = heat_maps(model, images, torch.from_numpy(found.said[places]))
     shown = [
@@ -179,24 +179,24 @@ def looked_section(run: Run, test: LabelledPictures, transform: Transform, found
 
 
 def _curves(run: Run) -> Section:
+    """Adds accuracies, and the numbers of every evaluation, to the curves that every lab shows."""
     section = curves_section(run, ("training/loss", "validation/loss"))
     lines = [line for line in run.lines("metrics.jsonl") if "validation/accuracy" in line]
     epochs = [line["step"] for line in lines]
     accuracies = {name: (epochs, [line[f"{name}/accuracy"] for line in lines]) for name in ("training", "validation")}
     svg = save_figure(run, "accuracy", curve_figure(accuracies, "optimizer step", "accuracy"))
-    section.blocks.insert(0, Figure(svg, "Accuracy by epoch: on the training pictures as they were trained on, and on "
-                                         "the validation pictures after it."))  # fmt: skip
-    rows = [
-        tuple(line[key] for key in ("step", "training/loss", "training/accuracy", "validation/loss",
-                                    "validation/accuracy"))
-        for line in lines
-    ]  # fmt: skip
-    columns = ("step", "training loss", "training accuracy", "validation loss", "validation accuracy")
+    caption = (
+        "Accuracy by epoch: on the training pictures as they were trained on, and on the validation pictures after it."
+    )
+    section.blocks.insert(0, Figure(svg, caption))
+    keys = ("step", "training/loss", "training/accuracy", "validation/loss", "validation/accuracy")
+    rows = [tuple(line[key] for key in keys) for line in lines]
+    columns = tuple(key.replace("/", " ") for key in keys)
     section.blocks.append(Table(columns, rows, "every evaluation", folded=True))
     return section
 
 
 def _seen(image: Image.Image, transform: Transform) -> Image.Image:
-    """The picture's middle square, which is what the network sees."""
+    """Cuts out the picture's middle square, which is what the network sees."""
     levels = dataclasses.replace(transform, size=min(image.size)).levels(image, 0, 0)
     return Image.fromarray(levels.transpose(1, 2, 0))
