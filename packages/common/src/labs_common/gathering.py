@@ -1,36 +1,32 @@
-"""Losses that compare everything with everything: in chunks, and across processes, with their gradients."""
+"""Losses over all pairs of rows: gathered from all processes and taken in chunks, with their gradients."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-CHUNK = 4096
+CHUNK = 4096  # rows: their matrix with as many columns takes 64 MiB in 32 bits
 
 
 def several_processes() -> bool:
-    """Whether a process group is there."""
+    """Says whether a process group is there."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def gathered(own: torch.Tensor) -> torch.Tensor:
-    """The rows of all processes, one after the other; gradients flow back to the process that a row is of.
+    """Returns the rows of all processes, one after the other; gradients flow back to the process that a row is of.
 
     Every process must bring the same number of rows. A loss over a process's own rows whose mean over processes is the
     whole loss has the gradient of that after DistributedDataParallel has averaged.
     """
     if not several_processes():
         return own
-    if not own.is_floating_point():
-        parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(parts, own.contiguous())
-        return torch.cat(parts)
-    rows: torch.Tensor = _Gathered.apply(own)
+    rows: torch.Tensor = _Gathered.apply(own) if own.is_floating_point() else _all_rows(own)
     return rows
 
 
 def mean_over_processes(own: torch.Tensor) -> torch.Tensor:
-    """The mean of what each process has; without a gradient."""
+    """Returns the mean of what each process has; without a gradient."""
     if not several_processes():
         return own
     total = own.detach().clone()
@@ -38,15 +34,19 @@ def mean_over_processes(own: torch.Tensor) -> torch.Tensor:
     return total / torch.distributed.get_world_size()
 
 
+def _all_rows(own: torch.Tensor) -> torch.Tensor:
+    parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, own.contiguous())
+    return torch.cat(parts)
+
+
 class _Gathered(torch.autograd.Function):
-    """Each process gets back the sum of what all made of its rows."""
+    """Gives each process the sum of the gradients that all have of its rows."""
 
     @staticmethod
     def forward(ctx: Any, own: torch.Tensor) -> torch.Tensor:
-        parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(parts, own.contiguous())
         ctx.count = len(own)
-        return torch.cat(parts)
+        return _all_rows(own)
 
     @staticmethod
     def backward(ctx: Any, *gradient: torch.Tensor) -> Any:
@@ -59,7 +59,7 @@ class _Gathered(torch.autograd.Function):
 def in_chunks(
     part: Callable[..., torch.Tensor], rows: Sequence[torch.Tensor], shared: Sequence[torch.Tensor], chunk: int = CHUNK
 ) -> torch.Tensor:
-    """Sum of `part(*rows, *shared)` over chunks of `rows`; a chunk's matrix is forgotten before the next is made.
+    """Sums `part(*rows, *shared)` over chunks of `rows`; a chunk's matrix is forgotten before the next is made.
 
     All of `rows` are as long as the first; what is floating gets a gradient.
     """
@@ -68,11 +68,11 @@ def in_chunks(
 
 
 class _InChunks(torch.autograd.Function):
-    """A chunk's gradients are taken as soon as its loss is known, so that its matrix can be forgotten."""
+    """Takes a chunk's gradients as soon as its loss is known, so that its matrix can be forgotten."""
 
     @staticmethod
     def forward(ctx: Any, part: Callable[..., torch.Tensor], chunk: int, count: int, *all_: torch.Tensor) -> Any:
-        wanted = [place for place in range(len(all_)) if ctx.needs_input_grad[place + 3]]
+        wanted = [place for place in range(len(all_)) if ctx.needs_input_grad[place + 3]]  # after part, chunk and count
         kept = {place: torch.zeros_like(all_[place]) for place in wanted}
         length = len(all_[0])
         shared = [tensor.detach().requires_grad_(place in kept) for place, tensor in enumerate(all_) if place >= count]
@@ -91,13 +91,13 @@ class _InChunks(torch.autograd.Function):
                         kept[place][here] = gradient
                     else:
                         kept[place] += gradient
-        ctx.places, ctx.total = wanted, len(all_)
+        ctx.wanted, ctx.count = wanted, len(all_)
         ctx.save_for_backward(*kept.values())
         return total
 
     @staticmethod
     def backward(ctx: Any, *gradient: torch.Tensor) -> Any:
-        found: list[torch.Tensor | None] = [None] * ctx.total
-        for place, kept in zip(ctx.places, ctx.saved_tensors, strict=True):
+        found: list[torch.Tensor | None] = [None] * ctx.count
+        for place, kept in zip(ctx.wanted, ctx.saved_tensors, strict=True):
             found[place] = gradient[0] * kept
         return None, None, None, *found

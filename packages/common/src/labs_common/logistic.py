@@ -11,9 +11,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-COARSE = tuple(10.0**power for power in range(-6, 7, 2))
-FINEST = 1 / 8  # of a power of ten
-MOST_ITERATIONS, MEMORY, GRADIENT, HALVINGS, MOST_IDLE = 1000, 10, 1e-4, 20, 5
+COARSE = tuple(10.0**power for power in range(-6, 7, 2))  # the penalties that the search begins with, as CLIP's does
+FINEST = 1 / 8  # of a power of ten: the search ends there
+MOST_ITERATIONS, GRADIENT = 1000, 1e-4  # CLIP's limit of iterations, scikit-learn's tolerance
+MEMORY = 10  # pairs of steps that L-BFGS knows the curvature by, as in scipy
+HALVINGS = 20  # of a step's length before it is given up: a millionth
+MOST_IDLE = 5  # steps in a row that lead no lower before a penalty counts as solved
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,11 @@ class Layer:
     bias: torch.Tensor
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
-        """Features (pictures, width) to (pictures, classes)."""
+        """Maps features (pictures, width) to (pictures, classes)."""
         return features @ self.weight.T.to(features) + self.bias.to(features)
 
     def probabilities(self, features: torch.Tensor) -> np.ndarray:
-        """Of each class (pictures, classes)."""
+        """Returns the probability of each class (pictures, classes)."""
         found: np.ndarray = self.logits(features).double().softmax(1).cpu().numpy()
         return found
 
@@ -36,13 +39,13 @@ class Layer:
 def fitted_layers(
     features: torch.Tensor, labels: torch.Tensor, classes: int, penalties: Sequence[float]
 ) -> list[Layer]:
-    """The best layer for each penalty; on a GPU all in one solve.
+    """Returns the best layer for each penalty; on a GPU all in one solve.
 
     Args:
         features: (pictures, width).
         labels: (pictures,).
-        classes: how many there are.
-        penalties: of the mean loss.
+        classes: how many there are; one without a picture is never predicted.
+        penalties: weights of the squared weights beside the mean loss.
     """
     if features.device.type == "cpu":
         return [_by_scikit_learn(features, labels, classes, penalty) for penalty in penalties]
@@ -50,7 +53,7 @@ def fitted_layers(
 
 
 def _by_scikit_learn(features: torch.Tensor, labels: torch.Tensor, classes: int, penalty: float) -> Layer:
-    from sklearn.linear_model import LogisticRegression
+    from sklearn.linear_model import LogisticRegression  # an extra, and takes seconds
 
     # Its C weighs the summed loss against half the squared weights. For two classes it has one row, the difference of
     # ours, whose square is twice that of both.
@@ -67,11 +70,11 @@ def _by_scikit_learn(features: torch.Tensor, labels: torch.Tensor, classes: int,
 
 
 def solved(features: torch.Tensor, labels: torch.Tensor, classes: int, penalties: Sequence[float]) -> list[Layer]:
-    """L-BFGS (Nocedal & Wright 2006, algorithm 7.4) on all penalties at once, on the features' device.
+    """Solves for all penalties at once by L-BFGS (Nocedal & Wright 2006, algorithm 7.4), on the features' device.
 
     Each penalty has its own curvature pairs and step length; one matrix product serves all of them.
     """
-    x = torch.cat([features.float(), torch.ones(len(features), 1, device=features.device)], 1)
+    x = torch.cat([features.float(), torch.ones(len(features), 1, device=features.device)], 1)  # (pictures, width + 1)
     target = F.one_hot(labels, classes).to(x)
     lam = torch.tensor(list(penalties), device=x.device)
     free = torch.ones(x.shape[1], 1, device=x.device)
@@ -81,9 +84,9 @@ def solved(features: torch.Tensor, labels: torch.Tensor, classes: int, penalties
     unit = (lam[:, None, None] * free + x.pow(2).mean(0)[:, None] / 4).rsqrt()  # (penalties, width + 1, 1)
 
     def value_and_gradient(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of weights in their units (penalties, width + 1, classes)."""
+        """Returns them for weights in their units (penalties, width + 1, classes)."""
         w = v * unit
-        logits = (x @ w.transpose(0, 1).reshape(width, -1)).view(count, len(lam), classes)
+        logits = (x @ w.transpose(0, 1).reshape(width, -1)).view(count, len(lam), classes)  # one product for all
         logs = logits.log_softmax(2)
         fit = -(logs * target[:, None]).sum((0, 2)) / count
         residual = (logs.exp() - target[:, None]) / count
@@ -98,25 +101,25 @@ def solved(features: torch.Tensor, labels: torch.Tensor, classes: int, penalties
 def _minimised(
     value_and_gradient: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], w: torch.Tensor, unit: torch.Tensor
 ) -> torch.Tensor:
-    """The minimum of each of several functions, the first dimension of `w` being which.
+    """Finds the minimum of each of several functions, numbered by the first dimension of `w`.
 
-    It is there when no slope by what `w * unit` stands for is above the tolerance.
+    A function is done when its gradient by `w * unit` is within the tolerance.
     """
     value, gradient = value_and_gradient(w)
     pairs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # steps, changes of the gradient, 1 / s·y
-    stuck = torch.zeros_like(value, dtype=torch.bool)  # float32 tells no lower value apart
+    stuck = torch.zeros_like(value, dtype=torch.bool)  # where 32 bits tell no lower value apart
     idle = torch.zeros_like(value)  # steps in a row that led no lower
     for _ in range(MOST_ITERATIONS):
         open_ = ((gradient / unit).abs().amax((1, 2)) > GRADIENT) & ~stuck
         if not bool(open_.any()):
             break
-        direction = -_curved(gradient, pairs)
+        direction = -_by_inverse_curvature(gradient, pairs)
         slope = (direction * gradient).sum((1, 2))
         uphill = slope >= 0
         direction = torch.where(uphill[:, None, None], -gradient, direction)
         slope = torch.where(uphill, -gradient.pow(2).sum((1, 2)), slope)
         length = torch.ones_like(value) * open_
-        for _ in range(HALVINGS):
+        for _ in range(HALVINGS):  # until each step leads low enough (Armijo's condition)
             new = w + length[:, None, None] * direction
             new_value, new_gradient = value_and_gradient(new)
             short = open_ & (new_value > value + 1e-4 * length * slope)
@@ -138,8 +141,10 @@ def _minimised(
     return w
 
 
-def _curved(gradient: torch.Tensor, pairs: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """The inverse curvature times the gradient: the two loops of L-BFGS."""
+def _by_inverse_curvature(
+    gradient: torch.Tensor, pairs: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+) -> torch.Tensor:
+    """Multiplies the gradient by the inverse curvature: the two loops of L-BFGS."""
     q = gradient
     shares = []
     for step, change, rho in reversed(pairs):
@@ -161,7 +166,7 @@ def best_penalty(
     classes: int,
     shown: Callable[[str], None] = lambda _: None,
 ) -> tuple[float, dict[float, float]]:
-    """The penalty with the best validation accuracy, and the accuracy of each that was tried.
+    """Finds the penalty with the best validation accuracy; also returns the accuracy of each that was tried.
 
     As the paper searches: powers of a hundred first, then both neighbours of the best at half the distance, until an
     eighth of a power of ten (Radford et al. 2021, appendix A.3). Of equal ones the largest is taken.
@@ -186,7 +191,7 @@ def fitted_by_sgd(
     features: torch.Tensor, labels: torch.Tensor, classes: int, penalty: float, epochs: int, batch_size: int,
     learning_rate: float, seed: int,
 ) -> Layer:  # fmt: skip
-    """The same layer by gradient descent in batches (momentum 0.9, cosine), on features of mean 0 and deviation 1."""
+    """Fits a layer by gradient descent in batches (momentum 0.9, cosine), on features of mean 0 and deviation 1."""
     mean, deviation = features.mean(0), features.std(0).clamp(min=1e-6)
     x = (features - mean) / deviation
     generator = torch.Generator().manual_seed(seed)
@@ -204,5 +209,5 @@ def fitted_by_sgd(
             loss.backward()
             optimizer.step()
             schedule.step()
-    weight = layer.weight.detach() / deviation
+    weight = layer.weight.detach() / deviation  # of the features as they were given
     return Layer(weight, layer.bias.detach() - weight @ mean)

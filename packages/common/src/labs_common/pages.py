@@ -9,7 +9,7 @@ from labs_common.options import PageOptions
 
 
 def check_page(options: PageOptions, extra: str) -> None:
-    """Refuses a page that cannot be served; `extra` is what installs Gradio.
+    """Refuses a page that cannot be served; `extra` is what installs Gradio, which some labs have for their page.
 
     Raises:
         LabError: Gradio is not installed, or the port is taken.

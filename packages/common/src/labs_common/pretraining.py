@@ -2,7 +2,4 @@
 
 from labs_common.tiny import pretrain, reproducible
 
-__all__ = [
-    "pretrain",
-    "reproducible",
-]
+__all__ = ["pretrain", "reproducible"]

@@ -9,15 +9,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 T = TypeVar("T")
-SECONDS_BETWEEN_LINES = 15.0
+SECONDS_BETWEEN_LINES = 15.0  # soon enough to see that it goes on, seldom enough for a log
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class ProgressLine:
     """Counts `total` steps of a named task; use as a context manager.
 
-    On a terminal it draws a bar with the remaining time; elsewhere it prints a plain line every fifteen
-    seconds and one at the end. With `shown=False` (all but the main process) it does nothing.
+    On a terminal it draws a bar with the remaining time; elsewhere it prints a plain line every fifteen seconds and one
+    at the end. With `shown=False` (all but the main process) it does nothing.
     """
 
     def __init__(self, task: str, total: int, done: int = 0, shown: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Which picture is in which split, kept with a run; and what was left out of them."""
+"""Splits: recorded with a run, so that a resumed one has the same; and what was left out of them."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ class Part(Protocol):
 
     @property
     def source(self) -> str:
-        """Where they are from."""
+        """The data set or directory they are from."""
 
     @property
     def names(self) -> Sequence[str]:
@@ -22,7 +22,7 @@ class Part(Protocol):
 
     @property
     def left_out(self) -> Counter[str]:
-        """How many were left out, by reason."""
+        """Counts of those left out, by reason."""
 
     @property
     def examples(self) -> Sequence[str]:
@@ -47,12 +47,14 @@ def record_splits(run: Run, splits: Splits) -> None:
         run.save_json("splits.json", now)
     elif before != now:
         changed = next(name for name in splits if before[name] != now[name])
-        raise LabError(f"--resume {run.path}: the {changed} pictures have changed since the run began; bring them back "
-                       "or start a new run")  # fmt: skip
+        raise LabError(
+            f"--resume {run.path}: the {changed} pictures have changed since the run began; bring them back or start a "
+            "new run"
+        )
 
 
 def print_left_out(splits: Splits) -> None:
-    """Says what was left out of each source: how much by reason, and the first few by name."""
+    """Prints what was left out of each source: how much by reason, and the first few by name."""
     for source, pictures in {part.source: part for part in splits.values() if part.left_out}.items():
         for reason, count in pictures.left_out.most_common():
             console.print(f"{source}: left out {count} × {reason}")
