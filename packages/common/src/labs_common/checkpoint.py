@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from labs_common.errors import LabError
+from labs_common.errors import LabError, reason_of
 
 SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
@@ -109,9 +109,8 @@ def load_checkpoint(
     except LabError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise LabError(
-            f"{path}: the checkpoint cannot be read ({reason}); delete that directory to go on from an earlier one"
+            f"{path}: the checkpoint cannot be read ({reason_of(error)}); delete that directory to go on from an earlier one"
         ) from error
     return position
 

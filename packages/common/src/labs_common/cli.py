@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
-from labs_common.errors import LabError
+from labs_common.errors import LabError, reason_of
 from labs_common.options import RESUME_MAY_CHANGE
 
 Config = TypeVar("Config")
@@ -55,7 +55,7 @@ def run_command(
         full = _full_disk(error)
         if debug or full is None:
             raise
-        _exit(1, f"error: the disk is full ({_first_line(full)}): make room{_how_to_go_on()}")
+        _exit(1, f"error: the disk is full ({reason_of(full)}): make room{_how_to_go_on()}")
 
 
 def command_of(module: str) -> Callable[[], None]:
@@ -71,8 +71,8 @@ def begun(run: Path | None) -> None:
     _run = run
 
 
-def parse(config_type: type[Config], prog: str, arguments: Sequence[str]) -> Config:
-    """Returns the config: defaults, then `--config FILE` or the config of `--resume RUN`, then the flags.
+def parse(config_type: type[Config], prog: str, arguments: Sequence[str], default: Config | None = None) -> Config:
+    """Returns the config: `default`, then `--config FILE` or the config of `--resume RUN`, then the flags.
 
     Raises:
         LabError: an unknown option or a bad value, in one line; a config file that does not fit; flags
@@ -86,7 +86,10 @@ def parse(config_type: type[Config], prog: str, arguments: Sequence[str]) -> Con
         file = str(Path(resume) / "config.yaml")
         if not Path(file).is_file():
             raise LabError(f"--resume {resume}: no run is there (config.yaml is missing)")
-    default = config_type() if file is None else config_from_yaml(config_type, Path(file))
+    if file is not None:
+        default = config_from_yaml(config_type, Path(file))
+    elif default is None:
+        default = config_type()
     config = _parse_flags(config_type, default, prog, arguments)
     if resume is not None:
         _refuse_other_run(default, config, resume)
@@ -102,7 +105,7 @@ def config_from_yaml(config_type: type[Config], path: Path) -> Config:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise LabError(f"--config {path}: cannot be read ({_first_line(error)})") from error
+        raise LabError(f"--config {path}: cannot be read ({reason_of(error)})") from error
     if not isinstance(values, dict):
         raise LabError(f"--config {path}: expected options as 'name: value'")
     try:
@@ -219,10 +222,6 @@ def _full_disk(error: BaseException | None) -> BaseException | None:
             return error
         error = error.__cause__ or error.__context__
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _exit(code: int, line: str) -> None:

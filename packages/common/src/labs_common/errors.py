@@ -1,4 +1,4 @@
-"""The two ways in which a lab stops: the input was wrong, or the run went wrong."""
+"""Errors with which a lab stops: the input was wrong, the run went wrong, or it was interrupted."""
 
 
 class LabError(Exception):
@@ -20,3 +20,13 @@ class Interrupted(LabError):
     """Ctrl-C or SIGTERM: the run was saved and can be resumed."""
 
     exit_code = 130
+
+
+def reason_of(error: BaseException) -> str:
+    """Returns the first line of what another library's error says, or its type if it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def reason_of(error: BaseException) -> str:
+    """Shortens what a library says of an error to its first line, for a message in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

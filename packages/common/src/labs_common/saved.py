@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from labs_common.errors import LabError
+from labs_common.errors import LabError, reason_of
 from labs_common.run import written_whole
 
 FOLDER, WEIGHTS = "model", "model.safetensors"  # of a run's result, and in it
@@ -26,15 +26,17 @@ def save_model(
     description: Mapping[str, Any],
     state: Mapping[str, torch.Tensor],
     more: Callable[[Path], object] | None = None,
+    weights: str = WEIGHTS,
 ) -> None:
     """Writes a model to the directory `folder` in one move: `file` (JSON), the weights, and what `more` adds.
 
     `description` is all that `load_model` needs to build the model; `state` are its weights by name, which may be
-    sharded in the model itself; `more` gets the directory while it is written (a tokenizer, say).
+    sharded in the model itself; `more` gets the directory while it is written (a tokenizer, say); `weights` names the
+    file of weights.
     """
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with written_whole(folder) as part:
-        save_file(kept, part / WEIGHTS, {"format": "pt"})
+        save_file(kept, part / weights, {"format": "pt"})
         (part / file).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         if more is not None:
             more(part)
@@ -91,7 +93,7 @@ def read_weights(file: Path, option: str) -> dict[str, torch.Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise LabError(f"{option} {file}: cannot be read ({str(error).splitlines()[0]})") from error
+        raise LabError(f"{option} {file}: cannot be read ({reason_of(error)})") from error
 
 
 def load_exactly(network: torch.nn.Module, state: Mapping[str, torch.Tensor], said: str) -> None:
@@ -130,5 +132,4 @@ def reading_model(path: Path, option: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise LabError(f"{option} {path}: the model cannot be read ({reason})") from error
+        raise LabError(f"{option} {path}: the model cannot be read ({reason_of(error)})") from error

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from labs_common.errors import LabError
+from labs_common.errors import LabError, reason_of
 
 
 class Cut:
@@ -95,8 +95,7 @@ def _traced(model: torch.nn.Module, trained: Sequence[str]) -> fx.Graph:
     try:
         graph = _Tracer(trained).trace(model, {other.name: other.default for other in others})
     except Exception as error:  # tracing runs the network's own code, which may fail in any way
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise LabError(f"--model: this network cannot be cut ({reason}); add --no-cache") from error
+        raise LabError(f"--model: this network cannot be cut ({reason_of(error)}); add --no-cache") from error
     _, *others_given = (node for node in graph.nodes if node.op == "placeholder")
     fixed = set(others_given)
     for node in graph.nodes:  # the tracer's checks that these were not varied
