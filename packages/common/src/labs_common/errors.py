@@ -24,9 +24,4 @@ class Interrupted(LabError):
 
 def reason_of(error: BaseException) -> str:
     """Returns the first line of what another library's error says, or its type if it says nothing."""
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def reason_of(error: BaseException) -> str:
-    """Shortens what a library says of an error to its first line, for a message in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
