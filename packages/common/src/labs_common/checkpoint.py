@@ -110,8 +110,8 @@ def load_checkpoint(
         raise
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError) as error:
         raise LabError(
-            f"{path}: the checkpoint cannot be read ({reason_of(error)}); delete that directory to go on from an earlier "
-            "one"
+            f"{path}: the checkpoint cannot be read ({reason_of(error)}); "
+            "delete that directory to go on from an earlier one"
         ) from error
     return position
 
