@@ -9,7 +9,7 @@ from zsi_contrastive.detector.config import (
     PredictConfig,
     PrepareConfig,
     TrainConfig,
-    VectorsConfig,
+    WordsConfig,
 )
 from zsi_contrastive.ssl.config import CompareConfig, PretrainConfig
 
@@ -21,7 +21,7 @@ evaluate = partial(
 predict = partial(run_command, "zsi_contrastive.detector.predict:predict", PredictConfig, "zsi_contrastive.predict")
 ablate = partial(run_command, "zsi_contrastive.detector.compare:ablate", AblateConfig, "zsi_contrastive.ablate")
 prepare = partial(run_command, "zsi_contrastive.detector.prepare:prepare", PrepareConfig, "zsi_contrastive.prepare")
-words = partial(run_command, "zsi_contrastive.detector.words:words", VectorsConfig, "zsi_contrastive.words")
+words = partial(run_command, "zsi_contrastive.detector.words:words", WordsConfig, "zsi_contrastive.words")
 
 # Self-supervised pre-training.
 pretrain = partial(run_command, "zsi_contrastive.ssl.train:train", PretrainConfig, "zsi_contrastive.pretrain")

@@ -13,8 +13,8 @@ from torch import nn
 
 from zsi_contrastive.ssl.losses import info_nce_loss
 
-GRID = 7  # patches across and down: half of each overlaps the next
-CUT = 4  # a patch's side is a quarter of the picture's
+GRID = 7  # patches across and down: half of each overlaps the next, as in the paper
+CUT = 4  # a patch's side is a quarter of the picture's: 16 of 64 pixels in the paper
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class PreActivationBlock(nn.Module):
             assert isinstance(conv, nn.Conv2d)
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
         assert isinstance(conv, nn.Conv2d)
-        nn.init.zeros_(conv.weight)
+        nn.init.zeros_(conv.weight)  # of the last one
         self.shortcut = nn.Conv2d(before, after, 1, stride) if stride > 1 or before != after else nn.Identity()
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        """Maps (n, before, h, w) to (n, channels · expansion, h / stride, w / stride)."""
+        """Turns maps (n, before, h, w) into (n, channels · expansion, h / stride, w / stride)."""
         found = maps
         for conv in self.convs:
             found = conv(F.relu(found))
@@ -63,16 +63,16 @@ class PreActivationBlock(nn.Module):
 
 
 class PixelContext(nn.Module):
-    """What the rows of patches so far say together: PixelCNN's masked convolutions (van den Oord et al. 2016)."""
+    """Gathers what the rows of patches so far say: PixelCNN's masked convolutions (van den Oord et al. 2016)."""
 
     def __init__(self, width: int, layers: int = 3) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Conv2d(width, width, (2, 3)) for _ in range(layers))
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        """Maps (n, width, rows, columns) to contexts of that shape: each sees its own row and those above."""
+        """Turns maps (n, width, rows, columns) into contexts of that shape: each sees its own row and those above."""
         for layer in self.layers:
-            maps = maps + layer(F.relu(F.pad(maps, [1, 1, 1, 0])))
+            maps = maps + layer(F.relu(F.pad(maps, [1, 1, 1, 0])))  # nothing below: the kernel has two rows
         return maps
 
 
@@ -116,7 +116,7 @@ class PatchModules(nn.Module):
         )
 
     def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of each module (modules,), or of all (1,), and the features (n, width) without their graph.
+        """Returns the loss of each module (modules,), or of all (1,), and the features (n, width) without their graph.
 
         Pictures are (n, 3, side, side) as networks read them.
         """
@@ -136,23 +136,23 @@ class PatchModules(nn.Module):
         return torch.stack(losses), _by_patch(maps.detach()).mean((1, 2))
 
     def features(self, pictures: torch.Tensor) -> torch.Tensor:
-        """What the last module sees, over all patches (n, width)."""
+        """Averages what the last module sees over all patches (n, width)."""
         maps = patches_of(pictures)
         for part in self.parts:
             maps = part(maps)
         return _by_patch(maps).mean((1, 2))
 
     def _loss(self, seen: torch.Tensor, predictions: nn.Module) -> torch.Tensor:
-        """InfoNCE of what lies 1 to `ahead` rows below, over these; `seen` (n, rows, columns, width)."""
+        """Averages InfoNCE of what lies 1 to `ahead` rows below over these; `seen` (n, rows, columns, width)."""
         seen = seen.float()
         contexts = seen
         if self.context is not None:
-            contexts = self.context(seen.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            contexts = self.context(seen.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels first, and last again
         losses = []
         assert isinstance(predictions, nn.ModuleList)
         for rows, layer in enumerate(predictions, 1):
-            asked = layer(contexts[:, :-rows]).flatten(0, 2)
-            right = seen[:, rows:].flatten(0, 2)
+            asked = layer(contexts[:, :-rows]).flatten(0, 2)  # (n · rows · columns, width)
+            right = seen[:, rows:].flatten(0, 2)  # of the patches that lie so many rows below
             # In random groups every patch is told from `negatives` others that were drawn from the batch.
             order = torch.randperm(len(right), device=right.device)
             losses.append(info_nce_loss(asked[order], right[order], group=1 + self.negatives))
@@ -160,7 +160,7 @@ class PatchModules(nn.Module):
 
 
 def patches_of(pictures: torch.Tensor) -> torch.Tensor:
-    """Patches (n · 49, 3, p, p) of pictures (n, 3, side, side): p is a quarter of the side, half of each overlaps."""
+    """Cuts pictures (n, 3, side, side) into patches (n · 49, 3, p, p): p is a quarter of the side, halves overlap."""
     size = pictures.shape[-1] // CUT
     cut = pictures.unfold(2, size, size // 2).unfold(3, size, size // 2)  # (n, 3, rows, columns, p, p)
     patches = cut.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, size, size)
@@ -168,12 +168,12 @@ def patches_of(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def _by_patch(maps: torch.Tensor) -> torch.Tensor:
-    """Maps (n · 49, width, h, w) as a mean for each patch (n, 7, 7, width)."""
+    """Averages maps (n · 49, width, h, w) over each patch (n, 7, 7, width)."""
     return maps.mean((2, 3)).view(-1, GRID, GRID, maps.shape[1])
 
 
 def _early(loss: torch.Tensor, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The loss with its gradients by `parameters` taken now, so that what they are made from need not be kept."""
+    """Takes a loss's gradients by `parameters` at once, so that what they are made from need not be kept."""
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
     if not wanted or any(hasattr(parameter, "ds_id") or hasattr(parameter, "to_local") for parameter in wanted):
         return loss  # ZeRO-3 and FSDP have the weights together only where their own backward pass wants them

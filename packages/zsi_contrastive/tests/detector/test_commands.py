@@ -10,10 +10,10 @@ import pytest
 import torch
 from labs_testing import commands as lab_commands
 from PIL import Image
-from zsi_contrastive.detector.command_config import AblateConfig
 
 from zsi_contrastive.detector.annotations import scenes_split
 from zsi_contrastive.detector.compare import PARTS, VARIANTS, planned_run
+from zsi_contrastive.detector.config import AblateConfig
 from zsi_contrastive.detector.saved import load_detector
 
 SMALL = ("--split", "scenes", "--min-side", "48", "--max-side", "64", "--batch-size", "4", "--controls", "1",

@@ -3,12 +3,19 @@
 import pytest
 import torch
 
-from zsi_contrastive.detector.graph import AGGREGATES, aggregated, neighbour_graph, propagated, refined
+from zsi_contrastive.detector.graph import AGGREGATES, aggregated, neighbour_graph, refined
 
 torch.manual_seed(0)
 STATES, OWN, OTHERS = torch.randn(7, 4), torch.randn(4, 3), torch.randn(4, 3)
 GRAPH = (torch.rand(7, 7) < 0.4).float().fill_diagonal_(0)
 ORDER = torch.randperm(7)
+
+
+def propagated(
+    graph: torch.Tensor, states: torch.Tensor, own: torch.Tensor, of_neighbours: torch.Tensor, how: str
+) -> torch.Tensor:
+    """A layer H' = tanh(H W + agg(A, H) W') (n, e) on a square graph (n, n), states (n, d), weights (d, e)."""
+    return torch.tanh(states @ own + aggregated(graph, states, how) @ of_neighbours)
 
 
 @pytest.mark.parametrize("how", AGGREGATES)

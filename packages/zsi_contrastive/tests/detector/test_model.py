@@ -8,11 +8,12 @@ from safetensors.torch import save_file
 
 from labs_common.errors import LabError
 from zsi_contrastive.detector.backbone import make_backbone
+from zsi_contrastive.detector.heads import CONTRASTIVE
 from zsi_contrastive.detector.model import Parts, Sizes, ZeroShotMaskRCNN, pasted
 from zsi_contrastive.detector.regions import Query, Sampling
 
 D = 6
-SIZES = Sizes(16, 8, 1, (8, 16, 24), 48, 64, 16, (40, 40, 20, 20), 16, (5, 7), 1)
+SIZES = Sizes(16, 8, 1, (8, 16, 24), 48, 64, 16, (40, 40, 20, 20), 16, (5, 7), 1, True)
 
 
 def make(parts: Parts | None = None, backbone: torch.nn.Module | None = None) -> ZeroShotMaskRCNN:
@@ -56,6 +57,19 @@ def test_each_part_can_be_switched_off(parts: Parts, losses: set[str]) -> None:
     assert any("background" in name for name in names) == parts.background_rpn
     learnt = model.rpn.head.background_vector() if parts.background_rpn else None
     assert torch.equal(model.classes()[0], learnt if parts.sync_background else model.background.word)
+
+
+def test_contrastive_heads_are_parts() -> None:
+    parts = Parts(contrastive=tuple(CONTRASTIVE))
+    model = make(parts).train()
+    found = model(*map(list, zip(sample(2), sample(1), strict=True)))
+    assert set(CONTRASTIVE) < set(found)
+    sum(found.values()).backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert any(name.startswith("greedy.isolated.") for name in model.state_dict()), "as finished runs have it"
+    model.eval().detect([sample(1)[0]], [Query(model.seen, torch.zeros(4, dtype=torch.int64))])
+    assert Parts.from_plain(parts.plain()) == parts
+    assert Parts.from_plain({"mask_head": False, "greedy_infomax": True}).contrastive == ("greedy_infomax",)
 
 
 def test_the_detectors_loss_trains_the_background_only_if_synchronised() -> None:

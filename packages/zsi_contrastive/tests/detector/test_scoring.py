@@ -113,7 +113,7 @@ def test_the_bias_reorders_and_cuts() -> None:
 
 
 def test_what_an_object_is_called() -> None:
-    truth = Instances("x", [{"id": number, "name": name} for name, number in IDS.items()], [{"id": 1}], [
+    truth = Instances("x", [{"id": number, "name": name} for name, number in IDS.items()], [{"id": 1, "file_name": "1"}], [
         {"image_id": 1, "category_id": 44, "bbox": [0, 0, 10, 10], "iscrowd": 0},
         {"image_id": 1, "category_id": 3, "bbox": [30, 30, 10, 10], "iscrowd": 0},
         {"image_id": 1, "category_id": 3, "bbox": [50, 50, 10, 10], "iscrowd": 1},

@@ -181,9 +181,8 @@ def _lists(path: Path) -> list[list[Json]]:
 def _fault(annotation: Mapping[str, Any]) -> str:
     """Says why an annotation cannot be used; empty if it can."""
     box = annotation["bbox"]
-    if not isinstance(box, list) or len(box) != 4:
-        return "box that is not four numbers"
-    if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in box):
+    four = isinstance(box, list) and len(box) == 4
+    if not four or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in box):
         return "box that is not four numbers"
     if box[2] <= 0 or box[3] <= 0:
         return "box without area"

@@ -47,7 +47,7 @@ class Pyramid(nn.Module):
     """A network that gives a list of feature maps, and torchvision's feature pyramid on them."""
 
     def __init__(self, body: nn.Module, channels: list[int], out_channels: int, pooled: bool) -> None:
-        """`channels` of the body's maps; `pooled` adds a coarser level."""
+        """Takes the `channels` of the body's maps; `pooled` adds a coarser level."""
         super().__init__()
         self.body = body
         self.fpn = FeaturePyramidNetwork(channels, out_channels, LastLevelMaxPool() if pooled else None)

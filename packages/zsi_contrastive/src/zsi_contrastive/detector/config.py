@@ -258,7 +258,7 @@ class PrepareConfig:
 
 
 @dataclass
-class VectorsConfig:
+class WordsConfig:
     """Shows which vector is which class and checks the order, or writes a matrix from any source of word vectors.
 
     `python -m zsi_contrastive.words --split 48_17 --word-vectors word_w2v_withbg_48_17.txt` lists the columns with

@@ -35,13 +35,6 @@ def aggregated(graph: torch.Tensor, states: torch.Tensor, how: str) -> torch.Ten
     return found / graph.sum(1, keepdim=True).clamp(min=1) if how == "mean" else found
 
 
-def propagated(
-    graph: torch.Tensor, states: torch.Tensor, own: torch.Tensor, of_neighbours: torch.Tensor, how: str = "sum"
-) -> torch.Tensor:
-    """Computes a layer H' = tanh(H W + agg(A, H) W') (n, e) on a square graph (n, n), states (n, d), weights (d, e)."""
-    return torch.tanh(states @ own + aggregated(graph, states, how) @ of_neighbours)
-
-
 def refined(unseen: torch.Tensor, seen: torch.Tensor, how: str, neighbours: int, share: float) -> torch.Tensor:
     """Mixes each unseen vector (unseen, d) with those of its nearest classes: a step without weights to learn.
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
+from torchvision.transforms.v2.functional import normalize
 
 from zsi_contrastive.greedy import TINY_SIZES, GreedySizes, PatchModules
-from zsi_contrastive.ssl.views import normalised
 
 DECONV = 2  # the mask head doubles the side of what RoIAlign gives
 START = 0.01  # standard deviation of new weights of the proposals, as in Faster R-CNN (Ren et al. 2015, section 3.1.3)
@@ -214,7 +215,7 @@ def thumbnails(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
     small = [
         F.interpolate(picture[None], (THUMBNAIL, THUMBNAIL), mode="bilinear", antialias=True) for picture in pictures
     ]
-    return normalised(torch.cat(small))
+    return normalize(torch.cat(small), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
 class PatchInfoNCEHead(nn.Module):

@@ -47,16 +47,8 @@ class Evaluation:
 
     def plain(self) -> dict[str, Any]:
         """Returns JSON values, without the results; what could not be computed is null."""
-        plain: dict[str, Any] = _without_nan(
-            {
-                "zsi": self.zsi,
-                "gzsi": self.gzsi,
-                "other rules": self.others,
-                "bias": self.bias,
-                "sweep": self.sweep,
-                "classes": self.classes,
-            }
-        )
+        said = {name: value for name, value in vars(self).items() if name not in ("results", "others")}
+        plain: dict[str, Any] = _without_nan({**said, "other rules": self.others})
         return plain
 
 
@@ -184,7 +176,7 @@ def named_objects(pictures: InstancePictures, results: Sequence[Result], split: 
 
 
 def swept(pictures: InstancePictures, results: Sequence[Result], split: Split, kept: int) -> list[Scores]:
-    """For each bias scores boxes (AP at 0.5), and the share of objects that get their right name, seen and unseen."""
+    """Measures for each bias AP at 0.5 of boxes, and the share of objects that get their right name: seen, unseen."""
     part = pictures.part
     seen, unseen = part.ids(split.seen), part.ids(split.unseen)
     named = named_objects(pictures, results, split)

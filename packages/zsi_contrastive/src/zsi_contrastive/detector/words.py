@@ -9,11 +9,11 @@ from labs_common.errors import LabError
 from labs_common.run import write_atomically
 from zsi_contrastive.detector.annotations import read_split
 from zsi_contrastive.detector.columns import checked_order, neighbours
-from zsi_contrastive.detector.config import SCENES, VectorsConfig
+from zsi_contrastive.detector.config import SCENES, WordsConfig
 from zsi_contrastive.detector.vectors import ATTRIBUTES, read_class_vectors
 
 
-def words(config: VectorsConfig) -> None:
+def words(config: WordsConfig) -> None:
     """Prints a line for each column: its number, class and most similar classes; then what the check says.
 
     Raises:
