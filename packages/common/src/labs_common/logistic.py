@@ -188,9 +188,15 @@ def best_penalty(
 
 
 def fitted_by_sgd(
-    features: torch.Tensor, labels: torch.Tensor, classes: int, penalty: float, epochs: int, batch_size: int,
-    learning_rate: float, seed: int,
-) -> Layer:  # fmt: skip
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    classes: int,
+    penalty: float,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+) -> Layer:
     """Fits a layer by gradient descent in batches (momentum 0.9, cosine), on features of mean 0 and deviation 1."""
     mean, deviation = features.mean(0), features.std(0).clamp(min=1e-6)
     x = (features - mean) / deviation

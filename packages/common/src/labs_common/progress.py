@@ -26,10 +26,9 @@ class ProgressLine:
         self._began = self._last_line = time.monotonic()
         self._bar: Progress | None = None
         if shown and console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"), console=console,
-            )  # fmt: skip
+            texts = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+            columns = texts[0], BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), texts[1]
+            self._bar = Progress(*columns, console=console)
             self._id = self._bar.add_task(task, total=total, completed=done, note="")
 
     def __enter__(self) -> "ProgressLine":

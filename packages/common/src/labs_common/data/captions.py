@@ -55,7 +55,7 @@ class Captions:
 
     @property
     def left_out(self) -> dict[str, int]:
-        """How many pictures and captions were left out, by reason."""
+        """Counts of the pictures and captions that were left out, by reason."""
         return dict(self.splits["train"].left_out)
 
 
@@ -133,10 +133,14 @@ def read_captioned(data: str | Path, on_bad_data: OnBadData = "error", shown: bo
     if not digests:
         raise LabError(": ".join([f"--data {data}: no picture with a caption can be used", *examples[:1]]))
     return CaptionedPictures(
-        source=str(data), contents=tuple(there[name] for name in digests), names=tuple(digests),
-        captions=tuple(tuple(captions[name]) for name in digests), digests=tuple(digests.values()),
-        left_out=Counter(reason for _, reason in faults), examples=examples,
-    )  # fmt: skip
+        source=str(data),
+        contents=tuple(there[name] for name in digests),
+        names=tuple(digests),
+        captions=tuple(tuple(captions[name]) for name in digests),
+        digests=tuple(digests.values()),
+        left_out=Counter(reason for _, reason in faults),
+        examples=examples,
+    )
 
 
 def caption_lines(file: Path) -> Iterator[tuple[int, str | None, str]]:
@@ -200,11 +204,12 @@ def _drawn(pictures: CaptionedPictures, shares: tuple[float, float], seed: int) 
         copies.setdefault(digest, []).append(place)
     groups = list(copies.values())
     order = np.random.default_rng([seed, 2]).permutation(len(groups))
-    validation, test = (max(1, round(share * len(groups))) for share in shares)
-    parts = np.split(order, [validation, validation + test])
-    places = [sorted(place for group in part for place in groups[group]) for part in parts]
-    return {"train": pictures.subset(places[2]), "validation": pictures.subset(places[0]),
-            "test": pictures.subset(places[1])}  # fmt: skip
+    first, second = (max(1, round(share * len(groups))) for share in shares)
+    parts = {"train": order[first + second :], "validation": order[:first], "test": order[first : first + second]}
+    return {
+        name: pictures.subset(sorted(place for group in part for place in groups[group]))
+        for name, part in parts.items()
+    }
 
 
 def _official(folder: Path) -> dict[str, set[str]]:

@@ -64,13 +64,3 @@ def __getattr__(name: str) -> Any:  # moved: to go when no lab asks for it here
 
         return read_classes
     raise AttributeError(name)
-
-
-_by_keyword = LabelledPictures.__init__
-
-
-def _by_place(self: LabelledPictures, *old: Any, **named: Any) -> None:  # to go when labs build it by keyword
-    _by_keyword(self, **dict(zip(("source", "classes", "labels", "contents", "names"), old, strict=False)), **named)
-
-
-LabelledPictures.__init__ = _by_place  # type: ignore[method-assign]

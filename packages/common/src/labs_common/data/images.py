@@ -17,7 +17,7 @@ from typing import Self, TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 
-from labs_common.errors import LabError
+from labs_common.errors import LabError, reason_of
 from labs_common.options import OnBadData
 from labs_common.progress import tracked
 
@@ -180,7 +180,7 @@ def decoded(content: Content, upright: bool = True) -> Image.Image:
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         raise BadPictureError("no picture that Pillow knows" if size else "empty") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        raise BadPictureError(f"truncated or broken ({str(error).splitlines()[0]})") from error
+        raise BadPictureError(f"truncated or broken ({reason_of(error)})") from error
 
 
 @cache

@@ -14,7 +14,7 @@ from pyarrow import parquet
 from labs_common.data.classes import LabelledPictures, stratified_parts
 from labs_common.data.images import SUFFIXES, Content, checked
 from labs_common.data.splits import print_left_out
-from labs_common.errors import LabError
+from labs_common.errors import LabError, reason_of
 from labs_common.options import ClassDataOptions
 
 # What others call the splits, in the names of files, folders and tables.
@@ -32,7 +32,7 @@ CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 @dataclass(frozen=True)
 class PictureSplits:
-    """What a data set calls its training, validation and test pictures; the latter two may be missing."""
+    """Training, validation and test pictures, as the data set divides them; the latter two may be missing."""
 
     train: LabelledPictures
     validation: LabelledPictures | None = None
@@ -117,7 +117,7 @@ def _splits(data: str, found: dict[str, LabelledPictures]) -> PictureSplits:
 
 
 def _split_of(word: str) -> str:
-    """The split that others call so; "" if it is none."""
+    """Returns the split that others call so; "" if it is none."""
     return next((split for split, words in SPLITS.items() if word in words), "")
 
 
@@ -138,9 +138,12 @@ def _cifar10(data: str, folder: Path, suffix: str) -> dict[str, LabelledPictures
             levels, labels, names = zip(*(read(data, file) for file in there), strict=True)
             images = np.concatenate(levels).reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)  # (n, height, width, 3)
             found[split] = LabelledPictures(
-                source=data, classes=tuple(classes), labels=np.concatenate(labels),
-                contents=list(np.ascontiguousarray(images)), names=[name for part in names for name in part],
-            )  # fmt: skip
+                source=data,
+                contents=list(np.ascontiguousarray(images)),
+                names=[name for part in names for name in part],
+                classes=tuple(classes),
+                labels=np.concatenate(labels),
+            )
     return found
 
 
@@ -185,13 +188,18 @@ def _label_names(data: str, file: Path) -> list[str]:
 class _ArraysOnly(pickle.Unpickler):
     """Makes numpy arrays and plain values; any other name in the pickle is refused before it is looked up."""
 
-    ALLOWED = frozenset({
-        ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
-    })  # fmt: skip
+    ALLOWED = frozenset(
+        {
+            "numpy.core.multiarray._reconstruct",
+            "numpy._core.multiarray._reconstruct",
+            "numpy.ndarray",
+            "numpy.dtype",
+            "_codecs.encode",
+        }
+    )
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
+        if f"{module}.{name}" not in self.ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no data file needs")
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
@@ -229,7 +237,7 @@ def _parquet(data: str, files: Sequence[Path]) -> LabelledPictures:
         try:
             tables.append(parquet.read_table(file))
         except (OSError, pa.ArrowException) as error:
-            raise LabError(f"--data {data}: {file.name} cannot be read ({str(error).splitlines()[0]})") from error
+            raise LabError(f"--data {data}: {file.name} cannot be read ({reason_of(error)})") from error
     schema = tables[0].schema
     if any(table.schema.names != schema.names for table in tables):
         raise LabError(f"--data {data}: its parquet files have different columns")
@@ -251,10 +259,9 @@ def _from_datasets(data: str, path: Path) -> PictureSplits:
     try:
         loaded = datasets.load_from_disk(str(path)) if path.exists() else datasets.load_dataset(data)
     except Exception as error:  # the libraries below raise many kinds, for a missing name as for no network
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise LabError(
-            f"--data {data}: neither a path here nor a data set that could be loaded ({reason}); check the name and "
-            "the network, or name a directory"
+            f"--data {data}: neither a path here nor a data set that could be loaded ({reason_of(error)}); check the "
+            "name and the network, or name a directory"
         ) from error
     whole = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
     found = {}
@@ -294,7 +301,7 @@ def _from_columns(
         numbers = [label if isinstance(label, int) else -1 for label in labels]
         classes = classes or [str(number) for number in range(max(numbers, default=-1) + 1)]
     return LabelledPictures(
-        source=data, classes=tuple(classes), labels=np.array(numbers, dtype=np.int64), contents=contents, names=names
+        source=data, contents=contents, names=names, classes=tuple(classes), labels=np.array(numbers, dtype=np.int64)
     )
 
 
@@ -324,9 +331,12 @@ def _class_folders(data: str, folder: Path) -> LabelledPictures:
             "train/CLASS/*.jpg and test/CLASS/*.jpg)"
         )
     return LabelledPictures(
-        source=data, classes=tuple(of_class.name for of_class in classes), labels=np.array(labels, dtype=np.int64),
-        contents=files, names=[str(file.relative_to(folder)) for file in files],
-    )  # fmt: skip
+        source=data,
+        contents=files,
+        names=[str(file.relative_to(folder)) for file in files],
+        classes=tuple(of_class.name for of_class in classes),
+        labels=np.array(labels, dtype=np.int64),
+    )
 
 
 def _folders(path: Path) -> list[Path]:

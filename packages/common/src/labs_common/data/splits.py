@@ -1,38 +1,13 @@
 """Splits: recorded with a run, so that a resumed one has the same; and what was left out of them."""
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping
 
+from labs_common.data.images import Pictures
 from labs_common.errors import LabError
 from labs_common.progress import console
 from labs_common.run import Run
 
-
-class Part(Protocol):
-    """The pictures of a split, of whatever kind."""
-
-    @property
-    def source(self) -> str:
-        """The data set or directory they are from."""
-
-    @property
-    def names(self) -> Sequence[str]:
-        """One for each picture."""
-
-    @property
-    def left_out(self) -> Counter[str]:
-        """Counts of those left out, by reason."""
-
-    @property
-    def examples(self) -> Sequence[str]:
-        """Some that were left out, each with its reason."""
-
-    def fingerprint(self) -> str:
-        """Changes with any picture."""
-
-
-Splits = Mapping[str, Part]
+Splits = Mapping[str, Pictures]
 
 
 def record_splits(run: Run, splits: Splits) -> None:

@@ -86,7 +86,7 @@ class Thing:
 
     @property
     def unseen(self) -> bool:
-        """Whether this pairing of shape and colour is one of the quarter that is kept for zero-shot tests."""
+        """Says whether this pairing of shape and colour is one of the quarter that is kept for zero-shot tests."""
         return (list(SHAPES).index(self.shape) + list(COLOURS).index(self.colour)) % 4 == 0
 
 
