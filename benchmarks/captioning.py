@@ -33,22 +33,22 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
-from caption_lab.batches import encoded_pairs
 from caption_lab.config import (
     CaptionTrainingOptions,
     DecodingOptions,
     EncoderOptions,
     TrainConfig,
     VocabularyOptions,
-    complete,
 )
-from caption_lab.data import read_data, transform_of
-from caption_lab.decoders import ShowAttendTell, ShowTell
+from caption_lab.data import encoded_pairs, read_data
+from caption_lab.decoder import ShowAttendTell, ShowTell
 from caption_lab.decoding import beam_search, log_probabilities
-from caption_lab.fitting import Made, make
-from caption_lab.objectives import attention_penalty, next_word_loss
+from caption_lab.losses import attention_penalty, next_word_loss
+from caption_lab.model import complete
+from caption_lab.saved import Captioner
+from caption_lab.train import fit, make
 from caption_lab.vocabulary import END, PAD, START
-from labs_common.data.described import Captions, PictureTensors
+from labs_common.data.captions import Captions, PictureTensors
 from labs_common.options import CaptionDataOptions, RunOptions
 from labs_common.run import Run, write_atomically
 from labs_common.scenes.files import write_flickr8k
@@ -134,12 +134,12 @@ def show(model: str, figures: dict[str, Any]) -> None:
     print(f"kept on disk: {ours['cache_bytes'] / ours['rows']:,.0f} bytes a picture")
 
 
-def set_up(options: Options, by_picture: bool = False) -> tuple[Captions, Made]:
+def set_up(options: Options, by_picture: bool = False) -> tuple[Captions, TrainConfig, Captioner]:
     """The data and the captioner that all train, untrained."""
     kind, encoder = options.models[0].split(":")
     config = complete(
         TrainConfig(
-            model=kind,  # type: ignore[arg-type]
+            model=kind,
             encoder=EncoderOptions(encoder=encoder, pretrained=False, image_size=224),
             vocabulary=VocabularyOptions(min_count=1),
             data=CaptionDataOptions(data=str(options.data)),
@@ -152,19 +152,17 @@ def set_up(options: Options, by_picture: bool = False) -> tuple[Captions, Made]:
     )  # fmt: skip
     config.decoder.dropout = 0.0  # else each way would drop other values
     data = read_data(config.data, 0, shown=False)
-    return data, make(config, data, make_accelerator(config.training))
+    return data, config, make(config, data, make_accelerator(config.training))
 
 
 def our_training(options: Options, by_picture: bool) -> dict[str, Any]:
     """The lab's own loop."""
-    from caption_lab.train import fit
-
-    data, made = set_up(options, by_picture)
+    data, config, made = set_up(options, by_picture)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder) / "run", True, resumed=False)
         run.path.mkdir()
         start = time.perf_counter()
-        fitted = fit(made, run, make_accelerator(made.config.training), data)
+        fitted = fit(config, made, run, make_accelerator(config.training), data)
         whole = time.perf_counter() - start
         seconds = [line["seconds"] for line in run.lines("timing.jsonl")]
         losses = [line["loss"] for line in run.lines("metrics.jsonl") if "loss" in line]
@@ -192,7 +190,7 @@ class Pictures(Dataset[torch.Tensor]):
 
 def usual_training(options: Options, by_picture: bool) -> dict[str, Any]:
     """A loop in which the encoder runs on what every batch needs; captions are padded to the fixed length."""
-    data, made = set_up(options)
+    data, _, made = set_up(options)
     start = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, train = made.model.to(device), data.splits["train"]
@@ -200,7 +198,7 @@ def usual_training(options: Options, by_picture: bool) -> dict[str, Any]:
     of_picture: dict[int, list[int]] = {}
     for number, (picture, _) in enumerate(pairs):
         of_picture.setdefault(picture, []).append(number)
-    pictures = Pictures(PictureTensors(train, transform_of(model.encoder)))
+    pictures = Pictures(PictureTensors(train, model.encoder.transform))
     optimizer = torch.optim.AdamW(model.decoder.parameters(), lr=RATE, weight_decay=DECAY)
     epochs, losses = [], []
 
@@ -246,7 +244,7 @@ def usual_training(options: Options, by_picture: bool) -> dict[str, Any]:
 
 def beam(options: Options) -> dict[str, Any]:
     """Captions per second of both ways, by the same decoder on the same features."""
-    _, made = set_up(options)
+    _, _, made = set_up(options)
     set_seed(1)
     model = made.model.eval()
     encoder: Any = model.encoder

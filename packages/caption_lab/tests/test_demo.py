@@ -6,8 +6,8 @@ from PIL import Image
 
 from caption_lab.config import DecoderOptions, DecodingOptions, EncoderOptions, VocabularyOptions
 from caption_lab.encoder import make_encoder
-from caption_lab.model import make_captioner
-from caption_lab.saved import save_captioner
+from caption_lab.model import make_model
+from caption_lab.saved import Captioner, save_captioner
 from caption_lab.vocabulary import build_vocabulary
 
 
@@ -28,8 +28,8 @@ def test_the_page_says_what_it_sees_and_where_it_looked(finished: Path, tmp_path
     # A captioner that sees one vector looks nowhere.
     encoder = make_encoder(EncoderOptions(pretrained=False, pool=1))
     options, vocabulary = DecoderOptions(width=16), build_vocabulary(["a dog", "two cats"], VocabularyOptions())
-    model = make_captioner("show_tell", encoder, options, vocabulary)
-    save_captioner(tmp_path / "blind", "show_tell", encoder, options, vocabulary, model.state_dict())
+    model = make_model("show_tell", encoder, options, vocabulary)
+    save_captioner(tmp_path / "blind", Captioner("show_tell", model, vocabulary, options), model.state_dict())
     caption, looks = described(tmp_path / "blind", picture)
     assert isinstance(caption, str)
     assert looks == []

@@ -108,6 +108,7 @@ def test_early_stopping_self_critical_training_and_captions(finished: Path, scen
     changed = [name for name, tensor in trained(run).items() if not torch.equal(tensor, trained(finished)[name])]
     assert changed
     assert all(name.startswith("decoder") for name in changed)
+    here("--resume", run, "--no-report")  # what --start brought is not taken for options that were given with it
     assert "--start" in here(*shared, "--model", "show_tell", code=2).stderr
     assert "drop their options" in here(*shared, "--start", finished, "--width", "8", code=2).stderr
 

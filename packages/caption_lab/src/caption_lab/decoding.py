@@ -124,7 +124,7 @@ def beam_search(
     over = torch.zeros(len(features), beams, dtype=torch.bool, device=device)
     looked: torch.Tensor | None = None
     places = torch.arange(len(features), device=device)  # of the pictures that are still searched
-    found: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = {}
+    found: dict[int, tuple[list[int], float, list[torch.Tensor]]] = {}
     for step in range(length):
         logits, moving, seen = decoder.step(words[:, :, -1], fixed, moving)
         logs = log_probabilities(logits, _banned(words, options, logits))
@@ -153,19 +153,17 @@ def beam_search(
         first = score.masked_fill(~over & (step < length - 1), -torch.inf).argmax(1)
         for place in done.nonzero()[:, 0].tolist():
             kept = int(first[place])
-            seen_there = None if looked is None else looked[place, kept]
-            found[int(places[place])] = (words[place, kept], total[place, kept], seen_there)
+            said = [number for number in words[place, kept, 1:].tolist() if number != PAD]
+            attended = [] if looked is None else [looked[place, kept, : len(said)].cpu()]
+            found[int(places[place])] = (said, float(total[place, kept]), attended)
         if bool(done.all()):
             break
         words, total, counts, over, places = (tensor[~done] for tensor in (words, total, counts, over, places))
         fixed, moving = ({name: tensor[~done] for name, tensor in part.items()} for part in (fixed, moving))
         looked = None if looked is None else looked[~done]
     captions = [found[place] for place in range(len(features))]
-    words_of = [[word for word in words[1:].tolist() if word != PAD] for words, _, _ in captions]
-    seen_of = [
-        seen[: len(words)].cpu() for words, (_, _, seen) in zip(words_of, captions, strict=True) if seen is not None
-    ]
-    return Written(words_of, [float(total) for _, total, _ in captions], seen_of)
+    maps = [seen for _, _, attended in captions for seen in attended]
+    return Written([said for said, _, _ in captions], [total for _, total, _ in captions], maps)
 
 
 def log_probabilities(logits: torch.Tensor, banned: torch.Tensor | None = None) -> torch.Tensor:

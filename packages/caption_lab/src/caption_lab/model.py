@@ -1,6 +1,8 @@
 """The captioner: an encoder and a decoder, and the options that depend on which ones they are."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,9 +30,7 @@ class ImageCaptioningModel(nn.Module):
         return self.decoder(self.encoder.back(rows), words, of_rows)
 
 
-def make_captioner(
-    kind: str, encoder: Encoder, options: DecoderOptions, vocabulary: Vocabulary
-) -> ImageCaptioningModel:
+def make_model(kind: str, encoder: Encoder, options: DecoderOptions, vocabulary: Vocabulary) -> ImageCaptioningModel:
     """Puts a fresh decoder for the vocabulary's words and its longest caption behind an encoder; set the seed first."""
     sizes = Sizes(len(vocabulary), encoder.width, encoder.places, vocabulary.length + 1)
     return ImageCaptioningModel(encoder, CAPTIONERS[kind].decoder(sizes, options))
@@ -46,14 +46,17 @@ def complete(config: TrainConfig) -> TrainConfig:
     kind, writes = CAPTIONERS[config.model], OBJECTIVES[config.objective].writes
     encoder, decoder, training, words = config.encoder, config.decoder, config.training, config.vocabulary
     if writes != (config.start is not None):
-        raise LabError("--objective scst and --start RUN belong together: it goes on from a captioner that can write")
+        names = _names(OBJECTIVES, "writes")
+        raise LabError(
+            f"--objective {names} and --start RUN belong together: it goes on from a captioner that can write"
+        )
     if writes and (training.scheduled_sampling or decoder.mask_words or training.label_smoothing):
-        raise LabError("--scheduled-sampling, --mask-words and --label-smoothing: are of --objective cross-entropy; "
-                       "drop them")  # fmt: skip
+        raise LabError(f"--objective {config.objective}: has no use for --scheduled-sampling, --mask-words and "
+                       "--label-smoothing; drop them")  # fmt: skip
     if decoder.mask_words and not kind.words_at_once:
-        raise LabError(f"--mask-words: is of --model {_names('words_at_once')}")
+        raise LabError(f"--mask-words: works with --model {_names(CAPTIONERS, 'words_at_once')} only")
     if encoder.pool and not kind.one_vector:
-        raise LabError(f"--pool: is of --model {_names('one_vector')}; the others look at places")
+        raise LabError(f"--pool: works with --model {_names(CAPTIONERS, 'one_vector')} only; the others look at places")
     if config.start is not None:  # it brings all the rest
         own = replace(training, learning_rate=training.learning_rate or 5e-5, epochs=training.epochs or 5)
         return replace(config, training=own)
@@ -76,6 +79,6 @@ def complete(config: TrainConfig) -> TrainConfig:
     )
 
 
-def _names(trait: str) -> str:
-    """Names the captioners that have this trait."""
-    return " or ".join(name for name, kind in CAPTIONERS.items() if getattr(kind, trait))
+def _names(table: Mapping[str, Any], trait: str) -> str:
+    """Names the entries of a table that have this trait."""
+    return " or ".join(name for name, entry in table.items() if getattr(entry, trait))

@@ -14,6 +14,7 @@ from PIL import Image
 
 from caption_lab.config import DecodingOptions, TrainConfig
 from caption_lab.decoder import CAPTIONERS
+from caption_lab.losses import OBJECTIVES
 from caption_lab.metrics import Evaluation, Truthfulness, mistakes, references_of, rouge_l
 from caption_lab.saved import Captioner
 from labs_common.data.captions import CaptionedPictures, Captions
@@ -219,8 +220,8 @@ def _structure_section(run: Run, config: TrainConfig, captioner: Captioner, fitt
     places = f"{encoder.places} {'vector' if encoder.pool else 'places'}"
     caption = (
         f"Encoder below, decoder above: {CAPTIONERS[config.model].description}. The encoder gives {places} of "
-        f"{encoder.width} values; {fitted.trained:,} of {fitted.parameters:,} parameters train; the vocabulary has "
-        f"{len(captioner.vocabulary):,} words."
+        f"{encoder.width} values; {fitted.trained:,} of {fitted.parameters:,} parameters learnt to "
+        f"{OBJECTIVES[config.objective].description}; the vocabulary has {len(captioner.vocabulary):,} words."
     )
     section.blocks.insert(1, Figure(drawing, caption))
     return section

@@ -1,8 +1,7 @@
 """The result on disk: `config.json`, `model.safetensors` and the vocabulary, and nothing else is needed."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from PIL import Image
 from caption_lab.config import DecoderOptions, DecodingOptions
 from caption_lab.decoding import Written, write
 from caption_lab.encoder import Encoder
-from caption_lab.model import ImageCaptioningModel, make_captioner
+from caption_lab.model import ImageCaptioningModel, make_model
 from caption_lab.vocabulary import Vocabulary, load_vocabulary
 from labs_common.data.captions import Transform
 from labs_common.saved import WEIGHTS, load_model, save_model, saved_folder
@@ -22,7 +21,7 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class Captioner:
-    """A trained model with all that it needs to describe a picture.
+    """A model with all that it needs to describe a picture.
 
     Attributes:
         kind: its name in `CAPTIONERS`.
@@ -49,23 +48,16 @@ class Captioner:
         return write(self.model.decoder, features, self.vocabulary.length + 1, options, generator, attention)
 
 
-def save_captioner(
-    folder: Path,
-    kind: str,
-    encoder: Encoder,
-    options: DecoderOptions,
-    vocabulary: Vocabulary,
-    state: Mapping[str, torch.Tensor],
-) -> None:
+def save_captioner(folder: Path, captioner: Captioner, state: Mapping[str, torch.Tensor]) -> None:
     """Writes the whole captioner, encoder included, in one move; `state` are its weights by name."""
-    transform = encoder.transform
+    encoder, transform = captioner.model.encoder, captioner.model.encoder.transform
     described = {
         "architecture": encoder.architecture, "arguments": encoder.arguments, "pool": encoder.pool,
         "image_size": transform.size, "mean": transform.mean, "std": transform.std,
         "interpolation": transform.interpolation,
     }  # fmt: skip
-    said = {"model": kind, "decoder": dataclasses.asdict(options), "encoder": described}
-    save_model(folder, CONFIG, said, state, vocabulary.save)
+    said = {"model": captioner.kind, "decoder": asdict(captioner.options), "encoder": described}
+    save_model(folder, CONFIG, said, state, captioner.vocabulary.save)
 
 
 def load_captioner(path: Path, option: str = "--checkpoint") -> Captioner:
@@ -84,7 +76,7 @@ def load_captioner(path: Path, option: str = "--checkpoint") -> Captioner:
         encoder.transform = Transform(
             known["image_size"], tuple(known["mean"]), tuple(known["std"]), known["interpolation"]
         )
-        return make_captioner(said["model"], encoder, DecoderOptions(**said["decoder"]), vocabulary)
+        return make_model(said["model"], encoder, DecoderOptions(**said["decoder"]), vocabulary)
 
     model, said, _ = load_model(path, CONFIG, option, build)
     return Captioner(said["model"], model, vocabulary, DecoderOptions(**said["decoder"]))

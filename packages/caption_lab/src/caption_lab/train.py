@@ -6,10 +6,9 @@ if __name__ == "__main__":  # before the imports below: --help and a wrong optio
     commands.train()
 
 import copy
-import dataclasses
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -22,10 +21,10 @@ from caption_lab.encoder import make_encoder
 from caption_lab.evaluate import evaluate_captioner
 from caption_lab.losses import OBJECTIVES, Learner, SelfCritic, next_word_loss
 from caption_lab.metrics import caption_metrics, references_of
-from caption_lab.model import ImageCaptioningModel, complete, make_captioner
+from caption_lab.model import ImageCaptioningModel, complete, make_model
 from caption_lab.report import finish_report
-from caption_lab.saved import load_captioner, save_captioner
-from caption_lab.vocabulary import PAD, Vocabulary, build_vocabulary, padded
+from caption_lab.saved import Captioner, load_captioner, save_captioner
+from caption_lab.vocabulary import PAD, build_vocabulary, padded
 from labs_common.checkpoint import SHARDED
 from labs_common.data.captions import Captions
 from labs_common.data.splits import record_splits
@@ -44,10 +43,11 @@ def train(config: TrainConfig) -> None:
     accelerator = begin(config.run, config.training)
     with accelerator.main_process_first():
         data = read_data(config.data, config.run.seed, accelerator.is_main_process)
-    made = make(config, data, accelerator)
+    captioner = make(config, data, accelerator)
     run = Run.start(config, config.run, config.model.replace("_", "-"), accelerator)
+    config = replace(config, decoder=captioner.options)  # which --start brought; config.yaml has what was asked for
     record_splits(run, data.splits)
-    fitted = fit(made, run, accelerator, data)
+    fitted = fit(config, captioner, run, accelerator, data)
     clock |= fitted.clock
 
     # What was saved is tested: the captioner is read back and sees the pictures themselves.
@@ -55,24 +55,11 @@ def train(config: TrainConfig) -> None:
     found = evaluate_captioner(captioner, data.splits["test"], data.truth, config.decoding, accelerator)
     clock["tested"] = time.perf_counter()
     if accelerator.is_main_process:
-        finish_report(run, made.config, data, captioner, fitted, found, clock)
+        finish_report(run, config, data, captioner, fitted, found, clock)
     accelerator.end_training()
 
 
-@dataclass(frozen=True)
-class Made:
-    """A captioner before its training.
-
-    Attributes:
-        config: with what --start brought.
-    """
-
-    config: TrainConfig
-    model: ImageCaptioningModel
-    vocabulary: Vocabulary
-
-
-def make(config: TrainConfig, data: Captions, accelerator: Accelerator) -> Made:
+def make(config: TrainConfig, data: Captions, accelerator: Accelerator) -> Captioner:
     """Makes the captioner that `config` describes, with fresh weights in the decoder, or reads that of --start.
 
     Raises:
@@ -81,21 +68,20 @@ def make(config: TrainConfig, data: Captions, accelerator: Accelerator) -> Made:
     with accelerator.main_process_first():  # the tiny encoder is made, others are downloaded on their first use
         set_seed(config.run.seed)
         if config.start is not None:
-            found = load_captioner(config.start, "--start")
-            if found.kind != config.model:
-                raise LabError(f"--start {config.start}: is of --model {found.kind}; say so")
-            config = dataclasses.replace(config, decoder=found.options)
-            model, vocabulary = found.model, found.vocabulary
-            model.decoder.requires_grad_(True)
+            captioner = load_captioner(config.start, "--start")
+            if captioner.kind != config.model:
+                raise LabError(f"--start {config.start}: holds another kind of captioner; add --model {captioner.kind}")
+            captioner.model.decoder.requires_grad_(True)
         else:
             captions = [caption for of_picture in data.splits["train"].captions for caption in of_picture]
             vocabulary = build_vocabulary(captions, config.vocabulary)
-            model = make_captioner(config.model, make_encoder(config.encoder), config.decoder, vocabulary)
-        model.encoder.train_last(config.encoder.unfreeze, config.cache.cache)
-    return Made(config, model, vocabulary)
+            model = make_model(config.model, make_encoder(config.encoder), config.decoder, vocabulary)
+            captioner = Captioner(config.model, model, vocabulary, config.decoder)
+        captioner.model.encoder.train_last(config.encoder.unfreeze, config.cache.cache)
+    return captioner
 
 
-def fit(made: Made, run: Run, accelerator: Accelerator, data: Captions) -> Fitted:
+def fit(config: TrainConfig, captioner: Captioner, run: Run, accelerator: Accelerator, data: Captions) -> Fitted:
     """Trains the decoder, and what of the encoder is free, and saves the captioner to `model/` under the run.
 
     Raises:
@@ -103,7 +89,7 @@ def fit(made: Made, run: Run, accelerator: Accelerator, data: Captions) -> Fitte
         RunStopped: the loss is not a number, or something frozen has moved.
         Interrupted: Ctrl-C; the run can be resumed.
     """
-    config, model, vocabulary = made.config, made.model.to(accelerator.device), made.vocabulary
+    model, vocabulary = captioner.model.to(accelerator.device), captioner.vocabulary
     options, objective, splits = config.training, OBJECTIVES[config.objective], data.splits
     plain = _writer(model, config, accelerator)
     rows = {
@@ -133,7 +119,7 @@ def fit(made: Made, run: Run, accelerator: Accelerator, data: Captions) -> Fitte
             loop.evaluated(scores, f"validation/{options.watch}", higher_is_better=options.watch != "loss")
 
     def save(state: dict[str, torch.Tensor]) -> None:
-        save_captioner(run.path / FOLDER, config.model, model.encoder, config.decoder, vocabulary, state)
+        save_captioner(run.path / FOLDER, captioner, state)
 
     return fitting.finish(save, [part.rows for part in rows.values()])
 

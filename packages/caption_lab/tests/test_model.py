@@ -1,0 +1,40 @@
+from dataclasses import replace
+
+import pytest
+
+from caption_lab.config import DecoderOptions, EncoderOptions, TrainConfig
+from caption_lab.model import complete
+from labs_common.errors import LabError
+from labs_common.options import CaptionDataOptions
+
+
+@pytest.mark.parametrize(
+    ("model", "encoder", "pool", "width", "dropout", "rate"),
+    [
+        ("show_tell", "tiny-cnn", 3, 256, 0.0, 3e-3),
+        ("show_tell", "resnet50", 1, 512, 0.3, 4e-4),
+        ("show_attend_tell", "tiny-cnn", 0, 256, 0.0, 3e-3),
+        ("show_attend_tell", "resnet50", 0, 512, 0.3, 4e-4),
+        ("transformer", "tiny-cnn", 0, 128, 0.0, 2e-3),
+        ("transformer", "resnet50", 0, 512, 0.1, 3e-4),
+    ],
+)
+def test_defaults_are_those_that_help_names(
+    model: str, encoder: str, pool: int, width: int, dropout: float, rate: float
+) -> None:
+    config = TrainConfig(model=model, encoder=EncoderOptions(encoder=encoder))
+    found = complete(config)
+    assert (found.encoder.pool, found.decoder.width, found.decoder.dropout) == (pool, width, dropout)
+    assert (found.training.learning_rate, found.training.epochs, found.vocabulary.min_count) == (rate, 3, 1)
+    photographs = complete(replace(config, data=CaptionDataOptions(data="flickr8k")))
+    assert (photographs.training.epochs, photographs.vocabulary.min_count) == (20, 3)
+    assert complete(replace(config, decoder=DecoderOptions(width=64, dropout=0.5))).decoder == DecoderOptions(
+        width=64, dropout=0.5
+    )
+
+
+def test_a_width_that_heads_cannot_share_is_named() -> None:
+    config = TrainConfig(decoder=DecoderOptions(heads=7))
+    with pytest.raises(LabError, match="--width 128: must be a multiple of --heads 7"):
+        complete(config)
+    complete(replace(config, model="show_tell"))  # an LSTM has no heads
