@@ -10,7 +10,7 @@ from labs_testing.commands import real_data
 from PIL import Image
 
 from labs_common.data.classes import stratified_parts
-from labs_common.data.images import BadPictureError, checked, decoded
+from labs_common.data.images import BadPictureError, checked, decoded, picture_files
 from labs_common.data.readers import read_pictures
 from labs_common.errors import LabError
 from labs_common.scenes.files import write_parquet
@@ -232,6 +232,21 @@ def test_labels_outside_of_the_classes_are_bad(tmp_path: Path, levels: np.ndarra
     kept = checked(read_pictures(str(tmp_path)).train, "skip")
     assert kept.labels.tolist() == [0, 1]
     assert kept.left_out == {"label 7 is outside of the 2 classes": 1, "label -1 is outside of the 2 classes": 1}
+
+
+def test_files_are_named_by_themselves_by_directories_and_by_patterns(tmp_path: Path, levels: np.ndarray) -> None:
+    folder = write_folders(tmp_path / "set", levels)
+    (folder / "cat" / "notes.txt").write_text("no picture")
+    cats, one = sorted((folder / "cat").glob("*.png")), folder / "dog" / "1.png"
+    assert picture_files([str(folder / "cat"), str(cats[0]), str(one)]) == [*cats, one]
+    assert sorted(picture_files([str(folder / "**" / "*.png")])) == sorted(folder.rglob("*.png"))
+    for named, said in (
+        ([str(tmp_path / "none")], "no such file"),
+        ([str(tmp_path)], "no picture in that directory"),
+        ([], "name pictures"),
+    ):
+        with pytest.raises(LabError, match=said):
+            picture_files(named)
 
 
 def test_stratified_parts() -> None:

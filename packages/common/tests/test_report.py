@@ -2,6 +2,10 @@ import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
+import pytest
+import torch
+
 from labs_common.report import (
     Code,
     Figure,
@@ -13,6 +17,8 @@ from labs_common.report import (
     histogram_figure,
     write_report,
 )
+from labs_common.report.pictures import Predictions, wilson_interval
+from labs_common.report.sections import structure_of
 from labs_common.run import Run
 
 
@@ -64,3 +70,41 @@ def test_figures_take_the_pages_colour_and_are_reproducible() -> None:
         assert svg == figure()
         assert "currentColor" in svg
         assert ET.fromstring(svg).tag.endswith("svg")
+
+
+def test_the_interval_of_a_share_is_scipys() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for right, count in ((0, 7), (3, 10), (199, 200)):
+        expected = stats.binomtest(right, count).proportion_ci(0.95, "wilson")
+        assert wilson_interval(right / count, count) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_predictions_are_sklearns() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    generator = np.random.default_rng(0)
+    found = Predictions(generator.dirichlet(np.ones(4), 60), generator.integers(0, 3, 60))  # none is of the last class
+    assert found.accuracy == metrics.accuracy_score(found.labels, found.said)
+    assert found.loss == pytest.approx(metrics.log_loss(found.labels, found.probabilities, labels=range(4)))
+    assert np.array_equal(found.confusion(), metrics.confusion_matrix(found.labels, found.said, labels=range(4)))
+
+
+def test_a_network_is_a_stack_of_its_parts_with_equal_layers_taken_together() -> None:
+    layers = [torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)) for _ in range(3)]
+    network = torch.nn.Sequential()
+    network.stem, network.blocks, network.head = (
+        torch.nn.Linear(2, 4),
+        torch.nn.Sequential(*layers),
+        torch.nn.Linear(4, 3),
+    )
+    network.stem.requires_grad_(False)
+    layers[2][0].requires_grad_(False)
+    found = structure_of(network)
+    assert [(row.name, row.times) for row in found.rows] == [
+        ("stem", 1),
+        ("blocks.0 – blocks.1", 2),
+        ("blocks.2", 1),
+        ("head", 1),
+    ]
+    assert [(cell.trained, cell.fixed) for cell in found.rows[2].cells] == [(0, 20), (8, 0)]
+    assert found.parameters == sum(parameter.numel() for parameter in network.parameters()) == 12 + 3 * 28 + 15
+    assert found.trainable == found.parameters - 12 - 20
