@@ -33,7 +33,7 @@ from clip_lab.config import BatchOptions, CacheOptions, HeadOptions, ImageOption
 from clip_lab.data import Batches, Pairs, picture_rows, read_data, transform_of
 from clip_lab.encoder import load_encoder
 from clip_lab.image import make_image_tower
-from clip_lab.losses import clip_loss, contrastive, pictures_of
+from clip_lab.losses import Embeddings, clip_loss, contrastive, pictures_of
 from clip_lab.model import ClipModel, training_mode
 from clip_lab.probe import features_of
 from clip_lab.saved import Loaded, to_open_clip
@@ -229,10 +229,11 @@ def loss_memory(rows: int, naive: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     image, text = (F.normalize(torch.randn(rows, WIDTH, device=DEVICE), dim=1).requires_grad_() for _ in range(2))
     scale, ids = torch.tensor(14.3, device=DEVICE, requires_grad=True), torch.arange(rows, device=DEVICE)
-    small = clip_loss(image[:64], text[:64], scale, ids[:64], ids[:64])  # libraries take their own room once
-    small.backward()
+    few = Embeddings(image[:64], text[:64], ids[:64], ids[:64])
+    clip_loss(few, scale).backward()  # libraries take their own room once
     before = peak_memory()
-    found = ClipLoss()(image, text, scale) if naive else clip_loss(image, text, scale, ids, ids, chunk=CHUNK)
+    every = Embeddings(image, text, ids, ids)
+    found = ClipLoss()(image, text, scale) if naive else clip_loss(every, scale, chunk=CHUNK)
     found.backward()
     return {"bytes": peak_memory() - before, "loss": float(found.detach()), "rows": rows}
 

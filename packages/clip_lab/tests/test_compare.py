@@ -1,24 +1,25 @@
 """The comparison of objectives."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 from labs_testing import commands as lab_commands
 
-from clip_lab.compare import planned_run
+from clip_lab.compare import plan
 from clip_lab.config import BatchOptions, ClipTrainingOptions, CompareConfig
 from labs_common.errors import LabError
 
 
 def test_an_entry_of_the_comparison_becomes_a_run() -> None:
     config = CompareConfig(training=ClipTrainingOptions(epochs=5), batch=BatchOptions(chunk=7))
-    run = planned_run(config, "coca:queries=9:caption_weight=1:learning_rate=0.5")
+    (run,) = plan(dataclasses.replace(config, objectives="coca:queries=9:caption_weight=1:learning_rate=0.5")).values()
     assert (run.objective, run.head.queries, run.head.caption_weight) == ("coca", 9, 1.0)
     assert (run.training.learning_rate, run.training.epochs, run.batch.chunk) == (0.5, 5, 7)
     for wrong in ("blip", "clip:depth=3", "clip:caption_weight=1"):
         with pytest.raises(LabError, match=f"--objectives {wrong}"):
-            planned_run(config, wrong)
+            plan(dataclasses.replace(config, objectives=wrong))
 
 
 def test_the_comparison_goes_on_where_it_was_stopped(scenes: Path, things: Path, tmp_path: Path) -> None:

@@ -18,8 +18,7 @@ from clip_lab.image import make_image_tower
 from clip_lab.losses import (
     OBJECTIVES,
     PADDED,
-    Columns,
-    all_columns,
+    Embeddings,
     caption_loss,
     clip_loss,
     embedded,
@@ -49,7 +48,7 @@ def test_clip_is_open_clips_in_value_and_gradient() -> None:
     scale = torch.tensor(14.3, dtype=torch.float64, requires_grad=True)
     ids = torch.arange(11)
     for chunk in (1, 4, 4096):
-        ours = clip_loss(image, text, scale, ids, ids, chunk=chunk)
+        ours = clip_loss(Embeddings(image, text, ids, ids), scale, chunk=chunk)
         theirs = open_clip.ClipLoss()(image, text, scale)
         torch.testing.assert_close(ours, theirs)
         for one, other in zip(gradients(ours, image, text, scale), gradients(theirs, image, text, scale), strict=True):
@@ -61,7 +60,7 @@ def test_siglip_is_open_clips_in_value_and_gradient() -> None:
     image, text = embeddings(9)
     scale, bias = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (10.0, -10.0))
     ids = torch.arange(9)
-    ours = siglip_loss(image, text, scale, bias, ids, ids, chunk=2)
+    ours = siglip_loss(Embeddings(image, text, ids, ids), scale, bias, chunk=2)
     theirs = open_clip.loss.SigLipLoss()(image, text, scale, bias)
     torch.testing.assert_close(ours, theirs)
     every = (image, text, scale, bias)
@@ -80,7 +79,10 @@ def test_coca_is_open_clips() -> None:
         image, text, logits.permute(0, 1, 2), labels, scale
     )
     ids = torch.arange(5)
-    ours = clip_loss(image, text, scale, ids, ids), 2.0 * caption_loss(logits, labels.masked_fill(labels == 0, PADDED))
+    ours = (
+        clip_loss(Embeddings(image, text, ids, ids), scale),
+        2.0 * caption_loss(logits, labels.masked_fill(labels == 0, PADDED)),
+    )
     torch.testing.assert_close(ours[0], theirs[0])
     torch.testing.assert_close(ours[1], theirs[1])
 
@@ -98,7 +100,7 @@ def test_several_positives_are_supervised_contrast() -> None:
         + supervised(captions, text_ids, ref_emb=image, ref_labels=ids)
     ) / 2
     scale = torch.tensor(1 / temperature, dtype=torch.float64)
-    torch.testing.assert_close(clip_loss(image, captions, scale, ids, text_ids, chunk=5), expected)
+    torch.testing.assert_close(clip_loss(Embeddings(image, captions, ids, text_ids), scale, chunk=5), expected)
 
 
 def test_captions_of_one_picture_do_not_push_each_other_away() -> None:
@@ -106,9 +108,9 @@ def test_captions_of_one_picture_do_not_push_each_other_away() -> None:
     image = F.normalize(torch.eye(3, 4, dtype=torch.float64), dim=1)
     text, scale = image.repeat_interleave(2, 0), torch.tensor(100.0, dtype=torch.float64)
     ids = torch.arange(3)
-    together = clip_loss(image, text, scale, ids, ids.repeat_interleave(2))
+    together = clip_loss(Embeddings(image, text, ids, ids.repeat_interleave(2)), scale)
     pairs = torch.arange(6)
-    apart = clip_loss(text, text, scale, pairs, pairs)
+    apart = clip_loss(Embeddings(text, text, pairs, pairs), scale)
     # Spread evenly over two captions: the entropy of that is what remains of one direction.
     assert float(together) == pytest.approx(torch.tensor(2.0).log().item() / 2, abs=1e-6)
     assert float(apart) > float(together)
@@ -121,7 +123,7 @@ def test_gradient_is_the_papers_closed_form() -> None:
     y = torch.randn(4, 8, generator=generator, dtype=torch.float64)
     tau, ids = 0.07, torch.arange(4)
     scale = torch.tensor(1 / tau, dtype=torch.float64)
-    loss = clip_loss(F.normalize(x, dim=1), F.normalize(y, dim=1), scale, ids, ids)
+    loss = clip_loss(Embeddings(F.normalize(x, dim=1), F.normalize(y, dim=1), ids, ids), scale)
     (found,) = gradients(loss, x)
     expected = torch.zeros_like(found)
     norms_x, norms_y = x.detach().norm(dim=1), y.norm(dim=1)
@@ -142,9 +144,11 @@ def test_rows_of_a_part_against_the_columns_of_all_are_the_whole() -> None:
     image, text = embeddings(8)
     ids = torch.arange(8)
     scale = torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
-    columns = Columns(image, text, ids, ids)
-    parts = [clip_loss(image[at], text[at], scale, ids[at], ids[at], columns) for at in (slice(4), slice(4, 8))]
-    whole = clip_loss(image, text, scale, ids, ids)
+    columns = Embeddings(image, text, ids, ids)
+    parts = [
+        clip_loss(Embeddings(image[at], text[at], ids[at], ids[at]), scale, columns) for at in (slice(4), slice(4, 8))
+    ]
+    whole = clip_loss(Embeddings(image, text, ids, ids), scale)
     torch.testing.assert_close(sum(parts) / 2, whole)
     mine, expected = gradients(sum(parts) / 2, image, text, scale), gradients(whole, image, text, scale)
     for one, other in zip(mine, expected, strict=True):
@@ -163,10 +167,10 @@ def one_of_two(rank: int, file: str) -> None:
     def loss_of(name: str, x: torch.Tensor, y: torch.Tensor, ids: torch.Tensor, alone: bool) -> torch.Tensor:
         image, text = F.normalize(towers[0](x), dim=1), F.normalize(towers[1](y), dim=1)
         of = ids.repeat_interleave(2)
-        columns = None if alone else all_columns(image, text, ids, of)
+        columns = None if alone else Embeddings(image, text, ids, of).of_all_processes()
         if name == "clip":
-            return clip_loss(image, text, scale, ids, of, columns, 3) + 0 * bias
-        return siglip_loss(image, text, scale, bias, ids, of, columns, 3)
+            return clip_loss(Embeddings(image, text, ids, of), scale, columns, 3) + 0 * bias
+        return siglip_loss(Embeddings(image, text, ids, of), scale, bias, columns, 3)
 
     torch.distributed.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
     for name in ("clip", "siglip"):

@@ -43,8 +43,8 @@ from labs_common.data.classes import LabelledPictures
 from labs_common.errors import LabError
 from labs_common.logistic import fitted_layers
 from labs_common.options import ClassDataOptions
-from labs_common.report import Figure, Gallery, Section, Table, Text, bar_figure, save_figure
-from labs_common.report.pictures import shown
+from labs_common.report import Figure, Section, Table, Text, bar_figure, save_figure
+from labs_common.report.pictures import class_data_section
 from labs_common.run import Run
 
 TEMPLATE = "a {} in the picture"  # in the words of the drawn scenes' captions
@@ -67,9 +67,7 @@ COSTS = {
 
 def compare(config: CompareConfig) -> None:
     """Plans the runs, does those that are missing, measures all of them alike, and writes the report."""
-    planned = plan_runs(
-        config.comparison, "--objectives", config.objectives, "objective", partial(planned_run, config), [*OBJECTIVES]
-    )
+    planned = plan(config)
     if config.ranked < 2:
         raise LabError("--ranked: must be at least 2")
     folder = comparison_folder("compare-clip", config, [config.data.data, config.classes])
@@ -88,23 +86,23 @@ class ComparedOptions:
     """Highest learning rate."""
 
 
-def planned_run(config: CompareConfig, objective: str, flags: list[str]) -> TrainConfig:
-    """Makes the config of one entry of --objectives, as of `coca:queries=64`.
+def plan(config: CompareConfig) -> dict[str, TrainConfig]:
+    """Makes the config of each run out of the entries of --objectives: an objective, and options of it after colons.
 
     Raises:
-        LabError: there is no such option, or its value is wrong.
+        LabError: there is no such objective or option, or its value is wrong; or the comparison cannot start.
     """
-    own = parse(ComparedOptions, "--objectives", flags)
-    rate = own.learning_rate or config.training.learning_rate
-    run = complete(
-        TrainConfig(
-            objective=objective, image=config.image, text=config.text, head=own.head, data=config.data,
-            batch=config.batch, cache=config.cache,
-            training=dataclasses.replace(config.training, learning_rate=rate),
-        )
-    )  # fmt: skip
-    check_objective(run)
-    return run
+    shared: dict[str, Any] = {name: getattr(config, name) for name in ("image", "text", "data", "batch", "cache")}
+    usual = ComparedOptions(learning_rate=config.training.learning_rate)
+
+    def run_of(objective: str, flags: list[str]) -> TrainConfig:
+        own = parse(ComparedOptions, "--objectives", flags, usual)
+        training = dataclasses.replace(config.training, learning_rate=own.learning_rate)
+        run = complete(TrainConfig(objective=objective, head=own.head, training=training, **shared))
+        check_objective(run)
+        return run
+
+    return plan_runs(config.comparison, "--objectives", config.objectives, "objective", run_of, [*OBJECTIVES])
 
 
 def findings(
@@ -124,14 +122,16 @@ def findings(
         row | {"seeds": len(entry.results)}
         for row, entry in zip(rows_of("objective", entries.values(), measures), entries.values(), strict=True)
     ]
+    same = Text("All had the same pictures and captions in the same order.")
+    pictures = class_data_section(splits)
+    pictures.title = "Pictures to be named"
     sections = [
         _differences_section(entries, rows),
         _numbers_section(run, config, rows),
         _curves_section(run, entries),
-        Section("Cost", [table_of(rows, ("objective", *COSTS)), *notes_on(config.comparison, failed),
-                         Text("All had the same pictures and captions in the same order.")]),
-        _pictures_section(splits["test"]),
-    ]  # fmt: skip
+        Section("Cost", [table_of(rows, ("objective", *COSTS)), same, *notes_on(config.comparison, failed)]),
+        pictures,
+    ]
     return Findings("CLIP, CoCa and SimVLM", _summary(rows), rows, sections, ABILITIES)
 
 
@@ -185,13 +185,13 @@ def _measure_classes(encoder: Encoder, splits: Mapping[str, LabelledPictures]) -
 def _differences_section(entries: Mapping[str, Entry], rows: list[dict[str, Any]]) -> Section:
     """Shows what each one is, and what was measured of that here; a column per model."""
     kinds = [OBJECTIVES[entry.first["config"]["objective"]] for entry in entries.values()]
+    one_by_one = "no: each caption is read with each picture"
     table: list[tuple[Any, ...]] = [
         ("made of", *(kind.model.made_of for kind in kinds)),
         ("learns", *(kind.learns for kind in kinds)),
         ("writes captions", *("yes" if kind.model.writes else "no" for kind in kinds)),
-        ("searches by one matrix product",
-         *("yes" if kind.model.embeds else "no: each caption is read with each picture" for kind in kinds)),
-    ]  # fmt: skip
+        ("searches by one matrix product", *("yes" if kind.model.embeds else one_by_one for kind in kinds)),
+    ]
     measured = (CONTRASTIVE[0], GENERATIVE[0], "perplexity", "linear probe")
     table += [(key, *(cell(row, key) for row in rows)) for key in measured]
     return Section("Differences", [Table(("", *entries), table)])
@@ -226,14 +226,6 @@ def _curves_section(run: Run, entries: Mapping[str, Entry]) -> Section:
         "Losses of different objectives are of different things: how each falls says something, not which is lowest."
     )
     return Section("Curves", [*blocks, note])
-
-
-def _pictures_section(test: LabelledPictures) -> Section:
-    """Shows a picture of each class."""
-    places = [int(np.flatnonzero(test.labels == label)[0]) for label in range(min(12, len(test.classes)))
-              if (test.labels == label).any()]  # fmt: skip
-    tiles = [(shown(test.image(place), 96), test.classes[int(test.labels[place])]) for place in places]
-    return Section("Pictures to be named", [Gallery(tiles, f"From {test.source}.")])
 
 
 def _summary(rows: list[dict[str, Any]]) -> str:

@@ -3,10 +3,11 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from labs_common.cli import flat_options
 from labs_common.errors import LabError
 from labs_common.options import (
     CacheOptions,
@@ -21,8 +22,11 @@ from labs_common.options import (
     one_of,
 )
 
+Options = TypeVar("Options")
 Augment = Literal["none", "crop", "crop+colour"]
 TINY, OWN = "tiny-cnn", "own"  # the names of the towers that are not a library's
+NOT_NEGATIVE = ("image_size", "image_stages", "text_width", "text_layers", "text_heads", "vocabulary", "max_length",
+                "embedding", "queries", "decoder_layers", "chunk", "limit", "batch_size")  # fmt: skip
 TRAIN, FINISHED = "clip_lab.train", "clip.json"  # the command that writes a model, and the file that tells one
 MOST_SCALE = 100.0  # Radford et al. 2021, section 2.5: above it, training becomes unstable
 
@@ -155,7 +159,27 @@ class TrainConfig:
 
 
 @dataclass
-class RetrieveConfig:
+class SearchOptions:
+    """The model and the pictures of a search."""
+
+    checkpoint: str = ""
+    """A finished run, or released weights as in probe (openai/clip-vit-base-patch32, RN50:openai); by default the
+    newest run under runs/."""
+    data: Path | None = None
+    """Folder of pictures, with its folders; captions in it are those that pictures look for. Without it, the test
+    pictures of the run."""
+    captions: Path | None = None
+    """Text file with a caption per line, instead of those of the data."""
+    index: Path | None = None
+    """Directory of the pictures' embeddings, so that only new and changed pictures are computed; by default in the
+    user's cache."""
+    top: int = 12
+    """Results to show."""
+    command: CommandOptions = field(default_factory=CommandOptions)
+
+
+@dataclass
+class RetrieveConfig(SearchOptions):
     """Finds pictures for sentences, and captions for pictures.
 
     `python -m clip_lab.retrieve "a dog on the beach" "two children" --data photos`, or
@@ -167,41 +191,50 @@ class RetrieveConfig:
     """Sentences whose pictures are searched."""
     picture: tuple[str, ...] = ()
     """Picture files, for which captions are searched (and similar pictures)."""
-    checkpoint: str = ""
-    """A finished run, or released weights as in probe (openai/clip-vit-base-patch32, RN50:openai); by default the
-    newest run under runs/."""
-    data: Path | None = None
-    """Folder of pictures, with its folders; captions in it are those that pictures look for."""
-    captions: Path | None = None
-    """Text file with a caption per line, instead of those of the data."""
-    index: Path | None = None
-    """Directory of the pictures' embeddings, so that only new and changed pictures are computed; by default in the
-    user's cache."""
     search: Literal["exact", "faiss"] = "exact"
     """exact: one matrix product. faiss (extra clip-lab[faiss]): an inverted file, for millions of pictures."""
-    top: int = 12
-    """Results to show."""
     output: Path | None = None
     """Directory of the grid (PNG) and the page (HTML); by default a new one under runs/."""
     batch_size: int = 64
     """Pictures at once."""
     on_bad_data: OnBadData = "skip"
     """What to do with pictures that cannot be read: leave them out and count them, or stop and name them."""
+
+
+@dataclass
+class DemoConfig(SearchOptions):
+    """Serves a page that searches: `python -m clip_lab.demo --data photos` (extra `demo`)."""
+
+    page: PageOptions = field(default_factory=PageOptions)
+
+
+@dataclass
+class FrozenOptions:
+    """A frozen model and pictures with classes, for a probe and for zero-shot."""
+
+    checkpoint: str = ""
+    """openai/clip-vit-base-patch32 or a directory (transformers), RN50:openai (open_clip), timm:resnet50_clip.openai
+    (timm:NAME,random for weights that were never trained), or a finished run; by default the newest under runs/."""
+    data: ClassDataOptions = field(default_factory=ClassDataOptions)
+    batch_size: int = 256
+    """Pictures at once, in the tower and in a probe's --solver sgd."""
+    cache: bool = True
+    """Keep the features on disk."""
+    output: Path | None = None
+    """Directory of the results and the report; by default a new one under runs/."""
+    seed: int = 0
+    """Seed of the splits, and of a probe's draws and --solver sgd."""
     command: CommandOptions = field(default_factory=CommandOptions)
 
 
 @dataclass
-class ProbeConfig:
+class ProbeConfig(FrozenOptions):
     """One fully connected layer on a frozen image tower: how much do its features tell?
 
     `python -m clip_lab.probe` probes the newest run of clip_lab.train. Released weights:
     `python -m clip_lab.probe --checkpoint openai/clip-vit-base-patch32 --data cifar-10-batches-py`.
     """
 
-    checkpoint: str = ""
-    """openai/clip-vit-base-patch32 or a directory (transformers), RN50:openai (open_clip), timm:resnet50_clip.openai
-    (timm:NAME,random for weights that were never trained), or a finished run; by default the newest under runs/."""
-    data: ClassDataOptions = field(default_factory=ClassDataOptions)
     features: Literal["tower", "embedding"] = "tower"
     """Input of the layer: the tower's feature before the projection, as in the paper, or the embedding."""
     solver: Literal["lbfgs", "sgd"] = "lbfgs"
@@ -215,31 +248,18 @@ class ProbeConfig:
     """How often pictures are drawn for each of the few-shot counts."""
     epochs: int = 100
     """Passes over the training pictures, with --solver sgd."""
-    batch_size: int = 256
-    """Pictures at once, in the tower and in --solver sgd."""
     learning_rate: float = 0.1
     """Highest learning rate, with --solver sgd."""
-    cache: bool = True
-    """Keep the features on disk."""
-    output: Path | None = None
-    """Directory of the layer, the results and the report; by default a new one under runs/."""
-    seed: int = 0
-    """Seed of splits, draws and --solver sgd."""
-    command: CommandOptions = field(default_factory=CommandOptions)
 
 
 @dataclass
-class ZeroShotConfig:
+class ZeroShotConfig(FrozenOptions):
     """Names pictures without having seen one of their classes: by the sentence that fits best.
 
     `python -m clip_lab.zero_shot` takes the newest run of clip_lab.train. Released weights:
     `python -m clip_lab.zero_shot --checkpoint RN50:openai --data folder-of-classes --templates openai`.
     """
 
-    checkpoint: str = ""
-    """As in probe: openai/clip-vit-base-patch32, RN50:openai, a directory, or a finished run; by default the newest
-    under runs/."""
-    data: ClassDataOptions = field(default_factory=ClassDataOptions)
     templates: str = "short"
     """Sentences into which a class's name is put: plain (a single one), short (seven), openai (the eighty that CLIP
     used for ImageNet), or a text file with one per line and {} for the name."""
@@ -247,33 +267,6 @@ class ZeroShotConfig:
     """Text file with a name per class and line, in the data's order, instead of the data's own names."""
     probe: bool = True
     """Compare with a linear probe on the same features."""
-    batch_size: int = 256
-    """Pictures at once."""
-    cache: bool = True
-    """Keep the features on disk."""
-    output: Path | None = None
-    """Directory of the results and the report; by default a new one under runs/."""
-    seed: int = 0
-    """Seed of the splits."""
-    command: CommandOptions = field(default_factory=CommandOptions)
-
-
-@dataclass
-class DemoConfig:
-    """Serves a page that searches: `python -m clip_lab.demo --data photos` (extra `demo`)."""
-
-    checkpoint: str = ""
-    """A finished run, or released weights; by default the newest under runs/."""
-    data: Path | None = None
-    """Folder of pictures; without it, the test pictures of the run."""
-    captions: Path | None = None
-    """Text file with a caption per line, instead of those of the data."""
-    index: Path | None = None
-    """Directory of the pictures' embeddings; by default in the user's cache."""
-    top: int = 12
-    """Results to show."""
-    page: PageOptions = field(default_factory=PageOptions)
-    command: CommandOptions = field(default_factory=CommandOptions)
 
 
 @dataclass
@@ -320,51 +313,50 @@ def complete(config: TrainConfig) -> TrainConfig:
         LabError: options contradict each other, or are out of range.
     """
     _check(config)
-    image, text, head, training = config.image, config.text, config.head, config.training
-    tiny, drawn = image.image == TINY, config.data.data is None
+    text, training = config.text, config.training
+    tiny, drawn = config.image.image == TINY, config.data.data is None
     layers = text.text_layers or (2 if tiny else 12)
     rate = training.learning_rate or (4e-3 if tiny else 5e-4)
     return dataclasses.replace(
         config,
-        text=dataclasses.replace(
+        text=_filled(
             text,
-            text_width=text.text_width or (128 if tiny else 512),
+            text_width=128 if tiny else 512,
             text_layers=layers,
-            text_heads=text.text_heads or (4 if tiny else 8),
-            tokenizer=text.tokenizer or ("sentencepiece" if text.text == OWN else text.text),
-            vocabulary=text.vocabulary or 4000,
+            text_heads=4 if tiny else 8,
+            tokenizer="sentencepiece" if text.text == OWN else text.text,
+            vocabulary=4000,
         ),
-        head=dataclasses.replace(
-            head,
-            embedding=head.embedding or (128 if tiny else 512),
-            queries=head.queries or (16 if tiny else 256),
-            decoder_layers=head.decoder_layers or layers,
-        ),
-        batch=dataclasses.replace(config.batch, augment=config.batch.augment or ("none" if drawn else "crop")),
-        training=dataclasses.replace(
+        head=_filled(config.head, embedding=128 if tiny else 512, queries=16 if tiny else 256, decoder_layers=layers),
+        batch=_filled(config.batch, augment="none" if drawn else "crop"),
+        training=_filled(
             training,
-            epochs=training.epochs or (8 if drawn else 30),
-            batch_size=training.batch_size or (128 if tiny else 256),
+            epochs=8 if drawn else 30,
+            batch_size=128 if tiny else 256,
             learning_rate=rate,
-            tower_learning_rate=training.tower_learning_rate or rate / 10,
+            tower_learning_rate=rate / 10,
         ),
     )
+
+
+def _filled(options: Options, **defaults: Any) -> Options:
+    """Puts the defaults in the place of options that are 0, empty or None."""
+    given = {name: getattr(options, name) or value for name, value in defaults.items()}
+    return dataclasses.replace(options, **given)  # type: ignore[type-var]
 
 
 def _check(config: TrainConfig) -> None:
     """Refuses what no training can do; `losses.check_objective` refuses what an objective cannot."""
     image, text, head, batch = config.image, config.text, config.head, config.batch
     weights = image.image_weights
-    numbers = (image.image_size, image.image_stages, text.text_width, text.text_layers, text.text_heads,
-               text.vocabulary, text.max_length, head.embedding, head.queries, head.decoder_layers, batch.chunk,
-               config.data.limit, config.training.batch_size)  # fmt: skip
-    heads = text.text_heads or 4
+    flat, heads = flat_options(config), text.text_heads or 4
+    negative = min(flat[name] for name in NOT_NEGATIVE) < 0
     refusals = (
         (weights is not None and weights.suffix != ".safetensors",
          f"--image-weights {weights}: must be a .safetensors file; convert it with safetensors.torch"),
         (weights is not None and not weights.is_file(), f"--image-weights {weights}: no such file"),
         (weights is not None and image.image_pretrained, "--image-pretrained and --image-weights: give one of them"),
-        (min(numbers) < 0, "sizes, counts, layers, --chunk, --limit and --batch-size must not be negative"),
+        (negative, "sizes, counts, layers, --chunk, --limit and --batch-size must not be negative"),
         (0 < text.max_length < 4, "--max-length: must be at least 4"),
         (text.text_width % heads, f"--text-width {text.text_width}: must be a multiple of --text-heads {heads}"),
         (min(batch.captions_per_picture, batch.loss_chunk, image.views) < 1,

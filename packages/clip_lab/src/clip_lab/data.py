@@ -250,12 +250,12 @@ def read_pairs(
     tensors = PictureTensors(pictures, transform_of(model.image))
     rows = picture_rows(name, tensors, config.cache, accelerator)
     if config.image.freeze_image:
-        rows = frozen_rows(name, rows, tensors, config, model, accelerator)
+        rows = _frozen_rows(name, rows, tensors, config, model, accelerator)
     numbers = [[words.numbers(caption) for caption in captions] for captions in pictures.captions]
     text_rows = None
     if config.text.freeze_text:
         captions = [row for of_picture in numbers for row in of_picture]
-        text_rows = frozen_text_rows(name, captions, words, model, config.cache, accelerator)
+        text_rows = _frozen_text_rows(name, captions, words, config, model, accelerator)
     return Pairs(rows, model.image.size, config.image.freeze_image, numbers, picture_ids(pictures), text_rows)
 
 
@@ -271,21 +271,21 @@ def picture_rows(name: str, tensors: PictureTensors, options: CacheOptions, acce
     Raises:
         LabError: the cache's disk is full or broken.
     """
+
+    def compute(_: int, places: Sequence[int]) -> torch.Tensor:
+        return tensors.levels(places).flatten(1)
+
     recipe = tensors.recipe() | {"mean": None, "std": None}  # levels do not depend on them
-    return front_rows(f"pictures-{name}", None, lambda _, places: tensors.levels(places).flatten(1),
-                      len(tensors.pictures), 3 * tensors.transform.size**2, recipe, options, accelerator,
-                      precision="uint8")  # fmt: skip
+    count, width = len(tensors.pictures), 3 * tensors.transform.size**2
+    return front_rows(f"pictures-{name}", None, compute, count, width, recipe, options, accelerator, precision="uint8")
 
 
-def frozen_rows(
+def _frozen_rows(
     name: str, pictures: Rows, tensors: PictureTensors, config: TrainConfig, model: Model, accelerator: Accelerator
 ) -> Rows:
     """Returns the frozen image tower's output for a split's pictures.
 
     Of the training pictures there are `--views` versions; view 0 is plain, every other one augmented by chance.
-
-    Raises:
-        LabError: the cache's disk is full or broken.
     """
     tower, augment, seed = model.image.to(accelerator.device).eval(), config.batch.augment, config.run.seed
     views = config.image.views if name == "train" else 1
@@ -302,27 +302,23 @@ def frozen_rows(
     recipe = tensors.recipe() | {"reads": model.reads, "stages": tower.stages}
     if views > 1:
         recipe |= {"augment": augment, "seed": seed}
-    return front_rows(f"{tower.architecture}-{name}", tower, compute, len(tensors.pictures), width, recipe,
-                      config.cache, accelerator, views)  # fmt: skip
+    title, count = f"{tower.architecture}-{name}", len(tensors.pictures)
+    return front_rows(title, tower, compute, count, width, recipe, config.cache, accelerator, views)
 
 
-def frozen_text_rows(
-    name: str, words: Sequence[Sequence[int]], collate: Words, model: Model, options: CacheOptions,
-    accelerator: Accelerator,
-) -> Rows:  # fmt: skip
-    """Returns the frozen text tower's features of captions, each computed once.
-
-    Raises:
-        LabError: the cache's disk is full or broken.
-    """
+def _frozen_text_rows(
+    name: str, rows: Sequence[Sequence[int]], words: Words, config: TrainConfig, model: Model, accelerator: Accelerator
+) -> Rows:
+    """Returns the frozen text tower's features of captions as numbers, each computed once."""
     assert isinstance(model, ClipModel)  # the other models need a causal tower, and that is never frozen
     tower: Any = model.text.to(accelerator.device).eval()
 
     def compute(_: int, places: Sequence[int]) -> torch.Tensor:
-        rows = collate.together([words[place] for place in places])
-        found: torch.Tensor = tower(rows.to(accelerator.device)).feature.float()
+        read = words.together([rows[place] for place in places])
+        found: torch.Tensor = tower(read.to(accelerator.device)).feature.float()
         return found
 
-    captions = hashlib.blake2b(repr([list(row) for row in words]).encode(), digest_size=16).hexdigest()
-    recipe = {"captions": captions, "end": collate.end, "pad": collate.pad}
-    return front_rows(f"captions-{name}", tower.network, compute, len(words), tower.width, recipe, options, accelerator)
+    captions = hashlib.blake2b(repr([list(row) for row in rows]).encode(), digest_size=16).hexdigest()
+    recipe = {"captions": captions, "end": words.end, "pad": words.pad}
+    title, count = f"captions-{name}", len(rows)
+    return front_rows(title, tower.network, compute, count, tower.width, recipe, config.cache, accelerator)

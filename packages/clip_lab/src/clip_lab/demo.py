@@ -11,7 +11,7 @@ import torch
 
 from clip_lab.config import DemoConfig
 from clip_lab.encoder import load_encoder
-from clip_lab.retrieve import known_captions, open_index
+from clip_lab.retrieve import known_captions, nearest, nearest_captions, open_index
 from labs_common.data.images import decoded
 from labs_common.errors import LabError
 from labs_common.pages import check_page, serve
@@ -41,9 +41,8 @@ def search_page(config: DemoConfig) -> Any:
     read = encoder.read(captions) if captions else torch.empty(0)
 
     def tiles(queries: torch.Tensor) -> list[tuple[Any, str]]:
-        scores, places = index.nearest(queries, config.top)
-        return [(decoded(index.files[place]), f"{score:.3f} {index.files[place].name}")
-                for score, place in zip(scores[0].tolist(), places[0].tolist(), strict=True)]  # fmt: skip
+        (results,) = nearest(queries, index, config.top)
+        return [(decoded(one.file), f"{one.score:.3f} {one.file.name}") for one in results if one.file]
 
     def by_sentence(sentence: str) -> list[tuple[Any, str]]:
         return tiles(encoder.read([sentence])) if sentence.strip() else []
@@ -52,11 +51,7 @@ def search_page(config: DemoConfig) -> Any:
         if image is None:
             return [], []
         vector = encoder.embedded(encoder.view(image.convert("RGB"))[None])
-        if not captions:
-            return [], tiles(vector)
-        scores, places = (vector @ read.T).topk(min(config.top, len(captions)), 1)
-        rows = [[f"{score:.3f}", captions[place]] for score, place in
-                zip(scores[0].tolist(), places[0].tolist(), strict=True)]  # fmt: skip
+        rows = [[f"{one.score:.3f}", one.said] for one in nearest_captions(vector, captions, read, config.top)[0]]
         return rows, tiles(vector)
 
     with gradio.Blocks(title="clip_lab") as page:

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
@@ -23,8 +22,9 @@ from clip_lab.config import FINISHED, TRAIN, ImageOptions
 from clip_lab.image import make_image_tower
 from clip_lab.model import CocaModel, SimVlmModel, rows_of
 from clip_lab.saved import Loaded, is_ours, load_model
+from labs_common.data.captions import Transform
 from labs_common.data.images import RESAMPLING
-from labs_common.errors import LabError
+from labs_common.errors import LabError, reason_of
 from labs_common.frozen.audit import state_hash
 from labs_common.run import newest_run
 
@@ -32,33 +32,24 @@ TEXTS = 256  # sentences through a text tower at once
 
 
 @dataclass(frozen=True)
-class View:
+class View(Transform):
     """A picture as a tower sees it: squeezed into its square, or the middle square of it.
 
     Attributes:
         squeezed: whether nothing is cut off.
     """
 
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
     squeezed: bool
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Returns the picture as the tower's input (3, size, size)."""
-        how = RESAMPLING.get(self.interpolation, Image.Resampling.BICUBIC)
         if not self.squeezed:
             # As torchvision counts: down, and half a pixel to the even side.
             whole = [int(self.size * side / min(image.size)) for side in image.size]
-            image = image.resize((whole[0], whole[1]), how)
+            image = image.resize((whole[0], whole[1]), RESAMPLING.get(self.interpolation, RESAMPLING["bicubic"]))
             left, top = (round((side - self.size) / 2) for side in whole)
             image = image.crop((left, top, left + self.size, top + self.size))
-        elif image.size != (self.size, self.size):
-            image = image.resize((self.size, self.size), how)
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
-        levels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        return (levels.float() / 255 - mean) / std
+        return self.normalised([self.levels(image)])[0]
 
 
 @dataclass(frozen=True)
@@ -97,8 +88,10 @@ class Encoder:
             LabError: it has none.
         """
         if self.image is None:
-            raise LabError(f"--checkpoint {self.name}: has no embeddings of pictures that captions could be compared "
-                           "with; take a model that was trained with --objective clip, siglip or coca")  # fmt: skip
+            raise LabError(
+                f"--checkpoint {self.name}: has no embeddings of pictures that captions could be compared with; take a "
+                "model that was trained with --objective clip, siglip or coca"
+            )
         return self.image(pictures.to(self.device)).float().cpu()
 
     @torch.no_grad()
@@ -152,8 +145,7 @@ def frozen(encoder: Encoder, device: torch.device) -> Encoder:
 
 def of_ours(loaded: Loaded, name: str) -> Encoder:
     """Wraps a model of this lab."""
-    model, shape = loaded.model, loaded.transform
-    view = View(shape.size, shape.mean, shape.std, shape.interpolation, squeezed=True)
+    model, view = loaded.model, View(**asdict(loaded.transform), squeezed=True)
     if isinstance(model, SimVlmModel):
         return Encoder(name, model, view, lambda x: model.image(x).feature, None, None, 1.0, loaded)
 
@@ -179,12 +171,11 @@ def _transformers(spec: str) -> Encoder:
         tokenizer = AutoTokenizer.from_pretrained(spec)
         view = _processor_view(AutoImageProcessor.from_pretrained(spec))
     except (OSError, ValueError, KeyError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise LabError(f"--checkpoint {spec}: cannot be had ({reason}); name a run, MODEL:PRETRAINED of open_clip, "
-                       "timm:NAME, or a CLIP of transformers") from error  # fmt: skip
+        others = "a run, MODEL:PRETRAINED of open_clip, timm:NAME, or a CLIP of transformers"
+        raise LabError(f"--checkpoint {spec}: cannot be had ({reason_of(error)}); name {others}") from error
     if not hasattr(model, "get_image_features"):
-        raise LabError(f"--checkpoint {spec}: {type(model).__name__} is no CLIP; for an image tower alone write "
-                       "timm:NAME")  # fmt: skip
+        kind = type(model).__name__
+        raise LabError(f"--checkpoint {spec}: {kind} is no CLIP; for an image tower alone write timm:NAME")
 
     def pooled(output: Any) -> torch.Tensor:
         return output if isinstance(output, torch.Tensor) else output.pooler_output
@@ -194,11 +185,13 @@ def _transformers(spec: str) -> Encoder:
         read = tokenizer(list(sentences), truncation=True, return_tensors="pt", **siglip).to(model.device)
         return F.normalize(pooled(model.get_text_features(**read)), dim=-1)
 
-    return Encoder(
-        spec, model, view, lambda x: pooled(model.vision_model(pixel_values=x)),
-        lambda x: F.normalize(pooled(model.get_image_features(pixel_values=x)), dim=-1), text,
-        float(model.logit_scale.detach().exp()),
-    )  # fmt: skip
+    def features(pictures: torch.Tensor) -> torch.Tensor:
+        return pooled(model.vision_model(pixel_values=pictures))
+
+    def image(pictures: torch.Tensor) -> torch.Tensor:
+        return F.normalize(pooled(model.get_image_features(pixel_values=pictures)), dim=-1)
+
+    return Encoder(spec, model, view, features, image, text, float(model.logit_scale.detach().exp()))
 
 
 def _processor_view(known: Any) -> View:
@@ -213,28 +206,27 @@ def _processor_view(known: Any) -> View:
 def _open_clip(spec: str, name: str, pretrained: str | None) -> Encoder:
     architecture = name.removeprefix("local-dir:")
     if not name.startswith(("local-dir:", "hf-hub:")) and architecture not in open_clip.list_models():
-        raise LabError(f"--checkpoint {spec}: open_clip has no model {architecture}; as in RN50:openai or "
-                       "ViT-B-32:laion2b_s34b_b79k")  # fmt: skip
+        known = "RN50:openai or ViT-B-32:laion2b_s34b_b79k"
+        raise LabError(f"--checkpoint {spec}: open_clip has no model {architecture}; as in {known}")
     try:
         model: Any = open_clip.create_model(name, pretrained=pretrained or None, weights_only=True)
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # downloads fail in many ways; the architecture has been checked
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise LabError(f"--checkpoint {spec}: its weights cannot be had ({reason})") from error
-    known = open_clip.get_model_preprocess_cfg(model)
-    size = known["size"]
-    side = int(size if isinstance(size, int) else size[0])
-    view = View(side, tuple(known["mean"]), tuple(known["std"]), known.get("interpolation", "bicubic"),
-                known.get("resize_mode", "shortest") == "squash")  # fmt: skip
+        raise LabError(f"--checkpoint {spec}: its weights cannot be had ({reason_of(error)})") from error
+    shape = open_clip.get_model_preprocess_cfg(model)
+    side = int(shape["size"] if isinstance(shape["size"], int) else shape["size"][0])
+    how, squeezed = shape.get("interpolation", "bicubic"), shape.get("resize_mode", "shortest") == "squash"
+    view = View(side, tuple(shape["mean"]), tuple(shape["std"]), how, squeezed)
 
     def text(sentences: Sequence[str]) -> torch.Tensor:
         device = next(model.parameters()).device
         return model.encode_text(tokenizer(list(sentences)).to(device), normalize=True)
 
-    return Encoder(
-        spec, model, view, _before_projection(model), lambda x: model.encode_image(x, normalize=True), text,
-        float(model.logit_scale.detach().exp()),
-    )  # fmt: skip
+    def image(pictures: torch.Tensor) -> torch.Tensor:
+        return model.encode_image(pictures, normalize=True)
+
+    scale = float(model.logit_scale.detach().exp())
+    return Encoder(spec, model, view, _before_projection(model), image, text, scale)
 
 
 def _before_projection(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -13,6 +13,7 @@ from clip_lab.data import COLOURS, SHAPES, Pairs, Part
 from clip_lab.encoder import Encoder, frozen, of_ours
 from clip_lab.losses import (
     PADDED,
+    Embeddings,
     caption_loss,
     caption_share,
     clip_loss,
@@ -314,10 +315,8 @@ def _retrieval_scores(fitting: Fitting, config: TrainConfig, data: Pairs, words:
     assert scale is not None
     image, text, of = torch.cat(images), torch.cat(texts), torch.cat(ids)
     numbers = torch.from_numpy(data.ids).to(image.device)
-    if bias is not None:
-        loss = siglip_loss(image, text, scale, bias, numbers, numbers[of])
-    else:
-        loss = clip_loss(image, text, scale, numbers, numbers[of])
+    every = Embeddings(image, text, numbers, numbers[of])
+    loss = clip_loss(every, scale) if bias is None else siglip_loss(every, scale, bias)
     metrics = retrieval_metrics(text @ image.T, of.cpu().numpy())
     metrics["recall"] = metrics.pop("mean recall")
     result = {"loss": float(loss), "temperature": 1 / float(scale), **metrics}

@@ -8,8 +8,8 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from clip_lab.config import TINY, ImageOptions
-from labs_common.errors import LabError
-from labs_common.networks import load_exactly, read_weights, timm_arguments
+from labs_common.errors import LabError, reason_of
+from labs_common.saved import load_exactly, read_weights, timm_arguments
 
 # Small enough for a CPU: a training of seven thousand pictures takes two minutes. A stride of 8 instead of timm's 32
 # leaves a grid of 4 × 4 places of 32 pixels: enough to tell left from right.
@@ -63,8 +63,8 @@ class ImageTower(nn.Module):
             try:
                 seen = self(torch.zeros(2, 3, self.size, self.size, device=next(self.parameters()).device))
             except (AssertionError, RuntimeError) as error:
-                reason = str(error).splitlines()[0]
-                raise LabError(f"--image-size {self.size}: {architecture} takes no such pictures ({reason})") from error
+                said = f"{architecture} takes no such pictures ({reason_of(error)})"
+                raise LabError(f"--image-size {self.size}: {said}") from error
         self.network.train(before)
         self.count, self.width = seen.places.shape[1:]
         if seen.feature.dim() != 2 or seen.feature.shape[1] != self.width:
@@ -112,7 +112,7 @@ def make_image_tower(options: ImageOptions) -> ImageTower:
     try:
         tower = ImageTower(architecture, arguments, options.image_size, options.image_stages)
     except (RuntimeError, ValueError, TypeError) as error:
-        raise LabError(f"--image {options.image}: cannot be made ({str(error).splitlines()[0]})") from error
+        raise LabError(f"--image {options.image}: cannot be made ({reason_of(error)})") from error
     if options.image_weights is not None:
         own = read_weights(options.image_weights, "--image-weights")
         load_exactly(tower.network, own, f"--image-weights {options.image_weights}")
@@ -122,9 +122,8 @@ def make_image_tower(options: ImageOptions) -> ImageTower:
         try:
             weights = timm.create_model(architecture, pretrained=True, num_classes=0, **arguments).state_dict()
         except Exception as error:  # downloads fail in many ways; everything else about the name has been checked
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise LabError(f"--image {options.image}: its weights cannot be had ({reason}); check the network, or give "
-                           "--image-weights FILE") from error  # fmt: skip
+            said = f"its weights cannot be had ({reason_of(error)}); check the network, or give --image-weights FILE"
+            raise LabError(f"--image {options.image}: {said}") from error
         load_exactly(tower.network, weights, f"--image {options.image}")
     return tower
 

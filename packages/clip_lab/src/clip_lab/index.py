@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from clip_lab.encoder import Encoder
 from labs_common.cache import cache_directory, recipe_key
 from labs_common.data.images import SUFFIXES, BadPictureError, decoded, decoding_threads
-from labs_common.errors import LabError
+from labs_common.errors import LabError, reason_of
 from labs_common.options import OnBadData
 from labs_common.progress import console, tracked
 from labs_common.run import written_whole
@@ -93,9 +93,8 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 def build_index(
-    files: Sequence[Path], name: str, encoder: Encoder, kept: Path | None, batch_size: int,
-    on_bad_data: OnBadData = "skip",
-) -> Index:  # fmt: skip
+    files: Sequence[Path], name: str, encoder: Encoder, kept: Path | None, batch_size: int, on_bad_data: OnBadData
+) -> Index:
     """Builds the index of these pictures: reads what is kept of it and computes the rest.
 
     `name` says which pictures they are; `kept` is --index, by default a directory in the user's cache.
@@ -163,15 +162,14 @@ def _read(where: Path, recipe: dict[str, Any], option: str) -> tuple[dict[str, t
             raise LabError(f"{option}: is not empty and no index; name another directory")
         return {}, torch.empty(0)
     try:
-        said = json.loads((where / "pictures.json").read_text(encoding="utf-8"))
+        known = json.loads((where / "pictures.json").read_text(encoding="utf-8"))
         vectors = load_file(where / "vectors.safetensors")["vectors"]
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise LabError(
-            f"{option or where}: the index cannot be read ({str(error).splitlines()[0]}); delete it"
-        ) from error
-    if said["recipe"] != json.loads(json.dumps(recipe)):
+        said = f"the index cannot be read ({reason_of(error)}); delete it"
+        raise LabError(f"{option or where}: {said}") from error
+    if known["recipe"] != json.loads(json.dumps(recipe)):
         raise LabError(f"{option or where}: was made by another model; name another directory, or delete it")
-    return {file: (place, stamp) for place, (file, stamp) in enumerate(said["pictures"])}, vectors
+    return {file: (place, stamp) for place, (file, stamp) in enumerate(known["pictures"])}, vectors
 
 
 def _write(where: Path, recipe: dict[str, Any], there: Sequence[tuple[Path, list[int]]], vectors: torch.Tensor) -> None:

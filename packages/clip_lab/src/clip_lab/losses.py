@@ -2,7 +2,7 @@
 
 None of the losses keeps a matrix of all pictures by all captions in memory. Pictures and captions carry the number of
 their picture, and what has the same number belongs together: the captions of one picture are not negatives of each
-other. In several processes, `all_columns` brings what the others have.
+other.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,6 +20,8 @@ from labs_common.errors import LabError
 from labs_common.fitting import Fitting
 from labs_common.gathering import gathered, in_chunks
 
+# A part's share of the step's loss, and its shares of further metrics; they add up over the parts of a step.
+Share = tuple[torch.Tensor, dict[str, float]]
 PADDED = -100  # the target where nothing is to be predicted: cross_entropy's own default
 
 
@@ -29,27 +31,25 @@ class Objective:
 
     Attributes:
         model: the class of its model.
-        share: computes a part's share of the step's loss, and its shares of metrics.
+        share: computes the share of part `number` of a step.
         learns: the question that the model learns to answer, in a comparison's words.
         own: the names of `HeadOptions` that only this objective reads.
     """
 
     model: type[Any]
-    share: Callable[[Fitting, TrainConfig, Step, int], tuple[torch.Tensor, dict[str, float]]]
+    share: Callable[[Fitting, TrainConfig, Step, int], Share]
     learns: str
     own: tuple[str, ...] = ()
 
 
-def contrastive(
-    fitting: Fitting, config: TrainConfig, step: Step, number: int
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """Each caption finds its picture among all, each picture its captions: a part's share of the step's loss."""
+def contrastive(fitting: Fitting, config: TrainConfig, step: Step, number: int) -> Share:
+    """Computes the loss in which each caption finds its picture among all, and each picture its captions."""
     loss, found = contrast_share(fitting, config, step, number)
     return loss, {"logit_scale": float(found.scale.detach()) / len(step.parts)}
 
 
-def coca(fitting: Fitting, config: TrainConfig, step: Step, number: int) -> tuple[torch.Tensor, dict[str, float]]:
-    """Does the same, and every caption is written word by word (Yu et al. 2022, eq. 4)."""
+def coca(fitting: Fitting, config: TrainConfig, step: Step, number: int) -> Share:
+    """Adds to the same the loss of writing every caption word by word (Yu et al. 2022, eq. 4)."""
     head = config.head
     contrast, found = contrast_share(fitting, config, step, number)
     assert found.logits is not None
@@ -62,8 +62,8 @@ def coca(fitting: Fitting, config: TrainConfig, step: Step, number: int) -> tupl
     return head.contrastive_weight * contrast + head.caption_weight * captions, metrics
 
 
-def simvlm(fitting: Fitting, config: TrainConfig, step: Step, number: int) -> tuple[torch.Tensor, dict[str, float]]:
-    """Each caption goes on from its beginning (Wang et al. 2022, eq. 3): a part's share of the step's loss."""
+def simvlm(fitting: Fitting, config: TrainConfig, step: Step, number: int) -> Share:
+    """Computes the loss in which each caption goes on from its beginning (Wang et al. 2022, eq. 3)."""
     part, device = step.parts[number], fitting.accelerator.device
     logits = fitting.model(pictures_of(fitting, part), part.words.to(device), part.prefix.to(device))
     return caption_share(fitting, part, logits), {}
@@ -73,14 +73,12 @@ OBJECTIVES = {
     "clip": Objective(
         ClipModel, contrastive, "each caption finds its picture among the batch's, and the other way round"
     ),
-    "siglip": Objective(
-        SiglipModel, contrastive, "is this the caption of this picture? for every pair of the batch"
-    ),
+    "siglip": Objective(SiglipModel, contrastive, "is this the caption of this picture? for every pair of the batch"),
     "coca": Objective(
         CocaModel, coca, "as clip, and every caption is written word by word", ("contrastive_weight", "caption_weight")
     ),
     "simvlm": Objective(SimVlmModel, simvlm, "the rest of each caption is written from its beginning"),
-}  # fmt: skip
+}
 
 
 def check_objective(config: TrainConfig) -> None:
@@ -95,18 +93,20 @@ def check_objective(config: TrainConfig) -> None:
             if name != config.objective and getattr(config.head, option) != getattr(HeadOptions(), option):
                 raise LabError(f"--{option.replace('_', '-')}: is of --objective {name}")
     if model.writes and text != OWN:
-        raise LabError(f"--text {text}: sees a whole caption at once; --objective {config.objective} needs a causal "
-                       f"tower: --text {OWN}")  # fmt: skip
+        wanted = f"--objective {config.objective} needs a causal tower: --text {OWN}"
+        raise LabError(f"--text {text}: sees a whole caption at once; {wanted}")
     if not model.embeds and config.training.watch == "recall" and config.training.patience:
         raise LabError(f"--watch recall: --objective {config.objective} has no embeddings; take --watch loss")
 
 
-class Columns(NamedTuple):
-    """The pictures and captions of all processes, with which a process compares its own.
+class Embeddings(NamedTuple):
+    """Pictures and captions to be compared: those of a process, or of all.
 
     Attributes:
-        image: embeddings of pictures (pictures, width), of length 1, with `image_ids` (pictures,).
-        text: those of captions (captions, width), with `text_ids` (captions,).
+        image: embeddings of pictures (pictures, width), of length 1.
+        text: those of captions (captions, width).
+        image_ids: the number of each picture (pictures,).
+        text_ids: the number of each caption's picture (captions,).
     """
 
     image: torch.Tensor
@@ -114,34 +114,30 @@ class Columns(NamedTuple):
     image_ids: torch.Tensor
     text_ids: torch.Tensor
 
+    def of_all_processes(self) -> "Embeddings":
+        """Gathers those of all processes; gradients flow back to the process that an embedding is of.
 
-def clip_loss(
-    image: torch.Tensor,
-    text: torch.Tensor,
-    scale: torch.Tensor,
-    image_ids: torch.Tensor,
-    text_ids: torch.Tensor,
-    columns: Columns | None = None,
-    chunk: int = 4096,
-) -> torch.Tensor:
+        Every process must bring the same number of pictures, and of captions.
+        """
+        return Embeddings(*map(gathered, self))
+
+
+def clip_loss(own: Embeddings, scale: torch.Tensor, every: Embeddings | None = None, chunk: int = 4096) -> torch.Tensor:
     """Computes CLIP's symmetric cross-entropy (Radford et al. 2021, figure 3), with several positives per row.
 
     The target of a row is spread evenly over what has its id (Yang et al. 2022, UniCL, eq. 3): with one caption per
     picture this is CLIP's own loss.
 
     Args:
-        image: (pictures, width), of length 1.
-        text: (captions, width), of length 1.
+        own: the rows.
         scale: factor of the cosines, 1 / temperature (scalar).
-        image_ids: the number of each picture (pictures,).
-        text_ids: the number of each caption's picture (captions,).
-        columns: what rows are compared with; by default each other.
+        every: the columns, with which rows are compared; by default each other.
         chunk: rows at once; memory grows with it times the columns.
     """
-    columns = columns or Columns(image, text, image_ids, text_ids)
-    by_picture = in_chunks(_cross_entropy, (image, image_ids), (columns.text, columns.text_ids, scale), chunk)
-    by_caption = in_chunks(_cross_entropy, (text, text_ids), (columns.image, columns.image_ids, scale), chunk)
-    return (by_picture / len(image) + by_caption / len(text)) / 2
+    every = every or own
+    by_picture = in_chunks(_cross_entropy, (own.image, own.image_ids), (every.text, every.text_ids, scale), chunk)
+    by_caption = in_chunks(_cross_entropy, (own.text, own.text_ids), (every.image, every.image_ids, scale), chunk)
+    return (by_picture / len(own.image) + by_caption / len(own.text)) / 2
 
 
 def _cross_entropy(
@@ -155,35 +151,23 @@ def _cross_entropy(
 
 
 def siglip_loss(
-    image: torch.Tensor,
-    text: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor,
-    image_ids: torch.Tensor,
-    text_ids: torch.Tensor,
-    columns: Columns | None = None,
-    chunk: int = 4096,
+    own: Embeddings, scale: torch.Tensor, bias: torch.Tensor, every: Embeddings | None = None, chunk: int = 4096
 ) -> torch.Tensor:
     """Computes the sigmoid loss of every pair (Zhai et al. 2023, eq. 1): do the two belong together?
 
-    Shapes are those of `clip_loss`; `bias` is added to the scaled cosines (scalar).
+    Arguments are those of `clip_loss`; `bias` is added to the scaled cosines (scalar).
     """
-    columns = columns or Columns(image, text, image_ids, text_ids)
-
-    def pairs(rows: torch.Tensor, ids: torch.Tensor, others: torch.Tensor, of: torch.Tensor, scale: torch.Tensor,
-              bias: torch.Tensor) -> torch.Tensor:  # fmt: skip
-        sign = (ids[:, None] == of).to(rows.dtype) * 2 - 1
-        return -F.logsigmoid(sign * (scale * rows @ others.T + bias)).sum()
-
-    return in_chunks(pairs, (image, image_ids), (columns.text, columns.text_ids, scale, bias), chunk) / len(image)
+    every = every or own
+    shared = (every.text, every.text_ids, torch.stack([scale, bias]))
+    return in_chunks(_logistic, (own.image, own.image_ids), shared, chunk) / len(own.image)
 
 
-def all_columns(image: torch.Tensor, text: torch.Tensor, image_ids: torch.Tensor, text_ids: torch.Tensor) -> Columns:
-    """Gathers the rows of all processes; gradients flow back to the process that an embedding is of.
-
-    Every process must bring the same number of pictures, and of captions.
-    """
-    return Columns(*(gathered(own) for own in (image, text, image_ids, text_ids)))
+def _logistic(
+    rows: torch.Tensor, ids: torch.Tensor, others: torch.Tensor, of: torch.Tensor, line: torch.Tensor
+) -> torch.Tensor:
+    """Sums the logistic loss over all pairs of a row and a column; `line` is scale and bias (2,)."""
+    sign = (ids[:, None] == of).to(rows.dtype) * 2 - 1
+    return -F.logsigmoid(sign * (line[0] * rows @ others.T + line[1])).sum()
 
 
 def caption_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -244,10 +228,11 @@ def contrastive_loss(fitting: Fitting, config: TrainConfig, found: Embedded, ids
         image = image.repeat_interleave(each, 0)
         first = fitting.accelerator.process_index * len(text)
         ids = text_ids = torch.arange(first, first + len(text), device=ids.device)
-    columns = all_columns(image, text, ids, text_ids)
+    own = Embeddings(image, text, ids, text_ids)
+    every = own.of_all_processes()
     if found.bias is not None:
-        return siglip_loss(image, text, found.scale, found.bias, ids, text_ids, columns, batch.loss_chunk)
-    return clip_loss(image, text, found.scale, ids, text_ids, columns, batch.loss_chunk)
+        return siglip_loss(own, found.scale, found.bias, every, batch.loss_chunk)
+    return clip_loss(own, found.scale, every, batch.loss_chunk)
 
 
 def contrast_share(fitting: Fitting, config: TrainConfig, step: Step, number: int) -> tuple[torch.Tensor, Embedded]:
@@ -304,10 +289,8 @@ def _first_pass(fitting: Fitting, config: TrainConfig, step: Step) -> _Known:
     each = len(text) // len(image)
     assert image.grad is not None
     assert text.grad is not None
-    return _Known(
-        loss.detach(), image.grad.split(sizes), text.grad.split([size * each for size in sizes]), scale.grad,
-        None if bias is None else bias.grad, chances,
-    )  # fmt: skip
+    by_image, by_text = image.grad.split(sizes), text.grad.split([size * each for size in sizes])
+    return _Known(loss.detach(), by_image, by_text, scale.grad, None if bias is None else bias.grad, chances)
 
 
 class _Chance:
@@ -329,16 +312,10 @@ class _Chance:
 
 @contextmanager
 def _statistics_kept(model: torch.nn.Module) -> Iterator[None]:
-    """Keeps batch norms from counting what they see inside: pictures of a first pass come again in the second."""
-    norms = [part for part in model.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    counts = [None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone() for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
+    """Keeps batch norms from counting what they see inside: the pictures of a first pass come again in the second."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
-        for norm, (momentum, tracked), count in zip(norms, before, counts, strict=True):
-            norm.momentum = momentum
-            if tracked is not None and count is not None:
-                tracked.copy_(count)
+        for buffer, value in before:
+            buffer.copy_(value)

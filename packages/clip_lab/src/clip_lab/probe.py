@@ -6,7 +6,7 @@ if __name__ == "__main__":  # before the imports below: --help and a wrong optio
     commands.probe()
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from clip_lab.config import ProbeConfig
+from clip_lab.config import FrozenOptions, ProbeConfig
 from clip_lab.data import COLOURS, DEMO_SIDE, RADII, SHAPES
 from clip_lab.encoder import Encoder, load_encoder
 from clip_lab.report import published_section
@@ -62,21 +62,35 @@ def probe(config: ProbeConfig) -> None:
         RunStopped: the frozen model has moved.
     """
     counts = shots_of(config)
-    options = RunOptions(output=config.output, track="none")
-    check_run_options(options)
+    check_run_options(RunOptions(output=config.output))
     encoder = load_encoder(config.checkpoint)
-    splits = read_splits(config.data, config.seed)
-    audit = FrozenAudit(encoder.module)
-    features = features_of(encoder, splits, config.features, config.batch_size, config.cache)
-    audit.check()
-    run = Run.start(config, options, "probe", Accelerator())
-    record_splits(run, splits)
-    classes = len(splits["train"].classes)
-    layer, penalty, tried = fitted_layer(config, features, classes, encoder.device)
-    test = features["test"]
-    found = Predictions(layer.probabilities(test.values), test.labels.numpy())
-    curve = few_shot_curve(config, features, classes, encoder.device, counts, penalty)
-    finish_probe(run, config, encoder, splits, audit, layer, found, penalty, tried, curve)
+    study = Study.start("probe", config, encoder, read_splits(config.data, config.seed), config.features)
+    layer, penalty, tried = fitted_layer(config, study)
+    found = study.predictions(layer.probabilities(study.features["test"].values))
+    curve = few_shot_curve(config, study, counts, penalty)
+    file = study.run.path / "layer.safetensors"
+    save_file({"weight": layer.weight.cpu().contiguous(), "bias": layer.bias.cpu().contiguous()}, file)
+    low, high = wilson_interval(found.accuracy, len(found.labels))
+    said = f"test accuracy {found.accuracy:.4f} ({low:.4f} to {high:.4f}) on {len(found.labels):,} pictures"
+    console.print(f"{encoder.name}: {said}")
+    print(f"layer: {file}")
+    results = {
+        "accuracy": found.accuracy, "interval": (low, high), "loss": found.loss, "penalty": penalty,
+        "tried": {f"{key:.6g}": value for key, value in tried.items()}, "few-shot": curve,
+    }  # fmt: skip
+
+    def sections() -> list[Section]:
+        row = (encoder.name, found.accuracy, f"{low:.3f} to {high:.3f}", found.loss)
+        note = (
+            f"One layer on --features {config.features}, by --solver {config.solver}, penalty {penalty:.3g}; measured "
+            "once. The interval is Wilson's score interval."
+        )
+        numbers = Section("Numbers", [Table(("", "test accuracy", "95 % interval", "test loss"), [row]), Text(note)])
+        return [numbers, few_shot_section(study.run, curve), *penalty_sections(study.run, tried)]
+
+    summary = said[0].upper() + said[1:] + "."
+    frozen = "The model is frozen; only the layer on its features is fitted."
+    study.leave(f"Linear probe of {encoder.name}", summary, frozen, results, sections, {"linear probe": found})
 
 
 def shots_of(config: ProbeConfig) -> list[int]:
@@ -141,6 +155,82 @@ class Features:
         return Features(self.values[sorted(places)], self.labels[sorted(places)])
 
 
+@dataclass(frozen=True)
+class Study:
+    """A frozen model and its features of pictures with classes: a probe and zero-shot both go on from here.
+
+    Attributes:
+        audit: of the model, passed once its features were computed.
+        features: by split.
+    """
+
+    config: FrozenOptions
+    run: Run
+    encoder: Encoder
+    splits: dict[str, LabelledPictures]
+    audit: FrozenAudit
+    features: dict[str, Features]
+
+    @classmethod
+    def start(
+        cls,
+        name: str,
+        config: FrozenOptions,
+        encoder: Encoder,
+        splits: dict[str, LabelledPictures],
+        what: str,
+        wanted: Sequence[str] = ("train", "validation", "test"),
+    ) -> "Study":
+        """Computes features of the splits `wanted`, checks that the model stayed as it was, and starts the run.
+
+        `what` is of `features_of`, `name` that of the run.
+
+        Raises:
+            LabError: the model has no embeddings, the cache cannot be written, or the directory --output.
+            RunStopped: the frozen model has moved.
+        """
+        audit = FrozenAudit(encoder.module)
+        chosen = {part: splits[part] for part in wanted}
+        features = features_of(encoder, chosen, what, config.batch_size, config.cache)
+        audit.check()
+        run = Run.start(config, RunOptions(output=config.output, track="none"), name, Accelerator())
+        record_splits(run, splits)
+        return cls(config, run, encoder, splits, audit, features)
+
+    def predictions(self, probabilities: np.ndarray) -> Predictions:
+        """Puts probabilities of the classes of the test pictures (pictures, classes) beside their labels."""
+        return Predictions(probabilities, self.features["test"].labels.numpy())
+
+    def leave(
+        self,
+        title: str,
+        summary: str,
+        trained: str,
+        results: dict[str, Any],
+        sections: Callable[[], list[Section]],
+        found: Mapping[str, Predictions],
+    ) -> None:
+        """Writes results.json and the report; `trained` says what did, `found` are the predictions by method."""
+        run, test = self.run, self.splits["test"]
+        shared = {"config": to_plain(self.config), "checkpoint": self.encoder.name, "pictures": len(test)}
+
+        def page() -> tuple[str, list[Section]]:
+            audited = trained_section(self.audit)
+            audited.blocks.insert(0, Text(trained))
+            accuracies = {name: predictions.accuracy for name, predictions in found.items()}
+            return summary, [
+                asked_section(self.config),
+                class_data_section(self.splits),
+                audited,
+                *sections(),
+                *class_sections(run, test, next(iter(found.values()))),
+                published_section(accuracies, self.encoder.name, self.config.data.data),
+                rerun_section(run),
+            ]
+
+        leave(run, shared | results, True, title, page)
+
+
 def features_of(
     encoder: Encoder, splits: Mapping[str, LabelledPictures], what: str, batch_size: int, cache: bool
 ) -> dict[str, Features]:
@@ -164,43 +254,39 @@ def _split_features(
     with torch.no_grad():
         width = compute(0, [0]).shape[1]
     recipe = {"pictures": pictures.fingerprint(), "view": asdict(encoder.view), "what": what}
-    rows = front_rows(f"{encoder.name}-{name}", encoder.module, compute, len(pictures), width, recipe,
-                      CacheOptions(cache=cache), Accelerator(), batch=batch_size)  # fmt: skip
-    starts = range(0, len(pictures), AT_ONCE)
-    parts = [rows.rows(0, range(first, min(first + AT_ONCE, len(pictures)))).float().cpu()
-             for first in tracked(starts, f"features of the {name} pictures", len(starts), not cache)]  # fmt: skip
-    return Features(torch.cat(parts), torch.from_numpy(pictures.labels))
+    title, options, count = f"{encoder.name}-{name}", CacheOptions(cache=cache), len(pictures)
+    rows = front_rows(title, encoder.module, compute, count, width, recipe, options, Accelerator(), batch=batch_size)
+    parts = torch.arange(count).split(AT_ONCE)
+    shown = tracked(parts, f"features of the {name} pictures", len(parts), not cache)
+    values = torch.cat([rows.rows(0, part.tolist()).float().cpu() for part in shown])
+    return Features(values, torch.from_numpy(pictures.labels))
 
 
-def fitted_layer(
-    config: ProbeConfig, features: Mapping[str, Features], classes: int, device: torch.device
-) -> tuple[Layer, float, dict[float, float]]:
+def fitted_layer(config: ProbeConfig, study: Study) -> tuple[Layer, float, dict[float, float]]:
     """Fits the layer; returns its penalty too, and the validation accuracy of every penalty that was tried.
 
     With the penalty found, the layer is fitted once more on training and validation pictures, as the paper does.
     """
-    train, validation = (features[name].to(device) for name in ("train", "validation"))
-    whole = [torch.cat(both) for both in zip(train, validation, strict=True)]
+    classes = len(study.splits["train"].classes)
+    train, validation = (study.features[name].to(study.encoder.device) for name in ("train", "validation"))
+    whole = (torch.cat([train[0], validation[0]]), torch.cat([train[1], validation[1]]))
     if config.solver == "sgd":
         penalty = config.penalty or SGD_PENALTY
-        layer = fitted_by_sgd(whole[0], whole[1], classes, penalty, config.epochs, config.batch_size,
-                              config.learning_rate, config.seed)  # fmt: skip
-        return layer, penalty, {}
+        epochs, batch, rate = config.epochs, config.batch_size, config.learning_rate
+        return fitted_by_sgd(*whole, classes, penalty, epochs, batch, rate, config.seed), penalty, {}
     tried: dict[float, float] = {}
     penalty = config.penalty
     if not penalty:
         penalty, tried = best_penalty(train, validation, classes, console.print)
-    return fitted_layers(whole[0], whole[1], classes, [penalty])[0], penalty, tried
+    return fitted_layers(*whole, classes, [penalty])[0], penalty, tried
 
 
-def few_shot_curve(
-    config: ProbeConfig, features: Mapping[str, Features], classes: int, device: torch.device, counts: Sequence[int],
-    penalty: float,
-) -> dict[str, list[float]]:  # fmt: skip
+def few_shot_curve(config: ProbeConfig, study: Study, counts: Sequence[int], penalty: float) -> dict[str, list[float]]:
     """Measures test accuracies by training pictures per class, one for each draw; each has a penalty of its own.
 
     With all pictures it is that of the probe itself.
     """
+    device, features, classes = study.encoder.device, study.features, len(study.splits["train"].classes)
     test, validation = features["test"].to(device), features["validation"].to(device)
     found: dict[str, list[float]] = {}
     for count in tracked(counts, "few-shot curve", len(counts)):
@@ -215,55 +301,6 @@ def few_shot_curve(
 def accuracy(layer: Layer, data: tuple[torch.Tensor, torch.Tensor]) -> float:
     """Measures the share of pictures whose most probable class is theirs."""
     return float((layer.logits(data[0]).argmax(1) == data[1]).double().mean())
-
-
-def finish_probe(
-    run: Run,
-    config: ProbeConfig,
-    encoder: Encoder,
-    splits: Mapping[str, LabelledPictures],
-    audit: FrozenAudit,
-    layer: Layer,
-    found: Predictions,
-    penalty: float,
-    tried: Mapping[float, float],
-    curve: Mapping[str, Sequence[float]],
-) -> None:
-    """Writes layer.safetensors, results.json and the report, and prints the main numbers."""
-    save_file({"weight": layer.weight.cpu().contiguous(), "bias": layer.bias.cpu().contiguous()},
-              run.path / "layer.safetensors")  # fmt: skip
-    low, high = wilson_interval(found.accuracy, len(found.labels))
-    results = {
-        "config": to_plain(config), "checkpoint": encoder.name, "accuracy": found.accuracy, "interval": (low, high),
-        "loss": found.loss, "penalty": penalty, "tried": {f"{key:.6g}": value for key, value in tried.items()},
-        "few-shot": {name: list(values) for name, values in curve.items()}, "pictures": len(found.labels),
-    }  # fmt: skip
-    said = f"test accuracy {found.accuracy:.4f} ({low:.4f} to {high:.4f}) on {len(found.labels):,} pictures"
-    console.print(f"{encoder.name}: {said}")
-
-    def page() -> tuple[str, list[Section]]:
-        trained = trained_section(audit)
-        trained.blocks.insert(0, Text("The model is frozen; only the layer on its features is fitted."))
-        numbers: list[Any] = [
-            Table(("", "test accuracy", "95 % interval", "test loss"),
-                  [(encoder.name, found.accuracy, f"{low:.3f} to {high:.3f}", found.loss)]),
-            Text(f"One layer on --features {config.features}, by --solver {config.solver}, penalty {penalty:.3g}; "
-                 "measured once. The interval is Wilson's score interval."),
-        ]  # fmt: skip
-        return said[0].upper() + said[1:] + ".", [
-            asked_section(config),
-            class_data_section(splits),
-            trained,
-            Section("Numbers", numbers),
-            few_shot_section(run, curve),
-            *([_penalty_section(run, tried)] if tried else []),
-            *class_sections(run, splits["test"], found),
-            published_section({"linear probe": found.accuracy}, encoder.name, config.data.data),
-            rerun_section(run),
-        ]
-
-    print(f"layer: {run.path / 'layer.safetensors'}")
-    leave(run, results, True, f"Linear probe of {encoder.name}", page)
 
 
 def few_shot_section(run: Run, curve: Mapping[str, Sequence[float]]) -> Section:
@@ -284,7 +321,10 @@ def few_shot_section(run: Run, curve: Mapping[str, Sequence[float]]) -> Section:
     return Section("Few pictures", [Figure(svg, note), table])
 
 
-def _penalty_section(run: Run, tried: Mapping[float, float]) -> Section:
+def penalty_sections(run: Run, tried: Mapping[float, float]) -> list[Section]:
+    """Shows the validation accuracy of every penalty, if several were tried."""
+    if not tried:
+        return []
     curves = {"validation accuracy": ([float(np.log10(key)) for key in tried], list(tried.values()))}
     svg = save_figure(run, "penalty", curve_figure(curves, "log10 of the L2 penalty", "validation accuracy"))
-    return Section("Penalty", [Figure(svg, "Found as the paper does: powers of a hundred, then closer and closer.")])
+    return [Section("Penalty", [Figure(svg, "Found as the paper does: powers of a hundred, then closer and closer.")])]

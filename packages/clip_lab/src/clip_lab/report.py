@@ -1,6 +1,6 @@
 """results.json and the sections of the report that only this lab has."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageOps
 
 from clip_lab.config import TrainConfig
-from clip_lab.evaluate import AMONG, Evaluation
+from clip_lab.evaluate import AMONG, Evaluation, captions_of
 from clip_lab.saved import Loaded
 from labs_common.data.captions import CaptionedPictures, Captions
 from labs_common.fitting import Fitted, leave, results_of
@@ -76,10 +76,9 @@ def finish_report(
     print(f"model: {run.path / FOLDER}")
 
     def page() -> tuple[str, list[Section]]:
-        cost = cost_section(run, "pictures", seconds)
-        kept = [("optimizer state, MiB", fitted.optimizer_bytes / 2**20),
-                ("pictures and features on disk, MiB", fitted.cache_bytes / 2**20)]  # fmt: skip
-        cost.blocks.append(Table(("", ""), kept))
+        cost, kept = cost_section(run, "pictures", seconds), fitted.cache_bytes / 2**20
+        state = ("optimizer state, MiB", fitted.optimizer_bytes / 2**20)
+        cost.blocks.append(Table(("", ""), [state, ("pictures and features on disk, MiB", kept)]))
         return summary_of(found), [
             asked_section(config),
             captioned_data_section(data),
@@ -107,8 +106,8 @@ def print_scores(found: Evaluation) -> None:
     if found.perplexity is not None:
         console.print(f"perplexity of the test captions: {found.perplexity:.2f}")
     for kind, queries in found.queries.items():
-        console.print(f"searches for {kind}: first picture right {queries.first:.0%}, one of five {queries.among:.0%} "
-                      f"(by chance {queries.chance:.1%})")  # fmt: skip
+        right = f"first picture right {queries.first:.0%}, one of five {queries.among:.0%}"
+        console.print(f"searches for {kind}: {right} (by chance {queries.chance:.1%})")
 
 
 def _structure_section(run: Run, loaded: Loaded, fitted: Fitted) -> Section:
@@ -153,8 +152,8 @@ def _curves(run: Run) -> Section:
     evaluations = [line for line in every if "validation/loss" in line]
     keys = [key for key in evaluations[-1] if key != "step"] if evaluations else []
     rows = [[line["step"], *(line.get(key) for key in keys)] for line in evaluations]
-    section.blocks.append(Table(["step", *(key.replace("/", " ").replace("_", " ") for key in keys)], rows,
-                                "every evaluation", True))  # fmt: skip
+    columns = ["step", *(key.replace("/", " ").replace("_", " ") for key in keys)]
+    section.blocks.append(Table(columns, rows, "every evaluation", folded=True))
     return section
 
 
@@ -182,23 +181,19 @@ def query_sections(found: Evaluation, test: CaptionedPictures) -> list[Section]:
     if not found.queries:
         return []
     rows = [
-        (kind, queries.count, queries.first, queries.among, queries.chance) for kind, queries in found.queries.items()
+        (kind, queries.count, *(getattr(queries, key) for key in QUERIES)) for kind, queries in found.queries.items()
     ]
     blocks: list[Any] = [
         Text("What is drawn is known, so it can be checked whether what is found is what was asked for:"),
         Table(("sentences about", "how many", *QUERIES.values()), rows),
     ]
-    for queries in found.queries.values():
-        blocks += [_query_gallery(sentence, places, right, test) for sentence, places, right in queries.examples[:2]]
+    for sentence, places, right in (example for queries in found.queries.values() for example in queries.examples[:2]):
+        tiles = [
+            (framed(shown(test.image(place)), yes), "right" if yes else test.captions[place][0])
+            for place, yes in zip(places, right, strict=True)
+        ]
+        blocks.append(Gallery(tiles, f"“{sentence}”"))
     return [Section("Searches", blocks)]
-
-
-def _query_gallery(sentence: str, places: Sequence[int], right: Sequence[bool], test: CaptionedPictures) -> Gallery:
-    tiles = [
-        (framed(shown(test.image(place)), yes), "right" if yes else test.captions[place][0])
-        for place, yes in zip(places, right, strict=True)
-    ]
-    return Gallery(tiles, f"“{sentence}”")
 
 
 def _matrix_section(run: Run, found: Evaluation) -> Section:
@@ -216,32 +211,25 @@ def _matrix_section(run: Run, found: Evaluation) -> Section:
 
 def retrieval_sections(found: Evaluation, test: CaptionedPictures) -> list[Section]:
     """Shows captions with the pictures that they find, evenly from all; and those whose own picture comes last."""
-    captions = [caption for of in test.captions[: found.ranked] for caption in of]
+    captions, _ = captions_of(test, found.ranked)
     own = found.similarity[torch.arange(len(captions)), torch.from_numpy(found.of_picture)]
-    ranks = (found.similarity > own[:, None]).sum(1)
-    even = np.linspace(0, len(captions) - 1, min(SHOWN, len(captions))).round().astype(int)
-    blocks: list[Any] = [_caption_gallery(int(place), captions, found, test) for place in even]
-    text = Text("The picture that the caption was written about has a green frame.")
-    sections = [Section("Captions and what they find", [text, *blocks])]
-    worst = ranks.argsort(descending=True)[:WORST].tolist()
-    tiles = [
-        (shown(test.image(int(found.of_picture[place]))), f"{captions[place]} — {int(ranks[place]) + 1:,}th of "
-         f"{found.ranked:,}") for place in worst
-    ]  # fmt: skip
-    sections.append(Section("Errors", [Gallery(tiles, "Captions whose own picture comes last.")]))
-    return sections
-
-
-def _caption_gallery(place: int, captions: Sequence[str], found: Evaluation, test: CaptionedPictures) -> Gallery:
-    scores, pictures = found.similarity[place].topk(min(SHOWN, found.ranked))
-    own = int(found.of_picture[place])
-    tiles = [
-        (framed(shown(test.image(int(picture))), True) if int(picture) == own else shown(test.image(int(picture))),
-         f"{float(score):.3f}")
-        for score, picture in zip(scores, pictures, strict=True)
-    ]  # fmt: skip
-    rank = int((found.similarity[place] > found.similarity[place, own]).sum()) + 1
-    return Gallery(tiles, f"“{captions[place]}” (its picture is number {rank})")
+    ranks = (found.similarity > own[:, None]).sum(1) + 1  # (captions,)
+    blocks: list[Any] = [Text("The picture that the caption was written about has a green frame.")]
+    for place in np.linspace(0, len(captions) - 1, min(SHOWN, len(captions))).round().astype(int):
+        tiles = []
+        scores, pictures = found.similarity[place].topk(min(SHOWN, found.ranked))
+        for score, picture in zip(scores.tolist(), pictures.tolist(), strict=True):
+            image = shown(test.image(picture))
+            tiles.append((framed(image, True) if picture == found.of_picture[place] else image, f"{score:.3f}"))
+        blocks.append(Gallery(tiles, f"“{captions[place]}” (its picture is number {ranks[place]})"))
+    worst = [
+        (shown(test.image(int(found.of_picture[place]))), f"{captions[place]} — {rank:,}th of {found.ranked:,}")
+        for place, rank in ((place, int(ranks[place])) for place in ranks.argsort(descending=True)[:WORST].tolist())
+    ]
+    return [
+        Section("Captions and what they find", blocks),
+        Section("Errors", [Gallery(worst, "Captions whose own picture comes last.")]),
+    ]
 
 
 def summary_of(found: Evaluation) -> str:

@@ -113,7 +113,7 @@ def known_captions(file: Path | None, data: Path | None, test: CaptionedPictures
 
 def pictures_for(sentences: Sequence[str], encoder: Encoder, index: Index, top: int, search: str) -> list[Found]:
     """Finds the most similar pictures of each sentence."""
-    every = _nearest(encoder.read(sentences), index, top, search)
+    every = nearest(encoder.read(sentences), index, top, search)
     return [Found(sentence, None, results) for sentence, results in zip(sentences, every, strict=True)]
 
 
@@ -131,22 +131,36 @@ def captions_for(
         raise LabError(f"--picture: {error}") from error
     found = []
     if captions:
-        scores, places = (vectors @ encoder.read(captions).T).topk(min(top, len(captions)), 1)
-        for file, of_file, at in zip(files, scores.tolist(), places.tolist(), strict=True):
-            results = [Result(captions[place], score, None) for score, place in zip(of_file, at, strict=True)]
-            found.append(Found(f"captions for {file}", file, results))
-    for file, results in zip(files, _nearest(vectors, index, top, search), strict=True):
-        found.append(Found(f"pictures like {file}", file, results))
-    return found
+        every = nearest_captions(vectors, captions, encoder.read(captions), top)
+        found = [Found(f"captions for {file}", file, results) for file, results in zip(files, every, strict=True)]
+    alike = nearest(vectors, index, top, search)
+    return found + [Found(f"pictures like {file}", file, results) for file, results in zip(files, alike, strict=True)]
 
 
-def _nearest(queries: torch.Tensor, index: Index, top: int, search: str) -> list[list[Result]]:
+def nearest(queries: torch.Tensor, index: Index, top: int, search: str = "exact") -> list[list[Result]]:
+    """Finds the most similar pictures of each query (queries, width)."""
+
+    def result(place: int, score: float) -> Result:
+        return Result(str(index.files[place]), score, index.files[place])
+
     scores, places = index.nearest(queries, top, search)
+    return [  # FAISS says -1 where it found too few
+        [result(place, score) for place, score in zip(at, of, strict=True) if place >= 0]
+        for at, of in zip(places.tolist(), scores.tolist(), strict=True)
+    ]
+
+
+def nearest_captions(
+    queries: torch.Tensor, captions: Sequence[str], vectors: torch.Tensor, top: int
+) -> list[list[Result]]:
+    """Finds the most similar captions, which have these `vectors`, of each query (queries, width)."""
+    if not captions:
+        return [[] for _ in queries]
+    scores, places = (queries @ vectors.T).topk(min(top, len(captions)), 1)
     return [
-        [Result(str(index.files[place]), score, index.files[place]) for score, place in zip(of, at, strict=True)
-         if place >= 0]  # FAISS says -1 where it found too few
-        for of, at in zip(scores.tolist(), places.tolist(), strict=True)
-    ]  # fmt: skip
+        [Result(captions[place], score, None) for place, score in zip(at, of, strict=True)]
+        for at, of in zip(places.tolist(), scores.tolist(), strict=True)
+    ]
 
 
 def write_found(run: Run, config: RetrieveConfig, found: Sequence[Found]) -> None:

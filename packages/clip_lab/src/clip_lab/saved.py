@@ -1,6 +1,5 @@
 """The result on disk, `clip.json`, `model.safetensors` and a tokenizer, and what other libraries read instead."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,7 +7,6 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel
 
 from clip_lab.config import FINISHED, HeadOptions, TrainConfig
@@ -157,13 +155,13 @@ def to_open_clip(loaded: Loaded, folder: Path) -> None:
     tower, text = model.image, model.text
     own = {name for name in tower.arguments if name != "img_size"}
     if own or tower.stages:
-        raise LabError(f"--to open_clip: its image towers have timm's own arguments, {tower.architecture} here has "
-                       f"{', '.join(sorted(own)) or '--image-stages'}; take --to transformers")  # fmt: skip
+        here = f"{tower.architecture} here has {', '.join(sorted(own)) or '--image-stages'}"
+        raise LabError(f"--to open_clip: its image towers have timm's own arguments, {here}; take --to transformers")
     if tower.arguments:  # a side of its own, which open_clip does not hand on
         usual = timm.create_model(tower.architecture, num_classes=0).state_dict()
         if any(usual[name].shape != tensor.shape for name, tensor in tower.network.state_dict().items()):
-            raise LabError(f"--to open_clip: its {tower.architecture} is not for {tower.size} pixels; take --to "
-                           "transformers")  # fmt: skip
+            here = f"its {tower.architecture} is not for {tower.size} pixels"
+            raise LabError(f"--to open_clip: {here}; take --to transformers")
     if not isinstance(text, TextTower):
         raise LabError("--to open_clip: its Hugging Face text towers need the hub's name; take --to transformers")
     shape = loaded.transform
@@ -189,11 +187,8 @@ def to_open_clip(loaded: Loaded, folder: Path) -> None:
     state["logit_scale"] = model.scale().detach().log()
     if model.scale.bias is not None:
         state["logit_bias"] = model.scale.bias
-    with written_whole(folder) as part:
-        save_file({name: tensor.detach().contiguous().clone() for name, tensor in state.items()},
-                  part / "open_clip_model.safetensors", {"format": "pt"})  # fmt: skip
-        (part / "open_clip_config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
-        loaded.words.save(part)
+    file, weights = "open_clip_config.json", "open_clip_model.safetensors"
+    saved.save_model(folder, file, said, state, loaded.words.save, weights)
 
 
 class Format(NamedTuple):
@@ -211,8 +206,8 @@ FORMATS = {
 
 def _clip_of(loaded: Loaded) -> ClipModel:
     if not isinstance(loaded.model, ClipModel):
-        raise LabError(f"--checkpoint: was trained with --objective {loaded.objective}, of which no other library has "
-                       "the same model; clip and siglip can be written")  # fmt: skip
+        reason = "of which no other library has the same model; clip and siglip can be written"
+        raise LabError(f"--checkpoint: was trained with --objective {loaded.objective}, {reason}")
     return loaded.model
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from clip_lab.decoder import Block, initialise
-from labs_common.errors import LabError
+from labs_common.errors import LabError, reason_of
 
 
 class Read(NamedTuple):
@@ -83,6 +83,6 @@ def pretrained_text(name: str, pretrained: bool, length: int, end: int) -> Pretr
             raise LabError(f"--text {name}: is an encoder with a decoder; take an encoder such as bert-base-uncased")
         network = AutoModel.from_pretrained(name) if pretrained else AutoModel.from_config(config)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise LabError(f"--text {name}: cannot be had ({reason}); name a model of the hub or a directory") from error
+        remedy = "name a model of the hub or a directory"
+        raise LabError(f"--text {name}: cannot be had ({reason_of(error)}); {remedy}") from error
     return PretrainedText(network.float(), length, end)

@@ -16,7 +16,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerFast
 
-from labs_common.errors import LabError
+from labs_common.errors import LabError, reason_of
 
 PAD, UNKNOWN, START, END = "<pad>", "<unk>", "<start>", "<end>"  # the end is not 2: transformers' CLIP misreads that
 LONGEST = 77  # pieces of a caption: CLIP's own context length
@@ -87,10 +87,9 @@ def make_words(kind: str, captions: Sequence[str], vocabulary: int, length: int,
         try:
             backend = AutoTokenizer.from_pretrained(kind)
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            remedy = "sentencepiece, clip, " if option == "--tokenizer" else "own, "
-            raise LabError(f"{option} {kind}: its tokenizer cannot be had ({reason}); take {remedy}a name, or "
-                           "a directory with a tokenizer.json") from error  # fmt: skip
+            others = "sentencepiece, clip" if option == "--tokenizer" else "own"
+            remedy = f"take {others}, a name, or a directory with a tokenizer.json"
+            raise LabError(f"{option} {kind}: its tokenizer cannot be had ({reason_of(error)}); {remedy}") from error
     if backend.eos_token_id is None and backend.sep_token_id is None:
         raise LabError(f"{option} {kind}: has no token that ends a sentence; take another")
     words = Words(backend, length or LONGEST)
@@ -115,8 +114,8 @@ def trained_sentencepiece(captions: Sequence[str], vocabulary: int) -> PreTraine
             num_threads=1, minloglevel=2,
         )  # fmt: skip
     except RuntimeError as error:
-        raise LabError(f"--tokenizer sentencepiece: cannot be trained on {len(captions)} captions "
-                       f"({str(error).splitlines()[-1]}); take --tokenizer clip") from error  # fmt: skip
+        reason = f"cannot be trained on {len(captions)} captions ({str(error).splitlines()[-1]})"
+        raise LabError(f"--tokenizer sentencepiece: {reason}; take --tokenizer clip") from error
     model = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
     pieces = [(model.id_to_piece(number), model.get_score(number)) for number in range(len(model))]
     fast = Tokenizer(models.Unigram(pieces, 1))
@@ -153,4 +152,4 @@ def load_words(folder: Path, length: int) -> Words:
     try:
         return Words(PreTrainedTokenizerFast.from_pretrained(folder), length)
     except (OSError, ValueError, KeyError) as error:
-        raise LabError(f"{folder}: its tokenizer cannot be read ({str(error).splitlines()[0]})") from error
+        raise LabError(f"{folder}: its tokenizer cannot be read ({reason_of(error)})") from error

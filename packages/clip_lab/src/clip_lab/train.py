@@ -102,10 +102,10 @@ def fit(config: TrainConfig, model: Model, words: Words, run: Run, accelerator: 
         accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     channels_last(model.image, accelerator)
     optimizer = torch.optim.AdamW(parameter_groups(config, model), betas=(0.9, 0.98), fused=True)  # CLIP's own betas
-    batches = Batches(training, words, config.batch, config.run.seed, config.image.views,
-                      isinstance(model, SimVlmModel), accelerator.process_index, processes)  # fmt: skip
-    fitting = Fitting.start(run, accelerator, model, optimizer, batches.steps(options.batch_size), options,
-                            config.run.seed, "pictures")  # fmt: skip
+    seed, views, rank = config.run.seed, config.image.views, accelerator.process_index
+    batches = Batches(training, words, config.batch, seed, views, isinstance(model, SimVlmModel), rank, processes)
+    source = batches.steps(options.batch_size)
+    fitting = Fitting.start(run, accelerator, model, optimizer, source, options, seed, "pictures")
     training_mode(fitting.model, fitting.plain)
     loop, share_of_loss = fitting.loop, OBJECTIVES[config.objective].share
     for step, number in loop.batches():
