@@ -15,7 +15,6 @@ import multiprocessing
 import random
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any, cast
 import torch
 import tyro
 from accelerate import Accelerator
-from llm_training import SHAPES, now, random_base, result, sequences
+from llm_training import SHAPES, in_order, now, random_base, result, sequences
 from rich.console import Console
 from rich.table import Table
 
@@ -35,7 +34,6 @@ from llm_peft_fa.attention import NAME
 from llm_peft_fa.config import MethodOptions
 from llm_peft_fa.methods import Setting, apply_method, resolved
 from llm_peft_fa.model import Adapted, PackedCausalLM, virtual_tokens
-from llm_peft_fa.packing import PackedRow, PackedSteps
 from llm_peft_fa.templates import Encoded
 
 BATCH = 4
@@ -151,15 +149,6 @@ def model_of(method: str, shape: str, attention: str | None) -> Adapted:
     return apply_method(base, options, Setting(cast(Any, None), 64)).train()
 
 
-class Fixed(PackedSteps):
-    """The same batches in the same order every epoch."""
-
-    def steps(self, epoch: int, start: int) -> Iterator[list[PackedRow]]:
-        """Each batch of 4 is a step."""
-        for step in range(start, len(self)):
-            yield self.rows_of(self.conversations[step * BATCH : (step + 1) * BATCH])
-
-
 def ours(method: str, shape: str, passes: int, recorded: bool = False) -> dict[str, Any]:
     """The lab's own loop."""
     adapted = model_of(method, shape, NAME)
@@ -174,7 +163,7 @@ def ours(method: str, shape: str, passes: int, recorded: bool = False) -> dict[s
         run = Run.start(options, RunOptions(output=Path(folder) / "run", track="none"), "benchmark", accelerator)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0)
         prepared, optimizer = accelerator.prepare(model, optimizer)
-        source = Fixed(data, BATCH, 2048, 0, virtual=virtual_tokens(adapted))
+        source = in_order(data, BATCH, virtual_tokens(adapted))
         loop = Loop(run, accelerator, prepared, optimizer, source, options, unit="tokens")
         for row in loop.batches():
             loop.step(prepared(row.to(accelerator.device)) * row.weight, row.tokens)

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,10 +29,11 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Pretra
 
 from labs_common.options import RunOptions, TrainingOptions
 from labs_common.run import Run, write_atomically
+from labs_common.steps import ShuffledSteps
 from labs_common.training import Loop, peak_memory
 from llm_peft_fa.attention import NAME
 from llm_peft_fa.model import PackedCausalLM
-from llm_peft_fa.packing import PackedSteps
+from llm_peft_fa.packing import Packing
 from llm_peft_fa.templates import Encoded
 
 BATCH = 8
@@ -144,14 +145,10 @@ def adapted(shape: str, attention: str | None) -> PeftModel:
     return get_peft_model(base, config)
 
 
-@dataclass
-class InOrder(PackedSteps):
-    """Our training data without the shuffle, so that the padded loop can take the same steps."""
-
-    def steps(self, epoch: int, start: int) -> Any:
-        """Yields the rows of each step."""
-        for step in range(start, len(self)):
-            yield self.rows_of(self.conversations[step * self.batch_size : (step + 1) * self.batch_size])
+def in_order(data: list[Encoded], batch_size: int, virtual: int = 0) -> ShuffledSteps:
+    """Makes our training data without the shuffle, so that the padded loop can take the same steps."""
+    steps = Packing(2048, virtual=virtual).steps(data, batch_size, seed=0)
+    return replace(steps, order=lambda epoch: range(len(data)))
 
 
 def ours(shape: str, passes: int) -> dict[str, Any]:
@@ -164,7 +161,7 @@ def ours(shape: str, passes: int) -> dict[str, Any]:
         run = Run.start(options, RunOptions(output=Path(folder) / "run", track="none"), "benchmark", accelerator)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0)
         prepared, optimizer = accelerator.prepare(model, optimizer)
-        source = InOrder(data, BATCH, 2048, 0)
+        source = in_order(data, BATCH)
         loop = Loop(run, accelerator, prepared, optimizer, source, options, unit="tokens")
         for row in loop.batches():
             loop.step(prepared(row.to(accelerator.device)) * row.weight, row.tokens)

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import LAUNCH, SMALL, here, trained, without_rank
+from commands import LAUNCH, LIBRARIES, SMALL, here, trained, without_rank
 from labs_testing.commands import command
 from labs_testing.promises import Otherwise, Training, TrainingPromises
 from transformers import AutoModelForCausalLM
-
-from llm_peft_fa.compare import LIBRARIES
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +54,7 @@ class TestPromises(TrainingPromises):
             two=Otherwise(losses=1e-5, weights=1e-5),
             launch=LAUNCH,
             zero=Otherwise(losses=1e-4),
+            sharded=Otherwise(losses=1e-4),
         )
 
 

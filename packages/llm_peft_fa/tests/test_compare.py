@@ -4,29 +4,30 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from commands import here
 
-from labs_common.comparing import entries_of, pareto
+from labs_common.compare.collect import Entry, pareto, recommend
+from labs_common.compare.plan import plan_runs
 from labs_common.errors import LabError
-from labs_common.options import ComparisonOptions
-from llm_peft_fa.compare import planned_run
-from llm_peft_fa.compare_report import (
-    Entry,
-    Results,
+from labs_common.run import Run
+from llm_peft_fa.compare import (
     changing_pairs,
     order_of,
+    planned_run,
     prompt_scores,
     quality,
-    recommended,
     stability_text,
     table_rows,
     within_noise,
 )
-from llm_peft_fa.config import CompareConfig
+from llm_peft_fa.config import CompareConfig, TrainConfig
+from llm_peft_fa.methods import METHODS
 
 SMALL = (
     "--conversations", "40", "--batch-size", "8", "--epochs", "1", "--test-prompts", "4", "--max-new-tokens", "4",
@@ -44,11 +45,11 @@ def entry(name: str, right: list[int], trainable: int, seeds: int = 1, first: in
             "trainable": trainable, "parameters": 1000, "optimizer bytes": 8 * trainable, "disk bytes": 4 * trainable,
         },
     }  # fmt: skip
-    results, answers = {}, {}
+    results, runs = {}, {}
     for seed in range(seeds):
         count = right[seed % len(right)]
         results[seed] = result | {"after": {"exact match": count / 10, "validation loss": 1.0, "plain text loss": 1.0}}
-        answers[seed] = [
+        answers = [
             {
                 "prompt": "x",
                 "reference": "تهران",
@@ -57,16 +58,22 @@ def entry(name: str, right: list[int], trainable: int, seeds: int = 1, first: in
             }
             for place in range(10)
         ]
-    return Entry(name, results, answers, [(1, 2.0), (2, 1.0)])
+        runs[seed] = cast(Run, SimpleNamespace(load_json={"answers.json": answers}.get))
+    return Entry(name, runs, results)
+
+
+def plan(config: CompareConfig) -> dict[str, TrainConfig]:
+    return plan_runs(config.comparison, "--methods", config.methods, "method", partial(planned_run, config), [*METHODS])
 
 
 def test_specs_become_runs() -> None:
-    config = CompareConfig()
-    assert len(entries_of("--methods", config.methods)) >= 6
-    run = planned_run(config, "layers:which=last:layers=1:train_final_norm:learning_rate=0.5")
+    assert len(plan(CompareConfig())) >= 6
+    spec = "layers:which=last:layers=1:train_final_norm:learning_rate=0.5"
+    planned = plan(CompareConfig(methods=f"{spec},lora,full"))
+    run = planned[spec]
     assert (run.method.which, run.method.layers, run.method.train_final_norm) == ("last", 1, True)
     assert run.training.learning_rate == 0.5
-    assert planned_run(config, "lora").training.learning_rate != planned_run(config, "full").training.learning_rate
+    assert planned["lora"].training.learning_rate != planned["full"].training.learning_rate
 
 
 @pytest.mark.parametrize(
@@ -82,7 +89,7 @@ def test_specs_become_runs() -> None:
 )
 def test_wrong_methods_are_named(methods: str, said: str) -> None:
     with pytest.raises(LabError, match=said):
-        [planned_run(CompareConfig(), spec) for spec in entries_of("--methods", methods)]
+        plan(CompareConfig(methods=methods))
 
 
 def test_the_rule_takes_the_smallest_within_noise() -> None:
@@ -95,7 +102,7 @@ def test_the_rule_takes_the_smallest_within_noise() -> None:
     # Two are worse and one is better: mean 0.1, standard error 0.18. Eight are worse: mean 0.8, standard error 0.13.
     assert within_noise(entries["big"], entries["small"])
     assert not within_noise(entries["big"], entries["tiny"])
-    best, equal = recommended(entries)
+    best, equal = recommend(entries, quality, within_noise, "trainable")
     assert best.name == "small"
     assert {found.name for found in equal} == {"big", "small"}
 
@@ -104,15 +111,11 @@ def test_order_over_seeds_is_told() -> None:
     stable = {"a": entry("a", [9, 8], 1, 2), "b": entry("b", [5, 6], 1, 2)}
     assert order_of(stable, 0) == ["a", "b"]
     assert changing_pairs(stable, [0, 1]) == []
-    assert "same with all 2 seeds" in stability_text(
-        Results(stable, {}, {}), CompareConfig(comparison=ComparisonOptions(seeds=2))
-    )
+    assert "same with all 2 seeds" in stability_text(stable, range(2))
     crossing = {"a": entry("a", [9, 5], 1, 2), "b": entry("b", [5, 6], 1, 2)}
     assert changing_pairs(crossing, [0, 1]) == [("a", "b")]
-    assert "not stable" in stability_text(
-        Results(crossing, {}, {}), CompareConfig(comparison=ComparisonOptions(seeds=2))
-    )
-    assert "not known" in stability_text(Results({"a": entry("a", [9], 1)}, {}, {}), CompareConfig())
+    assert "not stable" in stability_text(crossing, range(2))
+    assert "not known" in stability_text({"a": entry("a", [9], 1)}, range(1))
 
 
 def test_pareto_front() -> None:
@@ -122,8 +125,7 @@ def test_pareto_front() -> None:
 
 
 def test_tables_have_mean_and_spread() -> None:
-    results = Results({"a": entry("a", [9, 5], 7, 2)}, {0: {"exact match": 0.0}, 1: {"exact match": 0.2}}, {})
-    row, base = table_rows(results)
+    row, base = table_rows({"a": entry("a", [9, 5], 7, 2)}, [{"exact match": 0.0}, {"exact match": 0.2}])
     assert (row["exact match"], row["trained parameters"]) == (0.7, 7)
     assert row["exact match ±"] == pytest.approx(0.2828, abs=1e-4)
     assert base == {
@@ -164,7 +166,9 @@ def test_killed_and_started_again_it_loses_at_most_the_method_under_way(llama_di
     rows = json.loads((folder / "comparison.json").read_text())["rows"]
     assert {row["method"] for row in rows} == {"layers:layers=1", "prefix_tuning:virtual_tokens=3", "lora", "base"}
     html = (folder / "report.html").read_text(encoding="utf-8")
-    for heading in ("Which method", "Numbers", "Quality against cost", "Curves", "Strengths", "answered by all"):
+    for heading in (
+        "Which method", "Numbers", "Quality against cost", "Curves", "Strengths", "answered by all", "Budget",
+    ):  # fmt: skip
         assert heading in html
     results = [
         json.loads((path / "results.json").read_text()) for path in folder.glob("*/seed-0") if "base" not in str(path)

@@ -1,17 +1,15 @@
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
-from commands import here
+from commands import here, save
 
 from llm_peft_fa.base import load_model, load_tokenizer
 from llm_peft_fa.config import MethodOptions
 from llm_peft_fa.methods import Setting, apply_method, resolved
-from llm_peft_fa.model import PackedCausalLM
-from llm_peft_fa.saved import save_tuned
 
 SMALL = ("--test-prompts", "5", "--max-new-tokens", "4")
 
@@ -24,7 +22,7 @@ def adapter(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = resolved(MethodOptions(method="prefix_tuning", virtual_tokens=3, prompt_init="random"))
     model = apply_method(load_model(str(llama_dir)), options, Setting(tokenizer, 5))
     folder = tmp_path_factory.mktemp("somewhere")
-    save_tuned(Accelerator(cpu=True), PackedCausalLM(model), tokenizer, folder)
+    save(model, tokenizer, folder)
     return folder / "adapter"
 
 
@@ -88,3 +86,24 @@ def test_bad_input_is_one_line(arguments: tuple[str, ...], names: str, llama_dir
 def test_chat_with_an_adapter(adapter: Path) -> None:
     done = here("chat", "--adapter", adapter, "--max-new-tokens", "3", typed="سلام\n/quit\n")
     assert done.stdout.count("> ") == 2
+
+
+def test_a_saved_result_is_named_as_before_too(adapter: Path, tmp_path: Path) -> None:
+    """Scripts and config files of version 0.1 say --run."""
+    run = tmp_path / "run"
+    file = tmp_path / "config.yaml"
+    file.write_text(f"run: {run}\nmax_new_tokens: 3\n")
+    for command in ("evaluate", "chat"):
+        for arguments in (("--checkpoint", run), ("--run", run), ("--config", file)):
+            assert f"--checkpoint {run}" in here(command, *arguments, code=2).stderr
+    file.write_text(f"runs:\n- {run}\n")
+    for arguments in (("--checkpoint", run), ("--run", run), ("--runs", run), ("--config", file)):
+        assert f"--checkpoint {run}" in here("demo", *arguments, code=2).stderr
+    run.mkdir()
+    shutil.copytree(adapter, run / "adapter")
+    recorded = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    (run / "config.yaml").write_text(f"model:\n  model: {recorded}\nmethod:\n  method: prefix_tuning\n")
+    file.write_text(f"run: {run}\nmax_new_tokens: 3\n")
+    said = {here("chat", *arguments, "--max-new-tokens", "3", typed="سلام\n/quit\n").stdout
+            for arguments in (("--checkpoint", run), ("--run", run), ("--config", file))}  # fmt: skip
+    assert len(said) == 1

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
+from commands import save
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
@@ -19,7 +19,7 @@ from llm_peft_fa.config import MethodOptions
 from llm_peft_fa.methods import METHODS, Setting, apply_method, resolved
 from llm_peft_fa.model import Adapted, PackedCausalLM, structure_of, virtual_tokens
 from llm_peft_fa.packing import packed_row
-from llm_peft_fa.saved import adapted_model, initial_update, load_tuned, save_merged, save_tuned
+from llm_peft_fa.saved import adapted_model, initial_update, load_tuned, save_merged
 from llm_peft_fa.templates import Encoded
 
 LINEAR = "(q|k|v|o|gate|up|down)_proj"
@@ -125,7 +125,7 @@ def test_the_result_loads_in_plain_peft_or_transformers(variant: str, model_dir:
     model = built(variant, model_dir)
     initial = initial_update(model)
     packed = trained(model).eval()
-    save_tuned(Accelerator(cpu=True), packed, tokenizer_of(model_dir), tmp_path, initial)
+    save(packed.model, tokenizer_of(model_dir), tmp_path, initial)
     assert not list(tmp_path.rglob("*.bin"))
     ids = torch.randint(300, 700, (2, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_the_result_loads_in_plain_peft_or_transformers(variant: str, model_dir:
 
 @pytest.mark.parametrize("variant", ["prompt_tuning", "prefix_tuning", "prefix_tuning projected", "p_tuning"])
 def test_generation_with_a_soft_prompt_follows_its_own_logits(variant: str, model_dir: Path, tmp_path: Path) -> None:
-    save_tuned(Accelerator(cpu=True), trained(built(variant, model_dir)), tokenizer_of(model_dir), tmp_path)
+    save(trained(built(variant, model_dir)).model, tokenizer_of(model_dir), tmp_path)
     model = load_tuned(tmp_path, str(model_dir))
     ids = torch.randint(300, 700, (2, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
@@ -229,7 +229,7 @@ def test_pissa_and_olora_become_adapters_as_peft_converts_them(variant: str, mod
     initial = initial_update(model)
     model.save_pretrained(tmp_path / "start")
     packed = trained(model)
-    save_tuned(Accelerator(cpu=True), packed, tokenizer_of(model_dir), tmp_path, initial)
+    save(packed.model, tokenizer_of(model_dir), tmp_path, initial)
     model.save_pretrained(tmp_path / "peft", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     ours, theirs = (adapted_model(tmp_path / name, str(model_dir)) for name in ("adapter", "peft"))
     theirs_state = get_peft_model_state_dict(theirs)
@@ -262,7 +262,7 @@ def test_qlora_trains_beside_a_base_in_four_bits(model_dir: Path, tmp_path: Path
     packed = trained(model).eval()
     after = hashes(model)
     assert {name for name in before if before[name] != after[name]} == {name for name in before if ".lora_" in name}
-    save_tuned(Accelerator(cpu=True), packed, tokenizer_of(model_dir), tmp_path)
+    save(packed.model, tokenizer_of(model_dir), tmp_path)
     ids = torch.randint(300, 700, (2, 24))
     with torch.no_grad():
         expected = model(ids).logits
@@ -282,7 +282,7 @@ def test_qlora_without_its_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
 def test_merged_model_loads_in_transformers(model_dir: Path, tmp_path: Path) -> None:
     tokenizer = tokenizer_of(model_dir)
     model = built("lora", model_dir)
-    save_tuned(Accelerator(cpu=True), trained(model).eval(), tokenizer, tmp_path)
+    save(trained(model).eval().model, tokenizer, tmp_path)
     save_merged(tmp_path / "adapter", str(model_dir), tokenizer, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged.config._attn_implementation != "labs_packed"

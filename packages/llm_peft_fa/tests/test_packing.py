@@ -9,7 +9,7 @@ from llm_peft_fa.base import load_model, load_tokenizer
 from llm_peft_fa.config import MethodOptions
 from llm_peft_fa.methods import Setting, apply_method, resolved
 from llm_peft_fa.model import Adapted, PackedCausalLM, check_packed_loss, virtual_tokens
-from llm_peft_fa.packing import PackedSteps, learnt_tokens, packed_row, spread
+from llm_peft_fa.packing import Packing, learnt_tokens, packed_row, spread
 from llm_peft_fa.templates import Encoded
 
 
@@ -222,7 +222,7 @@ def test_spread_keeps_every_conversation_once_and_the_limit() -> None:
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_an_epoch_sees_each_conversation_once_whatever_the_processes(processes: int) -> None:
     items = conversations(23)
-    sources = [PackedSteps(items, 8, 150, 5, rank, processes) for rank in range(processes)]
+    sources = [Packing(150, rank, processes).steps(items, 8, seed=5) for rank in range(processes)]
     assert {len(source) for source in sources} == {3}
     tokens = []
     for parts in zip(*(source.steps(0, 0) for source in sources), strict=True):

@@ -4,12 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import LAUNCH, SMALL, forked, here, trained, without_rank
+from commands import LAUNCH, LIBRARIES, SMALL, forked, here, trained, without_rank
 from labs_testing.commands import free_port, with_deepspeed
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-
-from llm_peft_fa.compare import LIBRARIES
 
 PREFIX = ("--method", "prefix_tuning", "--virtual-tokens", "4", "--encoder-width", "8", "--learning-rate", "0.01")
 

@@ -14,11 +14,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
-from labs_common.errors import LabError
 from labs_common.progress import tracked
 from llm_peft_fa.base import stop_ids
 from llm_peft_fa.config import GenerationOptions
-from llm_peft_fa.data import Message, Reading, normalise
+from llm_peft_fa.data import Message, Reading, normalise, text_lines
 from llm_peft_fa.model import Adapted, base_of, virtual_tokens
 from llm_peft_fa.templates import encode_prompt
 
@@ -53,13 +52,8 @@ def collected_prompts(reading: Reading, options: GenerationOptions, seed: int) -
     """
     own: list[Prompt] = []
     if options.prompts is not None:
-        try:
-            lines = options.prompts.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise LabError(f"--prompts {options.prompts}: cannot be read; name a text file") from error
-        own = [Prompt([{"role": "user", "content": line.strip()}]) for line in lines if line.strip()]
-        if not own:
-            raise LabError(f"--prompts {options.prompts}: is empty; write one prompt per line")
+        lines = text_lines("--prompts", options.prompts, "a prompt")
+        own = [Prompt([{"role": "user", "content": line}]) for line in lines]
     count = min(options.test_prompts, len(reading.conversations))
     picked = random.Random(f"prompts {seed}").sample(reading.conversations, count)
     return own + [Prompt(item.messages[:-1], item.messages[-1]["content"], item.verifiable) for item in picked]

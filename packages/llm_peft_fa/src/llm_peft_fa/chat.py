@@ -16,7 +16,7 @@ from llm_peft_fa.saved import subject_of
 
 def chat(config: ChatConfig) -> None:
     """Reads questions line by line and streams the answers, until /quit or the end of the input."""
-    subject = subject_of(config.checkpoint, config.adapter, config.model)
+    subject = subject_of(config.subject)
     tokenizer, model = subject.load_tokenizer(), subject.load()
     torch.manual_seed(config.seed)
     console.print(f"{subject.name}: /reset forgets the conversation, /quit leaves")

@@ -10,92 +10,151 @@ if __name__ == "__main__":  # before the imports below: --help and a wrong optio
     commands.compare()
 
 import dataclasses
-import json
-from collections.abc import Mapping
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import sacrebleu
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 
 from labs_common.cache import path_name
 from labs_common.cli import parse
-from labs_common.comparing import (
-    check_compared,
-    comparison_folder,
-    entries_of,
-    name_and_flags,
-    reading_entry,
-    seeds_of,
-    slug,
+from labs_common.compare.collect import (
+    Entry,
+    Measure,
+    figure_text,
+    mean_and_spread,
+    recommend,
+    rows_of,
+    within_one_error,
+)
+from labs_common.compare.plan import comparison_folder, plan_runs, seeds_of, seeds_text, slug
+from labs_common.compare.processes import compare_runs, finished_run, start_server
+from labs_common.compare.report import (
+    Findings,
+    budget_section,
+    curves_of,
+    notes_on,
+    pareto_section,
+    recommendation_section,
+    table_of,
 )
 from labs_common.errors import LabError
 from labs_common.options import RunOptions
-from labs_common.own_process import claimed, finished_run, finished_runs, start_server
-from labs_common.run import Run, write_atomically
+from labs_common.report import Section, Table, Text
+from labs_common.run import Run
 from labs_common.training import total_steps
-from llm_peft_fa.answers import answers, collected_prompts, scores
+from llm_peft_fa.answers import answers, collected_prompts, same, scores
 from llm_peft_fa.base import check_quantization, device, load_model, load_tokenizer
-from llm_peft_fa.compare_report import gathered, write_comparison
 from llm_peft_fa.config import CompareConfig, MethodOptions, TrainConfig
 from llm_peft_fa.data import plain_paragraphs, training_and_validation
-from llm_peft_fa.methods import complete
-from llm_peft_fa.packing import PackedSteps
+from llm_peft_fa.methods import METHODS, complete
+from llm_peft_fa.packing import Packing
+from llm_peft_fa.report import asked, folded_tables, shown
 
-LIBRARIES = ["llm_peft_fa.train"]
+COMMAND = "llm_peft_fa.train"
+BASE = "base"  # the directory of the base's answers, and its name in tables
+HIGHER = ("exact match", "chrF", "tokens/s")  # is better
+SCORES = ("exact match", "chrF", "validation loss", "plain text loss")
+COSTS = {
+    "training seconds": partial(Entry.cost, name="seconds"),
+    "tokens/s": partial(Entry.cost, name="tokens per second"),
+    "peak MiB": partial(Entry.cost, name="peak memory", scale=2**20),
+    "trained parameters": partial(Entry.cost, name="trainable"),
+    "optimizer KiB": partial(Entry.cost, name="optimizer bytes", scale=2**10),
+    "on disk KiB": partial(Entry.cost, name="disk bytes", scale=2**10),
+}
+SHOWN = 15  # answers before the fold: with a column for each method the rows are high
 
 
 def compare(config: CompareConfig) -> None:
     """Plans the runs, does those that are missing, and writes the report."""
-    check_compared("method", config.comparison)
     if config.search < 0 or not 0 < config.search_share <= 1:
         raise LabError("--search must be at least 0, --search-share above 0 and at most 1")
-    planned = {spec: planned_run(config, spec) for spec in entries_of("--methods", config.methods)}
+    make = partial(planned_run, config)
+    planned = plan_runs(config.comparison, "--methods", config.methods, "method", make, [*METHODS])
     files = (config.data.data, config.data.validation_data, config.data.plain_text)
     folder = comparison_folder(f"compare-{path_name(config.model.model)}", config, files)
-
-    start_server(config.comparison.launch, LIBRARIES)
+    start_server(config.comparison.launch, [COMMAND])
     check_plan(planned)
-    seeds = seeds_of(config.comparison)
-    with claimed(folder, config):
-        for seed in seeds:
-            save_base_answers(folder / "base" / f"seed-{seed}", _at(next(iter(planned.values())), seed))
-        if config.search:
-            steps = steps_of(next(iter(planned.values())))
-            budget = max(1, round(config.search_share * steps))
-            planned = {spec: _searched(config, run, folder, slug(spec), budget)
-                       for spec, run in planned.items()}  # fmt: skip
-        failed = finished_runs("llm_peft_fa.train", planned, folder, config.comparison)
-        results = gathered(folder, {spec: slug(spec) for spec in planned}, seeds)
-        write_comparison(folder, config, results, failed)
+    compare_runs(folder, config, COMMAND, planned, partial(findings, config), partial(prepare, config))
 
 
-def planned_run(config: CompareConfig, spec: str) -> TrainConfig:
-    """Plans the run of an entry of --methods: a method, and its options after colons (`lora:rank=8:learning_rate=0.1`).
+@dataclass
+class EntryOptions:
+    """The options that may follow a method's name after colons."""
+
+    method: MethodOptions = field(default_factory=MethodOptions)
+    learning_rate: float = 0.0
+    """Highest learning rate."""
+
+
+def planned_run(config: CompareConfig, method: str, flags: list[str]) -> TrainConfig:
+    """Makes the config of an entry of --methods, as of `lora:rank=8:learning_rate=0.001`.
 
     Raises:
-        LabError: there is no such method or option.
+        LabError: there is no such option, or its value is wrong.
     """
-    name, options = name_and_flags(spec)
-    rate = config.training.learning_rate
-    flags = [f"--method={name}"]
-    for option in options:
-        if option.startswith("--learning-rate"):
-            value = option.partition("=")[2]
-            try:
-                rate = float(value)
-            except ValueError:
-                raise LabError(f"--methods {spec}: learning_rate is a number, not {value!r}") from None
-        else:
-            flags.append(option)
-    with reading_entry("--methods", spec):
-        method = parse(MethodOptions, "--methods", flags)
-        return complete(
-            TrainConfig(
-                model=config.model, data=config.data, method=method,
-                training=dataclasses.replace(config.training, learning_rate=rate),
-                generation=dataclasses.replace(config.generation, answer_base=False),
-            )
-        )  # fmt: skip
+    own = parse(EntryOptions, "--methods", [f"--method={method}", *flags])
+    rate = own.learning_rate or config.training.learning_rate
+    return complete(
+        TrainConfig(
+            model=config.model, data=config.data, method=own.method,
+            training=dataclasses.replace(config.training, learning_rate=rate),
+            generation=dataclasses.replace(config.generation, answer_base=False),
+        )
+    )  # fmt: skip
+
+
+def check_plan(planned: Mapping[str, TrainConfig]) -> None:
+    """Makes sure that every planned run can start, as far as can be told without its process; writes nothing.
+
+    Raises:
+        LabError: the machine, the data or the model does not allow one.
+    """
+    if any(run.method.method == "qlora" for run in planned.values()):
+        check_quantization()
+    first = next(iter(planned.values()))
+    collected_prompts(training_and_validation(first.data, first.run.seed)[1], first.generation, first.run.seed)
+    plain_paragraphs(first)
+    load_tokenizer(first.model.model, first.model.template)
+
+
+def prepare(config: CompareConfig, folder: Path, planned: Mapping[str, TrainConfig]) -> Mapping[str, TrainConfig]:
+    """Answers the prompts with the base alone, and searches learning rates if they are asked for."""
+    first = next(iter(planned.values()))
+    for seed in seeds_of(config.comparison):
+        save_base_answers(Run(folder / BASE / f"seed-{seed}"), _at(first, seed))
+    if not config.search:
+        return planned
+    training, _ = training_and_validation(first.data, first.run.seed)
+    source = Packing(1).steps([None] * len(training.conversations), first.training.batch_size, 0)  # type: ignore[list-item]
+    steps = max(1, round(config.search_share * total_steps(first.training, source)))
+    return {spec: _searched(config, run, folder, slug(spec), steps) for spec, run in planned.items()}
+
+
+def save_base_answers(kept: Run, run: TrainConfig) -> None:
+    """Answers the prompts of this seed with the base alone, unless that has been done."""
+    if kept.load_json("scores.json") is not None:
+        return
+    _, validation = training_and_validation(run.data, run.run.seed)
+    prompts = collected_prompts(validation, run.generation, run.run.seed)
+    tokenizer = load_tokenizer(run.model.model, run.model.template)
+    base = load_model(run.model.model)
+    torch.nn.Module.to(base, device())
+    said = answers(base, tokenizer, prompts, run.generation, Accelerator(), "answering, base")
+    kept.path.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"prompt": prompt.messages[-1]["content"], "reference": prompt.reference, "after": answer}
+        for prompt, answer in zip(prompts, said, strict=True)
+    ]
+    kept.save_json("answers.json", rows)
+    kept.save_json("scores.json", scores(prompts, said))
 
 
 def _searched(config: CompareConfig, run: TrainConfig, folder: Path, name: str, steps: int) -> TrainConfig:
@@ -111,7 +170,7 @@ def _searched(config: CompareConfig, run: TrainConfig, folder: Path, name: str, 
         )
         path = folder / "search" / name / f"rate-{rate:.2g}"
         wanted = _at(short, config.comparison.seed, path)
-        if finished_run("llm_peft_fa.train", wanted, path, folder, config.comparison.launch) == 0:
+        if finished_run(COMMAND, wanted, path, folder, config.comparison.launch) == 0:
             tried[rate] = float(Run(path).load_json("results.json")["after"]["validation loss"])
     if not tried:
         return run
@@ -123,42 +182,198 @@ def _at(run: TrainConfig, seed: int, path: Path | None = None) -> TrainConfig:
     return dataclasses.replace(run, run=RunOptions(output=path, seed=seed, track="none"))
 
 
-def check_plan(planned: Mapping[str, TrainConfig]) -> None:
-    """Makes sure that every planned run can start, as far as can be told without its process; writes nothing.
-
-    Raises:
-        LabError: the machine, the data or the model does not allow one.
-    """
-    if any(run.method.method == "qlora" for run in planned.values()):
-        check_quantization()
-    first = next(iter(planned.values()))
-    collected_prompts(training_and_validation(first.data, first.run.seed)[1], first.generation, first.run.seed)
-    plain_paragraphs(first)
-    PartialState()
-    load_tokenizer(first.model.model, first.model.template)
-
-
-def steps_of(run: TrainConfig) -> int:
-    """Counts the optimizer steps of a planned run."""
-    training, _ = training_and_validation(run.data, run.run.seed)
-    lengths = PackedSteps([None] * len(training.conversations), run.training.batch_size, 1, 0)  # type: ignore[list-item]
-    return total_steps(run.training, lengths)
-
-
-def save_base_answers(folder: Path, run: TrainConfig) -> None:
-    """Answers the prompts of this seed with the base alone, unless that has been done."""
-    if (folder / "scores.json").exists():
-        return
-    _, validation = training_and_validation(run.data, run.run.seed)
-    prompts = collected_prompts(validation, run.generation, run.run.seed)
-    tokenizer = load_tokenizer(run.model.model, run.model.template)
-    base = load_model(run.model.model)
-    torch.nn.Module.to(base, device())
-    said = answers(base, tokenizer, prompts, run.generation, Accelerator(), "answering, base")
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [
-        {"prompt": prompt.messages[-1]["content"], "reference": prompt.reference, "after": answer}
-        for prompt, answer in zip(prompts, said, strict=True)
+def findings(config: CompareConfig, run: Run, entries: dict[str, Entry], failed: dict[str, int]) -> Findings:
+    """Puts what finished side by side, and recommends a method."""
+    options = config.comparison
+    base = {seed: Run(run.path / BASE / f"seed-{seed}") for seed in seeds_of(options)}
+    rows = table_rows(entries, [one.load_json("scores.json") for one in base.values()])
+    best, equal = recommend(entries, quality, within_noise, "trainable")
+    words = quality_name(next(iter(entries.values())))
+    recommended = recommendation_section(
+        "method", max(entries.values(), key=quality), best, equal, quality, words, "prompts", "trainable"
+    )
+    if forgot := {entry.name: loss for entry in equal if (loss := entry.values("after", "plain text loss"))}:
+        least = min(forgot, key=lambda name: statistics.fmean(forgot[name]))
+        recommended.blocks.append(Text(f"Of those, {least} forgot the least of what the base knew."))
+    recommended.blocks.append(Text(stability_text(entries, seeds_of(options))))
+    against: dict[str, tuple[Measure, bool]] = {
+        "trained parameters": (COSTS["trained parameters"], True),
+        "training seconds": (COSTS["training seconds"], False),
+        "peak memory, MiB": (COSTS["peak MiB"], False),
+    }
+    if all(entry.values("after", "plain text loss") for entry in entries.values()):
+        against["loss on plain text"] = (partial(_after, "plain text loss"), False)
+    curves = {name: entry.curve("loss") for name, entry in entries.items()}
+    caption = "Training loss, averaged over a few steps; first seed."
+    figure = curves_of(run, curves, "optimizer step", "training loss", caption, log_up=True)
+    sections = [
+        recommended,
+        numbers_section(rows, config, failed),
+        pareto_section(run, entries, quality, words, against),
+        Section("Curves", [figure]),
+        strengths_section(entries),
+        answers_section(entries, *next(iter((seed, one.load_json("answers.json")) for seed, one in base.items()))),
+        budget_section("method", entries, "tokens", "Each method had the same base, conversations, order and tokens."),
     ]
-    write_atomically(folder / "answers.json", json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
-    write_atomically(folder / "scores.json", json.dumps(scores(prompts, said), indent=1) + "\n")
+    summary = (
+        f"{len(entries)} methods, {seeds_text(options)} each. Recommended by the rule below: {best.name}, {words} "
+        f"{quality(best):.3f}."
+    )
+    printed = (*SCORES, "training seconds")
+    return Findings(f"Fine-tuning methods on {config.model.model}", summary, rows, sections, printed, best.name)
+
+
+def table_rows(entries: Mapping[str, Entry], base: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
+    """Lists a row per method, best first, and the base: scores and costs as means over seeds, `NAME ±` their spread.
+
+    `base` has the scores of the base's answers by seed; its losses are those that the runs measured before training.
+    """
+    rates = {"learning rate": lambda entry: entry.values("config", "training", "learning_rate")[:1]}
+    measures = {name: partial(_after, name) for name in SCORES}
+    rows = rows_of("method", sorted(entries.values(), key=quality, reverse=True), rates | measures | COSTS)
+    last: dict[str, Any] = {"method": BASE}
+    for name in SCORES:
+        values = [scores[name] for scores in base if name in scores]
+        last |= mean_and_spread(name, values or next(iter(entries.values())).values("before", name))
+    return [*rows, last]
+
+
+def _after(score: str, entry: Entry) -> list[float]:
+    return entry.values("after", score)
+
+
+def prompt_scores(answers: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Scores each answer: 1 or 0 where it can be checked word for word, if any can; else by its chrF (0 to 1)."""
+    checked = [row for row in answers if row["verifiable"] and row["reference"] is not None]
+    if checked:
+        return [float(same(row["after"], row["reference"])) for row in checked]
+    return [
+        sacrebleu.sentence_chrf(row["after"], [row["reference"]]).score / 100 for row in answers if row["reference"]
+    ]
+
+
+def quality_name(entry: Entry) -> str:
+    """Names what `quality` measures in this comparison."""
+    answers = next(iter(entry.read("answers.json").values()))
+    if any(row["verifiable"] and row["reference"] is not None for row in answers):
+        return "exact match"
+    return "chrF (0 to 1)" if any(row["reference"] for row in answers) else "minus validation loss"
+
+
+def quality(entry: Entry, seed: int | None = None) -> float:
+    """Averages `prompt_scores`, over all seeds or of one; minus the validation loss if no prompt has a reference."""
+    answers = {key: rows for key, rows in entry.read("answers.json").items() if seed in (None, key)}
+    found = [score for rows in answers.values() for score in prompt_scores(rows)]
+    if found:
+        return statistics.fmean(found)
+    return -statistics.fmean(entry.results[key]["after"]["validation loss"] for key in answers)
+
+
+def within_noise(best: Entry, other: Entry) -> bool:
+    """Tells whether `other` is at most one standard error worse than `best` (Breiman et al. 1984, section 3.4.3).
+
+    The standard error is that of the mean difference on the same prompts of the same seeds.
+    """
+    one, two = best.read("answers.json"), other.read("answers.json")
+    differences = [
+        first - second
+        for seed in one.keys() & two.keys()
+        for first, second in zip(prompt_scores(one[seed]), prompt_scores(two[seed]), strict=True)
+    ]
+    return within_one_error(differences) if len(differences) > 1 else best.name == other.name
+
+
+def order_of(entries: Mapping[str, Entry], seed: int) -> list[str]:
+    """Lists the methods that have this seed, best first."""
+    there = [entry for entry in entries.values() if seed in entry.results]
+    return [entry.name for entry in sorted(there, key=lambda entry: -quality(entry, seed))]
+
+
+def changing_pairs(entries: Mapping[str, Entry], seeds: Sequence[int]) -> list[tuple[str, str]]:
+    """Lists the pairs of methods whose order by quality is not the same in all seeds."""
+    found = []
+    for one, two in itertools.combinations(entries.values(), 2):
+        both = [seed for seed in seeds if seed in one.results and seed in two.results]
+        differences = [quality(one, seed) - quality(two, seed) for seed in both]
+        if len({(difference > 0) - (difference < 0) for difference in differences}) > 1:
+            found.append((one.name, two.name))
+    return found
+
+
+def stability_text(entries: Mapping[str, Entry], seeds: Sequence[int]) -> str:
+    """Tells whether the order of the methods can be relied on."""
+    orders = {seed: " > ".join(order_of(entries, seed)) for seed in seeds}
+    first = orders[seeds[0]]
+    if len(seeds) > 1:
+        pairs = changing_pairs(entries, seeds)
+        if not pairs:
+            return f"The order is the same with all {len(seeds)} seeds: {first}."
+        changing = "; ".join(f"{one} and {two}" for one, two in pairs)
+        said = "; ".join(f"seed {seed}: {order}" for seed, order in orders.items())
+        return f"The order is not stable over seeds: {changing} change places. {said}."
+    neighbours = itertools.pairwise(order_of(entries, seeds[0]))
+    close = [f"{one} and {two}" for one, two in neighbours if within_noise(entries[one], entries[two])]
+    near = f" Neighbours within noise of each other: {'; '.join(close)}." if close else ""
+    return (
+        f"One seed was run, so whether this order is stable over seeds is not known (--seeds 3 tells): {first}.{near}"
+    )
+
+
+def numbers_section(rows: Sequence[Mapping[str, Any]], config: CompareConfig, failed: Mapping[str, int]) -> Section:
+    """Tabulates quality and cost."""
+    present = [name for name in SCORES if any(name in row for row in rows)]
+    costs = ("method", "learning rate", *COSTS)
+    blocks: list[Table | Text] = [
+        table_of(rows, ("method", *present), "Quality after training, best first."),
+        table_of(rows[:-1], costs, "Cost of training; each method in a process of its own."),
+        Text(
+            "Exact match counts answers that equal the reference word for word, chrF runs from 0 to 100, losses are in "
+            "nats per token. Plain text is of the base's world and is not trained on: what its loss rises above the "
+            "base's was forgotten. Peak memory is of the whole process, libraries included, on a CPU."
+        ),
+        *notes_on(config.comparison, failed),
+    ]
+    if config.search:
+        blocks.append(
+            Text(
+                f"Learning rates: the best of {config.search} for each method by validation loss, each tried for "
+                f"{config.search_share:.0%} of the steps. The validation data are those that are reported."
+            )
+        )
+    return Section("Numbers", [*blocks])
+
+
+def strengths_section(entries: Mapping[str, Entry]) -> Section:
+    """Lists what each method is best and worst at, from the numbers alone."""
+    measures = {name: partial(_after, name) for name in SCORES} | COSTS
+    means = {
+        measure: {name: statistics.fmean(values) for name, entry in entries.items() if (values := of(entry))}
+        for measure, of in measures.items()
+    }
+    rows = []
+    for name, entry in entries.items():
+        good, bad = [], []
+        for measure, found in means.items():
+            if len(found) < 2 or name not in found:
+                continue
+            ordered = sorted(found.values(), reverse=measure in HIGHER)
+            text = f"{measure} {figure_text(found[name])}"
+            if found[name] == ordered[0] != ordered[-1]:
+                good.append(f"best {text}")
+            elif found[name] == ordered[-1] != ordered[0]:
+                bad.append(f"worst {text} (best {figure_text(ordered[0])})")
+        share = entry.cost("trainable")[0] / entry.cost("parameters")[0]
+        rows.append((name, f"{share:.2%}", "; ".join(good) or "–", "; ".join(bad) or "–"))
+    columns = ("method", "trains", "strengths", "weaknesses")
+    return Section("Strengths and weaknesses", [Table(columns, rows, "Only what the figures above say.")])
+
+
+def answers_section(entries: Mapping[str, Entry], seed: int, base: Sequence[Mapping[str, Any]]) -> Section:
+    """Shows the same prompts of one seed answered by the base and by every method."""
+    there = {name: entry.read("answers.json")[seed] for name, entry in entries.items() if seed in entry.runs}
+    rows = []
+    for number, row in enumerate(base):
+        said = [shown(answers[number]["after"]) for answers in there.values()]
+        rows.append((asked(row["prompt"]), row["reference"], shown(row["after"]), *said))
+    tables = folded_tables(("prompt", "reference", BASE, *there), rows, SHOWN)
+    return Section("The same prompts, answered by all", [*tables])

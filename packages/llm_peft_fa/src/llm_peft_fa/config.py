@@ -20,9 +20,6 @@ Method = Annotated[str, one_of("llm_peft_fa.methods:METHODS")]
 PromptInit = Literal["random", "text", "vocabulary"]
 Which = Literal["first", "last", "both"]
 OnTooLong = Literal["error", "truncate", "skip"]
-# Files and scripts of before say --run, or `run:` in a config.yaml.
-Checkpoint = Annotated[Path | None, tyro.conf.arg(aliases=["--run"])]
-Checkpoints = Annotated[tuple[Path, ...], tyro.conf.arg(aliases=["--runs", "--run"])]
 
 
 @dataclass
@@ -164,6 +161,18 @@ class TrainConfig:
 
 
 @dataclass
+class SubjectOptions:
+    """The model that answers: a finished run, an adapter, or any model."""
+
+    checkpoint: Annotated[Path | None, tyro.conf.arg(aliases=["--run"])] = None  # as it was called before
+    """Directory of a finished run; by default the newest under runs/."""
+    adapter: Path | None = None
+    """Directory of any adapter that PEFT loads, in the place of a run."""
+    model: str | None = None
+    """Any model (Hugging Face id or directory), in the place of a run."""
+
+
+@dataclass
 class EvaluateConfig:
     """Measures a finished run, any adapter or any model, and its base beside it: loss, answers, scores.
 
@@ -172,12 +181,7 @@ class EvaluateConfig:
     `python -m llm_peft_fa.evaluate --model google/gemma-2-2b-it --base google/gemma-2-2b --data test.jsonl`
     """
 
-    checkpoint: Checkpoint = None
-    """Directory of a finished run; by default the newest under runs/."""
-    adapter: Path | None = None
-    """Directory of any adapter that PEFT loads, in the place of a run."""
-    model: str | None = None
-    """Any model (Hugging Face id or directory), in the place of a run."""
+    subject: SubjectOptions = field(default_factory=SubjectOptions)
     base: str | None = None
     """The model to compare with; by default the one that the run or adapter was made from."""
     template: str = "auto"
@@ -203,12 +207,7 @@ class ChatConfig:
     `python -m llm_peft_fa.chat --checkpoint runs/NAME`
     """
 
-    checkpoint: Checkpoint = None
-    """Directory of a finished run; by default the newest under runs/."""
-    adapter: Path | None = None
-    """Directory of any adapter that PEFT loads, in the place of a run."""
-    model: str | None = None
-    """Talk to this model (Hugging Face id or directory) instead of a run."""
+    subject: SubjectOptions = field(default_factory=SubjectOptions)
     system: str | None = None
     """System message."""
     max_new_tokens: int = 256
@@ -227,7 +226,7 @@ class DemoConfig:
     `python -m llm_peft_fa.demo`
     """
 
-    checkpoint: Checkpoints = ()
+    checkpoint: Annotated[tuple[Path, ...], tyro.conf.arg(aliases=["--run", "--runs"])] = ()  # as it was called before
     """Directories of finished runs; by default all under runs/, newest first."""
     models: tuple[str, ...] = ()
     """Further models: Hugging Face ids or directories."""

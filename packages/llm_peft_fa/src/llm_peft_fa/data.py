@@ -22,7 +22,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -264,13 +263,22 @@ def plain_paragraphs(config: TrainConfig) -> list[str]:
     if file is None:
         made = plain_text(PARAGRAPHS, PLAIN_TEXT_SEED)
         return [text.strip() for text in made] if config.model.model == "tiny" else []
+    return text_lines("--plain-text", file, "a paragraph")[:PARAGRAPHS]
+
+
+def text_lines(option: str, file: Path, what: str) -> list[str]:
+    """Reads the lines of a text file that are not empty; `what` says what each holds.
+
+    Raises:
+        LabError: the file cannot be read or is empty.
+    """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise LabError(f"--plain-text {file}: cannot be read; name a text file with a paragraph per line") from error
-    found = list(islice((line.strip() for line in lines if line.strip()), PARAGRAPHS))
+        raise LabError(f"{option} {file}: cannot be read; name a text file with {what} per line") from error
+    found = [line.strip() for line in lines if line.strip()]
     if not found:
-        raise LabError(f"--plain-text {file}: is empty; write a paragraph per line")
+        raise LabError(f"{option} {file}: is empty; write {what} per line")
     return found
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from labs_common.errors import LabError
 from labs_common.pages import check_page, serve
 from llm_peft_fa.answers import streamed_answer
-from llm_peft_fa.config import DemoConfig
+from llm_peft_fa.config import DemoConfig, SubjectOptions
 from llm_peft_fa.model import Adapted
 from llm_peft_fa.saved import Subject, finished_runs, subject_of
 
@@ -40,9 +40,9 @@ def found_subjects(config: DemoConfig) -> dict[str, Subject]:
     runs = [*config.checkpoint] or ([] if config.models else finished_runs())
     if not runs and not config.models:
         raise LabError("no finished run under runs/; train one, or name --checkpoint or --models")
-    found = [subject_of(run, None, None) for run in runs]
+    found = [subject_of(SubjectOptions(checkpoint=run)) for run in runs]
     bases = dict.fromkeys([*(subject.base for subject in found if subject.base), *config.models])
-    found += [subject_of(None, None, name) for name in bases]
+    found += [subject_of(SubjectOptions(model=name)) for name in bases]
     return {f"{subject.name} (base)" if subject.trained is None else subject.name: subject for subject in found}
 
 

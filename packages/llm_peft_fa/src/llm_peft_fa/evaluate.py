@@ -29,7 +29,7 @@ from llm_peft_fa.answers import BeforeAndAfter, before_and_after, collected_prom
 from llm_peft_fa.config import EvaluateConfig, TrainConfig
 from llm_peft_fa.data import Reading, read_conversations, training_and_validation
 from llm_peft_fa.model import Adapted, PackedCausalLM, base_of, check_packed_loss, mean_loss, virtual_tokens
-from llm_peft_fa.packing import PackedSteps
+from llm_peft_fa.packing import Packing
 from llm_peft_fa.report import answers_section, numbers_section, saved_answers
 from llm_peft_fa.saved import Subject, plain_base, subject_of
 from llm_peft_fa.templates import Encoded, encode_all
@@ -41,7 +41,7 @@ TOKENS_PER_ROW = 2048  # as --tokens-per-batch has it in training
 def evaluate(config: EvaluateConfig) -> None:
     """Answers prompts with a model and its base, and writes scores, a report and perhaps a table for judges."""
     check_new(config.output)
-    subject = subject_of(config.checkpoint, config.adapter, config.model, config.base)
+    subject = subject_of(config.subject, config.base)
     base = subject.base if config.generation.answer_base else None
     if config.judge_file is not None:
         check_judge_file(config.judge_file, base)
@@ -96,11 +96,8 @@ def loss_of(model: Adapted, encoded: list[Encoded], accelerator: Accelerator, ad
         console.print(f"no validation loss: {error}")
         return None
     subject = model if adapted else base_of(model)
-    steps = PackedSteps(
-        encoded, len(encoded), TOKENS_PER_ROW, 0, accelerator.process_index, accelerator.num_processes,
-        virtual_tokens(subject),
-    )  # fmt: skip
-    return mean_loss(PackedCausalLM(subject), steps.rows_of(encoded), accelerator)
+    packing = Packing(TOKENS_PER_ROW, accelerator.process_index, accelerator.num_processes, virtual_tokens(subject))
+    return mean_loss(PackedCausalLM(subject), packing.rows(encoded), accelerator)
 
 
 def check_judge_file(file: Path, base: str | None) -> None:
@@ -151,6 +148,6 @@ def _reading(config: EvaluateConfig, subject: Subject) -> Reading:
 
 def _own_folder(config: EvaluateConfig, subject: Subject) -> Path:
     """Names the directory of the evaluation: under the run or adapter, of a plain model under runs/."""
-    if subject.trained is None and config.adapter is None:
+    if subject.trained is None and not subject.adapted:
         return Path("runs") / f"evaluation-{path_name(subject.name)}"
-    return (config.checkpoint or config.adapter or Path("runs") / subject.name) / "evaluation"
+    return (config.subject.checkpoint or config.subject.adapter or Path("runs") / subject.name) / "evaluation"

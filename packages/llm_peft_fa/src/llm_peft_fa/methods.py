@@ -17,7 +17,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, initialize_kv_prefix_fro
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from labs_common.errors import LabError
-from labs_common.freezing import train_only
+from labs_common.frozen.audit import train_only
 from llm_peft_fa.adalora import RankBudget
 from llm_peft_fa.config import MethodOptions, TrainConfig
 from llm_peft_fa.model import Adapted

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -11,7 +10,8 @@ from peft import AdaLoraModel, PeftModel, PeftType
 from transformers import PreTrainedModel
 
 from labs_common.errors import LabError
-from labs_common.report import Cell, Row
+from labs_common.report.figures import Cell, Row
+from labs_common.report.sections import Structure
 from llm_peft_fa.adalora import orthogonality
 from llm_peft_fa.losses import chunked_cross_entropy
 from llm_peft_fa.packing import PackedRow, packed_row
@@ -75,10 +75,7 @@ class PackedCausalLM(torch.nn.Module):
             return {"input_ids": ids, "position_ids": positions + count, "prefix": prefix}
         embedded = base.get_input_embeddings()(ids)  # (1, tokens, width)
         virtual = prompt.to(embedded.dtype).repeat(1, len(row.slots), 1)
-        return {
-            "inputs_embeds": embedded.index_copy(1, row.slots.flatten(), virtual),
-            "position_ids": positions,
-        }
+        return {"inputs_embeds": embedded.index_copy(1, row.slots.flatten(), virtual), "position_ids": positions}
 
 
 def virtual_tokens(model: Adapted) -> int:
@@ -91,7 +88,7 @@ def virtual_tokens(model: Adapted) -> int:
 
 @torch.no_grad()
 def mean_loss(model: torch.nn.Module, rows: Iterable[PackedRow], accelerator: Accelerator) -> float:
-    """Averages the negative log-likelihood, in nats, over the learnt tokens of `rows` (one `PackedSteps.rows_of`)."""
+    """Averages the negative log-likelihood, in nats, over the learnt tokens of `rows` (of one `Packing.rows`)."""
     model.eval()
     total = torch.zeros((), dtype=torch.float64)
     for row in rows:
@@ -122,16 +119,6 @@ def check_packed_loss(model: PreTrainedModel) -> None:
         raise LabError(
             f"--model: {type(model).__name__} cannot be trained packed (loss {packed:.4f}, its own {own:.4f})"
         )
-
-
-@dataclass(frozen=True)
-class Structure:
-    """The parts of a model, and its numbers of parameters."""
-
-    name: str
-    rows: list[Row]
-    parameters: int
-    trainable: int
 
 
 def structure_of(model: Adapted) -> Structure:

@@ -5,11 +5,12 @@ of about equal length, as many rows as the processes can share evenly.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from labs_common.steps import ShuffledSteps
 from llm_peft_fa.attention import Blocks, blocks_of
 from llm_peft_fa.templates import Encoded
 
@@ -103,35 +104,20 @@ def spread(conversations: Sequence[Encoded], tokens: int, multiple: int = 1, vir
 
 
 @dataclass
-class PackedSteps:
-    """Training data for `labs_common.training.Loop`: shuffled every epoch by the seed, each conversation once.
+class Packing:
+    """The way in which the conversations of a step become rows: of every `processes`-th, from `rank` on, this one's.
 
-    Of each step's rows every `processes`-th, from `rank` on, is this process's; `virtual` is the number of virtual
-    tokens that a soft prompt puts before each conversation.
+    `virtual` is the number of virtual tokens that a soft prompt puts before each conversation.
     """
 
-    conversations: Sequence[Encoded]
-    batch_size: int
-    tokens_per_batch: int
-    seed: int
+    tokens: int
     rank: int = 0
     processes: int = 1
     virtual: int = 0
 
-    def __len__(self) -> int:
-        """Counts the optimizer steps of an epoch; the last may be smaller."""
-        return -(-len(self.conversations) // self.batch_size)
-
-    def steps(self, epoch: int, start: int) -> Iterator[list[PackedRow]]:
-        """Yields this process's rows of each step of the epoch, from step `start` on."""
-        order = random.Random(f"{self.seed} {epoch}").sample(range(len(self.conversations)), len(self.conversations))
-        for step in range(start, len(self)):
-            picked = order[step * self.batch_size : (step + 1) * self.batch_size]
-            yield self.rows_of([self.conversations[number] for number in picked])
-
-    def rows_of(self, conversations: Sequence[Encoded]) -> list[PackedRow]:
+    def rows(self, conversations: Sequence[Encoded]) -> list[PackedRow]:
         """Packs this process's rows of one step; their weighted losses add up to the mean over learnt tokens."""
-        rows = spread(conversations, self.tokens_per_batch, self.processes, self.virtual)
+        rows = spread(conversations, self.tokens, self.processes, self.virtual)
         assert sum(map(learnt_tokens, rows)) == learnt_tokens(conversations), "packing lost tokens to learn"
         weight = self.processes / max(1, learnt_tokens(conversations))
         # Every process must take part in every pass: one without a conversation repeats one at no weight.
@@ -141,3 +127,11 @@ class PackedSteps:
             packed_row(row, weight, self.virtual) if row else replace(packed_row([idle], 0.0, self.virtual), tokens=0)
             for row in rows[self.rank :: self.processes]
         ]
+
+    def steps(self, conversations: Sequence[Encoded], batch_size: int, seed: int) -> ShuffledSteps:
+        """Makes training data of conversations, shuffled every epoch by the seed: a step is `batch_size` of them."""
+        count = len(conversations)
+        return ShuffledSteps(
+            count, batch_size, seed, lambda places, epoch, step: self.rows([conversations[place] for place in places]),
+            lambda epoch: random.Random(f"{seed} {epoch}").sample(range(count), count),
+        )  # fmt: skip

@@ -1,17 +1,14 @@
 """The sections of the reports that only this lab has, and what a training prints."""
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text as ColouredText
 from transformers import PreTrainedTokenizerBase
 
-from labs_common.cli import to_plain
-from labs_common.freezing import FrozenAudit
+from labs_common.fitting import Fitted, leave, results_of
+from labs_common.frozen.audit import FrozenAudit
 from labs_common.progress import console
 from labs_common.report import (
     Figure,
@@ -26,18 +23,19 @@ from labs_common.report import (
     rerun_section,
     save_figure,
     trained_section,
-    write_report,
 )
-from labs_common.run import Run, cost_of, machine_of, seconds_between
+from labs_common.report.sections import Structure
+from labs_common.run import Run, seconds_between
 from llm_peft_fa.answers import BeforeAndAfter, Scores
 from llm_peft_fa.config import MethodOptions, TrainConfig
 from llm_peft_fa.data import Reading
 from llm_peft_fa.methods import METHODS
-from llm_peft_fa.model import Structure
 from llm_peft_fa.saved import result_folder
 from llm_peft_fa.templates import Encoded
 
 Cells = tuple[Any, ...]
+PACKAGES = ("torch", "transformers", "peft", "accelerate")  # whose versions go into results.json
+COSTS = ("trainable", "parameters", "optimizer bytes", "disk bytes")  # in the report, of results.json
 SHOWN = 40  # answers before the fold: a screen or two
 
 
@@ -151,23 +149,20 @@ def asked(text: str) -> str:
     return text if len(text) <= 400 else "… " + text[-400:]
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Costs of a run: parameters, bytes of the optimizer's state in a process, bytes of the result on disk."""
+def costs_of(
+    run: Run, config: TrainConfig, fitted: Fitted, structure: Structure, clock: Mapping[str, float]
+) -> dict[str, Any]:
+    """Gathers what results.json says of a training besides its scores, in the main process; else nothing.
 
-    trainable: int
-    parameters: int
-    optimizer_bytes: int
-    disk_bytes: int
-
-    def named(self) -> dict[str, int]:
-        """Names the costs as results.json does."""
-        return {name.replace("_", " "): value for name, value in dataclasses.asdict(self).items()}
-
-
-def disk_bytes(folder: Path) -> int:
-    """Adds up the bytes of the weights in a directory."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    `clock` holds the moments at which the parts of this start ended, in order.
+    """
+    if not run.is_main:
+        return {}
+    results = results_of(run, config, fitted, "tokens", seconds_between(clock)["prepared"], PACKAGES)
+    size = sum(file.stat().st_size for file in result_folder(run.path).glob("*.safetensors"))
+    # The structure counts two weights in a byte of a base in 4 bits as two.
+    results["cost"] |= {"parameters": structure.parameters, "disk bytes": size}
+    return results
 
 
 def finish_report(
@@ -175,16 +170,13 @@ def finish_report(
     config: TrainConfig,
     sections: Sequence[Section],
     both: BeforeAndAfter,
-    costs: Costs,
+    results: dict[str, Any],
     clock: Mapping[str, float],
 ) -> None:
     """Writes results.json, answers.json and the report, prints the main numbers and the report's path.
 
-    `sections` are those on the data and on what trained; `clock` holds the moments at which the parts of
-    this start ended, in order.
+    `sections` are those on the data and on what trained, `results` are of `costs_of`.
     """
-    if not run.is_main:
-        return
     evaluations = [line for line in run.lines("metrics.jsonl") if "validation/loss" in line]
     # With --patience the run went back to its best weights.
     kept = (
@@ -195,23 +187,23 @@ def finish_report(
         for key in ("validation/loss", "validation/perplexity", "plain text/loss")
         if key in kept
     }
-    results = results_of(run, config, both, losses, costs)
+    before, after = (
+        dict(both.scores.get(side, {})) | {name: pair[place] for name, pair in losses.items()}
+        for place, side in enumerate(("before", "after"))
+    )
     run.save_json("answers.json", saved_answers(both))
-    run.save_json("results.json", results)
-    for name in results["after"]:
-        before = results["before"].get(name)
-        console.print(
-            f"{name}: {'–' if before is None else f'{before:.4g}'} before, {results['after'][name]:.4g} after"
-        )
+    for name, value in after.items():
+        console.print(f"{name}: {f'{before[name]:.4g}' if name in before else '–'} before, {value:.4g} after")
     print(f"{result_folder(run.path).name}: {result_folder(run.path)}")
-    if config.run.report:
+
+    def page() -> tuple[str, list[Section]]:
         cost = cost_section(run, "tokens", seconds_between(clock))
-        cost.blocks.append(Table(("", ""), [*costs.named().items()]))
+        cost.blocks.append(Table(("", ""), [(name, results["cost"][name]) for name in COSTS]))
         exact, summary = "exact match", ""
-        if exact in results["before"]:
-            summary = f"{exact} {results['before'][exact]:.1%} → {results['after'][exact]:.1%}; "
+        if exact in before:
+            summary = f"{exact} {before[exact]:.1%} → {after[exact]:.1%}; "
         summary += f"validation loss {losses['validation loss'][0]:.3f} → {losses['validation loss'][1]:.3f}."
-        body = [
+        return summary, [
             asked_section(config),
             *sections,
             curves_section(run),
@@ -220,23 +212,9 @@ def finish_report(
             cost,
             rerun_section(run),
         ]
-        title = f"{config.method.method} on {config.model.model}"
-        print(f"report: {write_report(run, title, summary, body)}")
 
-
-def results_of(
-    run: Run, config: TrainConfig, both: BeforeAndAfter, losses: Mapping[str, tuple[float, float]], costs: Costs
-) -> dict[str, Any]:
-    """Gathers all that a comparison needs of a run: its config, scores, costs, machine and versions."""
-    before = dict(both.scores.get("before", {})) | {name: values[0] for name, values in losses.items()}
-    after = dict(both.scores["after"]) | {name: values[1] for name, values in losses.items()}
-    return {
-        "config": to_plain(config),
-        "before": before,
-        "after": after,
-        "cost": {**cost_of(run, "tokens"), **costs.named()},
-        "environment": machine_of(run, ("torch", "transformers", "peft", "accelerate")),
-    }
+    title = f"{config.method.method} on {config.model.model}"
+    leave(run, results | {"before": before, "after": after}, config.run.report, title, page)
 
 
 def show_learnt(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Encoded]) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -17,8 +16,8 @@ from labs_common.cli import config_from_yaml
 from labs_common.errors import LabError
 from labs_common.run import written_whole
 from llm_peft_fa.base import device, load_model, load_tokenizer
-from llm_peft_fa.config import TrainConfig
-from llm_peft_fa.model import Adapted, PackedCausalLM
+from llm_peft_fa.config import SubjectOptions, TrainConfig
+from llm_peft_fa.model import Adapted
 
 FOLDERS = ("adapter", "model")  # of a run: the result of PEFT's methods, and of layers and full
 Tensors = dict[str, torch.Tensor]
@@ -35,38 +34,44 @@ def initial_update(model: Adapted) -> Tensors | None:
     return {name: tensor.detach().cpu().clone() for name, tensor in get_peft_model_state_dict(model).items()}
 
 
+def computed_prompt(model: Adapted) -> torch.Tensor | None:
+    """Computes the virtual tokens, or keys and values, of a soft prompt; called by all processes together.
+
+    PEFT runs the encoder when it saves, in one process alone; sharded weights need all of them for that.
+    """
+    if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning:
+        return None
+    prompt: torch.Tensor = model.get_prompt_embedding_to_save("default").contiguous()
+    return prompt
+
+
 def save_tuned(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
+    tuned: Adapted,
+    weights: Tensors,
     tokenizer: PreTrainedTokenizerBase,
     run: Path,
     initial: Tensors | None = None,
+    prompt: torch.Tensor | None = None,
 ) -> None:
-    """Writes `adapter/` or `model/` under `run`, with the tokenizer; gathered from, and called by, all processes."""
-    packed = accelerator.unwrap_model(model)
-    assert isinstance(packed, PackedCausalLM)
-    tuned = packed.model
-    virtual = None
-    if isinstance(tuned, PeftModel) and tuned.active_peft_config.is_prompt_learning:
-        # PEFT runs the encoder when it saves, on one process alone; sharded weights need all of them for that.
-        virtual = tuned.get_prompt_embedding_to_save("default").contiguous()
-    whole = accelerator.get_state_dict(model)  # DeepSpeed and FSDP: the whole weights, on the main process
-    if not accelerator.is_main_process:
-        return
-    state = {name.removeprefix("model."): tensor for name, tensor in whole.items()}
+    """Writes `adapter/` or `model/` under `run`, with the tokenizer.
+
+    `weights` are all of `PackedCausalLM(tuned)`, which may be sharded in the model itself; `initial` is of
+    `initial_update`, `prompt` of `computed_prompt`.
+    """
+    state = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
     folder = run / FOLDERS[not isinstance(tuned, PeftModel)]
     with written_whole(folder) as part:
         if not isinstance(tuned, PeftModel):
             dtype = getattr(tuned.config, "dtype", None) or torch.float32
             tuned.save_pretrained(part, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
-        elif virtual is None and initial is None:
+        elif prompt is None and initial is None:
             tuned.save_pretrained(str(part), state_dict=state)
         else:
             config = copy.deepcopy(tuned.active_peft_config)
             config.inference_mode = True
             config.base_model_name_or_path = tuned.get_base_model().name_or_path
-            if virtual is not None:
-                tensors = {"prompt_embeddings": virtual}
+            if prompt is not None:
+                tensors = {"prompt_embeddings": prompt}
             else:
                 assert initial is not None
                 tensors = difference(get_peft_model_state_dict(tuned, state_dict=state), initial)
@@ -161,8 +166,8 @@ class Subject:
     Attributes:
         name: what a reader calls it.
         base: the model that it was made from; None for a model of which that is not known.
-        adapter: the directory of its adapter, or None for a whole model.
-        model: the name or directory of that whole model, or None.
+        source: the directory of its adapter, or the name or directory of a whole model.
+        adapted: whether it is an adapter.
         tokenizer: the name or directory of its tokenizer.
         quantized: whether the base is held in 4 bits.
         trained: the config of its run, if it is one.
@@ -170,8 +175,8 @@ class Subject:
 
     name: str
     base: str | None
-    adapter: Path | None
-    model: str | None
+    source: str
+    adapted: bool
     tokenizer: str
     quantized: bool = False
     trained: TrainConfig | None = None
@@ -182,11 +187,10 @@ class Subject:
         Raises:
             LabError: it cannot be loaded.
         """
-        if self.adapter is not None:
+        if self.adapted:
             assert self.base is not None
-            return adapted_model(self.adapter, self.base, self.quantized).to(device())
-        assert self.model is not None
-        loaded = load_model(self.model)
+            return adapted_model(Path(self.source), self.base, self.quantized).to(device())
+        loaded = load_model(self.source)
         torch.nn.Module.to(loaded, device())
         return loaded
 
@@ -195,20 +199,20 @@ class Subject:
         return load_tokenizer(self.tokenizer, template)
 
 
-def subject_of(run: Path | None, adapter: Path | None, model: str | None, base: str | None = None) -> Subject:
-    """Finds the subject that the options name; without any of the first three, the newest run under runs/.
+def subject_of(options: SubjectOptions, base: str | None = None) -> Subject:
+    """Finds the subject that the options name; if they name none, the newest run under runs/.
 
     `base` takes the place of the base that a run or an adapter names.
 
     Raises:
         LabError: more than one is named, or nothing is there.
     """
-    given = {"--checkpoint": run, "--adapter": adapter, "--model": model}
-    named = [flag for flag, value in given.items() if value is not None]
+    run, adapter, model = options.checkpoint, options.adapter, options.model
+    named = [f"--{name}" for name, value in vars(options).items() if value is not None]
     if len(named) > 1:
         raise LabError(f"{' and '.join(named)}: name one of them")
     if model is not None:
-        return Subject(model, base, None, model, model)
+        return Subject(model, base, model, False, model)
     if adapter is not None:
         try:
             recorded = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
@@ -219,15 +223,14 @@ def subject_of(run: Path | None, adapter: Path | None, model: str | None, base: 
         if base is None:
             raise LabError(f"--adapter {adapter}: does not say which base it is of; name it with --base")
         own = (adapter / "tokenizer_config.json").exists()
-        return Subject(adapter.name, base, adapter, None, str(adapter) if own else base)
+        return Subject(adapter.name, base, str(adapter), True, str(adapter) if own else base)
     if run is None:
         run = next(iter(finished_runs()), None)
         if run is None:
             raise LabError("no finished run under runs/; train one, or name one with --checkpoint")
     result = result_folder(run)
     trained = config_from_yaml(TrainConfig, run / "config.yaml")
-    whole = result.name == "model"
     return Subject(
-        run.name, base or trained.model.model, None if whole else result, str(result) if whole else None, str(result),
+        run.name, base or trained.model.model, str(result), result.name == "adapter", str(result),
         trained.method.method == "qlora", trained,
     )  # fmt: skip
