@@ -1,8 +1,6 @@
-"""Moved to labs_common.report.pictures."""
+"""Moved to labs_common.report.captions, .page."""
 
-from labs_common.report.pictures import captioned_data_section, shown
+from labs_common.report.captions import captioned_data_section
+from labs_common.report.page import shown
 
-__all__ = [
-    "captioned_data_section",
-    "shown",
-]
+__all__ = ["captioned_data_section", "shown"]

@@ -84,6 +84,13 @@ def save_figure(run: Run, name: str, svg: str) -> str:
     return svg
 
 
+def shown(image: Image.Image, side: int = 200) -> Image.Image:
+    """Resizes a picture as a report wants it; very small ones keep their edges."""
+    scale = side / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC)
+
+
 def _picture(image: Image.Image) -> str:
     """Writes the picture as a URL that holds it."""
     stream = io.BytesIO()

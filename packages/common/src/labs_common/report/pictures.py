@@ -1,42 +1,19 @@
-"""Sections about pictures: the data with captions or classes, and a classifier's predictions and mistakes."""
+"""Sections about pictures with classes: the data, and a classifier's predictions and mistakes."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
-from labs_common.data.captions import Captions
 from labs_common.data.classes import LabelledPictures
+from labs_common.report.captions import captioned_data_section as captioned_data_section  # moved: to go
 from labs_common.report.figures import matrix_figure
 from labs_common.report.page import Figure, Gallery, Section, Table, Text, save_figure
+from labs_common.report.page import shown as shown  # moved: to go
 from labs_common.run import Run
 
 MISTAKES = 12  # as many as a reader looks at
-
-
-def captioned_data_section(data: Captions) -> Section:
-    """Says where the pictures are from and how many are in each split, and shows some with their captions."""
-    first = data.splits["train"]
-    rows = [
-        (name, part.source, len(part), sum(map(len, part.captions)), part.fingerprint())
-        for name, part in data.splits.items()
-    ]
-    section = Section("Data", [Table(("split", "source", "pictures", "captions", "fingerprint"), rows)])
-    if data.left_out:
-        section.blocks.append(Table(("left out because", "how many"), list(data.left_out.items())))
-        section.blocks.append(Text("First: " + "; ".join(first.examples)))
-    samples = [(shown(first.image(place)), " · ".join(first.captions[place])) for place in range(min(6, len(first)))]
-    section.blocks.append(Gallery(samples, "Training pictures with their captions."))
-    return section
-
-
-def shown(image: Image.Image, side: int = 200) -> Image.Image:
-    """Resizes a picture as a report wants it; very small ones keep their edges."""
-    scale = side / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return image.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC)
 
 
 @dataclass(frozen=True)
