@@ -14,7 +14,7 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from labs_common.errors import LabError
+from labs_common.errors import LabError, reason_of
 from labs_common.saved import load_exactly, read_weights, timm_arguments
 from zsi_contrastive.detector.config import TINY
 
@@ -96,7 +96,7 @@ def make_backbone(name: str, pretrained: bool, weights: Path | None, frozen_stag
         return _of_timm(name, pretrained, weights, frozen_stages, channels)
     except (OSError, RuntimeError) as error:  # no network, no such weights
         raise LabError(
-            f"--backbone {name}: cannot be had ({str(error).splitlines()[0]}); give --backbone-weights, or "
+            f"--backbone {name}: cannot be had ({reason_of(error)}); give --backbone-weights, or "
             "--no-backbone-pretrained"
         ) from error
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.roi_heads import paste_masks_in_image
@@ -27,7 +28,7 @@ from zsi_contrastive.detector.regions import Detections, Query, Sampling, ZeroSh
 from zsi_contrastive.detector.vectors import ClassVectors
 
 RATIOS = (0.5, 1.0, 2.0)  # of anchors: height to width
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, with which the backbones were trained
+MEAN, STD = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)  # the backbones were trained with them
 RPN_FOREGROUND, RPN_BACKGROUND = 0.7, 0.3  # IoU from which an anchor is a thing, and below which it is background
 RPN_THINGS = 0.5  # the largest share of things among an image's sampled anchors
 RPN_NMS = 0.7  # IoU from which the weaker of two proposals is dropped; all four are Faster R-CNN's

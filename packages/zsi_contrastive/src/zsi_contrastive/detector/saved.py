@@ -57,7 +57,7 @@ def save_detector(
     save_model(folder, FILE, description, {**state, "unseen": vectors.unseen})
 
 
-def load_detector(path: Path, option: str = "--checkpoint") -> Loaded:
+def load_detector(path: Path) -> Loaded:
     """Reads the detector of a finished run, or of the directory that `save_detector` wrote, in evaluation mode.
 
     Raises:
@@ -86,7 +86,7 @@ def load_detector(path: Path, option: str = "--checkpoint") -> Loaded:
             None if said["words"] is None else torch.randn(said["words"]),
         )
 
-    model, _, _ = load_model(path, FILE, option, build)
+    model, _, _ = load_model(path, FILE, "--checkpoint", build)
     return Loaded(model, **known)
 
 

@@ -10,9 +10,8 @@ from typing import TextIO, cast
 
 import numpy as np
 import torch
-from transformers import AutoModel, AutoTokenizer
 
-from labs_common.errors import LabError
+from labs_common.errors import LabError, reason_of
 from labs_common.scenes.world import SHAPES, TEXTURES
 from zsi_contrastive.detector.annotations import Split
 
@@ -258,11 +257,13 @@ def _words(name: str) -> list[str]:
 
 def _encoded(name: str, texts: Sequence[str]) -> torch.Tensor:
     """Averages an encoder's last layer over the tokens of each text (texts, d)."""
+    from transformers import AutoModel, AutoTokenizer  # a giant that few need: a second of every start otherwise
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModel.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise LabError(f"--word-vectors {ENCODER}{name}: cannot be had ({str(error).splitlines()[0]})") from error
+        raise LabError(f"--word-vectors {ENCODER}{name}: cannot be had ({reason_of(error)})") from error
     model = getattr(model, "text_model", model).eval()  # CLIP and its like hold one for texts
     with torch.no_grad():
         batch = tokenizer(list(texts), padding=True, return_tensors="pt")
