@@ -41,7 +41,7 @@ def test_the_teacher_follows_and_learns_nothing_itself(method: str) -> None:
     given = config(method)
     network = learner(given)
     memory = Memory(given, network, torch.device("cpu"))
-    optimizer = make_optimizer(given, network)
+    optimizer = make_optimizer(given.training, network)
     before = {name: value.clone() for name, value in memory.teacher.named_parameters()}
     METHODS[method].loss(step_of(given, network, memory)).backward()
     optimizer.step()

@@ -212,7 +212,7 @@ def test_timms_lars_is_lightlys() -> None:
     given.training.optimizer, given.training.learning_rate, given.training.weight_decay = "lars", 0.3, 1e-2
     networks = [METHODS["simclr"].network(given)] * 2
     networks[1] = copy.deepcopy(networks[0])
-    ours = make_optimizer(given, networks[0])
+    ours = make_optimizer(given.training, networks[0])
     decayed = [p for p in networks[1].parameters() if p.ndim > 1]
     rest = [p for p in networks[1].parameters() if p.ndim <= 1]
     theirs = peer([{"params": decayed}, {"params": rest, "weight_decay": 0.0}], lr=0.3, momentum=0.9, weight_decay=1e-2)

@@ -5,8 +5,8 @@ What is finished is not run again: the same command goes on where it was stopped
 there.
 """
 
-import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from operator import methodcaller
 from typing import Any
@@ -18,7 +18,7 @@ from labs_common.compare.processes import compare_runs, start_server
 from labs_common.compare.report import Findings, curves_of, notes_on, table_of
 from labs_common.report import Figure, Section, Table, Text, bar_figure, save_figure
 from labs_common.run import Run
-from zsi_contrastive.ssl.config import CompareConfig, ComparedOptions, MethodOptions, PretrainConfig
+from zsi_contrastive.ssl.config import CompareConfig, ComparedOptions, PretrainConfig
 from zsi_contrastive.ssl.data import read_splits
 from zsi_contrastive.ssl.methods import METHODS, complete
 
@@ -42,32 +42,28 @@ COST: dict[str, Measure] = {
 
 def compare(config: CompareConfig) -> None:
     """Plans the runs, does those that are missing, and writes the report."""
-    planned = plan_runs(config.comparison, "--methods", config.methods, "method", partial(run_of, config), [*METHODS])
+    make = partial(planned_run, config)
+    planned = plan_runs(config.comparison, "--methods", config.methods, "method", make, tuple(METHODS))
     folder = comparison_folder("compare-pretraining", config, [config.data.data])
     start_server(config.comparison.launch, LIBRARIES)
     read_splits(config.data, config.comparison.seed, shown=True)  # what is wrong with it is said before anything runs
     compare_runs(folder, config, "zsi_contrastive.pretrain", planned, partial(findings, config))
 
 
-def run_of(config: CompareConfig, method: str, flags: list[str]) -> PretrainConfig:
+def planned_run(config: CompareConfig, method: str, flags: list[str]) -> PretrainConfig:
     """Makes the run of one entry of --methods: a method, and options after colons (`moco:queue=256`).
 
     Raises:
         LabError: there is no such option, or its value is wrong.
     """
-    asked = parse(ComparedOptions, "--methods", flags)
-    own, views = _changed(config.own, MethodOptions(), asked.own), config.views
-    if asked.local_crops >= 0:
-        views = dataclasses.replace(views, local_crops=asked.local_crops)
-    training = _changed(config.training, ComparedOptions(), asked, ("batch_size", "learning_rate", "optimizer"))
-    return complete(PretrainConfig(method, config.data, config.encoder, views, own, training, config.measure))
-
-
-def _changed(options: Any, usual: Any, asked: Any, names: Iterable[str] | None = None) -> Any:
-    """The options with what was `asked` otherwise than `usual`."""
-    names = vars(usual) if names is None else names
-    given = {name: getattr(asked, name) for name in names}
-    return dataclasses.replace(options, **{name: value for name, value in given.items() if value != vars(usual)[name]})
+    views, training = config.views, config.training
+    given = ComparedOptions(config.own, training.batch_size, views.local_crops, training.learning_rate,
+                            training.optimizer)  # fmt: skip
+    asked = parse(ComparedOptions, "--methods", flags, given)
+    views = replace(views, local_crops=asked.local_crops)
+    training = replace(training, batch_size=asked.batch_size, learning_rate=asked.learning_rate,
+                       optimizer=asked.optimizer)  # fmt: skip
+    return complete(PretrainConfig(method, config.data, config.encoder, views, asked.own, training, config.measure))
 
 
 def findings(config: CompareConfig, run: Run, entries: dict[str, Entry], failed: dict[str, int]) -> Findings:

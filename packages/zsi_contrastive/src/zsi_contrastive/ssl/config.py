@@ -227,5 +227,5 @@ class ComparedOptions:
     """Small views that only dino's student sees."""
     learning_rate: float = 0.0
     """Highest learning rate."""
-    optimizer: Literal["", "sgd", "lars", "adamw"] = ""
-    """Instead of the method's own."""
+    optimizer: Optimizer = "auto"
+    """auto is the method's own."""

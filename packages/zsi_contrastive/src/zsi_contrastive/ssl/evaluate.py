@@ -9,12 +9,10 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 
 from labs_common.logistic import fitted_layers
-from labs_common.progress import console, tracked
+from labs_common.progress import tracked
 from labs_common.report.pictures import Predictions
-from zsi_contrastive.ssl.config import PretrainConfig
-from zsi_contrastive.ssl.data import Pixels
+from zsi_contrastive.ssl.data import Pixels, middle_square
 from zsi_contrastive.ssl.model import features_of
-from zsi_contrastive.ssl.views import middle_square
 
 AT_ONCE = 512  # pictures, or rows of the matrix of cosines
 VOTE_TEMPERATURE = 0.1  # Wu et al. 2018 have 0.07; lightly's benchmark, beside which these figures stand, 0.1
@@ -33,23 +31,28 @@ class Features:
     places: torch.Tensor
 
 
-def scores(
-    encoder: torch.nn.Module, pixels: Mapping[str, Pixels], config: PretrainConfig, accelerator: Accelerator
-) -> dict[str, float]:
-    """Measures kNN accuracy on validation and test pictures that have classes, and whether features collapsed."""
-    side, measure = config.encoder.side, config.measure
-    features = {name: features_from(encoder, pixels[name], side, accelerator) for name in ("validation", "test")}
+def features_of_splits(
+    encoder: torch.nn.Module, pixels: Mapping[str, Pixels], side: int, bank: int, accelerator: Accelerator,
+    shown: bool = False,
+) -> dict[str, Features]:  # fmt: skip
+    """Computes the features of the pictures of each split, of at most `bank` training pictures, at `side` pixels."""
+    most = {"train": bank, "validation": 0, "test": 0}
+    return {name: features_from(encoder, pixels[name], side, accelerator, most[name], f"features, {name}" * shown)
+            for name in most}  # fmt: skip
+
+
+def scores(features: Mapping[str, Features], neighbours: int) -> dict[str, float]:
+    """Measures kNN accuracy on validation and test pictures that have classes, and how far features are from collapse.
+
+    `neighbours` vote; 0 takes the usual number.
+    """
+    bank, test = features["train"], features["test"]
+    # 200 is usual on CIFAR-10; of few training pictures so many would be of other classes.
+    neighbours = neighbours or (200 if len(bank.labels) >= 10_000 else 20)
     found: dict[str, float] = {}
-    if len(pixels["train"].pictures.classes) > 1:
-        bank = features_from(encoder, pixels["train"], side, accelerator, measure.bank)
-        # 200 is usual on CIFAR-10; of few training pictures so many would be of other classes.
-        neighbours = measure.neighbours or (200 if len(bank.labels) >= 10_000 else 20)
-        found = {f"{name}/knn": knn_accuracy(bank, asked, neighbours) for name, asked in features.items()}
-    test = features["test"].values
-    found |= {"test/spread": spread(test), "test/effective_rank": effective_rank(test)}
-    if found["test/spread"] < COLLAPSED and accelerator.is_main_process:
-        console.print(f"the features have collapsed: all pictures look alike (spread {found['test/spread']:.3f})")
-    return found
+    if bank.classes > 1:
+        found = {f"{name}/knn": knn_accuracy(bank, features[name], neighbours) for name in ("validation", "test")}
+    return found | {"test/spread": spread(test.values), "test/effective_rank": effective_rank(test.values)}
 
 
 @torch.no_grad()

@@ -263,40 +263,37 @@ def complete(config: PretrainConfig) -> PretrainConfig:
     """
     check_ranges(config)
     _check_method(config)
-    method, encoder, views, training = METHODS[config.method], config.encoder, config.views, config.training
-    tiny = encoder.backbone == TINY
-    defaults = {"optimizer": "sgd" if encoder.backbone.startswith(RESNETS) else "adamw", **DEFAULTS, **method.defaults}
+    method, tiny = METHODS[config.method], config.encoder.backbone == TINY
+    convolutional = config.encoder.backbone.startswith(RESNETS)
+    defaults = {"optimizer": "sgd" if convolutional else "adamw", **DEFAULTS, **method.defaults}
     if tiny:
         defaults |= {**TINY_DEFAULTS, "hidden": defaults["hidden"] // 4, **method.tiny}
-    if encoder.stem == "small":
-        defaults["side"] = 32
+    if config.encoder.stem == "small":
+        defaults["side"] = 32  # CIFAR-10's
+    encoder = _filled(config.encoder, defaults)
 
-    optimizer = defaults["optimizer"] if training.optimizer == "auto" else training.optimizer
-    batch = training.batch_size or defaults["batch_size"]
-    rates = {"sgd": 0.06 * batch / 128, "lars": 2.0 if tiny else 0.3 * batch / 256, "adamw": 2e-3}
+    low, high = config.views.crop_scale
+    views = _filled(config.views, {**defaults, "local_side": encoder.side // 2})
+    # With small views the full ones show more of the picture, as in DINO's code.
+    low = low or (0.4 if views.local_crops else defaults["crop_scale"][0])
+    views = dataclasses.replace(views, crop_scale=(low, high))
+
+    if config.own.momentum == 0:  # the teacher is the learner at every step, and stays it
+        defaults["momentum_end"] = 0.0
+    own = _filled(config.own, defaults)
+    own = _filled(own, {"momentum_end": own.momentum})
+
+    training = _filled(config.training, {"optimizer": defaults["optimizer"]})
+    if training.optimizer != defaults["optimizer"]:  # the method's rate and decay are of its own optimizer
+        defaults = {name: value for name, value in defaults.items() if name not in ("learning_rate", "weight_decay")}
+    training = _filled(training, defaults)
+    rates = {"sgd": 0.06 * training.batch_size / 128, "adamw": 2e-3,
+             "lars": 2.0 if tiny else 0.3 * training.batch_size / 256}  # fmt: skip
     decays = {"sgd": 5e-4, "lars": 1e-6, "adamw": 0.04}
-    usual = {"learning_rate": rates[optimizer], "weight_decay": decays[optimizer]}
-    defaults = usual | defaults if optimizer == defaults["optimizer"] else defaults | usual
-    defaults["weight_decay_end"] = _given(training, defaults, "weight_decay")
-
-    momentum = _given(config.own, defaults, "momentum")
-    defaults["momentum_end"] = defaults.get("momentum_end", momentum) if momentum else 0.0
-    defaults["local_side"] = _given(encoder, defaults, "side") // 2
-    low, high = views.crop_scale
-    # With small views the full ones show more of the picture: DINO, section 4.
-    low = low or (0.4 if _given(views, defaults, "local_crops") else defaults["crop_scale"][0])
-    return dataclasses.replace(
-        config,
-        encoder=_filled(encoder, defaults),
-        views=_filled(dataclasses.replace(views, crop_scale=(low, high)), defaults),
-        own=_filled(config.own, defaults),
-        training=_filled(training, {**defaults, "optimizer": optimizer}),
-    )
-
-
-def _given(options: Any, defaults: Mapping[str, Any], name: str) -> Any:
-    """The option's value, or its default if the user left it open."""
-    return getattr(_filled(options, {name: defaults[name]}), name)
+    usual = {"learning_rate": rates[training.optimizer], "weight_decay": decays[training.optimizer]}
+    training = _filled(training, usual)
+    training = _filled(training, {"weight_decay_end": training.weight_decay})
+    return dataclasses.replace(config, encoder=encoder, views=views, own=own, training=training)
 
 
 def _filled(options: Any, defaults: Mapping[str, Any]) -> Any:

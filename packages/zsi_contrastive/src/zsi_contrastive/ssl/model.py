@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import get_model, list_models
 
-from labs_common.errors import LabError
+from labs_common.errors import LabError, reason_of
 from labs_common.saved import timm_arguments
 from zsi_contrastive.detector.backbone import TINY_CHANNELS, TinyBody
 from zsi_contrastive.detector.config import TINY
@@ -65,7 +65,7 @@ def make_encoder(options: EncoderOptions) -> Encoder:
             arguments.pop("dynamic_img_size")
             network = timm.create_model(plain, num_classes=0, **arguments)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise LabError(f"--backbone {name}: cannot be made ({str(error).splitlines()[0]})") from error
+        raise LabError(f"--backbone {name}: cannot be made ({reason_of(error)})") from error
     return Encoder(network, network.num_features)
 
 

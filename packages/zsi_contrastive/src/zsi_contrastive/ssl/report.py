@@ -36,12 +36,11 @@ from labs_common.saved import FOLDER
 from zsi_contrastive.detector.config import TINY
 from zsi_contrastive.greedy import PatchModules
 from zsi_contrastive.ssl.config import PretrainConfig
-from zsi_contrastive.ssl.data import Pixels
-from zsi_contrastive.ssl.evaluate import COLLAPSED, Features, effective_rank, linear_probe, spread
+from zsi_contrastive.ssl.data import Pixels, middle_square, pixels_of, recipes_of, views_of
+from zsi_contrastive.ssl.evaluate import COLLAPSED, Features, linear_probe, scores
 from zsi_contrastive.ssl.methods import METHODS
 from zsi_contrastive.ssl.model import Encoder
 from zsi_contrastive.ssl.saved import WEIGHTS, load_encoder
-from zsi_contrastive.ssl.views import middle_square, pixels_of, recipes_of, views_of
 
 EXAMPLES = 6  # test pictures beside their neighbours
 ACROSS = 4  # pictures beside the first of a row: a row of the page has five
@@ -61,22 +60,21 @@ def finish_report(
     """Probes the features, writes results.json and the report, and prints the main numbers."""
     splits = {name: part.pictures for name, part in pixels.items()}
     test, classes = features["test"], features["test"].classes
+    final = scores(features, config.measure.neighbours)
     probe: Predictions | None = None
     if classes > 1 and config.measure.probe:
         probe = linear_probe(features)
         clock["probed"] = time.perf_counter()
     evaluations = [line for line in run.lines("metrics.jsonl") if "test/spread" in line]
-    first, last = evaluations[0], evaluations[-1]
-    scores: dict[str, Any] = {
-        "spread": spread(test.values), "effective rank": effective_rank(test.values),
-        "spread before": first["test/spread"],
-    }  # fmt: skip
+    first = evaluations[0]
+    worth = {"spread": final["test/spread"], "effective rank": final["test/effective_rank"],
+             "spread before": first["test/spread"]}  # fmt: skip
     if classes > 1:
-        scores |= {"knn": last["test/knn"], "knn before": first["test/knn"], "knn validation": last["validation/knn"],
-                   "chance": 1 / classes}  # fmt: skip
+        worth |= {"knn": final["test/knn"], "knn before": first["test/knn"], "knn validation": final["validation/knn"],
+                  "chance": 1 / classes}  # fmt: skip
     if probe is not None:
-        scores["probe"] = probe.accuracy
-    seconds, summary = seconds_between(clock), summary_of(config, scores)
+        worth["probe"] = probe.accuracy
+    seconds, summary = seconds_between(clock), summary_of(config, worth)
     console.print(summary)
     print(f"encoder: {run.path / FOLDER / WEIGHTS}")
 
@@ -92,7 +90,7 @@ def finish_report(
             data,
             trained,
             curves_section(run, ()),
-            worth_section(run, config, scores, evaluations, len(test.labels)),
+            worth_section(run, config, worth, evaluations, len(test.labels)),
             neighbours_section(splits, features),
             map_section(run, config.measure.map, test, splits["test"].classes, config.run.seed),
             attention_section(encoder, pixels["test"], config.encoder.side),
@@ -103,25 +101,25 @@ def finish_report(
         ]
         return summary, [section for section in sections if section is not None]
 
-    results = results_of(run, config, fitted, "pictures", seconds["prepared"]) | {"test": scores}
+    results = results_of(run, config, fitted, "pictures", seconds["prepared"]) | {"test": worth}
     leave(run, results, config.run.report, f"Pre-training with {config.method}", page)
 
 
-def summary_of(config: PretrainConfig, scores: Mapping[str, Any]) -> str:
+def summary_of(config: PretrainConfig, worth: Mapping[str, float]) -> str:
     """The main numbers in a sentence."""
-    said = f"{config.method}: spread {scores['spread']:.2f}, effective rank {scores['effective rank']:.1f}"
-    if "knn" in scores:
-        said = (f"{config.method}: neighbours name {scores['knn']:.1%} of the test pictures right (random weights "
-                f"{scores['knn before']:.1%}, chance {scores['chance']:.1%})")  # fmt: skip
-    if "probe" in scores:
-        said += f", a linear layer {scores['probe']:.1%}"
-    if scores["spread"] < COLLAPSED:
+    said = f"{config.method}: spread {worth['spread']:.2f}, effective rank {worth['effective rank']:.1f}"
+    if "knn" in worth:
+        said = (f"{config.method}: neighbours name {worth['knn']:.1%} of the test pictures right (random weights "
+                f"{worth['knn before']:.1%}, chance {worth['chance']:.1%})")  # fmt: skip
+    if "probe" in worth:
+        said += f", a linear layer {worth['probe']:.1%}"
+    if worth["spread"] < COLLAPSED:
         said += "; the features have collapsed"
     return said + "."
 
 
 def worth_section(
-    run: Run, config: PretrainConfig, scores: Mapping[str, Any], evaluations: list[dict[str, Any]], pictures: int
+    run: Run, config: PretrainConfig, worth: Mapping[str, float], evaluations: list[dict[str, Any]], pictures: int
 ) -> Section:
     """KNN accuracy on test `pictures` beside the random encoder's, the probe, and the watch for collapse."""
     steps = [line["step"] for line in evaluations]
@@ -132,17 +130,17 @@ def worth_section(
         drawn = curve_figure({key: (steps, values) for key, values in curves.items()}, "optimizer step", up)
         figures.append(Figure(save_figure(run, name, drawn), caption))
 
-    if "knn" in scores:
-        low, high = wilson_interval(scores["knn"], pictures)
-        rows += [("kNN, test", scores["knn"]), ("95 % interval", f"{low:.3f} to {high:.3f}"),
-                 ("kNN, test, random weights", scores["knn before"]), ("chance", scores["chance"])]  # fmt: skip
+    if "knn" in worth:
+        low, high = wilson_interval(worth["knn"], pictures)
+        rows += [("kNN, test", worth["knn"]), ("95 % interval", f"{low:.3f} to {high:.3f}"),
+                 ("kNN, test, random weights", worth["knn before"]), ("chance", worth["chance"])]  # fmt: skip
         curves = {name: [line[f"{name}/knn"] for line in evaluations] for name in ("test", "validation")}
-        draw("knn", curves | {"random weights, test": [scores["knn before"]] * len(steps)}, "kNN accuracy",
+        draw("knn", curves | {"random weights, test": [worth["knn before"]] * len(steps)}, "kNN accuracy",
              "Share of pictures whose nearest training pictures name their class. Nothing is chosen by the test "
              "pictures.")  # fmt: skip
-    if "probe" in scores:
-        rows.append(("linear probe, test", scores["probe"]))
-    rows += [("spread", scores["spread"]), ("effective rank", scores["effective rank"])]
+    if "probe" in worth:
+        rows.append(("linear probe, test", worth["probe"]))
+    rows += [("spread", worth["spread"]), ("effective rank", worth["effective rank"])]
     draw("spread", {"spread": [line["test/spread"] for line in evaluations]}, "spread",
          "Deviation of the features' directions; 0 is collapse, all pictures look alike.")  # fmt: skip
     draw("rank", {"rank": [line["test/effective_rank"] for line in evaluations]}, "effective rank",

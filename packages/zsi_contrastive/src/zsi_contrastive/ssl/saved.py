@@ -4,10 +4,8 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from labs_common.run import written_whole
-from labs_common.saved import FOLDER, load_exactly, read_weights, reading_model, saved_folder
+from labs_common.saved import FOLDER, load_exactly, read_weights, reading_model, save_model, saved_folder
 from zsi_contrastive.ssl.config import EncoderOptions, MethodOptions, PretrainConfig
 from zsi_contrastive.ssl.methods import METHODS, complete
 from zsi_contrastive.ssl.model import Encoder, encoder_of
@@ -18,12 +16,9 @@ WEIGHTS, DESCRIPTION = "encoder.safetensors", "pretrained.json"
 def save_encoder(config: PretrainConfig, encoder: torch.nn.Module, path: Path) -> None:
     """Writes `model/` under the run in one move: the network's own weights, without heads."""
     network = encoder.network if isinstance(encoder, Encoder) else encoder
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     description = {"method": config.method, "backbone": config.encoder.backbone, "stem": config.encoder.stem,
                    "side": config.encoder.side, "ahead": config.own.ahead}  # fmt: skip
-    with written_whole(path / FOLDER) as part:
-        save_file(state, part / WEIGHTS, {"format": "pt"})
-        (part / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    save_model(path / FOLDER, DESCRIPTION, description, network.state_dict(), weights=WEIGHTS)
 
 
 def load_encoder(path: Path, option: str = "--checkpoint") -> torch.nn.Module:

@@ -7,9 +7,10 @@ import torch
 import torchvision.transforms.v2.functional as V
 from torchvision.transforms.v2 import RandomResizedCrop
 
-from zsi_contrastive.ssl import views
+from zsi_contrastive.ssl import data
+from zsi_contrastive.ssl.config import ViewOptions
 
-FULL = views.Recipe(32, (0.08, 1.0), 0.5, 0.8, 0.2, 0.5, 0.2)
+FULL = data.Recipe(32, (0.08, 1.0), ViewOptions(flip=0.5, jitter=0.8, grey=0.2, blur=0.5, solarize=0.2))
 
 
 @pytest.fixture
@@ -39,15 +40,15 @@ def chance(count: int, **given: float | bool) -> dict[str, torch.Tensor]:
 
 def test_crops_are_torchvisions(pictures: torch.Tensor) -> None:
     top, left, height, width = 5, 8, 20, 30
-    found = views.cropped(pictures, chance(6, left=left / 40, top=top / 40, width=width / 40, height=height / 40), 60)
+    found = data.cropped(pictures, chance(6, left=left / 40, top=top / 40, width=width / 40, height=height / 40), 60)
     expected = V.resized_crop(pictures.float() / 255, top, left, height, width, [60, 60], antialias=False)
     inner = slice(3, -3)  # at the edge of a crop torchvision has no neighbours, and this the picture's own
     torch.testing.assert_close(found[..., inner, inner], expected[..., inner, inner], atol=1e-4, rtol=0)
-    mirrored = views.cropped(
+    mirrored = data.cropped(
         pictures, chance(6, left=left / 40, top=top / 40, width=width / 40, height=height / 40, mirrored=True), 60
     )
     torch.testing.assert_close(mirrored, found.flip(3))
-    whole = views.cropped(pictures, chance(6), 40)
+    whole = data.cropped(pictures, chance(6), 40)
     torch.testing.assert_close(whole, pictures.float() / 255, atol=1e-5, rtol=0)
 
 
@@ -56,42 +57,42 @@ def test_crops_are_torchvisions(pictures: torch.Tensor) -> None:
 @pytest.mark.parametrize("factor", [0.3, 1.6])
 def test_colours_are_torchvisions(pictures: torch.Tensor, name: str, function, factor: float) -> None:
     levels = pictures.float() / 255
-    found = views.recoloured(levels, chance(6, **{name: factor}))
+    found = data.recoloured(levels, chance(6, **{name: factor}))
     torch.testing.assert_close(found, function(levels, factor), atol=2e-3, rtol=0)
 
 
 def test_grey_solarize_and_blur_are_torchvisions(pictures: torch.Tensor) -> None:
     levels = pictures.float() / 255
     torch.testing.assert_close(
-        views.recoloured(levels, chance(6, grey=True)), V.rgb_to_grayscale(levels, 3), atol=2e-3, rtol=0
+        data.recoloured(levels, chance(6, grey=True)), V.rgb_to_grayscale(levels, 3), atol=2e-3, rtol=0
     )
     torch.testing.assert_close(
-        views.recoloured(levels, chance(6, solarized=True)), V.solarize(levels, 0.5), atol=2e-3, rtol=0
+        data.recoloured(levels, chance(6, solarized=True)), V.solarize(levels, 0.5), atol=2e-3, rtol=0
     )
-    blurred = views.recoloured(levels, chance(6, blurred=True, sigma=1.3))
+    blurred = data.recoloured(levels, chance(6, blurred=True, sigma=1.3))
     torch.testing.assert_close(blurred, V.gaussian_blur(levels, [5, 5], [1.3, 1.3]), atol=2e-3, rtol=0)
     one = chance(6) | {"blurred": torch.arange(6) == 2, "sigma": torch.linspace(0.2, 2, 6)}
-    found = views.recoloured(levels, one)
+    found = data.recoloured(levels, one)
     torch.testing.assert_close(found[[0, 1, 3]], levels[[0, 1, 3]], atol=2e-3, rtol=0)
     assert not torch.allclose(found[2], levels[2], atol=1e-2)
 
 
 def test_hues_turn_and_luminance_stays() -> None:
     angles = torch.tensor([0.0, 2 * math.pi, 1.0])
-    turns = views.hue_rotations(angles)
+    turns = data.hue_rotations(angles)
     torch.testing.assert_close(turns[:2], torch.eye(3).expand(2, 3, 3), atol=1e-5, rtol=0)
     colour = torch.tensor([0.6, 0.3, 0.4])
-    luminance = torch.tensor(views.LUMINANCE)
+    luminance = torch.tensor(data.LUMINANCE)
     assert float(luminance @ (turns[2] @ colour)) == pytest.approx(float(luminance @ colour), abs=1e-3)
     assert not torch.allclose(turns[2] @ colour, colour, atol=0.05)
-    back = views.hue_rotations(-angles)[2] @ turns[2]
+    back = data.hue_rotations(-angles)[2] @ turns[2]
     torch.testing.assert_close(back, torch.eye(3), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("aspect", [1.0, 2.0])
 def test_crops_are_sampled_as_torchvision_samples_them(aspect: float) -> None:
     count = 4000
-    found = views.sample(FULL, torch.full((count,), aspect), torch.Generator().manual_seed(0))
+    found = data.sample(FULL, torch.full((count,), aspect), torch.Generator().manual_seed(0))
     crop = RandomResizedCrop(32, scale=(0.08, 1.0))
     canvas = torch.zeros(3, 500, round(500 * aspect))
     torch.manual_seed(0)
@@ -108,17 +109,17 @@ def test_crops_are_sampled_as_torchvision_samples_them(aspect: float) -> None:
 
 def test_a_process_has_its_part_of_what_one_would_have(pictures: torch.Tensor) -> None:
     aspects = torch.ones(6)
-    whole = views.views_of(pictures, aspects, [FULL, FULL], 3, 17, slice(0, 6))
-    part = views.views_of(pictures[2:4], aspects, [FULL, FULL], 3, 17, slice(2, 4))
+    whole = data.views_of(pictures, aspects, [FULL, FULL], 3, 17, slice(0, 6))
+    part = data.views_of(pictures[2:4], aspects, [FULL, FULL], 3, 17, slice(2, 4))
     for all_, own in zip(whole, part, strict=True):
         torch.testing.assert_close(own, all_[2:4])
     assert not torch.allclose(whole[0], whole[1])
-    other = views.views_of(pictures, aspects, [FULL], 3, 18, slice(0, 6))
+    other = data.views_of(pictures, aspects, [FULL], 3, 18, slice(0, 6))
     assert not torch.allclose(other[0], whole[0])
 
 
 def test_features_are_taken_from_the_middle_square() -> None:
     wide = torch.zeros(1, 3, 10, 10, dtype=torch.uint8)
     wide[..., 3:7] = 255  # squeezed from 25 × 10: the middle ten columns are these four
-    found = views.middle_square(wide, torch.tensor([2.5]), 10)
-    torch.testing.assert_close(views.pixels_of(found)[..., 1:-1, :], torch.full((1, 10, 8, 3), 255, dtype=torch.uint8))
+    found = data.middle_square(wide, torch.tensor([2.5]), 10)
+    torch.testing.assert_close(data.pixels_of(found)[..., 1:-1, :], torch.full((1, 10, 8, 3), 255, dtype=torch.uint8))
