@@ -17,7 +17,7 @@ from labs_common.report import (
     histogram_figure,
     write_report,
 )
-from labs_common.report.pictures import Predictions, wilson_interval
+from labs_common.report.classes import Predictions, wilson_interval
 from labs_common.report.sections import structure_of
 from labs_common.run import Run
 
