@@ -51,7 +51,7 @@ def test_only_new_and_changed_pictures_are_computed(folder: Path, encoder: Encod
     kept = tmp_path / "index"
 
     def again() -> Index:
-        return build_index(pictures_in(folder), "it", encoder, kept, 2)
+        return build_index(pictures_in(folder), "it", encoder, kept, 2, "skip")
 
     first = again()
     assert [file.name for file in first.files] == ["blue.png", "green.png", "white.png", "yellow.png", "red.png"]
@@ -65,7 +65,7 @@ def test_only_new_and_changed_pictures_are_computed(folder: Path, encoder: Encod
     found = again()
     assert seen(encoder) == 2
     assert [file.name for file in found.files] == ["green.png", "white.png", "yellow.png", "pink.png", "red.png"]
-    expected = build_index(pictures_in(folder), "it", encoder, tmp_path / "anew", 8)
+    expected = build_index(pictures_in(folder), "it", encoder, tmp_path / "anew", 8, "skip")
     assert torch.equal(found.vectors, expected.vectors)
     scores, places = found.nearest(torch.tensor([[1.0, 0, 0]]), 9)
     assert found.files[places[0, 0]].name == "red.png"
@@ -76,7 +76,7 @@ def test_only_new_and_changed_pictures_are_computed(folder: Path, encoder: Encod
 def test_pictures_that_cannot_be_read_are_left_out_or_named(folder: Path, encoder: Encoder, tmp_path: Path) -> None:
     (folder / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
     files = pictures_in(folder)
-    assert len(build_index(files, "it", encoder, tmp_path / "index", 2).files) == 5
+    assert len(build_index(files, "it", encoder, tmp_path / "index", 2, "skip").files) == 5
     with pytest.raises(LabError, match=r"broken\.jpg"):
         build_index(files, "it", encoder, tmp_path / "other", 2, "error")
     with pytest.raises(LabError, match="holds no pictures"):
@@ -89,16 +89,16 @@ def test_an_index_of_another_model_or_of_something_else_is_refused(
     folder: Path, encoder: Encoder, tmp_path: Path
 ) -> None:
     files, kept = pictures_in(folder), tmp_path / "index"
-    build_index(files, "it", encoder, kept, 2)
+    build_index(files, "it", encoder, kept, 2, "skip")
     with torch.no_grad():
         encoder.module.weight.fill_(2)  # type: ignore[operator, union-attr]
     with pytest.raises(LabError, match="another model"):
-        build_index(files, "it", encoder, kept, 2)
+        build_index(files, "it", encoder, kept, 2, "skip")
     with pytest.raises(LabError, match="not empty"):
-        build_index(files, "it", encoder, folder, 2)
+        build_index(files, "it", encoder, folder, 2, "skip")
     save_file({"other": torch.ones(1)}, kept / "vectors.safetensors")
     with pytest.raises(LabError, match="cannot be read"):
-        build_index(files, "it", encoder, kept, 2)
+        build_index(files, "it", encoder, kept, 2, "skip")
 
 
 def test_faiss_finds_what_the_matrix_product_finds(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from clip_lab.data import read_data
 from clip_lab.encoder import Encoder, load_encoder
 from clip_lab.evaluate import (
     captions_of,
+    embed_sentences,
     embeddings_of,
     likelihood_matrix,
     perplexity,
@@ -48,7 +49,7 @@ from labs_common.report.pictures import class_data_section
 from labs_common.run import Run
 
 TEMPLATE = "a {} in the picture"  # in the words of the drawn scenes' captions
-PENALTY = 1e-3  # of every probe: one of the penalties that the search of clip_lab.probe finds on drawn things
+PENALTY = 1e-3  # of every model's probe: it compares them, and does not look for each one's best
 NAMED = 240  # pictures that are named by likelihood, a pass for every class
 BATCH = 256  # pictures through a frozen tower at once
 MEASURED = "measured.json"  # with each run
@@ -150,7 +151,7 @@ def measure(run: Run, config: CompareConfig, data: Captions, splits: Mapping[str
     few = rows[: int(of_picture[-1]) + 1]
     similarity = {}
     if loaded.model.embeds:
-        similarity["embedding"] = encoder.read(captions) @ embeddings_of(loaded, few).T
+        similarity["embedding"] = embed_sentences(loaded, captions) @ embeddings_of(loaded, few).T
     if loaded.model.writes:
         found["perplexity"] = perplexity(loaded, rows, test)
         similarity["likelihood"] = likelihood_matrix(loaded, few, captions)

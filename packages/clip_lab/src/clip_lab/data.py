@@ -100,10 +100,10 @@ class Pairs:
         found = self.rows.rows(view, places)
         return found.float() if self.frozen else found.unflatten(1, (3, self.size, self.size))
 
-    def captions(self, chosen: Sequence[tuple[int, int]], collate: Words) -> torch.Tensor:
+    def captions(self, chosen: Sequence[tuple[int, int]], words: Words) -> torch.Tensor:
         """Reads captions, each by its picture and its number among that picture's; see `Part.words`."""
         if self.text_rows is None:
-            return collate.together([self.words[place][caption] for place, caption in chosen])
+            return words.together([self.words[place][caption] for place, caption in chosen])
         return self.text_rows.rows(0, [self._first[place] + caption for place, caption in chosen]).float()
 
     @cached_property
@@ -150,7 +150,7 @@ class Batches:
     """
 
     data: Pairs
-    collate: Words
+    words: Words
     options: BatchOptions
     seed: int
     views: int = 1
@@ -167,30 +167,25 @@ class Batches:
     def __call__(self, places: Sequence[int], epoch: int) -> list[tuple[Step, int]]:
         """Returns this process's share of the step whose pictures are at `places`, once with each part's number."""
         drawn = [self._drawn(place, epoch) for place in places]
-        counts = [sum(len(words) - prefix for words, prefix in zip(d.words, d.prefix, strict=True)) for d in drawn]
-        per_process = len(places) // self.processes
-        mine = range(self.rank * per_process, (self.rank + 1) * per_process)
-        size = self.options.chunk or per_process
-        parts = []
-        for first in range(0, len(mine), size):
-            at = mine[first : first + size]
-            share = sum(counts[place] for place in at) * self.processes / sum(counts)
-            parts.append(self._part([places[place] for place in at], [drawn[place] for place in at], epoch, share))
-        step = Step(parts)
-        return [(step, number) for number in range(len(parts))]
+        predicted = sum(one.predicted for one in drawn)
+        count = len(places) // self.processes  # every process has as many
+        mine, size = drawn[self.rank * count : (self.rank + 1) * count], self.options.chunk or count
+        step = Step([self._part(mine[first : first + size], epoch, predicted) for first in range(0, count, size)])
+        return [(step, number) for number in range(len(step.parts))]
 
-    def _part(self, places: list[int], drawn: list["_Drawn"], epoch: int, share: float) -> Part:
-        chosen = [(place, caption) for place, one in zip(places, drawn, strict=True) for caption in one.chosen]
+    def _part(self, drawn: list["_Drawn"], epoch: int, predicted: int) -> Part:
+        places = [one.place for one in drawn]
+        chosen = [(one.place, caption) for one in drawn for caption in one.captions]
         crops = None
         if self.options.augment not in (None, "none") and not self.data.frozen:
             crops = torch.from_numpy(np.stack([one.crop for one in drawn]))
         return Part(
             self.data.pictures(places, epoch % self.views),
             crops,
-            self.data.captions(chosen, self.collate),
+            self.data.captions(chosen, self.words),
             torch.from_numpy(self.data.ids[places]),
             torch.tensor([value for one in drawn for value in one.prefix]),
-            share,
+            sum(one.predicted for one in drawn) * self.processes / predicted,
         )
 
     def _drawn(self, place: int, epoch: int) -> "_Drawn":
@@ -198,15 +193,18 @@ class Batches:
         captions = self.data.words[place]
         chosen = np.resize(generator.permutation(len(captions)), self.options.captions_per_picture).tolist()
         crop = drawn_crop(generator, self.options.augment)
-        words = [captions[number] for number in chosen]
-        prefix = [1 + int(generator.integers(len(row) - 1)) if self.prefixes else 1 for row in words]
-        return _Drawn(chosen, words, prefix, crop)
+        lengths = [len(captions[number]) for number in chosen]
+        prefix = [1 + int(generator.integers(length - 1)) if self.prefixes else 1 for length in lengths]
+        return _Drawn(place, chosen, prefix, sum(lengths) - sum(prefix), crop)
 
 
 class _Drawn(NamedTuple):
-    chosen: list[int]
-    words: list[list[int]]
+    """A picture of a step with the numbers of its captions, their prefixes, and how many words are predicted."""
+
+    place: int
+    captions: list[int]
     prefix: list[int]
+    predicted: int
     crop: np.ndarray
 
 

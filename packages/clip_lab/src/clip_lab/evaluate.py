@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from clip_lab.config import TrainConfig
 from clip_lab.data import COLOURS, SHAPES, Pairs, Part
-from clip_lab.encoder import Encoder, frozen, of_ours
 from clip_lab.losses import (
     PADDED,
     Embeddings,
@@ -32,7 +31,7 @@ from labs_common.scenes.world import Scene
 from labs_common.training import training_means
 
 BATCH = 64  # pictures through a tower at once
-CAPTIONS = 256  # captions through a decoder at once
+CAPTIONS = 256  # captions through a text tower or decoder at once
 RANKED = 100  # most pictures that SimVLM ranks: each caption is read with each of them
 AMONG = (1, 5, 10)  # the k of recall@k, as in the papers
 FIRST = 5  # pictures of a search that are looked at
@@ -86,16 +85,16 @@ def evaluate(
     SimVLM compares by how probable captions are, which takes a pass for every pair: only the first hundred pictures
     take part.
     """
-    encoder = frozen(of_ours(loaded, "the model"), device)
+    loaded.model.to(device)
     rows = picture_rows_of(loaded, pictures)
     count = len(pictures) if loaded.model.embeds else min(len(pictures), RANKED)
     captions, of_picture = captions_of(pictures, count)
     queries = {}
     if loaded.model.embeds:
         image = embeddings_of(loaded, rows)
-        similarity = encoder.read(captions) @ image.T
+        similarity = embed_sentences(loaded, captions) @ image.T
         if all(name in truth for name in pictures.names):
-            queries = search_scenes(encoder, image, [truth[name] for name in pictures.names])
+            queries = search_scenes(loaded, image, [truth[name] for name in pictures.names])
     else:
         similarity = likelihood_matrix(loaded, rows[:count], captions)
     written = perplexity(loaded, rows, pictures) if loaded.model.writes else None
@@ -127,6 +126,15 @@ def embeddings_of(loaded: Loaded, rows: torch.Tensor) -> torch.Tensor:
     assert not isinstance(loaded.model, SimVlmModel)
     device = next(loaded.model.parameters()).device
     return torch.cat([loaded.model.embedded(part.to(device)).float().cpu() for part in rows.split(BATCH)])
+
+
+@torch.no_grad()
+def embed_sentences(loaded: Loaded, sentences: Sequence[str]) -> torch.Tensor:
+    """Embeds sentences with length 1 (sentences, width), on the CPU."""
+    assert not isinstance(loaded.model, SimVlmModel)
+    device = next(loaded.model.parameters()).device
+    parts = [sentences[first : first + CAPTIONS] for first in range(0, len(sentences), CAPTIONS)]
+    return torch.cat([loaded.model.embed_texts(loaded.words(part).to(device)).float().cpu() for part in parts])
 
 
 def retrieval_metrics(similarity: torch.Tensor, of_picture: Sequence[int] | np.ndarray) -> dict[str, float]:
@@ -237,20 +245,20 @@ def likelihood_matrix(loaded: Loaded, rows: torch.Tensor, captions: Sequence[str
     return found - (found.logsumexp(1, keepdim=True) - torch.log(torch.tensor(float(len(rows)))))
 
 
-def search_scenes(encoder: Encoder, image: torch.Tensor, scenes: Sequence[Scene]) -> dict[str, Queries]:
+def search_scenes(loaded: Loaded, image: torch.Tensor, scenes: Sequence[Scene]) -> dict[str, Queries]:
     """Searches every sentence of three kinds that is true of some scene among the embeddings of their pictures."""
     return {
-        "one thing": _answers(encoder, image, _things(scenes)),
-        "two things and their relation": _answers(encoder, image, _related(scenes)),
-        "the same, said in another way": _answers(encoder, image, _related(scenes, short=True)),
+        "one thing": _answers(loaded, image, _things(scenes)),
+        "two things and their relation": _answers(loaded, image, _related(scenes)),
+        "the same, said in another way": _answers(loaded, image, _related(scenes, short=True)),
     }
 
 
-def _answers(encoder: Encoder, image: torch.Tensor, sentences: Iterator[tuple[str, np.ndarray]]) -> Queries:
+def _answers(loaded: Loaded, image: torch.Tensor, sentences: Iterator[tuple[str, np.ndarray]]) -> Queries:
     asked = [(sentence, right) for sentence, right in sentences if right.any()]
     if not asked:
         return Queries(0, 0.0, 0.0, 0.0)
-    scores = encoder.read([sentence for sentence, _ in asked]) @ image.T
+    scores = embed_sentences(loaded, [sentence for sentence, _ in asked]) @ image.T
     top = scores.topk(min(FIRST, image.shape[0]), 1).indices.numpy()
     hits = [right[places] for (_, right), places in zip(asked, top, strict=True)]
     chosen = np.linspace(0, len(asked) - 1, min(4, len(asked))).round().astype(int)
@@ -327,10 +335,10 @@ def _retrieval_scores(fitting: Fitting, config: TrainConfig, data: Pairs, words:
     return result
 
 
-def _writing_scores(fitting: Fitting, data: Pairs, collate: Words) -> dict[str, float]:
+def _writing_scores(fitting: Fitting, data: Pairs, tokenizer: Words) -> dict[str, float]:
     """Computes the mean loss of all words of the validation captions, given the picture alone."""
     total, count, device = 0.0, 0, fitting.accelerator.device
-    for _, part, of_picture in _whole_parts(data, collate):
+    for _, part, of_picture in _whole_parts(data, tokenizer):
         words, prefix = part.words.to(device), part.prefix.to(device)
         logits = fitting.model(pictures_of(fitting, part), words, prefix, of_picture.to(device))
         targets = suffix_targets(words, prefix, places_of_end(fitting.plain, words))

@@ -87,7 +87,7 @@ class ImageTower(nn.Module):
             return grid[:, self._skip :]
         if grid.dim() != 4:
             raise LabError(f"--image {self.architecture}: gives no grid of vectors; take another")
-        # Swin and ConvNeXt-like grids (batch, height, width, channels), or a CNN's (batch, channels, height, width).
+        # A grid has its channels last as Swin's has (batch, height, width, width), or first as a CNN's.
         last = grid.shape[3] == self.network.num_features and grid.shape[1] != self.network.num_features
         return grid.flatten(1, 2) if last else grid.flatten(2).transpose(1, 2)
 

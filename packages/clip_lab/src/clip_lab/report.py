@@ -34,7 +34,7 @@ from labs_common.report.sections import structure_of
 from labs_common.run import Run, seconds_between
 from labs_common.saved import FOLDER
 
-SHOWN, MATRIX, WORST = 5, 40, 6  # results of a caption, side of the matrix, errors: as many as a page's width takes
+SHOWN, MATRIX, WORST = 5, 40, 6  # results shown of a caption, pictures of the matrix, errors
 RIGHT, WRONG = "#16a34a", "#dc2626"
 WAYS = {"text_to_image": "a picture for a caption", "image_to_text": "captions for a picture"}
 QUERIES = {"first": "first picture right", "among": "one of the first five right", "chance": "first right by chance"}
