@@ -1,4 +1,4 @@
-"""Which column of a matrix is which class: the order has to be right, and nothing in the file says what it is.
+"""Checks which column of a matrix is which class: the order has to be right, and nothing in the file says what it is.
 
 Related things have similar vectors. If the columns stand in the order of the split, classes of one supercategory of
 COCO are closer to each other than to the rest; in a wrong order they are not.
@@ -24,7 +24,7 @@ CLEARLY = 0.75
 
 @dataclass(frozen=True)
 class OrderCheck:
-    """How well an order of columns fits the classes' names.
+    """The outcome of a check of how well an order of columns fits the classes' names.
 
     Attributes:
         excess: how many standard deviations the mean cosine within supercategories lies above that of shuffles.

@@ -20,7 +20,7 @@ Optimizer = Literal["auto", "sgd", "adamw"]
 
 @dataclass
 class DataOptions:
-    """Which pictures with instances, and which classes are seen."""
+    """The pictures with their instances, and the classes that are seen."""
 
     data: Path | None = None
     """Directory of COCO: annotations/instances_train….json and instances_val….json beside the folders of their
@@ -42,7 +42,7 @@ class DataOptions:
 
 @dataclass
 class WordOptions:
-    """What the classes are known by."""
+    """The vectors that stand for classes."""
 
     word_vectors: str = ""
     """A matrix of the reference (a row for each dimension; columns for background, seen and unseen classes), a text
@@ -55,7 +55,7 @@ class WordOptions:
 
 @dataclass
 class ModelOptions:
-    """Which network, and which of the paper's parts."""
+    """The network, and the paper's parts that it has."""
 
     backbone: str = TINY
     """tiny, a ResNet of torchvision (resnet101 is the paper's), or a network of timm with maps at strides 4 to 32."""
@@ -64,7 +64,7 @@ class ModelOptions:
     backbone_weights: Path | None = None
     """Start from this .safetensors file of the same network."""
     frozen_stages: int = -1
-    """How many stages of the backbone, after its stem, stay fixed; -1 takes the paper's 1, and 0 for tiny."""
+    """Stages of the backbone, after its stem, that stay fixed; -1 takes the paper's 1, and 0 for tiny."""
     mask_head: bool = True
     """Outline things, or only box them."""
     decoders: bool = True
@@ -87,11 +87,11 @@ class ModelOptions:
 
 @dataclass
 class DetectionOptions:
-    """How things are looked for."""
+    """The rules by which things are looked for."""
 
     transfer: Transfer = "auto"
-    """How scores of known classes become those of others: the paper's, in which background is a word like others, or
-    among things alone; auto is the paper's, and things for tiny."""
+    """Rule by which scores of known classes become those of others: the paper's, in which background is a word like
+    others, or among things alone; auto is the paper's, and things for tiny."""
     temperature: float = 0.0
     """By which logits of known classes are divided for that; 0 takes 1, as in the paper, and 4 for tiny."""
     seen_bias: float = 0.0
@@ -99,9 +99,9 @@ class DetectionOptions:
     refine: Aggregate = "none"
     """Mix each unseen class's vector with those of its neighbours: their sum, mean or largest values."""
     neighbours: int = 3
-    """How many."""
+    """Nearest classes, seen and unseen, that are mixed in."""
     refine_share: float = 0.3
-    """How much of the refined vector is the neighbours'."""
+    """Share of the refined vector that is the neighbours'."""
     score_threshold: float = 0.05
     """Detections that score less are dropped."""
     nms_threshold: float = 0.5
@@ -114,7 +114,7 @@ class DetectionOptions:
 
 @dataclass
 class DetectorTrainingOptions(TrainingOptions):
-    """How the weights are moved."""
+    """Steps, learning rate and schedule of training."""
 
     epochs: int = 0
     """Passes over the training pictures; 0 takes the paper's 12, and 6 for tiny."""
@@ -205,9 +205,9 @@ class PredictConfig:
     checkpoint: Path | None = None
     """Directory of a finished run; by default the newest under runs/."""
     words: str | None = None
-    """What to look for, separated by commas; by default all classes of the run's split."""
+    """Words to look for, separated by commas; by default all classes of the run's split."""
     word_vectors: str | None = None
-    """Where words that the run does not know have their vectors: the file or encoder that its own are from."""
+    """Source of vectors of words that the run does not know: the file or encoder that its own are from."""
     score: float = 0.0
     """Draw detections that score at least this; 0 draws the best ones of each picture."""
     most: int = 5
@@ -232,7 +232,7 @@ class AblateConfig:
     """
 
     rows: str = "detector,mask-head,decoders,background-rpn,sync-background,greedy-infomax,patch-infonce,both"
-    """Which: up to sync-background each has what those before it have, and what it is called; the last three add
+    """Variants: up to sync-background each has what those before it have, and what it is called; the last three add
     contrastive heads to all of that. none is another name of sync-background."""
     data: DataOptions = field(default_factory=DataOptions)
     words: WordOptions = field(default_factory=WordOptions)

@@ -139,7 +139,7 @@ def scores_of(
 
 @dataclass(frozen=True)
 class Named:
-    """What is said of an object: its class, and the best detection on it of either kind, as name and score."""
+    """An object's class, and the best detections on it: of a seen and of an unseen class, each as name and score."""
 
     truth: str
     seen: tuple[str, float] | None

@@ -60,7 +60,7 @@ class Detections(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How regions of a picture are chosen for training. The defaults are those of Mask R-CNN with a pyramid."""
+    """The choice of a picture's regions for training. The defaults are those of Mask R-CNN with a pyramid."""
 
     per_picture: int = 512
     thing_share: float = 0.25

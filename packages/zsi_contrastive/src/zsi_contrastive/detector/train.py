@@ -9,6 +9,7 @@ from accelerate.utils import set_seed
 from labs_common.data.splits import record_splits
 from labs_common.errors import LabError
 from labs_common.fitting import Fitted, Fitting, begin, channels_last, leave, results_of
+from labs_common.report import Section
 from labs_common.run import Run, seconds_between
 from labs_common.saved import FOLDER
 from labs_common.steps import ShuffledSteps
@@ -49,19 +50,15 @@ def train(config: TrainConfig) -> None:
     if accelerator.is_main_process:
         seconds = seconds_between(clock)
         results = results_of(run, config, fitted, "pictures", seconds["prepared"], PACKAGES) | {"test": found.plain()}
+
+        def page() -> tuple[str, list[Section]]:
+            sections = training_sections(run, config, data, loaded.model, fitted, found, results, seconds)
+            return summary_of(found), sections
+
         run.save_json("detections.json", found.results)
         print_scores(found)
         print(f"model: {run.path / FOLDER}")
-        leave(
-            run,
-            results,
-            config.run.report,
-            "Zero-shot instance segmentation",
-            lambda: (
-                summary_of(found),
-                training_sections(run, config, data, loaded.model, fitted, found, results, seconds),
-            ),
-        )
+        leave(run, results, config.run.report, "Zero-shot instance segmentation", page)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -135,16 +132,8 @@ def validation_scores(fitting: Fitting, data: ZeroShotData, detection: Detection
     assert isinstance(fitting.plain, ZeroShotMaskRCNN)
     fitting.plain.eval()
     query = query_of(data.vectors, detection, masks=False)
-    (rows,) = predictions(
-        fitting.plain,
-        pictures,
-        [query],
-        [[*seen, *unseen]],
-        detection,
-        fitting.accelerator,
-        AT_ONCE,
-        "validating",
-    )
+    ids = [[*seen, *unseen]]
+    (rows,) = predictions(fitting.plain, pictures, [query], ids, detection, fitting.accelerator, AT_ONCE, "validating")
     fitting.model.train()
     one, two = (scored(pictures.part, of_classes(rows, ids), ids, "box").means(ids)["ap@0.5"] for ids in (seen, unseen))
     return {
