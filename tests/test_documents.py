@@ -262,7 +262,7 @@ def offline(module: str, words: list[str]) -> list[str]:
     ):  # fmt: skip
         words = [*words, "--checkpoint", f"runs/{lab}"]
     if module == "llm_peft_fa.chat":
-        words = [*words, "--run", f"runs/{lab}"]
+        words = [*words, "--checkpoint", f"runs/{lab}"]
     return words
 
 

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
-from labs_common.errors import LabError
+from labs_common.errors import LabError, reason_of
 from llm_peft_fa.attention import NAME
 from llm_peft_fa.templates import set_template
 from llm_peft_fa.tiny import tiny_base
@@ -125,8 +125,9 @@ def check_quantization() -> None:
         layer = bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32).to(device())
         layer(torch.ones(1, 64, device=device(), requires_grad=True)).sum().backward()
     except Exception as error:  # each platform's missing kernel raises something else
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise LabError(f"--method qlora: 4-bit layers do not run on this machine ({reason}); use lora") from error
+        raise LabError(
+            f"--method qlora: 4-bit layers do not run on this machine ({reason_of(error)}); use lora"
+        ) from error
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -137,6 +138,5 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[
 
 
 def _no_model(model: str, error: BaseException) -> str:
-    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    kind = "directory" if Path(model).is_dir() else "name"
+    kind, reason = "directory" if Path(model).is_dir() else "name", reason_of(error)[:200]
     return f"--model {model}: no model can be loaded from this {kind} ({reason}); give tiny, a directory or a hub id"

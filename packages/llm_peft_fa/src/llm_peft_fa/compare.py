@@ -48,13 +48,13 @@ from labs_common.errors import LabError
 from labs_common.options import RunOptions
 from labs_common.report import Section, Table, Text
 from labs_common.run import Run
+from labs_common.steps import ShuffledSteps
 from labs_common.training import total_steps
 from llm_peft_fa.answers import answers, collected_prompts, same, scores
 from llm_peft_fa.base import check_quantization, device, load_model, load_tokenizer
 from llm_peft_fa.config import CompareConfig, MethodOptions, TrainConfig
 from llm_peft_fa.data import plain_paragraphs, training_and_validation
 from llm_peft_fa.methods import METHODS, complete
-from llm_peft_fa.packing import Packing
 from llm_peft_fa.report import asked, folded_tables, shown
 
 COMMAND = "llm_peft_fa.train"
@@ -100,12 +100,12 @@ def planned_run(config: CompareConfig, method: str, flags: list[str]) -> TrainCo
     Raises:
         LabError: there is no such option, or its value is wrong.
     """
-    own = parse(EntryOptions, "--methods", [f"--method={method}", *flags])
-    rate = own.learning_rate or config.training.learning_rate
+    shared = EntryOptions(learning_rate=config.training.learning_rate)
+    own = parse(EntryOptions, "--methods", [f"--method={method}", *flags], shared)
     return complete(
         TrainConfig(
             model=config.model, data=config.data, method=own.method,
-            training=dataclasses.replace(config.training, learning_rate=rate),
+            training=dataclasses.replace(config.training, learning_rate=own.learning_rate),
             generation=dataclasses.replace(config.generation, answer_base=False),
         )
     )  # fmt: skip
@@ -133,7 +133,7 @@ def prepare(config: CompareConfig, folder: Path, planned: Mapping[str, TrainConf
     if not config.search:
         return planned
     training, _ = training_and_validation(first.data, first.run.seed)
-    source = Packing(1).steps([None] * len(training.conversations), first.training.batch_size, 0)  # type: ignore[list-item]
+    source = ShuffledSteps(len(training.conversations), first.training.batch_size, 0, lambda *_: [])  # to be counted
     steps = max(1, round(config.search_share * total_steps(first.training, source)))
     return {spec: _searched(config, run, folder, slug(spec), steps) for spec, run in planned.items()}
 

@@ -28,7 +28,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from labs_common.errors import LabError
+from labs_common.errors import LabError, reason_of
 from llm_peft_fa.config import DataOptions, OnBadData, ReadingOptions, TrainConfig
 from llm_peft_fa.persian import conversations, held_out_conversations, plain_text
 
@@ -322,7 +322,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         table = pyarrow.parquet.read_table(path)
     except (OSError, pyarrow.ArrowException) as error:
-        raise LabError(f"{path}: is not a parquet file ({str(error).splitlines()[0]})") from error
+        raise LabError(f"{path}: is not a parquet file ({reason_of(error)})") from error
     for number, row in enumerate(table.to_pylist(), 1):
         yield f"{path}, row {number}", row
 
@@ -348,7 +348,6 @@ def _dataset_rows(source: str, split: str, from_disk: bool) -> Iterator[tuple[st
         else:
             data = datasets.load_dataset(source, split=split)
     except Exception as error:  # the library raises whatever its network and file layers do
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise LabError(f"{source}: the dataset or its split {split!r} cannot be loaded ({reason})") from error
+        raise LabError(f"{source}: the dataset or its split {split!r} cannot be loaded ({reason_of(error)})") from error
     for number, row in enumerate(data, 1):
         yield f"{source} ({split}), row {number}", row

@@ -16,7 +16,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, initialize_kv_prefix_from_text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from labs_common.errors import LabError
+from labs_common.errors import LabError, reason_of
 from labs_common.frozen.audit import train_only
 from llm_peft_fa.adalora import RankBudget
 from llm_peft_fa.config import MethodOptions, TrainConfig
@@ -285,7 +285,7 @@ def _with_adapter(
     try:
         adapted = get_peft_model(model, kind(task_type="CAUSAL_LM", **settings))
     except (ValueError, ImportError, TypeError) as error:
-        raise LabError(f"--method {options.method}: {str(error).splitlines()[0]}") from error
+        raise LabError(f"--method {options.method}: {reason_of(error)}") from error
     train_only(adapted, lambda name: any(part in name for part in trained))
     return adapted
 
@@ -293,7 +293,7 @@ def _with_adapter(
 def _with_weights(model: PreTrainedModel, wanted: set[int]) -> PreTrainedModel:
     """Lets the parameters train whose id is in `wanted`, in float32 whatever the base is in.
 
-    Small steps of AdamW would be lost in bfloat16, whose next number is up to 1/128 away.
+    AdamW's small steps would be lost in bfloat16, where the next number is 1/256 to 1/128 of a weight away.
     """
     names = {name for name, parameter in model.named_parameters() if id(parameter) in wanted}
     train_only(model, lambda name: name in names)
@@ -317,7 +317,8 @@ def _set(value: int | None) -> int:
 TEXT = "تو دستیار فارسی‌زبان هستی و به هر پرسش کوتاه و درست پاسخ می‌دهی."
 SOFT = {"virtual_tokens": 20}
 FROM_TEXT = {**SOFT, "prompt_init": "text", "prompt_text": TEXT}
-# Every linear layer with alpha twice the rank, as in QLoRA's and most later settings; rank 16 is PEFT's usual example.
+# All linear layers, as full fine-tuning is matched only so (Dettmers et al. 2023, section 4); a rank of 16 and twice as
+# much alpha are common practice.
 LINEAR = {"dropout": 0.0, "target_modules": ("all-linear",)}
 LOW_RANK = {"rank": 16, "alpha": 32.0, **LINEAR}
 

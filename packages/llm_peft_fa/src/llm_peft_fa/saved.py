@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from labs_common.cli import config_from_yaml
-from labs_common.errors import LabError
+from labs_common.errors import LabError, reason_of
 from labs_common.run import written_whole
 from llm_peft_fa.base import device, load_model, load_tokenizer
 from llm_peft_fa.config import SubjectOptions, TrainConfig
@@ -116,8 +116,7 @@ def adapted_model(folder: Path, model: str, quantized: bool = False) -> PeftMode
         base = load_model(model, quantized=quantized)
         adapted: PeftModel = PeftModel.from_pretrained(base, str(folder))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0][:200]
-        raise LabError(f"{folder}: no adapter can be loaded from here ({reason})") from error
+        raise LabError(f"{folder}: no adapter can be loaded from here ({reason_of(error)[:200]})") from error
     return adapted.eval()
 
 
@@ -217,8 +216,7 @@ def subject_of(options: SubjectOptions, base: str | None = None) -> Subject:
         try:
             recorded = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
         except (OSError, ValueError, TypeError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise LabError(f"--adapter {adapter}: no adapter of PEFT is there ({reason})") from error
+            raise LabError(f"--adapter {adapter}: no adapter of PEFT is there ({reason_of(error)})") from error
         base = base or recorded
         if base is None:
             raise LabError(f"--adapter {adapter}: does not say which base it is of; name it with --base")

@@ -8,6 +8,7 @@ if __name__ == "__main__":  # before the imports below: --help and a wrong optio
 import dataclasses
 import math
 import time
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -123,12 +124,11 @@ def fit(
         RunStopped: the loss is NaN, or something fixed has moved.
         Interrupted: Ctrl-C; the run can be resumed.
     """
-    options, tuned = config.training, model.model
-    initial = initial_update(tuned)
+    options, initial = config.training, initial_update(model.model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=options.learning_rate, weight_decay=options.weight_decay)
     also = METHODS[config.method.method].also
-    state = None if also is None else also(tuned, optimizer)
+    state = None if also is None else also(model.model, optimizer)
     source = packing.steps(texts["training"], options.batch_size, config.run.seed)
     fitting = Fitting.start(run, accelerator, model, optimizer, source, options, config.run.seed, "tokens", state)
     loop = fitting.loop
@@ -142,6 +142,7 @@ def fit(
         loop.step(loss, row.tokens)
         if loop.evaluation_due:
             loop.evaluated(held_out_losses(fitting, packing, texts), watch="validation/loss")
+    tuned = cast(PackedCausalLM, fitting.plain).model
     prompt = computed_prompt(tuned)
     return fitting.finish(lambda weights: save_tuned(tuned, weights, tokenizer, run.path, initial, prompt))
 
