@@ -32,8 +32,7 @@ from labs_common.compare.plan import comparison_folder, plan_runs, seeds_text
 from labs_common.compare.processes import compare_runs, start_server
 from labs_common.compare.report import Findings, budget_section, curves_of, notes_on, pareto_section, table_of
 from labs_common.data.captions import CaptionedPictures, Captions
-from labs_common.report import Figure, Gallery, Section, Table, Text, bar_figure, save_figure
-from labs_common.report.pictures import shown
+from labs_common.report import Figure, Gallery, Section, Table, Text, bar_figure, save_figure, shown
 from labs_common.run import Run
 from labs_common.scenes.captions import GRAMMAR, KINDS
 from labs_common.scenes.world import Scene
@@ -85,9 +84,10 @@ def plan(config: CompareConfig) -> dict[str, TrainConfig]:
     """
 
     def run_of(name: str, flags: list[str]) -> TrainConfig:
-        own = parse(ComparedOptions, "--models", flags)
         options = ("learning_rate", "label_smoothing", "scheduled_sampling")
-        given = {option: getattr(own, option) or getattr(config.training, option) for option in options}
+        shared = {option: getattr(config.training, option) for option in options}
+        own = parse(ComparedOptions, "--models", flags, ComparedOptions(**shared))
+        given = {option: getattr(own, option) for option in options}
         return complete(
             TrainConfig(
                 model=name, encoder=own.encoder, decoder=own.decoder, vocabulary=config.vocabulary, data=config.data,

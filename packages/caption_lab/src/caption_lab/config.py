@@ -239,9 +239,8 @@ class CompareConfig:
     """Trains several captioners on the same captions with one budget and reports on them beside the papers' figures.
 
     `python -m caption_lab.compare` alone compares the three models offline. The same command started again goes on
-    where it was stopped. For real: `python -m caption_lab.compare --data flickr8k --models
-    show_tell:encoder=resnet50,show_attend_tell:encoder=resnet50,transformer:encoder=efficientnet_b0 --training.epochs
-    20`
+    where it was stopped. For real: `python -m caption_lab.compare --data flickr8k --epochs 20 --models
+    show_tell:encoder=resnet50,show_attend_tell:encoder=resnet50,transformer:encoder=efficientnet_b0`
     """
 
     models: str = ",".join(names_in("caption_lab.decoder:CAPTIONERS"))

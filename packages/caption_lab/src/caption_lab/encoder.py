@@ -11,7 +11,7 @@ from torch import nn
 from caption_lab.config import TINY, EncoderOptions
 from caption_lab.tiny import RECIPE, tiny_arguments, tiny_weights
 from labs_common.data.captions import Transform
-from labs_common.errors import LabError
+from labs_common.errors import LabError, reason_of
 from labs_common.frozen.cut import Cut
 from labs_common.saved import load_exactly, read_weights, timm_arguments
 
@@ -50,8 +50,8 @@ class Encoder(nn.Module):
             try:
                 example = network.forward_features(self._example())
             except (AssertionError, RuntimeError) as error:
-                reason = str(error).splitlines()[0]
-                raise LabError(f"--image-size {size}: {architecture} takes no such pictures ({reason})") from error
+                said = f"--image-size {size}: {architecture} takes no such pictures ({reason_of(error)})"
+                raise LabError(said) from error
         if not isinstance(example, torch.Tensor) or example.dim() not in (3, 4):
             raise LabError(f"--encoder {architecture}: gives no grid of vectors; take another")
         if example.dim() == 3:
@@ -152,7 +152,7 @@ def make_encoder(options: EncoderOptions) -> Encoder:
     try:
         encoder = Encoder(architecture, arguments, options.image_size, options.pool)
     except (RuntimeError, ValueError, TypeError) as error:
-        raise LabError(f"--encoder {options.encoder}: cannot be made ({str(error).splitlines()[0]})") from error
+        raise LabError(f"--encoder {options.encoder}: cannot be made ({reason_of(error)})") from error
     if options.weights is not None:
         load_exactly(encoder.network, read_weights(options.weights, "--weights"), f"--weights {options.weights}")
     elif options.pretrained and tiny:
@@ -161,9 +161,8 @@ def make_encoder(options: EncoderOptions) -> Encoder:
         try:
             weights = timm.create_model(architecture, pretrained=True, num_classes=0, **arguments).state_dict()
         except Exception as error:  # downloads fail in many ways; everything else about the name has been checked
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise LabError(f"--encoder {options.encoder}: its weights cannot be had ({reason}); check the network, or "
-                           "give --weights FILE or --no-pretrained") from error  # fmt: skip
+            raise LabError(f"--encoder {options.encoder}: its weights cannot be had ({reason_of(error)}); check the "
+                           "network, or give --weights FILE or --no-pretrained") from error  # fmt: skip
         encoder.network.load_state_dict(weights)
     return encoder
 

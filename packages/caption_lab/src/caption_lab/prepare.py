@@ -24,12 +24,12 @@ from labs_common.report import (
     Text,
     asked_section,
     bar_figure,
+    count_scatter_figure,
     rerun_section,
     save_figure,
     write_report,
 )
-from labs_common.report.figures import count_scatter_figure
-from labs_common.report.pictures import captioned_data_section
+from labs_common.report.captions import captioned_data_section
 from labs_common.run import Run, check_run_options
 
 FREQUENT, RARE = 20, 40  # words that the report shows of those kept and of those left out

@@ -34,9 +34,10 @@ from labs_common.report import (
     curves_section,
     rerun_section,
     save_figure,
+    shown,
     trained_section,
 )
-from labs_common.report.pictures import captioned_data_section, shown
+from labs_common.report.captions import captioned_data_section
 from labs_common.report.sections import structure_of
 from labs_common.run import Run, seconds_between
 from labs_common.saved import FOLDER

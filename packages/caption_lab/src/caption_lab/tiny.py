@@ -28,7 +28,7 @@ from labs_common.scenes.world import (
     random_scene,
     scene_generator,
 )
-from labs_common.tiny import pretrain, reproducible
+from labs_common.tiny import reproducible, train_tiny
 
 # As small as the things of a scene can still be told apart, and a grid of 6 × 6 places to attend to.
 SIDE, CELL = 48, 8
@@ -100,8 +100,8 @@ def _pretrained() -> torch.nn.Module:
         return sum(losses) + FACTS * F.binary_cross_entropy_with_logits(there, wholes[places].float())
 
     parameters = [*model.parameters(), *by_cell.parameters(), *of_whole.parameters()]
-    pretrain(parameters, loss_of, len(images), RECIPE["steps"], RECIPE["batch"], RECIPE["learning_rate"],
-             "pre-training the tiny CNN on scenes")  # fmt: skip
+    train_tiny(parameters, loss_of, len(images), RECIPE["steps"], RECIPE["batch"], RECIPE["learning_rate"],
+               "pre-training the tiny CNN on scenes")  # fmt: skip
     return model.eval()
 
 
