@@ -46,14 +46,12 @@ class ZeroShotData:
         split: the classes.
         pictures: `train` with seen objects; `validation` and `test` with both kinds.
         vectors: of the classes.
-        notes: what a reader should know of the vectors.
         counts: of the whole parts, before any limit: see `ZeroShotParts.counts`.
     """
 
     split: Split
     pictures: dict[str, InstancePictures]
     vectors: ClassVectors
-    notes: tuple[str, ...]
     counts: list[tuple[str, int, int, int]]
 
 
@@ -66,13 +64,11 @@ def read_data(data: DataOptions, words: WordOptions, seed: int, shown: bool) -> 
         LabError: something cannot be read, or does not fit.
     """
     split = read_split(data.split)
-    vectors, notes = read_vectors(words, split)
+    vectors = read_vectors(words, split, shown)
     pictures, counts = read_pictures(data, split, seed, shown)
     if shown:
         print_left_out({name: pictures[name] for name in ("train", "test")})
-        for note in notes:
-            console.print(f"{words.word_vectors}: {note}")
-    return ZeroShotData(split, pictures, vectors, notes, counts)
+    return ZeroShotData(split, pictures, vectors, counts)
 
 
 def read_pictures(
@@ -100,17 +96,19 @@ def read_pictures(
     return pictures, parts.counts()
 
 
-def read_vectors(words: WordOptions, split: Split) -> tuple[ClassVectors, tuple[str, ...]]:
-    """Reads the classes' vectors, and notes on them; a matrix's columns are checked against the names.
+def read_vectors(words: WordOptions, split: Split, shown: bool) -> ClassVectors:
+    """Reads the classes' vectors and prints notes on them; a matrix's columns are checked against the names.
 
     Raises:
         LabError: they cannot be read, or stand in another order.
     """
     vectors = read_class_vectors(words.word_vectors, split)
-    notes = vectors.notes
     if vectors.by_column and words.columns == "check":
-        notes = (*notes, checked_order(vectors.classes, split, words.word_vectors).verdict)
-    return vectors, notes
+        verdict = checked_order(vectors.classes, split, words.word_vectors).verdict
+        vectors = replace(vectors, notes=(*vectors.notes, verdict))
+    for note in vectors.notes if shown else ():
+        console.print(f"{words.word_vectors}: {note}")
+    return vectors
 
 
 def read_parts(data: DataOptions, split: Split) -> tuple[ZeroShotParts, Path]:

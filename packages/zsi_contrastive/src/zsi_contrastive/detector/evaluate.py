@@ -7,7 +7,6 @@ from accelerate import Accelerator
 
 from labs_common.cli import to_plain
 from labs_common.data.splits import print_left_out
-from labs_common.progress import console
 from labs_common.report import asked_section, write_report
 from labs_common.run import Run, check_new, new_folder
 from zsi_contrastive.detector.annotations import Split, read_split
@@ -107,9 +106,7 @@ def chosen_words(config: EvaluateConfig, loaded: Loaded, data: DataOptions) -> t
     if split.classes == loaded.split.classes and split.seen == loaded.split.seen and not config.words.word_vectors:
         return loaded.split, loaded.vectors
     words = dataclasses.replace(config.words, word_vectors=config.words.word_vectors or loaded.vectors.source)
-    vectors, notes = read_vectors(words, split)
-    for note in notes:
-        console.print(f"{words.word_vectors}: {note}")
+    vectors = read_vectors(words, split, shown=True)
     known = dict(zip(loaded.split.classes, loaded.vectors.classes, strict=True))
     check_same_space(known, split.classes, vectors.classes)
     return split, scaled_like(vectors, loaded.vectors)

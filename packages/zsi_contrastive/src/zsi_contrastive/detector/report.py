@@ -161,7 +161,7 @@ def words_section(data: ZeroShotData) -> Section:
     said = (
         f"{len(split.seen)} seen and {len(split.unseen)} unseen classes, {length} values each, from {vectors.source}."
     )
-    blocks = [Text(" ".join([said, *(f"Note: {note}." for note in data.notes)]))]
+    blocks = [Text(" ".join([said, *(f"Note: {note}." for note in vectors.notes)]))]
     return Section("Words", [*blocks, Table(("unseen class", "most similar classes, with cosines"), rows)])
 
 

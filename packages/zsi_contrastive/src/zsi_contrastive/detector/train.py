@@ -132,8 +132,10 @@ def validation_scores(fitting: Fitting, data: ZeroShotData, detection: Detection
     assert isinstance(fitting.plain, ZeroShotMaskRCNN)
     fitting.plain.eval()
     query = query_of(data.vectors, detection, masks=False)
-    ids = [[*seen, *unseen]]
-    (rows,) = predictions(fitting.plain, pictures, [query], ids, detection, fitting.accelerator, AT_ONCE, "validating")
+    both = [*seen, *unseen]
+    (rows,) = predictions(
+        fitting.plain, pictures, [query], [both], detection, fitting.accelerator, AT_ONCE, "validating"
+    )
     fitting.model.train()
     one, two = (scored(pictures.part, of_classes(rows, ids), ids, "box").means(ids)["ap@0.5"] for ids in (seen, unseen))
     return {
