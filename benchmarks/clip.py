@@ -40,7 +40,8 @@ from clip_lab.saved import Loaded, to_open_clip
 from clip_lab.text import TextTower
 from clip_lab.tokens import Words, make_words
 from labs_common.data.captions import PictureTensors
-from labs_common.data.classes import LabelledPictures, checked
+from labs_common.data.classes import LabelledPictures
+from labs_common.data.images import checked
 from labs_common.logistic import COARSE, Layer, fitted_layers, solved
 from labs_common.options import CaptionDataOptions
 from labs_common.run import write_atomically
