@@ -33,14 +33,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 # This file has the lab's name: the lab is what `import vit_transfer` shall find.
 sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).parent]
 
-from labs_common.data import LabelledPictures  # noqa: E402
+from labs_common.data.classes import LabelledPictures  # noqa: E402
 from labs_common.options import RunOptions  # noqa: E402
 from labs_common.run import Run, write_atomically  # noqa: E402
 from labs_common.scenes.files import write_parquet  # noqa: E402
 from labs_common.training import make_accelerator, peak_memory  # noqa: E402
 from vit_transfer.config import DataOptions, ModelOptions, PictureTrainingOptions, TrainConfig, complete  # noqa: E402
 from vit_transfer.data import Tensors, read_splits, transform_of  # noqa: E402
-from vit_transfer.model import create, transfer  # noqa: E402
+from vit_transfer.model import Transfer, create, input_size, unfreeze  # noqa: E402
 
 BATCH, RATE, DECAY = 32, 1e-3, 0.01
 
@@ -189,7 +189,8 @@ def made(options: Options) -> tuple[torch.nn.Module, dict[str, Pictures]]:
     splits = read_splits(config.data, 0, shown=False)
     set_seed(0)
     network = create(config.model, len(splits["train"].classes))
-    model = transfer(network, config.model, cached=False, sharded=True)  # which is not cut
+    trained = unfreeze(network, config.model.unfreeze, config.model.block)
+    model = Transfer(config.model.model, network, input_size(network), trained, cut=None)
     shape = transform_of(network, model.size, config.data.augment, 0)
     return model, {name: Pictures(part, Tensors(part, shape)) for name, part in splits.items()}
 

@@ -6,7 +6,7 @@ import torch
 from labs_common.errors import LabError
 from vit_transfer.catalogue import FAMILIES, block_of, family
 from vit_transfer.config import ModelOptions
-from vit_transfer.model import create, transfer
+from vit_transfer.model import Transfer, create, transfer, unfreeze
 
 # Written down by hand, from timm's lists of modules: the last block of each network, then its head.
 LAST = {
@@ -65,7 +65,7 @@ def test_the_table_is_the_catalogue() -> None:
 def test_exactly_the_last_block_and_the_head_train(name: str) -> None:
     with torch.device("meta"):
         network = create(ModelOptions(model=name, pretrained=False), 10)
-        model = transfer(network, ModelOptions(model=name), cached=False, sharded=True)
+        model = Transfer(name, network, 64, unfreeze(network, "block", None), cut=None)
     trained = {key for key, parameter in network.named_parameters() if parameter.requires_grad}
     expected = {key for key, _ in network.named_parameters() if key.startswith(tuple(f"{p}." for p in LAST[name]))}
     assert trained == expected

@@ -1,5 +1,6 @@
 """The comparison: its plan, its rules and the command."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -8,97 +9,133 @@ import numpy as np
 import pytest
 from labs_testing import commands as lab_commands
 
+from labs_common.compare.collect import Entry, collect
+from labs_common.compare.plan import slug
+from labs_common.data.classes import LabelledPictures
 from labs_common.errors import LabError
+from labs_common.run import Run
 from vit_transfer.catalogue import FAMILIES
-from vit_transfer.compare import planned_run
-from vit_transfer.compare_report import (
-    Entry,
+from vit_transfer.compare import (
     best_of_kind,
+    findings,
     hard_pictures,
+    kind,
     paper_section,
     paper_table,
+    plan,
     recommended,
-    table_rows,
     within_noise,
 )
 from vit_transfer.config import CompareConfig, DataOptions
 
 
-def entry(
-    name: str, model: str, right: list[int], trainable: int, pretrained: bool = True, last: bool = False
-) -> Entry:
-    """A network that got so many of each seed's ten pictures `right`: the first ones, or the `last`."""
-    results: dict[int, dict[str, Any]] = {}
-    marks = {}
-    for seed, count in enumerate(right):
-        marks[seed] = (np.arange(10) < count)[:: -1 if last else 1]
-        results[seed] = {
-            "config": {
-                "model": {"model": model, "unfreeze": "block", "pretrained": pretrained, "weights": None},
-                "training": {"learning_rate": 1e-3},
-            },
-            "validation": {"loss": 1.0},
-            "test": {"this run": {"accuracy": count / 10}},
-            "cost": {
-                "seconds": 1.0, "steps": 5, "pictures": 50, "pictures per second": 50.0, "peak memory": 2**20,
-                "trainable": trainable, "parameters": 1000, "optimizer bytes": 8, "cache bytes": 2**21,
-                "preparation seconds": 2.0,
-            },
-        }  # fmt: skip
-    return Entry(name, results, marks, [(1.0, 0.5)])
+class Comparison:
+    """The runs of a comparison, written to a directory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.names, self.seeds = folder, [], 0
+
+    def add(
+        self, name: str, model: str, right: list[int], trainable: int, pretrained: bool = True, last: bool = False
+    ) -> None:
+        """A network that got so many of each seed's ten pictures `right`: the first ones, or the `last`."""
+        self.names.append(name)
+        self.seeds = max(self.seeds, len(right))
+        for seed, count in enumerate(right):
+            run = Run(self.folder / slug(name) / f"seed-{seed}")
+            run.path.mkdir(parents=True)
+            marks = (np.arange(10) < count)[:: -1 if last else 1]
+            run.save_json("predictions.json", {"said": marks.astype(int).tolist(), "labels": [1] * 10})
+            run.append("metrics.jsonl", {"step": 5, "epoch": 1.0, "loss": 1.0})
+            run.append("metrics.jsonl", {"step": 5, "validation/accuracy": 0.5})
+            results = {
+                "config": {
+                    "model": {"model": model, "unfreeze": "block", "pretrained": pretrained, "weights": None},
+                    "training": {"learning_rate": 1e-3},
+                },
+                "validation": {"loss": 1.0},
+                "test": {"this run": {"accuracy": count / 10}},
+                "cost": {
+                    "seconds": 1.0, "steps": 5, "pictures": 50, "pictures per second": 50.0, "peak memory": 2**20,
+                    "trainable": trainable, "parameters": 1000, "optimizer bytes": 8, "cache bytes": 2**21,
+                    "preparation seconds": 2.0,
+                },
+                "environment": {"python": "3", "packages": {}},
+            }  # fmt: skip
+            run.save_json("results.json", results)
+
+    def entries(self) -> dict[str, Entry]:
+        return collect(self.folder, self.names, range(self.seeds))
 
 
-def entries(*made: Entry) -> dict[str, Entry]:
-    return {one.name: one for one in made}
+@pytest.fixture
+def comparison(tmp_path: Path) -> Comparison:
+    return Comparison(tmp_path / "comparison")
 
 
 def test_specs_become_runs() -> None:
     config = CompareConfig(head="mlp", image_size=64, data=DataOptions(limit=30))
-    run = planned_run(config, "resnet50:unfreeze=head:learning_rate=0.5:no-pretrained:image_size=96")
+
+    def planned(spec: str) -> Any:
+        return plan(dataclasses.replace(config, models=spec))[spec]
+
+    run = planned("resnet50:unfreeze=head:learning_rate=0.5:no-pretrained:image_size=96")
     assert (run.model.model, run.model.unfreeze, run.model.pretrained) == ("resnet50", "head", False)
     assert (run.model.head, run.model.image_size, run.training.learning_rate) == ("mlp", 96, 0.5)
     assert run.data.limit == 30
     assert run.baselines == "no"
-    assert planned_run(config, "tiny-vit").training.learning_rate == 3e-3
+    assert planned("tiny-vit").training.learning_rate == 3e-3
     with pytest.raises(LabError, match="--models resnet50:unfreeze=some"):
-        planned_run(config, "resnet50:unfreeze=some")
+        planned("resnet50:unfreeze=some")
     with pytest.raises(LabError, match="--models resnet50:depth=3"):
-        planned_run(config, "resnet50:depth=3")
+        planned("resnet50:depth=3")
 
 
-def test_the_fewest_parameters_within_noise_are_recommended() -> None:
-    large, small = entry("large", "resnet50", [9, 9], 900), entry("small", "resnet18", [9, 8], 300, last=True)
-    weak = entry("weak", "vgg11", [3, 4], 100)
-    found = entries(large, small, weak)
-    assert within_noise(large, small)
-    assert not within_noise(large, weak)
-    best, equal = recommended(found)
+def test_the_fewest_parameters_within_noise_are_recommended(comparison: Comparison) -> None:
+    comparison.add("large", "resnet50", [9, 9], 900)
+    comparison.add("small", "resnet18", [9, 8], 300, last=True)
+    comparison.add("weak", "vgg11", [3, 4], 100)
+    entries = comparison.entries()
+    assert within_noise(entries["large"], entries["small"])
+    assert not within_noise(entries["large"], entries["weak"])
+    best, equal = recommended(entries)
     assert best.name == "small"
     assert {one.name for one in equal} == {"large", "small"}
-    rows = table_rows(found)
+    test = LabelledPictures(
+        source="", classes=("no", "yes"), labels=np.ones(10, dtype=int), contents=[np.zeros((4, 4, 3), np.uint8)] * 10,
+        names=[str(place) for place in range(10)],
+    )  # fmt: skip
+    (comparison.folder / "figures").mkdir(exist_ok=True)
+    found = findings(CompareConfig(), test, Run(comparison.folder), entries, {})
+    rows = found.rows
     assert [row["network"] for row in rows] == ["large", "small", "weak"]
     assert rows[1]["test accuracy"] == pytest.approx(0.85)
     assert rows[1]["test accuracy ±"] == pytest.approx(np.std([0.9, 0.8], ddof=1))
     assert rows[0]["kind"] == "CNN"
+    assert found.recommended == "small"
 
 
-def test_the_best_of_each_kind_starts_from_pretrained_weights() -> None:
-    found = entries(
-        entry("cnn", "resnet50", [5], 1), entry("scratch", "resnet18", [9], 1, pretrained=False),
-        entry("vit", "deit_small_patch16_224", [6], 1), entry("other", "convnext_tiny", [9], 1),
-    )  # fmt: skip
-    assert {kind: one.name for kind, one in best_of_kind(found).items()} == {"CNN": "cnn", "transformer": "vit"}
-    assert found["other"].kind == "other"
-    assert hard_pictures(found, 0).tolist() == [9]
+def test_the_best_of_each_kind_starts_from_pretrained_weights(comparison: Comparison) -> None:
+    comparison.add("cnn", "resnet50", [5], 1)
+    comparison.add("scratch", "resnet18", [9], 1, pretrained=False)
+    comparison.add("vit", "deit_small_patch16_224", [6], 1)
+    comparison.add("other", "convnext_tiny", [9], 1)
+    comparison.add("tiny", "tiny-deit", [2], 1)
+    entries = comparison.entries()
+    assert {name: one.name for name, one in best_of_kind(entries).items()} == {"CNN": "cnn", "transformer": "vit"}
+    assert kind(entries["other"]) == "other"
+    assert kind(entries["tiny"]) == "transformer"
+    assert hard_pictures(entries.values(), 0).tolist() == [9]
 
 
-def test_the_papers_table(tmp_path: Path) -> None:
+def test_the_papers_table(comparison: Comparison, tmp_path: Path) -> None:
     table = paper_table()
     papers = list(dict.fromkeys(row.family for row in table))  # the catalogue may have others too
     assert papers == [*FAMILIES][: len(papers)]
     assert [row.network for row in table] == [name for family in papers for name in FAMILIES[family].networks]
     assert len(table) == 38
-    section = paper_section(entries(entry("mine", "resnet50", [9], 1)), CompareConfig())
+    comparison.add("mine", "resnet50", [9], 1)
+    section = paper_section(comparison.entries().values(), None)
     shown = section.blocks[1].rows
     unknown = [row for row in table if row.accuracy is None]
     assert [row[1] for row in shown] == ["resnet50"]

@@ -2,14 +2,18 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 
-from labs_common.data import LabelledPictures, checked, read_pictures
+from labs_common.data.classes import LabelledPictures
+from labs_common.data.images import checked
+from labs_common.data.readers import read_pictures
+from labs_common.frozen.cache import front_key
 from vit_transfer.config import DataOptions, ModelOptions
-from vit_transfer.data import PictureRows, PictureSteps, Tensors, Transform, front_recipe, read_splits, transform_of
+from vit_transfer.data import PictureRows, Tensors, Transform, read_splits, training_steps, transform_of
 from vit_transfer.model import Transfer, create, transfer
 
 
@@ -21,17 +25,21 @@ def made(seed: int = 0, **options: object) -> Transfer:
 
 def test_the_key_of_a_front() -> None:
     accelerator = Accelerator(cpu=True)
-    first = front_recipe(made(), accelerator)
-    assert front_recipe(made(), accelerator) == first
-    assert front_recipe(made(seed=1), accelerator)["weights"] != first["weights"]
-    assert front_recipe(made(unfreeze="head"), accelerator)["code"] != first["code"]
+
+    def key(model: Transfer) -> dict[str, object]:
+        return front_key(model.cut.front, accelerator)
+
+    first = key(made())
+    assert key(made()) == first
+    assert key(made(seed=1))["weights"] != first["weights"]
+    assert key(made(unfreeze="head"))["architecture"] != first["architecture"]
     other = made()
     with torch.no_grad():
         other.model.blocks[3].attn.qkv.weight.add_(1)  # trained: no part of the front
-    assert front_recipe(other, accelerator) == first
+    assert key(other) == first
     with torch.no_grad():
         other.model.blocks[0].attn.qkv.weight.view(-1)[0].add_(1e-3)
-    assert front_recipe(other, accelerator) != first
+    assert key(other) != first
 
 
 @pytest.fixture
@@ -78,7 +86,8 @@ def test_every_picture_once_an_epoch_whatever_the_processes() -> None:
     data = PictureRows(Places(), torch.arange(23))
 
     def dealt(rank: int, processes: int, epoch: int = 0, start: int = 0) -> list[tuple[list[int], float]]:
-        source = PictureSteps(data, 5, 2, seed=3, rank=rank, processes=processes)
+        accelerator = SimpleNamespace(process_index=rank, num_processes=processes)
+        source = training_steps(data, 5, 2, seed=3, accelerator=accelerator)
         assert len(source) == 5
         steps = [batch for (batch,) in source.steps(epoch, start)]
         assert all(batch.view == epoch % 2 for batch in steps)

@@ -13,9 +13,10 @@ from labs_testing.commands import losses
 from labs_testing.promises import KILLS, Training, TrainingPromises
 from safetensors.torch import load_file
 
-from vit_transfer.compare import LIBRARIES
 from vit_transfer.config import DistillConfig
 from vit_transfer.distill import complete_distillation, hard, soft
+
+LIBRARIES = ["vit_transfer.distill"]
 
 
 def test_losses_are_those_of_the_paper() -> None:

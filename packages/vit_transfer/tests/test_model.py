@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from labs_common.cut import Cut
 from labs_common.errors import LabError
+from labs_common.frozen.cut import Cut
 from vit_transfer.config import ModelOptions
 from vit_transfer.model import create, transfer
 

@@ -23,9 +23,11 @@ from safetensors.torch import load_file, save_file
 
 from labs_common.cache import path_name
 from labs_common.cli import to_plain
-from labs_common.comparing import entries_of
-from labs_common.data import LabelledPictures, record_splits
+from labs_common.compare.plan import entries_of
+from labs_common.data.classes import LabelledPictures
+from labs_common.data.splits import record_splits
 from labs_common.errors import Interrupted, LabError
+from labs_common.fitting import begin, leave
 from labs_common.progress import ProgressLine, console
 from labs_common.report import (
     Figure,
@@ -37,13 +39,10 @@ from labs_common.report import (
     curve_figure,
     rerun_section,
     save_figure,
-    write_report,
 )
-from labs_common.run import Run, check_run_options, seconds_between
-from labs_common.training import make_accelerator
+from labs_common.run import Run, seconds_between
 from vit_transfer.config import AttackConfig
-from vit_transfer.data import Tensors, read_splits, transform_of
-from vit_transfer.model import input_size
+from vit_transfer.data import Tensors, read_splits, saved_transform
 from vit_transfer.perturbations import (
     EVALUATION_BATCH,
     NORMS,
@@ -71,8 +70,7 @@ def attack(config: AttackConfig) -> None:
     if config.radius < 0 or not 0 < config.wanted <= 1 or config.passes < 1:
         raise LabError("--radius must not be negative, --wanted above 0 and at most 1, --passes at least 1")
     names = entries_of("--models", config.models)
-    check_run_options(config.run)
-    accelerator = make_accelerator(config.training)
+    accelerator = begin(config.run, config.training)
     splits = read_splits(config.data, config.run.seed, shown=True)
     classes = splits["train"].classes
     if max(counts) > len(splits["train"]):
@@ -147,15 +145,14 @@ class Victim:
             LabError: it cannot be read.
         """
         network = load_model(folder).to(device)
-        size = input_size(network)
-        transform = transform_of(network, size, config.data.augment, config.run.seed)
-        model = OnLevels(network, transform.normalised, size)
+        transform = saved_transform(network)
+        model = OnLevels(network, transform.normalised, transform.size)
         train, test = splits["train"], splits["test"]
         order = np.random.default_rng(config.run.seed).permutation(len(train))[:count]
         used = Tensors(train, transform).levels(0, order.tolist()).to(device)
         shown = Tensors(test, transform).levels(0, range(len(test))).to(device)
         labels = torch.from_numpy(test.labels).to(device)
-        radius = config.radius or NORMS[config.norm].radius(size)
+        radius = config.radius or NORMS[config.norm].radius(transform.size)
         return cls(model, used, shown, labels, predicted_classes(model, shown), radius)
 
     @property
@@ -211,29 +208,25 @@ def finish(
     transfer = {
         one: {two: v.fooled(moved(victims[one], v, config.norm)) for two, v in victims.items()} for one in victims
     }
-    run.save_json(
-        "results.json",
-        {"config": to_plain(config), "fooling rate": methods, "by pictures used": by_count, "transfer": transfer},
-    )
     for name, found in methods.items():
         console.print(f"{name}: " + "  ".join(f"{method} {rate:.3f}" for method, rate in found.items()))
     print(f"perturbations: {run.path / 'perturbations'}")
-    if not config.run.report:
-        return
-    rates = ", ".join(f"{name} {found[UNIVERSAL]:.0%}" for name, found in methods.items())
-    summary = f"One perturbation changes the prediction of this share of unseen test pictures: {rates}."
-    seconds = list(seconds_between(clock).items())
-    sections = [
-        numbers_section(victims, methods, NORMS[config.norm].symbol),
-        count_section(run, by_count),
-        transfer_section(transfer),
-        *[pictures_section(name, victim, splits["test"]) for name, victim in victims.items()],
-        asked_section(config),
-        Section("Cost", [Table(("until", "seconds"), seconds)]),
-        rerun_section(run),
-    ]
-    path = write_report(run, "Universal adversarial perturbations", summary, sections)
-    print(f"report: {path}")
+
+    def page() -> tuple[str, list[Section]]:
+        rates = ", ".join(f"{name} {found[UNIVERSAL]:.0%}" for name, found in methods.items())
+        summary = f"One perturbation changes the prediction of this share of unseen test pictures: {rates}."
+        return summary, [
+            numbers_section(victims, methods, NORMS[config.norm].symbol),
+            count_section(run, by_count),
+            transfer_section(transfer),
+            *[pictures_section(name, victim, splits["test"]) for name, victim in victims.items()],
+            asked_section(config),
+            Section("Cost", [Table(("until", "seconds"), [*seconds_between(clock).items()])]),
+            rerun_section(run),
+        ]
+
+    results = {"fooling rate": methods, "by pictures used": by_count, "transfer": transfer}
+    leave(run, {"config": to_plain(config), **results}, config.run.report, "Universal adversarial perturbations", page)
 
 
 def fooling_by_method(victim: Victim, norm: str, seed: int) -> dict[str, float]:

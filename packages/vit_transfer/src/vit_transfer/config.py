@@ -7,6 +7,7 @@ from typing import Annotated, Literal, TypeVar
 
 from labs_common.errors import LabError
 from labs_common.options import (
+    CacheOptions,
     ClassDataOptions,
     CommandOptions,
     ComparisonOptions,
@@ -20,7 +21,6 @@ Unfreeze = Literal["block", "head", "all"]
 Head = Annotated[str, one_of("vit_transfer.model:HEADS")]
 Augment = Literal["flip", "crop"]
 Asked = Literal["auto", "yes", "no"]
-RowPrecision = Literal["bf16", "fp16", "fp32"]
 Distillation = Annotated[str, one_of("vit_transfer.distill:DISTILLATIONS")]
 Norm = Annotated[str, one_of("vit_transfer.perturbations:NORMS")]
 TINY = names_in("vit_transfer.tiny:RECIPES")
@@ -59,16 +59,6 @@ class DataOptions(ClassDataOptions):
     augmented. Each takes its own room in the cache."""
     augment: Augment = "flip"
     """How: mirrored by chance, or a random crop that is mirrored by chance."""
-
-
-@dataclass
-class CacheOptions:
-    """The output of the frozen front, kept or not."""
-
-    cache: bool = True
-    """Compute the frozen front once per picture and keep its output on disk; --no-cache runs it every epoch."""
-    boundary_precision: RowPrecision = "bf16"
-    """Precision in which the front hands over its output, cached or not."""
 
 
 @dataclass

@@ -1,36 +1,32 @@
 """Pictures in, batches out: the three splits, the tensors that a network sees, and the rows of its frozen front."""
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import timm
 import torch
 from accelerate import Accelerator
 from PIL import Image, ImageOps
 from timm.data import resolve_model_data_config
 
-from labs_common.cache import cached_directory, path_name
-from labs_common.data import LabelledPictures
-from labs_common.data.classes import read_classes
+from labs_common.cache import cached_directory
+from labs_common.data.classes import LabelledPictures
 from labs_common.data.images import RESAMPLING, decoding_threads
-from labs_common.features import CachedRows, ComputedRows, Rows, cached_rows
-from labs_common.freezing import state_hash
+from labs_common.data.readers import read_classes
+from labs_common.frozen.cache import ComputedRows, Rows, front_rows
+from labs_common.options import CacheOptions
 from labs_common.progress import console
-from labs_common.scenes import TASKS
-from labs_common.scenes.files import write_parquet
-from labs_common.training import read_ahead
-from vit_transfer.config import Augment, CacheOptions, DataOptions
-from vit_transfer.model import Transfer
+from labs_common.scenes.files import TASKS, write_parquet
+from labs_common.steps import ShuffledSteps, own_part
+from vit_transfer.config import Augment, DataOptions
+from vit_transfer.model import Transfer, input_size
 
 # The offline data: few enough pictures to train on that what was learnt before has to help.
 DEMO_TASK, DEMO_SIDE = "count", 48
 DEMO_SPLITS: dict[str, Sequence[int]] = {"train": range(400), "validation": range(400, 600), "test": range(600, 1600)}
-FRONT_BATCH = 64  # pictures that go through the front at once: its memory does not grow with a chunk of the cache
 
 
 @dataclass(frozen=True)
@@ -73,6 +69,11 @@ def transform_of(model: torch.nn.Module, size: int, augment: Augment, seed: int)
     return Transform(size, tuple(known["mean"]), tuple(known["std"]), interpolation, augment, seed)
 
 
+def saved_transform(model: torch.nn.Module, augment: Augment = "flip", seed: int = 0) -> Transform:
+    """Takes what a saved network says that it was trained on."""
+    return transform_of(model, input_size(model), augment, seed)
+
+
 @dataclass(frozen=True)
 class Tensors:
     """The pictures of a split as tensors, decoded in threads."""
@@ -109,7 +110,7 @@ class Tensors:
 
 
 def read_splits(options: DataOptions, seed: int, shown: bool) -> dict[str, LabelledPictures]:
-    """Reads the splits of --data, or of drawn scenes; see `labs_common.data.classes.read_classes`."""
+    """Reads the splits of --data, or of drawn scenes; see `labs_common.data.readers.read_classes`."""
     return read_classes(options, seed, shown, _demo_data)
 
 
@@ -159,36 +160,16 @@ class PictureRows:
         return Batch(self.rows.rows(view, places), self.labels[list(places)], view, places, share)
 
 
-@dataclass
-class PictureSteps:
-    """Training data for `labs_common.training.Loop`: shuffled every epoch by the seed, each picture once."""
+def training_steps(
+    data: PictureRows, batch_size: int, views: int, seed: int, accelerator: Accelerator
+) -> ShuffledSteps:
+    """Deals the pictures to optimizer steps of one batch in each process; the views take turns, one per epoch."""
 
-    data: PictureRows
-    batch_size: int
-    views: int
-    seed: int
-    rank: int = 0
-    processes: int = 1
+    def batch(places: list[int], epoch: int, step: int) -> list[Batch]:
+        mine, share = own_part(places, accelerator.process_index, accelerator.num_processes)
+        return [data.batch(epoch % views, mine, share)]
 
-    def __len__(self) -> int:
-        """Optimizer steps in an epoch; the last may be smaller."""
-        return -(-len(self.data.labels) // self.batch_size)
-
-    def steps(self, epoch: int, start: int) -> Iterator[list[Batch]]:
-        """Yields this process's part of each step of the epoch, read while the step before is computed."""
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.data.labels)).tolist()
-
-        def read(step: int) -> Batch:
-            return self.batch(epoch % self.views, order[step * self.batch_size : (step + 1) * self.batch_size])
-
-        return ([batch] for batch in read_ahead(read, range(start, len(self))))
-
-    def batch(self, view: int, places: list[int]) -> Batch:
-        """Reads this process's part of one step, of which `places` are all pictures."""
-        mine = places[self.rank :: self.processes]
-        if not mine:  # every process takes part in every step
-            return self.data.batch(view, places[:1], 0.0)
-        return self.data.batch(view, mine, len(mine) * self.processes / len(places))
+    return ShuffledSteps(len(data.labels), batch_size, seed, batch)
 
 
 def rows_of(
@@ -204,38 +185,9 @@ def rows_of(
         return PictureRows(ComputedRows(tensors.batch, "fp32"), tensors.labels)
 
     def compute(view: int, places: Sequence[int]) -> torch.Tensor:
-        parts = []
-        for first in range(0, len(places), FRONT_BATCH):
-            images = tensors.batch(view, places[first : first + FRONT_BATCH]).to(accelerator.device)
-            with torch.no_grad(), accelerator.autocast():
-                parts.append(cut.front(images))
-        return torch.cat(parts)
+        rows: torch.Tensor = cut.front(tensors.batch(view, places).to(accelerator.device))
+        return rows
 
-    precision = options.boundary_precision
-    if not options.cache:
-        return PictureRows(ComputedRows(compute, precision), tensors.labels)
-    recipe = {"front": front_recipe(model, accelerator), "tensors": tensors.recipe(views)}
-    rows = cached_rows(f"{path_name(model.name)}-{name}", recipe, len(tensors), views, cut.width, precision, compute,
-                       accelerator.is_main_process)  # fmt: skip
+    rows = front_rows(f"{model.name}-{name}", cut.front, compute, len(tensors), cut.width, tensors.recipe(views),
+                      options, accelerator, views)  # fmt: skip
     return PictureRows(rows, tensors.labels)
-
-
-def front_recipe(model: Transfer, accelerator: Accelerator) -> dict[str, Any]:
-    """Lists all that the front's output depends on besides the pictures: its code, its weights, the arithmetic."""
-    cut = model.cut
-    assert cut is not None
-    modules = [f"{name}: {type(layer).__name__}({layer.extra_repr()})" for name, layer in cut.front.named_modules()]
-    code = hashlib.sha256("\n".join([cut.front.graph_module.code, *modules]).encode()).hexdigest()
-    return {
-        "model": model.name,
-        "code": code,
-        "weights": state_hash(cut.front),
-        "precision": accelerator.mixed_precision,
-        "torch": torch.__version__.split("+")[0],
-        "timm": timm.__version__,
-    }
-
-
-def disk_bytes(splits: Sequence[PictureRows]) -> int:
-    """Sums the bytes of the caches."""
-    return sum(split.rows.bytes_on_disk for split in splits if isinstance(split.rows, CachedRows))

@@ -21,18 +21,17 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 
 from labs_common.cache import path_name
-from labs_common.data import LabelledPictures, record_splits
+from labs_common.data.classes import LabelledPictures
+from labs_common.data.splits import record_splits
 from labs_common.errors import LabError
-from labs_common.features import ComputedRows, Rows, cached_rows
-from labs_common.freezing import state_hash
+from labs_common.fitting import begin
+from labs_common.frozen.cache import Rows, front_rows
 from labs_common.report import Figure, Section, Table, curve_figure, save_figure
-from labs_common.report.classes import Predictions, wilson_interval
-from labs_common.run import Run, check_run_options
-from labs_common.training import make_accelerator
+from labs_common.report.pictures import Predictions, wilson_interval
+from labs_common.run import Run
 from vit_transfer.config import TINY, DistillConfig, TrainConfig, complete
-from vit_transfer.data import Batch, Tensors, Transform, read_splits, transform_of
+from vit_transfer.data import Batch, Tensors, read_splits, saved_transform
 from vit_transfer.evaluate import predictions_of
-from vit_transfer.model import input_size
 from vit_transfer.report import finish_report
 from vit_transfer.saved import FOLDER, load_model, saved_model
 from vit_transfer.train import Loss, check_network, fit, fit_beside, named_config
@@ -42,8 +41,7 @@ def distill(config: DistillConfig) -> None:
     """The road: pictures, teacher, student, the student without a teacher, evaluation of what was written, report."""
     clock = {"start": time.perf_counter()}
     config = complete_distillation(config)
-    check_run_options(config.run)
-    accelerator = make_accelerator(config.training)
+    accelerator = begin(config.run, config.training)
     with accelerator.main_process_first():
         splits = read_splits(config.data, config.run.seed, accelerator.is_main_process)
     classes, cached = splits["train"].classes, config.cache.cache
@@ -55,23 +53,21 @@ def distill(config: DistillConfig) -> None:
     record_splits(run, splits)
     if folder is None:
         (folder,) = fit_beside({f"teacher {config.teacher}": named}, run, accelerator, splits).values()
-    teacher = read_teacher(folder, splits["train"], config, accelerator)
+    teacher = teacher_logits(folder, splits["train"], config, accelerator)
     clock["teacher"] = time.perf_counter()
-    fitted = fit(config, run, accelerator, splits, distillation_loss(config, teacher.logits), by_head=True)
+    fitted = fit(config, run, accelerator, splits, distillation_loss(config, teacher), by_head=True)
     clock |= fitted.clock
     folders = {"this run": run.path / FOLDER}
     if config.baselines == "yes":
         folders |= fit_beside({"without a teacher": alone(config)}, run, accelerator, splits)
     clock["baselines"] = time.perf_counter()
 
-    test = Tensors(splits["test"], fitted.transform)
+    folders["the teacher"] = folder
     scored = {
-        name: predictions_of(load_model(path), test, accelerator, f"testing, {name}") for name, path in folders.items()
+        name: predictions_of(load_model(path), splits["test"], accelerator, f"testing, {name}")
+        for name, path in folders.items()
     }
-    scored["the teacher"] = predictions_of(
-        load_model(folder), Tensors(splits["test"], teacher.transform), accelerator, "testing, the teacher"
-    )
-    by_head = head_predictions(folders["this run"], test, accelerator)
+    by_head = head_predictions(folders["this run"], splits["test"], accelerator)
     clock["tested"] = time.perf_counter()
     if accelerator.is_main_process:
         heads = distillation_section(run, scored, by_head)
@@ -156,52 +152,33 @@ def alone(config: DistillConfig) -> TrainConfig:
     return TrainConfig(**own | {"baselines": "no"})
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """A fixed network's view of the training pictures.
+def teacher_logits(folder: Path, pictures: LabelledPictures, config: DistillConfig, accelerator: Accelerator) -> Rows:
+    """Computes the teacher's logits of every view of the training pictures, unless they are kept from before.
 
-    Attributes:
-        logits: (classes,) of every view of every training picture.
-        transform: how it sees a picture; what is sampled is the same as for the student.
-    """
-
-    logits: Rows
-    transform: Transform
-
-
-def read_teacher(folder: Path, pictures: LabelledPictures, config: DistillConfig, accelerator: Accelerator) -> Teacher:
-    """Reads the teacher and computes its logits of the training pictures, unless they are kept from before.
+    It sees the pictures at its own size; what is sampled is the same as for the student.
 
     Raises:
-        LabError: it cannot be read, or the disk is full.
+        LabError: the teacher cannot be read, or the disk is full.
     """
     model: Any = load_model(folder).to(accelerator.device)
-    transform = transform_of(model, input_size(model), config.data.augment, config.run.seed)
-    tensors, views = Tensors(pictures, transform), config.data.views
+    tensors = Tensors(pictures, saved_transform(model, config.data.augment, config.run.seed))
+    views, device = config.data.views, accelerator.device
 
     def compute(view: int, places: Sequence[int]) -> torch.Tensor:
-        with torch.no_grad():
-            return model(tensors.batch(view, places).to(accelerator.device)).float()
+        with torch.autocast(device.type, enabled=False):  # in float32, as it is tested
+            logits: torch.Tensor = model(tensors.batch(view, places).to(device))
+        return logits
 
-    if not config.cache.cache:
-        return Teacher(ComputedRows(compute, "fp32"), transform)
-    recipe = {
-        "weights": state_hash(model),
-        "config": (folder / "config.json").read_text(encoding="utf-8"),
-        "tensors": tensors.recipe(views),
-        "torch": torch.__version__.split("+")[0],
-    }
-    shown = accelerator.is_main_process
-    logits = cached_rows("teacher", recipe, len(tensors), views, model.num_classes, "fp32", compute, shown)
-    return Teacher(logits, transform)
+    return front_rows("teacher", model, compute, len(tensors), model.num_classes, tensors.recipe(views), config.cache,
+                      accelerator, views, precision="fp32")  # fmt: skip
 
 
 class OneHead(torch.nn.Module):
     """A network with a distillation token that answers with one of its heads, by number."""
 
-    def __init__(self, model: torch.nn.Module, place: int) -> None:
+    def __init__(self, model: Any, place: int) -> None:
         super().__init__()
-        self.model, self.place = model, place
+        self.model, self.place, self.pretrained_cfg = model, place, model.pretrained_cfg
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Turns pictures into logits (batch, classes)."""
@@ -211,7 +188,7 @@ class OneHead(torch.nn.Module):
         return logits
 
 
-def head_predictions(folder: Path, test: Tensors, accelerator: Accelerator) -> dict[str, Predictions]:
+def head_predictions(folder: Path, test: LabelledPictures, accelerator: Accelerator) -> dict[str, Predictions]:
     """Computes each head's predictions of the test pictures for a saved student; called by all processes."""
     model = load_model(folder)
     model.set_distilled_training(True)

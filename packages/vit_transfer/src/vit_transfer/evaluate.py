@@ -13,18 +13,22 @@ from accelerate.utils import gather_object
 from PIL import Image
 from timm.models.vision_transformer import Attention, VisionTransformer
 
+from labs_common.data.classes import LabelledPictures
 from labs_common.progress import tracked
-from labs_common.report.classes import Predictions
-from vit_transfer.data import PictureRows, Tensors
+from labs_common.report.pictures import Predictions
+from vit_transfer.data import PictureRows, Tensors, saved_transform
 
-TEST_BATCH = 64
+TEST_BATCH = 64  # pictures at once: fills a GPU, and needs no memory for gradients
 
 
 @torch.no_grad()
-def mean_scores(
+def validation_scores(
     model: torch.nn.Module, data: PictureRows, batch_size: int, accelerator: Accelerator
 ) -> dict[str, float]:
-    """Computes mean cross-entropy and accuracy over a split; every process takes its share of the pictures."""
+    """Computes mean cross-entropy and accuracy on validation pictures; every process takes its share of them.
+
+    The model is in training mode afterwards.
+    """
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device="cpu")
     mine = range(accelerator.process_index, len(data.labels), accelerator.num_processes)
@@ -39,13 +43,17 @@ def mean_scores(
             right = (logits.argmax(1) == batch.targets).sum()
             sums += torch.stack([losses, right]).double().cpu()
     everyone = accelerator.reduce(sums.float().to(accelerator.device)) if accelerator.num_processes > 1 else sums
+    model.train()
     loss, right = (everyone.double().cpu() / len(data.labels)).tolist()
-    return {"loss": loss, "accuracy": right}
+    return {"validation/loss": loss, "validation/accuracy": right}
 
 
 @torch.no_grad()
-def predictions_of(model: torch.nn.Module, tensors: Tensors, accelerator: Accelerator, task: str) -> Predictions:
-    """Runs the whole network, in float32, on the pictures of a split; the processes share them."""
+def predictions_of(
+    model: torch.nn.Module, pictures: LabelledPictures, accelerator: Accelerator, task: str
+) -> Predictions:
+    """Runs a saved network, whole and in float32, on the pictures of a split; the processes share them."""
+    tensors = Tensors(pictures, saved_transform(model))
     model = model.to(accelerator.device).eval()
     mine = range(accelerator.process_index, len(tensors), accelerator.num_processes)
     found: list[tuple[int, list[float]]] = []
@@ -56,7 +64,7 @@ def predictions_of(model: torch.nn.Module, tensors: Tensors, accelerator: Accele
         found += zip(places, logits.softmax(1).tolist(), strict=True)
     everyone = gather_object(found) if accelerator.num_processes > 1 else found
     rows = [row for _, row in sorted(everyone)]
-    return Predictions(np.array(rows), tensors.pictures.labels)
+    return Predictions(np.array(rows), pictures.labels)
 
 
 def heat_maps(model: Any, images: torch.Tensor, classes: torch.Tensor) -> tuple[str, torch.Tensor]:

@@ -1,21 +1,21 @@
 """The network: any timm model with a new head, and what of it trains."""
 
-import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from accelerate import Accelerator
 from timm.data import resolve_model_data_config
-from timm.layers import convert_sync_batchnorm
 from timm.models import load_pretrained, register_model, resolve_pretrained_cfg
 
-from labs_common.cut import Cut
+from labs_common.checkpoint import SHARDED
 from labs_common.errors import LabError
-from labs_common.freezing import train_only
+from labs_common.fitting import share_batch_norms
+from labs_common.frozen.audit import train_only
+from labs_common.frozen.cut import Cut
+from labs_common.saved import read_weights, timm_arguments
 from vit_transfer.catalogue import block_of, classifiers
 from vit_transfer.config import TINY, ModelOptions
 from vit_transfer.first_tokens import FirstTokens, can_be_shortened, read_tokens
@@ -53,13 +53,10 @@ def create(options: ModelOptions, classes: int) -> torch.nn.Module:
 
 
 def _from_timm(name: str, classes: int, pretrained: bool, image_size: int) -> torch.nn.Module:
-    if not timm.is_model(name.removeprefix("timm/").split(".")[0]):
-        like = difflib.get_close_matches(name, timm.list_models(), 4)
-        hint = f"; like it are {', '.join(like)}" if like else ""
-        raise LabError(f"--model {name}: timm has no such model{hint}; python -m vit_transfer.models lists some")
-    known = timm.get_pretrained_cfg(name.removeprefix("timm/"), allow_unregistered=True)
-    fixed = known is not None and known.fixed_input_size
-    size: dict[str, Any] = {"img_size": image_size} if image_size and fixed else {}
+    try:
+        size = timm_arguments(name, image_size, "--model")
+    except LabError as error:
+        raise LabError(f"{error}; python -m vit_transfer.models lists some") from None
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=classes, **size)
     except Exception as error:  # downloads fail in many ways; everything else about the name has been checked
@@ -75,13 +72,11 @@ def _load(model: torch.nn.Module, file: Path) -> None:
     Raises:
         LabError: the file is broken or of another architecture.
     """
-    try:
-        state = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise LabError(f"--weights {file}: cannot be read ({str(error).splitlines()[0]})") from error
     heads = tuple(f"{name}." for name in classifiers(model))
-    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(heads)}
-    given = {name: tensor for name, tensor in state.items() if not name.startswith(heads)}
+    own, given = (
+        {name: tensor for name, tensor in state.items() if not name.startswith(heads)}
+        for state in (model.state_dict(), read_weights(file, "--weights"))
+    )
     for name in own.keys() | given.keys():
         if name not in given or name not in own or given[name].shape != own[name].shape:
             raise LabError(f"--weights {file}: is of another architecture or image size (first difference: {name})")
@@ -153,7 +148,13 @@ class Transfer(torch.nn.Module):
     """
 
     def __init__(
-        self, name: str, model: torch.nn.Module, size: int, trained: Sequence[str], cut: Cut | None, by_head: bool
+        self,
+        name: str,
+        model: torch.nn.Module,
+        size: int,
+        trained: Sequence[str],
+        cut: Cut | None,
+        by_head: bool = False,
     ) -> None:
         super().__init__()
         self.name, self.model, self.size, self.trained, self.by_head = name, model, size, trained, by_head
@@ -183,37 +184,25 @@ class Transfer(torch.nn.Module):
             self.model.get_submodule(prefix).train(mode)
         return self
 
-    @property
-    def has_batch_norm(self) -> bool:
-        """Whether a trained part normalises by the statistics of its batch."""
-        kinds = torch.nn.modules.batchnorm._BatchNorm
-        parts = [self.model.get_submodule(prefix) for prefix in self.trained]
-        return any(isinstance(layer, kinds) for part in parts for layer in part.modules())
-
 
 def transfer(
-    model: Any,
-    options: ModelOptions,
-    cached: bool,
-    sharded: bool = False,
-    by_head: bool = False,
-    sync_batch_norm: bool = False,
+    model: Any, options: ModelOptions, cached: bool, accelerator: Accelerator | None = None, by_head: bool = False
 ) -> Transfer:
     """Freezes the model's front and cuts it off; the model is on its device already.
 
-    `sharded` weights need every block to be called as a whole, so without a cache the network is not cut then. Without
-    a cache, one that cannot be cut is not cut either. `by_head` gives the logits of both heads of a network with a
-    distillation token in training. `sync_batch_norm` lets the trained batch normalisations take their statistics over
-    all processes.
+    Without a cache, one that cannot be cut is not cut. Nor is one whose weights the accelerator shards: every block is
+    called as a whole then. Trained batch norms take their statistics over the accelerator's GPUs. `by_head` gives the
+    logits of both heads of a network with a distillation token in training.
 
     Raises:
         LabError: there is no such block; the network cannot be cut and should be `cached`; or it has no distillation
             token and should train `by_head`.
     """
     trained = unfreeze(model, options.unfreeze, options.block)
-    if sync_batch_norm:
-        for prefix in trained:
-            part = convert_sync_batchnorm(model.get_submodule(prefix))
+    sharded = accelerator is not None and accelerator.distributed_type in SHARDED
+    if accelerator is not None:
+        parts: Any = share_batch_norms(torch.nn.ModuleList(map(model.get_submodule, trained)), accelerator)
+        for prefix, part in zip(trained, parts, strict=True):
             if prefix:
                 model.set_submodule(prefix, part)
     model.eval()

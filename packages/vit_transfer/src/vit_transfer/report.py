@@ -1,4 +1,4 @@
-"""Writes results.json and the report, with the sections that only this lab has."""
+"""Writes results.json and the report of a training, with the sections that only this lab has."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from labs_common.cli import to_plain
-from labs_common.data import LabelledPictures
+from labs_common.data.classes import LabelledPictures
+from labs_common.fitting import Fitted, leave, results_of
 from labs_common.progress import console
 from labs_common.report import (
     Figure,
@@ -26,20 +26,14 @@ from labs_common.report import (
     rerun_section,
     save_figure,
     trained_section,
-    write_report,
 )
-from labs_common.report.classes import (
-    Predictions,
-    class_data_section,
-    class_sections,
-    said_line,
-    wilson_interval,
-)
-from labs_common.run import Run, cost_of, machine_of, seconds_between
+from labs_common.report.pictures import Predictions, class_data_section, class_sections, said_line, wilson_interval
+from labs_common.report.sections import structure_of
+from labs_common.run import Run, seconds_between
 from vit_transfer.config import TrainConfig
-from vit_transfer.data import Tensors, Transform
+from vit_transfer.data import Tensors, Transform, saved_transform
 from vit_transfer.evaluate import heat_maps, overlaid
-from vit_transfer.fitting import Fitted
+from vit_transfer.model import unfreeze
 from vit_transfer.saved import FOLDER, load_model
 
 MAPS = 8  # pictures with a heat-map
@@ -62,96 +56,83 @@ def finish_report(
     `compared` says in words; `more` are sections that follow the numbers.
     """
     seconds = seconds_between(clock)
-    results = results_of(run, config, fitted, scored, seconds)
-    own = scored["this run"]
-    said = {"classes": list(splits["test"].classes), "labels": own.labels.tolist(), "said": own.said.tolist()}
-    run.save_json("predictions.json", said)
-    run.save_json("results.json", results)
+    results = results_of(run, config, fitted, "pictures", seconds["prepared"])
+    results |= {"validation": kept_scores(run, config.training.patience > 0), "test": test_scores(scored)}
+    own, test = scored["this run"], splits["test"]
+    run.save_json(
+        "predictions.json", {"classes": list(test.classes), "labels": own.labels.tolist(), "said": own.said.tolist()}
+    )
     for name, found in results["test"].items():
         low, high = found["interval"]
         console.print(f"{name}: test accuracy {found['accuracy']:.3f} ({low:.3f} to {high:.3f})")
     print(f"model: {run.path / FOLDER}")
-    if not config.run.report:
-        return
-    cost = cost_section(run, "pictures", seconds)
-    cost.blocks.append(Table(("", ""), [(name, value) for name, value in results["cost"].items()]))
-    body = [
-        asked_section(config),
-        class_data_section(splits),
-        structure_section(run, fitted),
-        _curves(run),
-        numbers_section(run, results, compared),
-        *more,
-        *class_sections(run, splits["test"], own),
-        heat_map_section(run, splits["test"], fitted.transform, own),
-        cost,
-        rerun_section(run),
-    ]
-    others = ", ".join(f"{name} {found.accuracy:.1%}" for name, found in scored.items() if name != "this run")
-    summary = f"Test accuracy {own.accuracy:.1%} with {fitted.structure.trainable:,} trained parameters" + (
-        f"; {others}." if others else "."
-    )
-    path = write_report(run, title, summary, body)
-    print(f"report: {path}")
+
+    def page() -> tuple[str, list[Section]]:
+        network = load_model(run.path / FOLDER)
+        cost = cost_section(run, "pictures", seconds)
+        cost.blocks.append(Table(("", ""), [*results["cost"].items()]))
+        sections = [
+            asked_section(config),
+            class_data_section(splits),
+            structure_section(run, config, fitted, network),
+            _curves(run),
+            numbers_section(run, results["test"], compared),
+            *more,
+            *class_sections(run, test, own),
+            heat_map_section(network, test, own),
+            cost,
+            rerun_section(run),
+        ]
+        others = ", ".join(f"{name} {found.accuracy:.1%}" for name, found in scored.items() if name != "this run")
+        summary = f"Test accuracy {own.accuracy:.1%} with {fitted.trained:,} trained parameters"
+        return f"{summary}; {others}." if others else f"{summary}.", sections
+
+    leave(run, results, config.run.report, title, page)
 
 
-def results_of(
-    run: Run,
-    config: TrainConfig,
-    fitted: Fitted,
-    scored: Mapping[str, Predictions],
-    by_part: Mapping[str, float],
-) -> dict[str, Any]:
-    """Gathers what a comparison needs of a run: its config, scores, costs, machine and versions."""
+def kept_scores(run: Run, best: bool) -> dict[str, float]:
+    """Finds loss and accuracy of the weights that were saved: with --patience the `best`, else the last ones."""
     evaluations = [line for line in run.lines("metrics.jsonl") if "validation/loss" in line]
-    # With --patience the run went back to its best weights.
-    kept = min(evaluations, key=lambda line: line["validation/loss"]) if config.training.patience else evaluations[-1]
+    kept = min(evaluations, key=lambda line: line["validation/loss"]) if best else evaluations[-1]
+    return {name: kept[f"validation/{name}"] for name in ("loss", "accuracy")}
+
+
+def test_scores(scored: Mapping[str, Predictions]) -> dict[str, dict[str, Any]]:
+    """Measures predictions on the test pictures."""
     return {
-        "config": to_plain(config),
-        "validation": {"loss": kept["validation/loss"], "accuracy": kept["validation/accuracy"]},
-        "test": {
-            name: {
-                "accuracy": found.accuracy,
-                "interval": list(wilson_interval(found.accuracy, len(found.labels))),
-                "loss": found.loss,
-                "pictures": len(found.labels),
-            }
-            for name, found in scored.items()
-        },
-        "cost": {
-            **cost_of(run, "pictures"),
-            "preparation seconds": by_part["prepared"],
-            "trainable": fitted.structure.trainable,
-            "parameters": fitted.structure.parameters,
-            "optimizer bytes": fitted.optimizer_bytes,
-            "cache bytes": fitted.cache_bytes,
-        },
-        "environment": machine_of(run, ("torch", "timm", "accelerate")),
+        name: {
+            "accuracy": found.accuracy,
+            "interval": list(wilson_interval(found.accuracy, len(found.labels))),
+            "loss": found.loss,
+            "pictures": len(found.labels),
+        }
+        for name, found in scored.items()
     }
 
 
-def structure_section(run: Run, fitted: Fitted) -> Section:
-    """Shows what trained: the audit's verdict and table, and the network drawn with what is fixed and what trains."""
+def structure_section(run: Run, config: TrainConfig, fitted: Fitted, network: torch.nn.Module) -> Section:
+    """Shows what trained: the audit's verdict and table, and the saved network drawn with its fixed and free parts."""
     section = trained_section(fitted.audit)
-    structure = fitted.structure
+    unfreeze(network, config.model.unfreeze, config.model.block)
+    structure = structure_of(network)
     drawing = save_figure(run, "architecture", architecture_figure(structure.rows))
     caption = (
-        f"{structure.name}, input below: {structure.trainable:,} of {structure.parameters:,} parameters train. The "
+        f"{structure.name}, input below: {fitted.trained:,} of {fitted.parameters:,} parameters train. The "
         "statistics of a fixed batch normalisation stay fixed too: they are among the verified tensors."
     )
     section.blocks.insert(1, Figure(drawing, caption))
     return section
 
 
-def numbers_section(run: Run, results: Mapping[str, Any], compared: str) -> Section:
+def numbers_section(run: Run, scores: Mapping[str, Mapping[str, Any]], compared: str) -> Section:
     """Shows the accuracy on the test pictures, beside what it is compared with."""
     rows = [
         (name, found["accuracy"], "{:.3f} to {:.3f}".format(*found["interval"]), found["loss"])
-        for name, found in results["test"].items()
+        for name, found in scores.items()
     ]
     section = Section("Numbers", [Table(("", "test accuracy", "95 % interval", "test loss"), rows)])
     if len(rows) > 1:
-        bars = {name: {"test accuracy": found["accuracy"]} for name, found in results["test"].items()}
+        bars = {name: {"test accuracy": found["accuracy"]} for name, found in scores.items()}
         figure = save_figure(run, "baselines", bar_figure(bars, "test accuracy", 1.0))
         section.blocks.append(Figure(figure, compared))
     note = (
@@ -162,14 +143,14 @@ def numbers_section(run: Run, results: Mapping[str, Any], compared: str) -> Sect
     return section
 
 
-def heat_map_section(run: Run, test: LabelledPictures, transform: Transform, found: Predictions) -> Section:
+def heat_map_section(network: Any, test: LabelledPictures, found: Predictions) -> Section:
     """Shows heat-maps of the saved network, on test pictures spread over the classes and on the first mistakes."""
     wrong = np.flatnonzero(found.said != found.labels)[: MAPS // 4]
     right = [np.flatnonzero((found.labels == place) & (found.said == place))[:1] for place in range(len(test.classes))]
     places = [int(place) for place in np.concatenate([*right, wrong])[-MAPS:]]
-    model = load_model(run.path / FOLDER)
+    transform = saved_transform(network)
     images = Tensors(test, transform).batch(0, places)
-    method, maps = heat_maps(model, images, torch.from_numpy(found.said[places]))
+    method, maps = heat_maps(network, images, torch.from_numpy(found.said[places]))
     shown = [
         (overlaid(_seen(test.image(place), transform), heat), said_line(test.classes, found, place))
         for place, heat in zip(places, maps, strict=True)
@@ -191,12 +172,11 @@ def _curves(run: Run) -> Section:
     section.blocks.insert(0, Figure(svg, caption))
     keys = ("step", "training/loss", "training/accuracy", "validation/loss", "validation/accuracy")
     rows = [tuple(line[key] for key in keys) for line in lines]
-    columns = tuple(key.replace("/", " ") for key in keys)
-    section.blocks.append(Table(columns, rows, "every evaluation", folded=True))
+    section.blocks.append(Table(tuple(key.replace("/", " ") for key in keys), rows, "every evaluation", folded=True))
     return section
 
 
 def _seen(image: Image.Image, transform: Transform) -> Image.Image:
     """Cuts out the picture's middle square, which is what the network sees."""
     levels = dataclasses.replace(transform, size=min(image.size)).levels(image, 0, 0)
-    return Image.fromarray(levels.transpose(1, 2, 0))
+    return Image.fromarray(levels.transpose(1, 2, 0))  # (height, width, 3)

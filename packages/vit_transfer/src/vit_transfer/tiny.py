@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 
 from labs_common.cache import cached_directory
-from labs_common.pretraining import pretrain, reproducible
 from labs_common.progress import tracked
-from labs_common.scenes import SHAPES, TASKS, Scene, picture, scene_generator
+from labs_common.scenes.files import TASKS
+from labs_common.scenes.world import SHAPES, Scene, picture, scene_generator
+from labs_common.tiny import reproducible, train_tiny
 from vit_transfer.catalogue import CNN, TRANSFORMER, classifiers
 
 SIDE, PATCH = 48, 8
@@ -86,7 +87,7 @@ def _pretrained_folder(name: str) -> Path:
 
 
 def _pretrained(recipe: dict[str, Any]) -> torch.nn.Module:
-    """Trains on the shape task."""
+    """Trains a tiny model on the shape task."""
     name = recipe["architecture"]
     images, labels, tokens = _shapes(recipe["pictures"], f"drawing shapes for the tiny {name}")
     model = _created(recipe, len(SHAPES)).train()
@@ -101,13 +102,13 @@ def _pretrained(recipe: dict[str, Any]) -> torch.nn.Module:
         return loss
 
     parameters = [*model.parameters(), *(by_patch.parameters() if by_patch is not None else ())]
-    pretrain(parameters, loss_of, len(images), recipe["steps"], recipe["batch"], recipe["learning_rate"],
-             f"pre-training the tiny {name} on shapes")  # fmt: skip
+    task = f"pre-training the tiny {name} on shapes"
+    train_tiny(parameters, loss_of, len(images), recipe["steps"], recipe["batch"], recipe["learning_rate"], task)
     return model.eval()
 
 
 def _shapes(count: int, task: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pictures (count, 3, side, side), the largest thing's shape (count,), and the shape at each patch's centre."""
+    """Draws pictures (count, 3, side, side), the largest thing's shape (count,), and that at each patch's centre."""
     images, labels, tokens = [], [], []
     for number in tracked(range(count), task, count):
         scene, label = TASKS["shape"].sample(scene_generator(1, number))
@@ -122,7 +123,7 @@ def _shapes(count: int, task: str) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 
 def _shape_by_patch(scene: Scene) -> np.ndarray:
-    """The number of the shape at the centre of each patch, from 1, row by row; 0 is background."""
+    """Numbers the shape at the centre of each patch, from 1, row by row; 0 is background."""
     canvas = Image.new("L", (SIDE, SIDE))
     for thing in scene.things:
         ImageDraw.Draw(canvas).polygon(thing.outline(SIDE).ravel().tolist(), fill=1 + list(SHAPES).index(thing.shape))

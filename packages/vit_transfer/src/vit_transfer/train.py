@@ -8,28 +8,31 @@ if __name__ == "__main__":  # before the imports below: --help and a wrong optio
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 
 from labs_common.cache import path_name
-from labs_common.data import LabelledPictures, record_splits
+from labs_common.data.classes import LabelledPictures
+from labs_common.data.splits import record_splits
 from labs_common.errors import Interrupted
+from labs_common.fitting import Fitted, Fitting, begin
 from labs_common.progress import console
-from labs_common.run import Run, check_run_options
-from labs_common.training import make_accelerator
+from labs_common.run import Run
+from labs_common.training import training_means
 from vit_transfer.config import AttackConfig, DistillConfig, ModelOptions, TrainConfig, complete
-from vit_transfer.data import Batch, Tensors, read_splits
-from vit_transfer.evaluate import predictions_of
-from vit_transfer.fitting import Fitted, finished, scores, set_up
+from vit_transfer.data import Batch, Tensors, read_splits, rows_of, training_steps, transform_of
+from vit_transfer.evaluate import predictions_of, validation_scores
 from vit_transfer.model import create, transfer
 from vit_transfer.report import finish_report
-from vit_transfer.saved import FOLDER, load_model
+from vit_transfer.saved import FOLDER, load_model, save_model
 
-# Gives the mean loss over a batch and further means to log; the model is one of `fitting.set_up`.
+# Gives the mean loss over a batch and further means to log, of a prepared `Transfer` in training mode.
 Loss = Callable[[torch.nn.Module, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
@@ -37,8 +40,7 @@ def train(config: TrainConfig) -> None:
     """The road: pictures, network, training, baselines, evaluation of what was written, report."""
     clock = {"start": time.perf_counter()}
     config = complete(config)
-    check_run_options(config.run)
-    accelerator = make_accelerator(config.training)
+    accelerator = begin(config.run, config.training)
     with accelerator.main_process_first():
         splits = read_splits(config.data, config.run.seed, accelerator.is_main_process)
     check_network(config.model, len(splits["train"].classes), config.cache.cache)
@@ -52,9 +54,8 @@ def train(config: TrainConfig) -> None:
     clock["baselines"] = time.perf_counter()
 
     # The test is of what was written: the saved network is read back and run whole.
-    test = Tensors(splits["test"], fitted.transform)
     scored = {
-        name: predictions_of(load_model(folder), test, accelerator, f"testing, {name}")
+        name: predictions_of(load_model(folder), splits["test"], accelerator, f"testing, {name}")
         for name, folder in folders.items()
     }
     clock["tested"] = time.perf_counter()
@@ -93,15 +94,31 @@ def fit(
         RunStopped: the loss is NaN, or something frozen has changed.
         Interrupted: Ctrl-C; the run can be resumed.
     """
-    fitting = set_up(config, run, accelerator, splits, by_head)
-    loop, loss_of = fitting.loop, loss_of or label_loss(config.training.label_smoothing)
+    options, data = config.training, config.data
+    with accelerator.main_process_first():  # a tiny model is made, others are downloaded on their first use
+        set_seed(config.run.seed)
+        network = create(config.model, len(splits["train"].classes)).to(accelerator.device)
+    model = transfer(network, config.model, config.cache.cache, accelerator, by_head)
+    transform = transform_of(network, model.size, data.augment, config.run.seed)
+    training, validation = (
+        rows_of(name, Tensors(splits[name], transform), model, config.cache, views, accelerator)
+        for name, views in (("train", data.views), ("validation", 1))
+    )
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=options.learning_rate, weight_decay=options.weight_decay)
+    source = training_steps(training, options.batch_size, data.views, config.run.seed, accelerator)
+    fitting = Fitting.start(run, accelerator, model, optimizer, source, options, config.run.seed, "pictures")
+    loop, loss_of = fitting.loop, loss_of or label_loss(options.label_smoothing)
     for batch in loop.batches():
         loss, means = loss_of(fitting.model, batch.to(accelerator.device))
         shares = {name: float(value) * batch.share for name, value in means.items()}
         loop.step(loss * batch.share, len(batch.targets) if batch.share else 0, **shares)
         if loop.evaluation_due:
-            loop.evaluated(scores(fitting), watch="validation/loss")
-    return finished(fitting, splits)
+            scores = training_means(run, "pictures", ("loss", "accuracy"))  # since the last evaluation
+            scores |= validation_scores(fitting.model, validation, options.batch_size, accelerator)
+            loop.evaluated(scores, watch="validation/loss")
+    save = partial(save_model, model, config.model, transform, splits["train"].classes, run.path)
+    return fitting.finish(save, [training.rows, validation.rows])
 
 
 def label_loss(smoothing: float) -> Loss:
