@@ -42,7 +42,7 @@ from labs_common.report import (
 )
 from labs_common.run import Run, seconds_between
 from vit_transfer.config import AttackConfig
-from vit_transfer.data import Tensors, read_splits, saved_transform
+from vit_transfer.data import Splits, Tensors, read_splits, saved_transform
 from vit_transfer.perturbations import (
     EVALUATION_BATCH,
     NORMS,
@@ -85,7 +85,7 @@ def attack(config: AttackConfig) -> None:
     there |= fit_beside(missing, run, accelerator, splits)
     clock["trained"] = time.perf_counter()
     try:
-        victims = {name: Victim.of(there[name], splits, config, max(counts), accelerator.device) for name in names}
+        victims = {name: Victim.of(there[name], splits, config, accelerator.device) for name in names}
         for name, victim in victims.items():
             for count in counts:
                 victim.perturbations[count] = perturbation(run, config, name, victim, count)
@@ -131,20 +131,13 @@ class Victim:
     perturbations: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls,
-        folder: Path,
-        splits: Mapping[str, LabelledPictures],
-        config: AttackConfig,
-        count: int,
-        device: torch.device,
-    ) -> "Victim":
-        """Reads a saved network, and at its size `count` training pictures and all test pictures.
+    def of(cls, folder: Path, splits: Splits, config: AttackConfig, device: torch.device) -> "Victim":
+        """Reads a saved network, and at its size as many training pictures as are used and all test pictures.
 
         Raises:
             LabError: it cannot be read.
         """
-        network = load_model(folder).to(device)
+        network, count = load_model(folder).to(device), max(counts_of(config.used))
         transform = saved_transform(network)
         model = OnLevels(network, transform.normalised, transform.size)
         train, test = splits["train"], splits["test"]
@@ -198,7 +191,7 @@ def perturbation(run: Run, config: AttackConfig, name: str, victim: Victim, coun
 def finish(
     run: Run,
     config: AttackConfig,
-    splits: Mapping[str, LabelledPictures],
+    splits: Splits,
     victims: Mapping[str, Victim],
     clock: Mapping[str, float],
 ) -> None:

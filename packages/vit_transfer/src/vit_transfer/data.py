@@ -1,6 +1,6 @@
 """Pictures in, batches out: the three splits, the tensors that a network sees, and the rows of its frozen front."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from labs_common.steps import ShuffledSteps, own_part
 from vit_transfer.config import Augment, DataOptions
 from vit_transfer.model import Transfer, input_size
 
+Splits = Mapping[str, LabelledPictures]  # the pictures of "train", "validation" and "test"
 # The offline data: few enough pictures to train on that what was learnt before has to help.
 DEMO_TASK, DEMO_SIDE = "count", 48
 DEMO_SPLITS: dict[str, Sequence[int]] = {"train": range(400), "validation": range(400, 600), "test": range(600, 1600)}
@@ -109,7 +110,7 @@ class Tensors:
         return found
 
 
-def read_splits(options: DataOptions, seed: int, shown: bool) -> dict[str, LabelledPictures]:
+def read_splits(options: DataOptions, seed: int, shown: bool) -> Splits:
     """Reads the splits of --data, or of drawn scenes; see `labs_common.data.readers.read_classes`."""
     return read_classes(options, seed, shown, _demo_data)
 

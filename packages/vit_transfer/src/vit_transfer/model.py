@@ -190,9 +190,9 @@ def transfer(
 ) -> Transfer:
     """Freezes the model's front and cuts it off; the model is on its device already.
 
-    Without a cache, one that cannot be cut is not cut. Nor is one whose weights the accelerator shards: every block is
-    called as a whole then. Trained batch norms take their statistics over the accelerator's GPUs. `by_head` gives the
-    logits of both heads of a network with a distillation token in training.
+    Without a cache, one that cannot be cut is left whole, and so is one whose weights the accelerator shards, as every
+    block has to be called as a whole then. Trained batch norms take their statistics over the accelerator's GPUs.
+    `by_head` gives the logits of both heads of a network with a distillation token in training.
 
     Raises:
         LabError: there is no such block; the network cannot be cut and should be `cached`; or it has no distillation

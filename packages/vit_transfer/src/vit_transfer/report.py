@@ -31,7 +31,7 @@ from labs_common.report.pictures import Predictions, class_data_section, class_s
 from labs_common.report.sections import structure_of
 from labs_common.run import Run, seconds_between
 from vit_transfer.config import TrainConfig
-from vit_transfer.data import Tensors, Transform, saved_transform
+from vit_transfer.data import Splits, Tensors, Transform, saved_transform
 from vit_transfer.evaluate import heat_maps, overlaid
 from vit_transfer.model import unfreeze
 from vit_transfer.saved import FOLDER, load_model
@@ -42,7 +42,7 @@ MAPS = 8  # pictures with a heat-map
 def finish_report(
     run: Run,
     config: TrainConfig,
-    splits: Mapping[str, LabelledPictures],
+    splits: Splits,
     fitted: Fitted,
     scored: Mapping[str, Predictions],
     clock: Mapping[str, float],

@@ -18,7 +18,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from labs_common.cache import path_name
-from labs_common.data.classes import LabelledPictures
 from labs_common.data.splits import record_splits
 from labs_common.errors import Interrupted
 from labs_common.fitting import Fitted, Fitting, begin
@@ -26,7 +25,7 @@ from labs_common.progress import console
 from labs_common.run import Run
 from labs_common.training import training_means
 from vit_transfer.config import AttackConfig, DistillConfig, ModelOptions, TrainConfig, complete
-from vit_transfer.data import Batch, Tensors, read_splits, rows_of, training_steps, transform_of
+from vit_transfer.data import Batch, Splits, Tensors, read_splits, rows_of, training_steps, transform_of
 from vit_transfer.evaluate import predictions_of, validation_scores
 from vit_transfer.model import create, transfer
 from vit_transfer.report import finish_report
@@ -81,7 +80,7 @@ def fit(
     config: TrainConfig,
     run: Run,
     accelerator: Accelerator,
-    splits: Mapping[str, LabelledPictures],
+    splits: Splits,
     loss_of: Loss | None = None,
     by_head: bool = False,
 ) -> Fitted:
@@ -134,37 +133,27 @@ def label_loss(smoothing: float) -> Loss:
 
 def baselines(config: TrainConfig) -> dict[str, TrainConfig]:
     """Returns by name what a run is compared with: the learning rate that is usual for it, all else as in `config`."""
-    changes: dict[str, dict[str, Any]] = {
-        "head only": {"unfreeze": "head", "block": None},
-        "from scratch": {"unfreeze": "all", "block": None, "pretrained": False, "weights": None},
-    }
-    usual = dataclasses.replace(config.training, learning_rate=0.0)
+    training = dataclasses.replace(config.training, learning_rate=0.0)
+
+    def other(**change: Any) -> TrainConfig:
+        model = dataclasses.replace(config.model, block=None, **change)
+        return complete(dataclasses.replace(config, model=model, training=training, baselines="no"))
+
     return {
-        name: complete(
-            dataclasses.replace(
-                config, model=dataclasses.replace(config.model, **change), training=usual, baselines="no"
-            )
-        )
-        for name, change in changes.items()
+        "head only": other(unfreeze="head"),
+        "from scratch": other(unfreeze="all", pretrained=False, weights=None),
     }
 
 
 def named_config(name: str, config: DistillConfig | AttackConfig) -> TrainConfig:
     """Returns the training of a network that is only named: its last block, plain pictures, the same budget."""
-    return complete(
-        TrainConfig(
-            model=ModelOptions(model=name),
-            data=dataclasses.replace(config.data, views=1),
-            cache=config.cache,
-            training=dataclasses.replace(config.training, learning_rate=0.0),
-            run=config.run,
-            baselines="no",
-        )
-    )
+    data = dataclasses.replace(config.data, views=1)
+    training = dataclasses.replace(config.training, learning_rate=0.0)
+    return complete(TrainConfig(ModelOptions(name), data, config.cache, training, config.run, baselines="no"))
 
 
 def fit_beside(
-    configs: Mapping[str, TrainConfig], run: Run, accelerator: Accelerator, splits: Mapping[str, LabelledPictures]
+    configs: Mapping[str, TrainConfig], run: Run, accelerator: Accelerator, splits: Splits
 ) -> dict[str, Path]:
     """Trains what is not there yet under the run; returns the directory of each one's saved network.
 
