@@ -9,6 +9,7 @@ import torch
 
 from labs_common.progress import console
 from llm_peft_fa.answers import streamed_answer
+from llm_peft_fa.base import load_tokenizer
 from llm_peft_fa.config import ChatConfig
 from llm_peft_fa.data import Message
 from llm_peft_fa.saved import subject_of
@@ -17,7 +18,7 @@ from llm_peft_fa.saved import subject_of
 def chat(config: ChatConfig) -> None:
     """Reads questions line by line and streams the answers, until /quit or the end of the input."""
     subject = subject_of(config.subject)
-    tokenizer, model = subject.load_tokenizer(), subject.load()
+    tokenizer, model = load_tokenizer(subject.tokenizer), subject.load()
     torch.manual_seed(config.seed)
     console.print(f"{subject.name}: /reset forgets the conversation, /quit leaves")
     opening: list[Message] = [{"role": "system", "content": config.system}] if config.system else []

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from labs_common.errors import LabError
 from labs_common.pages import check_page, serve
 from llm_peft_fa.answers import streamed_answer
+from llm_peft_fa.base import load_tokenizer
 from llm_peft_fa.config import DemoConfig, SubjectOptions
 from llm_peft_fa.model import Adapted
 from llm_peft_fa.saved import Subject, finished_runs, subject_of
@@ -54,7 +55,7 @@ def chat_page(subjects: dict[str, Subject], max_new_tokens: int) -> Any:
 
     def answer(name: str, turns: Turns) -> Iterator[str]:
         if name not in loaded:
-            loaded[name] = (subjects[name].load(), subjects[name].load_tokenizer())
+            loaded[name] = (subjects[name].load(), load_tokenizer(subjects[name].tokenizer))
         model, tokenizer = loaded[name]
         messages = [{"role": turn["role"], "content": _text(turn["content"])} for turn in turns]
         said = ""

@@ -26,6 +26,7 @@ from labs_common.progress import console
 from labs_common.report import Section, Table, write_report
 from labs_common.run import Run, check_new, new_folder, write_atomically
 from llm_peft_fa.answers import BeforeAndAfter, before_and_after, collected_prompts
+from llm_peft_fa.base import load_tokenizer
 from llm_peft_fa.config import EvaluateConfig, TrainConfig
 from llm_peft_fa.data import Reading, read_conversations, training_and_validation
 from llm_peft_fa.model import Adapted, PackedCausalLM, base_of, check_packed_loss, mean_loss, virtual_tokens
@@ -50,7 +51,7 @@ def evaluate(config: EvaluateConfig) -> None:
     reading = _reading(config, subject)
     prompts = collected_prompts(reading, config.generation, seed)
     accelerator = Accelerator()
-    tokenizer = subject.load_tokenizer(config.template)
+    tokenizer = load_tokenizer(subject.tokenizer, config.template)
     tuned = subject.load()
     encoded = encode_all(tokenizer, reading, config.max_length, "skip")
     losses = {"after": loss_of(tuned, encoded, accelerator)}

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from accelerate.utils import send_to_device
 
 from labs_common.steps import ShuffledSteps
 from llm_peft_fa.attention import Blocks, blocks_of
@@ -41,16 +42,7 @@ class PackedRow:
 
     def to(self, device: torch.device) -> "PackedRow":
         """Copies the row to `device`."""
-        gather, back = self.blocks
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            blocks=([block.to(device, non_blocking=True) for block in gather], back.to(device, non_blocking=True)),
-            predicting=self.predicting.to(device, non_blocking=True),
-            targets=self.targets.to(device, non_blocking=True),
-            slots=None if self.slots is None else self.slots.to(device, non_blocking=True),
-        )
+        return replace(self, **send_to_device(vars(self), device, non_blocking=True))
 
 
 def packed_row(conversations: Sequence[Encoded], weight: float = 1.0, virtual: int = 0) -> PackedRow:

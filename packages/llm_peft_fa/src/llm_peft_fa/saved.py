@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from labs_common.cli import config_from_yaml
 from labs_common.errors import LabError, reason_of
 from labs_common.run import written_whole
-from llm_peft_fa.base import device, load_model, load_tokenizer
+from llm_peft_fa.base import device, load_model
 from llm_peft_fa.config import SubjectOptions, TrainConfig
 from llm_peft_fa.model import Adapted
 
@@ -192,10 +192,6 @@ class Subject:
         loaded = load_model(self.source)
         torch.nn.Module.to(loaded, device())
         return loaded
-
-    def load_tokenizer(self, template: str = "auto") -> PreTrainedTokenizerBase:
-        """Loads its tokenizer, with the chat template that `--template` names."""
-        return load_tokenizer(self.tokenizer, template)
 
 
 def subject_of(options: SubjectOptions, base: str | None = None) -> Subject:
