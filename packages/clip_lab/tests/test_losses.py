@@ -140,7 +140,7 @@ def test_gradient_is_the_papers_closed_form() -> None:
 
 
 def test_rows_of_a_part_against_the_columns_of_all_are_the_whole() -> None:
-    """What each of two processes computes, on average, in value and gradient."""
+    """The mean over two processes is the whole, in value and gradient."""
     image, text = embeddings(8)
     ids = torch.arange(8)
     scale = torch.tensor(9.0, dtype=torch.float64, requires_grad=True)

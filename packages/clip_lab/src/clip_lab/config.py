@@ -133,7 +133,7 @@ class ClipTrainingOptions(TrainingOptions):
     weight_decay: float = 0.1
     """AdamW's decoupled weight decay, of matrices only."""
     watch: Literal["recall", "loss"] = "recall"
-    """What --patience looks at, on the validation pictures: mean recall (1, 5 and 10, both ways), or the loss."""
+    """Score on the validation pictures for --patience: mean recall (1, 5 and 10, both ways), or the loss."""
 
 
 @dataclass
@@ -245,7 +245,7 @@ class ProbeConfig(FrozenOptions):
     shots: str = "1,2,4,8,16,all"
     """Training pictures per class for the few-shot curve, separated by commas."""
     draws: int = 3
-    """How often pictures are drawn for each of the few-shot counts."""
+    """Draws of training pictures for each of the few-shot counts."""
     epochs: int = 100
     """Passes over the training pictures, with --solver sgd."""
     learning_rate: float = 0.1

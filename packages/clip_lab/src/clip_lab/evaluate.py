@@ -114,7 +114,7 @@ def picture_rows_of(loaded: Loaded, pictures: CaptionedPictures) -> torch.Tensor
     device = next(loaded.model.parameters()).device
     tensors, count = PictureTensors(pictures, loaded.transform), len(pictures)
     parts = []
-    for first in tracked(range(0, count, BATCH), "looking at pictures", -(-count // BATCH)):
+    for first in tracked(range(0, count, BATCH), "running the image tower", -(-count // BATCH)):
         batch = tensors.batch(range(first, min(first + BATCH, count))).to(device)
         parts.append(rows_of(loaded.model, batch).float().cpu())
     return torch.cat(parts)
