@@ -12,8 +12,9 @@ from labs_common.data.classes import LabelledPictures
 from labs_common.data.images import checked
 from labs_common.data.readers import read_pictures
 from labs_common.frozen.cache import front_key
+from labs_common.steps import ShuffledSteps
 from vit_transfer.config import DataOptions, ModelOptions
-from vit_transfer.data import PictureRows, Tensors, Transform, read_splits, training_steps, transform_of
+from vit_transfer.data import PictureRows, Tensors, Transform, read_splits, training_batches, transform_of
 from vit_transfer.model import Transfer, create, transfer
 
 
@@ -87,7 +88,7 @@ def test_every_picture_once_an_epoch_whatever_the_processes() -> None:
 
     def dealt(rank: int, processes: int, epoch: int = 0, start: int = 0) -> list[tuple[list[int], float]]:
         accelerator = SimpleNamespace(process_index=rank, num_processes=processes)
-        source = training_steps(data, 5, 2, seed=3, accelerator=accelerator)
+        source = ShuffledSteps(len(data.labels), 5, 3, training_batches(data, 2, accelerator))
         assert len(source) == 5
         steps = [batch for (batch,) in source.steps(epoch, start)]
         assert all(batch.view == epoch % 2 for batch in steps)

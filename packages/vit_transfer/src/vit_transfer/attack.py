@@ -62,7 +62,7 @@ SHOWN, ENLARGED = 6, 160  # fooled pictures of each network in the report, and t
 
 
 def attack(config: AttackConfig) -> None:
-    """The road: pictures, networks, a perturbation for each network and number of pictures, measurement, report."""
+    """Walks the road: pictures, networks, a perturbation for each and each number of pictures, report."""
     clock = {"start": time.perf_counter()}
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LabError("attack works in one process, picture after picture: run it with python -m")

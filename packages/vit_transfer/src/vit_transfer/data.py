@@ -1,6 +1,6 @@
 """Pictures in, batches out: the three splits, the tensors that a network sees, and the rows of its frozen front."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from labs_common.frozen.cache import ComputedRows, Rows, front_rows
 from labs_common.options import CacheOptions
 from labs_common.progress import console
 from labs_common.scenes.files import TASKS, write_parquet
-from labs_common.steps import ShuffledSteps, own_part
+from labs_common.steps import own_part
 from vit_transfer.config import Augment, DataOptions
 from vit_transfer.model import Transfer, input_size
 
@@ -161,16 +161,16 @@ class PictureRows:
         return Batch(self.rows.rows(view, places), self.labels[list(places)], view, places, share)
 
 
-def training_steps(
-    data: PictureRows, batch_size: int, views: int, seed: int, accelerator: Accelerator
-) -> ShuffledSteps:
-    """Deals the pictures to optimizer steps of one batch in each process; the views take turns, one per epoch."""
+def training_batches(
+    data: PictureRows, views: int, accelerator: Accelerator
+) -> Callable[[list[int], int, int], list[Batch]]:
+    """Returns what `ShuffledSteps` calls: it reads this process's part of a step; the views take turns by epoch."""
 
     def batch(places: list[int], epoch: int, step: int) -> list[Batch]:
         mine, share = own_part(places, accelerator.process_index, accelerator.num_processes)
         return [data.batch(epoch % views, mine, share)]
 
-    return ShuffledSteps(len(data.labels), batch_size, seed, batch)
+    return batch
 
 
 def rows_of(

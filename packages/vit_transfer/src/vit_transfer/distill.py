@@ -27,7 +27,7 @@ from labs_common.errors import LabError
 from labs_common.fitting import begin
 from labs_common.frozen.cache import Rows, front_rows
 from labs_common.report import Figure, Section, Table, curve_figure, save_figure
-from labs_common.report.pictures import Predictions, wilson_interval
+from labs_common.report.classes import Predictions, wilson_interval
 from labs_common.run import Run
 from vit_transfer.config import TINY, DistillConfig, TrainConfig, complete
 from vit_transfer.data import Batch, Tensors, read_splits, saved_transform
@@ -38,7 +38,7 @@ from vit_transfer.train import Loss, check_network, fit, fit_beside, named_confi
 
 
 def distill(config: DistillConfig) -> None:
-    """The road: pictures, teacher, student, the student without a teacher, evaluation of what was written, report."""
+    """Walks the road: pictures, teacher, student, the student without a teacher, evaluation, report."""
     clock = {"start": time.perf_counter()}
     config = complete_distillation(config)
     accelerator = begin(config.run, config.training)

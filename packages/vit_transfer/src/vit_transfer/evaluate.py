@@ -15,7 +15,7 @@ from timm.models.vision_transformer import Attention, VisionTransformer
 
 from labs_common.data.classes import LabelledPictures
 from labs_common.progress import tracked
-from labs_common.report.pictures import Predictions
+from labs_common.report.classes import Predictions
 from vit_transfer.data import PictureRows, Tensors, saved_transform
 
 TEST_BATCH = 64  # pictures at once: fills a GPU, and needs no memory for gradients

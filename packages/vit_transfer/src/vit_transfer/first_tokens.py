@@ -32,7 +32,7 @@ class FirstTokens(torch.nn.Module):
             self.add_module(name, child)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(batch, tokens, width) to (batch, count, width)."""
+        """Turns (batch, tokens, width) into (batch, count, width)."""
         own: Any = self
         first = x[:, : self.count]
         first = first + own.drop_path1(own.ls1(self._attended(x)))
@@ -59,14 +59,14 @@ class FirstTokens(torch.nn.Module):
 
 
 def read_tokens(model: torch.nn.Module) -> int:
-    """How many of the first tokens the head of a timm model reads; 0 if it reads others too, or that is not known."""
+    """Counts the first tokens that the head of a timm model reads; 0 if it reads others too, or that is not known."""
     if not isinstance(model, VisionTransformer) or model.attn_pool is not None or model.global_pool != "token":
         return 0
     return model.num_prefix_tokens if type(model).__name__ == "VisionTransformerDistilled" else 1
 
 
 def can_be_shortened(block: torch.nn.Module) -> bool:
-    """Whether `FirstTokens` computes what the block does: plain attention after a layer norm, without dropout in it."""
+    """Tells whether `FirstTokens` computes what the block does: plain attention after a layer norm, no dropout."""
     if type(block) is not Block or type(block.attn) is not Attention:
         return False
     attention, norm = block.attn, block.norm1

@@ -27,7 +27,7 @@ from labs_common.report import (
     save_figure,
     trained_section,
 )
-from labs_common.report.pictures import Predictions, class_data_section, class_sections, said_line, wilson_interval
+from labs_common.report.classes import Predictions, class_data_section, class_sections, said_line, wilson_interval
 from labs_common.report.sections import structure_of
 from labs_common.run import Run, seconds_between
 from vit_transfer.config import TrainConfig

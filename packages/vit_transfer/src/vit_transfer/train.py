@@ -23,9 +23,10 @@ from labs_common.errors import Interrupted
 from labs_common.fitting import Fitted, Fitting, begin
 from labs_common.progress import console
 from labs_common.run import Run
+from labs_common.steps import ShuffledSteps
 from labs_common.training import training_means
 from vit_transfer.config import AttackConfig, DistillConfig, ModelOptions, TrainConfig, complete
-from vit_transfer.data import Batch, Splits, Tensors, read_splits, rows_of, training_steps, transform_of
+from vit_transfer.data import Batch, Splits, Tensors, read_splits, rows_of, training_batches, transform_of
 from vit_transfer.evaluate import predictions_of, validation_scores
 from vit_transfer.model import create, transfer
 from vit_transfer.report import finish_report
@@ -36,7 +37,7 @@ Loss = Callable[[torch.nn.Module, Batch], tuple[torch.Tensor, dict[str, torch.Te
 
 
 def train(config: TrainConfig) -> None:
-    """The road: pictures, network, training, baselines, evaluation of what was written, report."""
+    """Walks the road: pictures, network, training, baselines, evaluation of what was written, report."""
     clock = {"start": time.perf_counter()}
     config = complete(config)
     accelerator = begin(config.run, config.training)
@@ -105,7 +106,8 @@ def fit(
     )
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=options.learning_rate, weight_decay=options.weight_decay)
-    source = training_steps(training, options.batch_size, data.views, config.run.seed, accelerator)
+    batch_of = training_batches(training, data.views, accelerator)
+    source = ShuffledSteps(len(training.labels), options.batch_size, config.run.seed, batch_of)
     fitting = Fitting.start(run, accelerator, model, optimizer, source, options, config.run.seed, "pictures")
     loop, loss_of = fitting.loop, loss_of or label_loss(options.label_smoothing)
     for batch in loop.batches():
