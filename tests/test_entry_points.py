@@ -182,7 +182,7 @@ def test_wrong_values_are_one_line(module: str) -> None:
     config = config_type(module)
     asked = 0
     for name, kind in kinds(config).items():
-        if kind in (int, float) or typing.get_origin(kind) is typing.Literal:
+        if kind in (int, float) or typing.get_origin(kind) in (typing.Literal, typing.Annotated):
             done = here(module, f"--{name.replace('_', '-')}", "magic", code=2)
             assert len(done.stderr.splitlines()) == 1, done.stderr
             assert f"--{name.replace('_', '-')}" in done.stderr
@@ -208,7 +208,7 @@ def test_output_is_never_overwritten_silently(module: str, tmp_path: Path, monke
 def kinds(config: type) -> dict[str, typing.Any]:
     """The type of every flag."""
     found: dict[str, typing.Any] = {}
-    for name, kind in typing.get_type_hints(config).items():
+    for name, kind in typing.get_type_hints(config, include_extras=True).items():
         if name in {field.name for field in dataclasses.fields(config)}:
             found |= kinds(kind) if dataclasses.is_dataclass(kind) else {name: kind}
     return found

@@ -8,8 +8,8 @@ import sentencepiece
 
 from clip_lab.tokens import LONGEST, Words, clip_bpe, load_words, make_words, trained_sentencepiece
 from labs_common.errors import LabError
-from labs_common.scenes import random_scene, scene_generator
 from labs_common.scenes.captions import captions
+from labs_common.scenes.world import random_scene, scene_generator
 
 SENTENCES = [caption for number in range(80) for caption in captions(
     random_scene(scene_generator(3, number)), scene_generator(4, number))]  # fmt: skip

@@ -5,7 +5,7 @@ from pathlib import Path
 from labs_testing.browser import faults_of
 from PIL import Image
 
-from labs_common.report import Code, Gallery, Section, Table, Text, write_report
+from labs_common.report.page import Code, Gallery, Section, Table, Text, write_report
 from labs_common.run import Run
 
 

@@ -6,18 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from labs_common.report import (
-    Code,
-    Figure,
-    Section,
-    Table,
-    Text,
-    bar_figure,
-    curve_figure,
-    histogram_figure,
-    write_report,
-)
 from labs_common.report.classes import Predictions, wilson_interval
+from labs_common.report.figures import bar_figure, curve_figure, histogram_figure
+from labs_common.report.page import Code, Figure, Section, Table, Text, write_report
 from labs_common.report.sections import structure_of
 from labs_common.run import Run
 

@@ -32,7 +32,8 @@ from labs_common.compare.plan import comparison_folder, plan_runs, seeds_text
 from labs_common.compare.processes import compare_runs, start_server
 from labs_common.compare.report import Findings, budget_section, curves_of, notes_on, pareto_section, table_of
 from labs_common.data.captions import CaptionedPictures, Captions
-from labs_common.report import Figure, Gallery, Section, Table, Text, bar_figure, save_figure, shown
+from labs_common.report.figures import bar_figure
+from labs_common.report.page import Figure, Gallery, Section, Table, Text, save_figure, shown
 from labs_common.run import Run
 from labs_common.scenes.captions import GRAMMAR, KINDS
 from labs_common.scenes.world import Scene

@@ -26,7 +26,8 @@ from labs_common.data.captions import CaptionedPictures, PictureTensors, at_most
 from labs_common.data.splits import print_left_out
 from labs_common.errors import LabError
 from labs_common.progress import console
-from labs_common.report import Section, Table, asked_section, write_report
+from labs_common.report.page import Section, Table, write_report
+from labs_common.report.sections import asked_section
 from labs_common.run import Run, check_new, new_folder, newest_run
 from labs_common.scenes.world import Scene
 

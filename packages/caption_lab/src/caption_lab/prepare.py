@@ -17,19 +17,10 @@ from labs_common.data.captions import CaptionedPictures, Captions
 from labs_common.data.splits import record_splits
 from labs_common.options import RunOptions
 from labs_common.progress import console
-from labs_common.report import (
-    Figure,
-    Section,
-    Table,
-    Text,
-    asked_section,
-    bar_figure,
-    count_scatter_figure,
-    rerun_section,
-    save_figure,
-    write_report,
-)
 from labs_common.report.captions import captioned_data_section
+from labs_common.report.figures import bar_figure, count_scatter_figure
+from labs_common.report.page import Figure, Section, Table, Text, save_figure, write_report
+from labs_common.report.sections import asked_section, rerun_section
 from labs_common.run import Run, check_run_options
 
 FREQUENT, RARE = 20, 40  # words that the report shows of those kept and of those left out

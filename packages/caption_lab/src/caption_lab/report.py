@@ -20,25 +20,17 @@ from caption_lab.saved import Captioner
 from labs_common.data.captions import CaptionedPictures, Captions
 from labs_common.fitting import Fitted, leave, results_of
 from labs_common.progress import console
-from labs_common.report import (
-    Figure,
-    Gallery,
-    Section,
-    Table,
-    Text,
-    architecture_figure,
+from labs_common.report.captions import captioned_data_section
+from labs_common.report.figures import architecture_figure, bar_figure, curve_figure
+from labs_common.report.page import Figure, Gallery, Section, Table, Text, save_figure, shown
+from labs_common.report.sections import (
     asked_section,
-    bar_figure,
     cost_section,
-    curve_figure,
     curves_section,
     rerun_section,
-    save_figure,
-    shown,
+    structure_of,
     trained_section,
 )
-from labs_common.report.captions import captioned_data_section
-from labs_common.report.sections import structure_of
 from labs_common.run import Run, seconds_between
 from labs_common.saved import FOLDER
 from labs_common.scenes.captions import GRAMMAR, KINDS

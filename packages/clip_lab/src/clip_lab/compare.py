@@ -44,8 +44,9 @@ from labs_common.data.classes import LabelledPictures
 from labs_common.errors import LabError
 from labs_common.logistic import fitted_layers
 from labs_common.options import ClassDataOptions
-from labs_common.report import Figure, Section, Table, Text, bar_figure, save_figure
-from labs_common.report.pictures import class_data_section
+from labs_common.report.classes import class_data_section
+from labs_common.report.figures import bar_figure
+from labs_common.report.page import Figure, Section, Table, Text, save_figure
 from labs_common.run import Run
 
 TEMPLATE = "a {} in the picture"  # in the words of the drawn scenes' captions

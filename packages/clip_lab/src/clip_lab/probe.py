@@ -33,18 +33,10 @@ from labs_common.frozen.cache import front_rows
 from labs_common.logistic import COARSE, Layer, best_penalty, fitted_by_sgd, fitted_layers
 from labs_common.options import CacheOptions, ClassDataOptions, RunOptions
 from labs_common.progress import console, tracked
-from labs_common.report import (
-    Figure,
-    Section,
-    Table,
-    Text,
-    asked_section,
-    curve_figure,
-    rerun_section,
-    save_figure,
-    trained_section,
-)
-from labs_common.report.pictures import Predictions, class_data_section, class_sections, wilson_interval
+from labs_common.report.classes import Predictions, class_data_section, class_sections, wilson_interval
+from labs_common.report.figures import curve_figure
+from labs_common.report.page import Figure, Section, Table, Text, save_figure
+from labs_common.report.sections import asked_section, rerun_section, trained_section
 from labs_common.run import Run, check_run_options
 from labs_common.scenes.files import encoded
 from labs_common.scenes.world import picture, random_scene, scene_generator

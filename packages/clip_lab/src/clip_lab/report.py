@@ -13,24 +13,17 @@ from clip_lab.saved import Loaded
 from labs_common.data.captions import CaptionedPictures, Captions
 from labs_common.fitting import Fitted, leave, results_of
 from labs_common.progress import console
-from labs_common.report import (
-    Figure,
-    Gallery,
-    Section,
-    Table,
-    Text,
-    architecture_figure,
+from labs_common.report.captions import captioned_data_section
+from labs_common.report.figures import architecture_figure, curve_figure, heat_figure
+from labs_common.report.page import Figure, Gallery, Section, Table, Text, save_figure, shown
+from labs_common.report.sections import (
     asked_section,
     cost_section,
-    curve_figure,
     curves_section,
-    heat_figure,
     rerun_section,
-    save_figure,
+    structure_of,
     trained_section,
 )
-from labs_common.report.pictures import captioned_data_section, shown
-from labs_common.report.sections import structure_of
 from labs_common.run import Run, seconds_between
 from labs_common.saved import FOLDER
 

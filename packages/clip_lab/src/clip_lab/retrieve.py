@@ -23,8 +23,8 @@ from labs_common.data.captions import CaptionedPictures, read_captioned
 from labs_common.data.images import BadPictureError, decoded, picture_files
 from labs_common.errors import LabError
 from labs_common.options import OnBadData, RunOptions
-from labs_common.report import Gallery, Section, Table, Text, asked_section, rerun_section, write_report
-from labs_common.report.pictures import shown
+from labs_common.report.page import Gallery, Section, Table, Text, shown, write_report
+from labs_common.report.sections import asked_section, rerun_section
 from labs_common.run import Run, check_run_options
 
 COLUMNS = 4  # pictures side by side in the grid

@@ -20,8 +20,9 @@ from clip_lab.probe import Study, fitted_layer, read_splits
 from labs_common.errors import LabError
 from labs_common.options import RunOptions
 from labs_common.progress import console
-from labs_common.report import Figure, Section, Table, Text, bar_figure, save_figure
-from labs_common.report.pictures import Predictions, wilson_interval
+from labs_common.report.classes import Predictions, wilson_interval
+from labs_common.report.figures import bar_figure
+from labs_common.report.page import Figure, Section, Table, Text, save_figure
 from labs_common.run import check_run_options
 
 # What --templates names; a name of a file gives the lines of that file.

@@ -25,7 +25,7 @@ from labs_common.frozen.audit import FrozenAudit
 from labs_common.frozen.cache import Rows, disk_bytes
 from labs_common.options import RunOptions, TrainingOptions
 from labs_common.progress import console
-from labs_common.report import Section, write_report
+from labs_common.report.page import Section, write_report
 from labs_common.run import Run, check_run_options, cost_of, machine_of
 from labs_common.steps import Source
 from labs_common.training import Loop, make_accelerator, state_bytes

@@ -55,6 +55,3 @@ def train_tiny(
         loss_of(order[step * batch : (step + 1) * batch]).backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-pretrain = train_tiny  # renamed: to go when no lab asks for it under this name

@@ -31,7 +31,7 @@ from labs_common.errors import Interrupted, LabError, RunStopped
 from labs_common.options import Precision, Schedule, TrainingOptions
 from labs_common.progress import ProgressLine, console
 from labs_common.run import Run
-from labs_common.steps import Source, read_ahead  # noqa: F401
+from labs_common.steps import Source
 
 
 def learning_rate_share(step: int, total: int, warmup: float, schedule: Schedule) -> float:

@@ -46,7 +46,7 @@ from labs_common.compare.report import (
 )
 from labs_common.errors import LabError
 from labs_common.options import RunOptions
-from labs_common.report import Section, Table, Text
+from labs_common.report.page import Section, Table, Text
 from labs_common.run import Run
 from labs_common.steps import ShuffledSteps
 from labs_common.training import total_steps

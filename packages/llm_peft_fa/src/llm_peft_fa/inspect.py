@@ -14,17 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from labs_common.options import RunOptions
 from labs_common.progress import console, tracked
-from labs_common.report import (
-    Code,
-    Figure,
-    Section,
-    Table,
-    Text,
-    architecture_figure,
-    histogram_figure,
-    save_figure,
-    write_report,
-)
+from labs_common.report.figures import architecture_figure, histogram_figure
+from labs_common.report.page import Code, Figure, Section, Table, Text, save_figure, write_report
 from labs_common.run import Run, check_run_options
 from llm_peft_fa.base import load_tokenizer, own_template, unloaded_model
 from llm_peft_fa.config import DataOptions, InspectConfig, MethodOptions

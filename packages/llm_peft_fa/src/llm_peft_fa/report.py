@@ -10,21 +10,16 @@ from transformers import PreTrainedTokenizerBase
 from labs_common.fitting import Fitted, leave, results_of
 from labs_common.frozen.audit import FrozenAudit
 from labs_common.progress import console
-from labs_common.report import (
-    Figure,
-    Section,
-    Table,
-    Text,
-    architecture_figure,
+from labs_common.report.figures import architecture_figure, histogram_figure
+from labs_common.report.page import Figure, Section, Table, Text, save_figure
+from labs_common.report.sections import (
+    Structure,
     asked_section,
     cost_section,
     curves_section,
-    histogram_figure,
     rerun_section,
-    save_figure,
     trained_section,
 )
-from labs_common.report.sections import Structure
 from labs_common.run import Run, seconds_between
 from llm_peft_fa.answers import BeforeAndAfter, Scores
 from llm_peft_fa.config import MethodOptions, TrainConfig

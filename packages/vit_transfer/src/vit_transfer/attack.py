@@ -29,17 +29,9 @@ from labs_common.data.splits import record_splits
 from labs_common.errors import Interrupted, LabError
 from labs_common.fitting import begin, leave
 from labs_common.progress import ProgressLine, console
-from labs_common.report import (
-    Figure,
-    Gallery,
-    Section,
-    Table,
-    Text,
-    asked_section,
-    curve_figure,
-    rerun_section,
-    save_figure,
-)
+from labs_common.report.figures import curve_figure
+from labs_common.report.page import Figure, Gallery, Section, Table, Text, save_figure
+from labs_common.report.sections import asked_section, rerun_section
 from labs_common.run import Run, seconds_between
 from vit_transfer.config import AttackConfig
 from vit_transfer.data import Splits, Tensors, read_splits, saved_transform

@@ -33,8 +33,9 @@ from labs_common.compare.report import (
     table_of,
 )
 from labs_common.data.classes import LabelledPictures
-from labs_common.report import Figure, Gallery, Section, Table, Text, bar_figure, save_figure
 from labs_common.report.classes import wilson_interval
+from labs_common.report.figures import bar_figure
+from labs_common.report.page import Figure, Gallery, Section, Table, Text, save_figure
 from labs_common.run import Run
 from vit_transfer.catalogue import CNN, FAMILIES, TRANSFORMER, family
 from vit_transfer.config import TINY, CompareConfig, ModelOptions, TrainConfig, complete

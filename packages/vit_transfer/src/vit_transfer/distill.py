@@ -26,8 +26,9 @@ from labs_common.data.splits import record_splits
 from labs_common.errors import LabError
 from labs_common.fitting import begin
 from labs_common.frozen.cache import Rows, front_rows
-from labs_common.report import Figure, Section, Table, curve_figure, save_figure
 from labs_common.report.classes import Predictions, wilson_interval
+from labs_common.report.figures import curve_figure
+from labs_common.report.page import Figure, Section, Table, save_figure
 from labs_common.run import Run
 from vit_transfer.config import TINY, DistillConfig, TrainConfig, complete
 from vit_transfer.data import Batch, Tensors, read_splits, saved_transform

@@ -11,24 +11,17 @@ from PIL import Image
 from labs_common.data.classes import LabelledPictures
 from labs_common.fitting import Fitted, leave, results_of
 from labs_common.progress import console
-from labs_common.report import (
-    Figure,
-    Gallery,
-    Section,
-    Table,
-    Text,
-    architecture_figure,
+from labs_common.report.classes import Predictions, class_data_section, class_sections, said_line, wilson_interval
+from labs_common.report.figures import architecture_figure, bar_figure, curve_figure
+from labs_common.report.page import Figure, Gallery, Section, Table, Text, save_figure
+from labs_common.report.sections import (
     asked_section,
-    bar_figure,
     cost_section,
-    curve_figure,
     curves_section,
     rerun_section,
-    save_figure,
+    structure_of,
     trained_section,
 )
-from labs_common.report.classes import Predictions, class_data_section, class_sections, said_line, wilson_interval
-from labs_common.report.sections import structure_of
 from labs_common.run import Run, seconds_between
 from vit_transfer.config import TrainConfig
 from vit_transfer.data import Splits, Tensors, Transform, saved_transform

@@ -77,7 +77,7 @@ class PixelContext(nn.Module):
 
 
 class PatchModules(nn.Module):
-    """Modules on the patches of a picture, each with a loss; `features` are what the last one sees.
+    """Modules on the patches of a picture, each with a loss; `features` are the last one's output.
 
     Attributes:
         width: channels of the last module.
@@ -118,7 +118,7 @@ class PatchModules(nn.Module):
     def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the loss of each module (modules,), or of all (1,), and the features (n, width) without their graph.
 
-        Pictures are (n, 3, side, side) as networks read them.
+        Pictures are (n, 3, side, side), normalised.
         """
         losses = []
         maps = patches_of(pictures)
@@ -153,7 +153,7 @@ class PatchModules(nn.Module):
         for rows, layer in enumerate(predictions, 1):
             asked = layer(contexts[:, :-rows]).flatten(0, 2)  # (n · rows · columns, width)
             right = seen[:, rows:].flatten(0, 2)  # of the patches that lie so many rows below
-            # In random groups every patch is told from `negatives` others that were drawn from the batch.
+            # In random groups every patch is told from `negatives` others of the batch: one small matrix product.
             order = torch.randperm(len(right), device=right.device)
             losses.append(info_nce_loss(asked[order], right[order], group=1 + self.negatives))
         return torch.stack(losses).mean()
@@ -178,6 +178,6 @@ def _early(loss: torch.Tensor, parameters: Sequence[torch.Tensor]) -> torch.Tens
     if not wanted or any(hasattr(parameter, "ds_id") or hasattr(parameter, "to_local") for parameter in wanted):
         return loss  # ZeRO-3 and FSDP have the weights together only where their own backward pass wants them
     gradients = torch.autograd.grad(loss, wanted)
-    # Its value is the loss, its slope by each parameter the gradient.
+    # The result's value is the loss, and its gradient by each parameter is the one taken above.
     replayed = torch.stack([(p * g).sum() for p, g in zip(wanted, gradients, strict=True)]).sum()
     return loss.detach() + (replayed - replayed.detach())

@@ -8,17 +8,9 @@ from typing import Any
 from labs_common.compare.collect import Entry, Measure, cell, figure_text, pareto
 from labs_common.options import ComparisonOptions
 from labs_common.progress import console
-from labs_common.report import (
-    Figure,
-    Section,
-    Table,
-    Text,
-    asked_section,
-    curve_figure,
-    save_figure,
-    scatter_figure,
-    write_report,
-)
+from labs_common.report.figures import curve_figure, scatter_figure
+from labs_common.report.page import Figure, Section, Table, Text, save_figure, write_report
+from labs_common.report.sections import asked_section
 from labs_common.run import Run, environment
 
 # Breiman et al. 1984, section 3.4.3.

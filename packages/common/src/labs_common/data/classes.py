@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
 from labs_common.data.images import Pictures
-from labs_common.data.images import checked as checked  # moved: to go when no lab asks for it here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +55,3 @@ def stratified_parts(labels: np.ndarray, share: float, seed: int) -> tuple[np.nd
             count = min(max(count, 1), len(members) - 1)
         chosen[generator.permutation(members)[:count]] = True
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
-
-
-def __getattr__(name: str) -> Any:  # moved: to go when no lab asks for it here
-    if name == "read_classes":
-        from labs_common.data.readers import read_classes
-
-        return read_classes
-    raise AttributeError(name)

@@ -14,7 +14,8 @@ from labs_common.compare.plan import comparison_folder, plan_runs, seeds_text
 from labs_common.compare.processes import compare_runs, start_server
 from labs_common.compare.report import Findings, curves_of, notes_on, table_of
 from labs_common.errors import LabError
-from labs_common.report import Figure, Section, Text, bar_figure, save_figure
+from labs_common.report.figures import bar_figure
+from labs_common.report.page import Figure, Section, Text, save_figure
 from labs_common.run import Run
 from zsi_contrastive.detector.config import AblateConfig, TrainConfig, complete
 from zsi_contrastive.detector.data import read_data

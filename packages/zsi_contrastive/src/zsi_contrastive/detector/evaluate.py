@@ -7,7 +7,8 @@ from accelerate import Accelerator
 
 from labs_common.cli import to_plain
 from labs_common.data.splits import print_left_out
-from labs_common.report import asked_section, write_report
+from labs_common.report.page import write_report
+from labs_common.report.sections import asked_section
 from labs_common.run import Run, check_new, new_folder
 from zsi_contrastive.detector.annotations import Split, read_split
 from zsi_contrastive.detector.config import DataOptions, EvaluateConfig, changed, check_detection, default_split

@@ -16,8 +16,8 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from labs_common.data.images import BadPictureError, decoded, decoding_threads, picture_files
 from labs_common.errors import LabError
 from labs_common.progress import console, tracked
-from labs_common.report import shown
 from labs_common.report.figures import COLOURS
+from labs_common.report.page import shown
 from labs_common.run import check_new, new_folder, write_atomically
 from zsi_contrastive.detector.annotations import read_split
 from zsi_contrastive.detector.config import DataOptions, DetectionOptions, PredictConfig, changed, check_detection

@@ -9,23 +9,16 @@ from PIL import Image
 
 from labs_common.fitting import Fitted
 from labs_common.progress import console
-from labs_common.report import (
-    Figure,
-    Gallery,
-    Section,
-    Table,
-    Text,
-    architecture_figure,
+from labs_common.report.figures import architecture_figure, curve_figure, matrix_figure
+from labs_common.report.page import Figure, Gallery, Section, Table, Text, save_figure
+from labs_common.report.sections import (
     asked_section,
     cost_section,
-    curve_figure,
     curves_section,
-    matrix_figure,
     rerun_section,
-    save_figure,
+    structure_of,
     trained_section,
 )
-from labs_common.report.sections import structure_of
 from labs_common.run import Run
 from zsi_contrastive.detector.annotations import Split
 from zsi_contrastive.detector.columns import neighbours

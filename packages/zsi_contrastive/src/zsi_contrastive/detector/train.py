@@ -9,7 +9,7 @@ from accelerate.utils import set_seed
 from labs_common.data.splits import record_splits
 from labs_common.errors import LabError
 from labs_common.fitting import Fitted, Fitting, begin, channels_last, leave, results_of
-from labs_common.report import Section
+from labs_common.report.page import Section
 from labs_common.run import Run, seconds_between
 from labs_common.saved import FOLDER
 from labs_common.steps import ShuffledSteps

@@ -16,7 +16,8 @@ from labs_common.compare.collect import Entry, Measure, rows_of
 from labs_common.compare.plan import comparison_folder, plan_runs, seeds_text
 from labs_common.compare.processes import compare_runs, start_server
 from labs_common.compare.report import Findings, curves_of, notes_on, table_of
-from labs_common.report import Figure, Section, Table, Text, bar_figure, save_figure
+from labs_common.report.figures import bar_figure
+from labs_common.report.page import Figure, Section, Table, Text, save_figure
 from labs_common.run import Run
 from zsi_contrastive.ssl.config import CompareConfig, ComparedOptions, PretrainConfig
 from zsi_contrastive.ssl.data import read_splits
@@ -110,7 +111,7 @@ def figures_of(run: Run, entries: Mapping[str, Entry], rows: list[dict[str, Any]
 
 
 def effects_of(rows: list[dict[str, Any]]) -> list[tuple[str, str, float, float, float]]:
-    """Each entry with options beside its method without: names, kNN of both and their difference."""
+    """Puts each entry with options beside its method without: names, kNN of both and their difference."""
     knn = {row["method"]: row["kNN"] for row in rows if "kNN" in row}
     pairs = [(name, name.split(":")[0]) for name in knn if ":" in name]
     return [(name, usual, knn[name], knn[usual], knn[name] - knn[usual]) for name, usual in pairs if usual in knn]

@@ -62,32 +62,32 @@ class ViewOptions:
 
 @dataclass
 class MethodOptions:
-    """What is special to each method. 0 or -1 takes the method's own value."""
+    """Options of single methods. 0 or -1 takes the method's own value."""
 
     loss: Literal["nt-xent", "debiased", "hard-negative"] = "nt-xent"
-    """What simclr minimises."""
+    """The loss of simclr."""
     prior: float = 0.1
     """Share of negatives that are of the same class, for debiased and hard-negative."""
     hardness: float = 1.0
-    """How much more near negatives count, for hard-negative."""
+    """Weight of near negatives over far ones, for hard-negative; 0 weighs all alike."""
     temperature: float = 0.0
     """By which cosines are divided: 0.5 for simclr (0.2 with tiny), 0.1 for moco and dino's student."""
     momentum: float = -1.0
-    """Share of the teacher that stays at every step: 0.99 for moco, byol and dino. 0 copies the student."""
+    """Share of the teacher's weights kept at every step: 0.99 for moco, byol and dino. 0 copies the student."""
     momentum_end: float = -1.0
-    """What it rises to along half a cosine: moco's stays, byol's and dino's become 1; 0's stays 0."""
+    """Its value at the end, reached along half a cosine: moco's stays, byol's and dino's become 1; 0 stays 0."""
     queue: int = 0
     """Keys of earlier steps that moco compares with; 4096."""
     hidden: int = 0
     """Width of the heads inside: 512, byol 1024, dino 2048; a quarter of that for tiny."""
     outputs: int = 0
-    """What they give: 128, byol 256, dino 2048 prototypes; 512 prototypes for tiny."""
+    """Width of their outputs: 128, byol 256, dino 2048 prototypes; 512 prototypes for tiny."""
     head_norm: Literal["batch", "layer"] = "batch"
     """Normalisation in the heads. With layer, and an encoder without batch norms, several processes equal one."""
     teacher_temperature: float = 0.04
     """dino's, after centring."""
     centring: Literal["mean", "sinkhorn"] = "mean"
-    """What keeps dino's teacher from one answer for all: the mean of its answers is taken away, or Sinkhorn-Knopp."""
+    """Keeps dino's teacher from one answer for all: the mean of its answers is subtracted, or Sinkhorn-Knopp."""
     koleo: float = 0.0
     """Weight of the KoLeo regulariser on dino's student, as in DINOv2 (there 0.1)."""
     freeze_last: int = 1
@@ -100,7 +100,7 @@ class MethodOptions:
 
 @dataclass
 class PretrainTrainingOptions(TrainingOptions):
-    """How the weights are moved."""
+    """Optimizer and schedule."""
 
     epochs: int = 0
     """Passes over the training pictures; 0 takes 200, and 15 for tiny."""
@@ -118,7 +118,7 @@ class PretrainTrainingOptions(TrainingOptions):
     """AdamW's decoupled weight decay, or that of SGD and LARS; -1 takes 5e-4 for SGD, 1e-6 for LARS and 0.04 for AdamW,
     0 for gim and cpc."""
     weight_decay_end: float = -1.0
-    """What it becomes along half a cosine (0.4 in DINO); -1 leaves it."""
+    """Its value at the end, reached along half a cosine (0.4 in DINO); -1 leaves it."""
     clip_norm: float = -1.0
     """Gradients with a larger L2 norm are scaled down to it; 0 turns clipping off, -1 takes 3 for dino and 0 for
     others."""
@@ -130,7 +130,7 @@ class PretrainTrainingOptions(TrainingOptions):
 
 @dataclass
 class MeasureOptions:
-    """How what was learnt is measured."""
+    """Measures of what was learnt."""
 
     neighbours: int = 0
     """Training pictures that vote on a picture's class; 0 takes 200, and 20 of fewer than 10,000."""
@@ -139,7 +139,7 @@ class MeasureOptions:
     probe: bool = True
     """Fit a linear layer on the features at the end."""
     map: Literal["tsne", "pca", "none"] = "tsne"
-    """How features are drawn in two dimensions."""
+    """Method that draws the features in two dimensions."""
 
 
 @dataclass
@@ -206,7 +206,7 @@ class CompareConfig:
     methods: str = (
         "simclr,simclr:batch_size=64,moco,moco:queue=256,byol,byol:momentum=0,dino,dino:local_crops=0,gim,cpc"
     )
-    """Which, each with options of pretrain after colons."""
+    """Methods to compare, each with options of pretrain after colons."""
     data: PretrainDataOptions = field(default_factory=PretrainDataOptions)
     encoder: EncoderOptions = field(default_factory=EncoderOptions)
     views: ViewOptions = field(default_factory=ViewOptions)
@@ -218,7 +218,7 @@ class CompareConfig:
 
 @dataclass
 class ComparedOptions:
-    """What may follow a method's name after colons; the rest is one budget for all."""
+    """Options that may follow a method's name after colons; the rest is one budget for all."""
 
     own: MethodOptions = field(default_factory=MethodOptions)
     batch_size: int = 0

@@ -122,14 +122,14 @@ class Pixels:
         return len(self.pictures)
 
     def batch(self, places: torch.Tensor) -> torch.Tensor:
-        """Pixels (places, 3, s, s) from 0 to 255 on the device."""
+        """Returns pixels (places, 3, s, s) from 0 to 255 on the device."""
         if self.held is not None:
             return self.held[places.to(self.held.device)]
         read = decoding_threads().map(lambda place: self._squeezed(self.pictures.image(place)), places.tolist())
         return torch.from_numpy(np.stack(list(read))).to(self.device)
 
     def _squeezed(self, image: Image.Image) -> np.ndarray:
-        """The pixels (3, s, s) of an image, whatever its proportions."""
+        """Resizes an image to pixels (3, s, s), whatever its proportions."""
         size = (self.side, self.side)
         squeezed = image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
         return np.array(squeezed).transpose(2, 0, 1)
@@ -275,7 +275,7 @@ def recoloured(pictures: torch.Tensor, sampled: Sampled) -> torch.Tensor:
 
 
 def hue_rotations(angles: torch.Tensor) -> torch.Tensor:
-    """Matrices (n, 3, 3) that rotate the hues of RGB by `angles` (n,), in radians, and keep the luminance."""
+    """Returns matrices (n, 3, 3) that rotate hues of RGB by `angles` (n,), in radians, and keep the luminance."""
     to = torch.tensor(YIQ, dtype=torch.float64)
     one, zero = torch.ones_like(angles), torch.zeros_like(angles)
     cos, sin = angles.cos(), angles.sin()
@@ -309,7 +309,7 @@ def middle_square(pixels: torch.Tensor, aspects: torch.Tensor, side: int) -> tor
 
 
 def _middle_square(aspects: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Width and height (n,) of the largest square, as shares of the sides of pictures with these aspects (n,)."""
+    """Returns width and height (n,) of the largest square, as shares of a picture's sides, for these aspects (n,)."""
     return (1 / aspects).clamp(max=1), aspects.clamp(max=1)
 
 

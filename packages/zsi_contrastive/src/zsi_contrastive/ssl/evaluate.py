@@ -1,4 +1,4 @@
-"""What features are worth: neighbours that vote, a linear probe, and whether the features have collapsed."""
+"""Measures of features: votes of nearest neighbours, a linear probe, and signs of collapse."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from labs_common.logistic import fitted_layers
 from labs_common.progress import tracked
-from labs_common.report.pictures import Predictions
+from labs_common.report.classes import Predictions
 from zsi_contrastive.ssl.data import Pixels, middle_square
 from zsi_contrastive.ssl.model import features_of
 
@@ -82,7 +82,7 @@ def features_from(
 
 
 def knn_accuracy(bank: Features, asked: Features, neighbours: int) -> float:
-    """Share of pictures whose class wins the vote of their nearest pictures in the bank (Wu et al. 2018, section 3.4).
+    """Returns the share of pictures whose class wins the vote of their neighbours (Wu et al. 2018, section 3.4).
 
     A neighbour with cosine c has exp(c / 0.1) votes.
     """
@@ -103,7 +103,7 @@ def knn_classes(bank: Features, values: torch.Tensor, neighbours: int) -> torch.
 
 
 def spread(values: torch.Tensor) -> float:
-    """Deviation of the features' directions (n, width): 1 where they fill all of the space, 0 where all are equal.
+    """Measures the deviation of features' directions (n, width): 1 if they fill all of the space, 0 if all are equal.
 
     Chen & He 2021 (SimSiam, section 4.1) watch it for collapse; there it is 1/√width instead of 1.
     """
@@ -112,7 +112,7 @@ def spread(values: torch.Tensor) -> float:
 
 
 def effective_rank(values: torch.Tensor) -> float:
-    """Number of dimensions that features (n, width) use: exp of the entropy of their singular values' shares.
+    """Measures how many dimensions features (n, width) use: exp of the entropy of their singular values' shares.
 
     Roy & Vetterli 2007, of features less their mean.
     """

@@ -105,7 +105,7 @@ def debiased_loss(
     first: torch.Tensor, second: torch.Tensor, temperature: float = 0.5, prior: float = 0.1, hardness: float = 0.0,
     chunk: int = CHUNK,
 ) -> torch.Tensor:  # fmt: skip
-    """NT-Xent with negatives that are corrected for being of the same class (Chuang et al. 2020, eq. 8).
+    """Corrects NT-Xent's negatives for being of the same class (Chuang et al. 2020, eq. 8).
 
     Args:
         first: one view of each picture (n, d).
@@ -161,7 +161,7 @@ def moco_loss(
 
 
 def dino_loss(student: torch.Tensor, targets: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
-    """Cross-entropy between the teacher's view and each other view of the student (Caron et al. 2021, DINO, eq. 3).
+    """Compares the teacher's views with all other views of the student, by cross-entropy (Caron et al. 2021, eq. 3).
 
     Args:
         student: logits (views, n, k); the first of them are the views that the teacher saw.
@@ -218,7 +218,7 @@ def koleo_loss(rows: torch.Tensor, chunk: int = CHUNK) -> torch.Tensor:
 
 
 def _own_places(rows: torch.Tensor) -> torch.Tensor:
-    """Where this process's rows (n,) stand among the gathered ones of all processes."""
+    """Returns the places (n,) of this process's rows among the gathered ones of all processes."""
     first = torch.distributed.get_rank() * len(rows) if several_processes() else 0
     return first + torch.arange(len(rows), device=rows.device)
 
@@ -226,7 +226,7 @@ def _own_places(rows: torch.Tensor) -> torch.Tensor:
 def _two_views(
     first: torch.Tensor, second: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Both views as unit rows (2n, d), the places of each row and of its other view, and all processes' rows."""
+    """Returns both views as unit rows (2n, d), places of each row and of its other view, and all processes' rows."""
     first, second = F.normalize(first, dim=1), F.normalize(second, dim=1)
     columns = torch.cat([gathered(first), gathered(second)])
     own = _own_places(first)

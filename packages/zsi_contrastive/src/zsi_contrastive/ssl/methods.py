@@ -60,7 +60,7 @@ class Method:
 
 
 class Memory:
-    """What a method remembers between steps besides the weights that learn, saved and resumed with the run.
+    """The state of a method between steps, besides the weights that learn; saved and resumed with the run.
 
     Parts that the method has no use for are None.
 
@@ -120,7 +120,7 @@ class Memory:
         return len(list(self.teacher.parameters()))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on."""
+        """Returns everything that the next step depends on."""
         teacher = None if self.teacher is None else self.teacher.state_dict()
         return {"teacher": teacher, "queue": self.queue, "place": self.place, "centre": self.centre}
 
@@ -136,7 +136,7 @@ class Memory:
 
 
 class Step(NamedTuple):
-    """What a step has to work with.
+    """Everything that the loss of a step is computed from.
 
     Attributes:
         network: the prepared network.
@@ -150,13 +150,13 @@ class Step(NamedTuple):
     views: list[torch.Tensor]
 
     def learner_outputs(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The learner's output for every view, and its encoder's features for full ones, in float32."""
+        """Computes the learner's output for every view, and its encoder's features for full ones, in float32."""
         outputs, features = self.network(self.views)
         return [out.float() for out in outputs], [part.float() for part in features]
 
     @torch.no_grad()
     def teacher_outputs(self) -> list[torch.Tensor]:
-        """The teacher's output for the two full views, in float32."""
+        """Computes the teacher's output for the two full views, in float32."""
         assert self.memory.teacher is not None
         with self.accelerator.autocast():
             outputs, _ = self.memory.teacher(self.views[:2])

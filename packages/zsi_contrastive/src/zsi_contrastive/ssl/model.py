@@ -30,7 +30,7 @@ class Encoder(nn.Module):
         self.network, self.width = network, width
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Features (n, width)."""
+        """Computes features (n, width)."""
         out = self.network(pictures)
         # The tiny body gives its maps (n, channels, h, w), the coarsest last.
         return out[-1].mean((2, 3)) if isinstance(out, list) else out
@@ -88,7 +88,7 @@ class DinoHead(nn.Module):
         self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck) * 0.02)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Logits (n, prototypes)."""
+        """Computes logits (n, prototypes)."""
         return F.linear(F.normalize(self.layers(features), dim=1), F.normalize(self.prototypes, dim=1))
 
 
@@ -103,7 +103,7 @@ class Learner(nn.Module):
         self.encoder, self.projection, self.prediction = encoder, projection, prediction
 
     def forward(self, views: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The output for each view (n, outputs), and the features of those of the first size (n, width).
+        """Computes the output for each view (n, outputs), and the features of those of the first size (n, width).
 
         Views of one size go through together, so they share the statistics of batch norms.
         """
@@ -142,17 +142,12 @@ def on_patches(config: PretrainConfig, isolated: bool) -> PatchModules:
     return PatchModules(sizes, isolated, config.own.ahead, config.own.negatives)
 
 
-def has_batch_norm(network: nn.Module) -> bool:
-    """Whether its outputs depend on the rest of the batch."""
-    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in network.modules())
-
-
 def encoder_of(network: nn.Module) -> nn.Module:
-    """The part that gives the features of pictures: `Learner.encoder`, or `PatchModules` as they are."""
+    """Returns the part that gives the features of pictures: `Learner.encoder`, or `PatchModules` as they are."""
     return network.encoder if isinstance(network, Learner) else network
 
 
 def features_of(encoder: nn.Module, pictures: torch.Tensor) -> torch.Tensor:
-    """Features (n, width) of normalised pictures."""
+    """Computes features (n, width) of normalised pictures."""
     features: torch.Tensor = encoder.features(pictures) if isinstance(encoder, PatchModules) else encoder(pictures)
     return features

@@ -14,23 +14,10 @@ from sklearn.manifold import TSNE
 from labs_common.data.classes import LabelledPictures
 from labs_common.fitting import Fitted, leave, results_of
 from labs_common.progress import console
-from labs_common.report import (
-    Code,
-    Figure,
-    Gallery,
-    Section,
-    Table,
-    Text,
-    asked_section,
-    cost_section,
-    curve_figure,
-    curves_section,
-    rerun_section,
-    save_figure,
-    trained_section,
-)
-from labs_common.report.figures import map_figure
-from labs_common.report.pictures import Predictions, class_data_section, class_sections, shown, wilson_interval
+from labs_common.report.classes import Predictions, class_data_section, class_sections, wilson_interval
+from labs_common.report.figures import curve_figure, map_figure
+from labs_common.report.page import Code, Figure, Gallery, Section, Table, Text, save_figure, shown
+from labs_common.report.sections import asked_section, cost_section, curves_section, rerun_section, trained_section
 from labs_common.run import Run, seconds_between
 from labs_common.saved import FOLDER
 from zsi_contrastive.detector.config import TINY
@@ -106,7 +93,7 @@ def finish_report(
 
 
 def summary_of(config: PretrainConfig, worth: Mapping[str, float]) -> str:
-    """The main numbers in a sentence."""
+    """Puts the main numbers into a sentence."""
     said = f"{config.method}: spread {worth['spread']:.2f}, effective rank {worth['effective rank']:.1f}"
     if "knn" in worth:
         said = (f"{config.method}: neighbours name {worth['knn']:.1%} of the test pictures right (random weights "
@@ -121,7 +108,7 @@ def summary_of(config: PretrainConfig, worth: Mapping[str, float]) -> str:
 def worth_section(
     run: Run, config: PretrainConfig, worth: Mapping[str, float], evaluations: list[dict[str, Any]], pictures: int
 ) -> Section:
-    """KNN accuracy on test `pictures` beside the random encoder's, the probe, and the watch for collapse."""
+    """Shows kNN accuracy on test `pictures` beside the random encoder's, the probe, and signs of collapse."""
     steps = [line["step"] for line in evaluations]
     rows: list[tuple[str, Any]] = []
     figures = []
@@ -152,7 +139,7 @@ def worth_section(
 
 
 def use_section(run: Run, config: PretrainConfig, encoder: torch.nn.Module) -> Section:
-    """How to go on with the encoder."""
+    """Says how to go on with the encoder, with the commands."""
     file, name = run.path / FOLDER / WEIGHTS, config.encoder.backbone
     commands: list[str] = []
     if isinstance(encoder, PatchModules) and not encoder.isolated:
@@ -174,7 +161,7 @@ def use_section(run: Run, config: PretrainConfig, encoder: torch.nn.Module) -> S
 
 
 def views_gallery(config: PretrainConfig, pixels: Pixels) -> Gallery:
-    """Some training pictures, each beside random views of it."""
+    """Shows some training pictures, each beside random views of it."""
     places = torch.linspace(0, len(pixels) - 1, 4).long()
     of_method = recipes_of(config.encoder, config.views, METHODS[config.method].full_views)
     recipes = (of_method * ACROSS)[:ACROSS]
@@ -189,7 +176,7 @@ def views_gallery(config: PretrainConfig, pixels: Pixels) -> Gallery:
 
 
 def neighbours_section(splits: Mapping[str, LabelledPictures], features: Mapping[str, Features]) -> Section:
-    """Test pictures, each before the training pictures with the nearest features."""
+    """Shows test pictures, each before the training pictures with the nearest features."""
     test, train, bank = splits["test"], splits["train"], features["train"]
     chosen = np.linspace(0, len(test) - 1, EXAMPLES).round().astype(int)
     cosines = F.normalize(features["test"].values, dim=1)[chosen] @ F.normalize(bank.values, dim=1).T
@@ -204,7 +191,7 @@ def neighbours_section(splits: Mapping[str, LabelledPictures], features: Mapping
 
 
 def map_section(run: Run, kind: str, asked: Features, names: tuple[str, ...], seed: int) -> Section | None:
-    """Test pictures' features in two dimensions; None if no map was asked for."""
+    """Draws test pictures' features in two dimensions; None if no map was asked for."""
     values = F.normalize(asked.values, dim=1)[:MAPPED].cpu().numpy()
     if kind == "none":
         return None
@@ -221,7 +208,7 @@ def map_section(run: Run, kind: str, asked: Features, names: tuple[str, ...], se
 
 
 def attention_section(encoder: torch.nn.Module, pixels: Pixels, side: int) -> Section | None:
-    """Where the class token of a vision transformer's last block looks, by head; None for other networks."""
+    """Draws where the class token of a vision transformer's last block looks, by head; None for other networks."""
     network = encoder.network if isinstance(encoder, Encoder) else None
     if network is None or not any(name.startswith("blocks.0.attn") for name, _ in network.named_modules()):
         return None
@@ -243,7 +230,7 @@ def attention_section(encoder: torch.nn.Module, pixels: Pixels, side: int) -> Se
 
 @torch.no_grad()
 def class_attention(network: torch.nn.Module, pictures: torch.Tensor) -> torch.Tensor | None:
-    """Attention (n, heads, rows, columns) of the class token in the last block of a timm ViT; None if it has none."""
+    """Computes attention (n, heads, rows, columns) of the class token in a timm ViT's last block; None without one."""
     attention: Any = [*network.get_submodule("blocks").children()][-1].get_submodule("attn")
     patches: Any = getattr(network, "patch_embed", None)
     if patches is None or getattr(network, "cls_token", None) is None or not hasattr(attention, "qkv"):

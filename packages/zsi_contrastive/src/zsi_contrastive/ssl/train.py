@@ -31,7 +31,7 @@ MOMENTUM = 0.9  # of SGD and LARS, as in all of the papers
 
 
 def train(config: PretrainConfig) -> None:
-    """The road: pictures, network, training, what its features are worth, report."""
+    """Walks the road: pictures, network, training, what its features are worth, report."""
     clock = {"start": time.perf_counter()}
     config = complete(config)
     accelerator = begin(config.run, config.training)
@@ -169,5 +169,5 @@ def keep_prototypes(network: torch.nn.Module, loop: Loop, steps: int) -> None:
 
 
 def cosine(step: int, total: int, start: float, end: float) -> float:
-    """The value at optimizer step `step` (from 0) of `total` on half a cosine from start to end."""
+    """Returns the value at optimizer step `step` (from 0) of `total` on half a cosine from start to end."""
     return end + (start - end) * (1 + math.cos(math.pi * step / max(1, total))) / 2

@@ -1,1 +1,0 @@
-from labs_common.frozen.cut import *  # noqa: D100, F403

@@ -1,1 +1,0 @@
-from labs_common.saved import *  # noqa: D100, F403

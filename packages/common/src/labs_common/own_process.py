@@ -1,1 +1,0 @@
-from labs_common.compare.processes import *  # noqa: D100, F403
