@@ -54,45 +54,6 @@ def test_gradients_through_the_cut(trained: tuple[str, ...]) -> None:
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
 
 
-def test_several_tensors_cross_where_the_network_needs_them() -> None:
-    class Skipping(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.first(x)
-            return (self.last(y.relu()) + y).mean((2, 3)) + x.mean()
-
-    network = Skipping()
-    images = torch.randn(2, 3, 8, 8)
-    with pytest.raises(LabError, match="not a tensor with a row per picture"):
-        Cut(network, ("last",), images)  # the mean of the batch has no row per picture
-
-    class Branching(Skipping):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.first(x)
-            return (self.last(y.relu()) + y).mean((2, 3))
-
-    network = Branching()
-    cut = Cut(network, ("last",), images)
-    assert len(cut.shapes) == 2, "the input of the last layer, and what is added to its output"
-    torch.testing.assert_close(cut.back(cut.front(images)), network(images))
-
-
-def test_a_network_that_cannot_be_traced_says_so() -> None:
-    class Branches(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.last = nn.Linear(3, 3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.last(x) if x.sum() > 0 else x
-
-    with pytest.raises(LabError, match="--no-cache"):
-        Cut(Branches(), ("last",), torch.randn(2, 3))
-
-
 def test_by_head_gives_both_in_training_and_their_mean_otherwise() -> None:
     network, options, size = made("tiny-deit")
     images = torch.randn(2, 3, size, size)

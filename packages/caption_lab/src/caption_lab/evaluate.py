@@ -23,7 +23,7 @@ from caption_lab.saved import Captioner, load_captioner
 from caption_lab.vocabulary import Cleaning
 from labs_common.cli import config_from_yaml, to_plain
 from labs_common.data.captions import CaptionedPictures, PictureTensors, at_most, read_captioned, truth_of
-from labs_common.data.splits import print_left_out
+from labs_common.data.images import print_left_out
 from labs_common.errors import LabError
 from labs_common.progress import console
 from labs_common.report.page import Section, Table, write_report

@@ -14,7 +14,7 @@ from caption_lab.config import PrepareConfig, complete_words
 from caption_lab.data import read_data
 from caption_lab.vocabulary import PURPOSES, Vocabulary, build_vocabulary
 from labs_common.data.captions import CaptionedPictures, Captions
-from labs_common.data.splits import record_splits
+from labs_common.data.images import record_splits
 from labs_common.options import RunOptions
 from labs_common.progress import console
 from labs_common.report.captions import captioned_data_section

@@ -27,7 +27,7 @@ from caption_lab.saved import Captioner, load_captioner, save_captioner
 from caption_lab.vocabulary import PAD, build_vocabulary, padded
 from labs_common.checkpoint import SHARDED
 from labs_common.data.captions import Captions
-from labs_common.data.splits import record_splits
+from labs_common.data.images import record_splits
 from labs_common.errors import LabError
 from labs_common.fitting import Fitted, Fitting, begin
 from labs_common.progress import console

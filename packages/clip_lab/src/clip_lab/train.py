@@ -23,7 +23,7 @@ from clip_lab.saved import load_model, save_model
 from clip_lab.text import PretrainedText, TextTower, pretrained_text
 from clip_lab.tokens import Words, make_words
 from labs_common.data.captions import Captions
-from labs_common.data.splits import record_splits
+from labs_common.data.images import record_splits
 from labs_common.errors import LabError
 from labs_common.fitting import Fitted, Fitting, begin, channels_last, share_batch_norms
 from labs_common.run import Run

@@ -25,7 +25,7 @@ from labs_common.cache import path_name
 from labs_common.cli import to_plain
 from labs_common.compare.plan import entries_of
 from labs_common.data.classes import LabelledPictures
-from labs_common.data.splits import record_splits
+from labs_common.data.images import record_splits
 from labs_common.errors import Interrupted, LabError
 from labs_common.fitting import begin, leave
 from labs_common.progress import ProgressLine, console

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 
 from labs_common.cache import path_name
 from labs_common.data.classes import LabelledPictures
-from labs_common.data.splits import record_splits
+from labs_common.data.images import record_splits
 from labs_common.errors import LabError
 from labs_common.fitting import begin
 from labs_common.frozen.cache import Rows, front_rows

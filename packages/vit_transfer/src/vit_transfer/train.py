@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from labs_common.cache import path_name
-from labs_common.data.splits import record_splits
+from labs_common.data.images import record_splits
 from labs_common.errors import Interrupted
 from labs_common.fitting import Fitted, Fitting, begin
 from labs_common.progress import console

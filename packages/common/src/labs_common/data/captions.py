@@ -12,8 +12,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from labs_common.data.images import NAMED, RESAMPLING, SUFFIXES, Pictures, decoding_threads, examined, refusal
-from labs_common.data.splits import print_left_out
+from labs_common.data.images import (
+    NAMED,
+    RESAMPLING,
+    SUFFIXES,
+    Pictures,
+    decoding_threads,
+    examined,
+    print_left_out,
+    refusal,
+)
 from labs_common.errors import LabError
 from labs_common.options import CaptionDataOptions, OnBadData
 from labs_common.scenes.files import read_truth

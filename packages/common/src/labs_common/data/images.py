@@ -1,4 +1,4 @@
-"""Pictures, decoded with Pillow, and sets of them, checked once: bombs are refused, bad files are named."""
+"""Pictures, decoded with Pillow, and sets of them: checked once, bad files named, splits recorded with a run."""
 
 import glob
 import hashlib
@@ -7,7 +7,7 @@ import os
 import struct
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -19,7 +19,8 @@ from PIL import Image, ImageOps
 
 from labs_common.errors import LabError, reason_of
 from labs_common.options import OnBadData
-from labs_common.progress import tracked
+from labs_common.progress import console, tracked
+from labs_common.run import Run
 
 MOST_PIXELS = 64_000_000  # beyond the largest cameras; a picture that claims more is taken for a decompression bomb
 NAMED = 5  # how many bad pictures an error names: enough to see a pattern, in a line that can still be read
@@ -210,3 +211,33 @@ def picture_files(named: Sequence[str]) -> list[Path]:
             raise LabError(f"{name}: " + ("no picture in that directory" if path.is_dir() else "no such file"))
         found |= dict.fromkeys(files)
     return list(found)
+
+
+Splits = Mapping[str, Pictures]  # by their names: train, validation, test
+
+
+def record_splits(run: Run, splits: Splits) -> None:
+    """Writes which picture is in which split to splits.json.
+
+    Raises:
+        LabError: the run is being resumed, and its pictures were others.
+    """
+    now = {name: {"fingerprint": part.fingerprint(), "pictures": list(part.names)} for name, part in splits.items()}
+    before = run.load_json("splits.json") if run.resumed else None
+    if before is None:
+        run.save_json("splits.json", now)
+    elif before != now:
+        changed = next(name for name in splits if before[name] != now[name])
+        raise LabError(
+            f"--resume {run.path}: the {changed} pictures have changed since the run began; bring them back or start a "
+            "new run"
+        )
+
+
+def print_left_out(splits: Splits) -> None:
+    """Prints what was left out of each source: how much by reason, and the first few by name."""
+    for source, pictures in {part.source: part for part in splits.values() if part.left_out}.items():
+        for reason, count in pictures.left_out.most_common():
+            console.print(f"{source}: left out {count} × {reason}")
+        for example in pictures.examples:
+            console.print(f"  {example}")

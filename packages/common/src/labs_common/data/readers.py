@@ -12,8 +12,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from labs_common.data.classes import LabelledPictures, stratified_parts
-from labs_common.data.images import SUFFIXES, Content, checked
-from labs_common.data.splits import print_left_out
+from labs_common.data.images import SUFFIXES, Content, checked, print_left_out
 from labs_common.errors import LabError, reason_of
 from labs_common.options import ClassDataOptions
 

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from labs_common.cache import cached_directory
-from labs_common.data.images import decoding_threads
-from labs_common.data.splits import print_left_out
+from labs_common.data.images import decoding_threads, print_left_out
 from labs_common.errors import LabError
 from labs_common.progress import console
 from labs_common.scenes.files import write_coco

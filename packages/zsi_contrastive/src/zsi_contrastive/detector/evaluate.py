@@ -6,7 +6,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from labs_common.cli import to_plain
-from labs_common.data.splits import print_left_out
+from labs_common.data.images import print_left_out
 from labs_common.report.page import write_report
 from labs_common.report.sections import asked_section
 from labs_common.run import Run, check_new, new_folder

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from labs_common.data.splits import record_splits
+from labs_common.data.images import record_splits
 from labs_common.errors import LabError
 from labs_common.fitting import Fitted, Fitting, begin, channels_last, leave, results_of
 from labs_common.report.page import Section

@@ -22,9 +22,8 @@ from torchvision.transforms.v2.functional import normalize
 
 from labs_common.cache import cached_directory
 from labs_common.data.classes import LabelledPictures, stratified_parts
-from labs_common.data.images import SUFFIXES, checked, decoding_threads
+from labs_common.data.images import SUFFIXES, checked, decoding_threads, print_left_out
 from labs_common.data.readers import read_classes
-from labs_common.data.splits import print_left_out
 from labs_common.errors import LabError
 from labs_common.progress import console, tracked
 from labs_common.scenes.files import TASKS, write_parquet

@@ -12,7 +12,7 @@ from timm.optim import Lars
 
 from labs_common.checkpoint import SHARDED
 from labs_common.data.classes import LabelledPictures
-from labs_common.data.splits import record_splits
+from labs_common.data.images import record_splits
 from labs_common.errors import LabError, reason_of
 from labs_common.fitting import Fitted, Fitting, begin, channels_last, share_batch_norms
 from labs_common.progress import console
