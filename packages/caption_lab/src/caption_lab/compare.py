@@ -1,8 +1,4 @@
-"""Several captioners under one budget, and one report: `python -m caption_lab.compare --data flickr8k`.
-
-Each model and seed is a run of `caption_lab.train` in a process of its own, so its peak memory is its own. What is
-finished is not run again: the same command goes on where it was stopped, and rebuilds the report when all is there.
-"""
+"""Several captioners under one budget, and one report: `python -m caption_lab.compare --data flickr8k`."""
 
 from caption_lab import commands
 

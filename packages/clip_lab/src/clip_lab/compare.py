@@ -1,8 +1,4 @@
-"""CLIP, CoCa and SimVLM under one budget, and one report: `python -m clip_lab.compare --data flickr8k`.
-
-Each objective and seed is a run of `clip_lab.train` in a process of its own, so its peak memory is its own. What is
-finished is not run again: the same command goes on where it was stopped, and rebuilds the report when all is there.
-"""
+"""CLIP, CoCa and SimVLM under one budget, and one report: `python -m clip_lab.compare --data flickr8k`."""
 
 from clip_lab import commands
 

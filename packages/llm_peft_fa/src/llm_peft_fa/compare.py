@@ -1,8 +1,4 @@
-"""Every method under one budget, and one report: `python -m llm_peft_fa.compare --methods lora,prefix_tuning,layers`.
-
-Each method and seed is a run of `llm_peft_fa.train` in a process of its own, so its peak memory is its own. Finished
-runs are not run again: the same command goes on where it was stopped, and rebuilds the report when all are there.
-"""
+"""Every method under one budget, and one report: `python -m llm_peft_fa.compare --methods lora,prefix_tuning,layers`."""
 
 from llm_peft_fa import commands
 

@@ -1,8 +1,4 @@
-"""Several networks under one budget, and one report: `python -m vit_transfer.compare --models resnet50,deit_small_…`.
-
-Each network and seed is a run of `vit_transfer.train` in a process of its own, so its peak memory is its own. What is
-finished is not run again: the same command goes on where it was stopped, and rebuilds the report when all is there.
-"""
+"""Several networks under one budget, and one report: `python -m vit_transfer.compare --models resnet50,deit_small_…`."""
 
 from vit_transfer import commands
 

@@ -1,8 +1,4 @@
-"""Trains the paper's variants under one budget and reports on them: `python -m zsi_contrastive.ablate`.
-
-Each variant and seed is a run of `zsi_contrastive.train` in a process of its own. What is finished is not run again:
-the same command goes on where it was stopped, and rebuilds the report when all is there.
-"""
+"""Trains the paper's variants under one budget and reports on them: `python -m zsi_contrastive.ablate`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

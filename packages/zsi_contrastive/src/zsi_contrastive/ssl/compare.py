@@ -1,9 +1,4 @@
-"""Several methods of pre-training under one budget, and one report: `python -m zsi_contrastive.compare`.
-
-Each method and seed is a run of `zsi_contrastive.pretrain` in a process of its own, so its peak memory is its own.
-What is finished is not run again: the same command goes on where it was stopped, and rebuilds the report when all is
-there.
-"""
+"""Several methods of pre-training under one budget, and one report: `python -m zsi_contrastive.compare`."""
 
 from collections.abc import Mapping
 from dataclasses import replace
