@@ -1,4 +1,4 @@
-"""Every method under one budget, and one report: `python -m llm_peft_fa.compare --methods lora,prefix_tuning,layers`."""
+"""Every method under one budget, and one report: `python -m llm_peft_fa.compare --methods lora,layers`."""
 
 from llm_peft_fa import commands
 

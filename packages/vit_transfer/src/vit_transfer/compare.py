@@ -1,4 +1,4 @@
-"""Several networks under one budget, and one report: `python -m vit_transfer.compare --models resnet50,deit_small_…`."""
+"""Several networks under one budget, and one report: `python -m vit_transfer.compare --models resnet50,deit_…`."""
 
 from vit_transfer import commands
 

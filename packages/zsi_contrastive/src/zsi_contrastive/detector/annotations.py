@@ -153,14 +153,23 @@ def read_instances(path: Path) -> Instances:
     return Instances(str(path), categories, images, kept, left_out, unusable)
 
 
+def read_json(path: Path, said: str) -> Any:
+    """Reads a JSON file; `said` names it in errors.
+
+    Raises:
+        LabError: it cannot be read, or is something else.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LabError(f"{said}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise LabError(f"{said}: is not JSON ({error})") from error
+
+
 def _lists(path: Path) -> list[list[Json]]:
     """Reads categories, images and annotations, each row with the keys that are needed."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LabError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise LabError(f"{path}: is not JSON ({error})") from error
+    content = read_json(path, str(path))
     needed = {
         "categories": {"id", "name"},
         "images": {"id", "file_name", "width", "height"},

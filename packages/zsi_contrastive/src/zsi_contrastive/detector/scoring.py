@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as rle
 
 from labs_common.errors import LabError
-from zsi_contrastive.detector.annotations import Instances
+from zsi_contrastive.detector.annotations import Instances, read_json
 
 LOW = (0.4, 0.5, 0.6)  # IoU, of the zero-shot literature
 USUAL = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))  # COCO's
@@ -169,12 +168,7 @@ def read_results(path: Path) -> list[Result]:
     Raises:
         LabError: it cannot be read, or is something else.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LabError(f"--results {path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise LabError(f"--results {path}: is not JSON ({error})") from error
+    content = read_json(path, f"--results {path}")
     if not isinstance(content, list):
         raise LabError(f"--results {path}: is not a list, as COCO's results are")
     for place, row in enumerate(content):
