@@ -92,6 +92,7 @@ class TestPromises(TrainingPromises):
             launch=LAUNCH,
             zero=Otherwise(losses=1e-3, weights=2e-3),
             zero_stage=3,
+            sharded=Otherwise(losses=1e-3, weights=2e-3),
         )
 
 
