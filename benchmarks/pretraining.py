@@ -11,7 +11,6 @@ measured as its examples are, and with `--their-bf16` with autocast too.
 """
 
 import contextlib
-import copy
 import dataclasses
 import json
 import statistics
@@ -26,7 +25,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from benchmarks.memory import held_bytes
 from lightly.loss import DINOLoss, NegativeCosineSimilarity, NTXentLoss
 from lightly.models.modules import heads
 from lightly.models.utils import deactivate_requires_grad, update_momentum
@@ -38,6 +36,7 @@ from lightly.transforms import (
     MoCoV2Transform,
     SimCLRTransform,
 )
+from memory import held_bytes  # beside this script
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -49,7 +48,7 @@ from labs_common.data.readers import read_pictures
 from labs_common.run import Run, write_atomically
 from labs_common.training import make_accelerator
 from zsi_contrastive.greedy import GreedySizes, PatchModules
-from zsi_contrastive.ssl.config import PretrainConfig
+from zsi_contrastive.ssl.config import EncoderOptions, PretrainConfig
 from zsi_contrastive.ssl.data import Pixels
 from zsi_contrastive.ssl.methods import complete
 from zsi_contrastive.ssl.model import make_encoder
@@ -153,11 +152,10 @@ def theirs(options: Options, pictures: LabelledPictures) -> float:
     """Pictures per second of lightly's parts in the steps that are timed."""
     torch.manual_seed(0)
     method = options.method
-    asked = complete(PretrainConfig(method="simclr"))
-    encoder = make_encoder(dataclasses.replace(asked.encoder, backbone="resnet18", stem="small"))
-    student = nn.Sequential(encoder, HEADS[method]()).to(DEVICE)
+    network = EncoderOptions("resnet18", "small", SIDE)
+    student, teacher = (nn.Sequential(make_encoder(network), HEADS[method]()).to(DEVICE) for _ in range(2))
+    teacher.load_state_dict(student.state_dict())
     prediction = heads.BYOLPredictionHead(256, 1024, 256).to(DEVICE) if method == "byol" else nn.Identity()
-    teacher = copy.deepcopy(student)
     deactivate_requires_grad(teacher)
     losses = {"simclr": lambda: NTXentLoss(0.5), "moco": lambda: NTXentLoss(0.1, memory_bank_size=(4096, 128)),
               "byol": NegativeCosineSimilarity, "dino": lambda: DINOLoss(2048)}  # fmt: skip
