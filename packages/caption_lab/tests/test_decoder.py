@@ -5,6 +5,8 @@ from caption_lab.config import DecoderOptions
 from caption_lab.decoder import CAPTIONERS, Sizes
 from caption_lab.vocabulary import PAD, START
 
+pytestmark = pytest.mark.quick
+
 
 def made(name: str, dropout: float = 0.0) -> tuple[torch.nn.Module, torch.Tensor]:
     torch.manual_seed(0)

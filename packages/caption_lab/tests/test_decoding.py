@@ -9,6 +9,8 @@ from caption_lab.decoder import CAPTIONERS, NextWord, ShowTell, Sizes, Tensors
 from caption_lab.decoding import beam_search, log_probabilities, repeating, roll_out, write
 from caption_lab.vocabulary import END, PAD, START, UNK
 
+pytestmark = pytest.mark.quick
+
 WORDS, LENGTH = (4, 5, 6), 4
 VOCABULARY = 7
 

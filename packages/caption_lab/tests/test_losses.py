@@ -15,6 +15,8 @@ from caption_lab.losses import (
 from caption_lab.metrics import CiderD
 from caption_lab.vocabulary import END, PAD, START, UNK, build_vocabulary
 
+pytestmark = pytest.mark.quick
+
 TARGETS = torch.tensor([[5, 6, END, PAD], [7, END, PAD, PAD]])
 
 

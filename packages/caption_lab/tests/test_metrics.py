@@ -3,6 +3,8 @@ import pytest
 
 from caption_lab.metrics import CiderD, bleu, caption_metrics, diversity, longest_common, rouge_l
 
+pytestmark = pytest.mark.quick
+
 WORDS = ["a", "the", "dog", "cat", "runs", "sits", "on", "red", "grass", "two", "and", "white", "near", "big", "ball"]
 
 

@@ -7,6 +7,8 @@ from caption_lab.model import complete
 from labs_common.errors import LabError
 from labs_common.options import CaptionDataOptions
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     ("model", "encoder", "pool", "width", "dropout", "rate"),

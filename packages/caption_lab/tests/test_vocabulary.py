@@ -19,6 +19,8 @@ from caption_lab.vocabulary import (
 )
 from labs_common.errors import LabError
 
+pytestmark = pytest.mark.quick
+
 CAPTIONS = ["A dog runs .", "A dog jumps .", "Two dogs + a man's 3 T-shirts", "a cat"]
 
 

@@ -29,6 +29,8 @@ from clip_lab.model import training_mode
 from clip_lab.text import PretrainedText, TextTower
 from clip_lab.tokens import Words
 
+pytestmark = pytest.mark.quick
+
 HEAD = HeadOptions(embedding=16, queries=3, decoder_layers=1)
 
 

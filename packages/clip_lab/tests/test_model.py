@@ -14,6 +14,8 @@ from clip_lab.model import ClipModel, CocaModel, Scale, SimVlmModel, rows_of, tr
 from clip_lab.text import PretrainedText, TextTower
 from labs_common.errors import LabError
 
+pytestmark = pytest.mark.quick
+
 HEAD = HeadOptions(embedding=24, queries=3, decoder_layers=2)
 WORDS = torch.tensor([[2, 5, 6, 7, 3, 0, 0], [2, 8, 9, 10, 11, 12, 3]])
 

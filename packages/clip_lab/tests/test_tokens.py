@@ -11,6 +11,8 @@ from labs_common.errors import LabError
 from labs_common.scenes.captions import captions
 from labs_common.scenes.world import random_scene, scene_generator
 
+pytestmark = pytest.mark.quick
+
 SENTENCES = [caption for number in range(80) for caption in captions(
     random_scene(scene_generator(3, number)), scene_generator(4, number))]  # fmt: skip
 ODD = ["A dog's  big\tball , isn't it ?", "Übermäßig CAFÉ", "x < 3 & 4 > 2", "日本語 and a word", "a" * 300, ""]

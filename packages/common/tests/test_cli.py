@@ -10,6 +10,8 @@ from labs_common.cli import config_from_yaml, config_to_yaml, flat_options, pars
 from labs_common.errors import LabError
 from labs_common.options import RunOptions, TrainingOptions, names_in, one_of
 
+pytestmark = pytest.mark.quick
+
 
 @dataclass
 class Inner:

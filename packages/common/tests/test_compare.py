@@ -32,6 +32,8 @@ from labs_common.errors import LabError
 from labs_common.options import ComparisonOptions
 from labs_common.run import Run
 
+pytestmark = pytest.mark.quick
+
 
 @dataclass
 class Config:

@@ -6,6 +6,8 @@ import torch
 from labs_common.errors import LabError, RunStopped
 from labs_common.frozen.audit import FrozenAudit, fixed_tensors, tensor_hash, train_only
 
+pytestmark = pytest.mark.quick
+
 
 def network() -> torch.nn.Sequential:
     torch.manual_seed(0)

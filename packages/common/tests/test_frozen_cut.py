@@ -9,6 +9,8 @@ from torch import nn
 from labs_common.errors import LabError
 from labs_common.frozen.cut import Cut
 
+pytestmark = pytest.mark.quick
+
 
 class Residual(nn.Module):
     """What is added to the last layer's output crosses beside its input."""

@@ -8,6 +8,8 @@ import torch
 
 from labs_common.gathering import gathered, in_chunks, mean_over_processes
 
+pytestmark = pytest.mark.quick
+
 
 def pairs(own: torch.Tensor, labels: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Sum over `own` of a loss with every row of `other`."""

@@ -5,6 +5,8 @@ import pytest
 from labs_common import progress
 from labs_common.progress import ProgressLine, tracked
 
+pytestmark = pytest.mark.quick
+
 
 def test_a_log_has_a_line_now_and_then_and_one_at_the_end(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -12,6 +12,8 @@ from labs_common.errors import LabError
 from labs_common.options import RunOptions
 from labs_common.run import Run, check_run_options, write_atomically
 
+pytestmark = pytest.mark.quick
+
 
 @dataclass
 class Config:

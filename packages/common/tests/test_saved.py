@@ -8,6 +8,8 @@ import torch
 from labs_common.errors import LabError
 from labs_common.saved import load_exactly, load_model, read_weights, save_model
 
+pytestmark = pytest.mark.quick
+
 
 def build(description: dict[str, Any], state: dict[str, torch.Tensor]) -> torch.nn.Module:
     return torch.nn.Linear(description["width"], 2)

@@ -6,6 +6,8 @@ import pytest
 
 from labs_common.steps import ShuffledSteps, own_part, read_ahead
 
+pytestmark = pytest.mark.quick
+
 
 def steps(samples: int = 23, size: int = 5, **more: object) -> ShuffledSteps:
     return ShuffledSteps(samples, size, 7, lambda places, epoch, step: [(step, epoch, places)], **more)

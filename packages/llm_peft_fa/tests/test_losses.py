@@ -5,6 +5,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from llm_peft_fa import losses as module
 from llm_peft_fa.losses import chunked_cross_entropy
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("trained_head", [False, True])

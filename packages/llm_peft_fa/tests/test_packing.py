@@ -12,6 +12,8 @@ from llm_peft_fa.model import Adapted, PackedCausalLM, check_packed_loss, virtua
 from llm_peft_fa.packing import Packing, learnt_tokens, packed_row, spread
 from llm_peft_fa.templates import Encoded
 
+pytestmark = pytest.mark.quick
+
 
 def conversations(count: int = 9, seed: int = 0, longest: int = 90) -> list[Encoded]:
     draw = random.Random(seed)

@@ -16,6 +16,8 @@ from llm_peft_fa.persian import (
     questions,
 )
 
+pytestmark = pytest.mark.quick
+
 
 def test_answers_are_right() -> None:
     answer = {(task, *fields.values()): right for task, value in TASKS.items() for fields, right in value.items}

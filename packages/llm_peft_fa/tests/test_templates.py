@@ -9,6 +9,8 @@ from llm_peft_fa.data import Conversation, Reading
 from llm_peft_fa.report import show_learnt
 from llm_peft_fa.templates import check_before_training, encode, encode_all, encode_prompt
 
+pytestmark = pytest.mark.quick
+
 CHAT = [
     {"role": "system", "content": "کوتاه بگو."},
     {"role": "user", "content": "پایتخت ایران کجاست؟"},

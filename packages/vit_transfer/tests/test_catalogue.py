@@ -8,6 +8,8 @@ from vit_transfer.catalogue import FAMILIES, block_of, family
 from vit_transfer.config import ModelOptions
 from vit_transfer.model import Transfer, create, transfer, unfreeze
 
+pytestmark = pytest.mark.quick
+
 # Written down by hand, from timm's lists of modules: the last block of each network, then its head.
 LAST = {
     "vgg11": ["features.16", "features.18", "head.fc"],

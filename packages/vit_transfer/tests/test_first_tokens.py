@@ -8,6 +8,8 @@ from vit_transfer.config import ModelOptions
 from vit_transfer.first_tokens import FirstTokens, can_be_shortened, read_tokens
 from vit_transfer.model import create, transfer
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("options", [{}, {"qkv_bias": True}, {"qkv_bias": True, "init_values": 0.3}])

@@ -22,6 +22,8 @@ from zsi_contrastive.detector.annotations import (
 )
 from zsi_contrastive.detector.pictures import found_pictures, instance_pictures, mask_of
 
+pytestmark = pytest.mark.quick
+
 COCO = [name for names in coco_groups().values() for name in names]
 SPLIT = Split("mine", ("cat", "dog"), ("elf",))
 IDS = {"cat": 3, "dog": 17, "elf": 90, "tree": 44}  # with gaps

@@ -5,6 +5,8 @@ import torch
 
 from zsi_contrastive.detector.graph import AGGREGATES, aggregated, neighbour_graph, refined
 
+pytestmark = pytest.mark.quick
+
 torch.manual_seed(0)
 STATES, OWN, OTHERS = torch.randn(7, 4), torch.randn(4, 3), torch.randn(4, 3)
 GRAPH = (torch.rand(7, 7) < 0.4).float().fill_diagonal_(0)

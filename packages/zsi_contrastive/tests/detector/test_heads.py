@@ -18,7 +18,9 @@ from zsi_contrastive.detector.heads import (
     thumbnails,
     transferred,
 )
-from zsi_contrastive.greedy import TINY_SIZES
+from zsi_contrastive.networks import TINY_SIZES
+
+pytestmark = pytest.mark.quick
 
 D = 5
 

@@ -16,6 +16,8 @@ from zsi_contrastive.detector.pictures import instance_pictures
 from zsi_contrastive.detector.protocol import named_objects, scores_of
 from zsi_contrastive.detector.scoring import THRESHOLDS, harmonic_mean, iou, read_results, scored, together
 
+pytestmark = pytest.mark.quick
+
 SPLIT = Split("mine", ("cat", "dog", "cow"), ("elf", "orc"))
 IDS = dict(zip(SPLIT.classes, (3, 17, 18, 44, 90), strict=True))
 SIDE = 60

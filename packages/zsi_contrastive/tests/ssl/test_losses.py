@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 from zsi_contrastive.ssl import losses
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def views() -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from benchmarks.memory import held_bytes
 
-from zsi_contrastive.greedy import GRID, TINY_SIZES, GreedySizes, PatchModules, PixelContext, patches_of
+from zsi_contrastive.networks import GRID, TINY_SIZES, GreedySizes, PatchModules, PixelContext, patches_of
 
 
 def modules(seed: int = 0, **more: bool) -> tuple[PatchModules, torch.Tensor]:
