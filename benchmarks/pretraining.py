@@ -47,7 +47,7 @@ from labs_common.data.images import checked
 from labs_common.data.readers import read_pictures
 from labs_common.run import Run, write_atomically
 from labs_common.training import make_accelerator
-from zsi_contrastive.greedy import GreedySizes, PatchModules
+from zsi_contrastive.networks import GreedySizes, PatchModules
 from zsi_contrastive.ssl.config import EncoderOptions, PretrainConfig
 from zsi_contrastive.ssl.data import Pixels
 from zsi_contrastive.ssl.methods import complete

@@ -10,37 +10,15 @@ from timm.layers import freeze_batch_norm_2d
 from torch import nn
 from torchvision.models import get_model_weights, list_models
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.models.resnet import BasicBlock
-from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
+from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from labs_common.errors import LabError, reason_of
 from labs_common.saved import load_exactly, read_weights, timm_arguments
-from zsi_contrastive.detector.config import TINY
+from zsi_contrastive import TINY
+from zsi_contrastive.networks import TINY_CHANNELS, TinyBody
 
-TINY_CHANNELS = (24, 48, 64, 96)  # at strides 2, 4, 8 and 16
 STAGES = 4  # of a ResNet, after its stem
-
-
-class TinyBody(nn.Sequential):
-    """Three feature maps at strides 4, 8 and 16: small enough to learn drawn things on a CPU in minutes."""
-
-    def __init__(self) -> None:
-        stages: list[nn.Module] = []
-        before = 3
-        for channels in TINY_CHANNELS:
-            halved = Conv2dNormActivation(before, channels, 3, 2)
-            stages.append(nn.Sequential(halved, BasicBlock(channels, channels)) if stages else halved)
-            before = channels
-        super().__init__(*stages)
-
-    def forward(self, pictures: torch.Tensor) -> list[torch.Tensor]:
-        """Returns maps (batch, channels, height / stride, width / stride), without the first stage's."""
-        maps = []
-        for stage in self:
-            pictures = stage(pictures)
-            maps.append(pictures)
-        return maps[1:]
 
 
 class Pyramid(nn.Module):

@@ -9,8 +9,8 @@ import tyro
 
 from labs_common.errors import LabError
 from labs_common.options import CommandOptions, ComparisonOptions, OnBadData, RunOptions, TrainingOptions
+from zsi_contrastive import TINY
 
-TINY = "tiny"  # the backbone that learns drawn things on a CPU in minutes
 PUBLISHED = ("48_17", "65_15")  # the splits of COCO in the literature (Zheng et al. 2021): seen_unseen
 SCENES = "scenes"
 Aggregate = Literal["none", "sum", "mean", "max"]

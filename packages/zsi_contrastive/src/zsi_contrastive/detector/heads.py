@@ -15,7 +15,7 @@ from torch import nn
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.transforms.v2.functional import normalize
 
-from zsi_contrastive.greedy import TINY_SIZES, GreedySizes, PatchModules
+from zsi_contrastive.networks import TINY_SIZES, GreedySizes, PatchModules
 
 DECONV = 2  # the mask head doubles the side of what RoIAlign gives
 START = 0.01  # standard deviation of new weights of the proposals, as in Faster R-CNN (Ren et al. 2015, section 3.1.3)

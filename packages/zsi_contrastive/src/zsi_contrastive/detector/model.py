@@ -13,8 +13,9 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 
 from labs_common.saved import load_exactly, read_weights
+from zsi_contrastive import TINY
 from zsi_contrastive.detector.backbone import make_backbone
-from zsi_contrastive.detector.config import TINY, TrainConfig
+from zsi_contrastive.detector.config import TrainConfig
 from zsi_contrastive.detector.heads import (
     CONTRASTIVE,
     BackgroundAwareRPNHead,

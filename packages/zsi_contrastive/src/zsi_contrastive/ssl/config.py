@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from labs_common.errors import LabError
 from labs_common.options import ClassDataOptions, ComparisonOptions, RunOptions, TrainingOptions, one_of
-from zsi_contrastive.detector.config import TINY
+from zsi_contrastive import TINY
 
 MethodName = Annotated[str, one_of("zsi_contrastive.ssl.methods:METHODS")]
 Optimizer = Literal["auto", "sgd", "lars", "adamw"]

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from labs_common.errors import LabError, RunStopped
 from labs_common.gathering import gathered
-from zsi_contrastive.detector.config import TINY
+from zsi_contrastive import TINY
 from zsi_contrastive.ssl.config import RESNET50_V2, RESNETS, MethodOptions, PretrainConfig, check_ranges
 from zsi_contrastive.ssl.losses import (
     byol_loss,

@@ -10,9 +10,8 @@ from torchvision.models import get_model, list_models
 
 from labs_common.errors import LabError, reason_of
 from labs_common.saved import timm_arguments
-from zsi_contrastive.detector.backbone import TINY_CHANNELS, TinyBody
-from zsi_contrastive.detector.config import TINY
-from zsi_contrastive.greedy import TINY_SIZES, GreedySizes, PatchModules
+from zsi_contrastive import TINY
+from zsi_contrastive.networks import TINY_CHANNELS, TINY_SIZES, GreedySizes, PatchModules, TinyBody
 from zsi_contrastive.ssl.config import RESNETS, EncoderOptions, PretrainConfig
 
 NORMS = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "": nn.Identity}

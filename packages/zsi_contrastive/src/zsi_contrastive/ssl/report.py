@@ -20,8 +20,8 @@ from labs_common.report.page import Code, Figure, Gallery, Section, Table, Text,
 from labs_common.report.sections import asked_section, cost_section, curves_section, rerun_section, trained_section
 from labs_common.run import Run, seconds_between
 from labs_common.saved import FOLDER
-from zsi_contrastive.detector.config import TINY
-from zsi_contrastive.greedy import PatchModules
+from zsi_contrastive import TINY
+from zsi_contrastive.networks import PatchModules
 from zsi_contrastive.ssl.config import PretrainConfig
 from zsi_contrastive.ssl.data import Pixels, middle_square, pixels_of, recipes_of, views_of
 from zsi_contrastive.ssl.evaluate import COLLAPSED, Features, linear_probe, scores

@@ -1,7 +1,8 @@
-"""Greedy InfoMax on patches: modules that each learn by a loss of their own, with no gradient between them.
+"""The networks that both halves use: a tiny body for drawn things, and Greedy InfoMax on patches.
 
-Löwe et al., "Putting An End to End-to-End: Gradient-Isolated Learning of Representations", NeurIPS 2019, section 4.1;
-CPC (van den Oord et al. 2018, section 3.3) is the same in one module under a context.
+Greedy InfoMax's modules each learn by a loss of their own, with no gradient between them: Löwe et al., "Putting An End
+to End-to-End: Gradient-Isolated Learning of Representations", NeurIPS 2019, section 4.1. CPC (van den Oord et al.
+2018, section 3.3) is the same in one module under a context.
 """
 
 from collections.abc import Sequence
@@ -10,11 +11,35 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.models.resnet import BasicBlock
+from torchvision.ops import Conv2dNormActivation
 
 from zsi_contrastive.ssl.losses import info_nce_loss
 
+TINY_CHANNELS = (24, 48, 64, 96)  # of the tiny body, at strides 2, 4, 8 and 16
 GRID = 7  # patches across and down: half of each overlaps the next, as in the paper
 CUT = 4  # a patch's side is a quarter of the picture's: 16 of 64 pixels in the paper
+
+
+class TinyBody(nn.Sequential):
+    """Three feature maps at strides 4, 8 and 16: small enough to learn drawn things on a CPU in minutes."""
+
+    def __init__(self) -> None:
+        stages: list[nn.Module] = []
+        before = 3
+        for channels in TINY_CHANNELS:
+            halved = Conv2dNormActivation(before, channels, 3, 2)
+            stages.append(nn.Sequential(halved, BasicBlock(channels, channels)) if stages else halved)
+            before = channels
+        super().__init__(*stages)
+
+    def forward(self, pictures: torch.Tensor) -> list[torch.Tensor]:
+        """Returns maps (batch, channels, height / stride, width / stride), without the first stage's."""
+        maps = []
+        for stage in self:
+            pictures = stage(pictures)
+            maps.append(pictures)
+        return maps[1:]
 
 
 @dataclass(frozen=True)
