@@ -9,8 +9,6 @@ from labs_common.frozen.cut import Cut
 from vit_transfer.config import ModelOptions
 from vit_transfer.model import create, transfer
 
-pytestmark = pytest.mark.quick
-
 # One of each family, with the smallest pictures that it takes.
 SIZES = {
     "vgg11": 32, "resnet18": 32, "densenet121": 32, "inception_v3": 75, "legacy_xception": 71, "xception41": 64,
