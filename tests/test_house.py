@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.quick
 ROOT = Path(__file__).parents[1]
 LABS = ("caption_lab", "clip_lab", "llm_peft_fa", "vit_transfer", "zsi_contrastive")
 FILES = {
