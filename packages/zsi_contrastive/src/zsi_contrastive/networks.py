@@ -14,7 +14,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import Conv2dNormActivation
 
-from zsi_contrastive.ssl.losses import info_nce_loss
+from zsi_contrastive.losses import info_nce_loss
 
 TINY_CHANNELS = (24, 48, 64, 96)  # of the tiny body, at strides 2, 4, 8 and 16
 GRID = 7  # patches across and down: half of each overlaps the next, as in the paper

@@ -11,7 +11,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-from labs_common.gathering import CHUNK, gathered, in_chunks, mean_over_processes, several_processes
+from labs_common.gathering import CHUNK, gathered, in_chunks, mean_over_processes
+from zsi_contrastive.losses import info_nce_loss as info_nce_loss  # of this list too; the detector needs it without ssl
+from zsi_contrastive.losses import own_places
 
 
 def hadsell_loss(rows: torch.Tensor, labels: torch.Tensor, margin: float = 1.0, chunk: int = CHUNK) -> torch.Tensor:
@@ -27,7 +29,7 @@ def hadsell_loss(rows: torch.Tensor, labels: torch.Tensor, margin: float = 1.0, 
         chunk: rows at once.
     """
     columns, of = gathered(rows), gathered(labels)
-    place = _own_places(rows)
+    place = own_places(rows)
 
     def pairs(
         own: torch.Tensor, label: torch.Tensor, place: torch.Tensor, columns: torch.Tensor, of: torch.Tensor
@@ -57,32 +59,6 @@ def nce_loss(
     real = F.logsigmoid(scores - log_noise - count)
     false = F.logsigmoid(-(noise_scores - log_noise_of_noise - count))
     return -(real + false.sum(1)).mean()
-
-
-def info_nce_loss(
-    queries: torch.Tensor, keys: torch.Tensor, temperature: float = 1.0, group: int = 0, chunk: int = CHUNK
-) -> torch.Tensor:
-    """Classifies which key belongs to each query: −log exp(q·k) / Σ exp(q·k') (van den Oord et al. 2018, CPC, eq. 4).
-
-    Args:
-        queries: (n, d), such as contexts after their W_k.
-        keys: (n, d), row by row the one that belongs to each query.
-        temperature: products are divided by it.
-        group: compares each query only with the keys of its own group of `group` consecutive rows (a last incomplete
-            group is left out); 0 compares all with all, over all processes.
-        chunk: rows at once.
-    """
-    if group:
-        count = max(1, len(queries) // group)
-        size = min(group, len(queries))
-        own, others = (rows[: count * size].view(count, size, -1) for rows in (queries, keys))
-        products = (own @ others.transpose(1, 2) / temperature).flatten(0, 1)  # (count · size, size)
-        return F.cross_entropy(products, torch.arange(size, device=queries.device).repeat(count))
-
-    def part(query: torch.Tensor, place: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(query @ keys.T / temperature, place, reduction="sum")
-
-    return in_chunks(part, (queries, _own_places(queries)), (gathered(keys),), chunk) / len(queries)
 
 
 def nt_xent_loss(
@@ -214,13 +190,7 @@ def koleo_loss(rows: torch.Tensor, chunk: int = CHUNK) -> torch.Tensor:
         # 1e-8, also inside torch's distance, keeps the loss and the gradient of equal rows finite.
         return -(F.pairwise_distance(rows, columns[nearest], eps=1e-8) + 1e-8).log().sum()
 
-    return in_chunks(part, (rows, _own_places(rows)), (columns,), chunk) / len(rows)
-
-
-def _own_places(rows: torch.Tensor) -> torch.Tensor:
-    """Returns the places (n,) of this process's rows among the gathered ones of all processes."""
-    first = torch.distributed.get_rank() * len(rows) if several_processes() else 0
-    return first + torch.arange(len(rows), device=rows.device)
+    return in_chunks(part, (rows, own_places(rows)), (columns,), chunk) / len(rows)
 
 
 def _two_views(
@@ -229,6 +199,6 @@ def _two_views(
     """Returns both views as unit rows (2n, d), places of each row and of its other view, and all processes' rows."""
     first, second = F.normalize(first, dim=1), F.normalize(second, dim=1)
     columns = torch.cat([gathered(first), gathered(second)])
-    own = _own_places(first)
+    own = own_places(first)
     other = own + len(columns) // 2
     return torch.cat([first, second]), torch.cat([own, other]), torch.cat([other, own]), columns
