@@ -23,7 +23,7 @@ class Stateful(Protocol):
     """State that a run must remember besides weights and optimizer, the same in every process."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers and text, in dictionaries and lists."""
+        """Returns tensors, numbers and text, in dictionaries and lists."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what `state_dict` gave."""
@@ -74,7 +74,7 @@ def save_checkpoint(
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints `step-N` under `folder`, oldest first."""
+    """Finds the whole checkpoints `step-N` under `folder`, oldest first."""
     return sorted(folder.glob("step-*"))
 
 
@@ -117,7 +117,7 @@ def load_checkpoint(
 
 
 def changing_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Trainable parameters and buffers of `model` by name, contiguous and detached."""
+    """Copies the trainable parameters and the buffers of `model`, by name, contiguous and detached."""
     tensors: dict[str, torch.Tensor] = {
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
     }

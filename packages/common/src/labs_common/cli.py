@@ -59,7 +59,7 @@ def run_command(
 
 
 def command_of(module: str) -> Callable[[], None]:
-    """The command that `python -m MODULE` runs: an entry of its package's `commands`."""
+    """Returns the command that `python -m MODULE` runs: an entry of its package's `commands`."""
     package, _, name = module.rpartition(".")
     command: Callable[[], None] = getattr(importlib.import_module(f"{package}.commands"), name)
     return command
@@ -115,12 +115,12 @@ def config_from_yaml(config_type: type[Config], path: Path) -> Config:
 
 
 def config_to_yaml(config: Any) -> str:
-    """Every option of `config`, as YAML that `--config` reads back to an equal config."""
+    """Writes every option of `config` as YAML that `--config` reads back to an equal config."""
     return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
 
 
 def to_plain(value: Any) -> Any:
-    """Dataclasses, paths and tuples as the dictionaries, strings and lists that YAML and JSON know."""
+    """Turns dataclasses, paths and tuples into the dictionaries, strings and lists that YAML and JSON know."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, dict):
@@ -131,7 +131,7 @@ def to_plain(value: Any) -> Any:
 
 
 def flat_options(config: Any) -> dict[str, Any]:
-    """The options of a nested config by their flag names, without the groups: `{"learning_rate": 0.001, ...}`."""
+    """Returns a nested config's options by their flag names, without the groups: `{"learning_rate": 0.001, ...}`."""
     options: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -154,7 +154,7 @@ def _parse_flags(config_type: type[Config], default: Config, prog: str, argument
 
 
 def _flags_of(values: dict[str, Any]) -> list[str]:
-    """The flags that say what a YAML config says; groups only sort its options, they do not name them."""
+    """Returns the flags that say what a YAML config says; groups only sort its options, they do not name them."""
     flags: list[str] = []
     for name, value in values.items():
         flag = "--" + str(name).replace("_", "-")
@@ -170,9 +170,9 @@ def _flags_of(values: dict[str, Any]) -> list[str]:
 
 
 def _one_line(box: str) -> str:
-    """The message inside the frame, of lines or of plain characters, that tyro draws around an error.
+    """Takes the message out of the frame, of lines or of plain characters, that tyro draws around an error.
 
-    That is up to its first rule, and what it suggests.
+    The message goes up to the frame's first rule; what tyro suggests below is added.
     """
     lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).rstrip() for line in box.splitlines()]
     parts: list[list[str]] = [[]]

@@ -143,9 +143,9 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def channels_last(module: torch.nn.Module, accelerator: Accelerator) -> None:
-    """Puts convolutions' weights into the memory format in which they are fastest (half as fast again for small CNNs).
+    """Puts convolutions' weights into their fastest memory format: small CNNs are about 1.5 times as fast.
 
-    Left alone where DeepSpeed or FSDP shard weights: both want contiguous ones.
+    They are left alone where DeepSpeed or FSDP shard weights: both want contiguous ones.
     """
     if accelerator.distributed_type not in SHARDED:
         module.to(memory_format=torch.channels_last)

@@ -19,7 +19,7 @@ RowPrecision = Literal["bf16", "fp16", "fp32"]
 
 
 def names_in(table: str) -> tuple[str, ...]:
-    """The keys of the dictionary `table` ("package.module:NAME"), read from the module's source without importing it.
+    """Reads the keys of the dictionary `table` ("package.module:NAME") from its module's source, without importing it.
 
     So a choice is registered in one place, beside its function, and `--help` lists it without importing torch.
 

@@ -37,7 +37,7 @@ class ProgressLine:
         return self
 
     def advance(self, note: str = "") -> None:
-        """One more step is done; `note` says what a reader may want to see (loss, speed)."""
+        """Counts one more step as done; `note` says what a reader may want to see (loss, speed)."""
         self.done += 1
         if self._bar is not None:
             self._bar.update(self._id, completed=self.done, note=note)

@@ -74,7 +74,7 @@ class Run:
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def lines(self, file: str) -> Iterator[dict[str, Any]]:
-        """The JSON lines of `file`; nothing if it does not exist. A last line cut by a kill is left out."""
+        """Yields the JSON lines of `file`; nothing if it does not exist. A last line cut by a kill is left out."""
         path = self.path / file
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
@@ -117,7 +117,7 @@ def cost_of(run: Run, unit: str) -> dict[str, Any]:
 
 
 def machine_of(run: Run, packages: Sequence[str]) -> dict[str, Any]:
-    """Commit, machine and the versions of some packages, from environment.json."""
+    """Reads commit, machine and the versions of some packages from environment.json."""
     environment = run.load_json("environment.json")
     kept = {key: environment[key] for key in ("git_commit", "python", "platform", "cpu_count", "gpus")}
     return kept | {"packages": {name: environment["packages"].get(name) for name in packages}}
@@ -148,7 +148,7 @@ def check_new(output: Path | None) -> None:
     """Refuses an `--output` that holds something already.
 
     Raises:
-        LabError: it does.
+        LabError: the directory is not empty, or it is a file.
     """
     if output is None or not output.exists():
         return
@@ -160,7 +160,7 @@ def check_new(output: Path | None) -> None:
 
 
 def new_folder(output: Path | None, default: Path) -> Path:
-    """`--output`, or `default`, or the first of default-2, default-3, … that holds nothing yet.
+    """Returns `--output`, or `default`, or the first of default-2, default-3, … that holds nothing yet.
 
     Raises:
         LabError: `--output` holds something, or the directory cannot be written.
@@ -177,7 +177,7 @@ def check_writable(path: Path) -> None:
     """Refuses an `--output` that cannot be made or written, without making it.
 
     Raises:
-        LabError: that is so.
+        LabError: the user may not write there, or a file stands where a directory should.
     """
     parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -228,14 +228,14 @@ def environment() -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command that started this process, as a user would type it."""
+    """Writes the command that started this process as a user would type it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     start = f"python -m {spec.name}" if spec is not None and spec.name != "__main__" else Path(sys.argv[0]).name
     return " ".join([start, *sys.argv[1:]])
 
 
 def _agreed_path(options: RunOptions, name: str) -> Path:
-    """`--output`, or a new name under runs/; all processes get the main one's."""
+    """Returns `--output`, or a new name under runs/; all processes get the main one's."""
     if options.output is not None:
         return options.output
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -273,7 +273,7 @@ def _git_commit() -> str | None:
 
 
 def newest_run(file: str, command: str) -> Path:
-    """The finished run under runs/ whose `model/FILE` was written last.
+    """Finds the finished run under runs/ whose `model/FILE` was written last.
 
     Raises:
         LabError: there is none; `command` is the module that would make one.

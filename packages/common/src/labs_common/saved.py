@@ -51,8 +51,8 @@ def load_model(
     """Loads what `save_model` wrote, from a finished run or from the directory itself.
 
     `build` makes the model out of its description and, where it needs them, its weights; these are then loaded, all of
-    them. `option` named the path. Returns the model in evaluation mode with nothing that trains, the description, and
-    the directory.
+    them. Messages name `option`, which gave the path. Returns the model in evaluation mode with nothing that trains,
+    the description, and the directory.
 
     Raises:
         LabError: nothing is there, or it is broken.
@@ -85,10 +85,10 @@ def timm_arguments(name: str, size: int, option: str) -> dict[str, Any]:
 
 
 def read_weights(file: Path, option: str) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors file.
+    """Reads the tensors of a .safetensors file.
 
     Raises:
-        LabError: it cannot be read.
+        LabError: the file cannot be read.
     """
     try:
         return load_file(file)
@@ -113,7 +113,7 @@ def saved_folder(path: Path, names: Sequence[str], option: str, inner: str = "mo
     """Finds the files `names` of a saved model: under `model/` of a finished run, or in the directory itself.
 
     Raises:
-        LabError: they do not, with `option`, which named the path.
+        LabError: they are not there; the message names `option`.
     """
     for folder in (path / inner, path):
         if all((folder / name).is_file() for name in names):

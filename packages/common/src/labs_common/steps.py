@@ -34,7 +34,7 @@ class Source(Protocol):
 
 
 def shuffled(seed: int, epoch: int, count: int) -> list[int]:
-    """The numbers below `count` in the order of this epoch: a function of seed and epoch alone."""
+    """Returns the numbers below `count` in the order of this epoch: a function of seed and epoch alone."""
     order: list[int] = np.random.default_rng([seed, epoch]).permutation(count).tolist()
     return order
 
@@ -75,7 +75,7 @@ class ShuffledSteps:
 
 
 def own_part(places: Sequence[int], rank: int = 0, processes: int = 1) -> tuple[list[int], float]:
-    """The samples of a step that process `rank` has, and what the mean of their losses is multiplied by.
+    """Returns the samples of a step that process `rank` has, and what the mean of their losses is multiplied by.
 
     Such shares average over processes to the mean over all samples of the step. Every process must take part in every
     step: one without a sample of its own gets the first one with a share of 0.

@@ -35,7 +35,7 @@ from labs_common.steps import Source
 
 
 def learning_rate_share(step: int, total: int, warmup: float, schedule: Schedule) -> float:
-    """The share of the highest learning rate that optimizer step `step` (from 0) of `total` uses.
+    """Returns the share of the highest learning rate that optimizer step `step` (from 0) of `total` uses.
 
     It rises linearly over the first `warmup` share of the steps, then stays, falls linearly to zero, falls along half
     a cosine (Loshchilov & Hutter 2017, eq. 5, one cycle), or falls in steps: to a tenth after two thirds of all and
@@ -53,13 +53,13 @@ def learning_rate_share(step: int, total: int, warmup: float, schedule: Schedule
 
 
 def total_steps(options: TrainingOptions, source: Source) -> int:
-    """The optimizer steps of a whole run."""
+    """Counts the optimizer steps of a whole run."""
     total = options.epochs * len(source)
     return total if options.max_steps is None else min(total, options.max_steps)
 
 
 def make_accelerator(options: TrainingOptions) -> Accelerator:
-    """An Accelerator for the process layout that the launcher set up, with the wanted precision.
+    """Makes an Accelerator for the process layout that the launcher set up, with the wanted precision.
 
     Raises:
         LabError: the machine cannot compute in that precision.
@@ -77,14 +77,14 @@ def make_accelerator(options: TrainingOptions) -> Accelerator:
 
 
 def mixed_precision(precision: Precision) -> str:
-    """Accelerate's name for `--precision`; auto is bf16 on a GPU that computes in it, else none."""
+    """Returns Accelerate's name for `--precision`; auto is bf16 on a GPU that computes in it, else none."""
     if precision == "auto":
         return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
     return "no" if precision == "fp32" else precision
 
 
 def peak_memory() -> int:
-    """Bytes: the most that the GPU's allocator held, or the largest resident set of this process on a CPU."""
+    """Returns the most bytes that the GPU's allocator held; on a CPU, the largest resident set of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
@@ -96,13 +96,16 @@ def peak_memory() -> int:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the tensors that the optimizer keeps in this process (AdamW: two moments for each trained value)."""
+    """Counts the bytes that the optimizer keeps in this process (AdamW: two moments for each trained value)."""
     kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
 
 def training_means(run: Run, unit: str, names: Sequence[str]) -> dict[str, float]:
-    """Means (`training/NAME`) over the `unit`s since the last evaluation, from metrics.jsonl, in the main process."""
+    """Averages metrics of the steps since the last evaluation, weighted by their `unit`s, from metrics.jsonl.
+
+    Returns {"training/NAME": mean}; nothing in other processes than the main one, or if there was no step.
+    """
     counts: list[float] = []
     values: list[list[float]] = []
     before = 0
@@ -260,7 +263,7 @@ class Loop:
         return self.options.learning_rate * share
 
     def _over_processes(self) -> tuple[dict[str, float], int, int]:
-        """Loss and metrics (mean), count (sum) and the signal (any) over all processes."""
+        """Brings loss and metrics (mean), count (sum) and the signal (any) together over all processes."""
         mine = torch.tensor([*self._share.values(), float(self._signal)], dtype=torch.float64)
         if self.accelerator.num_processes == 1:
             everyone = mine.unsqueeze(0)
@@ -341,7 +344,7 @@ class Loop:
 
 @contextlib.contextmanager
 def _signals(loop: Loop) -> Iterator[None]:
-    """Ctrl-C and SIGTERM only leave a note; the loop stops after the step.
+    """Lets Ctrl-C and SIGTERM only leave a note; the loop stops after the step.
 
     One more stops at once if a second has passed: a launcher passes on what its group has already received.
     """

@@ -117,7 +117,7 @@ def recommend(
 
 
 def pareto(points: Mapping[str, tuple[float, float]], higher_is_better: bool = True) -> list[str]:
-    """The names of (cost, quality) that no other beats in one and equals in the other."""
+    """Returns the names of the Pareto front: no other point (cost, quality) is as good in both and better in one."""
     sign = 1 if higher_is_better else -1
     front = []
     for name, (cost, value) in points.items():
@@ -131,7 +131,7 @@ def pareto(points: Mapping[str, tuple[float, float]], higher_is_better: bool = T
 
 
 def within_one_error(differences: Sequence[float]) -> bool:
-    """Whether a mean difference from the best is no more than one standard error (Breiman et al. 1984, 3.4.3).
+    """Says whether a mean difference from the best is at most one standard error (Breiman et al. 1984, 3.4.3).
 
     `differences` are those of each case, best minus other; at least two.
     """
@@ -140,7 +140,7 @@ def within_one_error(differences: Sequence[float]) -> bool:
 
 
 def mean_and_spread(name: str, values: Sequence[float]) -> dict[str, float]:
-    """{name: mean, "name ±": standard deviation}, without the latter for one value and empty for none."""
+    """Returns {name: mean, "name ±": standard deviation}; without the latter for one value, empty for none."""
     if not values:
         return {}
     found = {name: statistics.fmean(values)}
@@ -158,7 +158,7 @@ def cell(row: Mapping[str, Any], name: str) -> str | float | None:
 
 
 def figure_text(value: float) -> str:
-    """A number with three digits, or with all before the point."""
+    """Writes a number with three digits, or with all before the point if those are more."""
     if not math.isfinite(value):
         return str(value)
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -44,7 +44,7 @@ def plan_runs(
 
 
 def entries_of(option: str, text: str) -> list[str]:
-    """The comma-separated entries of `option`, each once.
+    """Splits the comma-separated entries of `option`.
 
     Raises:
         LabError: there is none, or one occurs twice.
@@ -59,19 +59,19 @@ def entries_of(option: str, text: str) -> list[str]:
 
 
 def name_and_flags(spec: str) -> tuple[str, list[str]]:
-    """`lora:rank=8:no-bias` as the name and the flags that it stands for: ("lora", ["--rank=8", "--no-bias"])."""
+    """Splits an entry into its name and flags: `lora:rank=8:no-bias` into ("lora", ["--rank=8", "--no-bias"])."""
     name, *options = spec.split(":")
     parts = [option.partition("=") for option in options]
     return name, [f"--{key.replace('_', '-')}" + (f"={value}" if value else "") for key, _, value in parts]
 
 
 def slug(spec: str) -> str:
-    """An entry as a part of a path."""
+    """Makes an entry the name of a directory: `lora:rank=8` gives lora-rank=8."""
     return spec.replace(":", "-").replace("/", "-")
 
 
 def comparison_folder(name: str, config: Any, files: Sequence[str | Path | None]) -> Path:
-    """`--output`, or the directory under runs/ that the same options and the same files always give.
+    """Returns `--output`, or the directory under runs/ that the same options and files always give.
 
     `config` has its `ComparisonOptions` under `comparison`.
 
@@ -103,12 +103,12 @@ def check_compared(what: str, options: ComparisonOptions) -> None:
 
 
 def seeds_of(options: ComparisonOptions) -> range:
-    """The seeds of each thing that is compared."""
+    """Returns the seeds with which each entry is run."""
     return range(options.seed, options.seed + options.seeds)
 
 
 def seeds_text(options: ComparisonOptions) -> str:
-    """Says how many seeds each had."""
+    """Says with how many seeds each entry is run."""
     return "one seed" if options.seeds == 1 else f"{options.seeds} seeds"
 
 

@@ -193,7 +193,7 @@ def _launched(module: str, arguments: list[str], lock: Path, launch: Path) -> in
 
 @contextmanager
 def _stopping(process: "BaseProcess | subprocess.Popen[bytes]") -> Iterator[list[int]]:
-    """Ctrl-C reaches the run by itself, SIGTERM is passed on; either way the run saves itself and ends first.
+    """Passes SIGTERM on to the run, which Ctrl-C reaches by itself; either way the run saves itself and ends first.
 
     Yields the numbers of the signals that came: whatever the run then exits with, no other is started.
     """

@@ -54,7 +54,7 @@ def fixed_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def tensor_hash(tensor: torch.Tensor) -> str:
-    """BLAKE2b over the bytes of a tensor; of this process's part where FSDP or ZeRO-3 shard it."""
+    """Hashes the bytes of a tensor by BLAKE2b; those of this process's part where FSDP or ZeRO-3 shard it."""
     if hasattr(tensor, "ds_tensor"):
         tensor = tensor.ds_tensor
     elif hasattr(tensor, "to_local"):
@@ -64,7 +64,7 @@ def tensor_hash(tensor: torch.Tensor) -> str:
 
 
 def state_hash(module: torch.nn.Module) -> str:
-    """Thirty-two hexadecimal digits that change with any weight or buffer that the module saves."""
+    """Returns 32 hexadecimal digits that change with any weight or buffer that the module saves."""
     found = hashlib.blake2b(digest_size=16)
     for name, tensor in module.state_dict().items():
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor_hash(tensor)}".encode())
@@ -127,7 +127,7 @@ class FrozenAudit:
             )
 
     def table(self) -> list[dict[str, str | int]]:
-        """One row per kind of module: parameters that train, parameters and buffers whose hashes were equal.
+        """Makes a row for each kind of module: parameters that train, parameters and buffers whose hashes were equal.
 
         Layers are counted together: `layers.*.self_attn` stands for all of them.
         """
@@ -146,7 +146,7 @@ class FrozenAudit:
 
 
 def _of_process(kept: Any, accelerator: Accelerator) -> dict[str, str] | None:
-    """This process's hashes out of frozen.json: one dictionary if all processes had the same, else one for each."""
+    """Takes this process's hashes out of frozen.json: one dictionary if all had the same, else one for each process."""
     if isinstance(kept, list):
         if len(kept) != accelerator.num_processes:
             raise LabError(f"--resume: the run's weights are sharded over {len(kept)} processes; resume with as many")

@@ -51,7 +51,7 @@ class Cut:
         self.back = _Back(_module(model, _back_graph(graph, behind, crossing)), self.shapes, self.widths)
 
     def calls(self, name: str) -> bool:
-        """Whether the back calls the network's module `name`."""
+        """Says whether the back calls the network's module `name`."""
         return any(node.op == "call_module" and node.target == name for node in self.back.graph_module.graph.nodes)
 
     def replace(self, name: str, module: torch.nn.Module) -> None:
@@ -108,7 +108,7 @@ def _traced(model: torch.nn.Module, trained: Sequence[str]) -> fx.Graph:
 
 
 def _module(model: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """The graph as a module, without what nothing needs."""
+    """Makes the graph a module, without unused nodes."""
     module = fx.GraphModule(model, graph)
     module.graph.eliminate_dead_code()
     module.recompile()
@@ -116,7 +116,7 @@ def _module(model: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
 
 
 def _behind(graph: fx.Graph, trained: Sequence[str]) -> set[fx.Node]:
-    """The nodes that call a trained module, or come after one that does."""
+    """Finds the nodes that call a trained module, or come after one that does."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         own = node.op in ("call_module", "get_attr") and any(

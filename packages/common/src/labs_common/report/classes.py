@@ -43,7 +43,7 @@ class Predictions:
         return float(-np.log(np.maximum(right, 1e-30)).mean())  # finite even where 32 bits gave a zero
 
     def confusion(self) -> np.ndarray:
-        """Pictures by true class (rows) and predicted class (columns)."""
+        """Counts the pictures by true class (rows) and predicted class (columns)."""
         classes = self.probabilities.shape[1]
         return np.bincount(self.labels * classes + self.said, minlength=classes**2).reshape(classes, classes)
 
