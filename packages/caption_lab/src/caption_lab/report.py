@@ -18,7 +18,7 @@ from caption_lab.losses import OBJECTIVES
 from caption_lab.metrics import Evaluation, Truthfulness, mistakes, references_of, rouge_l
 from caption_lab.saved import Captioner
 from labs_common.data.captions import CaptionedPictures, Captions
-from labs_common.fitting import Fitted, leave, results_of
+from labs_common.fitting import Fitted, results_of, write_results
 from labs_common.progress import console
 from labs_common.report.captions import captioned_data_section
 from labs_common.report.figures import architecture_figure, bar_figure, curve_figure
@@ -93,7 +93,7 @@ def finish_report(
             rerun_section(run),
         ]
 
-    leave(run, results, config.run.report, f"{config.model} describes pictures", page)
+    write_results(run, results, config.run.report, f"{config.model} describes pictures", page)
 
 
 def print_scores(found: Evaluation) -> None:

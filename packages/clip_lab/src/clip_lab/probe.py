@@ -26,7 +26,7 @@ from labs_common.data.classes import LabelledPictures
 from labs_common.data.images import decoding_threads, record_splits
 from labs_common.data.readers import read_classes
 from labs_common.errors import LabError
-from labs_common.fitting import leave
+from labs_common.fitting import write_results
 from labs_common.frozen.audit import FrozenAudit
 from labs_common.frozen.cache import front_rows
 from labs_common.logistic import COARSE, Layer, best_penalty, fitted_by_sgd, fitted_layers
@@ -81,7 +81,7 @@ def probe(config: ProbeConfig) -> None:
 
     summary = said[0].upper() + said[1:] + "."
     frozen = "The model is frozen; only the layer on its features is fitted."
-    study.leave(f"Linear probe of {encoder.name}", summary, frozen, results, sections, {"linear probe": found})
+    study.write_results(f"Linear probe of {encoder.name}", summary, frozen, results, sections, {"linear probe": found})
 
 
 def shots_of(config: ProbeConfig) -> list[int]:
@@ -192,7 +192,7 @@ class Study:
         """Puts probabilities of the classes of the test pictures (pictures, classes) beside their labels."""
         return Predictions(probabilities, self.features["test"].labels.numpy())
 
-    def leave(
+    def write_results(
         self,
         title: str,
         summary: str,
@@ -201,7 +201,7 @@ class Study:
         sections: Callable[[], list[Section]],
         found: Mapping[str, Predictions],
     ) -> None:
-        """Writes results.json and the report; `trained` says what did, `found` are the predictions by method."""
+        """Writes results.json and the report; `trained` tells what trained; `found` are predictions by method."""
         run, test = self.run, self.splits["test"]
         shared = {"config": to_plain(self.config), "checkpoint": self.encoder.name, "pictures": len(test)}
 
@@ -219,7 +219,7 @@ class Study:
                 rerun_section(run),
             ]
 
-        leave(run, shared | results, True, title, page)
+        write_results(run, shared | results, True, title, page)
 
 
 def features_of(

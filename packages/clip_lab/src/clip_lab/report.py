@@ -11,7 +11,7 @@ from clip_lab.config import TrainConfig
 from clip_lab.evaluate import AMONG, Evaluation, captions_of
 from clip_lab.saved import Loaded
 from labs_common.data.captions import CaptionedPictures, Captions
-from labs_common.fitting import Fitted, leave, results_of
+from labs_common.fitting import Fitted, results_of, write_results
 from labs_common.progress import console
 from labs_common.report.captions import captioned_data_section
 from labs_common.report.figures import architecture_figure, curve_figure, heat_figure
@@ -85,7 +85,7 @@ def finish_report(
             rerun_section(run),
         ]
 
-    leave(run, results, config.run.report, f"{config.objective} finds pictures", page)
+    write_results(run, results, config.run.report, f"{config.objective} finds pictures", page)
 
 
 def print_scores(found: Evaluation) -> None:

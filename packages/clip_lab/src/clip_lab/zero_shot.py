@@ -141,4 +141,4 @@ def finish_zero_shot(
         f"seen (by chance {chance:.1%})."
     )
     title, frozen = f"Zero-shot classes of {study.encoder.name}", "Nothing trains: the model is frozen."
-    study.leave(title, summary, frozen, results, sections, {"zero-shot": main})
+    study.write_results(title, summary, frozen, results, sections, {"zero-shot": main})

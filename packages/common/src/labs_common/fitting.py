@@ -192,7 +192,7 @@ def results_of(
     }
 
 
-def leave(
+def write_results(
     run: Run, results: Mapping[str, Any], report: bool, title: str, page: Callable[[], tuple[str, list[Section]]]
 ) -> None:
     """Writes results.json and, if `report` is asked for, the report of the summary and sections that `page` makes."""

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.text import Text as ColouredText
 from transformers import PreTrainedTokenizerBase
 
-from labs_common.fitting import Fitted, leave, results_of
+from labs_common.fitting import Fitted, results_of, write_results
 from labs_common.frozen.audit import FrozenAudit
 from labs_common.progress import console
 from labs_common.report.figures import architecture_figure, histogram_figure
@@ -209,7 +209,7 @@ def finish_report(
         ]
 
     title = f"{config.method.method} on {config.model.model}"
-    leave(run, results | {"before": before, "after": after}, config.run.report, title, page)
+    write_results(run, results | {"before": before, "after": after}, config.run.report, title, page)
 
 
 def show_learnt(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Encoded]) -> None:

@@ -27,7 +27,7 @@ from labs_common.compare.plan import entries_of
 from labs_common.data.classes import LabelledPictures
 from labs_common.data.images import record_splits
 from labs_common.errors import Interrupted, LabError
-from labs_common.fitting import begin, leave
+from labs_common.fitting import begin, write_results
 from labs_common.progress import ProgressLine, console
 from labs_common.report.figures import curve_figure
 from labs_common.report.page import Figure, Gallery, Section, Table, Text, save_figure
@@ -211,7 +211,9 @@ def finish(
         ]
 
     results = {"fooling rate": methods, "by pictures used": by_count, "transfer": transfer}
-    leave(run, {"config": to_plain(config), **results}, config.run.report, "Universal adversarial perturbations", page)
+    write_results(
+        run, {"config": to_plain(config), **results}, config.run.report, "Universal adversarial perturbations", page
+    )
 
 
 def fooling_by_method(victim: Victim, norm: str, seed: int) -> dict[str, float]:

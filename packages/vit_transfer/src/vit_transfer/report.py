@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from labs_common.data.classes import LabelledPictures
-from labs_common.fitting import Fitted, leave, results_of
+from labs_common.fitting import Fitted, results_of, write_results
 from labs_common.progress import console
 from labs_common.report.classes import Predictions, class_data_section, class_sections, said_line, wilson_interval
 from labs_common.report.figures import architecture_figure, bar_figure, curve_figure
@@ -80,7 +80,7 @@ def finish_report(
         summary = f"Test accuracy {own.accuracy:.1%} with {fitted.trained:,} trained parameters"
         return f"{summary}; {others}." if others else f"{summary}.", sections
 
-    leave(run, results, config.run.report, title, page)
+    write_results(run, results, config.run.report, title, page)
 
 
 def kept_scores(run: Run, best: bool) -> dict[str, float]:

@@ -8,7 +8,7 @@ from accelerate.utils import set_seed
 
 from labs_common.data.images import record_splits
 from labs_common.errors import LabError
-from labs_common.fitting import Fitted, Fitting, begin, channels_last, leave, results_of
+from labs_common.fitting import Fitted, Fitting, begin, channels_last, results_of, write_results
 from labs_common.report.page import Section
 from labs_common.run import Run, seconds_between
 from labs_common.saved import FOLDER
@@ -58,7 +58,7 @@ def train(config: TrainConfig) -> None:
         run.save_json("detections.json", found.results)
         print_scores(found)
         print(f"model: {run.path / FOLDER}")
-        leave(run, results, config.run.report, "Zero-shot instance segmentation", page)
+        write_results(run, results, config.run.report, "Zero-shot instance segmentation", page)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

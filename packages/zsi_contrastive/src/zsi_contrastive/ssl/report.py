@@ -12,7 +12,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from labs_common.data.classes import LabelledPictures
-from labs_common.fitting import Fitted, leave, results_of
+from labs_common.fitting import Fitted, results_of, write_results
 from labs_common.progress import console
 from labs_common.report.classes import Predictions, class_data_section, class_sections, wilson_interval
 from labs_common.report.figures import curve_figure, map_figure
@@ -89,7 +89,7 @@ def finish_report(
         return summary, [section for section in sections if section is not None]
 
     results = results_of(run, config, fitted, "pictures", seconds["prepared"]) | {"test": worth}
-    leave(run, results, config.run.report, f"Pre-training with {config.method}", page)
+    write_results(run, results, config.run.report, f"Pre-training with {config.method}", page)
 
 
 def summary_of(config: PretrainConfig, worth: Mapping[str, float]) -> str:
