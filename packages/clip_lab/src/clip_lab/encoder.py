@@ -25,7 +25,7 @@ from clip_lab.saved import Loaded, is_ours, load_model
 from labs_common.data.captions import Transform
 from labs_common.data.images import RESAMPLING
 from labs_common.errors import LabError, reason_of
-from labs_common.frozen.audit import state_hash
+from labs_common.frozen.cache import front_key
 from labs_common.run import newest_run
 
 TEXTS = 256  # sentences through a text tower at once
@@ -108,7 +108,7 @@ class Encoder:
 
     def recipe(self) -> dict[str, Any]:
         """Returns all that its output for a picture depends on, as JSON values."""
-        return {"weights": state_hash(self.module), "view": asdict(self.view), "torch": torch.__version__.split("+")[0]}
+        return front_key(self.module) | {"view": asdict(self.view)}
 
 
 def load_encoder(spec: str, device: torch.device | None = None) -> Encoder:

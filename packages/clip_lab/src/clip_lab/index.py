@@ -168,7 +168,10 @@ def _read(where: Path, recipe: dict[str, Any], option: str) -> tuple[dict[str, t
         said = f"the index cannot be read ({reason_of(error)}); delete it"
         raise LabError(f"{option or where}: {said}") from error
     if known["recipe"] != json.loads(json.dumps(recipe)):
-        raise LabError(f"{option or where}: was made by another model; name another directory, or delete it")
+        raise LabError(
+            f"{option or where}: was made by another model, or on another device or by other versions; name "
+            "another directory, or delete it"
+        )
     return {file: (place, stamp) for place, (file, stamp) in enumerate(known["pictures"])}, vectors
 
 

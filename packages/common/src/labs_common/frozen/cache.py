@@ -53,7 +53,7 @@ class Rows(Protocol):
     """The front's output for any place of the data."""
 
     def rows(self, view: int, places: Sequence[int]) -> torch.Tensor:
-        """Tensor (places, width) in the precision of the boundary, on the CPU if it was cached."""
+        """Returns a tensor (places, width) in the precision of the boundary, on the CPU if it was cached."""
 
 
 class ComputedRows:
@@ -63,7 +63,7 @@ class ComputedRows:
         self.compute, self.dtype = compute, DTYPES[precision][0]
 
     def rows(self, view: int, places: Sequence[int]) -> torch.Tensor:
-        """See `Rows`."""
+        """Runs the front for these places; see `Rows`."""
         return self.compute(view, places).to(self.dtype)
 
 
@@ -78,7 +78,7 @@ class CachedRows:
                 raise ValueError(f"{_file(folder, view).name} holds {array.dtype} {array.shape}, not {shape}")
 
     def rows(self, view: int, places: Sequence[int]) -> torch.Tensor:
-        """See `Rows`."""
+        """Reads the rows of these places; see `Rows`."""
         return torch.from_numpy(self._views[view][np.asarray(places, dtype=np.int64)]).view(self.dtype)
 
     @property
@@ -87,11 +87,12 @@ class CachedRows:
         return sum(view.nbytes for view in self._views)
 
 
-def front_key(front: torch.nn.Module, accelerator: Accelerator) -> dict[str, Any]:
-    """Everything that the output of a frozen `front` depends on besides its input, as JSON values.
+def front_key(front: torch.nn.Module, accelerator: Accelerator | None = None) -> dict[str, Any]:
+    """Returns all that the output of a frozen `front` depends on besides its input, as JSON values.
 
     That is its architecture (kinds and settings of its modules, the traced code of a cut one, the configuration of one
-    of transformers), its weights, the arithmetic, and the libraries that compute it.
+    of transformers), its weights, the arithmetic, and the libraries that compute it. Without an `accelerator` that is
+    plain arithmetic on the device of its weights.
     """
     modules = [f"{name}: {type(module).__name__}({module.extra_repr()})" for name, module in front.named_modules()]
     traced = [module.code for module in front.modules() if isinstance(module, torch.fx.GraphModule)]
@@ -100,8 +101,8 @@ def front_key(front: torch.nn.Module, accelerator: Accelerator) -> dict[str, Any
     return {
         "architecture": hashlib.sha256("\n".join([*modules, *traced, settings]).encode()).hexdigest(),
         "weights": state_hash(front),
-        "precision": accelerator.mixed_precision,
-        "device": accelerator.device.type,
+        "precision": accelerator.mixed_precision if accelerator else "no",
+        "device": (accelerator or next(front.parameters())).device.type,
         "versions": {name: _version(name) for name in VERSIONS},
     }
 
@@ -126,7 +127,7 @@ def front_rows(
     precision: KeptPrecision | None = None,
     batch: int = FRONT_BATCH,
 ) -> Rows:
-    """The output (count, width) of a frozen `front` for every sample, with whatever its cache lacks computed now.
+    """Returns the output (count, width) of a frozen `front` for every sample; what its cache lacks is computed now.
 
     `compute(view, places)` reads these samples and runs the front, which is on its device and in evaluation mode; it is
     called for `batch` samples at a time. `recipe` (JSON values) tells everything that its input depends on. Without a
@@ -152,7 +153,7 @@ def front_rows(
 
 
 def disk_bytes(rows: Iterable[Rows | None]) -> int:
-    """Bytes on disk of those rows that are cached."""
+    """Adds up the bytes on disk of those rows that are cached."""
     return sum(part.bytes_on_disk for part in rows if isinstance(part, CachedRows))
 
 
@@ -166,7 +167,7 @@ def cached_rows(
     compute: Compute,
     shown: bool = True,
 ) -> CachedRows:
-    """The cache for exactly this `recipe`, with whatever it still lacked computed now.
+    """Opens the cache for exactly this `recipe`; what it still lacks is computed now.
 
     `recipe` (JSON values) must tell everything that the rows depend on: the front's weights, the transform, the data.
     Every process that will read calls this; together they compute each chunk once, and wait for each other.
@@ -211,7 +212,7 @@ def cached_rows(
 
 
 def _missing(rows: CachedRows, done: BinaryIO, count: int, chunk: int) -> list[int]:
-    """The chunks that are not there, or are damaged."""
+    """Lists the chunks that are not there or are damaged."""
     chunks = -(-count // chunk)
     missing = []
     with contextlib.ExitStack() as stack:
@@ -230,7 +231,7 @@ def _missing(rows: CachedRows, done: BinaryIO, count: int, chunk: int) -> list[i
 
 
 def _check_sum(content: bytes | memoryview) -> bytes:
-    """CRC-32; never four zeros, which say that nothing is there."""
+    """Returns the CRC-32, but never four zeros, which say that nothing is there."""
     return (zlib.crc32(content) or 1).to_bytes(SUM, "little")
 
 
