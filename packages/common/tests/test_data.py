@@ -10,7 +10,7 @@ from labs_testing.commands import real_data
 from PIL import Image
 
 from labs_common.data.classes import stratified_parts
-from labs_common.data.images import BadPictureError, checked, decoded, picture_files
+from labs_common.data.images import BadPictureError, checked, decoded, picture_files, readable
 from labs_common.data.readers import read_pictures
 from labs_common.errors import LabError
 from labs_common.scenes.files import write_parquet
@@ -266,3 +266,17 @@ def test_real_cifar10() -> None:
     assert np.bincount(splits.train.labels).tolist() == [1000] * 10
     assert np.bincount(checked(splits.test, "error").labels).tolist() == [200] * 10
     assert splits.train.classes[9] == "truck"
+
+
+def test_files_that_cannot_be_read_are_named_or_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = tmp_path / "good.png", [tmp_path / f"{number}.png" for number in range(7)]
+    Image.new("L", (3, 2)).save(good)
+    for file in bad:
+        file.touch()
+    ((found, image),) = readable([bad[0], good], "skip")
+    assert (found, image.size, image.mode) == (good, (3, 2), "RGB")
+    assert "left out" in capsys.readouterr().err
+    with pytest.raises(LabError, match=r"4\.png: empty and 2 more; add --on-bad-data skip"):
+        readable([good, *bad], "error")
+    with pytest.raises(LabError, match=r"0\.png: empty; add"):
+        readable(bad[:1], "skip")

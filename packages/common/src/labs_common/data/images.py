@@ -213,6 +213,27 @@ def picture_files(named: Sequence[str]) -> list[Path]:
     return list(found)
 
 
+def readable(files: Sequence[Path], on_bad_data: OnBadData) -> list[tuple[Path, Image.Image]]:
+    """Decodes files one by one; prints which ones are left out.
+
+    Raises:
+        LabError: some cannot be read and `on_bad_data` is "error" (the first five are named), or none can.
+    """
+    images: list[tuple[Path, Image.Image]] = []
+    faults: list[str] = []
+    for file in files:
+        try:
+            images.append((file, decoded(file)))
+        except BadPictureError as error:
+            faults.append(f"{file}: {error}")
+    if faults and (on_bad_data == "error" or not images):
+        more = f" and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
+        raise LabError(f"{'; '.join(faults[:NAMED])}{more}; add --on-bad-data skip to leave out what cannot be read")
+    for fault in faults:
+        console.print(f"left out {fault}")
+    return images
+
+
 Splits = Mapping[str, Pictures]  # by their names: train, validation, test
 
 

@@ -13,21 +13,20 @@ from accelerate.utils import gather_object
 from faster_coco_eval.core import mask as rle
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from labs_common.data.images import BadPictureError, decoded, decoding_threads, picture_files
+from labs_common.data.images import decoding_threads, picture_files, readable
 from labs_common.errors import LabError
-from labs_common.progress import console, tracked
+from labs_common.progress import tracked
 from labs_common.report.figures import COLOURS
 from labs_common.report.page import shown
 from labs_common.run import check_new, new_folder, write_atomically
 from zsi_contrastive.detector.annotations import read_split
 from zsi_contrastive.detector.config import DataOptions, DetectionOptions, PredictConfig, changed, check_detection
 from zsi_contrastive.detector.data import read_pictures
-from zsi_contrastive.detector.graph import refined
 from zsi_contrastive.detector.model import ZeroShotMaskRCNN, pasted
 from zsi_contrastive.detector.pictures import InstancePictures, as_tensor, mask_of
 from zsi_contrastive.detector.regions import Detections, Query
 from zsi_contrastive.detector.saved import Loaded, chosen_data, chosen_run, load_detector
-from zsi_contrastive.detector.vectors import ClassVectors, check_same_space, of_length, word_vectors
+from zsi_contrastive.detector.vectors import ClassVectors, check_same_space, of_length, refined, word_vectors
 
 OF_THE_TEST = 8  # pictures of the run's test that are taken where none is named
 SEEN, UNSEEN = 0, 1  # groups of a query
@@ -120,18 +119,7 @@ def chosen_pictures(config: PredictConfig, checkpoint: Path) -> list[tuple[Path,
         data = dataclasses.replace(data, limit=OF_THE_TEST)
         pictures, _ = read_pictures(data, read_split(data.split), seed, False, training=False)
         files = list(pictures["test"].contents)
-    images, faults = [], []
-    for file in files:
-        try:
-            images.append((file, decoded(file)))
-        except BadPictureError as error:
-            faults.append(f"{file}: {error}")
-    if faults and (config.on_bad_data == "error" or not images):
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise LabError(f"{'; '.join(faults[:5])}{more}; add --on-bad-data skip to leave out what cannot be read")
-    for fault in faults:
-        console.print(f"left out {fault}")
-    return images
+    return readable(files, config.on_bad_data)
 
 
 def query_of(vectors: ClassVectors, detection: DetectionOptions, masks: bool = True) -> Query:
