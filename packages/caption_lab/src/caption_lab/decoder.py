@@ -19,7 +19,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Sizes(NamedTuple):
-    """What a decoder's shapes depend on besides its options.
+    """Numbers that a decoder's shapes depend on besides its options.
 
     Attributes:
         vocabulary: number of words, special tokens included.
@@ -61,7 +61,7 @@ class NextWord(NamedTuple):
 
 
 class LSTMDecoder(nn.Module):
-    """What both LSTM captioners have: an embedding, normalised features, and MLPs for the first state."""
+    """The base of both LSTM captioners: an embedding, normalised features, and MLPs for the first state."""
 
     def __init__(self, sizes: Sizes, options: DecoderOptions) -> None:
         super().__init__()
