@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from labs_common.errors import LabError, RunStopped
-from labs_common.frozen.audit import FrozenAudit, fixed_tensors, tensor_hash, train_only
+from labs_common.frozen.audit import FrozenAudit, frozen_tensors, tensor_hash, train_only
 
 pytestmark = pytest.mark.quick
 
@@ -41,7 +41,7 @@ def test_audit_sees_a_changed_weight_and_running_statistics() -> None:
 def test_buffers_of_a_trained_module_may_move() -> None:
     model = network()
     train_only(model, lambda name: name.startswith("1."))
-    assert {name for name, _ in fixed_tensors(model)} == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert {name for name, _ in frozen_tensors(model)} == {"0.weight", "0.bias", "2.weight", "2.bias"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
@@ -59,6 +59,6 @@ def test_table_counts_layers_together() -> None:
     train_only(model, lambda name: name.startswith("head"))
     audit = FrozenAudit(model)
     assert audit.table() == [
-        {"module": "head", "trained": 3, "fixed": 0, "verified": 0},
-        {"module": "layers.*", "trained": 0, "fixed": 12, "verified": 4},
+        {"module": "head", "trained": 3, "frozen": 0, "verified": 0},
+        {"module": "layers.*", "trained": 0, "frozen": 12, "verified": 4},
     ]

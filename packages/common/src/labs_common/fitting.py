@@ -92,7 +92,7 @@ class Fitting:
         see `Loop`.
 
         Raises:
-            RunStopped: the run is being resumed, and something frozen is another now.
+            RunStopped: the run is being resumed, and something frozen is not what it was.
             LabError: the run is being resumed, and its checkpoint cannot be read.
         """
         prepared, optimizer = accelerator.prepare(model, optimizer)

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 
 from labs_common.checkpoint import checkpoints
-from labs_common.frozen.audit import FrozenAudit, fixed_tensors
+from labs_common.frozen.audit import FrozenAudit, frozen_tensors
 from labs_common.run import Run
 from labs_common.training import Loop
 from labs_testing.commands import (
@@ -71,7 +71,7 @@ class Training:
     same: tuple[str, ...] = ()
     """Further files of a run that are the same bytes in each."""
     frozen: tuple[object, ...] | None = ()
-    """Options under which something stays fixed; None if there are none."""
+    """Options under which something is frozen; None if there are none."""
     two: Otherwise = field(default_factory=Otherwise)
     launch: Path | None = None
     """The directory of launch configurations."""
@@ -176,14 +176,14 @@ class TrainingPromises:
     def test_what_is_frozen_is_audited(
         self, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Something that must stay fixed moves during the training: the run is not done, and the tensor is named."""
+        """Something frozen moves during the training: the run is not done, and the tensor is named."""
         if training.frozen is None:
             pytest.skip("this command freezes nothing")
         check, moved = FrozenAudit.check, []
 
         def moving(audit: FrozenAudit, start: dict[str, str] | None = None) -> None:
             name, tensor = next(
-                (name, tensor) for name, tensor in fixed_tensors(audit.model) if tensor.is_floating_point()
+                (name, tensor) for name, tensor in frozen_tensors(audit.model) if tensor.is_floating_point()
             )
             moved.append(name)
             with torch.no_grad():

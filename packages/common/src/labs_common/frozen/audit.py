@@ -35,7 +35,7 @@ def train_only(model: torch.nn.Module, wanted: Callable[[str], bool]) -> list[st
     return names
 
 
-def fixed_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def frozen_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields every parameter that does not train, and every buffer of a module that trains nothing of its own.
 
     The second part catches what `requires_grad=False` does not stop, such as the running statistics of a
@@ -73,7 +73,7 @@ def state_hash(module: torch.nn.Module) -> str:
 
 @dataclass
 class FrozenAudit:
-    """Hashes of everything that must stay fixed, taken when it is made; `check` compares.
+    """Hashes of everything that is frozen, taken when the audit is made; `check` compares.
 
     Make it when training starts, on the model as it trains (after `accelerator.prepare`, unwrapped). In several
     processes give the accelerator: where weights are sharded each process hashes its own part, and all stop together.
@@ -84,7 +84,7 @@ class FrozenAudit:
     before: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.before = {name: tensor_hash(tensor) for name, tensor in fixed_tensors(self.model)}
+        self.before = {name: tensor_hash(tensor) for name, tensor in frozen_tensors(self.model)}
 
     @classmethod
     def start(cls, run: Run, accelerator: Accelerator, model: torch.nn.Module) -> "FrozenAudit":
@@ -93,7 +93,7 @@ class FrozenAudit:
         Called by all processes together. A run that was killed before it had written its hashes writes them now.
 
         Raises:
-            RunStopped: the run is being resumed, and something that must stay fixed is another now.
+            RunStopped: the run is being resumed, and something frozen is not what it was.
             LabError: the run is being resumed with another number of processes, and its weights are sharded.
         """
         audit = cls(accelerator.unwrap_model(model), accelerator)
@@ -116,13 +116,13 @@ class FrozenAudit:
             RunStopped: in any process a tensor changed, appeared or vanished; the first few are named.
         """
         start = self.before if start is None else start
-        now = {name: tensor_hash(tensor) for name, tensor in fixed_tensors(self.model)}
+        now = {name: tensor_hash(tensor) for name, tensor in frozen_tensors(self.model)}
         moved = [name for name in start.keys() | now.keys() if start.get(name) != now.get(name)]
         if self.accelerator is not None:
             moved = gather_object(moved)  # one that stopped alone would leave the others waiting for it
         if moved := sorted(set(moved)):
             raise RunStopped(
-                f"{len(moved)} tensors that must stay fixed have changed, first {', '.join(moved[:3])}: "
+                f"{len(moved)} frozen tensors have changed, first {', '.join(moved[:3])}: "
                 "the run cannot be trusted and is not finished"
             )
 
@@ -134,11 +134,11 @@ class FrozenAudit:
         rows: dict[str, dict[str, int]] = {}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                row = rows.setdefault(_kind(name), {"trained": 0, "fixed": 0, "verified": 0})
+                row = rows.setdefault(_kind(name), {"trained": 0, "frozen": 0, "verified": 0})
                 row["trained"] += _size(parameter)
-        for name, tensor in fixed_tensors(self.model):
-            row = rows.setdefault(_kind(name), {"trained": 0, "fixed": 0, "verified": 0})
-            row["fixed"] += _size(tensor)
+        for name, tensor in frozen_tensors(self.model):
+            row = rows.setdefault(_kind(name), {"trained": 0, "frozen": 0, "verified": 0})
+            row["frozen"] += _size(tensor)
             row["verified"] += name in self.before
         # What every name begins with says nothing: model.base_model.model.
         shared = os.path.commonpath([kind.replace(".", "/") for kind in rows]).replace("/", ".") if rows else ""

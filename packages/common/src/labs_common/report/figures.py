@@ -19,14 +19,14 @@ INK = "#010203"  # a colour that nothing else has: `_svg` replaces it by the pag
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#64748b", "#eab308", "#06b6d4", "#ec4899")
 MOST_INSIDE = 6  # curves whose legend stands among them: a longer one would hide some
 MOST_NAMED = 16  # classes in a legend: more do not fit beside a figure
-FIXED, TRAINED = "#94a3b8", "#f97316"
+FROZEN, TRAINED = "#94a3b8", "#f97316"
 BESIDE = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "fontsize": 8}  # places of a legend
 ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1)}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A part of a network, and how many of its parameters train and stay fixed."""
+    """A part of a network, and how many of its parameters train and are frozen."""
 
     name: str
     trained: int
@@ -126,7 +126,7 @@ def scatter_figure(
     """Draws named points (x, y); those in `best` are joined by a line, such as a Pareto front. Returns SVG."""
     canvas, axes = _canvas(across, up, height=3.6)
     for name, (x, y) in points.items():
-        axes.plot(x, y, "o", color=TRAINED if name in best else FIXED, markersize=7)
+        axes.plot(x, y, "o", color=TRAINED if name in best else FROZEN, markersize=7)
     line = sorted(points[name] for name in best)
     axes.plot([x for x, _ in line], [y for _, y in line], color=TRAINED, linewidth=1, alpha=0.6)
     if log_across:
@@ -153,14 +153,14 @@ def map_figure(points: Sequence[tuple[float, float]], labels: Sequence[int], nam
 
 
 def architecture_figure(rows: Sequence[Row]) -> str:
-    """Draws a network from its input (below) up: grey is fixed, orange trains, a strip is a part. Returns SVG."""
+    """Draws a network from its input (below) up: grey is frozen, orange trains, a strip is a part. Returns SVG."""
     canvas, axes = _canvas(height=0.8 + 0.5 * len(rows))
     for height, row in enumerate(rows):
         width = 1 / len(row.cells)
         for place, cell in enumerate(row.cells):
             left, inner = place * width + 0.004, width - 0.008
             whole = cell.trained and not cell.fixed
-            axes.add_patch(Rectangle((left, height + 0.1), inner, 0.8, color=TRAINED if whole else FIXED, alpha=0.75))
+            axes.add_patch(Rectangle((left, height + 0.1), inner, 0.8, color=TRAINED if whole else FROZEN, alpha=0.75))
             if cell.trained and cell.fixed:
                 axes.add_patch(Rectangle((left, height + 0.1), inner, 0.14, color=TRAINED))
             name = cell.name.replace("_proj", "").replace("_", " ")
@@ -172,7 +172,7 @@ def architecture_figure(rows: Sequence[Row]) -> str:
     axes.grid(False)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    patches = [Patch(color=TRAINED, label="trains"), Patch(color=FIXED, label="fixed")]
+    patches = [Patch(color=TRAINED, label="trains"), Patch(color=FROZEN, label="frozen")]
     _legend(axes, handles=patches, ncols=2, **ABOVE)
     return _svg(canvas)
 

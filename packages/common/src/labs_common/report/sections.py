@@ -31,15 +31,15 @@ def asked_section(config: Any) -> Section:
 
 
 def trained_section(audit: FrozenAudit) -> Section:
-    """Lists what trained and what stayed fixed, with the audit's verdict; call after `audit.check`."""
+    """Lists what trained and what was frozen, with the audit's verdict; call after `audit.check`."""
     rows = audit.table()
-    trained, fixed = (sum(int(row[key]) for row in rows) for key in ("trained", "fixed"))
+    trained, frozen = (sum(int(row[key]) for row in rows) for key in ("trained", "frozen"))
     verdict = (
-        f"{trained:,} values trained ({trained / max(1, trained + fixed):.2%}); {fixed:,} stayed fixed. "
-        f"{len(audit.before)} fixed tensors were hashed before and after training: all are unchanged."
+        f"{trained:,} values trained ({trained / max(1, trained + frozen):.2%}); {frozen:,} were frozen. "
+        f"{len(audit.before)} frozen tensors were hashed before and after training: all are unchanged."
     )
-    body = [(row["module"], row["trained"], row["fixed"], row["verified"]) for row in rows]
-    return Section("What trained", [Text(verdict), Table(("module", "trained", "fixed", "verified tensors"), body)])
+    body = [(row["module"], row["trained"], row["frozen"], row["verified"]) for row in rows]
+    return Section("What trained", [Text(verdict), Table(("module", "trained", "frozen", "verified tensors"), body)])
 
 
 def curves_section(run: Run, evaluations: Sequence[str] = ("validation/loss",)) -> Section:

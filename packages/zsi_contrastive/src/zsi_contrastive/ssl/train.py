@@ -64,7 +64,7 @@ def fit(
     Returns that encoder, what the training leaves behind, and the number of the teacher's tensors.
 
     Raises:
-        RunStopped: the loss is NaN, something fixed has moved, or the teacher was given a gradient.
+        RunStopped: the loss is NaN, something frozen has moved, or the teacher was given a gradient.
         Interrupted: Ctrl-C; the run can be resumed.
     """
     options, own, method = config.training, config.own, METHODS[config.method]
