@@ -3,17 +3,17 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from labs_common.errors import LabError
-from labs_common.options import CommandOptions, ComparisonOptions, OnBadData, RunOptions, TrainingOptions
+from labs_common.options import CommandOptions, ComparisonOptions, OnBadData, RunOptions, TrainingOptions, one_of
 from zsi_contrastive import TINY
 
 PUBLISHED = ("48_17", "65_15")  # the splits of COCO in the literature (Zheng et al. 2021): seen_unseen
 SCENES = "scenes"
-Aggregate = Literal["none", "sum", "mean", "max"]
+Aggregate = Annotated[str, one_of("zsi_contrastive.detector.vectors:AGGREGATES")]
 Transfer = Literal["auto", "paper", "things"]
 Optimizer = Literal["auto", "sgd", "adamw"]
 

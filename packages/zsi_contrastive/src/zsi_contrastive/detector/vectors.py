@@ -1,9 +1,15 @@
-"""Vectors of words: from the paper's matrices, GloVe or fastText files, a text encoder, or a scene's attributes."""
+"""Vectors of words: from the paper's matrices, GloVe or fastText files, a text encoder, or a scene's attributes.
+
+Those of unseen classes can be refined by message passing over a graph of similar classes. With weights that all
+neighbours share, sums, means and maxima do not depend on the neighbours' order, and a layer H' = σ(H W + A H W') is
+equivariant: P H' = σ((P H) W + (P A Pᵀ)(P H) W') for any permutation P of the classes (Zaheer et al., "Deep Sets",
+NeurIPS 2017; Xu et al., ICLR 2019). With a weight for each neighbour's place it is not.
+"""
 
 import gzip
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO, cast
@@ -189,6 +195,46 @@ def of_length(vectors: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def scaled_like(vectors: ClassVectors, trained: ClassVectors) -> ClassVectors:
     """Brings class vectors to the length of those that a model was trained with."""
     return replace(vectors, seen=of_length(vectors.seen, trained.seen), unseen=of_length(vectors.unseen, trained.seen))
+
+
+def neighbour_graph(vectors: torch.Tensor, among: torch.Tensor, count: int) -> torch.Tensor:
+    """Finds the `count` rows of `among` (n, d) that are nearest by cosine to each row of `vectors` (m, d).
+
+    Returns a graph (m, n) of 0 and 1. A row that is equal to one of `among` is not its own neighbour.
+    """
+    one, other = (rows / rows.norm(dim=1, keepdim=True) for rows in (vectors, among))
+    cosines = one @ other.T
+    same = (vectors[:, None] == among[None]).all(-1)
+    cosines = cosines.masked_fill(same, -2)  # less than any cosine
+    places = cosines.topk(min(count, len(among)), dim=1).indices
+    return torch.zeros_like(cosines).scatter_(1, places, 1.0)
+
+
+def _largest(graph: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    reached = torch.where(graph[..., None] > 0, states[None], -torch.inf).amax(1)  # (m, n, d) to (m, d)
+    return torch.where(reached.isinf(), torch.zeros_like(reached), reached)
+
+
+# By the choice of --refine, functions of a graph (m, n) of 0 and 1 and states (n, d): they give what each node gets
+# from its neighbours (m, d), which is zeros where it has none.
+AGGREGATES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "none": lambda graph, states: states.new_zeros(len(graph), states.shape[1]),
+    "sum": lambda graph, states: graph @ states,
+    "mean": lambda graph, states: graph @ states / graph.sum(1, keepdim=True).clamp(min=1),
+    "max": _largest,
+}
+
+
+def refined(unseen: torch.Tensor, seen: torch.Tensor, how: str, neighbours: int, share: float) -> torch.Tensor:
+    """Mixes each unseen vector (unseen, d) with those of its nearest classes: a step without weights to learn.
+
+    It takes (1 - share) of the own vector and `share` of the aggregate over the `neighbours` nearest among seen
+    (seen, d) and unseen classes, and brings the mixture back to the own vector's length.
+    """
+    everything = torch.cat([seen, unseen])
+    found = AGGREGATES[how](neighbour_graph(unseen, everything, neighbours), everything)
+    mixed = (1 - share) * unseen + share * found
+    return mixed / mixed.norm(dim=1, keepdim=True).clamp(min=1e-12) * unseen.norm(dim=1, keepdim=True)
 
 
 def _looked_up(path: Path, names: Sequence[str]) -> tuple[torch.Tensor, tuple[str, ...]]:
