@@ -178,6 +178,8 @@ def results_of(
 
     `unit` is what the loop counts.
     """
+    # `packages` are only names to look up: timm is among them because four of the five labs take their networks from
+    # it. The core does not depend on timm, and where it is not installed its version is recorded as null.
     return {
         "config": to_plain(config),
         "cost": {

@@ -72,7 +72,9 @@ def timm_arguments(name: str, size: int, option: str) -> dict[str, Any]:
     Raises:
         LabError: timm has no such network; similar names are listed.
     """
-    import timm  # of the labs that call this: the core's own dependencies have no timm
+    # This neither saves nor loads. It stands here because a network is built from its timm name both for training and
+    # for loading, with the same arguments, in four labs; a module of its own would hold nothing else.
+    import timm  # the labs that call this depend on it; the core does not
 
     plain = name.removeprefix("timm/")
     if not timm.is_model(plain.split(".")[0]):
