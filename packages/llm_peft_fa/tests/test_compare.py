@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 from commands import here
 
-from labs_common.compare.collect import Entry, pareto, recommend
+from labs_common.compare.collect import Entry, recommend
 from labs_common.compare.plan import plan_runs
 from labs_common.errors import LabError
 from labs_common.run import Run
@@ -116,12 +116,6 @@ def test_order_over_seeds_is_told() -> None:
     assert changing_pairs(crossing, [0, 1]) == [("a", "b")]
     assert "not stable" in stability_text(crossing, range(2))
     assert "not known" in stability_text({"a": entry("a", [9], 1)}, range(1))
-
-
-def test_pareto_front() -> None:
-    points = {"cheap": (1.0, 0.2), "dear": (9.0, 0.9), "worse": (9.0, 0.5), "same": (1.0, 0.2), "middle": (4.0, 0.6)}
-    assert pareto(points) == ["cheap", "dear", "same", "middle"]
-    assert pareto({"a": (1.0, 3.0), "b": (2.0, 1.0), "c": (2.0, 2.0)}, higher_is_better=False) == ["a", "b"]
 
 
 def test_tables_have_mean_and_spread() -> None:

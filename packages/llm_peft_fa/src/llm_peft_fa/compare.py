@@ -113,7 +113,7 @@ def check_plan(planned: Mapping[str, TrainConfig]) -> None:
     Raises:
         LabError: the machine, the data or the model does not allow one.
     """
-    if any(run.method.method == "qlora" for run in planned.values()):
+    if any(METHODS[run.method.method].quantized for run in planned.values()):
         check_quantization()
     first = next(iter(planned.values()))
     collected_prompts(training_and_validation(first.data, first.run.seed)[1], first.generation, first.run.seed)

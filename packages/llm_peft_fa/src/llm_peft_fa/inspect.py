@@ -81,8 +81,7 @@ def outline(model: str, options: MethodOptions) -> Adapted:
 
     Values do not matter here, so methods that start from the base's weights start at random.
     """
-    alike = {"pissa": "lora", "olora": "lora", "qlora": "lora"}
-    method = alike.get(options.method, options.method)
+    method = METHODS[options.method].counts_as or options.method
     options = dataclasses.replace(options, method=method, prompt_init="random" if options.prompt_init else None)
     setting = Setting(load_tokenizer(model), steps=100)
     return apply_method(unloaded_model(model), options, setting)

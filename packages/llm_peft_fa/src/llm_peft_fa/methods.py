@@ -44,6 +44,9 @@ class Method:
             the best of one to four tried values by validation loss, the second are common practice.
         description: one line for reports, with its source.
         also: makes of model and optimizer what else must be saved with checkpoints.
+        counts_as: the method with the same parameters, where this one needs the base's weights to begin.
+        quantized, whole_gradients, trains_head: the base is held in 4 bits; gradients must be whole, not sharded; the
+            head trains whatever the options say.
     """
 
     adapt: Callable[..., Adapted]
@@ -52,6 +55,10 @@ class Method:
     rates: tuple[float, float]
     description: str
     also: Callable[[Adapted, torch.optim.Optimizer], Any] | None = None
+    counts_as: str | None = None
+    quantized: bool = False
+    whole_gradients: bool = False
+    trains_head: bool = False
 
 
 def apply_method(base: PreTrainedModel, options: MethodOptions, setting: Setting) -> Adapted:
@@ -349,15 +356,16 @@ METHODS: dict[str, Method] = {
     ),
     "pissa": Method(
         partial(low_rank, init_lora_weights="pissa"), "update", LOW_RANK, (1e-3, 1e-4),
-        "B A starts as the largest singular part of W, which W then lacks (Meng et al. 2024, eq. 2 to 4)",
+        "B A starts as the largest singular part of W, which W then lacks (Meng et al. 2024, eq. 2)", counts_as="lora",
     ),
     "olora": Method(
         partial(low_rank, init_lora_weights="olora"), "update", LOW_RANK, (1e-3, 1e-4),
-        "B A starts from a QR decomposition of W, which W then lacks (Büyükakyüz 2024, section 3)",
+        "B A starts from a QR decomposition of W, which W then lacks (Büyükakyüz 2024, section 3)", counts_as="lora",
     ),
     "adalora": Method(
         adalora, "update", LOW_RANK, (1e-2, 1e-3),
         "P diag(e) Q, the least important e masked until rank is the mean (Zhang et al. 2023, eq. 3)", RankBudget,
+        whole_gradients=True,
     ),
     "vera": Method(
         vera, "update", {"rank": 256, **LINEAR}, (5e-2, 5e-3),
@@ -381,12 +389,12 @@ METHODS: dict[str, Method] = {
     ),
     "qlora": Method(
         low_rank, "update", LOW_RANK, (2e-3, 2e-4),
-        "LoRA on a base in 4-bit NF4, as `load_model` loads it (Dettmers et al. 2023, eq. 5)",
+        "LoRA on a base in 4-bit NF4 (Dettmers et al. 2023, eq. 5)", counts_as="lora", quantized=True,
     ),
     "layers": Method(
         layers, "weights",
         {"layers": 2, "which": "both", "train_embeddings": False, "train_final_norm": False, "train_head": False},
         (1e-3, 2e-5), "the first and last decoder layers of the base",
     ),
-    "full": Method(full, "weights", {}, (1e-3, 1e-5), "every weight of the base"),
+    "full": Method(full, "weights", {}, (1e-3, 1e-5), "every weight of the base", trains_head=True),
 }  # fmt: skip

@@ -17,6 +17,7 @@ from labs_common.errors import LabError, reason_of
 from labs_common.run import written_whole
 from llm_peft_fa.base import device, load_model
 from llm_peft_fa.config import SubjectOptions, TrainConfig
+from llm_peft_fa.methods import METHODS
 from llm_peft_fa.model import Adapted
 
 FOLDERS = ("adapter", "model")  # of a run: the result of PEFT's methods, and of layers and full
@@ -226,5 +227,5 @@ def subject_of(options: SubjectOptions, base: str | None = None) -> Subject:
     trained = config_from_yaml(TrainConfig, run / "config.yaml")
     return Subject(
         run.name, base or trained.model.model, str(result), result.name == "adapter", str(result),
-        trained.method.method == "qlora", trained,
+        METHODS[trained.method.method].quantized, trained,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GemmaTokenizer, PreTra
 
 from labs_common.cache import cached_directory
 from labs_common.progress import tracked
+from labs_common.tiny import reproducible
 from llm_peft_fa import persian
 from llm_peft_fa.attention import NAME
 from llm_peft_fa.model import PackedCausalLM
@@ -98,10 +99,7 @@ def _pretrained(tokenizer: PreTrainedTokenizerFast, text: list[str]) -> Gemma2Fo
     for ids in tokenizer(text, add_special_tokens=False).input_ids:
         stream += [tokenizer.bos_token_id, *ids]
     data = [stream[at : at + block] for at in range(0, len(stream) - block, block)]
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        torch.set_num_threads(2)  # sums in another order would give another base on a machine with other cores
+    with reproducible():
         model = Gemma2ForCausalLM._from_config(tiny_config(tokenizer, softcaps=False), attn_implementation=NAME)
         packed = PackedCausalLM(model.train())
         optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01, fused=True)
@@ -114,7 +112,6 @@ def _pretrained(tokenizer: PreTrainedTokenizerFast, text: list[str]) -> Gemma2Fo
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-    torch.set_num_threads(threads)
     model.config = tiny_config(tokenizer)
     return model.eval()
 

@@ -51,7 +51,7 @@ def train(config: TrainConfig) -> None:
     }
     if accelerator.is_main_process:
         print_refused(readings.values())
-    quantized = config.method.method == "qlora"
+    quantized = METHODS[config.method.method].quantized
     base = load_model(name, accelerator.mixed_precision, quantized)
     check_before_training(tokenizer, [*texts["training"], *texts["validation"]], stop_ids(base, tokenizer))
     if config.show_batch:
@@ -94,16 +94,16 @@ def check_machine(options: MethodOptions, accelerator: Accelerator) -> None:
     Raises:
         LabError: it cannot; the line says what to take instead.
     """
-    kind = accelerator.distributed_type
+    kind, method = accelerator.distributed_type, METHODS[options.method]
     stage_3 = kind == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3
-    if options.method == "adalora" and kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+    if method.whole_gradients and kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         raise LabError(
-            "--method adalora: chooses ranks by whole gradients, which DeepSpeed and FSDP cut up; launch with "
-            "multi_gpu.yaml, or take lora"
+            f"--method {options.method}: chooses ranks by whole gradients, which DeepSpeed and FSDP cut up; launch "
+            "with multi_gpu.yaml, or take lora"
         )
-    if (options.method == "full" or options.train_head) and stage_3:
+    if (method.trains_head or options.train_head) and stage_3:
         raise LabError("a head that trains is not supported under DeepSpeed ZeRO-3: launch with deepspeed_zero2.yaml")
-    if options.method == "qlora":
+    if method.quantized:
         check_quantization()
 
 
@@ -121,7 +121,7 @@ def fit(
     `texts` are conversations by "training" and "validation", and "plain text".
 
     Raises:
-        RunStopped: the loss is NaN, or something fixed has moved.
+        RunStopped: the loss is NaN, or something frozen has moved.
         Interrupted: Ctrl-C; the run can be resumed.
     """
     options, initial = config.training, initial_update(model.model)
