@@ -55,8 +55,8 @@ def test_a_run_leaves_everything_that_it_promises(finished: Path) -> None:
     assert set(results["test"]["sweep"]) == {"validation", "test"}
     html = (finished / "report.html").read_text(encoding="utf-8")
     for heading in (
-        "What was asked", "Data", "Words", "What trained", "Curves", "Numbers", "Seen against unseen", "Classes",
-        "Failures", "What is taken for what", "Cost", "How to run it again",
+        "What was asked", "Data", "Words", "What trained", "Curves", "Numbers", "Seen–unseen trade-off", "Classes",
+        "Failures", "Confusions", "Cost", "How to run it again",
     ):  # fmt: skip
         assert f">{heading}<" in html
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]

@@ -188,7 +188,7 @@ def _sweep_section(run: Run, found: Evaluation) -> Section:
     for name, lines in found.sweep.items():
         rows = [tuple(line[column] for column in columns) for line in lines]
         blocks.append(Table(columns, rows, f"{name}: every bias", folded=True))
-    return Section("Seen against unseen", blocks)
+    return Section("Seen–unseen trade-off", blocks)
 
 
 def _class_section(found: Evaluation) -> Section:
@@ -236,7 +236,7 @@ def data_gallery(pictures: InstancePictures) -> Gallery:
 
 
 def finding_sections(run: Run, found: Evaluation, split: Split, test: InstancePictures) -> list[Section]:
-    """Shows unseen things that were found, wrong detections, and what is taken for what; only this without files."""
+    """Shows right and wrong detections of unseen classes, and confusions; without picture files only the latter."""
     right, wrong = _best_of_unseen(found, split, test) if test.contents else ([], [])
     sections = []
     if right:
@@ -275,7 +275,7 @@ def confusion_section(run: Run, named: Sequence[Named], split: Split, bias: floa
         Figure(figure, "Objects of each unseen class, and of all seen classes together."),
         Table(("unseen class", "objects", "right", "said most often"), rows),
     ]
-    return Section("What is taken for what", blocks)
+    return Section("Confusions", blocks)
 
 
 def _most_common(said: Counter[str]) -> str:
