@@ -106,12 +106,21 @@ def test_imports_stand_at_the_top(name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_docstrings_say_something(name: str) -> None:
-    """A sentence with a verb, and not a question without its mark."""
+    """A sentence with a verb, first in a public function's; and not a question without its mark."""
     for node in ast.walk(tree(name)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             said = ast.get_docstring(node) or ""
             place = f"{name}:{getattr(node, 'lineno', 1)}: {said.splitlines()[0] if said else ''}"
             assert not re.match(r"(What|Which|Where|How|Why)\b(?!.*\?)", said), place
+            if said and is_public_function(node):
+                assert re.match(r"(?!This|Its)[A-Z][a-z-]*[^s\W]s\b(?!')", said), f"begin with a verb, such as Returns: {place}"
+
+
+def is_public_function(node: ast.AST) -> bool:
+    """Those that do something: properties are named by what they are, and so their docstrings may be too."""
+    if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or node.name.startswith("_"):
+        return False
+    return not any("property" in ast.unparse(decorator) for decorator in node.decorator_list)
 
 
 def test_every_package_is_typed_and_ships_no_tests() -> None:
