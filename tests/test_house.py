@@ -113,7 +113,9 @@ def test_docstrings_say_something(name: str) -> None:
             place = f"{name}:{getattr(node, 'lineno', 1)}: {said.splitlines()[0] if said else ''}"
             assert not re.match(r"(What|Which|Where|How|Why)\b(?!.*\?)", said), place
             if said and is_public_function(node):
-                assert re.match(r"(?!This|Its)[A-Z][a-z-]*[^s\W]s\b(?!')", said), f"begin with a verb, such as Returns: {place}"
+                assert re.match(r"(?!This|Its)[A-Z][a-z-]*[^s\W]s\b(?!')", said), (
+                    f"begin with a verb, such as Returns: {place}"
+                )
 
 
 def is_public_function(node: ast.AST) -> bool:
