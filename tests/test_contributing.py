@@ -46,7 +46,7 @@ def test_a_method_is_added_to_each_lab(tmp_path: Path) -> None:
     random_gemma(work / "gemma")
     write_flickr8k(work / "flickr8k", range(40), side=32)
     write_parquet(work / "classes", "texture", {"train": range(40), "validation": range(40, 56), "test": range(56, 72)})
-    copies = ":".join(str(path) for path in (tmp_path / "packages").glob("*/src"))
+    copies = ":".join(map(str, [*(tmp_path / "packages").glob("*/src"), ROOT / "packages" / "common" / "tests"]))
     commands = [f"{module} {options} {' '.join(SHARED)}" for module, options in ADDED.items()]
     done = subprocess.run([sys.executable, "-c", RUN, *commands], cwd=work, env=os.environ | {"PYTHONPATH": copies},
                           capture_output=True, text=True, check=False)  # fmt: skip

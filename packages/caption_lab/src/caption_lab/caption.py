@@ -5,7 +5,6 @@ from caption_lab import commands
 if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
     commands.caption()
 
-
 import torch
 
 from caption_lab.config import FINISHED, TRAIN, CaptionConfig, check_decoding

@@ -6,13 +6,13 @@ if __name__ == "__main__":  # before the imports below: --help and a wrong optio
     commands.compare()
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from caption_lab.config import TINY, CompareConfig, DecoderOptions, EncoderOptions, TrainConfig
+from caption_lab.config import TINY, CompareConfig, ComparedOptions, TrainConfig
 from caption_lab.data import read_data
 from caption_lab.decoder import CAPTIONERS
 from caption_lab.encoder import make_encoder
@@ -37,12 +37,13 @@ from labs_common.scenes.world import Scene
 EXAMPLES, WORST = 5, 6  # pictures in the sections on captions and on errors
 TRUTH: dict[str, Measure] = {"right in everything": lambda entry: entry.values("claims", "written", "whole")}
 COSTS: dict[str, Measure] = {
-    "trained parameters": lambda entry: entry.cost("trainable"),
-    "all parameters": lambda entry: entry.cost("parameters"),
-    "training seconds": lambda entry: entry.cost("seconds"),
-    "captions/s": lambda entry: entry.cost("captions per second"),
-    "peak MiB": lambda entry: entry.cost("peak memory", 2**20),
-    "kept on disk, MiB": lambda entry: entry.cost("cache bytes", 2**20),
+    "trained parameters": partial(Entry.cost, name="trainable"),
+    "all parameters": partial(Entry.cost, name="parameters"),
+    "training seconds": partial(Entry.cost, name="seconds"),
+    "captions/s": partial(Entry.cost, name="captions per second"),
+    "peak MiB": partial(Entry.cost, name="peak memory", scale=2**20),
+    "cache MiB": partial(Entry.cost, name="cache bytes", scale=2**20),
+    "optimizer MiB": partial(Entry.cost, name="optimizer bytes", scale=2**20),
 }
 
 
@@ -57,20 +58,6 @@ def compare(config: CompareConfig) -> None:
     for run in planned.values():
         make_encoder(replace(run.encoder, pretrained=False)).train_last(run.encoder.unfreeze, False)
     compare_runs(folder, config, "caption_lab.train", planned, partial(findings, config, data))
-
-
-@dataclass
-class ComparedOptions:
-    """The options that may follow a model's name after colons."""
-
-    encoder: EncoderOptions = field(default_factory=EncoderOptions)
-    decoder: DecoderOptions = field(default_factory=DecoderOptions)
-    learning_rate: float = 0.0
-    """Highest learning rate."""
-    label_smoothing: float = 0.0
-    """Share of the target's weight that is spread over all words."""
-    scheduled_sampling: float = 0.0
-    """Share of the input words that the model's own guesses replace at the end of training."""
 
 
 def plan(config: CompareConfig) -> dict[str, TrainConfig]:

@@ -253,6 +253,20 @@ class CompareConfig:
     comparison: ComparisonOptions = field(default_factory=ComparisonOptions)
 
 
+@dataclass
+class ComparedOptions:
+    """The options that may follow a model's name after colons."""
+
+    encoder: EncoderOptions = field(default_factory=EncoderOptions)
+    decoder: DecoderOptions = field(default_factory=DecoderOptions)
+    learning_rate: float = 0.0
+    """Highest learning rate."""
+    label_smoothing: float = 0.0
+    """Share of the target's weight that is spread over all words."""
+    scheduled_sampling: float = 0.0
+    """Share of the input words that the model's own guesses replace at the end of training."""
+
+
 def complete_words(options: VocabularyOptions, drawn: bool) -> VocabularyOptions:
     """Returns the options with a default for --min-count: drawn scenes have no rare words to leave out."""
     return dataclasses.replace(options, min_count=options.min_count or (1 if drawn else 3))

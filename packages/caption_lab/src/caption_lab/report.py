@@ -27,6 +27,7 @@ from labs_common.report.sections import (
     asked_section,
     cost_section,
     curves_section,
+    evaluations_table,
     rerun_section,
     structure_of,
     trained_section,
@@ -228,9 +229,8 @@ def _curves(run: Run, validation: CaptionedPictures) -> Section:
         curve = {name: (steps, [line[f"validation/{key}"] for line in lines])}
         svg = save_figure(run, key, curve_figure(curve, "optimizer step", name))
         section.blocks.append(Figure(svg, f"{name} of greedy captions of the validation pictures."))
-    keys = ("step", "training/loss", "validation/loss", "validation/bleu-4", "validation/cider")
-    columns = [key.replace("/", " ") for key in keys]
-    section.blocks.append(Table(columns, [[line.get(key) for key in keys] for line in lines], "every evaluation", True))
+    keys = ("training/loss", "validation/loss", "validation/bleu-4", "validation/cider")
+    section.blocks.append(evaluations_table(run, keys))
     if samples := list(run.lines("samples.jsonl")):
         name = samples[0]["picture"]
         tile = _tile(validation, validation.names.index(name), name)

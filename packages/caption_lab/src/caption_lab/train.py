@@ -115,8 +115,8 @@ def fit(config: TrainConfig, captioner: Captioner, run: Run, accelerator: Accele
         loss, metrics = objective.loss(learner, batch.to(accelerator.device), loop.step_number / loop.total)
         loop.step(loss, len(batch.pictures) if batch.of_captions else 0, **metrics)
         if loop.evaluation_due:
-            scores = validate(fitting, learner, rows["validation"], references, watched.names[0])
-            loop.evaluated(scores, f"validation/{options.watch}", higher_is_better=options.watch != "loss")
+            found = scores(fitting, learner, rows["validation"], references, watched.names[0])
+            loop.evaluated(found, f"validation/{options.watch}", higher_is_better=options.watch != "loss")
 
     def save(state: dict[str, torch.Tensor]) -> None:
         save_captioner(run.path / FOLDER, captioner, state)
@@ -124,7 +124,7 @@ def fit(config: TrainConfig, captioner: Captioner, run: Run, accelerator: Accele
     return fitting.finish(save, [part.rows for part in rows.values()])
 
 
-def validate(
+def scores(
     fitting: Fitting, learner: Learner, data: CaptionRows, references: Sequence[Sequence[Sequence[str]]], sample: str
 ) -> dict[str, float]:
     """Computes loss, BLEU-4 and CIDEr-D on the validation pictures, and the training loss since the last evaluation.

@@ -7,14 +7,13 @@ if __name__ == "__main__":  # before the imports below: --help and a wrong optio
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from clip_lab.config import CompareConfig, HeadOptions, TrainConfig, complete
+from clip_lab.config import CompareConfig, ComparedOptions, TrainConfig, complete
 from clip_lab.data import read_data
 from clip_lab.encoder import Encoder, load_encoder
 from clip_lab.evaluate import (
@@ -31,7 +30,7 @@ from clip_lab.losses import OBJECTIVES, check_objective
 from clip_lab.probe import accuracy, features_of, read_splits
 from clip_lab.zero_shot import class_embeddings, filled
 from labs_common.cli import parse
-from labs_common.compare.collect import Entry, cell, rows_of
+from labs_common.compare.collect import Entry, Measure, cell, rows_of
 from labs_common.compare.plan import comparison_folder, plan_runs
 from labs_common.compare.processes import compare_runs, start_server
 from labs_common.compare.report import Findings, curves_of, notes_on, table_of
@@ -54,11 +53,13 @@ MEASURED = "measured.json"  # with each run
 CONTRASTIVE = ("R@1 by embedding", "R@5 by embedding", "classes by embedding")
 GENERATIVE = ("R@1 by likelihood", "R@5 by likelihood", "classes by likelihood", "perplexity")
 ABILITIES = (*CONTRASTIVE, *GENERATIVE, "linear probe")
-COSTS = {
-    "parameters": partial(Entry.cost, name="parameters"),
+COSTS: dict[str, Measure] = {
+    "trained parameters": partial(Entry.cost, name="trainable"),
+    "all parameters": partial(Entry.cost, name="parameters"),
     "training seconds": partial(Entry.cost, name="seconds"),
     "pictures/s": partial(Entry.cost, name="pictures per second"),
     "peak MiB": partial(Entry.cost, name="peak memory", scale=2**20),
+    "cache MiB": partial(Entry.cost, name="cache bytes", scale=2**20),
     "optimizer MiB": partial(Entry.cost, name="optimizer bytes", scale=2**20),
 }
 
@@ -73,15 +74,6 @@ def compare(config: CompareConfig) -> None:
     data = read_data(config.data, config.comparison.seed, shown=True)
     make_image_tower(dataclasses.replace(config.image, image_pretrained=False, image_weights=None))  # or says why not
     compare_runs(folder, config, "clip_lab.train", planned, partial(findings, config, data))
-
-
-@dataclass
-class ComparedOptions:
-    """The options that may follow an objective's name after colons."""
-
-    head: HeadOptions = field(default_factory=HeadOptions)
-    learning_rate: float = 0.0
-    """Highest learning rate."""
 
 
 def plan(config: CompareConfig) -> dict[str, TrainConfig]:

@@ -306,6 +306,15 @@ class CompareConfig:
     comparison: ComparisonOptions = field(default_factory=ComparisonOptions)
 
 
+@dataclass
+class ComparedOptions:
+    """The options that may follow an objective's name after colons."""
+
+    head: HeadOptions = field(default_factory=HeadOptions)
+    learning_rate: float = 0.0
+    """Highest learning rate."""
+
+
 def complete(config: TrainConfig) -> TrainConfig:
     """Puts a default in the place of every option that was left to the towers and the data.
 

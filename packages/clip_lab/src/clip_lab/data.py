@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from clip_lab.config import Augment, BatchOptions, CacheOptions, TrainConfig
 from clip_lab.image import ImageTower
-from clip_lab.model import ClipModel, Model, rows_of
+from clip_lab.model import Model, rows_of
 from clip_lab.tokens import Words
 from labs_common.data.captions import CaptionedPictures, Captions, PictureTensors, Transform, read_captions
 from labs_common.errors import LabError
@@ -308,8 +308,9 @@ def _frozen_text_rows(
     name: str, rows: Sequence[Sequence[int]], words: Words, config: TrainConfig, model: Model, accelerator: Accelerator
 ) -> Rows:
     """Returns the frozen text tower's features of captions as numbers, each computed once."""
-    assert isinstance(model, ClipModel)  # the other models need a causal tower, and that is never frozen
-    tower: Any = model.text.to(accelerator.device).eval()
+    assert not model.writes  # what writes needs a causal tower, and that is never frozen
+    whole: Any = model
+    tower = whole.text.to(accelerator.device).eval()
 
     def compute(_: int, places: Sequence[int]) -> torch.Tensor:
         read = words.together([rows[place] for place in places])

@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from clip_lab.config import FINISHED, TRAIN, ImageOptions
 from clip_lab.image import make_image_tower
-from clip_lab.model import CocaModel, SimVlmModel, rows_of
+from clip_lab.losses import OBJECTIVES
+from clip_lab.model import rows_of
 from clip_lab.saved import Loaded, is_ours, load_model
 from labs_common.data.captions import Transform
 from labs_common.data.images import RESAMPLING
@@ -88,9 +89,10 @@ class Encoder:
             LabError: it has none.
         """
         if self.image is None:
+            able = ", ".join(name for name, objective in OBJECTIVES.items() if objective.model.embeds)
             raise LabError(
                 f"--checkpoint {self.name}: has no embeddings of pictures that captions could be compared with; take a "
-                "model that was trained with --objective clip, siglip or coca"
+                f"model that was trained with an --objective that makes them: {able}"
             )
         return self.image(pictures.to(self.device)).float().cpu()
 
@@ -145,16 +147,18 @@ def frozen(encoder: Encoder, device: torch.device) -> Encoder:
 
 def of_ours(loaded: Loaded, name: str) -> Encoder:
     """Wraps a model of this lab."""
-    model, view = loaded.model, View(**asdict(loaded.transform), squeezed=True)
-    if isinstance(model, SimVlmModel):
+    view = View(**asdict(loaded.transform), squeezed=True)
+    model: Any = loaded.model  # of any objective: its class says what it can do
+    if not model.embeds:
         return Encoder(name, model, view, lambda x: model.image(x).feature, None, None, 1.0, loaded)
 
     def features(pictures: torch.Tensor) -> torch.Tensor:
-        rows = rows_of(model, pictures)
-        return model.pooled(rows) if isinstance(model, CocaModel) else rows
+        found: torch.Tensor = model.pooled(rows_of(model, pictures))
+        return found
 
     def text(sentences: Sequence[str]) -> torch.Tensor:
-        return model.embed_texts(loaded.words(sentences).to(next(model.parameters()).device))
+        found: torch.Tensor = model.embed_texts(loaded.words(sentences).to(next(model.parameters()).device))
+        return found
 
     scale = float(model.scale().detach())
     return Encoder(name, model, view, features, lambda x: model.embedded(rows_of(model, x)), text, scale, loaded)

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from clip_lab.config import TrainConfig
 from clip_lab.data import COLOURS, SHAPES, Pairs, Part
 from clip_lab.losses import (
+    OBJECTIVES,
     PADDED,
     Embeddings,
     caption_loss,
@@ -20,7 +22,7 @@ from clip_lab.losses import (
     siglip_loss,
     suffix_targets,
 )
-from clip_lab.model import ClipModel, SimVlmModel, places_of_end, rows_of, training_mode
+from clip_lab.model import places_of_end, rows_of, training_mode
 from clip_lab.saved import Loaded
 from clip_lab.tokens import Words
 from labs_common.data.captions import CaptionedPictures, PictureTensors
@@ -123,18 +125,20 @@ def picture_rows_of(loaded: Loaded, pictures: CaptionedPictures) -> torch.Tensor
 @torch.no_grad()
 def embeddings_of(loaded: Loaded, rows: torch.Tensor) -> torch.Tensor:
     """Turns rows of the image tower into embeddings of length 1 (pictures, width), on the CPU."""
-    assert not isinstance(loaded.model, SimVlmModel)
-    device = next(loaded.model.parameters()).device
-    return torch.cat([loaded.model.embedded(part.to(device)).float().cpu() for part in rows.split(BATCH)])
+    model: Any = loaded.model
+    assert model.embeds
+    device = next(model.parameters()).device
+    return torch.cat([model.embedded(part.to(device)).float().cpu() for part in rows.split(BATCH)])
 
 
 @torch.no_grad()
 def embed_sentences(loaded: Loaded, sentences: Sequence[str]) -> torch.Tensor:
     """Embeds sentences with length 1 (sentences, width), on the CPU."""
-    assert not isinstance(loaded.model, SimVlmModel)
-    device = next(loaded.model.parameters()).device
+    model: Any = loaded.model
+    assert model.embeds
+    device = next(model.parameters()).device
     parts = [sentences[first : first + CAPTIONS] for first in range(0, len(sentences), CAPTIONS)]
-    return torch.cat([loaded.model.embed_texts(loaded.words(part).to(device)).float().cpu() for part in parts])
+    return torch.cat([model.embed_texts(loaded.words(part).to(device)).float().cpu() for part in parts])
 
 
 def retrieval_metrics(similarity: torch.Tensor, of_picture: Sequence[int] | np.ndarray) -> dict[str, float]:
@@ -205,8 +209,8 @@ def log_likelihoods(
     Returns:
         Both (captions,).
     """
-    model = loaded.model
-    assert not isinstance(model, ClipModel)
+    model: Any = loaded.model
+    assert model.writes
     device = next(model.parameters()).device
     sums, counts = [], []
     for part, at in zip(words.split(CAPTIONS), of_picture.split(CAPTIONS), strict=True):
@@ -298,10 +302,10 @@ def scores(fitting: Fitting, config: TrainConfig, data: Pairs, words: Words) -> 
     """
     fitting.model.eval()
     with torch.no_grad():
-        if isinstance(fitting.plain, SimVlmModel):
-            found = _writing_scores(fitting, data, words)
-        else:
+        if OBJECTIVES[config.objective].model.embeds:
             found = _retrieval_scores(fitting, config, data, words)
+        else:
+            found = _writing_scores(fitting, data, words)
     training_mode(fitting.model, fitting.plain)
     return training_means(fitting.run, "pictures", ("loss",)) | {f"validation/{k}": v for k, v in found.items()}
 
@@ -311,7 +315,7 @@ def _retrieval_scores(fitting: Fitting, config: TrainConfig, data: Pairs, words:
     scale = bias = None
     for first, part, of_picture in _whole_parts(data, words):
         of_picture = of_picture.to(fitting.accelerator.device)
-        more = () if isinstance(fitting.plain, ClipModel) else (of_picture,)
+        more = (of_picture,) if OBJECTIVES[config.objective].model.writes else ()
         found = fitting.model(pictures_of(fitting, part), part.words.to(of_picture.device), *more)
         images.append(found.image.float())
         texts.append(found.text.float())

@@ -57,9 +57,10 @@ class ClipModel(nn.Module):
         reads: the part of the image tower's output that the rest reads: its `feature`, or its `places`.
         embeds: whether it has embeddings, so that pictures can be searched by one matrix product.
         writes: whether it predicts words, for which it needs a causal text tower.
+        continues: whether it goes on from a caption's beginning, which is drawn anew in every step.
     """
 
-    made_of, reads, embeds, writes = "two towers", "feature", True, False
+    made_of, reads, embeds, writes, continues = "two towers", "feature", True, False, False
 
     def __init__(self, image: ImageTower, text: TextTower | PretrainedText, options: HeadOptions) -> None:
         super().__init__()
@@ -76,7 +77,11 @@ class ClipModel(nn.Module):
 
     def embedded(self, rows: torch.Tensor) -> torch.Tensor:
         """Projects the tower's features (pictures, width) to embeddings of length 1."""
-        return F.normalize(self.image_projection(rows), dim=1)
+        return F.normalize(self.image_projection(self.pooled(rows)), dim=1)
+
+    def pooled(self, rows: torch.Tensor) -> torch.Tensor:
+        """Returns the input of the projection (pictures, width): the tower's features themselves."""
+        return rows
 
     def embed_texts(self, words: torch.Tensor) -> torch.Tensor:
         """Embeds captions (captions, length), or the frozen tower's features of them, with length 1."""
@@ -100,7 +105,7 @@ class CocaModel(nn.Module):
     caption, so it takes the part of the paper's appended [CLS]. Attributes are those of `ClipModel`.
     """
 
-    made_of, reads, embeds, writes = "two towers and a decoder on both", "places", True, True
+    made_of, reads, embeds, writes, continues = "two towers and a decoder on both", "places", True, True, False
 
     def __init__(self, image: ImageTower, text: TextTower, options: HeadOptions) -> None:
         super().__init__()
@@ -164,7 +169,7 @@ class SimVlmModel(nn.Module):
     of `ClipModel`.
     """
 
-    made_of, reads, embeds, writes = "one transformer on places and words", "places", False, True
+    made_of, reads, embeds, writes, continues = "one transformer on places and words", "places", False, True, True
 
     def __init__(self, image: ImageTower, text: TextTower, options: HeadOptions) -> None:
         super().__init__()

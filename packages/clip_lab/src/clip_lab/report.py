@@ -20,6 +20,7 @@ from labs_common.report.sections import (
     asked_section,
     cost_section,
     curves_section,
+    evaluations_table,
     rerun_section,
     structure_of,
     trained_section,
@@ -142,11 +143,7 @@ def _curves(run: Run) -> Section:
         curve = {"temperature": ([line["step"] for line in scales], [1 / line["logit_scale"] for line in scales])}
         svg = save_figure(run, "temperature", curve_figure(curve, "optimizer step", "temperature"))
         section.blocks.append(Figure(svg, "The learnt temperature: cosines are divided by it."))
-    evaluations = [line for line in every if "validation/loss" in line]
-    keys = [key for key in evaluations[-1] if key != "step"] if evaluations else []
-    rows = [[line["step"], *(line.get(key) for key in keys)] for line in evaluations]
-    columns = ["step", *(key.replace("/", " ").replace("_", " ") for key in keys)]
-    section.blocks.append(Table(columns, rows, "every evaluation", folded=True))
+    section.blocks.append(evaluations_table(run))
     return section
 
 
@@ -199,7 +196,7 @@ def _matrix_section(run: Run, found: Evaluation) -> Section:
     said = (
         f"{count} test pictures with their first captions: {own:.3f} on the diagonal on average, {others:.3f} off it."
     )
-    return Section("Who is like whom", [Figure(svg, said)])
+    return Section("Similarity of captions and pictures", [Figure(svg, said)])
 
 
 def retrieval_sections(found: Evaluation, test: CaptionedPictures) -> list[Section]:

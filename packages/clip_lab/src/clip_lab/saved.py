@@ -206,7 +206,8 @@ FORMATS = {
 
 def _clip_of(loaded: Loaded) -> ClipModel:
     if not isinstance(loaded.model, ClipModel):
-        reason = "of which no other library has the same model; clip and siglip can be written"
+        able = " and ".join(name for name, entry in OBJECTIVES.items() if issubclass(entry.model, ClipModel))
+        reason = f"of which no other library has the same model; {able} can be written"
         raise LabError(f"--checkpoint: was trained with --objective {loaded.objective}, {reason}")
     return loaded.model
 

@@ -17,7 +17,7 @@ from clip_lab.data import Batches, read_data, read_pairs
 from clip_lab.evaluate import evaluate, scores
 from clip_lab.image import make_image_tower
 from clip_lab.losses import OBJECTIVES, check_objective
-from clip_lab.model import Model, SimVlmModel, training_mode
+from clip_lab.model import Model, training_mode
 from clip_lab.report import finish_report
 from clip_lab.saved import load_model, save_model
 from clip_lab.text import PretrainedText, TextTower, pretrained_text
@@ -103,7 +103,7 @@ def fit(config: TrainConfig, model: Model, words: Words, run: Run, accelerator: 
     channels_last(model.image, accelerator)
     optimizer = torch.optim.AdamW(parameter_groups(config, model), betas=(0.9, 0.98), fused=True)  # CLIP's own betas
     seed, views, rank = config.run.seed, config.image.views, accelerator.process_index
-    batches = Batches(training, words, config.batch, seed, views, isinstance(model, SimVlmModel), rank, processes)
+    batches = Batches(training, words, config.batch, seed, views, model.continues, rank, processes)
     source = batches.steps(options.batch_size)
     fitting = Fitting.start(run, accelerator, model, optimizer, source, options, seed, "pictures")
     training_mode(fitting.model, fitting.plain)

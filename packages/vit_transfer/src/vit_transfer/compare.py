@@ -34,7 +34,7 @@ from labs_common.report.figures import bar_figure
 from labs_common.report.page import Figure, Gallery, Section, Table, Text, save_figure
 from labs_common.run import Run
 from vit_transfer.catalogue import CNN, FAMILIES, TRANSFORMER, family
-from vit_transfer.config import TINY, CompareConfig, ModelOptions, TrainConfig, complete
+from vit_transfer.config import TINY, CompareConfig, ComparedOptions, ModelOptions, TrainConfig, complete
 from vit_transfer.data import read_splits
 from vit_transfer.tiny import RECIPES, tiny_model
 from vit_transfer.train import check_network
@@ -42,13 +42,14 @@ from vit_transfer.train import check_network
 PAPER = Path(__file__).with_name("paper_table.csv")
 HARD = 12  # pictures that defeat every network, in the report
 COSTS: dict[str, Measure] = {
-    "trained parameters": lambda entry: entry.cost("trainable"),
-    "all parameters": lambda entry: entry.cost("parameters"),
-    "training seconds": lambda entry: entry.cost("seconds"),
-    "front seconds": lambda entry: entry.cost("preparation seconds"),
-    "pictures/s": lambda entry: entry.cost("pictures per second"),
-    "peak MiB": lambda entry: entry.cost("peak memory", 2**20),
-    "cache MiB": lambda entry: entry.cost("cache bytes", 2**20),
+    "trained parameters": partial(Entry.cost, name="trainable"),
+    "all parameters": partial(Entry.cost, name="parameters"),
+    "training seconds": partial(Entry.cost, name="seconds"),
+    "front seconds": partial(Entry.cost, name="preparation seconds"),
+    "pictures/s": partial(Entry.cost, name="pictures per second"),
+    "peak MiB": partial(Entry.cost, name="peak memory", scale=2**20),
+    "cache MiB": partial(Entry.cost, name="cache bytes", scale=2**20),
+    "optimizer MiB": partial(Entry.cost, name="optimizer bytes", scale=2**20),
 }
 MEASURES: dict[str, Measure] = {
     "test accuracy": lambda entry: entry.values("test", "this run", "accuracy"),
@@ -68,14 +69,6 @@ def compare(config: CompareConfig) -> None:
         if run.model.model in TINY and run.model.pretrained:
             tiny_model(run.model.model, 2, pretrained=True)  # here, so that no run's memory is that of making it
     compare_runs(folder, config, "vit_transfer.train", planned, partial(findings, config, splits["test"]))
-
-
-@dataclass
-class ComparedOptions(ModelOptions):
-    """The options that may follow a network's name after colons."""
-
-    learning_rate: float = 0.0
-    """Highest learning rate."""
 
 
 def plan(config: CompareConfig) -> dict[str, TrainConfig]:

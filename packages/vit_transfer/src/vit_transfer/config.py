@@ -179,6 +179,14 @@ class CompareConfig:
 
 
 @dataclass
+class ComparedOptions(ModelOptions):
+    """The options that may follow a network's name after colons."""
+
+    learning_rate: float = 0.0
+    """Highest learning rate."""
+
+
+@dataclass
 class ModelsConfig:
     """Lists the families that the lab compares: for each network its last block and what that block holds.
 

@@ -22,9 +22,7 @@ TEST_BATCH = 64  # pictures at once: fills a GPU, and needs no memory for gradie
 
 
 @torch.no_grad()
-def validation_scores(
-    model: torch.nn.Module, data: PictureRows, batch_size: int, accelerator: Accelerator
-) -> dict[str, float]:
+def scores(model: torch.nn.Module, data: PictureRows, batch_size: int, accelerator: Accelerator) -> dict[str, float]:
     """Computes mean cross-entropy and accuracy on validation pictures; every process takes its share of them.
 
     The model is in training mode afterwards.
@@ -110,8 +108,8 @@ def grad_cam(model: Any, images: torch.Tensor, classes: torch.Tensor) -> torch.T
     with torch.no_grad():
         features = model.forward_features(images)
     features = features.detach().requires_grad_()
-    scores = model.forward_head(features).gather(1, classes[:, None]).sum()
-    (gradient,) = torch.autograd.grad(scores, features)
+    said = model.forward_head(features).gather(1, classes[:, None]).sum()
+    (gradient,) = torch.autograd.grad(said, features)
     if features.dim() == 3:  # tokens (batch, tokens, width) to (batch, rows, columns, width)
         grid = model.patch_embed.grid_size
         features, gradient = (t[:, -grid[0] * grid[1] :].unflatten(1, grid) for t in (features, gradient))

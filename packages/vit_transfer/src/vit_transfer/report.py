@@ -18,6 +18,7 @@ from labs_common.report.sections import (
     asked_section,
     cost_section,
     curves_section,
+    evaluations_table,
     rerun_section,
     structure_of,
     trained_section,
@@ -163,9 +164,8 @@ def _curves(run: Run) -> Section:
         "Accuracy by epoch: on the training pictures as they were trained on, and on the validation pictures after it."
     )
     section.blocks.insert(0, Figure(svg, caption))
-    keys = ("step", "training/loss", "training/accuracy", "validation/loss", "validation/accuracy")
-    rows = [tuple(line[key] for key in keys) for line in lines]
-    section.blocks.append(Table(tuple(key.replace("/", " ") for key in keys), rows, "every evaluation", folded=True))
+    keys = ("training/loss", "training/accuracy", "validation/loss", "validation/accuracy")
+    section.blocks.append(evaluations_table(run, keys))
     return section
 
 

@@ -27,7 +27,7 @@ from labs_common.steps import ShuffledSteps
 from labs_common.training import training_means
 from vit_transfer.config import AttackConfig, DistillConfig, ModelOptions, TrainConfig, complete
 from vit_transfer.data import Batch, Splits, Tensors, read_splits, rows_of, training_batches, transform_of
-from vit_transfer.evaluate import predictions_of, validation_scores
+from vit_transfer.evaluate import predictions_of, scores
 from vit_transfer.model import create, transfer
 from vit_transfer.report import finish_report
 from vit_transfer.saved import FOLDER, load_model, save_model
@@ -115,9 +115,9 @@ def fit(
         shares = {name: float(value) * batch.share for name, value in means.items()}
         loop.step(loss * batch.share, len(batch.targets) if batch.share else 0, **shares)
         if loop.evaluation_due:
-            scores = training_means(run, "pictures", ("loss", "accuracy"))  # since the last evaluation
-            scores |= validation_scores(fitting.model, validation, options.batch_size, accelerator)
-            loop.evaluated(scores, watch="validation/loss")
+            found = training_means(run, "pictures", ("loss", "accuracy"))  # since the last evaluation
+            found |= scores(fitting.model, validation, options.batch_size, accelerator)
+            loop.evaluated(found, watch="validation/loss")
     save = partial(save_model, model, config.model, transform, splits["train"].classes, run.path)
     return fitting.finish(save, [training.rows, validation.rows])
 

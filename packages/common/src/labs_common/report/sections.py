@@ -57,6 +57,16 @@ def curves_section(run: Run, evaluations: Sequence[str] = ("validation/loss",)) 
     return Section("Curves", [Figure(loss, "Loss by step."), Figure(rate, "Learning rate by step.")])
 
 
+def evaluations_table(run: Run, keys: Sequence[str] = ()) -> Table:
+    """Lists `keys` of every evaluation behind a fold; without any, all that the last one has."""
+    lines = [line for line in run.lines("metrics.jsonl") if "validation/loss" in line]
+    keys = keys or [key for key in (lines[-1] if lines else ()) if key != "step"]
+    columns = [key.replace("/", " ").replace("_", " ") for key in ("step", *keys)]
+    return Table(
+        columns, [[line.get(key) for key in ("step", *keys)] for line in lines], "every evaluation", folded=True
+    )
+
+
 def cost_section(run: Run, unit: str, seconds: Mapping[str, float]) -> Section:
     """Lists time, throughput and memory, from timing.jsonl; `seconds` are the parts of this start of the run."""
     timing = list(run.lines("timing.jsonl"))
