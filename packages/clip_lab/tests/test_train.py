@@ -70,7 +70,8 @@ def test_a_run_leaves_everything_that_it_promises(finished: Path) -> None:
     assert results["test"]["chance"]["text_to_image/recall@1"] == pytest.approx(1 / 6)
     assert results["queries"]["one thing"]["count"] > 0, "what is drawn is searched"
     html = (finished / "report.html").read_text(encoding="utf-8")
-    for heading in ("What was asked", "Data", "What trained", "Curves", "Numbers", "Searches", "Similarity of captions and pictures",
+    for heading in ("What was asked", "Data", "What trained", "Curves", "Numbers", "Searches",
+                    "Similarity of captions and pictures",
                     "Captions and what they find", "Errors", "Cost"):  # fmt: skip
         assert f">{heading}<" in html, heading
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]

@@ -62,9 +62,8 @@ def evaluations_table(run: Run, keys: Sequence[str] = ()) -> Table:
     lines = [line for line in run.lines("metrics.jsonl") if "validation/loss" in line]
     keys = keys or [key for key in (lines[-1] if lines else ()) if key != "step"]
     columns = [key.replace("/", " ").replace("_", " ") for key in ("step", *keys)]
-    return Table(
-        columns, [[line.get(key) for key in ("step", *keys)] for line in lines], "every evaluation", folded=True
-    )
+    rows = [[line.get(key) for key in ("step", *keys)] for line in lines]
+    return Table(columns, rows, "every evaluation", folded=True)
 
 
 def cost_section(run: Run, unit: str, seconds: Mapping[str, float]) -> Section:
