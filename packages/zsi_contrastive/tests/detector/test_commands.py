@@ -11,10 +11,20 @@ import torch
 from labs_testing import commands as lab_commands
 from PIL import Image
 
+from labs_common.cli import parse
+from labs_common.errors import LabError
 from zsi_contrastive.detector.annotations import scenes_split
 from zsi_contrastive.detector.compare import PARTS, VARIANTS, planned_run
-from zsi_contrastive.detector.config import AblateConfig
+from zsi_contrastive.detector.config import (
+    AblateConfig,
+    DetectorTrainingOptions,
+    ModelOptions,
+    TrainConfig,
+    complete,
+)
+from zsi_contrastive.detector.heads import CONTRASTIVE
 from zsi_contrastive.detector.saved import load_detector
+from zsi_contrastive.detector.train import contrastive_share
 
 SMALL = ("--split", "scenes", "--min-side", "48", "--max-side", "64", "--batch-size", "4", "--controls", "1",
          "--track", "none")  # fmt: skip
@@ -212,6 +222,37 @@ def test_variants_add_one_part_each() -> None:
     parts = [(one.mask_head, one.decoders, one.background_rpn, one.sync_background) for one in models]
     assert [sum(row) for row in parts] == [0, 1, 2, 3, 4]
     assert all(after[place] or not before[place] for before, after in pairwise(parts) for place in range(4))
+
+
+def test_contrastive_heads_by_either_name(tmp_path: Path) -> None:
+    """The switches of before, alone or in a file, ask for what --contrastive asks for."""
+    (tmp_path / "before.yaml").write_text("model: {greedy_infomax: true, patch_infonce: false}\n")
+    new, old, file = (
+        complete(parse(TrainConfig, "train", arguments))
+        for arguments in (
+            ["--contrastive", "greedy_infomax"],
+            ["--greedy-infomax"],
+            ["--config", str(tmp_path / "before.yaml")],
+        )
+    )
+    assert new.model == old.model == file.model == complete(new).model
+    assert new.model.contrastive == ("greedy_infomax",)
+    assert planned_run(AblateConfig(), "greedy-infomax", []).model == new.model
+    assert set(planned_run(AblateConfig(), "both", []).model.contrastive) == set(CONTRASTIVE)
+    given = AblateConfig(model=ModelOptions(greedy_infomax=True, greedy_weights=Path("weights.safetensors")))
+    without = planned_run(given, "patch-infonce", []).model
+    assert without.contrastive == ("patch_infonce",)
+    assert without.greedy_weights is None
+    assert {row.replace("-", "_") for row in AblateConfig().rows.split(",")} >= set(CONTRASTIVE)
+
+
+def test_weights_of_contrastive_losses() -> None:
+    training = DetectorTrainingOptions(contrastive_share=0.3, greedy_share=0.0)
+    assert contrastive_share(training, "greedy_infomax", 0.1) == 0, "its own option is asked first"
+    assert contrastive_share(training, "patch_infonce", 0.1) == 0.3
+    assert contrastive_share(DetectorTrainingOptions(), "patch_infonce", 0.1) == 0.1
+    with pytest.raises(LabError, match="--patch-share"):
+        complete(TrainConfig(training=DetectorTrainingOptions(patch_share=-0.5)))
 
 
 def test_ablate(scenes: Path, tmp_path: Path) -> None:

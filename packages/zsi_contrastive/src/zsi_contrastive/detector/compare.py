@@ -13,7 +13,7 @@ from labs_common.errors import LabError
 from labs_common.report.figures import bar_figure
 from labs_common.report.page import Figure, Section, Text, save_figure
 from labs_common.run import Run
-from zsi_contrastive.detector.config import AblateConfig, TrainConfig, complete
+from zsi_contrastive.detector.config import OWN_SHARES, AblateConfig, ModelOptions, TrainConfig, complete
 from zsi_contrastive.detector.data import read_data
 from zsi_contrastive.detector.heads import CONTRASTIVE
 
@@ -38,8 +38,9 @@ VARIANTS: dict[str, Variant] = {
     "sync-background": Variant("+ synchronised background", PARTS),
     "none": Variant("no contrastive head", PARTS),  # the same beside contrastive heads
     **{name.replace("_", "-"): Variant(head.said, PARTS, (name,)) for name, head in CONTRASTIVE.items()},
-    "both": Variant("both contrastive heads", PARTS, tuple(CONTRASTIVE)),
+    "both": Variant("all contrastive heads", PARTS, tuple(CONTRASTIVE)),
 }
+USUAL = ModelOptions()
 ZSI, GZSI = "ZSI box AP 0.5", "GZSI box harmonic mean"
 
 
@@ -94,9 +95,10 @@ def planned_run(config: AblateConfig, row: str, flags: list[str]) -> TrainConfig
         raise LabError("variants have no options of their own; give them to all, as in --epochs 3")
     variant = VARIANTS[row]
     parts: dict[str, Any] = {name: name in variant.parts for name in PARTS}
-    parts |= {name: name in variant.contrastive for name in CONTRASTIVE}
-    if "greedy_infomax" not in variant.contrastive:
-        parts["greedy_weights"] = None
+    parts |= {"contrastive": variant.contrastive, **dict.fromkeys(OWN_SHARES, False)}
+    for name, head in CONTRASTIVE.items():
+        if name not in variant.contrastive:
+            parts |= {option: getattr(USUAL, option) for option in head.options}
     model = replace(config.model, **parts)
     return complete(TrainConfig(config.data, config.words, model, config.detection, config.training))
 

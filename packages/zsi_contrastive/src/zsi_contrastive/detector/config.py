@@ -3,17 +3,29 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from labs_common.errors import LabError
-from labs_common.options import CommandOptions, ComparisonOptions, OnBadData, RunOptions, TrainingOptions, one_of
+from labs_common.options import (
+    CommandOptions,
+    ComparisonOptions,
+    OnBadData,
+    RunOptions,
+    TrainingOptions,
+    names_in,
+    one_of,
+)
 from zsi_contrastive import TINY
 
 PUBLISHED = ("48_17", "65_15")  # the splits of COCO in the literature (Zheng et al. 2021): seen_unseen
 SCENES = "scenes"
 Aggregate = Annotated[str, one_of("zsi_contrastive.detector.vectors:AGGREGATES")]
+HEADS = names_in("zsi_contrastive.detector.heads:CONTRASTIVE")
+ContrastiveHead = Annotated[str, one_of("zsi_contrastive.detector.heads:CONTRASTIVE")]
+# The first two heads have a switch each, of the same name, and an option for their weight: older than --contrastive.
+OWN_SHARES = {"greedy_infomax": "greedy_share", "patch_infonce": "patch_share"}
 Transfer = Literal["auto", "paper", "things"]
 Optimizer = Literal["auto", "sgd", "adamw"]
 
@@ -73,12 +85,14 @@ class ModelOptions:
     """Learn background as a word vector where regions are proposed."""
     sync_background: bool = True
     """Use that vector for background in the detector as well."""
+    contrastive: tuple[ContrastiveHead, ...] = ()
+    """Add these contrastive heads, each with a loss of its own."""
     greedy_infomax: bool = False
-    """Add a Greedy InfoMax head: three modules on the picture at 32 × 32 that each learn alone."""
+    """Add greedy_infomax to --contrastive: three modules on the picture at 32 × 32 that each learn alone."""
     greedy_weights: Path | None = None
     """Start its modules from this .safetensors file, which `zsi_contrastive.pretrain --method gim` wrote."""
     patch_infonce: bool = False
-    """Add a patch InfoNCE head: patches of a thing against those of other classes and of background."""
+    """Add patch_infonce to --contrastive: patches of a thing against those of other classes and of background."""
     min_side: int = 0
     """Shorter side of the pictures that the network sees, in pixels; 0 takes 800, and 96 for tiny."""
     max_side: int = 0
@@ -137,10 +151,12 @@ class DetectorTrainingOptions(TrainingOptions):
     tiny."""
     reconstruction: float = 0.0
     """Weight of the decoders' losses; 0 takes the paper's 0.5, and 0.05 for tiny."""
-    greedy_share: float = 0.1
-    """Weight of the Greedy InfoMax head's losses."""
-    patch_share: float = 0.1
-    """Weight of the patch InfoNCE head's loss."""
+    contrastive_share: float = -1.0
+    """Weight of each contrastive head's loss; -1 takes the head's own."""
+    greedy_share: float = -1.0
+    """Weight of the Greedy InfoMax head's losses; -1 takes --contrastive-share."""
+    patch_share: float = -1.0
+    """Weight of the patch InfoNCE head's loss; -1 takes --contrastive-share."""
     flip: bool = True
     """Mirror training pictures by chance."""
     validation_pictures: int = 200
@@ -226,14 +242,14 @@ class PredictConfig:
 class AblateConfig:
     """Trains the paper's variants under one budget and reports on them: what does each part add?
 
-    `python -m zsi_contrastive.ablate` alone trains all eight on drawn scenes. The same command started again goes on
+    `python -m zsi_contrastive.ablate` alone trains all of them on drawn scenes. The same command started again goes on
     where it was stopped. For real: `python -m zsi_contrastive.ablate --backbone resnet101 --data coco --split 48_17
     --word-vectors word_w2v_withbg_48_17.txt --launch launch/multi_gpu.yaml`.
     """
 
-    rows: str = "detector,mask-head,decoders,background-rpn,sync-background,greedy-infomax,patch-infonce,both"
-    """Variants: up to sync-background each has what those before it have, and what it is called; the last three add
-    contrastive heads to all of that. none is another name of sync-background."""
+    rows: str = f"detector,mask-head,decoders,background-rpn,sync-background,{','.join(HEADS)},both".replace("_", "-")
+    """Variants: up to sync-background each has what those before it have, and what it is called; the others add a
+    contrastive head to all of that, and both all there are. none is another name of sync-background."""
     data: DataOptions = field(default_factory=DataOptions)
     words: WordOptions = field(default_factory=WordOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -302,6 +318,8 @@ def complete(config: TrainConfig) -> TrainConfig:
             "frozen_stages": (0 if tiny else 1) if model.frozen_stages < 0 else model.frozen_stages,
             "min_side": model.min_side or (96 if tiny else 800),
             "max_side": model.max_side or (160 if tiny else 1333),
+            "contrastive": contrastive_of(model),
+            **dict.fromkeys(OWN_SHARES, False),
         },
         "detection": {
             "transfer": ("things" if tiny else "paper") if detection.transfer == "auto" else detection.transfer,
@@ -328,6 +346,11 @@ def default_split(data: DataOptions) -> str:
     return data.split or (SCENES if data.data is None else PUBLISHED[0])
 
 
+def contrastive_of(model: ModelOptions) -> tuple[str, ...]:
+    """Returns the contrastive heads that are asked for in either way, in the order of their table."""
+    return tuple(name for name in HEADS if name in model.contrastive or (name in OWN_SHARES and getattr(model, name)))
+
+
 def check(config: TrainConfig) -> None:
     """Checks options that do not depend on the data.
 
@@ -345,14 +368,15 @@ def check(config: TrainConfig) -> None:
     for name, file in (("backbone", model.backbone_weights), ("greedy", model.greedy_weights)):
         if file is not None and file.suffix != ".safetensors":
             raise LabError(f"--{name}-weights {file}: must be a .safetensors file")
-    if model.greedy_weights is not None and not model.greedy_infomax:
+    if model.greedy_weights is not None and "greedy_infomax" not in contrastive_of(model):
         raise LabError("--greedy-weights: there is no such head; add --greedy-infomax")
     if not -1 <= model.frozen_stages <= 4:
         raise LabError("--frozen-stages: must lie between 0 and 4")
     if training.patience and not config.data.validation_fraction:
         raise LabError("--patience: there is nothing to watch with --validation-fraction 0")
-    if training.greedy_share < 0 or training.patch_share < 0:
-        raise LabError("--greedy-share and --patch-share: must not be negative")
+    for name in ("contrastive_share", *OWN_SHARES.values()):
+        if (share := getattr(training, name)) < 0 and share != -1:
+            raise LabError(f"--{name.replace('_', '-')}: must not be negative")
     if training.reconstruction < 0:
         raise LabError("--reconstruction: must be positive; --no-decoders leaves the decoders out")
 
@@ -370,18 +394,6 @@ def check_detection(detection: DetectionOptions) -> None:
         raise LabError("--nms-threshold: must be more than 0 and at most 1")
     if detection.temperature < 0:
         raise LabError("--temperature: must be positive")
-    for name, value in (("kept", detection.kept), ("neighbours", detection.neighbours)):
-        if value < 1:
-            raise LabError(f"--{name}: must be at least 1")
-    if detection.controls < 0:
-        raise LabError("--controls: must be at least 0")
-
-
-Options = TypeVar("Options", DataOptions, DetectionOptions)
-
-
-def changed(trained: Options, asked: Options) -> Options:
-    """Returns the options of a run with those in their place that are asked for, which is all that are not usual."""
-    usual = type(asked)()
-    own = {name: value for name, value in vars(asked).items() if value != getattr(usual, name)}
-    return dataclasses.replace(trained, **own)
+    for name, least in (("kept", 1), ("neighbours", 1), ("controls", 0)):
+        if getattr(detection, name) < least:
+            raise LabError(f"--{name}: must be at least {least}")

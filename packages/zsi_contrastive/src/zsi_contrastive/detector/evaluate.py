@@ -11,12 +11,12 @@ from labs_common.report.page import write_report
 from labs_common.report.sections import asked_section
 from labs_common.run import Run, check_new, new_folder
 from zsi_contrastive.detector.annotations import Split, read_split
-from zsi_contrastive.detector.config import DataOptions, EvaluateConfig, changed, check_detection, default_split
+from zsi_contrastive.detector.config import DataOptions, EvaluateConfig, check_detection, default_split
 from zsi_contrastive.detector.data import read_parts, read_pictures, read_vectors
 from zsi_contrastive.detector.pictures import InstancePictures, instance_pictures
 from zsi_contrastive.detector.protocol import Evaluation, evaluated, scores_of
 from zsi_contrastive.detector.report import finding_sections, measured_sections, print_scores, summary_of
-from zsi_contrastive.detector.saved import Loaded, chosen_data, chosen_run, load_detector
+from zsi_contrastive.detector.saved import Loaded, changed, chosen_data, chosen_run, load_detector
 from zsi_contrastive.detector.scoring import read_results
 from zsi_contrastive.detector.vectors import ClassVectors, check_same_space, scaled_like
 

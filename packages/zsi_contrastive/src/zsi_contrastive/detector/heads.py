@@ -15,6 +15,8 @@ from torch import nn
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.transforms.v2.functional import normalize
 
+from labs_common.saved import load_exactly, read_weights
+from zsi_contrastive.detector.config import ModelOptions
 from zsi_contrastive.networks import TINY_SIZES, GreedySizes, PatchModules
 
 DECONV = 2  # the mask head doubles the side of what RoIAlign gives
@@ -300,25 +302,37 @@ class Contrastive:
     Attributes:
         make: returns the module for a pyramid of so many channels; small ones for tiny.
         module: the detector's attribute, which names its weights on disk.
-        share: the training option that its loss is multiplied by.
         said: what a report calls it.
+        share: what its loss is multiplied by, unless an option says otherwise.
+        start: gives a new module what the model options say of it, such as weights.
+        options: the model options that `start` reads; ablate leaves them out where the head is not.
     """
 
     make: Callable[[int, bool], nn.Module]
     module: str
-    share: str
     said: str
+    share: float = 0.1
+    start: Callable[[nn.Module, ModelOptions], None] | None = None
+    options: tuple[str, ...] = ()
 
 
-# By the model option that switches them on, which also names their losses.
+def _start_greedy(head: nn.Module, options: ModelOptions) -> None:
+    assert isinstance(head, GreedyInfoMaxHead)
+    if options.greedy_weights is not None:
+        state = read_weights(options.greedy_weights, "--greedy-weights")
+        load_exactly(head.isolated, state, f"--greedy-weights {options.greedy_weights}")
+
+
+# By the choice of --contrastive, which also names their losses and, with hyphens, their rows in ablate.
 CONTRASTIVE: dict[str, Contrastive] = {
     "greedy_infomax": Contrastive(
         lambda channels, tiny: GreedyInfoMaxHead(channels, TINY_SIZES if tiny else GreedySizes()),
         module="greedy",
-        share="greedy_share",
         said="Greedy InfoMax",
+        start=_start_greedy,
+        options=("greedy_weights",),
     ),
     "patch_infonce": Contrastive(
-        lambda channels, tiny: PatchInfoNCEHead(channels), module="patch", share="patch_share", said="patch InfoNCE"
+        lambda channels, tiny: PatchInfoNCEHead(channels), module="patch", said="patch InfoNCE"
     ),
 }

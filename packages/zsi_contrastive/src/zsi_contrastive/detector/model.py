@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -12,14 +11,12 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 
-from labs_common.saved import load_exactly, read_weights
 from zsi_contrastive import TINY
 from zsi_contrastive.detector.backbone import make_backbone
 from zsi_contrastive.detector.config import TrainConfig
 from zsi_contrastive.detector.heads import (
     CONTRASTIVE,
     BackgroundAwareRPNHead,
-    GreedyInfoMaxHead,
     SemanticBoxHead,
     SemanticMaskHead,
     SynchronisedBackground,
@@ -218,14 +215,13 @@ def make_model(config: TrainConfig, vectors: ClassVectors, words: torch.Tensor |
     backbone = make_backbone(
         options.backbone, options.backbone_pretrained, options.backbone_weights, options.frozen_stages, channels
     )
-    contrastive = tuple(name for name in CONTRASTIVE if getattr(options, name))
-    parts = Parts(options.mask_head, options.decoders, options.background_rpn, options.sync_background, contrastive)
+    parts = Parts(
+        options.mask_head, options.decoders, options.background_rpn, options.sync_background, options.contrastive
+    )
     model = ZeroShotMaskRCNN(backbone, vectors.background, vectors.seen, parts, *sizes_of(config), words)
-    if options.greedy_weights is not None:
-        greedy = model.contrastive()["greedy_infomax"]
-        assert isinstance(greedy, GreedyInfoMaxHead)
-        state: dict[str, Any] = read_weights(options.greedy_weights, "--greedy-weights")
-        load_exactly(greedy.isolated, state, f"--greedy-weights {options.greedy_weights}")
+    for name, head in model.contrastive().items():
+        if (start := CONTRASTIVE[name].start) is not None:
+            start(head, options)
     return model
 
 

@@ -20,12 +20,12 @@ from labs_common.report.figures import COLOURS
 from labs_common.report.page import shown
 from labs_common.run import check_new, new_folder, write_atomically
 from zsi_contrastive.detector.annotations import read_split
-from zsi_contrastive.detector.config import DataOptions, DetectionOptions, PredictConfig, changed, check_detection
+from zsi_contrastive.detector.config import DataOptions, DetectionOptions, PredictConfig, check_detection
 from zsi_contrastive.detector.data import read_pictures
 from zsi_contrastive.detector.model import ZeroShotMaskRCNN, pasted
 from zsi_contrastive.detector.pictures import InstancePictures, as_tensor, mask_of
 from zsi_contrastive.detector.regions import Detections, Query
-from zsi_contrastive.detector.saved import Loaded, chosen_data, chosen_run, load_detector
+from zsi_contrastive.detector.saved import Loaded, changed, chosen_data, chosen_run, load_detector
 from zsi_contrastive.detector.vectors import ClassVectors, check_same_space, of_length, refined, word_vectors
 
 OF_THE_TEST = 8  # pictures of the run's test that are taken where none is named

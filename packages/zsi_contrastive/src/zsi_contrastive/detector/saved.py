@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,12 +14,13 @@ from labs_common.run import newest_run
 from labs_common.saved import load_model, save_model
 from zsi_contrastive.detector.annotations import Split
 from zsi_contrastive.detector.backbone import make_backbone
-from zsi_contrastive.detector.config import DataOptions, DetectionOptions, TrainConfig, changed, complete, default_split
+from zsi_contrastive.detector.config import DataOptions, DetectionOptions, TrainConfig, complete, default_split
 from zsi_contrastive.detector.model import Parts, Sizes, ZeroShotMaskRCNN, channels_of, sizes_of
 from zsi_contrastive.detector.regions import Sampling
 from zsi_contrastive.detector.vectors import ClassVectors
 
 FILE = "zsi.json"  # beside the weights
+Options = TypeVar("Options", DataOptions, DetectionOptions)
 
 
 @dataclass(frozen=True)
@@ -114,3 +115,10 @@ def chosen_data(asked: DataOptions, checkpoint: Path) -> tuple[DataOptions, int]
     if asked.data is not None:
         return dataclasses.replace(asked, split=asked.split or trained.data.split), trained.run.seed
     return changed(trained.data, asked), trained.run.seed
+
+
+def changed(trained: Options, asked: Options) -> Options:
+    """Returns the options of a run with those in their place that are asked for, which is all that are not usual."""
+    usual = type(asked)()
+    own = {name: value for name, value in vars(asked).items() if value != getattr(usual, name)}
+    return dataclasses.replace(trained, **own)

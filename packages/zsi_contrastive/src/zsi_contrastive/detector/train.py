@@ -13,7 +13,7 @@ from labs_common.report.page import Section
 from labs_common.run import Run, seconds_between
 from labs_common.saved import FOLDER
 from labs_common.steps import ShuffledSteps
-from zsi_contrastive.detector.config import DetectionOptions, DetectorTrainingOptions, TrainConfig, complete
+from zsi_contrastive.detector.config import OWN_SHARES, DetectionOptions, DetectorTrainingOptions, TrainConfig, complete
 from zsi_contrastive.detector.data import PictureBatches, ZeroShotData, read_data
 from zsi_contrastive.detector.heads import CONTRASTIVE
 from zsi_contrastive.detector.model import ZeroShotMaskRCNN, make_model
@@ -98,7 +98,7 @@ def fit(config: TrainConfig, model: ZeroShotMaskRCNN, run: Run, accelerator: Acc
     )
     loop = fitting.loop
     weights = {"box_reconstruction": options.reconstruction, "mask_reconstruction": options.reconstruction}
-    weights |= {name: getattr(options, head.share) for name, head in CONTRASTIVE.items()}
+    weights |= {name: contrastive_share(options, name, head.share) for name, head in CONTRASTIVE.items()}
     for batch in loop.batches():
         images, targets, share = batch.to(accelerator.device)
         losses = fitting.model(images, targets)
@@ -114,6 +114,12 @@ def fit(config: TrainConfig, model: ZeroShotMaskRCNN, run: Run, accelerator: Acc
         save_detector(config, model, state, data.split, data.vectors, run.path / FOLDER)
 
     return fitting.finish(save)
+
+
+def contrastive_share(training: DetectorTrainingOptions, name: str, usual: float) -> float:
+    """Returns the weight of a contrastive head's loss; `usual` where no option says another."""
+    own = getattr(training, OWN_SHARES[name]) if name in OWN_SHARES else -1.0
+    return next((share for share in (own, training.contrastive_share) if share >= 0), usual)
 
 
 def optimizer_of(model: ZeroShotMaskRCNN, options: DetectorTrainingOptions) -> torch.optim.Optimizer:
