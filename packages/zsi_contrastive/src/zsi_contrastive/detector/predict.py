@@ -1,4 +1,4 @@
-"""Finds things in pictures, writes them as COCO's results, and draws them."""
+"""Finds things in pictures, writes COCO's results, and draws them: `python -m zsi_contrastive.predict FILE …`."""
 
 import dataclasses
 import json
