@@ -17,8 +17,8 @@ FILES = {
 }
 # Files of this house, without packages' own, that a training command imports.
 MOST_FILES = {
-    "caption_lab.train": 40, "clip_lab.train": 42, "llm_peft_fa.train": 35, "vit_transfer.train": 36,
-    "zsi_contrastive.detector.train": 46, "zsi_contrastive.ssl.train": 42,
+    "caption_lab.train": 39, "clip_lab.train": 36, "llm_peft_fa.train": 33, "vit_transfer.train": 36,
+    "zsi_contrastive.detector.train": 39, "zsi_contrastive.ssl.train": 36,
 }  # fmt: skip
 
 
@@ -81,10 +81,10 @@ def test_a_training_needs_few_files(name: str) -> None:
 
 
 def test_the_house_stays_small() -> None:
-    """A sign, not a goal: who must raise a number says in docs/architecture.md what it bought."""
+    """Signs, not goals; docs/architecture.md says where they stand and why. Who must raise one says what it bought."""
     lines = {name: file.read_text(encoding="utf-8").count("\n") for name, file in FILES.items()}
-    assert len(lines) <= 175
-    assert sum(lines.values()) <= 26_000
+    assert len(lines) <= 166
+    assert sum(lines.values()) <= 26_300
     assert {name: count for name, count in lines.items() if count > 400} == {}
 
 
