@@ -120,6 +120,7 @@ def test_choices_are_the_keys_of_a_table_that_is_not_imported(
     with pytest.raises(SystemExit):
         parse(Choosing, "test", ["--help"])
     assert "{one,two}" in capsys.readouterr().out
-    for table in ("late_table:OTHER", "no_such_module:TABLE"):
+    (tmp_path / "late_parts.py").write_text("A = {'one': 1}\nTABLE = {**A, 'two': 2}\nOTHER = {f(1): 1}\n")
+    for table in ("late_table:OTHER", "no_such_module:TABLE", "late_parts:TABLE", "late_parts:OTHER"):
         with pytest.raises(ValueError, match=table):
             names_in(table)

@@ -28,6 +28,23 @@ def test_a_base_that_changed_between_two_starts_is_noticed(tmp_path: Path) -> No
     assert not (run / "results.json").exists()
 
 
+@pytest.mark.parametrize("content", ['{"0.weight": ', "5", "[]", '["a"]'])
+def test_damaged_hashes_are_named_in_one_line(tmp_path: Path, content: str) -> None:
+    run = tmp_path / "run"
+    finish("--output", run, *OPTIONS, "--epochs", 1, "--signal-at", 4, code=130)
+    (run / "frozen.json").write_text(content)
+    said = finish("--resume", run, code=2).splitlines()[-1]
+    assert f"error: {run / 'frozen.json'}: " in said
+
+
+def test_a_sharded_run_is_not_resumed_unsharded(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    finish("--output", run, *OPTIONS, "--epochs", 1, "--signal-at", 4, code=130)
+    kept = json.loads((run / "frozen.json").read_text())
+    (run / "frozen.json").write_text(json.dumps([kept]))
+    assert "launch it as before" in finish("--resume", run, code=2)
+
+
 def test_the_parameters_that_train_are_counted() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
     model[0].requires_grad_(False)

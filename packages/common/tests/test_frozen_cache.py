@@ -191,6 +191,8 @@ def test_everything_that_the_output_depends_on_is_in_the_key(monkeypatch: pytest
     with torch.no_grad():
         moved.bias[0] += 1
     configured.config = {"attention": "eager"}
+    headed = Front()
+    headed.heads = 3  # a plain attribute, which a module's description may leave out
     padded = torch.nn.Conv2d(3, 6, 3, padding=1)
     unpadded = torch.nn.Conv2d(3, 6, 3)
     unpadded.load_state_dict(padded.state_dict())
@@ -200,7 +202,17 @@ def test_everything_that_the_output_depends_on_is_in_the_key(monkeypatch: pytest
     monkeypatch.setattr(features, "_version", lambda name: "9")
     of_other_libraries = key(Front())
     monkeypatch.undo()
-    keys = [plain, key(moved), key(other), key(configured), key(padded), key(unpadded), rounded, of_other_libraries]
+    keys = [
+        plain,
+        key(moved),
+        key(other),
+        key(configured),
+        key(headed),
+        key(padded),
+        key(unpadded),
+        rounded,
+        of_other_libraries,
+    ]
     assert len(set(keys)) == len(keys)
 
 

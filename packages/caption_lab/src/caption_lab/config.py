@@ -203,7 +203,7 @@ class CaptionConfig:
     batch_size: int = 32
     """Pictures at once."""
     on_bad_data: OnBadData = "error"
-    """For pictures that cannot be read: stop and name them, or leave them out."""
+    """What to do with pictures that cannot be read: stop and name them, or leave them out."""
     command: CommandOptions = field(default_factory=CommandOptions)
 
 

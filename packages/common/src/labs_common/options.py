@@ -34,6 +34,8 @@ def names_in(table: str) -> tuple[str, ...]:
         if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.value, ast.Dict):
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
             if ast.unparse(target) == name:
+                if not all(isinstance(key, ast.Constant) for key in node.value.keys):
+                    break  # computed, or taken over from another dictionary
                 return tuple(ast.literal_eval(key) for key in node.value.keys if key is not None)
     raise ValueError(f"{table}: no dictionary with its keys written out")
 

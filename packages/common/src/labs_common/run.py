@@ -229,6 +229,8 @@ def environment() -> dict[str, Any]:
 
 def command_line() -> str:
     """Writes the command that started this process as a user would type it."""
+    if sys.argv[0].startswith("python -m "):  # a run of a comparison, which forked this process
+        return " ".join(sys.argv)
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     start = f"python -m {spec.name}" if spec is not None and spec.name != "__main__" else Path(sys.argv[0]).name
     return " ".join([start, *sys.argv[1:]])

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from labs_common.checkpoint import SHARDED
-from labs_common.errors import LabError, RunStopped
+from labs_common.errors import LabError, RunStopped, reason_of
 from labs_common.progress import console
 from labs_common.run import Run
 
@@ -94,12 +94,14 @@ class FrozenAudit:
 
         Raises:
             RunStopped: the run is being resumed, and something frozen is not what it was.
-            LabError: the run is being resumed with another number of processes, and its weights are sharded.
+            LabError: the run is being resumed otherwise than its sharded weights allow, or its hashes are damaged.
         """
         audit = cls(accelerator.unwrap_model(model), accelerator)
-        known = [run.load_json(HASHES) if run.resumed and run.is_main else None]
         # From the main process: the others may be on a machine that does not see the run's directory.
-        if (kept := broadcast_object_list(known)[0]) is not None:
+        kept, trouble = broadcast_object_list([_kept(run) if run.resumed and run.is_main else (None, None)])[0]
+        if trouble:
+            raise LabError(trouble)
+        if kept is not None:
             audit.check(_of_process(kept, accelerator))
             return audit
         every = gather_object([audit.before])
@@ -145,9 +147,23 @@ class FrozenAudit:
         return [{"module": kind.removeprefix(f"{shared}."), **row} for kind, row in rows.items()]
 
 
+def _kept(run: Run) -> tuple[Any, str | None]:
+    """Reads frozen.json, or says what is wrong with it: all processes must hear of it."""
+    try:
+        kept = run.load_json(HASHES)
+    except (OSError, ValueError) as error:
+        return None, f"{run.path / HASHES}: cannot be read ({reason_of(error)}); bring it back from a copy of the run"
+    every = kept if isinstance(kept, list) and kept else [kept]
+    if kept is not None and not all(isinstance(hashes, dict) for hashes in every):
+        return None, f"{run.path / HASHES}: holds no hashes; bring it back from a copy of the run"
+    return kept, None
+
+
 def _of_process(kept: Any, accelerator: Accelerator) -> dict[str, str] | None:
     """Takes this process's hashes out of frozen.json: one dictionary if all had the same, else one for each process."""
     if isinstance(kept, list):
+        if accelerator.distributed_type not in SHARDED:
+            raise LabError("--resume: the run's weights were sharded; launch it as before, with launch/fsdp.yaml")
         if len(kept) != accelerator.num_processes:
             raise LabError(f"--resume: the run's weights are sharded over {len(kept)} processes; resume with as many")
         return dict(kept[accelerator.process_index])

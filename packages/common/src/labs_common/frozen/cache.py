@@ -94,7 +94,10 @@ def front_key(front: torch.nn.Module, accelerator: Accelerator | None = None) ->
     of transformers), its weights, the arithmetic, and the libraries that compute it. Without an `accelerator` that is
     plain arithmetic on the device of its weights.
     """
-    modules = [f"{name}: {type(module).__name__}({module.extra_repr()})" for name, module in front.named_modules()]
+    modules = [
+        f"{name}: {type(module).__name__}({module.extra_repr()}) {_settings(module)}"
+        for name, module in front.named_modules()
+    ]
     traced = [module.code for module in front.modules() if isinstance(module, torch.fx.GraphModule)]
     config: Any = getattr(front, "config", None)
     settings = repr(config.to_dict() if hasattr(config, "to_dict") else config)
@@ -105,6 +108,12 @@ def front_key(front: torch.nn.Module, accelerator: Accelerator | None = None) ->
         "device": (accelerator or next(front.parameters())).device.type,
         "versions": {name: _version(name) for name in VERSIONS},
     }
+
+
+def _settings(module: torch.nn.Module) -> dict[str, Any]:
+    """Returns the plain values that a module holds, such as a number of heads, which its description may leave out."""
+    held = {name: value for name, value in vars(module).items() if name != "training" and not name.startswith("_")}
+    return {name: held[name] for name in sorted(held) if isinstance(held[name], (bool, int, float, str))}
 
 
 def _version(distribution: str) -> str | None:
