@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel
 from clip_lab.config import TINY, HeadOptions, ImageOptions
 from clip_lab.image import ImageTower, make_image_tower
 from clip_lab.losses import OBJECTIVES
-from clip_lab.model import ClipModel, CocaModel, Scale, SimVlmModel, rows_of, training_mode
+from clip_lab.model import ClipModel, CocaModel, Scale, SimVlmModel, tower_rows, training_mode
 from clip_lab.text import PretrainedText, TextTower
 from labs_common.errors import LabError
 
@@ -91,7 +91,7 @@ def test_rows_of_a_frozen_tower_give_what_pictures_give(objective: str) -> None:
     model = OBJECTIVES[objective].model(*towers(), HEAD).eval()
     assert isinstance(model, ClipModel | CocaModel)
     pictures = torch.randn(2, 3, 32, 32)
-    found, again = model(pictures, WORDS), model(rows_of(model, pictures), WORDS)
+    found, again = model(pictures, WORDS), model(tower_rows(model, pictures), WORDS)
     for one, other in zip(found, again, strict=True):
         if one is not None:
             torch.testing.assert_close(one, other)
@@ -132,7 +132,7 @@ def test_simvlm_reads_its_prefix_both_ways_and_writes_the_rest() -> None:
     later[1, 4] = 17  # after it: only seen from there on
     torch.testing.assert_close(model(pictures, later, prefix)[1, :4], logits[1, :4])
     assert not torch.allclose(model(pictures, later, prefix)[1, 4], logits[1, 4])
-    rows = rows_of(model, pictures)
+    rows = tower_rows(model, pictures)
     torch.testing.assert_close(model.next_words(rows, WORDS), model(rows, WORDS, torch.ones(2, dtype=torch.long)))
 
 

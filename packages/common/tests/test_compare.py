@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from labs_common.compare import processes
 from labs_common.compare.collect import (
     Entry,
     cell,
@@ -18,6 +19,7 @@ from labs_common.compare.collect import (
     within_one_error,
 )
 from labs_common.compare.plan import comparison_folder, entries_of, name_and_flags, plan_runs
+from labs_common.compare.processes import compare_runs
 from labs_common.compare.report import (
     Findings,
     budget_section,
@@ -28,7 +30,7 @@ from labs_common.compare.report import (
     table_of,
     write_comparison,
 )
-from labs_common.errors import LabError
+from labs_common.errors import LabError, RunStopped
 from labs_common.options import ComparisonOptions
 from labs_common.run import Run
 
@@ -110,6 +112,12 @@ def test_what_finished_is_collected(entries: dict[str, Entry]) -> None:
     assert large.curve("loss") == ([0, 1, 2, 3], [1.0, 1 / 2, 1 / 3, 1 / 4])
     assert large.epochs("loss")[0] == [0, 0.5, 1, 1.5]
     assert list(entries["bad"].results) == [1]
+
+
+def test_a_comparison_in_which_nothing_finished_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "finished_runs", lambda *_: {"a, seed 0": 1})
+    with pytest.raises(RunStopped, match="no run finished"):
+        compare_runs(tmp_path / "all", Config(), "toy.training", {"a": None}, lambda *_: pytest.fail("a report"))
 
 
 def test_rows_have_means_and_spreads(entries: dict[str, Entry]) -> None:

@@ -60,6 +60,17 @@ def test_a_part_that_moved_in_one_process_stops_both(tmp_path: Path) -> None:
     assert not (run / "results.json").exists()
 
 
+def test_patience_goes_back_to_the_best_weights(tmp_path: Path) -> None:
+    early = ("--patience", "1", "--evaluate-every", "2", "--learning-rate", "0.3")
+    options = (*OPTIONS[:-2], "--dropout", "0", *early)
+    sharded(tmp_path, "--output", tmp_path / "two", *options)
+    finish("--output", tmp_path / "one", *options)
+    assert len(losses(tmp_path / "two")) == len(losses(tmp_path / "one")) < 30
+    expected = load_file(tmp_path / "one" / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "two" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=0)
+
+
 def test_hashes_that_a_kill_left_unwritten_are_written_on_resume(tmp_path: Path) -> None:
     run = tmp_path / "run"
     sharded(tmp_path, "--output", run, *SMALL, "--signal-at", "4", codes=(130, 130))

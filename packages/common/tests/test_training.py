@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from labs_testing.commands import in_two_processes
 from safetensors.torch import load_file
 from toy import commands
 
@@ -158,6 +159,23 @@ def test_early_stopping_goes_back_to_the_best_weights(tmp_path: Path) -> None:
     assert abs(float(weight.double().sum()) - 1) == pytest.approx(scores[best])
 
 
+@pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
+def test_another_number_of_processes_is_refused_in_all(tmp_path: Path, first: int, then: int) -> None:
+    """Each has generators of its own; and none may wait for one that has stopped."""
+    run = tmp_path / "run"
+
+    def begin(count: int, code: int, *options: object) -> None:
+        if count == 1:
+            finish(*options, code=code)
+        else:
+            in_two_processes("toy.training", ["toy.training"], *options, codes=(code, code))
+
+    begin(first, 0, "--output", run, "--max-steps", 4, *OPTIONS)
+    before = (run / "metrics.jsonl").read_bytes()
+    begin(then, 2, "--resume", run)
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
 def test_a_moved_frozen_tensor_fails_the_run(tmp_path: Path) -> None:
     said = finish("--output", tmp_path / "moved", "--move-frozen", "--epochs", 1, *OPTIONS, code=1)
     assert "0.bias" in said
@@ -175,6 +193,14 @@ def test_a_moved_frozen_tensor_fails_the_run(tmp_path: Path) -> None:
         (("--config", "/nowhere.yaml"), "/nowhere.yaml"),
         (("--resume", "/nowhere"), "/nowhere"),
         (("--precision", "fp16"), "--precision"),
+        (("--epochs", "0"), "--epochs 0: must be at least 1"),
+        (("--max-steps", "0"), "--max-steps 0"),
+        (("--batch-size", "0"), "--batch-size 0"),
+        (("--save-every", "0"), "--save-every 0"),
+        (("--keep", "0"), "--keep 0"),
+        (("--warmup", "5"), "--warmup 5.0: must be between 0 and 1"),
+        (("--learning-rate", "nan"), "--learning-rate nan"),
+        (("--clip-norm", "-1"), "--clip-norm -1.0"),
     ],
 )
 def test_bad_input_is_one_line(arguments: tuple[object, ...], names: str) -> None:

@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,21 +12,19 @@ import pytest
 from commands import here
 
 from labs_common.compare.collect import Entry, recommend
-from labs_common.compare.plan import plan_runs
 from labs_common.errors import LabError
 from labs_common.run import Run
 from llm_peft_fa.compare import (
     changing_pairs,
     order_of,
-    planned_run,
+    plan,
     prompt_scores,
     quality,
     stability_text,
     table_rows,
     within_noise,
 )
-from llm_peft_fa.config import CompareConfig, TrainConfig
-from llm_peft_fa.methods import METHODS
+from llm_peft_fa.config import CompareConfig
 
 SMALL = (
     "--conversations", "40", "--batch-size", "8", "--epochs", "1", "--test-prompts", "4", "--max-new-tokens", "4",
@@ -60,10 +57,6 @@ def entry(name: str, right: list[int], trainable: int, seeds: int = 1, first: in
         ]
         runs[seed] = cast(Run, SimpleNamespace(load_json={"answers.json": answers}.get))
     return Entry(name, runs, results)
-
-
-def plan(config: CompareConfig) -> dict[str, TrainConfig]:
-    return plan_runs(config.comparison, "--methods", config.methods, "method", partial(planned_run, config), [*METHODS])
 
 
 def test_specs_become_runs() -> None:

@@ -48,7 +48,7 @@ def write(
     return beam_search(decoder, features, length, options, attention)
 
 
-def captions_of(
+def written_captions(
     decoder: Any,
     features: Callable[[Sequence[int]], torch.Tensor],
     count: int,

@@ -16,14 +16,14 @@ from accelerate.utils import set_seed
 
 from caption_lab.config import FINISHED, TRAIN, DecodingOptions, EvaluateConfig, TrainConfig, check_decoding
 from caption_lab.data import drawn_scenes, read_data
-from caption_lab.decoding import captions_of
+from caption_lab.decoding import written_captions
 from caption_lab.metrics import Evaluation, caption_metrics, references_of, truthfulness
 from caption_lab.report import METRICS, captions_json, evaluation_sections, print_scores, published_section
 from caption_lab.saved import Captioner, load_captioner
 from caption_lab.vocabulary import Cleaning
 from labs_common.cli import config_from_yaml, to_plain
 from labs_common.data.captions import CaptionedPictures, PictureTensors, at_most, read_captioned, truth_of
-from labs_common.data.images import print_left_out
+from labs_common.data.images import print_refused
 from labs_common.errors import LabError
 from labs_common.progress import console
 from labs_common.report.page import Section, Table, write_report
@@ -112,7 +112,7 @@ def evaluate_captioner(
 
     def write(by: DecodingOptions, task: str, number: int = 0) -> list[str]:
         set_seed(seed + number, device_specific=True)
-        return captions_of(model.decoder, features, len(pictures), vocabulary, by, accelerator, batch_size, task)
+        return written_captions(model.decoder, features, len(pictures), vocabulary, by, accelerator, batch_size, task)
 
     captions, others = write(options, "writing captions"), captions_of_others(pictures, vocabulary.cleaning)
     claims = {}
@@ -154,7 +154,7 @@ def chosen_pictures(config: EvaluateConfig, checkpoint: Path) -> tuple[Captioned
     if config.split == "all":
         folder = Path(options.data) if options.data else drawn_scenes()
         pictures = read_captioned(folder, options.on_bad_data)
-        print_left_out({"all": pictures})
+        print_refused({"all": pictures})
         pictures = at_most(pictures, options.limit, seed) if options.limit else pictures
         return pictures, truth_of(folder, [pictures]), options.data
     data = read_data(options, seed, shown=True)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib import figure
@@ -21,7 +20,7 @@ from labs_common.data.captions import CaptionedPictures, Captions
 from labs_common.fitting import Fitted, results_of, write_results
 from labs_common.progress import console
 from labs_common.report.captions import captioned_data_section
-from labs_common.report.figures import architecture_figure, bar_figure, curve_figure
+from labs_common.report.figures import architecture_figure, bar_figure, curve_figure, under_map
 from labs_common.report.page import Figure, Gallery, Section, Table, Text, save_figure, shown
 from labs_common.report.sections import (
     asked_section,
@@ -176,16 +175,7 @@ def attention_maps(
 
 def word_tiles(image: Image.Image, words: Sequence[str], attention: torch.Tensor) -> list[tuple[Image.Image, str]]:
     """Returns for each word the picture under its map, and the word."""
-    return [(under_map(image, part), word) for word, part in zip(words, attention, strict=True)]
-
-
-def under_map(image: Image.Image, attention: torch.Tensor, side: int = SIDE) -> Image.Image:
-    """Blends the picture with its attention (rows, columns), dark where that is least, at `side` pixels."""
-    low, high = float(attention.min()), float(attention.max())
-    levels = ((attention - low) / max(high - low, 1e-12) * 255).round().byte().cpu().numpy()
-    grown = Image.fromarray(levels).resize((side, side), Image.Resampling.BICUBIC)
-    colours = Image.fromarray((255 * mpl.colormaps["inferno"](np.asarray(grown))[..., :3]).astype(np.uint8))
-    return Image.blend(image.resize((side, side), Image.Resampling.BILINEAR), colours, 0.6)
+    return [(under_map(image, part.cpu().numpy(), SIDE), word) for word, part in zip(words, attention, strict=True)]
 
 
 def save_heatmap(image: Image.Image, words: Sequence[str], attention: torch.Tensor, file: Path) -> None:

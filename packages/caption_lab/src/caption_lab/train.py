@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 
 from caption_lab.config import TrainConfig
 from caption_lab.data import CaptionRows, caption_rows, caption_steps, read_data
-from caption_lab.decoding import GREEDY, captions_of
+from caption_lab.decoding import GREEDY, written_captions
 from caption_lab.encoder import make_encoder
 from caption_lab.evaluate import evaluate_captioner
 from caption_lab.losses import OBJECTIVES, Learner, SelfCritic, next_word_loss
@@ -192,7 +192,7 @@ def _captions(fitting: Fitting, learner: Learner, data: CaptionRows, count: int)
 
     def write(by: Accelerator | None) -> list[str]:
         plain.eval()
-        return captions_of(plain.decoder, features, count, learner.vocabulary, GREEDY, by)
+        return written_captions(plain.decoder, features, count, learner.vocabulary, GREEDY, by)
 
     if plain is fitting.plain:
         return write(accelerator)

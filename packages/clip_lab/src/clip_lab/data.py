@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from clip_lab.config import Augment, BatchOptions, CacheOptions, TrainConfig
 from clip_lab.image import ImageTower
-from clip_lab.model import Model, rows_of
+from clip_lab.model import Model, tower_rows
 from clip_lab.tokens import Words
 from labs_common.data.captions import CaptionedPictures, Captions, PictureTensors, Transform, read_captions
 from labs_common.errors import LabError
@@ -294,7 +294,7 @@ def _frozen_rows(
             draws = [drawn_crop(np.random.default_rng([seed, view, place]), augment) for place in places]
             crops = torch.from_numpy(np.stack(draws)).to(accelerator.device)
         levels = pictures.rows(0, places).unflatten(1, (3, tower.size, tower.size)).to(accelerator.device)
-        return rows_of(model, normalised(augmented(levels, crops), tower))
+        return tower_rows(model, normalised(augmented(levels, crops), tower))
 
     width = tower.width if model.reads == "feature" else tower.width * tower.count
     recipe = tensors.recipe() | {"reads": model.reads, "stages": tower.stages}

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from clip_lab.config import FINISHED, TRAIN, ImageOptions
 from clip_lab.image import make_image_tower
 from clip_lab.losses import OBJECTIVES
-from clip_lab.model import rows_of
+from clip_lab.model import tower_rows
 from clip_lab.saved import Loaded, is_ours, load_model
 from labs_common.data.captions import Transform
 from labs_common.data.images import RESAMPLING
@@ -153,7 +153,7 @@ def of_ours(loaded: Loaded, name: str) -> Encoder:
         return Encoder(name, model, view, lambda x: model.image(x).feature, None, None, 1.0, loaded)
 
     def features(pictures: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = model.pooled(rows_of(model, pictures))
+        found: torch.Tensor = model.pooled(tower_rows(model, pictures))
         return found
 
     def text(sentences: Sequence[str]) -> torch.Tensor:
@@ -161,7 +161,7 @@ def of_ours(loaded: Loaded, name: str) -> Encoder:
         return found
 
     scale = float(model.scale().detach())
-    return Encoder(name, model, view, features, lambda x: model.embedded(rows_of(model, x)), text, scale, loaded)
+    return Encoder(name, model, view, features, lambda x: model.embedded(tower_rows(model, x)), text, scale, loaded)
 
 
 def _transformers(spec: str) -> Encoder:

@@ -22,7 +22,7 @@ from clip_lab.losses import (
     siglip_loss,
     suffix_targets,
 )
-from clip_lab.model import places_of_end, rows_of, training_mode
+from clip_lab.model import places_of_end, tower_rows, training_mode
 from clip_lab.saved import Loaded
 from clip_lab.tokens import Words
 from labs_common.data.captions import CaptionedPictures, PictureTensors
@@ -118,7 +118,7 @@ def picture_rows_of(loaded: Loaded, pictures: CaptionedPictures) -> torch.Tensor
     parts = []
     for first in tracked(range(0, count, BATCH), "running the image tower", -(-count // BATCH)):
         batch = tensors.batch(range(first, min(first + BATCH, count))).to(device)
-        parts.append(rows_of(loaded.model, batch).float().cpu())
+        parts.append(tower_rows(loaded.model, batch).float().cpu())
     return torch.cat(parts)
 
 

@@ -73,7 +73,9 @@ class ClipModel(nn.Module):
 
     def forward(self, pictures: torch.Tensor, words: torch.Tensor) -> Embedded:
         """Embeds pictures (pictures, 3, size, size), or a frozen tower's rows, and captions (captions, length)."""
-        return Embedded(self.embedded(rows_of(self, pictures)), self.embed_texts(words), self.scale(), self.scale.bias)
+        return Embedded(
+            self.embedded(tower_rows(self, pictures)), self.embed_texts(words), self.scale(), self.scale.bias
+        )
 
     def embedded(self, rows: torch.Tensor) -> torch.Tensor:
         """Projects the tower's features (pictures, width) to embeddings of length 1."""
@@ -130,7 +132,7 @@ class CocaModel(nn.Module):
 
         `of_picture` is each caption's picture (captions,); by default every picture has the same number of them.
         """
-        rows = rows_of(self, pictures)
+        rows = tower_rows(self, pictures)
         read = self.text(words)
         text = F.normalize(self.text_projection(read.feature), dim=1)
         logits = self._next(_each(rows, words, of_picture), read.states[:, :-1])
@@ -195,7 +197,7 @@ class SimVlmModel(nn.Module):
 
         Pictures and `of_picture` are those of `CocaModel`.
         """
-        return self.next_words(_each(rows_of(self, pictures), words, of_picture), words, prefix)
+        return self.next_words(_each(tower_rows(self, pictures), words, of_picture), words, prefix)
 
     def next_words(self, rows: torch.Tensor, words: torch.Tensor, prefix: torch.Tensor | None = None) -> torch.Tensor:
         """Does the same given a row of places for each caption; without `prefix`, every word is to be predicted."""
@@ -219,7 +221,7 @@ def _each(rows: torch.Tensor, words: torch.Tensor, of_picture: torch.Tensor | No
     return rows.repeat_interleave(len(words) // len(rows), 0) if of_picture is None else rows[of_picture]
 
 
-def rows_of(model: Model, pictures: torch.Tensor) -> torch.Tensor:
+def tower_rows(model: Model, pictures: torch.Tensor) -> torch.Tensor:
     """Returns the part of the image tower's output that the rest reads, a row per picture.
 
     Rows of a frozen tower, which have been computed before, are given back as they are.

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule
 
 from labs_common.errors import LabError, reason_of
 
@@ -92,10 +93,15 @@ def load_checkpoint(
     """
     try:
         position: dict[str, Any] = json.loads((path / "position.json").read_text(encoding="utf-8"))
-        random_file = path / f"random-{accelerator.process_index}.pt"
-        if not random_file.exists():
-            raise LabError(f"{path}: was written by fewer processes; resume with as many as the run had")
+        # Each process has its own generators and its own part of every step: with another number of processes the
+        # run would go on with other numbers. Counted, so that all processes say so and none waits for another.
+        wrote, now = len(list(path.glob("random-*.pt"))), accelerator.num_processes
+        if wrote != now:
+            raise LabError(f"{path}: was written by {wrote} processes, not {now}; resume with as many as the run had")
         if accelerator.distributed_type in SHARDED:
+            for module in model.modules():  # an evaluation leaves the root whole, and weights are loaded in parts
+                if isinstance(module, FSDPModule):
+                    module.reshard()
             accelerator.load_state(str(path / "sharded"), **_load_options(accelerator))
         else:
             restore_tensors(accelerator.unwrap_model(model), load_file(path / "trainable.safetensors"))
@@ -105,6 +111,7 @@ def load_checkpoint(
                 accelerator.scaler.load_state_dict(state["scaler"])
         if also is not None:
             also.load_state_dict(torch.load(path / "also.pt", weights_only=True, map_location="cpu"))
+        random_file = path / f"random-{accelerator.process_index}.pt"
         _set_random_state(torch.load(random_file, weights_only=True, map_location="cpu"))
     except LabError:
         raise

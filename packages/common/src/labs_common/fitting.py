@@ -28,7 +28,7 @@ from labs_common.progress import console
 from labs_common.report.page import Section, write_report
 from labs_common.run import Run, check_run_options, cost_of, machine_of
 from labs_common.steps import Source
-from labs_common.training import Loop, make_accelerator, state_bytes
+from labs_common.training import Loop, check_training_options, make_accelerator, state_bytes
 
 BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm
 
@@ -130,8 +130,10 @@ def begin(run: RunOptions, training: TrainingOptions) -> Accelerator:
     """Checks what can be checked of a run's options before any work, and finds its processes, device and precision.
 
     Raises:
-        LabError: the output directory exists already or cannot be made, or the machine lacks the precision.
+        LabError: a number is out of its range, the output directory exists already or cannot be made, or the machine
+            lacks the precision.
     """
+    check_training_options(training)
     check_run_options(run)
     return make_accelerator(training)
 

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from rich.console import Console
@@ -52,6 +52,14 @@ class ProgressLine:
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def print_left_out(source: str, reasons: Mapping[str, int], examples: Iterable[str]) -> None:
+    """Prints what was left out of a source of data: how much by reason, the most first, and the first few by place."""
+    for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
+        console.print(f"{source}: left out {count} × {reason}")
+    for example in examples:
+        console.print(f"  {example}")
 
 
 def tracked(items: Iterable[T], task: str, total: int, shown: bool = True) -> Iterator[T]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import importlib.util
 import itertools
 import json
@@ -198,6 +199,8 @@ def write_atomically(path: Path, text: str) -> None:
 def written_whole(folder: Path) -> Iterator[Path]:
     """Gives a new directory that takes the place of `folder` when everything is in it."""
     part = folder.with_name(f".{folder.name}.part")
+    if part.is_file():  # some file systems leave one after a crash
+        part.unlink()
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     yield part
@@ -217,14 +220,14 @@ def environment() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if gpu else [],
-        "packages": dict(
-            sorted(
-                {
-                    dist.metadata["Name"].lower(): dist.version for dist in distributions() if dist.metadata["Name"]
-                }.items()
-            )
-        ),
+        "packages": _installed(),
     }
+
+
+@functools.cache  # reading them takes half a second, and a process may begin several runs
+def _installed() -> dict[str, str]:
+    found = (dist.metadata for dist in distributions())
+    return dict(sorted((said["Name"].lower(), said["Version"]) for said in found if said["Name"]))
 
 
 def command_line() -> str:

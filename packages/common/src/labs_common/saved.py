@@ -133,5 +133,7 @@ def reading_model(path: Path, option: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except LabError:
+        raise
+    except Exception as error:  # a damaged description can fail anywhere in the code that builds from it
         raise LabError(f"{option} {path}: the model cannot be read ({reason_of(error)})") from error

@@ -58,6 +58,37 @@ def total_steps(options: TrainingOptions, source: Source) -> int:
     return total if options.max_steps is None else min(total, options.max_steps)
 
 
+# The least and the most of each number of a training; None stands for no limit.
+RANGES: dict[str, tuple[float, float | None]] = {
+    "epochs": (1, None),
+    "max_steps": (1, None),
+    "batch_size": (1, None),
+    "learning_rate": (0, None),
+    "warmup": (0, 1),
+    "weight_decay": (0, None),
+    "clip_norm": (0, None),
+    "evaluate_every": (0, None),
+    "patience": (0, None),
+    "save_every": (1, None),
+    "keep": (1, None),
+}
+
+
+def check_training_options(options: TrainingOptions) -> None:
+    """Makes sure that each number can be worked with.
+
+    Raises:
+        LabError: one is out of its range, or is no number; the message names the option.
+    """
+    for name, (least, most) in RANGES.items():
+        value = getattr(options, name)
+        if value is None:  # --max-steps, which is not asked for
+            continue
+        if not (math.isfinite(value) and least <= value and (most is None or value <= most)):
+            said = f"at least {least}" if most is None else f"between {least} and {most}"
+            raise LabError(f"--{name.replace('_', '-')} {value}: must be {said}")
+
+
 def make_accelerator(options: TrainingOptions) -> Accelerator:
     """Makes an Accelerator for the process layout that the launcher set up, with the wanted precision.
 

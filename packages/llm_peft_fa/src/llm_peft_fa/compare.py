@@ -9,7 +9,6 @@ import dataclasses
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,10 +47,10 @@ from labs_common.steps import ShuffledSteps
 from labs_common.training import total_steps
 from llm_peft_fa.answers import answers, collected_prompts, same, scores
 from llm_peft_fa.base import check_quantization, device, load_model, load_tokenizer
-from llm_peft_fa.config import CompareConfig, MethodOptions, TrainConfig
+from llm_peft_fa.config import CompareConfig, ComparedOptions, TrainConfig
 from llm_peft_fa.data import plain_paragraphs, training_and_validation
 from llm_peft_fa.methods import METHODS, complete
-from llm_peft_fa.report import asked, folded_tables, shown
+from llm_peft_fa.report import asked, folded_tables, shortened
 
 COMMAND = "llm_peft_fa.train"
 BASE = "base"  # the directory of the base's answers, and its name in tables
@@ -72,8 +71,7 @@ def compare(config: CompareConfig) -> None:
     """Plans the runs, does those that are missing, and writes the report."""
     if config.search < 0 or not 0 < config.search_share <= 1:
         raise LabError("--search must be at least 0, --search-share above 0 and at most 1")
-    make = partial(planned_run, config)
-    planned = plan_runs(config.comparison, "--methods", config.methods, "method", make, [*METHODS])
+    planned = plan(config)
     files = (config.data.data, config.data.validation_data, config.data.plain_text)
     folder = comparison_folder(f"compare-{path_name(config.model.model)}", config, files)
     start_server(config.comparison.launch, [COMMAND])
@@ -81,30 +79,25 @@ def compare(config: CompareConfig) -> None:
     compare_runs(folder, config, COMMAND, planned, partial(findings, config), partial(prepare, config))
 
 
-@dataclass
-class EntryOptions:
-    """The options that may follow a method's name after colons."""
-
-    method: MethodOptions = field(default_factory=MethodOptions)
-    learning_rate: float = 0.0
-    """Highest learning rate."""
-
-
-def planned_run(config: CompareConfig, method: str, flags: list[str]) -> TrainConfig:
-    """Makes the config of an entry of --methods, as of `lora:rank=8:learning_rate=0.001`.
+def plan(config: CompareConfig) -> dict[str, TrainConfig]:
+    """Makes the run of each entry of --methods: a method, and options of it after colons (`lora:rank=8`).
 
     Raises:
-        LabError: there is no such option, or its value is wrong.
+        LabError: the comparison cannot start, or there is no such method or option, or its value is wrong.
     """
-    shared = EntryOptions(learning_rate=config.training.learning_rate)
-    own = parse(EntryOptions, "--methods", [f"--method={method}", *flags], shared)
-    return complete(
-        TrainConfig(
-            model=config.model, data=config.data, method=own.method,
-            training=dataclasses.replace(config.training, learning_rate=own.learning_rate),
-            generation=dataclasses.replace(config.generation, answer_base=False),
-        )
-    )  # fmt: skip
+
+    def run_of(method: str, flags: list[str]) -> TrainConfig:
+        shared = ComparedOptions(learning_rate=config.training.learning_rate)
+        own = parse(ComparedOptions, "--methods", [f"--method={method}", *flags], shared)
+        return complete(
+            TrainConfig(
+                model=config.model, data=config.data, method=own.method,
+                training=dataclasses.replace(config.training, learning_rate=own.learning_rate),
+                generation=dataclasses.replace(config.generation, answer_base=False),
+            )
+        )  # fmt: skip
+
+    return plan_runs(config.comparison, "--methods", config.methods, "method", run_of, [*METHODS])
 
 
 def check_plan(planned: Mapping[str, TrainConfig]) -> None:
@@ -369,7 +362,7 @@ def answers_section(entries: Mapping[str, Entry], seed: int, base: Sequence[Mapp
     there = {name: entry.read("answers.json")[seed] for name, entry in entries.items() if seed in entry.runs}
     rows = []
     for number, row in enumerate(base):
-        said = [shown(answers[number]["after"]) for answers in there.values()]
-        rows.append((asked(row["prompt"]), row["reference"], shown(row["after"]), *said))
+        said = [shortened(answers[number]["after"]) for answers in there.values()]
+        rows.append((asked(row["prompt"]), row["reference"], shortened(row["after"]), *said))
     tables = folded_tables(("prompt", "reference", BASE, *there), rows, SHOWN)
     return Section("The same prompts, answered by all", [*tables])

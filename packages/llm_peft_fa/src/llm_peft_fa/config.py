@@ -260,6 +260,15 @@ class InspectConfig:
 
 
 @dataclass
+class ComparedOptions:
+    """The options that may follow a method's name after colons."""
+
+    method: MethodOptions = field(default_factory=MethodOptions)
+    learning_rate: float = 0.0
+    """Highest learning rate."""
+
+
+@dataclass
 class CompareConfig:
     """Fine-tunes the same base with several methods on the same data and budget, and writes one report.
 

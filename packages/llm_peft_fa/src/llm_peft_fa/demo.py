@@ -16,7 +16,7 @@ from llm_peft_fa.answers import streamed_answer
 from llm_peft_fa.base import load_tokenizer
 from llm_peft_fa.config import DemoConfig, SubjectOptions
 from llm_peft_fa.model import Adapted
-from llm_peft_fa.saved import Subject, finished_runs, subject_of
+from llm_peft_fa.saved import Subject, runs_with_result, subject_of
 
 Turns = list[dict[str, Any]]  # what Gradio keeps of a conversation: role and content
 
@@ -38,7 +38,7 @@ def found_subjects(config: DemoConfig) -> dict[str, Subject]:
     Raises:
         LabError: nothing is there.
     """
-    runs = [*config.checkpoint] or ([] if config.models else finished_runs())
+    runs = [*config.checkpoint] or ([] if config.models else runs_with_result())
     if not runs and not config.models:
         raise LabError("no finished run under runs/; train one, or name --checkpoint or --models")
     found = [subject_of(SubjectOptions(checkpoint=run)) for run in runs]

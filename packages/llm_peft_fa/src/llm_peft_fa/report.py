@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from labs_common.fitting import Fitted, results_of, write_results
 from labs_common.frozen.audit import FrozenAudit
-from labs_common.progress import console
+from labs_common.progress import console, print_left_out
 from labs_common.report.figures import architecture_figure, histogram_figure
 from labs_common.report.page import Figure, Section, Table, Text, save_figure
 from labs_common.report.sections import (
@@ -67,10 +67,7 @@ def refused_blocks(readings: Sequence[Reading]) -> list[Text | Table]:
 def print_refused(readings: Iterable[Reading]) -> None:
     """Prints the rows that were left out: counts by reason, and the first few by place."""
     for reading in readings:
-        for reason, count in reading.reasons.most_common():
-            console.print(f"{reading.source}: left out {count} × {reason}")
-        for example in reading.examples:
-            console.print(f"  {example}")
+        print_left_out(reading.source, reading.reasons, reading.examples)
 
 
 def structure_section(run: Run, structure: Structure, audit: FrozenAudit, options: MethodOptions) -> Section:
@@ -103,7 +100,7 @@ def answers_section(both: BeforeAndAfter) -> Section:
     """Shows prompts with the answers before and after; the user's own come first."""
     before = both.before or [""] * len(both.prompts)
     rows = [
-        (asked(prompt.messages[-1]["content"]), shown(first), shown(last), prompt.reference)
+        (asked(prompt.messages[-1]["content"]), shortened(first), shortened(last), prompt.reference)
         for prompt, first, last in zip(both.prompts, before, both.after, strict=True)
     ]
     columns = ("prompt", "before", "after", "reference")
@@ -133,7 +130,7 @@ def saved_answers(both: BeforeAndAfter) -> list[dict[str, str | bool | None]]:
     ]
 
 
-def shown(answer: str) -> str:
+def shortened(answer: str) -> str:
     """Puts an answer into one line; a long one is cut, since answers.json has all of it."""
     line = " ".join(answer.split())
     return line if len(line) <= 200 else line[:200] + " …"

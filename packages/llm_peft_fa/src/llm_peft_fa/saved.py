@@ -153,7 +153,7 @@ def result_folder(run: Path) -> Path:
     raise LabError(f"--checkpoint {run}: has no adapter and no model; name the directory of a finished run")
 
 
-def finished_runs() -> list[Path]:
+def runs_with_result() -> list[Path]:
     """Lists the runs under runs/ that have a result, the newest first."""
     results = [folder for name in FOLDERS for folder in Path("runs").glob(f"*/{name}")]
     return [folder.parent for folder in sorted(results, key=lambda folder: -folder.stat().st_mtime)]
@@ -220,7 +220,7 @@ def subject_of(options: SubjectOptions, base: str | None = None) -> Subject:
         own = (adapter / "tokenizer_config.json").exists()
         return Subject(adapter.name, base, str(adapter), True, str(adapter) if own else base)
     if run is None:
-        run = next(iter(finished_runs()), None)
+        run = next(iter(runs_with_result()), None)
         if run is None:
             raise LabError("no finished run under runs/; train one, or name one with --checkpoint")
     result = result_folder(run)

@@ -12,14 +12,12 @@ from accelerate import Accelerator
 from PIL import Image, ImageOps
 from timm.data import resolve_model_data_config
 
-from labs_common.cache import cached_directory
 from labs_common.data.classes import LabelledPictures
 from labs_common.data.images import RESAMPLING, decoding_threads
 from labs_common.data.readers import read_classes
 from labs_common.frozen.cache import ComputedRows, Rows, front_rows
 from labs_common.options import CacheOptions
-from labs_common.progress import console
-from labs_common.scenes.files import TASKS, write_parquet
+from labs_common.scenes.files import cached_parquet
 from labs_common.steps import own_part
 from vit_transfer.config import Augment, DataOptions
 from vit_transfer.model import Transfer, input_size
@@ -112,19 +110,12 @@ class Tensors:
 
 def read_splits(options: DataOptions, seed: int, shown: bool) -> Splits:
     """Reads the splits of --data, or of drawn scenes; see `labs_common.data.readers.read_classes`."""
-    return read_classes(options, seed, shown, _demo_data)
+    return read_classes(options, seed, shown, drawn_scenes)
 
 
-def _demo_data() -> Path:
-    """Draws scenes whose things are to be counted, as parquet files, once."""
-
-    def make(folder: Path) -> None:
-        console.print(f"drawing {sum(map(len, DEMO_SPLITS.values()))} scenes ({TASKS[DEMO_TASK].question})")
-        write_parquet(folder, DEMO_TASK, DEMO_SPLITS, seed=0, side=DEMO_SIDE)
-
-    splits = {name: [part[0], len(part)] for name, part in DEMO_SPLITS.items()}
-    recipe = {"task": DEMO_TASK, "side": DEMO_SIDE, "splits": splits, "format": 1}
-    return cached_directory("counting-scenes", recipe, make)
+def drawn_scenes() -> Path:
+    """Draws scenes whose things are to be counted, unless they were drawn before."""
+    return cached_parquet("counting-scenes", DEMO_TASK, DEMO_SPLITS, DEMO_SIDE)
 
 
 class Batch(NamedTuple):
@@ -173,7 +164,7 @@ def training_batches(
     return batch
 
 
-def rows_of(
+def boundary_rows(
     name: str, tensors: Tensors, model: Transfer, options: CacheOptions, views: int, accelerator: Accelerator
 ) -> PictureRows:
     """Returns the rows of a split called `name`, after computing whatever its cache lacks; the model is on its device.

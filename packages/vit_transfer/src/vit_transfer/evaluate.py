@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from timm.models.vision_transformer import Attention, VisionTransformer
 from labs_common.data.classes import LabelledPictures
 from labs_common.progress import tracked
 from labs_common.report.classes import Predictions
+from labs_common.report.figures import under_map
 from vit_transfer.data import PictureRows, Tensors, saved_transform
 
 TEST_BATCH = 64  # pictures at once: fills a GPU, and needs no memory for gradients
@@ -121,12 +121,9 @@ def grad_cam(model: Any, images: torch.Tensor, classes: torch.Tensor) -> torch.T
 
 def overlaid(image: Image.Image, heat: torch.Tensor, side: int = 160) -> Image.Image:
     """Puts the picture beside itself under its map, both `side` pixels high."""
-    shown = image.resize((side, side), Image.Resampling.BILINEAR)
-    levels = mpl.colormaps["inferno"](np.asarray(heat.cpu()))[..., :3]
-    colours = Image.fromarray((255 * levels).astype(np.uint8)).resize((side, side), Image.Resampling.BILINEAR)
     both = Image.new("RGB", (2 * side + 4, side), "white")
-    both.paste(shown, (0, 0))
-    both.paste(Image.blend(shown, colours, 0.6), (side + 4, 0))
+    both.paste(image.resize((side, side), Image.Resampling.BILINEAR), (0, 0))
+    both.paste(under_map(image, heat.cpu().numpy(), side), (side + 4, 0))
     return both
 
 

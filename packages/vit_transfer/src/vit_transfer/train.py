@@ -26,7 +26,7 @@ from labs_common.run import Run
 from labs_common.steps import ShuffledSteps
 from labs_common.training import training_means
 from vit_transfer.config import AttackConfig, DistillConfig, ModelOptions, TrainConfig, complete
-from vit_transfer.data import Batch, Splits, Tensors, read_splits, rows_of, training_batches, transform_of
+from vit_transfer.data import Batch, Splits, Tensors, boundary_rows, read_splits, training_batches, transform_of
 from vit_transfer.evaluate import predictions_of, scores
 from vit_transfer.model import create, transfer
 from vit_transfer.report import finish_report
@@ -101,7 +101,7 @@ def fit(
     model = transfer(network, config.model, config.cache.cache, accelerator, by_head)
     transform = transform_of(network, model.size, data.augment, config.run.seed)
     training, validation = (
-        rows_of(name, Tensors(splits[name], transform), model, config.cache, views, accelerator)
+        boundary_rows(name, Tensors(splits[name], transform), model, config.cache, views, accelerator)
         for name, views in (("train", data.views), ("validation", 1))
     )
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -11,16 +11,17 @@ import torch
 from labs_testing import commands as lab_commands
 from PIL import Image
 
-from labs_common.cli import parse
+from labs_common.cli import config_to_yaml, parse
 from labs_common.errors import LabError
 from zsi_contrastive.detector.annotations import scenes_split
-from zsi_contrastive.detector.compare import PARTS, VARIANTS, planned_run
+from zsi_contrastive.detector.compare import PARTS, VARIANTS, plan
 from zsi_contrastive.detector.config import (
     AblateConfig,
     DetectorTrainingOptions,
     ModelOptions,
     TrainConfig,
     complete,
+    contrastive_of,
 )
 from zsi_contrastive.detector.heads import CONTRASTIVE
 from zsi_contrastive.detector.saved import load_detector
@@ -218,7 +219,7 @@ def test_words_says_which_column_is_which(coco_vectors: Path) -> None:
 
 def test_variants_add_one_part_each() -> None:
     rows = list(VARIANTS)[: len(PARTS) + 1]
-    models = [planned_run(AblateConfig(), row, []).model for row in rows]
+    models = [plan(AblateConfig(rows=row))[row].model for row in rows]
     parts = [(one.mask_head, one.decoders, one.background_rpn, one.sync_background) for one in models]
     assert [sum(row) for row in parts] == [0, 1, 2, 3, 4]
     assert all(after[place] or not before[place] for before, after in pairwise(parts) for place in range(4))
@@ -236,21 +237,28 @@ def test_contrastive_heads_by_either_name(tmp_path: Path) -> None:
         )
     )
     assert new.model == old.model == file.model == complete(new).model
-    assert new.model.contrastive == ("greedy_infomax",)
-    assert planned_run(AblateConfig(), "greedy-infomax", []).model == new.model
-    assert set(planned_run(AblateConfig(), "both", []).model.contrastive) == set(CONTRASTIVE)
-    given = AblateConfig(model=ModelOptions(greedy_infomax=True, greedy_weights=Path("weights.safetensors")))
-    without = planned_run(given, "patch-infonce", []).model
-    assert without.contrastive == ("patch_infonce",)
+    assert contrastive_of(new.model) == ("greedy_infomax",)
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(config_to_yaml(new))
+    out = complete(parse(TrainConfig, "train", ["--config", str(saved), "--no-greedy-infomax"]))
+    assert contrastive_of(out.model) == (), "a flag takes the head out of a run's own config"
+    assert plan(AblateConfig(rows="greedy-infomax"))["greedy-infomax"].model == new.model
+    assert set(contrastive_of(plan(AblateConfig(rows="both"))["both"].model)) == set(CONTRASTIVE)
+    given = AblateConfig(
+        "patch-infonce", model=ModelOptions(greedy_infomax=True, greedy_weights=Path("weights.safetensors"))
+    )
+    without = plan(given)["patch-infonce"].model
+    assert contrastive_of(without) == ("patch_infonce",)
     assert without.greedy_weights is None
     assert {row.replace("-", "_") for row in AblateConfig().rows.split(",")} >= set(CONTRASTIVE)
 
 
 def test_weights_of_contrastive_losses() -> None:
     training = DetectorTrainingOptions(contrastive_share=0.3, greedy_share=0.0)
-    assert contrastive_share(training, "greedy_infomax", 0.1) == 0, "its own option is asked first"
-    assert contrastive_share(training, "patch_infonce", 0.1) == 0.3
-    assert contrastive_share(DetectorTrainingOptions(), "patch_infonce", 0.1) == 0.1
+    assert contrastive_share(training, "greedy_infomax", 0.2) == 0, "it has an option of its own"
+    assert contrastive_share(training, "patch_infonce", 0.2) == 0.1
+    assert contrastive_share(training, "another", 0.2) == 0.3
+    assert contrastive_share(DetectorTrainingOptions(), "another", 0.2) == 0.2
     with pytest.raises(LabError, match="--patch-share"):
         complete(TrainConfig(training=DetectorTrainingOptions(patch_share=-0.5)))
 

@@ -6,6 +6,7 @@ configuration they are launched by Accelerate instead.
 
 import dataclasses
 import fcntl
+import gc
 import multiprocessing
 import os
 import shutil
@@ -24,7 +25,7 @@ from labs_common.cli import command_of, config_to_yaml
 from labs_common.compare.collect import Entry, collect
 from labs_common.compare.plan import claim, seeds_of, slug
 from labs_common.compare.report import Findings, write_comparison
-from labs_common.errors import Interrupted, LabError
+from labs_common.errors import Interrupted, LabError, RunStopped
 from labs_common.options import ComparisonOptions, RunOptions
 from labs_common.progress import console
 from labs_common.run import Run
@@ -52,6 +53,7 @@ def compare_runs(
     Raises:
         Interrupted: Ctrl-C or SIGTERM; the run under way was saved, and the same command goes on from there.
         LabError: the directory is of something else, or a run says that its input is wrong.
+        RunStopped: no run finished.
     """
     options: ComparisonOptions = config.comparison
     with claimed(folder, config):
@@ -59,11 +61,10 @@ def compare_runs(
             planned = prepare(folder, planned)
         failed = finished_runs(module, planned, folder, options)
         entries = collect(folder, planned, seeds_of(options))
+        if not entries:
+            raise RunStopped("no run finished: there is nothing to report; the lines above say why")
         run = Run(folder)
-        if entries:
-            write_comparison(run, config, report(run, entries, failed), failed)
-        else:
-            console.print("no run finished: there is nothing to report")
+        write_comparison(run, config, report(run, entries, failed), failed)
 
 
 def start_server(launch: Path | None, libraries: Sequence[str]) -> None:
@@ -171,6 +172,7 @@ def _forked(module: str, arguments: list[str], lock: Path) -> int:
 
 def _run(module: str, arguments: list[str], lock: str) -> None:
     """Runs the command in the forked process."""
+    gc.freeze()  # to collect what the server imported would take a second, and copy its memory
     stop_as_usual()
     sys.argv = [f"python -m {module}", *arguments]
     with Path(lock).open() as file, Path(os.devnull).open("w") as nothing:

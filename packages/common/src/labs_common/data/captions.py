@@ -19,7 +19,7 @@ from labs_common.data.images import (
     Pictures,
     decoding_threads,
     examined,
-    print_left_out,
+    print_refused,
     refusal,
 )
 from labs_common.errors import LabError
@@ -84,7 +84,7 @@ def read_captions(options: CaptionDataOptions, seed: int, shown: bool, drawn: Ca
         most = {"train": options.limit, "validation": -(-options.limit // 8), "test": -(-options.limit // 8)}
         splits = {name: at_most(part, most[name], seed) for name, part in splits.items()}
     if shown:
-        print_left_out(splits)
+        print_refused(splits)
     return Captions(splits, truth_of(folder, list(splits.values())))
 
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from labs_common.errors import LabError, reason_of
 from labs_common.options import OnBadData
-from labs_common.progress import console, tracked
+from labs_common.progress import console, print_left_out, tracked
 from labs_common.run import Run
 
 MOST_PIXELS = 64_000_000  # beyond the largest cameras; a picture that claims more is taken for a decompression bomb
@@ -255,10 +255,7 @@ def record_splits(run: Run, splits: Splits) -> None:
         )
 
 
-def print_left_out(splits: Splits) -> None:
+def print_refused(splits: Splits) -> None:
     """Prints what was left out of each source: how much by reason, and the first few by name."""
     for source, pictures in {part.source: part for part in splits.values() if part.left_out}.items():
-        for reason, count in pictures.left_out.most_common():
-            console.print(f"{source}: left out {count} × {reason}")
-        for example in pictures.examples:
-            console.print(f"  {example}")
+        print_left_out(source, pictures.left_out, pictures.examples)

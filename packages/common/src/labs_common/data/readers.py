@@ -12,7 +12,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from labs_common.data.classes import LabelledPictures, stratified_parts
-from labs_common.data.images import SUFFIXES, Content, checked, print_left_out
+from labs_common.data.images import SUFFIXES, Content, checked, print_refused
 from labs_common.errors import LabError, reason_of
 from labs_common.options import ClassDataOptions
 
@@ -71,7 +71,7 @@ def read_classes(
             "data"
         )
     if shown:
-        print_left_out(splits)
+        print_refused(splits)
     return {name: splits[name] for name in SPLITS}
 
 

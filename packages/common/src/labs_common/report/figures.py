@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Patch, Rectangle
+from PIL import Image
 
 INK = "#010203"  # a colour that nothing else has: `_svg` replaces it by the page's text colour
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#64748b", "#eab308", "#06b6d4", "#ec4899")
@@ -118,6 +120,15 @@ def heat_figure(values: Sequence[Sequence[float]], across: str, up: str) -> str:
     bar = canvas.colorbar(shown, ax=axes)
     bar.ax.tick_params(colors=INK)
     return _svg(canvas)
+
+
+def under_map(image: Image.Image, heat: np.ndarray, side: int) -> Image.Image:
+    """Blends a picture with a map of it (rows, columns) at `side` × `side` pixels, dark where the map is least."""
+    low, high = float(heat.min()), float(heat.max())
+    levels = ((heat - low) / max(high - low, 1e-12) * 255).round().astype(np.uint8)
+    grown = Image.fromarray(levels).resize((side, side), Image.Resampling.BICUBIC)
+    colours = Image.fromarray((255 * mpl.colormaps["inferno"](np.asarray(grown))[..., :3]).astype(np.uint8))
+    return Image.blend(image.resize((side, side), Image.Resampling.BILINEAR), colours, 0.6)
 
 
 def scatter_figure(

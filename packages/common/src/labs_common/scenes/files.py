@@ -158,6 +158,18 @@ def cached_flickr8k(name: str, recipe: Any, count: int, side: int, sample: Calla
     return cached_directory(name, recipe, make)
 
 
+def cached_parquet(name: str, task: str, splits: dict[str, Sequence[int]], side: int) -> Path:
+    """Returns the directory of a drawn classification task as parquet files; they are drawn if never before."""
+    # Splits are ranges of numbers without gaps: their first and their length say all.
+    recipe = {"task": task, "side": side, "splits": {of: [part[0], len(part)] for of, part in splits.items()}}
+
+    def make(folder: Path) -> None:
+        console.print(f"drawing {sum(map(len, splits.values())):,} scenes ({TASKS[task].question})")
+        write_parquet(folder, task, splits, seed=0, side=side)
+
+    return cached_directory(name, recipe | {"format": 1}, make)
+
+
 def write_parquet(folder: Path, task: str, splits: dict[str, Sequence[int]], seed: int = 0, side: int = 64) -> None:
     """Writes `SPLIT.parquet` with columns `img` (bytes, path) and `label` (with names), as CIFAR-10 on the hub."""
     folder.mkdir(parents=True, exist_ok=True)

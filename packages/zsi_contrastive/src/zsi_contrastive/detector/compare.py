@@ -74,8 +74,7 @@ MEASURES: list[dict[str, Measure]] = [
 
 def ablate(config: AblateConfig) -> None:
     """Plans the runs, does those that are missing, and writes the report."""
-    make = partial(planned_run, config)
-    planned = plan_runs(config.comparison, "--rows", config.rows, "variant", make, tuple(VARIANTS))
+    planned = plan(config)
     files = [config.data.data, config.words.word_vectors or None, config.words.vocabulary]
     folder = comparison_folder("ablation", config, files)
     start_server(config.comparison.launch, LIBRARIES)
@@ -85,22 +84,26 @@ def ablate(config: AblateConfig) -> None:
     compare_runs(folder, config, "zsi_contrastive.train", planned, partial(findings, config))
 
 
-def planned_run(config: AblateConfig, row: str, flags: list[str]) -> TrainConfig:
-    """Returns the config of a variant's run.
+def plan(config: AblateConfig) -> dict[str, TrainConfig]:
+    """Makes the run of each variant of --rows.
 
     Raises:
-        LabError: the variant has options after a colon, which it cannot have.
+        LabError: the comparison cannot start, there is no such variant, or it has options after a colon.
     """
-    if flags:
-        raise LabError("variants have no options of their own; give them to all, as in --epochs 3")
-    variant = VARIANTS[row]
-    parts: dict[str, Any] = {name: name in variant.parts for name in PARTS}
-    parts |= {"contrastive": variant.contrastive, **dict.fromkeys(OWN_SHARES, False)}
-    for name, head in CONTRASTIVE.items():
-        if name not in variant.contrastive:
-            parts |= {option: getattr(USUAL, option) for option in head.options}
-    model = replace(config.model, **parts)
-    return complete(TrainConfig(config.data, config.words, model, config.detection, config.training))
+
+    def run_of(row: str, flags: list[str]) -> TrainConfig:
+        if flags:
+            raise LabError("variants have no options of their own; give them to all, as in --epochs 3")
+        variant = VARIANTS[row]
+        parts: dict[str, Any] = {name: name in variant.parts for name in PARTS}
+        parts |= {"contrastive": variant.contrastive, **dict.fromkeys(OWN_SHARES, False)}
+        for name, head in CONTRASTIVE.items():
+            if name not in variant.contrastive:
+                parts |= {option: getattr(USUAL, option) for option in head.options}
+        model = replace(config.model, **parts)
+        return complete(TrainConfig(config.data, config.words, model, config.detection, config.training))
+
+    return plan_runs(config.comparison, "--rows", config.rows, "variant", run_of, tuple(VARIANTS))
 
 
 def findings(config: AblateConfig, run: Run, entries: Mapping[str, Entry], failed: Mapping[str, int]) -> Findings:
@@ -131,3 +134,7 @@ def findings(config: AblateConfig, run: Run, entries: Mapping[str, Entry], faile
     best = max(rows, key=lambda row: row.get(ZSI, 0.0))
     summary = f"{best['description']} has the best unseen boxes: AP at 0.5 {best.get(ZSI, 0.0):.3f}."
     return Findings("What each part adds", summary, rows, [Section("Variants", blocks)], tuple(MEASURES[0]))
+
+
+if __name__ == "__main__":
+    raise SystemExit("the command is python -m zsi_contrastive.ablate")

@@ -152,11 +152,11 @@ class DetectorTrainingOptions(TrainingOptions):
     reconstruction: float = 0.0
     """Weight of the decoders' losses; 0 takes the paper's 0.5, and 0.05 for tiny."""
     contrastive_share: float = -1.0
-    """Weight of each contrastive head's loss; -1 takes the head's own."""
-    greedy_share: float = -1.0
-    """Weight of the Greedy InfoMax head's losses; -1 takes --contrastive-share."""
-    patch_share: float = -1.0
-    """Weight of the patch InfoNCE head's loss; -1 takes --contrastive-share."""
+    """Weight of the loss of each contrastive head without an option of its own; -1 takes the head's own."""
+    greedy_share: float = 0.1
+    """Weight of the Greedy InfoMax head's losses."""
+    patch_share: float = 0.1
+    """Weight of the patch InfoNCE head's loss."""
     flip: bool = True
     """Mirror training pictures by chance."""
     validation_pictures: int = 200
@@ -318,8 +318,9 @@ def complete(config: TrainConfig) -> TrainConfig:
             "frozen_stages": (0 if tiny else 1) if model.frozen_stages < 0 else model.frozen_stages,
             "min_side": model.min_side or (96 if tiny else 800),
             "max_side": model.max_side or (160 if tiny else 1333),
-            "contrastive": contrastive_of(model),
-            **dict.fromkeys(OWN_SHARES, False),
+            # In one place each, so that a flag over a run's config.yaml changes it, and a run of before has the same.
+            "contrastive": tuple(name for name in contrastive_of(model) if name not in OWN_SHARES),
+            **{name: name in contrastive_of(model) for name in OWN_SHARES},
         },
         "detection": {
             "transfer": ("things" if tiny else "paper") if detection.transfer == "auto" else detection.transfer,
@@ -374,8 +375,10 @@ def check(config: TrainConfig) -> None:
         raise LabError("--frozen-stages: must lie between 0 and 4")
     if training.patience and not config.data.validation_fraction:
         raise LabError("--patience: there is nothing to watch with --validation-fraction 0")
-    for name in ("contrastive_share", *OWN_SHARES.values()):
-        if (share := getattr(training, name)) < 0 and share != -1:
+    if training.contrastive_share < 0 and training.contrastive_share != -1:
+        raise LabError("--contrastive-share: must not be negative")
+    for name in OWN_SHARES.values():
+        if getattr(training, name) < 0:
             raise LabError(f"--{name.replace('_', '-')}: must not be negative")
     if training.reconstruction < 0:
         raise LabError("--reconstruction: must be positive; --no-decoders leaves the decoders out")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from labs_common.cache import cached_directory
-from labs_common.data.images import decoding_threads, print_left_out
+from labs_common.data.images import decoding_threads, print_refused
 from labs_common.errors import LabError
 from labs_common.progress import console
 from labs_common.scenes.files import write_coco
@@ -66,7 +66,7 @@ def read_data(data: DataOptions, words: WordOptions, seed: int, shown: bool) -> 
     vectors = read_vectors(words, split, shown)
     pictures, counts = read_pictures(data, split, seed, shown)
     if shown:
-        print_left_out({name: pictures[name] for name in ("train", "test")})
+        print_refused({name: pictures[name] for name in ("train", "test")})
     return ZeroShotData(split, pictures, vectors, counts)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from labs_common.cli import to_plain
-from labs_common.data.images import print_left_out
+from labs_common.data.images import print_refused
 from labs_common.report.page import write_report
 from labs_common.report.sections import asked_section
 from labs_common.run import Run, check_new, new_folder
@@ -49,7 +49,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
     accelerator = Accelerator()
     pictures, _ = read_pictures(data, split, seed, accelerator.is_main_process, training=False)
     if accelerator.is_main_process:
-        print_left_out({"test": pictures["test"]})
+        print_refused({"test": pictures["test"]})
     detection = changed(loaded.detection, config.detection)
     found = evaluated(loaded.model, split, vectors, pictures, detection, accelerator, config.seed, config.at_once)
     if accelerator.is_main_process:
@@ -111,3 +111,7 @@ def chosen_words(config: EvaluateConfig, loaded: Loaded, data: DataOptions) -> t
     known = dict(zip(loaded.split.classes, loaded.vectors.classes, strict=True))
     check_same_space(known, split.classes, vectors.classes)
     return split, scaled_like(vectors, loaded.vectors)
+
+
+if __name__ == "__main__":
+    raise SystemExit("the command is python -m zsi_contrastive.evaluate")

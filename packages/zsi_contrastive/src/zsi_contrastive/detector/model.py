@@ -13,7 +13,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform, res
 
 from zsi_contrastive import TINY
 from zsi_contrastive.detector.backbone import make_backbone
-from zsi_contrastive.detector.config import TrainConfig
+from zsi_contrastive.detector.config import TrainConfig, contrastive_of
 from zsi_contrastive.detector.heads import (
     CONTRASTIVE,
     BackgroundAwareRPNHead,
@@ -216,7 +216,11 @@ def make_model(config: TrainConfig, vectors: ClassVectors, words: torch.Tensor |
         options.backbone, options.backbone_pretrained, options.backbone_weights, options.frozen_stages, channels
     )
     parts = Parts(
-        options.mask_head, options.decoders, options.background_rpn, options.sync_background, options.contrastive
+        options.mask_head,
+        options.decoders,
+        options.background_rpn,
+        options.sync_background,
+        contrastive_of(options),
     )
     model = ZeroShotMaskRCNN(backbone, vectors.background, vectors.seen, parts, *sizes_of(config), words)
     for name, head in model.contrastive().items():

@@ -234,3 +234,7 @@ def drawn_on(image: Image.Image, results: Sequence[Result], names: Sequence[str]
         draw.rectangle((x, y, x + x1 - x0 + 4, y + y1 - y0 + 5), fill=colour)
         draw.text((x + 2 - x0, y + 2 - y0), name, fill="white", font=font)
     return canvas
+
+
+if __name__ == "__main__":
+    raise SystemExit("the command is python -m zsi_contrastive.predict")

@@ -43,3 +43,7 @@ def prepare(config: PrepareConfig) -> None:
             print(f"{name}: left out {count} × {reason}")
     print("checked: no training picture has an unseen object, every test picture has one, none is in both")
     print(f"written: {', '.join(str(output / file) for file in NAMES.values())}")
+
+
+if __name__ == "__main__":
+    raise SystemExit("the command is python -m zsi_contrastive.prepare")

@@ -107,8 +107,8 @@ def fit(config: TrainConfig, model: ZeroShotMaskRCNN, run: Run, accelerator: Acc
         # A process without a picture of its own computes another's, with a share of 0: it counts nowhere.
         loop.step(loss, len(images) if share else 0, **parts)
         if loop.evaluation_due and len(data.pictures["validation"]):
-            scores = validation_scores(fitting, data, config.detection, options.validation_pictures)
-            loop.evaluated(scores, "validation/harmonic_mean", higher_is_better=True)
+            found = scores(fitting, data, config.detection, options.validation_pictures)
+            loop.evaluated(found, "validation/harmonic_mean", higher_is_better=True)
 
     def save(state: dict[str, torch.Tensor]) -> None:
         save_detector(config, model, state, data.split, data.vectors, run.path / FOLDER)
@@ -118,8 +118,9 @@ def fit(config: TrainConfig, model: ZeroShotMaskRCNN, run: Run, accelerator: Acc
 
 def contrastive_share(training: DetectorTrainingOptions, name: str, usual: float) -> float:
     """Returns the weight of a contrastive head's loss; `usual` where no option says another."""
-    own = getattr(training, OWN_SHARES[name]) if name in OWN_SHARES else -1.0
-    return next((share for share in (own, training.contrastive_share) if share >= 0), usual)
+    if name in OWN_SHARES:
+        return float(getattr(training, OWN_SHARES[name]))
+    return training.contrastive_share if training.contrastive_share >= 0 else usual
 
 
 def optimizer_of(model: ZeroShotMaskRCNN, options: DetectorTrainingOptions) -> torch.optim.Optimizer:
@@ -130,7 +131,7 @@ def optimizer_of(model: ZeroShotMaskRCNN, options: DetectorTrainingOptions) -> t
     return torch.optim.AdamW(trained, options.learning_rate, weight_decay=options.weight_decay, fused=True)
 
 
-def validation_scores(fitting: Fitting, data: ZeroShotData, detection: DetectionOptions, most: int) -> dict[str, float]:
+def scores(fitting: Fitting, data: ZeroShotData, detection: DetectionOptions, most: int) -> dict[str, float]:
     """Measures AP at 0.5 of boxes of seen and unseen classes on validation pictures, each kind looked for alone."""
     pictures = data.pictures["validation"]
     pictures = pictures.subset(range(min(len(pictures), most)))
@@ -149,3 +150,7 @@ def validation_scores(fitting: Fitting, data: ZeroShotData, detection: Detection
         "validation/unseen_ap50": two,
         "validation/harmonic_mean": harmonic_mean(one, two),
     }
+
+
+if __name__ == "__main__":
+    raise SystemExit("the command is python -m zsi_contrastive.train")

@@ -44,3 +44,7 @@ def words(config: WordsConfig) -> None:
         except OSError as error:
             raise LabError(f"--write {config.write}: cannot be written ({error.strerror})") from error
         print(f"written: {config.write}")
+
+
+if __name__ == "__main__":
+    raise SystemExit("the command is python -m zsi_contrastive.words")

@@ -38,28 +38,34 @@ COST: dict[str, Measure] = {
 
 def compare(config: CompareConfig) -> None:
     """Plans the runs, does those that are missing, and writes the report."""
-    make = partial(planned_run, config)
-    planned = plan_runs(config.comparison, "--methods", config.methods, "method", make, tuple(METHODS))
+    planned = plan(config)
     folder = comparison_folder("compare-pretraining", config, [config.data.data])
     start_server(config.comparison.launch, LIBRARIES)
     read_splits(config.data, config.comparison.seed, shown=True)  # what is wrong with it is said before anything runs
     compare_runs(folder, config, "zsi_contrastive.pretrain", planned, partial(findings, config))
 
 
-def planned_run(config: CompareConfig, method: str, flags: list[str]) -> PretrainConfig:
-    """Makes the run of one entry of --methods: a method, and options after colons (`moco:queue=256`).
+def plan(config: CompareConfig) -> dict[str, PretrainConfig]:
+    """Makes the run of each entry of --methods: a method, and options of it after colons (`moco:queue=256`).
 
     Raises:
-        LabError: there is no such option, or its value is wrong.
+        LabError: the comparison cannot start, or there is no such method or option, or its value is wrong.
     """
     views, training = config.views, config.training
     given = ComparedOptions(config.own, training.batch_size, views.local_crops, training.learning_rate,
                             training.optimizer)  # fmt: skip
-    asked = parse(ComparedOptions, "--methods", flags, given)
-    views = replace(views, local_crops=asked.local_crops)
-    training = replace(training, batch_size=asked.batch_size, learning_rate=asked.learning_rate,
-                       optimizer=asked.optimizer)  # fmt: skip
-    return complete(PretrainConfig(method, config.data, config.encoder, views, asked.own, training, config.measure))
+
+    def run_of(method: str, flags: list[str]) -> PretrainConfig:
+        own = parse(ComparedOptions, "--methods", flags, given)
+        return complete(
+            PretrainConfig(
+                method, config.data, config.encoder, replace(views, local_crops=own.local_crops), own.own,
+                replace(training, batch_size=own.batch_size, learning_rate=own.learning_rate, optimizer=own.optimizer),
+                config.measure,
+            )
+        )  # fmt: skip
+
+    return plan_runs(config.comparison, "--methods", config.methods, "method", run_of, tuple(METHODS))
 
 
 def findings(config: CompareConfig, run: Run, entries: dict[str, Entry], failed: dict[str, int]) -> Findings:
@@ -110,3 +116,7 @@ def effects_of(rows: list[dict[str, Any]]) -> list[tuple[str, str, float, float,
     knn = {row["method"]: row["kNN"] for row in rows if "kNN" in row}
     pairs = [(name, name.split(":")[0]) for name in knn if ":" in name]
     return [(name, usual, knn[name], knn[usual], knn[name] - knn[usual]) for name, usual in pairs if usual in knn]
+
+
+if __name__ == "__main__":
+    raise SystemExit("the command is python -m zsi_contrastive.compare")

@@ -20,13 +20,12 @@ from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
 from timm.data import IMAGENET_DEFAULT_STD as STD
 from torchvision.transforms.v2.functional import normalize
 
-from labs_common.cache import cached_directory
 from labs_common.data.classes import LabelledPictures, stratified_parts
-from labs_common.data.images import SUFFIXES, checked, decoding_threads, print_left_out
+from labs_common.data.images import SUFFIXES, checked, decoding_threads, print_refused
 from labs_common.data.readers import read_classes
 from labs_common.errors import LabError
-from labs_common.progress import console, tracked
-from labs_common.scenes.files import TASKS, write_parquet
+from labs_common.progress import tracked
+from labs_common.scenes.files import cached_parquet
 from labs_common.steps import ShuffledSteps
 from zsi_contrastive.ssl.config import EncoderOptions, PretrainDataOptions, ViewOptions
 
@@ -71,22 +70,14 @@ def read_splits(options: PretrainDataOptions, seed: int, shown: bool) -> dict[st
     rest, test = stratified_parts(whole.labels, options.test_fraction, seed)
     train, validation = stratified_parts(whole.labels[rest], options.validation_fraction, seed)
     if shown:
-        print_left_out({"all": whole})
+        print_refused({"all": whole})
     return {"train": whole.subset(rest[train]), "validation": whole.subset(rest[validation]),
             "test": whole.subset(test)}  # fmt: skip
 
 
 def drawn_scenes() -> Path:
     """Draws scenes of five things that share a colour and a texture, unless they were drawn before."""
-    splits = {name: [part[0], len(part)] for name, part in DEMO_SPLITS.items()}
-    recipe = {"task": DEMO_TASK, "side": DEMO_SIDE, "splits": splits, "format": 1}
-
-    def make(folder: Path) -> None:
-        count = sum(map(len, DEMO_SPLITS.values()))
-        console.print(f"drawing {count:,} scenes in {len(TASKS[DEMO_TASK].classes)} looks")
-        write_parquet(folder, DEMO_TASK, DEMO_SPLITS, seed=0, side=DEMO_SIDE)
-
-    return cached_directory("look-scenes", recipe, make)
+    return cached_parquet("look-scenes", DEMO_TASK, DEMO_SPLITS, DEMO_SIDE)
 
 
 class Pixels:

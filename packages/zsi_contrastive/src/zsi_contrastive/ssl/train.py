@@ -171,3 +171,7 @@ def keep_prototypes(network: torch.nn.Module, loop: Loop, steps: int) -> None:
 def cosine(step: int, total: int, start: float, end: float) -> float:
     """Returns the value at optimizer step `step` (from 0) of `total` on half a cosine from start to end."""
     return end + (start - end) * (1 + math.cos(math.pi * step / max(1, total))) / 2
+
+
+if __name__ == "__main__":
+    raise SystemExit("the command is python -m zsi_contrastive.pretrain")
