@@ -375,10 +375,8 @@ def check(config: TrainConfig) -> None:
         raise LabError("--frozen-stages: must lie between 0 and 4")
     if training.patience and not config.data.validation_fraction:
         raise LabError("--patience: there is nothing to watch with --validation-fraction 0")
-    if training.contrastive_share < 0 and training.contrastive_share != -1:
-        raise LabError("--contrastive-share: must not be negative")
-    for name in OWN_SHARES.values():
-        if getattr(training, name) < 0:
+    for name in ("contrastive_share", *OWN_SHARES.values()):
+        if (share := getattr(training, name)) < 0 and (name, share) != ("contrastive_share", -1):
             raise LabError(f"--{name.replace('_', '-')}: must not be negative")
     if training.reconstruction < 0:
         raise LabError("--reconstruction: must be positive; --no-decoders leaves the decoders out")
