@@ -5,6 +5,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -20,8 +21,8 @@ def repeated_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Finds the layers of which a network has several in a row, inner ones first: the units in which it is sharded.
 
     A model of transformers names their classes itself (`_no_split_modules`), and is not looked into further: experts,
-    say, are not computed by all processes. Elsewhere they are the members of a ModuleList or Sequential that consist of
-    parts and have another of their class beside them.
+    say, are not computed by all processes. Elsewhere they are the members of a ModuleList, ModuleDict or Sequential that
+    consist of parts and have another of their class beside them.
     """
     found: dict[torch.nn.Module, None] = {}  # in order, each once
     _collect(model, found)
@@ -36,9 +37,10 @@ def _collect(module: torch.nn.Module, found: dict[torch.nn.Module, None]) -> Non
         return
     for child in module.children():
         _collect(child, found)
-    if isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential)):
-        kinds = Counter(map(type, module))
-        for part in module:
+    if isinstance(module, (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential)):
+        parts = list(module.children())
+        kinds = Counter(map(type, parts))
+        for part in parts:
             if kinds[type(part)] > 1 and any(part.children()) and any(True for _ in part.parameters()):
                 found[part] = None
 
@@ -60,12 +62,15 @@ def check_sharding(accelerator: Accelerator) -> None:
 
 def shard(
     model: torch.nn.Module,
+    device: torch.device,
     precision: str = "no",
     reshard: bool = True,
     offload: OffloadPolicy | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
-    """Spreads the parameters of `model` over all processes, which go on from the main one's, and tells the optimizer.
+    """Spreads the parameters of `model` over all processes, which take over the main one's, and tells the optimizer.
+
+    Other processes than the main one may have them on the meta device. One layer at a time is whole on `device`.
 
     With `precision` bf16 or fp16 layers travel and compute in it; what is outside of layers (scales, heads,
     embeddings) and layers with running statistics are gathered as they are stored. Gradients are summed in float32,
@@ -77,16 +82,70 @@ def shard(
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in COMPUTED_IN.values():
             parameter.data = parameter.data.float()
-        parameter.data = parameter.data.contiguous()  # OLoRA starts from columns of a matrix: FSDP2 takes rows only
     for layer in repeated_layers(model):
         dtype = None if any(isinstance(part, RUNNING) for part in layer.modules()) else COMPUTED_IN.get(precision)
+        _take_over(layer, device)
         _unit(layer, dtype, reshard, offload)
     # What remains is used at the beginning and at the end: it stays whole between forward and backward pass.
+    _take_over(model, device)
     _unit(model, None, None, offload)
     if optimizer is not None:
         now = dict(model.named_parameters())
         for group in optimizer.param_groups:
             group["params"] = [now[names[id(parameter)]] for parameter in group["params"]]
+
+
+def place(model: torch.nn.Module, accelerator: Accelerator) -> bool:
+    """Puts a model that only answers on this process's device: its layers in parts where the launch shards weights.
+
+    Returns whether they are: then all processes have to call its forward pass equally often, and what is outside of
+    layers is whole in each.
+    """
+    kind, device = accelerator.distributed_type, accelerator.device
+    stage_3 = kind == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3
+    if accelerator.num_processes == 1 or not (stage_3 or kind == DistributedType.FSDP):
+        model.to(device)
+        return False
+    for layer in repeated_layers(model):
+        _take_over(layer, device)
+        _unit(layer, None, True, None)
+    _take_over(model, device)
+    others = {parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)}
+    fully_shard(model, ignored_params=others, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    return True
+
+
+@torch.no_grad()
+def _take_over(module: torch.nn.Module, device: torch.device) -> None:
+    """Puts what is not sharded yet on `device`, contiguous, with the main process's values in all processes.
+
+    So a run with FSDP begins as one with DistributedDataParallel does, and only one process has to read the weights.
+    """
+    made: dict[int, torch.Tensor] = {}  # by the tensor that it replaces: a tied one stays tied
+    for part in module.modules():
+        for own in (part._parameters, part._buffers):
+            for name, tensor in own.items():
+                if tensor is None or isinstance(tensor, DTensor):
+                    continue
+                if id(tensor) not in made:
+                    made[id(tensor)] = _from_main(tensor, device)
+                own[name] = made[id(tensor)]  # type: ignore[assignment]
+
+
+def _from_main(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if tensor.is_meta and dist.get_rank() == 0:  # shapes alone are asked for
+        return tensor
+    # OLoRA starts from columns of a matrix, and FSDP2 takes contiguous tensors only.
+    values = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.data.to(device)
+    values = values.contiguous()
+    if dist.get_world_size() > 1 and values.numel():
+        dist.broadcast(values.flatten().view(torch.uint8), 0)  # as bytes: not every backend has every dtype
+    if not isinstance(tensor, torch.nn.Parameter):
+        return values
+    if tensor.is_meta:
+        return torch.nn.Parameter(values, tensor.requires_grad)
+    tensor.data = values
+    return tensor
 
 
 def prepare_sharded(
@@ -97,7 +156,8 @@ def prepare_sharded(
     Accelerate's own shards by the names of classes that the whole model lists, has no autocast, and rounds the loss.
     """
     plugin = accelerator.state.fsdp_plugin
-    shard(model, accelerator.mixed_precision, plugin.reshard_after_forward, plugin.cpu_offload or None, optimizer)
+    offload = plugin.cpu_offload or None
+    shard(model, accelerator.device, accelerator.mixed_precision, plugin.reshard_after_forward, offload, optimizer)
     plain = model.forward
 
     @wraps(plain)
