@@ -13,9 +13,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from labs_common.errors import LabError, reason_of
+from labs_common.sharding import part_like, reshard, whole
 
 SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
@@ -42,9 +43,9 @@ def save_checkpoint(
 
     A checkpoint holds what changes: trainable parameters and buffers (`trainable.safetensors`), the
     optimizer (`optimizer.pt`), the random generators of each process (`random-R.pt`), the place in the
-    data (`position.json`) and the state of `also` (`also.pt`). Where DeepSpeed or FSDP shard the weights, they
-    write their own format (`sharded/`). It appears under its name by one rename after everything is on disk,
-    so that a process killed at any moment leaves only whole checkpoints.
+    data (`position.json`) and the state of `also` (`also.pt`). What FSDP shards is gathered on the main process, tensor
+    by tensor; DeepSpeed writes its own format (`sharded/`). It appears under its name by one rename after everything
+    is on disk, so that a process killed at any moment leaves only whole checkpoints.
     """
     part = path.with_name(f".{path.name}.part")
     if accelerator.is_main_process:
@@ -52,14 +53,19 @@ def save_checkpoint(
         part.mkdir(parents=True)
     accelerator.wait_for_everyone()
     _save(_random_state(), part / f"random-{accelerator.process_index}.pt")
-    if accelerator.distributed_type in SHARDED:
-        accelerator.save_state(str(part / "sharded"), **_sharded_options(accelerator))
-    elif accelerator.is_main_process:
-        save_file(changing_tensors(accelerator.unwrap_model(model)), part / "trainable.safetensors")
-        state: dict[str, Any] = {"optimizer": optimizer.state_dict()}
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # Without the option it would write the frozen base model into every checkpoint.
+        accelerator.save_state(str(part / "sharded"), exclude_frozen_parameters=True)
+    elif accelerator.is_main_process or accelerator.distributed_type == DistributedType.FSDP:
+        plain, kept = accelerator.unwrap_model(model), accelerator.is_main_process
+        reshard(plain)
+        tensors = changing_tensors(plain, kept)
+        state: dict[str, Any] = {"optimizer": _whole_state(optimizer.state_dict(), kept)}
         if accelerator.scaler is not None:
             state["scaler"] = accelerator.scaler.state_dict()
-        _save(state, part / "optimizer.pt")
+        if kept:
+            save_file(tensors, part / "trainable.safetensors")
+            _save(state, part / "optimizer.pt")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if also is not None:
@@ -98,15 +104,14 @@ def load_checkpoint(
         wrote, now = len(list(path.glob("random-*.pt"))), accelerator.num_processes
         if wrote != now:
             raise LabError(f"{path}: was written by {wrote} processes, not {now}; resume with as many as the run had")
-        if accelerator.distributed_type in SHARDED:
-            for module in model.modules():  # an evaluation leaves the root whole, and weights are loaded in parts
-                if isinstance(module, FSDPModule):
-                    module.reshard()
-            accelerator.load_state(str(path / "sharded"), **_load_options(accelerator))
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            accelerator.load_state(str(path / "sharded"), load_module_strict=False)
         else:
-            restore_tensors(accelerator.unwrap_model(model), load_file(path / "trainable.safetensors"))
+            plain = accelerator.unwrap_model(model)
+            reshard(plain)
+            restore_tensors(plain, load_file(path / "trainable.safetensors"))
             state = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu")
-            optimizer.load_state_dict(state["optimizer"])
+            optimizer.load_state_dict(_state_parts(state["optimizer"], optimizer))
             if accelerator.scaler is not None and "scaler" in state:
                 accelerator.scaler.load_state_dict(state["scaler"])
         if also is not None:
@@ -123,30 +128,66 @@ def load_checkpoint(
     return position
 
 
-def changing_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Copies the trainable parameters and the buffers of `model`, by name, contiguous and detached."""
-    tensors: dict[str, torch.Tensor] = {
-        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
-    }
-    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
-    return {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+def changing_tensors(model: torch.nn.Module, kept: bool = True) -> dict[str, torch.Tensor]:
+    """Copies the trainable parameters and the buffers of `model`, by name, contiguous, detached and whole.
+
+    Where FSDP shards them all processes call it together; those that do not say `kept` get nothing.
+    """
+    copies = {}
+    for name, tensor in _changing(model).items():
+        one = whole(tensor)
+        if kept:  # a gathered one goes to the host at once: what trains may be too large for one GPU
+            copies[name] = one.cpu().contiguous() if isinstance(tensor, DTensor) else one.contiguous().clone()
+    return copies
 
 
 @torch.no_grad()
 def restore_tensors(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Copies `changing_tensors` back into `model`.
+    """Copies `changing_tensors` back into `model`; where FSDP shards it, each process takes its parts.
 
     Raises:
         ValueError: names or shapes are those of another model.
     """
-    present = dict(model.named_parameters()) | dict(model.named_buffers())
-    expected = changing_tensors(model).keys()
-    if expected != tensors.keys():
-        raise ValueError(f"holds {len(tensors)} tensors where this model trains {len(expected)}")
+    present = _changing(model)
+    if present.keys() != tensors.keys():
+        raise ValueError(f"holds {len(tensors)} tensors where this model trains {len(present)}")
     for name, tensor in tensors.items():
         if present[name].shape != tensor.shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, here {tuple(present[name].shape)}")
-        present[name].copy_(tensor)
+        present[name].copy_(part_like(tensor, present[name]))
+
+
+def _changing(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    saved = model.state_dict().keys()
+    tensors: dict[str, torch.Tensor] = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+    return tensors | {name: buffer for name, buffer in model.named_buffers() if name in saved}
+
+
+def _whole_state(state: Any, kept: bool) -> Any:
+    """Gathers what FSDP shards of an optimizer's state; a process that does not keep it only takes part."""
+    if isinstance(state, DTensor):
+        one = whole(state)
+        return one.cpu() if kept else None
+    if isinstance(state, dict):
+        return {name: _whole_state(value, kept) for name, value in state.items()}
+    return [_whole_state(value, kept) for value in state] if isinstance(state, list) else state
+
+
+def _state_parts(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Turns the moments that `_whole_state` gathered into this process's parts of them."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    moments = {
+        number: {
+            name: part_like(value, parameter) if isinstance(value, torch.Tensor) else value
+            for name, value in state["state"][number].items()
+        }
+        for number, parameter in zip(numbers, parameters, strict=True)
+        if number in state["state"]
+    }
+    return state | {"state": moments}
 
 
 def _random_state() -> dict[str, Any]:
@@ -166,15 +207,6 @@ def _set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def _sharded_options(accelerator: Accelerator) -> dict[str, Any]:
-    # Without this, DeepSpeed would write the frozen base model into every checkpoint.
-    return {"exclude_frozen_parameters": True} if accelerator.distributed_type == DistributedType.DEEPSPEED else {}
-
-
-def _load_options(accelerator: Accelerator) -> dict[str, Any]:
-    return {"load_module_strict": False} if accelerator.distributed_type == DistributedType.DEEPSPEED else {}
 
 
 def _save(state: Any, path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from labs_common.checkpoint import SHARDED, Stateful
 from labs_common.cli import to_plain
@@ -27,6 +28,7 @@ from labs_common.options import RunOptions, TrainingOptions
 from labs_common.progress import console
 from labs_common.report.page import Section, write_report
 from labs_common.run import Run, check_run_options, cost_of, machine_of
+from labs_common.sharding import prepare_sharded
 from labs_common.steps import Source
 from labs_common.training import Loop, check_training_options, make_accelerator, state_bytes
 
@@ -95,7 +97,10 @@ class Fitting:
             RunStopped: the run is being resumed, and something frozen is not what it was.
             LabError: the run is being resumed, and its checkpoint cannot be read.
         """
-        prepared, optimizer = accelerator.prepare(model, optimizer)
+        if accelerator.distributed_type == DistributedType.FSDP:
+            prepared, optimizer = prepare_sharded(accelerator, model, optimizer)
+        else:
+            prepared, optimizer = accelerator.prepare(model, optimizer)
         audit = FrozenAudit.start(run, accelerator, prepared)
         loop = Loop(run, accelerator, prepared, optimizer, source, options, seed, unit, also)
         prepared.train()

@@ -31,6 +31,7 @@ from labs_common.errors import Interrupted, LabError, RunStopped
 from labs_common.options import Precision, Schedule, TrainingOptions
 from labs_common.progress import ProgressLine, console
 from labs_common.run import Run
+from labs_common.sharding import check_sharding
 from labs_common.steps import Source
 
 
@@ -93,12 +94,13 @@ def make_accelerator(options: TrainingOptions) -> Accelerator:
     """Makes an Accelerator for the process layout that the launcher set up, with the wanted precision.
 
     Raises:
-        LabError: the machine cannot compute in that precision.
+        LabError: the machine cannot compute in that precision, or the launch shards in a way that is not supported.
     """
     precision = mixed_precision(options.precision)
     if precision == "fp16" and not torch.cuda.is_available():
         raise LabError("--precision fp16: needs a GPU; use bf16 or fp32 here")
     accelerator = Accelerator(mixed_precision=precision)
+    check_sharding(accelerator)
     if accelerator.state.deepspeed_plugin is not None:
         # Micro-batches come ready-made, and clipping happens inside DeepSpeed's own step.
         config = accelerator.state.deepspeed_plugin.deepspeed_config

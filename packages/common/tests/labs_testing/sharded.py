@@ -1,14 +1,24 @@
 """FSDP2 on CPUs: Accelerate shards on GPUs only, and nothing else would show what sharded weights do to a lab."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from labs_common.sharding import shard
 
 FORCED = "LABS_FORCE_FSDP"  # in the environment of a process that tests start
 
@@ -36,3 +46,33 @@ def force_fsdp() -> None:
         assert self.is_fsdp2
 
     Accelerator.__init__ = sharding  # type: ignore[method-assign]
+
+
+@contextmanager
+def fake_group(processes: int = 8) -> Iterator[None]:
+    """This process is the first of several of which the others do not exist: collectives do nothing."""
+    dist.init_process_group("fake", rank=0, world_size=processes, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def assert_in_layers(model: torch.nn.Module, most: float = 0.4, precision: str = "bf16") -> None:
+    """Sharded over eight, the model has several units, none with more than `most` of its parameters."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    count = sum(1 for _ in model.parameters())
+    with fake_group():
+        shard(model, torch.device("cpu"), precision)
+        shares = {}
+        for name, module in model.named_modules():
+            if isinstance(module, FSDPModule) and (group := module._get_fsdp_state()._fsdp_param_group):
+                shares[name] = sum(parameter._orig_size.numel() for parameter in group.fsdp_params) / total
+                group._init_mp_dtypes()  # else done in the first forward pass: refuses a mix of types that train
+        assert sum(shares.values()) == pytest.approx(1)
+        assert len(shares) > 2
+        assert max(shares.values()) <= most, shares
+        assert sum(1 for _ in model.parameters()) == count
+        for parameter in model.parameters():
+            assert isinstance(parameter, DTensor)
+            assert parameter.to_local().numel() <= -(-parameter.shape[0] // 8) * parameter[0].numel()

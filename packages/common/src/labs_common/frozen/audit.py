@@ -15,6 +15,7 @@ from labs_common.checkpoint import SHARDED
 from labs_common.errors import LabError, RunStopped, reason_of
 from labs_common.progress import console
 from labs_common.run import Run
+from labs_common.sharding import reshard
 
 HASHES = "frozen.json"  # in a run's directory
 
@@ -84,7 +85,7 @@ class FrozenAudit:
     before: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.before = {name: tensor_hash(tensor) for name, tensor in frozen_tensors(self.model)}
+        self.before = self._hashes()
 
     @classmethod
     def start(cls, run: Run, accelerator: Accelerator, model: torch.nn.Module) -> "FrozenAudit":
@@ -118,7 +119,7 @@ class FrozenAudit:
             RunStopped: in any process a tensor changed, appeared or vanished; the first few are named.
         """
         start = self.before if start is None else start
-        now = {name: tensor_hash(tensor) for name, tensor in frozen_tensors(self.model)}
+        now = self._hashes()
         moved = [name for name in start.keys() | now.keys() if start.get(name) != now.get(name)]
         if self.accelerator is not None:
             moved = gather_object(moved)  # one that stopped alone would leave the others waiting for it
@@ -127,6 +128,10 @@ class FrozenAudit:
                 f"{len(moved)} frozen tensors have changed, first {', '.join(moved[:3])}: "
                 "the run cannot be trusted and is not finished"
             )
+
+    def _hashes(self) -> dict[str, str]:
+        reshard(self.model)  # an evaluation leaves some parameters whole: the bytes would be others
+        return {name: tensor_hash(tensor) for name, tensor in frozen_tensors(self.model)}
 
     def table(self) -> list[dict[str, str | int]]:
         """Makes a row for each kind of module: parameters that train, parameters and buffers whose hashes were equal.
