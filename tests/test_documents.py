@@ -33,6 +33,8 @@ SHELL = {
     "uv run mypy", "uv run python -m benchmarks", "uv run pytest tests", "uv run pytest -m kills", ".ci/supply", "uv pip install ./packages/llm_peft_fa", "llm-peft-fa-train --help",
     "git clone URL foundation-labs", "cd foundation-labs",
     "uv run pytest -m quick packages tests/test_house.py", "uvx pre-commit install",  # a part of the above
+    # tests/test_launcher.py runs the script.
+    "sbatch --nodes=2 --gpus-per-node=8 --time=24:00:00 launch/slurm.sbatch --data cifar-10-batches-py --epochs 20",
 }  # fmt: skip
 # Each has a test of its own: a comparison starts processes, a page serves until it is stopped.
 PARSED_ONLY = ("compare", "ablate", "demo")

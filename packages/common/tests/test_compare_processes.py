@@ -14,7 +14,9 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.kills
-@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 0), (signal.SIGTERM, 1), (signal.SIGINT, 1)])
+@pytest.mark.parametrize(
+    ("number", "step"), [(signal.SIGTERM, 0), (signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGHUP, 1)]
+)
 def test_a_stopped_group_saves_its_run_and_begins_no_other(tmp_path: Path, number: int, step: int) -> None:
     """As a terminal, `timeout` or a queue does it: every process of the group gets the signal."""
     folder = tmp_path / "comparison"

@@ -14,7 +14,7 @@ import pytest
 import torch
 from labs_testing.commands import in_two_processes
 from safetensors.torch import load_file
-from toy import commands
+from toy import commands, training
 
 from labs_common.training import learning_rate_share, mixed_precision
 
@@ -112,7 +112,7 @@ def test_killed_before_the_first_checkpoint_it_starts_anew(whole_run: Path, tmp_
     assert (run / "metrics.jsonl").read_bytes() == (whole_run / "metrics.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_interrupted_it_saves_and_says_how_to_go_on(whole_run: Path, tmp_path: Path, number: int) -> None:
     run = tmp_path / "interrupted"
     handler = signal.getsignal(number)
@@ -123,6 +123,33 @@ def test_interrupted_it_saves_and_says_how_to_go_on(whole_run: Path, tmp_path: P
     finish("--resume", run)
     expected = (whole_run / "metrics.jsonl").read_bytes()
     assert (run / "metrics.jsonl").read_bytes() == expected
+
+
+def test_a_hangup_that_is_ignored_does_not_stop_it(whole_run: Path, tmp_path: Path) -> None:
+    """As `nohup` starts it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        finish("--output", tmp_path / "run", "--signal-at", 16, "--signal-number", int(signal.SIGHUP), *OPTIONS)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (whole_run / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP])
+def test_a_warning_before_the_loop_is_one_line_and_nothing_is_lost(
+    whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    run, handler = tmp_path / "early", signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_only", lambda *_: signal.raise_signal(number))
+        said = finish("--output", run, *OPTIONS, code=130)
+    (line,) = said.splitlines()
+    assert line.startswith(signal.Signals(number).name)
+    assert f"--resume {run}" in line
+    assert signal.getsignal(number) == handler
+    finish("--resume", run)
+    assert (run / "metrics.jsonl").read_bytes() == (whole_run / "metrics.jsonl").read_bytes()
 
 
 def test_accumulation_equals_one_batch(tmp_path: Path) -> None:

@@ -8,11 +8,13 @@ import inspect
 import io
 import os
 import re
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import tyro
@@ -23,6 +25,9 @@ from labs_common.options import RESUME_MAY_CHANGE
 
 Config = TypeVar("Config")
 GLOSSARY = "Words of the field are explained in the project's docs/glossary.md."
+# What asks a training to save and stop: Ctrl-C; `timeout`, a queue or another process; a scheduler's warning before its
+# time limit; a terminal that is closed.
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _run: Path | None = None  # that this process works on
 
 
@@ -41,21 +46,45 @@ def run_command(
     debug = "--debug" in arguments
     begun(None)
     try:
-        config = parse(config_type, f"python -m {module or home}", arguments)
-        getattr(importlib.import_module(home), function)(config)
+        with _warnings_interrupt():
+            config = parse(config_type, f"python -m {module or home}", arguments)
+            getattr(importlib.import_module(home), function)(config)
     except LabError as error:
         if debug:
             traceback.print_exc()
         _exit(error.exit_code, f"error: {error}")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if debug:
             traceback.print_exc()
-        _exit(130, f"interrupted: nothing was saved since the last checkpoint{_how_to_go_on()}")
+        _exit(130, f"{str(interrupt) or 'interrupted'}: nothing was saved since the last checkpoint{_how_to_go_on()}")
     except Exception as error:
         full = _full_disk(error)
         if debug or full is None:
             raise
         _exit(1, f"error: the disk is full ({reason_of(full)}): make room{_how_to_go_on()}")
+
+
+def is_ignored(number: int) -> bool:
+    """Says whether a hangup was ignored before this process began, as `nohup` does: then it must not stop it."""
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+
+
+@contextlib.contextmanager
+def _warnings_interrupt() -> Iterator[None]:
+    """Lets SIGUSR1 and SIGHUP do as Ctrl-C does, wherever no loop saves something first; they would end it silently.
+
+    SIGTERM goes on ending it at once, even if it hangs waiting for another process.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = {n: signal.signal(n, interrupt) for n in (signal.SIGUSR1, signal.SIGHUP) if not is_ignored(n)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def command_of(module: str) -> Callable[[], None]:

@@ -17,7 +17,7 @@ class RunStopped(LabError):
 
 
 class Interrupted(LabError):
-    """Ctrl-C or SIGTERM: the run was saved and can be resumed."""
+    """Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP: the run was saved and can be resumed."""
 
     exit_code = 130
 

@@ -24,13 +24,14 @@ from labs_common.checkpoint import SHARDED, Stateful
 from labs_common.cli import to_plain
 from labs_common.frozen.audit import FrozenAudit
 from labs_common.frozen.cache import Rows, disk_bytes
+from labs_common.launch import check_launch
 from labs_common.options import RunOptions, TrainingOptions
 from labs_common.progress import console
 from labs_common.report.page import Section, write_report
 from labs_common.run import Run, check_run_options, cost_of, machine_of
 from labs_common.sharding import prepare_sharded
 from labs_common.steps import Source
-from labs_common.training import Loop, check_training_options, make_accelerator, state_bytes
+from labs_common.training import Loop, check_training_options, make_accelerator, mixed_precision, state_bytes
 
 BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm
 
@@ -136,10 +137,11 @@ def begin(run: RunOptions, training: TrainingOptions) -> Accelerator:
 
     Raises:
         LabError: a number is out of its range, the output directory exists already or cannot be made, or the machine
-            lacks the precision.
+            lacks the precision, or has fewer GPUs than processes.
     """
     check_training_options(training)
     check_run_options(run)
+    check_launch(mixed_precision(training.precision))
     return make_accelerator(training)
 
 

@@ -27,6 +27,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from labs_common.checkpoint import Stateful, checkpoints, load_checkpoint, save_checkpoint
+from labs_common.cli import STOPPING, is_ignored
 from labs_common.errors import Interrupted, LabError, RunStopped
 from labs_common.options import Precision, Schedule, TrainingOptions
 from labs_common.progress import ProgressLine, console
@@ -214,7 +215,7 @@ class Loop:
 
         Raises:
             RunStopped: the loss or its gradient is not a number.
-            Interrupted: Ctrl-C or SIGTERM; the step under way was finished and saved.
+            Interrupted: one of the signals `STOPPING`; the step under way was finished and saved.
         """
         length = len(self.source)
         shown = self.accelerator.is_main_process
@@ -377,7 +378,7 @@ class Loop:
 
 @contextlib.contextmanager
 def _signals(loop: Loop) -> Iterator[None]:
-    """Lets Ctrl-C and SIGTERM only leave a note; the loop stops after the step.
+    """Lets the signals `STOPPING` only leave a note; the loop stops after the step.
 
     One more stops at once if a second has passed: a launcher passes on what its group has already received.
     """
@@ -391,12 +392,11 @@ def _signals(loop: Loop) -> Iterator[None]:
             signal.signal(number, before[number])
             signal.raise_signal(number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in STOPPING if not is_ignored(number)}
     try:
-        for number in numbers:
+        for number in before:
             signal.signal(number, note)
         yield
     finally:
-        for number in numbers:
-            signal.signal(number, before[number])
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -166,7 +166,7 @@ def losses(run: Path) -> list[float]:
 def one_cpu(config: Path, folder: Path) -> Path:
     """A launch configuration for one process on a CPU."""
     local = folder / config.name
-    values = yaml.safe_load(config.read_text()) | {"num_processes": 1, "use_cpu": True, "mixed_precision": "no"}
+    values = yaml.safe_load(config.read_text()) | {"num_processes": 1, "use_cpu": True}
     local.write_text(yaml.safe_dump(values))
     return local
 

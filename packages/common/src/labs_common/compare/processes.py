@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from labs_common.cli import command_of, config_to_yaml
+from labs_common.cli import STOPPING, command_of, config_to_yaml, is_ignored
 from labs_common.compare.collect import Entry, collect
 from labs_common.compare.plan import claim, seeds_of, slug
 from labs_common.compare.report import Findings, write_comparison
@@ -33,7 +33,6 @@ from labs_common.run import Run
 INTERRUPTED = 130
 WRONG_INPUT = 2
 LOCK = ".lock"
-STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 def compare_runs(
@@ -84,7 +83,7 @@ def start_server(launch: Path | None, libraries: Sequence[str]) -> None:
 
 
 def stop_as_usual() -> None:
-    """Lets Ctrl-C and SIGTERM reach this process, which the server forked."""
+    """Lets the signals `STOPPING` reach this process, which the server forked."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
@@ -195,7 +194,9 @@ def _launched(module: str, arguments: list[str], lock: Path, launch: Path) -> in
 
 @contextmanager
 def _stopping(process: "BaseProcess | subprocess.Popen[bytes]") -> Iterator[list[int]]:
-    """Passes SIGTERM on to the run, which Ctrl-C reaches by itself; either way the run saves itself and ends first.
+    """Passes signals on to the run as SIGTERM, but for Ctrl-C, which reaches it by itself.
+
+    The run saves itself and ends first.
 
     Yields the numbers of the signals that came: whatever the run then exits with, no other is started.
     """
@@ -203,10 +204,10 @@ def _stopping(process: "BaseProcess | subprocess.Popen[bytes]") -> Iterator[list
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         stopped.append(number)
-        if number == signal.SIGTERM:
+        if number != signal.SIGINT:
             process.terminate()
 
-    before = {number: signal.signal(number, pass_on) for number in STOPPING}
+    before = {number: signal.signal(number, pass_on) for number in STOPPING if not is_ignored(number)}
     try:
         yield stopped
     finally:

@@ -1,0 +1,45 @@
+"""Compares what a launcher set up with the GPUs of this machine and with the precision that was asked for."""
+
+import os
+
+import torch
+from accelerate.utils import parse_flag_from_env
+
+from labs_common.errors import LabError
+from labs_common.progress import console
+
+
+def check_launch(precision: str) -> None:
+    """Refuses more processes than GPUs; says which GPUs stay idle, and that `--precision` decides.
+
+    `precision` is Accelerate's name of the arithmetic that `--precision` gave. Each process finds out by itself, before
+    they meet: all of a machine count the same, so all of them stop, and none waits for another.
+
+    Raises:
+        LabError: this machine has more processes than GPUs that they may use.
+    """
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # a configuration that leaves it out says "no" too
+    if asked not in ("no", precision):
+        _say(f"mixed_precision {asked} of the launch configuration does not count: "
+             f"--precision decides, and gives {'fp32' if precision == 'no' else precision}")  # fmt: skip
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    gpus = torch.accelerator.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    of = f"{gpus} GPU{'' if gpus == 1 else 's'}" + ("" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})")
+    # A single process goes on without a GPU. Several would not: Accelerate gives two of them the same GPU, and where
+    # there is none it lets each train alone, in one directory.
+    if processes > gpus and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise LabError(
+            f"{processes} processes on a machine with {of}: each needs one; lower --num_processes (a resumed run needs "
+            "as many as it had), or set ACCELERATE_USE_CPU=true to train on CPUs"
+        )
+    if processes < gpus:
+        _say(f"{processes} of {of} is used, the others stay idle: launch/multi_gpu.yaml with --num_processes {gpus} "
+             "takes all")  # fmt: skip
+
+
+def _say(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        console.print(line)

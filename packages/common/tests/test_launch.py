@@ -1,0 +1,114 @@
+"""What is said and refused of processes, GPUs and precision; the GPUs are pretended by patching what counts them."""
+
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from test_training import OPTIONS, finish
+from toy import commands
+
+from labs_common.launch import check_launch
+from labs_common.options import Precision, TrainingOptions
+from labs_common.training import make_accelerator
+
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION")
+
+
+@pytest.fixture
+def eight(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine with eight GPUs, as far as counting goes, and nothing set by a launcher."""
+    for name in (*LAUNCHED, "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    # torch reads CUDA_VISIBLE_DEVICES itself and picks from what the driver counts.
+    monkeypatch.setattr(torch.cuda, "_raw_device_count_nvml", lambda: 8)
+    monkeypatch.setattr(torch.accelerator, "device_count", torch.cuda._device_count_nvml)
+    return monkeypatch
+
+
+def said_of(precision: str, monkeypatch: pytest.MonkeyPatch, said: pytest.CaptureFixture[str], **more: str) -> str:
+    for name, value in more.items():
+        monkeypatch.setenv(name, value)
+    check_launch(precision)
+    return said.readouterr().err
+
+
+def test_idle_gpus_are_said_once(eight: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    two = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0"}
+    said = said_of("bf16", eight, capsys)
+    assert said.startswith("1 of 8 GPUs is used")
+    assert said.count("\n") == 1
+    assert said_of("bf16", eight, capsys, **two).startswith("2 of 8 GPUs")
+    assert said_of("bf16", eight, capsys, RANK="1") == ""
+    chosen = said_of("bf16", eight, capsys, RANK="0", CUDA_VISIBLE_DEVICES="1,4,6")
+    assert "2 of 3 GPUs (CUDA_VISIBLE_DEVICES=1,4,6)" in chosen
+    assert "--num_processes 3" in chosen
+    assert said_of("bf16", eight, capsys, CUDA_VISIBLE_DEVICES="1,4") == "", "a scheduler gave just these"
+    assert said_of("bf16", eight, capsys, CUDA_VISIBLE_DEVICES="1,4,6", ACCELERATE_USE_CPU="true") == ""
+
+
+def test_a_precision_that_the_launch_configuration_names_in_vain_is_said(
+    eight: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    eight.setenv("ACCELERATE_USE_CPU", "true")
+    for asked, given, words in (("fp16", "bf16", "gives bf16"), ("bf16", "no", "gives fp32")):
+        said = said_of(given, eight, capsys, ACCELERATE_MIXED_PRECISION=asked)
+        assert said.count("\n") == 1
+        assert f"mixed_precision {asked}" in said
+        assert words in said
+    for asked in ("no", "bf16"):  # "no" is also what Accelerate says for nothing
+        assert said_of("bf16", eight, capsys, ACCELERATE_MIXED_PRECISION=asked) == ""
+
+
+@pytest.mark.parametrize(("asked", "option", "used"), [("bf16", "fp32", "no"), ("no", "bf16", "bf16")])
+def test_the_option_decides_on_precision(
+    monkeypatch: pytest.MonkeyPatch, asked: str, option: Precision, used: str
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        assert make_accelerator(TrainingOptions(precision=option)).mixed_precision == used
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def in_a_fork(rank: int, visible: str, arguments: list[str], said: Path) -> None:
+    """The toy as one of two processes that a launcher started on a machine whose driver counts two GPUs."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "CUDA_VISIBLE_DEVICES": visible}  # fmt: skip
+    os.environ.pop("ACCELERATE_USE_CPU", None)
+    torch.cuda._raw_device_count_nvml = lambda: 2
+    torch.accelerator.device_count = torch.cuda._device_count_nvml
+    with said.open("w") as sys.stderr:
+        commands.training(arguments=arguments)
+
+
+@pytest.mark.parametrize("visible", ["1", ""])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_fewer_gpus_than_processes_stop_all_of_them(tmp_path: Path, visible: str, resumed: bool) -> None:
+    """None waits for another: they have not met yet."""
+    run = tmp_path / "run"
+    options = ("--precision", "fp32", *OPTIONS)  # auto would ask the GPU, which is there for counting only
+    if resumed:
+        finish("--output", run, "--max-steps", 1, *options)
+    before = sorted(run.rglob("*"))
+    arguments = ["--resume", str(run)] if resumed else ["--output", str(run), *options]
+    context = multiprocessing.get_context("fork")
+    both = [
+        context.Process(target=in_a_fork, args=(rank, visible, arguments, tmp_path / f"said-{rank}"))
+        for rank in range(2)
+    ]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(30)
+        process.kill()
+    assert [process.exitcode for process in both] == [2, 2]
+    for rank, begin in enumerate(("error: ", "[process 1] error: ")):
+        (line,) = (tmp_path / f"said-{rank}").read_text().splitlines()
+        assert line.startswith(f"{begin}2 processes on a machine with {len(visible)} GPU")
+        assert f"(CUDA_VISIBLE_DEVICES={visible})" in line
+    assert sorted(run.rglob("*")) == before
