@@ -31,9 +31,8 @@ from labs_common.data.images import record_splits
 from labs_common.errors import LabError
 from labs_common.fitting import Fitted, Fitting, begin
 from labs_common.progress import console
-from labs_common.run import Run
+from labs_common.run import Run, training_means
 from labs_common.saved import FOLDER
-from labs_common.training import training_means
 
 
 def train(config: TrainConfig) -> None:

@@ -28,9 +28,9 @@ from clip_lab.tokens import Words
 from labs_common.data.captions import CaptionedPictures, PictureTensors
 from labs_common.fitting import Fitting
 from labs_common.progress import tracked
+from labs_common.run import training_means
 from labs_common.scenes.captions import RELATIONS, relations
 from labs_common.scenes.world import Scene
-from labs_common.training import training_means
 
 BATCH = 64  # pictures through a tower at once
 CAPTIONS = 256  # captions through a text tower or decoder at once

@@ -21,14 +21,15 @@ from accelerate import Accelerator
 
 from labs_common.checkpoint import SHARDED, Stateful
 from labs_common.cli import to_plain
+from labs_common.device import state_bytes
 from labs_common.frozen.audit import FrozenAudit
 from labs_common.frozen.cache import Rows, disk_bytes
-from labs_common.options import RunOptions, TrainingOptions
+from labs_common.options import RunOptions, TrainingOptions, check_training_options
 from labs_common.progress import console
 from labs_common.report.page import Section, write_report
 from labs_common.run import Run, check_run_options, cost_of, machine_of
 from labs_common.steps import Source
-from labs_common.training import Loop, check_training_options, make_accelerator, state_bytes
+from labs_common.training import Loop, make_accelerator
 
 BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm
 
@@ -95,6 +96,8 @@ class Fitting:
             RunStopped: the run is being resumed, and something frozen is not what it was.
             LabError: the run is being resumed, and its checkpoint cannot be read.
         """
+        if options.compile:
+            model.compile()  # in its place: names and weights stay those of the plain module, which is what is saved
         prepared, optimizer = accelerator.prepare(model, optimizer)
         audit = FrozenAudit.start(run, accelerator, prepared)
         loop = Loop(run, accelerator, prepared, optimizer, source, options, seed, unit, also)

@@ -22,9 +22,8 @@ from labs_common.data.images import record_splits
 from labs_common.errors import Interrupted
 from labs_common.fitting import Fitted, Fitting, begin
 from labs_common.progress import console
-from labs_common.run import Run
+from labs_common.run import Run, training_means
 from labs_common.steps import ShuffledSteps
-from labs_common.training import training_means
 from vit_transfer.config import AttackConfig, DistillConfig, ModelOptions, TrainConfig, complete
 from vit_transfer.data import Batch, Splits, Tensors, boundary_rows, read_splits, training_batches, transform_of
 from vit_transfer.evaluate import predictions_of, scores

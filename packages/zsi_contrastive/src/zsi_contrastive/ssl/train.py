@@ -74,8 +74,6 @@ def fit(
     teacher = memory.teacher if method.measured == "teacher" else None
     encoder = encoder_of(network if teacher is None else teacher)
     optimizer = make_optimizer(options, network)
-    if options.compile:
-        network.compile()
     source = training_steps(pixels["train"], options.batch_size, config.run.seed, accelerator)
     every = options.evaluate_every or max(1, round(total_steps(options, source) / EVALUATIONS))
     options = dataclasses.replace(options, evaluate_every=every)
