@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+CPU = torch.device("cpu")
+
 
 def begin_fast_arithmetic(device: torch.device) -> None:
     """Lets a GPU multiply float32 matrices in TF32: ten bits of mantissa, several times as fast.
