@@ -49,10 +49,11 @@ from caption_lab.saved import Captioner
 from caption_lab.train import fit, make
 from caption_lab.vocabulary import END, PAD, START
 from labs_common.data.captions import Captions, PictureTensors
+from labs_common.device import peak_memory
 from labs_common.options import CaptionDataOptions, RunOptions
 from labs_common.run import Run, write_atomically
 from labs_common.scenes.files import write_flickr8k
-from labs_common.training import make_accelerator, peak_memory
+from labs_common.training import make_accelerator
 
 BATCH, RATE, DECAY, BEAMS = 60, 4e-4, 0.01, 5
 DECODING = DecodingOptions(beam=BEAMS, length_penalty=0.0)

@@ -42,11 +42,11 @@ from clip_lab.tokens import Words, make_words
 from labs_common.data.captions import PictureTensors
 from labs_common.data.classes import LabelledPictures
 from labs_common.data.images import checked
+from labs_common.device import peak_memory
 from labs_common.logistic import COARSE, Layer, fitted_layers, solved
 from labs_common.options import CaptionDataOptions
 from labs_common.run import write_atomically
 from labs_common.scenes.files import write_flickr8k
-from labs_common.training import peak_memory
 
 WIDTH, CHUNK, RATE = 512, 1024, 1e-4
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

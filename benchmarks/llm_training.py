@@ -27,10 +27,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
 
+from labs_common.device import peak_memory
 from labs_common.options import RunOptions, TrainingOptions
 from labs_common.run import Run, write_atomically
 from labs_common.steps import ShuffledSteps
-from labs_common.training import Loop, peak_memory
+from labs_common.training import Loop
 from llm_peft_fa.attention import NAME
 from llm_peft_fa.model import PackedCausalLM
 from llm_peft_fa.packing import Packing

@@ -34,10 +34,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).parent]
 
 from labs_common.data.classes import LabelledPictures  # noqa: E402
+from labs_common.device import peak_memory  # noqa: E402
 from labs_common.options import RunOptions  # noqa: E402
 from labs_common.run import Run, write_atomically  # noqa: E402
 from labs_common.scenes.files import write_parquet  # noqa: E402
-from labs_common.training import make_accelerator, peak_memory  # noqa: E402
+from labs_common.training import make_accelerator  # noqa: E402
 from vit_transfer.config import DataOptions, ModelOptions, PictureTrainingOptions, TrainConfig, complete  # noqa: E402
 from vit_transfer.data import Tensors, read_splits, transform_of  # noqa: E402
 from vit_transfer.model import Transfer, create, input_size, unfreeze  # noqa: E402

@@ -278,7 +278,7 @@ def test_precision_and_memory() -> None:
     assert mixed_precision("bf16") == "bf16"
     # In a process of its own: another test may have held more before.
     code = """import torch
-from labs_common.training import peak_memory
+from labs_common.device import peak_memory
 before = peak_memory()
 block = torch.ones(1 << 30, dtype=torch.uint8)
 print(peak_memory() - before)"""

@@ -3,7 +3,7 @@
 A batch has a row of the encoder's frozen front for each picture, computed once and kept for all its captions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,6 +16,7 @@ from caption_lab.encoder import Encoder
 from caption_lab.tiny import RECIPE, demo_scene
 from caption_lab.vocabulary import Vocabulary, padded
 from labs_common.data.captions import CaptionedPictures, Captions, PictureTensors, read_captions
+from labs_common.device import CPU, pinned, to_device
 from labs_common.frozen.cache import ComputedRows, Rows, front_rows
 from labs_common.options import CacheOptions, CaptionDataOptions
 from labs_common.scenes.files import cached_flickr8k
@@ -61,9 +62,14 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """Returns the batch with its tensors on `device`."""
-        return self._replace(
-            rows=self.rows.to(device), of_rows=self.of_rows.to(device), words=self.words.to(device)
-        )  # fmt: skip
+        return self._each(lambda tensor: to_device(tensor, device))
+
+    def pinned(self, device: torch.device) -> "Batch":
+        """Returns the same in memory that a GPU `device` reads by itself."""
+        return self._each(lambda tensor: pinned(tensor, device))
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        return self._replace(rows=change(self.rows), of_rows=change(self.of_rows), words=change(self.words))
 
 
 @dataclass(frozen=True)
@@ -84,12 +90,13 @@ class CaptionRows:
 
 
 def caption_steps(
-    data: CaptionRows, batch_size: int, seed: int, order: Order = "captions", rank: int = 0, processes: int = 1
-) -> ShuffledSteps:
+    data: CaptionRows, batch_size: int, seed: int, order: Order = "captions", rank: int = 0, processes: int = 1,
+    device: torch.device = CPU,
+) -> ShuffledSteps:  # fmt: skip
     """Cuts training data into optimizer steps of `batch_size` captions, of which each process gets one batch.
 
     `order` shuffles captions; pictures, of which all captions follow each other ("by picture"); or pictures of which
-    only the first caption comes ("pictures").
+    only the first caption comes ("pictures"). `device` is the one that will compute with them.
     """
     of_picture: dict[int, list[int]] = {}
     for number, (picture, _) in enumerate(data.pairs):
@@ -112,7 +119,8 @@ def caption_steps(
         predicted = sum(map(len, words)) - len(words)  # every word but <start>
         of_all = sum(len(data.pairs[number][1]) - 1 for number in numbers)
         of_words = predicted * processes / of_all if of_captions else 0.0
-        return [Batch(*data.of_pictures(pictures), padded(words)[0], pictures, of_words, of_captions)]
+        found = Batch(*data.of_pictures(pictures), padded(words)[0], pictures, of_words, of_captions)
+        return [found.pinned(device)]
 
     return ShuffledSteps(sum(map(len, parts)), batch_size, seed, batch, numbers_of)
 

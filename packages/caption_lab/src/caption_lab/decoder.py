@@ -6,7 +6,7 @@ by word with all beams of all pictures at once. What it knows while it writes li
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +94,7 @@ class ShowTell(LSTMDecoder):
         """
         _, first = by_caption(self.begin(features), of_features)
         hidden, cell = first["hidden"][:, 0], first["cell"][:, 0]  # (captions, width)
-        states, _ = self.lstm(self.dropout(self.embedding(words)), (hidden[None], cell[None]))
+        states, _ = exactly(self.lstm, self.dropout(self.embedding(words)), (hidden[None], cell[None]))
         return Output(self.to_words(self.dropout(states)), None)
 
     def begin(self, features: torch.Tensor) -> tuple[Tensors, Tensors]:
@@ -105,7 +105,7 @@ class ShowTell(LSTMDecoder):
         """Reads one more word of each beam (pictures, beams)."""
         pictures, beams = words.shape
         state = (moving["hidden"].flatten(0, 1)[None], moving["cell"].flatten(0, 1)[None])
-        out, (hidden, cell) = self.lstm(self.embedding(words).flatten(0, 1)[:, None], state)
+        out, (hidden, cell) = exactly(self.lstm, self.embedding(words).flatten(0, 1)[:, None], state)
         moved = {"hidden": hidden[0].unflatten(0, (pictures, beams)), "cell": cell[0].unflatten(0, (pictures, beams))}
         return NextWord(self.to_words(out[:, 0]).unflatten(0, (pictures, beams)), moved, None)
 
@@ -166,7 +166,7 @@ class ShowAttendTell(LSTMDecoder):
         attention = self.energy(mixed).squeeze(-1).softmax(-1)
         context = torch.sigmoid(self.gate(hidden)) * (attention @ fixed["features"])
         seen = torch.cat([embedded, context], -1).flatten(0, 1)
-        hidden, cell = self.cell(seen, (hidden.flatten(0, 1), moving["cell"].flatten(0, 1)))
+        hidden, cell = exactly(self.cell, seen, (hidden.flatten(0, 1), moving["cell"].flatten(0, 1)))
         return attention, context, {"hidden": hidden.unflatten(0, beams), "cell": cell.unflatten(0, beams)}
 
     def _logits(self, embedded: torch.Tensor, state: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
@@ -265,6 +265,17 @@ def by_caption(known: tuple[Tensors, Tensors], of_features: torch.Tensor | None)
         return known
     fixed, moving = ({name: tensor[of_features] for name, tensor in part.items()} for part in known)
     return fixed, moving
+
+
+def exactly(lstm: nn.Module, inputs: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]) -> Any:
+    """Runs an LSTM or a cell of one in the precision of its weights, whatever autocast says.
+
+    Its state is a sum over all words so far: in 16 bits it would be rounded with each. CUDA's LSTM even takes fp16
+    under autocast to bf16, where large values overflow.
+    """
+    dtype = next(lstm.parameters()).dtype
+    with torch.autocast(inputs.device.type, enabled=False):
+        return lstm(inputs.to(dtype), (state[0].to(dtype), state[1].to(dtype)))
 
 
 def open_forget_gates(bias: torch.Tensor) -> None:

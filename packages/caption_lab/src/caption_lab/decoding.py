@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 
 from caption_lab.config import DecodingOptions
 from caption_lab.vocabulary import END, PAD, START, UNK, Vocabulary
+from labs_common.device import constant
 from labs_common.progress import tracked
 
 NEVER = (PAD, START, UNK)  # these are never written
@@ -168,7 +169,7 @@ def beam_search(
 
 def log_probabilities(logits: torch.Tensor, banned: torch.Tensor | None = None) -> torch.Tensor:
     """Returns those of the next words (…, vocabulary), among the words that are ever written and not `banned`."""
-    logits = logits.float().index_fill(-1, torch.tensor(NEVER, device=logits.device), -torch.inf)
+    logits = logits.float().index_fill(-1, constant(NEVER, logits.device).long(), -torch.inf)
     return (logits if banned is None else logits.masked_fill(banned, -torch.inf)).log_softmax(-1)
 
 
@@ -197,7 +198,16 @@ def _sampled(logs: torch.Tensor, options: DecodingOptions, generator: torch.Gene
     shares, order = (logs / options.temperature).softmax(-1).sort(-1, descending=True)
     before = shares.cumsum(-1) - shares
     shares = shares.masked_fill(before >= options.top_p, 0.0)
-    return order.gather(1, torch.multinomial(shares, 1, generator=generator))[:, 0]
+    return order.gather(1, sampled_places(shares, generator)[:, None])[:, 0]
+
+
+def sampled_places(shares: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Samples a place (…) by its share (…, places).
+
+    It takes the largest of shares over exponential times, as `torch.multinomial` does; but that asks the device first
+    whether all shares are sound, and where a loss is no number it is the training loop's to say so.
+    """
+    return (shares / torch.empty_like(shares).exponential_(generator=generator)).argmax(-1)
 
 
 def _of_beams(tensor: torch.Tensor, beam: torch.Tensor) -> torch.Tensor:

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from caption_lab.config import DecodingOptions, TrainConfig
 from caption_lab.data import Batch
 from caption_lab.decoder import Output
-from caption_lab.decoding import GREEDY, log_probabilities, roll_out
+from caption_lab.decoding import GREEDY, log_probabilities, roll_out, sampled_places
 from caption_lab.metrics import CiderD
 from caption_lab.vocabulary import END, PAD, START, Vocabulary
 
+# A part's shares of further means to log; on the device where they are computed there.
+Metrics = dict[str, torch.Tensor | float]
 SAMPLED = DecodingOptions(beam=1, top_p=1.0)
 
 
@@ -70,7 +72,7 @@ class Learner:
     critic: SelfCritic | None
 
 
-def next_word(learner: Learner, batch: Batch, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
+def next_word(learner: Learner, batch: Batch, progress: float) -> tuple[torch.Tensor, Metrics]:
     """Computes this part's share of the step's loss: the next word, and that attention should go everywhere.
 
     `progress` is the share of the training that is over.
@@ -88,11 +90,10 @@ def next_word(learner: Learner, batch: Batch, progress: float) -> tuple[torch.Te
     if output.attention is None:
         return loss, {}
     penalty = attention_penalty(output.attention, targets) * batch.of_captions
-    metrics = {"word_loss": float(loss.detach()), "penalty": float(penalty.detach())}
-    return loss + decoder.attention_penalty * penalty, metrics
+    return loss + decoder.attention_penalty * penalty, {"word_loss": loss.detach(), "penalty": penalty.detach()}
 
 
-def self_critical(learner: Learner, batch: Batch, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
+def self_critical(learner: Learner, batch: Batch, progress: float) -> tuple[torch.Tensor, Metrics]:
     """Computes this part's share of the step's loss: sampled captions that beat the greedy ones get more probable."""
     assert learner.critic is not None
     words, advantages, reward = learner.critic.sample(learner.plain, batch.rows[batch.of_rows], batch.pictures)
@@ -112,7 +113,7 @@ class Objective:
             an epoch, and cannot have sharded weights.
     """
 
-    loss: Callable[[Learner, Batch, float], tuple[torch.Tensor, dict[str, float]]]
+    loss: Callable[[Learner, Batch, float], tuple[torch.Tensor, Metrics]]
     description: str
     writes: bool = False
 
@@ -154,7 +155,7 @@ def with_own_guesses(words: torch.Tensor, output: Output, share: float) -> torch
     """
     logits = output.logits[:, :-1].float()
     logits[..., [PAD, START, END]] = -torch.inf  # a caption goes on where the true one does
-    guesses = torch.distributions.Categorical(logits=logits).sample()
+    guesses = sampled_places(logits.softmax(-1))
     true = words[:, 1:]
     replaced = (torch.rand(true.shape, device=words.device) < share) & (true != PAD)
     return torch.cat([words[:, :1], torch.where(replaced, guesses, true)], 1)

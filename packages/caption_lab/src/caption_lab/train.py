@@ -28,12 +28,12 @@ from caption_lab.vocabulary import PAD, build_vocabulary, padded
 from labs_common.checkpoint import SHARDED
 from labs_common.data.captions import Captions
 from labs_common.data.images import record_splits
+from labs_common.device import expect_fixed_shapes, to_device, widest_float
 from labs_common.errors import LabError
-from labs_common.fitting import Fitted, Fitting, begin
+from labs_common.fitting import Fitted, Fitting, begin, channels_last
 from labs_common.progress import console
-from labs_common.run import Run
+from labs_common.run import Run, training_means
 from labs_common.saved import FOLDER
-from labs_common.training import training_means
 
 
 def train(config: TrainConfig) -> None:
@@ -90,6 +90,9 @@ def fit(config: TrainConfig, captioner: Captioner, run: Run, accelerator: Accele
         Interrupted: Ctrl-C; the run can be resumed.
     """
     model, vocabulary = captioner.model.to(accelerator.device), captioner.vocabulary
+    if accelerator.device.type == "cuda":
+        channels_last(model.encoder, accelerator)
+    expect_fixed_shapes(accelerator.device)
     options, objective, splits = config.training, OBJECTIVES[config.objective], data.splits
     plain = _writer(model, config, accelerator)
     rows = {
@@ -103,7 +106,7 @@ def fit(config: TrainConfig, captioner: Captioner, run: Run, accelerator: Accele
     source = caption_steps(
         rows["train"], options.batch_size, config.run.seed,
         "pictures" if objective.writes else "by picture" if options.by_picture else "captions",
-        accelerator.process_index, accelerator.num_processes,
+        accelerator.process_index, accelerator.num_processes, accelerator.device,
     )  # fmt: skip
     fitting = Fitting.start(run, accelerator, model, optimizer, source, options, config.run.seed, "captions")
     critic = SelfCritic(splits["train"].captions, vocabulary) if objective.writes else None
@@ -150,19 +153,20 @@ def validation_loss(fitting: Fitting, data: CaptionRows) -> float:
     """Returns the mean cross-entropy over all words of the validation captions; every process takes its share."""
     accelerator, size = fitting.accelerator, fitting.loop.options.batch_size
     fitting.model.eval()
-    sums = torch.zeros(2, dtype=torch.float64)
+    device, wide = accelerator.device, widest_float(accelerator.device)
+    sums = torch.zeros(2, dtype=wide, device=device)  # on it: no batch is waited for
     mine = range(accelerator.process_index, len(data.pairs), accelerator.num_processes)
     for first in range(0, -(-len(data.pairs) // accelerator.num_processes), size):
         # Sharded weights are gathered by all processes together: one without captions left repeats one.
         chosen = [data.pairs[number] for number in mine[first : first + size]]
         there = bool(chosen)
         chosen = chosen or data.pairs[:1]
-        words = padded([words for _, words in chosen])[0].to(accelerator.device)
-        rows, of_rows = (t.to(accelerator.device) for t in data.of_pictures([picture for picture, _ in chosen]))
+        words = to_device(padded([words for _, words in chosen])[0], device)
+        rows, of_rows = (to_device(t, device) for t in data.of_pictures([picture for picture, _ in chosen]))
         loss = next_word_loss(fitting.model(rows, of_rows, words[:, :-1]).logits, words[:, 1:])
-        count = int((words[:, 1:] != PAD).sum())
-        sums += torch.tensor([float(loss) * count, count], dtype=torch.float64) * there
-    everyone = accelerator.reduce(sums.float().to(accelerator.device)) if accelerator.num_processes > 1 else sums
+        count = (words[:, 1:] != PAD).sum()
+        sums += torch.stack([loss.to(wide) * count, count.to(wide)]) * there
+    everyone = (accelerator.reduce(sums.float()) if accelerator.num_processes > 1 else sums).cpu()
     return float(everyone[0] / everyone[1])
 
 

@@ -18,6 +18,7 @@ from clip_lab.image import ImageTower
 from clip_lab.model import Model, tower_rows
 from clip_lab.tokens import Words
 from labs_common.data.captions import CaptionedPictures, Captions, PictureTensors, Transform, read_captions
+from labs_common.device import CPU, constant, pinned
 from labs_common.errors import LabError
 from labs_common.frozen.cache import Rows, front_rows
 from labs_common.options import CaptionDataOptions
@@ -147,6 +148,7 @@ class Batches:
 
     Augmentation, captions and prefixes of a picture depend on the seed, the epoch and the picture alone, not on the
     process that has it. With `prefixes`, some first words of each caption are given (SimVLM); else the start alone.
+    `device` is the one that will compute with them.
     """
 
     data: Pairs
@@ -157,6 +159,7 @@ class Batches:
     prefixes: bool = False
     rank: int = 0
     processes: int = 1
+    device: torch.device = CPU
 
     def steps(self, batch_size: int) -> ShuffledSteps:
         """Cuts the data into steps of `batch_size` pictures over all processes; those that fill none are left out."""
@@ -176,15 +179,15 @@ class Batches:
     def _part(self, drawn: list["_Drawn"], epoch: int, predicted: int) -> Part:
         places = [one.place for one in drawn]
         chosen = [(one.place, caption) for one in drawn for caption in one.captions]
-        crops = None
+        crops, device = None, self.device
         if self.options.augment not in (None, "none") and not self.data.frozen:
-            crops = torch.from_numpy(np.stack([one.crop for one in drawn]))
+            crops = pinned(torch.from_numpy(np.stack([one.crop for one in drawn])), device)
         return Part(
-            self.data.pictures(places, epoch % self.views),
+            pinned(self.data.pictures(places, epoch % self.views), device),
             crops,
-            self.data.captions(chosen, self.words),
-            torch.from_numpy(self.data.ids[places]),
-            torch.tensor([value for one in drawn for value in one.prefix]),
+            pinned(self.data.captions(chosen, self.words), device),
+            pinned(torch.from_numpy(self.data.ids[places]), device),
+            pinned(torch.tensor([value for one in drawn for value in one.prefix]), device),
             sum(one.predicted for one in drawn) * self.processes / predicted,
         )
 
@@ -233,7 +236,7 @@ def augmented(pictures: torch.Tensor, crops: torch.Tensor | None) -> torch.Tenso
 
 def normalised(pictures: torch.Tensor, tower: ImageTower) -> torch.Tensor:
     """Turns pictures of 0 to 255 into the tower's input."""
-    mean, std = (torch.tensor(values, device=pictures.device)[:, None, None] for values in (tower.mean, tower.std))
+    mean, std = (constant(values, pictures.device)[:, None, None] for values in (tower.mean, tower.std))
     return (pictures.float() / 255 - mean) / std
 
 

@@ -28,9 +28,9 @@ from clip_lab.tokens import Words
 from labs_common.data.captions import CaptionedPictures, PictureTensors
 from labs_common.fitting import Fitting
 from labs_common.progress import tracked
+from labs_common.run import training_means
 from labs_common.scenes.captions import RELATIONS, relations
 from labs_common.scenes.world import Scene
-from labs_common.training import training_means
 
 BATCH = 64  # pictures through a tower at once
 CAPTIONS = 256  # captions through a text tower or decoder at once
@@ -164,6 +164,7 @@ def retrieval_metrics(similarity: torch.Tensor, of_picture: Sequence[int] | np.n
     by_picture = _ranks(similarity.T, best[:, None])
     found: dict[str, float] = {}
     for way, ranks in (("text_to_image", by_caption), ("image_to_text", by_picture)):
+        ranks = ranks.cpu()  # where there are 64 bits
         found |= {f"{way}/recall@{among}": float((ranks <= among).double().mean()) for among in AMONG}
         found[f"{way}/median rank"] = float(ranks.double().quantile(0.5))
     return found | {"mean recall": _mean_recall(found)}

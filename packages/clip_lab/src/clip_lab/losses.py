@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from clip_lab.config import OWN, HeadOptions, TrainConfig
 from clip_lab.data import Part, Step, augmented, normalised
 from clip_lab.model import ClipModel, CocaModel, Embedded, Model, SiglipModel, SimVlmModel, places_of_end
+from labs_common.device import to_device
 from labs_common.errors import LabError
 from labs_common.fitting import Fitting
 from labs_common.gathering import gathered, in_chunks
 
 # A part's share of the step's loss, and its shares of further metrics; they add up over the parts of a step.
-Share = tuple[torch.Tensor, dict[str, float]]
+Share = tuple[torch.Tensor, dict[str, torch.Tensor]]
 PADDED = -100  # the target where nothing is to be predicted: cross_entropy's own default
 
 
@@ -45,7 +46,7 @@ class Objective:
 def contrastive(fitting: Fitting, config: TrainConfig, step: Step, number: int) -> Share:
     """Computes the loss in which each caption finds its picture among all, and each picture its captions."""
     loss, found = contrast_share(fitting, config, step, number)
-    return loss, {"logit_scale": float(found.scale.detach()) / len(step.parts)}
+    return loss, {"logit_scale": found.scale.detach() / len(step.parts)}
 
 
 def coca(fitting: Fitting, config: TrainConfig, step: Step, number: int) -> Share:
@@ -55,9 +56,9 @@ def coca(fitting: Fitting, config: TrainConfig, step: Step, number: int) -> Shar
     assert found.logits is not None
     captions = caption_share(fitting, step.parts[number], found.logits)
     metrics = {
-        "logit_scale": float(found.scale.detach()) / len(step.parts),
-        "contrastive_loss": float(contrast.detach()),
-        "caption_loss": float(captions.detach()),
+        "logit_scale": found.scale.detach() / len(step.parts),
+        "contrastive_loss": contrast.detach(),
+        "caption_loss": captions.detach(),
     }
     return head.contrastive_weight * contrast + head.caption_weight * captions, metrics
 
@@ -65,7 +66,7 @@ def coca(fitting: Fitting, config: TrainConfig, step: Step, number: int) -> Shar
 def simvlm(fitting: Fitting, config: TrainConfig, step: Step, number: int) -> Share:
     """Computes the loss in which each caption goes on from its beginning (Wang et al. 2022, eq. 3)."""
     part, device = step.parts[number], fitting.accelerator.device
-    logits = fitting.model(pictures_of(fitting, part), part.words.to(device), part.prefix.to(device))
+    logits = fitting.model(pictures_of(fitting, part), to_device(part.words, device), to_device(part.prefix, device))
     return caption_share(fitting, part, logits), {}
 
 
@@ -198,24 +199,24 @@ def suffix_targets(words: torch.Tensor, prefix: torch.Tensor, last: torch.Tensor
 
 def caption_share(fitting: Fitting, part: Part, logits: torch.Tensor) -> torch.Tensor:
     """Computes a part's share of the mean loss over all words of the step that follow their captions' prefixes."""
-    words = part.words.to(logits.device)
-    targets = suffix_targets(words, part.prefix.to(logits.device), places_of_end(fitting.plain, words))
+    words, prefix = to_device(part.words, logits.device), to_device(part.prefix, logits.device)
+    targets = suffix_targets(words, prefix, places_of_end(fitting.plain, words))
     return caption_loss(logits.float(), targets) * part.of_words
 
 
 def pictures_of(fitting: Fitting, part: Part) -> torch.Tensor:
     """Returns a part's pictures as the image tower's input, or its output for them if it is frozen; on the device."""
     device = fitting.accelerator.device
-    pictures = part.pictures.to(device)
+    pictures = to_device(part.pictures, device)
     if pictures.dim() == 2:  # the frozen tower's output
         return pictures
-    crops = None if part.crops is None else part.crops.to(device)
+    crops = None if part.crops is None else to_device(part.crops, device)
     return normalised(augmented(pictures, crops), cast(Model, fitting.plain).image)
 
 
 def embedded(fitting: Fitting, part: Part) -> Embedded:
     """Returns the prepared model's output for a part, on its device."""
-    found: Embedded = fitting.model(pictures_of(fitting, part), part.words.to(fitting.accelerator.device))
+    found: Embedded = fitting.model(pictures_of(fitting, part), to_device(part.words, fitting.accelerator.device))
     return found
 
 
@@ -244,7 +245,7 @@ def contrast_share(fitting: Fitting, config: TrainConfig, step: Step, number: in
     part = step.parts[number]
     if len(step.parts) == 1:
         found = embedded(fitting, part)
-        return contrastive_loss(fitting, config, found, part.ids.to(found.image.device)), found
+        return contrastive_loss(fitting, config, found, to_device(part.ids, found.image.device)), found
     if number == 0:
         step.known = [_first_pass(fitting, config, step)]
     known: _Known = step.known[0]
@@ -281,7 +282,7 @@ def _first_pass(fitting: Fitting, config: TrainConfig, step: Step) -> _Known:
     text = torch.cat([found.text for found in outputs]).float().requires_grad_()
     scale = outputs[0].scale.detach().requires_grad_()
     bias = None if outputs[0].bias is None else outputs[0].bias.detach().requires_grad_()
-    ids = torch.cat([part.ids for part in step.parts]).to(image.device)
+    ids = torch.cat([to_device(part.ids, image.device) for part in step.parts])
     with torch.enable_grad():
         loss = contrastive_loss(fitting, config, Embedded(image, text, scale, bias), ids)
         loss.backward()

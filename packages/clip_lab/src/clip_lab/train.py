@@ -24,6 +24,7 @@ from clip_lab.text import PretrainedText, TextTower, pretrained_text
 from clip_lab.tokens import Words, make_words
 from labs_common.data.captions import Captions
 from labs_common.data.images import record_splits
+from labs_common.device import expect_fixed_shapes
 from labs_common.errors import LabError
 from labs_common.fitting import Fitted, Fitting, begin, channels_last, share_batch_norms
 from labs_common.run import Run
@@ -103,7 +104,8 @@ def fit(config: TrainConfig, model: Model, words: Words, run: Run, accelerator: 
     channels_last(model.image, accelerator)
     optimizer = torch.optim.AdamW(parameter_groups(config, model), betas=(0.9, 0.98), fused=True)  # CLIP's own betas
     seed, views, rank = config.run.seed, config.image.views, accelerator.process_index
-    batches = Batches(training, words, config.batch, seed, views, model.continues, rank, processes)
+    expect_fixed_shapes(accelerator.device)
+    batches = Batches(training, words, config.batch, seed, views, model.continues, rank, processes, accelerator.device)
     source = batches.steps(options.batch_size)
     fitting = Fitting.start(run, accelerator, model, optimizer, source, options, seed, "pictures")
     training_mode(fitting.model, fitting.plain)

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from labs_common.device import exact_float32
+
 CHUNK = 4096  # rows: their matrix with as many columns takes 64 MiB in 32 bits
 
 
@@ -26,12 +28,17 @@ def gathered(own: torch.Tensor) -> torch.Tensor:
 
 
 def mean_over_processes(own: torch.Tensor) -> torch.Tensor:
-    """Returns the mean of what each process has; without a gradient."""
+    """Returns the mean of what each process has, in float32 or more; without a gradient."""
     if not several_processes():
         return own
-    total = own.detach().clone()
+    total = full_precision(own.detach()).clone()
     torch.distributed.all_reduce(total)
     return total / torch.distributed.get_world_size()
+
+
+def full_precision(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns what autocast left in 16 bits in 32, and all else as it is; gradients flow."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def _all_rows(own: torch.Tensor) -> torch.Tensor:
@@ -61,9 +68,11 @@ def in_chunks(
 ) -> torch.Tensor:
     """Sums `part(*rows, *shared)` over chunks of `rows`; a chunk's matrix is forgotten before the next is made.
 
-    All of `rows` are as long as the first; what is floating gets a gradient.
+    All of `rows` are as long as the first; what is floating gets a gradient. It is computed in float32, also under
+    autocast: a sum over thousands of pairs, of logits that cosines times up to 100 make, needs more than 8 or 11 bits.
     """
-    total: torch.Tensor = _InChunks.apply(part, chunk, len(rows), *rows, *shared)
+    with exact_float32(rows[0].device):
+        total: torch.Tensor = _InChunks.apply(part, chunk, len(rows), *map(full_precision, (*rows, *shared)))
     return total
 
 

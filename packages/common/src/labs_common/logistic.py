@@ -32,7 +32,7 @@ class Layer:
 
     def probabilities(self, features: torch.Tensor) -> np.ndarray:
         """Returns the probability of each class (pictures, classes)."""
-        found: np.ndarray = self.logits(features).double().softmax(1).cpu().numpy()
+        found: np.ndarray = self.logits(features).cpu().double().softmax(1).numpy()
         return found
 
 
@@ -178,7 +178,7 @@ def best_penalty(
         layers = fitted_layers(*train, classes, wanted)
         for penalty, layer in zip(wanted, layers, strict=True):
             right = layer.logits(validation[0]).argmax(1) == validation[1]
-            found[penalty] = float(right.double().mean())
+            found[penalty] = float(right.cpu().double().mean())
         best = max(found, key=lambda penalty: (found[penalty], penalty))
         shown(f"penalty {best:.3g}: validation accuracy {found[best]:.4f}")
         distance /= 2

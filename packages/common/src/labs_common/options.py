@@ -5,11 +5,14 @@ A lab gathers these dataclasses in its own config. Nothing here imports torch, s
 
 import ast
 import importlib.util
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
+
+from labs_common.errors import LabError
 
 Schedule = Literal["cosine", "linear", "constant", "steps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -135,7 +138,10 @@ class TrainingOptions:
     clip_norm: float = 1.0
     """Gradients with a larger L2 norm are scaled down to it; 0 turns clipping off."""
     precision: Precision = "auto"
-    """Arithmetic of forward and backward. auto is bf16 on a GPU that has it, else fp32."""
+    """Arithmetic of forward and backward. auto is bf16 on a GPU that computes in it, fp16 on older GPUs (T4, V100), and
+    fp32 on a CPU; fp32 on a GPU multiplies matrices in TF32."""
+    compile: bool = False
+    """Compile the network (torch.compile): worth its minutes on a GPU for long runs."""
     evaluate_every: int = 0
     """Optimizer steps between evaluations; 0 means once per epoch. There is always one at the end."""
     patience: int = 0
@@ -144,6 +150,9 @@ class TrainingOptions:
     """Optimizer steps between checkpoints. Ctrl-C writes one as well."""
     keep: int = 2
     """How many of the newest checkpoints stay on disk."""
+    log_every: int = 1
+    """Optimizer steps between looks at the loss, for which a GPU has to be waited for. Every step is logged; a loss
+    that is no number, and Ctrl-C, are noticed up to so many steps later, and always before anything is saved."""
 
 
 @dataclass
@@ -193,4 +202,37 @@ class ClassDataOptions:
 
 
 # A resumed run may change these; every other option would make it another run.
-RESUME_MAY_CHANGE = frozenset({"output", "resume", "config", "track", "report", "debug", "save_every", "keep"})
+RESUME_MAY_CHANGE = frozenset(
+    {"output", "resume", "config", "track", "report", "debug", "save_every", "keep", "log_every"}
+)
+
+# The least and the most of each number of a training; None stands for no limit.
+RANGES: dict[str, tuple[float, float | None]] = {
+    "epochs": (1, None),
+    "max_steps": (1, None),
+    "batch_size": (1, None),
+    "learning_rate": (0, None),
+    "warmup": (0, 1),
+    "weight_decay": (0, None),
+    "clip_norm": (0, None),
+    "evaluate_every": (0, None),
+    "patience": (0, None),
+    "save_every": (1, None),
+    "keep": (1, None),
+    "log_every": (1, None),
+}
+
+
+def check_training_options(options: TrainingOptions) -> None:
+    """Makes sure that each number can be worked with.
+
+    Raises:
+        LabError: one is out of its range, or is no number; the message names the option.
+    """
+    for name, (least, most) in RANGES.items():
+        value = getattr(options, name)
+        if value is None:  # --max-steps, which is not asked for
+            continue
+        if not (math.isfinite(value) and least <= value and (most is None or value <= most)):
+            said = f"at least {least}" if most is None else f"between {least} and {most}"
+            raise LabError(f"--{name.replace('_', '-')} {value}: must be {said}")

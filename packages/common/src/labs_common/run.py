@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from accelerate import Accelerator
@@ -45,6 +45,7 @@ class Run:
         self.path = path
         self.is_main = is_main
         self.resumed = resumed
+        self._open: dict[str, BinaryIO] = {}  # by the name of the file that lines are added to
 
     @classmethod
     def start(cls, config: Any, options: RunOptions, name: str, accelerator: Accelerator) -> "Run":
@@ -71,8 +72,11 @@ class Run:
     def append(self, file: str, line: dict[str, Any]) -> None:
         """Adds one JSON line to `file` (metrics.jsonl, timing.jsonl or a lab's own); it has a `step`."""
         if self.is_main:
-            with (self.path / file).open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+            if file not in self._open:  # unbuffered: whoever kills or reads finds every line
+                self._open[file] = (self.path / file).open("ab", buffering=0)
+            content = (json.dumps(line, ensure_ascii=False) + "\n").encode()
+            while content:  # a full disk takes a part first
+                content = content[self._open[file].write(content) :]
 
     def lines(self, file: str) -> Iterator[dict[str, Any]]:
         """Yields the JSON lines of `file`; nothing if it does not exist. A last line cut by a kill is left out."""
@@ -85,6 +89,8 @@ class Run:
     def rewind(self, step: int) -> None:
         """Drops the lines after `step`: they belong to steps that a killed process did and that come again."""
         if self.is_main:
+            while self._open:  # the files are written anew
+                self._open.popitem()[1].close()
             for file in sorted(path.name for path in self.path.glob("*.jsonl")):
                 kept = [line for line in self.lines(file) if line["step"] <= step]
                 write_atomically(
@@ -114,6 +120,30 @@ def cost_of(run: Run, unit: str) -> dict[str, Any]:
         unit: count,
         f"{unit} per second": count / seconds if seconds else 0.0,
         "peak memory": max((line["peak_memory"] for line in timing), default=0),
+    }
+
+
+def training_means(run: Run, unit: str, names: Sequence[str]) -> dict[str, float]:
+    """Averages metrics of the steps since the last evaluation, weighted by their `unit`s, from metrics.jsonl.
+
+    Returns {"training/NAME": mean}; nothing in other processes than the main one, or if there was no step.
+    """
+    counts: list[float] = []
+    values: list[list[float]] = []
+    before = 0
+    for line in run.lines("metrics.jsonl") if run.is_main else ():
+        if "loss" not in line:
+            counts, values = [], []
+        else:
+            counts.append(line[unit] - before)
+            values.append([line[name] for name in names])
+            before = line[unit]
+    if not sum(counts):
+        return {}
+    columns = zip(names, zip(*values, strict=True), strict=True)
+    return {
+        f"training/{name}": sum(count * value for count, value in zip(counts, column, strict=True)) / sum(counts)
+        for name, column in columns
     }
 
 

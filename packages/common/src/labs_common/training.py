@@ -12,12 +12,12 @@ for batch in loop.batches():
 
 import contextlib
 import math
-import resource
 import shutil
 import signal
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -28,6 +28,7 @@ from accelerate.utils import set_seed
 
 from labs_common.checkpoint import Stateful, checkpoints, load_checkpoint, save_checkpoint
 from labs_common.cli import STOPPING, is_ignored
+from labs_common.device import Later, begin_fast_arithmetic, peak_memory, reset_peak_memory, widest_float
 from labs_common.errors import Interrupted, LabError, RunStopped
 from labs_common.options import Precision, Schedule, TrainingOptions
 from labs_common.progress import ProgressLine, console
@@ -60,37 +61,6 @@ def total_steps(options: TrainingOptions, source: Source) -> int:
     return total if options.max_steps is None else min(total, options.max_steps)
 
 
-# The least and the most of each number of a training; None stands for no limit.
-RANGES: dict[str, tuple[float, float | None]] = {
-    "epochs": (1, None),
-    "max_steps": (1, None),
-    "batch_size": (1, None),
-    "learning_rate": (0, None),
-    "warmup": (0, 1),
-    "weight_decay": (0, None),
-    "clip_norm": (0, None),
-    "evaluate_every": (0, None),
-    "patience": (0, None),
-    "save_every": (1, None),
-    "keep": (1, None),
-}
-
-
-def check_training_options(options: TrainingOptions) -> None:
-    """Makes sure that each number can be worked with.
-
-    Raises:
-        LabError: one is out of its range, or is no number; the message names the option.
-    """
-    for name, (least, most) in RANGES.items():
-        value = getattr(options, name)
-        if value is None:  # --max-steps, which is not asked for
-            continue
-        if not (math.isfinite(value) and least <= value and (most is None or value <= most)):
-            said = f"at least {least}" if most is None else f"between {least} and {most}"
-            raise LabError(f"--{name.replace('_', '-')} {value}: must be {said}")
-
-
 def make_accelerator(options: TrainingOptions) -> Accelerator:
     """Makes an Accelerator for the process layout that the launcher set up, with the wanted precision.
 
@@ -102,6 +72,7 @@ def make_accelerator(options: TrainingOptions) -> Accelerator:
         raise LabError("--precision fp16: needs a GPU; use bf16 or fp32 here")
     accelerator = Accelerator(mixed_precision=precision)
     check_sharding(accelerator)
+    begin_fast_arithmetic(accelerator.device)
     if accelerator.state.deepspeed_plugin is not None:
         # Micro-batches come ready-made, and clipping happens inside DeepSpeed's own step.
         config = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -111,52 +82,31 @@ def make_accelerator(options: TrainingOptions) -> Accelerator:
 
 
 def mixed_precision(precision: Precision) -> str:
-    """Returns Accelerate's name for `--precision`; auto is bf16 on a GPU that computes in it, else none."""
+    """Returns Accelerate's name for `--precision`.
+
+    auto is bf16 on a GPU that computes in it, fp16 on older ones, which only emulate bf16, and none elsewhere.
+    """
     if precision == "auto":
-        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+        if not torch.cuda.is_available():
+            return "no"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "no" if precision == "fp32" else precision
 
 
-def peak_memory() -> int:
-    """Returns the most bytes that the GPU's allocator held; on a CPU, the largest resident set of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage there also counts what the program that started this one held
-        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-        return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+@dataclass(frozen=True)
+class _Sent:
+    """A step whose figures are on their way from the device.
 
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Counts the bytes that the optimizer keeps in this process (AdamW: two moments for each trained value)."""
-    kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in kept)
-
-
-def training_means(run: Run, unit: str, names: Sequence[str]) -> dict[str, float]:
-    """Averages metrics of the steps since the last evaluation, weighted by their `unit`s, from metrics.jsonl.
-
-    Returns {"training/NAME": mean}; nothing in other processes than the main one, or if there was no step.
+    Attributes:
+        rate: its learning rate.
+        names: of the loss and the further metrics.
+        figures: (processes, these, the gradient's norm, count and signal of each process).
     """
-    counts: list[float] = []
-    values: list[list[float]] = []
-    before = 0
-    for line in run.lines("metrics.jsonl") if run.is_main else ():
-        if "loss" not in line:
-            counts, values = [], []
-        else:
-            counts.append(line[unit] - before)
-            values.append([line[name] for name in names])
-            before = line[unit]
-    if not sum(counts):
-        return {}
-    columns = zip(names, zip(*values, strict=True), strict=True)
-    return {
-        f"training/{name}": sum(count * value for count, value in zip(counts, column, strict=True)) / sum(counts)
-        for name, column in columns
-    }
+
+    step: int
+    rate: float
+    names: list[str]
+    figures: Later
 
 
 class Loop:
@@ -199,8 +149,13 @@ class Loop:
         self._best: dict[str, float] = {}  # the best watched score, its step, and evaluations waited since
         self._rates = [group["lr"] for group in optimizer.param_groups]
         self._signal = 0  # the number of the signal that this process received
-        self._stop = 0  # the signal that any process received, agreed on with each step
-        self._share: dict[str, float] = {}  # loss, count and further metrics of the open step, this process
+        self._stop = 0  # the signal that any process received, agreed on with the figures of each step
+        self._share: dict[str, torch.Tensor | float] = {}  # loss and further metrics of the open step, this process
+        self._own_count = 0  # of the open step, this process
+        self._sent: deque[_Sent] = deque()  # steps whose figures have not been read yet, oldest first
+        # A GPU's newest step is not waited for: it would have nothing to do until the next one is asked of it.
+        self._kept = 1 if accelerator.device.type == "cuda" else 0
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._closing = False
         set_seed(seed, device_specific=True)
         if run.resumed:
@@ -221,6 +176,7 @@ class Loop:
         shown = self.accelerator.is_main_process
         with _signals(self):
             with ProgressLine("training", self.total, self.step_number, shown) as self._line:
+                reset_peak_memory()
                 self._clock = time.perf_counter()
                 while self.step_number < self.total and not self._patience_is_over():
                     epoch, start = divmod(self.step_number, length)
@@ -234,34 +190,33 @@ class Loop:
         if self._best:
             load_checkpoint(self._best_path(), self.accelerator, self.model, self.optimizer, self.also)
 
-    def step(self, loss: torch.Tensor, count: int, **metrics: float) -> None:
+    def step(self, loss: torch.Tensor, count: int, **metrics: torch.Tensor | float) -> None:
         """Back-propagates a micro-batch's share of the loss; with the last one, moves the weights.
 
         `count` is the number of samples or tokens of this micro-batch in this process. `metrics` are this
-        micro-batch's shares of other means (an accuracy); they are added up as the loss is, and logged.
+        micro-batch's shares of other means (an accuracy), best as tensors on the device, which is not waited for; they
+        are added up as the loss is, and logged. A loss that is no number is found when the figures are read: at the
+        latest before an evaluation and before anything is saved.
         """
-        for name, value in {"loss": float(loss.detach()), "count": count, **metrics}.items():
-            self._share[name] = self._share.get(name, 0.0) + value
+        for name, value in {"loss": loss, **metrics}.items():
+            value = value.detach() if isinstance(value, torch.Tensor) else value
+            self._share[name] = self._share[name] + value if name in self._share else value
+        self._own_count += count
         if not self._closing:
             self.accelerator.backward(loss)
             return
         rate = self._set_learning_rate()
-        means, count_all, stop = self._over_processes()
-        value = means["loss"]
-        if not math.isfinite(value):
-            self._stop_not_finite("the loss", value)
         self.accelerator.backward(loss)
         norm = self._clipped_norm()
-        if not math.isfinite(norm) and self.accelerator.scaler is None:
-            self._stop_not_finite("the gradient's norm", norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._stop = stop
         self.step_number += 1
-        self.count += count_all
-        self._share = {}
+        self._send(rate, norm)
         self.evaluation_due = self._is_evaluation_step()
-        self._log(means, rate, norm, count_all)
+        if self.evaluation_due:
+            self._read_figures(kept=0)
+        elif self.step_number % self.options.log_every == 0:
+            self._read_figures(self._kept)
 
     def evaluated(self, metrics: dict[str, float], watch: str | None = None, higher_is_better: bool = False) -> None:
         """Logs an evaluation and, with `--patience`, keeps the weights if `watch` is the best so far."""
@@ -278,6 +233,7 @@ class Loop:
             else:
                 self._best["waited"] += 1
         self.evaluation_due = False
+        reset_peak_memory()
         self._clock = time.perf_counter()
 
     def _micro_batches(self, micro_batches: list[Any]) -> Iterator[Any]:
@@ -296,52 +252,73 @@ class Loop:
             group["lr"] = rate * share
         return self.options.learning_rate * share
 
-    def _over_processes(self) -> tuple[dict[str, float], int, int]:
-        """Brings loss and metrics (mean), count (sum) and the signal (any) together over all processes."""
-        mine = torch.tensor([*self._share.values(), float(self._signal)], dtype=torch.float64)
-        if self.accelerator.num_processes == 1:
-            everyone = mine.unsqueeze(0)
-        else:
-            gathered = self.accelerator.gather(mine.to(self.accelerator.device)[None])
-            everyone = gathered.cpu()
-        means = dict(zip(self._share, everyone.mean(0).tolist(), strict=False))
-        del means["count"]
-        return means, int(everyone[:, 1].sum()), int(everyone[:, -1].max())
+    def _send(self, rate: float, norm: torch.Tensor | float) -> None:
+        """Brings the step's figures together over all processes, on the device, and sends them to the CPU."""
+        device = self.accelerator.device
 
-    def _clipped_norm(self) -> float:
-        limit = self.options.clip_norm or math.inf
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        norm = self.accelerator.clip_grad_norm_(parameters, limit)
+        def on_device(value: torch.Tensor | float) -> torch.Tensor:
+            if isinstance(value, torch.Tensor):
+                return value.reshape(())
+            return torch.full(
+                (), value, dtype=widest_float(device), device=device
+            )  # a kernel; a copy would be waited for
+
+        figures = (*self._share.values(), norm, float(self._own_count), float(self._signal))
+        mine = torch.stack([on_device(figure).to(widest_float(device)) for figure in figures])[None]
+        everyone = self.accelerator.gather(mine) if self.accelerator.num_processes > 1 else mine
+        self._sent.append(_Sent(self.step_number, rate, list(self._share), Later(everyone)))
+        self._share, self._own_count = {}, 0
+
+    def _read_figures(self, kept: int = 0) -> None:
+        """Checks and logs all steps that have not been yet, but for the newest `kept`.
+
+        All processes do so after the same steps: they find the same loss and the same signal, and stop together.
+        """
+        there = [self._sent.popleft() for _ in range(len(self._sent) - kept)]
+        if there:
+            there[-1].figures.read()  # then all are there
+            now = time.perf_counter()
+            seconds, self._clock = (now - self._clock) / len(there), now
+        for sent in there:
+            everyone = sent.figures.read()  # (processes, names + norm, count, signal)
+            means = dict(zip(sent.names, everyone.mean(0).tolist(), strict=False))
+            norm, count = float(everyone[0, -3]), int(everyone[:, -2].sum())
+            if not math.isfinite(means["loss"]):
+                self._stop_not_finite("the loss", means["loss"], sent.step)
+            if not math.isfinite(norm) and self.accelerator.scaler is None:
+                self._stop_not_finite("the gradient's norm", norm, sent.step)
+            self._stop = self._stop or int(everyone[:, -1].max())
+            self.count += count
+            self._log(sent, means, norm, count, seconds)
+
+    def _clipped_norm(self) -> torch.Tensor | float:
+        norm = self.accelerator.clip_grad_norm_(self._trained, self.options.clip_norm or math.inf)
         if norm is None:  # DeepSpeed has clipped already, inside its own step
             return 0.0
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP: a DTensor
-        return float(norm)
+        found: torch.Tensor | float = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP: a DTensor
+        return found
 
     def _is_evaluation_step(self) -> bool:
         every = self.options.evaluate_every or len(self.source)
         return self.step_number % every == 0 or self.step_number == self.total
 
-    def _log(self, means: dict[str, float], rate: float, norm: float, count: int) -> None:
-        now = time.perf_counter()
-        seconds, self._clock = now - self._clock, now
+    def _log(self, sent: "_Sent", means: dict[str, float], norm: float, count: int, seconds: float) -> None:
         finite_norm = norm if math.isfinite(norm) else None  # fp16: the step was skipped and the scale halved
-        metrics = {**means, "learning_rate": rate, "gradient_norm": finite_norm, self.unit: self.count}
-        self.run.append(
-            "metrics.jsonl",
-            {"step": self.step_number, "epoch": self.step_number / len(self.source), **metrics},
-        )
+        metrics = {**means, "learning_rate": sent.rate, "gradient_norm": finite_norm, self.unit: self.count}
+        self.run.append("metrics.jsonl", {"step": sent.step, "epoch": sent.step / len(self.source), **metrics})
         timing = {
             "seconds": seconds,
             f"{self.unit}_per_second": count / seconds,
             "peak_memory": peak_memory(),
         }
-        self.run.append("timing.jsonl", {"step": self.step_number, self.unit: count, **timing})
+        self.run.append("timing.jsonl", {"step": sent.step, self.unit: count, **timing})
         shown = {name: value for name, value in (metrics | timing).items() if value is not None}
-        self.accelerator.log(shown, step=self.step_number)
-        self._line.advance(f"loss {means['loss']:.3f}  lr {rate:.1e}  {count / seconds:,.0f} {self.unit}/s")
+        self.accelerator.log(shown, step=sent.step)
+        self._line.advance(f"loss {means['loss']:.3f}  lr {sent.rate:.1e}  {count / seconds:,.0f} {self.unit}/s")
 
     def _save_if_due(self) -> None:
         if self._stop or self.step_number == self.total or self.step_number % self.options.save_every == 0:
+            self._read_figures()  # nothing is saved before it is known to be sound
             self._save(self.run.path / "checkpoints" / f"step-{self.step_number:08d}")
             self._clock = time.perf_counter()
         if self._stop:
@@ -367,11 +344,11 @@ class Loop:
             f"go on with --resume {self.run.path}"
         )
 
-    def _stop_not_finite(self, what: str, value: float) -> NoReturn:
+    def _stop_not_finite(self, what: str, value: float, step: int) -> NoReturn:
         saved = checkpoints(self.run.path / "checkpoints")
         kept = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was due yet"
         raise RunStopped(
-            f"{what} became {value} at step {self.step_number + 1} ({kept}); "
+            f"{what} became {value} at step {step} ({kept}); "
             "try a lower --learning-rate, a longer --warmup or --clip-norm 1"
         )
 

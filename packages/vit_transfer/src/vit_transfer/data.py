@@ -15,6 +15,7 @@ from timm.data import resolve_model_data_config
 from labs_common.data.classes import LabelledPictures
 from labs_common.data.images import RESAMPLING, decoding_threads
 from labs_common.data.readers import read_classes
+from labs_common.device import constant, pinned, to_device
 from labs_common.frozen.cache import ComputedRows, Rows, front_rows
 from labs_common.options import CacheOptions
 from labs_common.scenes.files import cached_parquet
@@ -57,7 +58,7 @@ class Transform:
 
     def normalised(self, levels: torch.Tensor) -> torch.Tensor:
         """Turns levels (batch, 3, size, size) of 0 to 255 into what the network reads."""
-        mean, std = (torch.tensor(values, device=levels.device)[:, None, None] for values in (self.mean, self.std))
+        mean, std = (constant(values, levels.device)[:, None, None] for values in (self.mean, self.std))
         return (levels.float() / 255 - mean) / std
 
 
@@ -137,7 +138,11 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """Moves the tensors to a device."""
-        return self._replace(inputs=self.inputs.to(device), targets=self.targets.to(device))
+        return self._replace(inputs=to_device(self.inputs, device), targets=to_device(self.targets, device))
+
+    def pinned(self, device: torch.device) -> "Batch":
+        """Returns the same in memory that a GPU `device` reads by itself."""
+        return self._replace(inputs=pinned(self.inputs, device), targets=pinned(self.targets, device))
 
 
 @dataclass(frozen=True)
@@ -159,7 +164,7 @@ def training_batches(
 
     def batch(places: list[int], epoch: int, step: int) -> list[Batch]:
         mine, share = own_part(places, accelerator.process_index, accelerator.num_processes)
-        return [data.batch(epoch % views, mine, share)]
+        return [data.batch(epoch % views, mine, share).pinned(accelerator.device)]
 
     return batch
 

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from labs_common.cache import path_name
 from labs_common.data.classes import LabelledPictures
 from labs_common.data.images import record_splits
+from labs_common.device import to_device
 from labs_common.errors import LabError
 from labs_common.fitting import begin
 from labs_common.frozen.cache import Rows, front_rows
@@ -138,7 +139,7 @@ def distillation_loss(config: DistillConfig, teacher: Rows) -> Loss:
 
     def loss_of(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         by_class, by_teacher = (logits.float() for logits in model(batch.inputs))  # of the two heads
-        targets, its = batch.targets, teacher.rows(batch.view, batch.places).to(by_teacher.device)
+        targets, its = batch.targets, to_device(teacher.rows(batch.view, batch.places), by_teacher.device)
         own = F.cross_entropy(by_class, targets, label_smoothing=config.training.label_smoothing)
         loss = (1 - config.weight) * own + config.weight * its_loss(by_teacher, its, config.temperature)
         right, agreed = (by_class + by_teacher).argmax(1) == targets, by_teacher.argmax(1) == its.argmax(1)

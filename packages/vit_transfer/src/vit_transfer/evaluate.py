@@ -13,6 +13,7 @@ from PIL import Image
 from timm.models.vision_transformer import Attention, VisionTransformer
 
 from labs_common.data.classes import LabelledPictures
+from labs_common.device import widest_float
 from labs_common.progress import tracked
 from labs_common.report.classes import Predictions
 from labs_common.report.figures import under_map
@@ -28,7 +29,8 @@ def scores(model: torch.nn.Module, data: PictureRows, batch_size: int, accelerat
     The model is in training mode afterwards.
     """
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device="cpu")
+    device = accelerator.device
+    sums = torch.zeros(2, dtype=widest_float(device), device=device)  # on it: no batch is waited for
     mine = range(accelerator.process_index, len(data.labels), accelerator.num_processes)
     longest = -(-len(data.labels) // accelerator.num_processes)
     for first in range(0, longest, batch_size):
@@ -39,10 +41,10 @@ def scores(model: torch.nn.Module, data: PictureRows, batch_size: int, accelerat
         if places:
             losses = F.cross_entropy(logits, batch.targets, reduction="sum")
             right = (logits.argmax(1) == batch.targets).sum()
-            sums += torch.stack([losses, right]).double().cpu()
-    everyone = accelerator.reduce(sums.float().to(accelerator.device)) if accelerator.num_processes > 1 else sums
+            sums += torch.stack([losses, right])
+    everyone = accelerator.reduce(sums.float()) if accelerator.num_processes > 1 else sums
     model.train()
-    loss, right = (everyone.double().cpu() / len(data.labels)).tolist()
+    loss, right = (everyone.cpu().double() / len(data.labels)).tolist()
     return {"validation/loss": loss, "validation/accuracy": right}
 
 

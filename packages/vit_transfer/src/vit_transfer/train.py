@@ -19,12 +19,12 @@ from accelerate.utils import set_seed
 
 from labs_common.cache import path_name
 from labs_common.data.images import record_splits
+from labs_common.device import expect_fixed_shapes
 from labs_common.errors import Interrupted
-from labs_common.fitting import Fitted, Fitting, begin
+from labs_common.fitting import Fitted, Fitting, begin, channels_last
 from labs_common.progress import console
-from labs_common.run import Run
+from labs_common.run import Run, training_means
 from labs_common.steps import ShuffledSteps
-from labs_common.training import training_means
 from vit_transfer.config import AttackConfig, DistillConfig, ModelOptions, TrainConfig, complete
 from vit_transfer.data import Batch, Splits, Tensors, boundary_rows, read_splits, training_batches, transform_of
 from vit_transfer.evaluate import predictions_of, scores
@@ -98,6 +98,9 @@ def fit(
     with accelerator.main_process_first():  # a tiny model is made, others are downloaded on their first use
         set_seed(config.run.seed)
         network = create(config.model, len(splits["train"].classes)).to(accelerator.device)
+    if accelerator.device.type == "cuda":  # on a CPU only small networks are faster so
+        channels_last(network, accelerator)
+    expect_fixed_shapes(accelerator.device)
     model = transfer(network, config.model, config.cache.cache, accelerator, by_head)
     transform = transform_of(network, model.size, data.augment, config.run.seed)
     training, validation = (
@@ -105,14 +108,14 @@ def fit(
         for name, views in (("train", data.views), ("validation", 1))
     )
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=options.learning_rate, weight_decay=options.weight_decay)
+    optimizer = torch.optim.AdamW(trainable, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
     batch_of = training_batches(training, data.views, accelerator)
     source = ShuffledSteps(len(training.labels), options.batch_size, config.run.seed, batch_of)
     fitting = Fitting.start(run, accelerator, model, optimizer, source, options, config.run.seed, "pictures")
     loop, loss_of = fitting.loop, loss_of or label_loss(options.label_smoothing)
     for batch in loop.batches():
         loss, means = loss_of(fitting.model, batch.to(accelerator.device))
-        shares = {name: float(value) * batch.share for name, value in means.items()}
+        shares = {name: value * batch.share for name, value in means.items()}
         loop.step(loss * batch.share, len(batch.targets) if batch.share else 0, **shares)
         if loop.evaluation_due:
             found = training_means(run, "pictures", ("loss", "accuracy"))  # since the last evaluation

@@ -3,7 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from labs_common.gathering import CHUNK, gathered, in_chunks, several_processes
+from labs_common.device import exact_float32
+from labs_common.gathering import CHUNK, full_precision, gathered, in_chunks, several_processes
 
 
 def info_nce_loss(
@@ -22,8 +23,9 @@ def info_nce_loss(
     if group:
         count = max(1, len(queries) // group)
         size = min(group, len(queries))
-        own, others = (rows[: count * size].view(count, size, -1) for rows in (queries, keys))
-        products = (own @ others.transpose(1, 2) / temperature).flatten(0, 1)  # (count · size, size)
+        own, others = (full_precision(rows[: count * size]).view(count, size, -1) for rows in (queries, keys))
+        with exact_float32(queries.device):
+            products = (own @ others.transpose(1, 2) / temperature).flatten(0, 1)  # (count · size, size)
         return F.cross_entropy(products, torch.arange(size, device=queries.device).repeat(count))
 
     def part(query: torch.Tensor, place: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ import torch
 from accelerate import Accelerator
 
 from labs_common.cache import cache_directory, cached_directory, path_name
+from labs_common.device import free_bytes, pinned, to_device
 from labs_common.errors import LabError
 from labs_common.frozen.audit import state_hash
 from labs_common.options import CacheOptions, RowPrecision
@@ -43,6 +44,8 @@ DTYPES: dict[str, tuple[torch.dtype, type[np.generic]]] = {
 # locks cost nothing beside it.
 CHUNK_ROWS, CHUNK_BYTES = 256, 32 * 2**20
 FRONT_BATCH = 64  # samples through the front at once: fills a GPU, and needs no memory for gradients
+# Rows are held in a GPU's memory if they take at most this share of what is free there: the rest is for training.
+HELD_SHARE = 0.25
 SUM = 4  # bytes of a check sum
 VERSIONS = ("torch", "timm", "transformers", "open-clip-torch")  # libraries whose releases may compute otherwise
 # Gives the front's output (places, width) for these places of the data, in a view.
@@ -53,7 +56,10 @@ class Rows(Protocol):
     """The front's output for any place of the data."""
 
     def rows(self, view: int, places: Sequence[int]) -> torch.Tensor:
-        """Returns a tensor (places, width) in the precision of the boundary, on the CPU if it was cached."""
+        """Returns a tensor (places, width) in the precision of the boundary.
+
+        It is on the CPU if it was cached, unless all rows are held in the memory of the GPU.
+        """
 
 
 class ComputedRows:
@@ -72,6 +78,7 @@ class CachedRows:
 
     def __init__(self, folder: Path, views: int, shape: tuple[int, int], precision: KeptPrecision) -> None:
         self.folder, self.dtype = folder, DTYPES[precision][0]
+        self._held: list[torch.Tensor] = []  # of each view, on a device
         self._views = [np.load(_file(folder, view), mmap_mode="r") for view in range(views)]
         for view, array in enumerate(self._views):
             if array.shape != shape or array.dtype != DTYPES[precision][1]:
@@ -79,7 +86,20 @@ class CachedRows:
 
     def rows(self, view: int, places: Sequence[int]) -> torch.Tensor:
         """Reads the rows of these places; see `Rows`."""
+        if self._held:
+            index = torch.tensor(places, dtype=torch.int64)
+            return self._held[view][to_device(pinned(index, self._held[view].device), self._held[view].device)]
         return torch.from_numpy(self._views[view][np.asarray(places, dtype=np.int64)]).view(self.dtype)
+
+    def hold(self, device: torch.device) -> None:
+        """Copies all rows to a device's memory, from which they are read from now on."""
+        held = [torch.empty(array.shape, dtype=self.dtype, device=device) for array in self._views]
+        for view, array in zip(held, self._views, strict=True):
+            each = max(1, CHUNK_BYTES // max(1, array.strides[0]))
+            for first in range(0, len(array), each):  # in parts, so that the CPU never holds all of them
+                part = torch.from_numpy(np.array(array[first : first + each])).view(self.dtype)
+                view[first : first + each].copy_(part)
+        self._held = held
 
     @property
     def bytes_on_disk(self) -> int:
@@ -156,9 +176,12 @@ def front_rows(
     if not options.cache:
         return ComputedRows(in_batches, precision)
     whole = {"front": None if front is None else front_key(front, accelerator), "input": recipe}
-    return cached_rows(
+    rows = cached_rows(
         path_name(name), whole, count, views, width, precision, in_batches, accelerator.is_main_process
     )  # fmt: skip
+    if rows.bytes_on_disk <= HELD_SHARE * free_bytes(accelerator.device):
+        rows.hold(accelerator.device)
+    return rows
 
 
 def disk_bytes(rows: Iterable[Rows | None]) -> int:

@@ -124,8 +124,6 @@ class PretrainTrainingOptions(TrainingOptions):
     others."""
     evaluate_every: int = 0
     """Optimizer steps between evaluations; 0 makes about twelve of them."""
-    compile: bool = False
-    """Compile the network (torch.compile): worth its minutes on a GPU for long runs."""
 
 
 @dataclass

@@ -5,6 +5,7 @@ run, and one in more processes, sees the same views. Colours change as in SimCLR
 always in the same order, and hues are rotated in YIQ, where that is one matrix, and not in HSV.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,11 @@ from accelerate import Accelerator
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
 from timm.data import IMAGENET_DEFAULT_STD as STD
-from torchvision.transforms.v2.functional import normalize
 
 from labs_common.data.classes import LabelledPictures, stratified_parts
 from labs_common.data.images import SUFFIXES, checked, decoding_threads, print_refused
 from labs_common.data.readers import read_classes
+from labs_common.device import constant, pinned, to_device
 from labs_common.errors import LabError
 from labs_common.progress import tracked
 from labs_common.scenes.files import cached_parquet
@@ -114,9 +115,9 @@ class Pixels:
     def batch(self, places: torch.Tensor) -> torch.Tensor:
         """Returns pixels (places, 3, s, s) from 0 to 255 on the device."""
         if self.held is not None:
-            return self.held[places.to(self.held.device)]
+            return self.held[to_device(pinned(places, self.device), self.device)]
         read = decoding_threads().map(lambda place: self._squeezed(self.pictures.image(place)), places.tolist())
-        return torch.from_numpy(np.stack(list(read))).to(self.device)
+        return to_device(pinned(torch.from_numpy(np.stack(list(read))), self.device), self.device)
 
     def _squeezed(self, image: Image.Image) -> np.ndarray:
         """Resizes an image to pixels (3, s, s), whatever its proportions."""
@@ -183,12 +184,23 @@ def views_of(
         own: this process's part of the whole batch.
     """
     generator = torch.Generator().manual_seed(((seed << 32) + step) % 2**63)
-    views = []
-    for recipe in recipes:
-        sampled = {name: all_[own].to(pixels.device) for name, all_ in sample(recipe, aspects, generator).items()}
-        view = normalize(recoloured(cropped(pixels, sampled, recipe.side), sampled), MEAN, STD)
+    views, drawn = [], [sample(recipe, aspects, generator) for recipe in recipes]
+    # All numbers of all views in one copy; that of truth values to floats and back is exact.
+    numbers = torch.stack([all_[own].float() for of_view in drawn for all_ in of_view.values()])
+    coming = iter(to_device(pinned(numbers, pixels.device), pixels.device))
+    for recipe, of_view in zip(recipes, drawn, strict=True):
+        sampled = {name: next(coming).to(all_.dtype) for name, all_ in of_view.items()}
+        if not of_view["blurred"][own].any():  # asked of the CPU, which nobody has to wait for
+            del sampled["blurred"]
+        view = normalised(recoloured(cropped(pixels, sampled, recipe.side), sampled))
         views.append(view.contiguous(memory_format=torch.channels_last))  # convolutions are faster so
     return views
+
+
+def normalised(pictures: torch.Tensor) -> torch.Tensor:
+    """Turns pictures (n, 3, h, w) of 0 to 1 into what the networks read."""
+    mean, std = (constant(values, pictures.device)[:, None, None] for values in (MEAN, STD))
+    return pictures.sub(mean).div_(std)
 
 
 def sample(recipe: Recipe, aspects: torch.Tensor, generator: torch.Generator) -> Sampled:
@@ -249,8 +261,11 @@ def cropped(pixels: torch.Tensor, sampled: Sampled, side: int) -> torch.Tensor:
 
 
 def recoloured(pictures: torch.Tensor, sampled: Sampled) -> torch.Tensor:
-    """Changes pictures (n, 3, h, w) of 0 to 1: brightness, contrast, saturation, hue, then grey, blur, solarization."""
-    weights = torch.tensor(LUMINANCE, device=pictures.device)[:, None, None]
+    """Changes pictures (n, 3, h, w) of 0 to 1: brightness, contrast, saturation, hue, then grey, blur, solarization.
+
+    Without "blurred" none is.
+    """
+    weights = constant(LUMINANCE, pictures.device)[:, None, None]
     by = {name: values[:, None, None, None] for name, values in sampled.items()}
     pictures = (pictures * by["brightness"]).clamp(0, 1)
     mean = (pictures * weights).sum(1, keepdim=True).mean((2, 3), keepdim=True)
@@ -259,19 +274,26 @@ def recoloured(pictures: torch.Tensor, sampled: Sampled) -> torch.Tensor:
     pictures = (luminance + (pictures - luminance) * by["saturation"]).clamp(0, 1)
     pictures = torch.einsum("nij,njhw->nihw", hue_rotations(sampled["hue"]), pictures).clamp(0, 1)
     pictures = torch.where(by["grey"], (pictures * weights).sum(1, keepdim=True), pictures)
-    if bool(sampled["blurred"].any()):  # two convolutions that most runs do without
+    if "blurred" in by:  # two convolutions that most runs do without
         pictures = torch.where(by["blurred"], blurred(pictures, sampled["sigma"]), pictures)
     return torch.where(by["solarized"] & (pictures >= 0.5), 1 - pictures, pictures)
 
 
 def hue_rotations(angles: torch.Tensor) -> torch.Tensor:
     """Returns matrices (n, 3, 3) that rotate hues of RGB by `angles` (n,), in radians, and keep the luminance."""
-    to = torch.tensor(YIQ, dtype=torch.float64)
     one, zero = torch.ones_like(angles), torch.zeros_like(angles)
     cos, sin = angles.cos(), angles.sin()
     turn = torch.stack([one, zero, zero, zero, cos, -sin, zero, sin, cos], 1).view(-1, 3, 3)
-    back, there = to.inverse().to(turn), to.to(turn)
+    there, back = _yiq(turn.device, turn.dtype)
     return back @ turn @ there
+
+
+@functools.cache
+def _yiq(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the matrices (3, 3) from RGB to YIQ and back, copied to the device once."""
+    there = torch.tensor(YIQ, dtype=torch.float64)
+    with torch.inference_mode(False):
+        return there.to(dtype).to(device), there.inverse().to(dtype).to(device)
 
 
 def blurred(pictures: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
@@ -295,7 +317,7 @@ def middle_square(pixels: torch.Tensor, aspects: torch.Tensor, side: int) -> tor
         "mirrored": torch.zeros_like(width, dtype=torch.bool),
     }  # fmt: skip
     crop = {name: values.to(pixels.device) for name, values in crop.items()}
-    return normalize(cropped(pixels, crop, side), MEAN, STD)
+    return normalised(cropped(pixels, crop, side))
 
 
 def _middle_square(aspects: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -305,5 +327,5 @@ def _middle_square(aspects: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def pixels_of(pictures: torch.Tensor) -> torch.Tensor:
     """Turns normalised pictures (n, 3, h, w) back into pixels (n, h, w, 3) from 0 to 255, uint8."""
-    mean, std = (torch.tensor(values, device=pictures.device)[:, None, None] for values in (MEAN, STD))
+    mean, std = (constant(values, pictures.device)[:, None, None] for values in (MEAN, STD))
     return ((pictures * std + mean).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)

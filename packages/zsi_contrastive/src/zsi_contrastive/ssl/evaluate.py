@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
+from labs_common.device import widest_float
 from labs_common.logistic import fitted_layers
 from labs_common.progress import tracked
 from labs_common.report.classes import Predictions
@@ -87,7 +88,7 @@ def knn_accuracy(bank: Features, asked: Features, neighbours: int) -> float:
     A neighbour with cosine c has exp(c / 0.1) votes.
     """
     right = knn_classes(bank, asked.values, neighbours) == asked.labels
-    return float(right.double().mean())
+    return float(right.cpu().double().mean())
 
 
 def knn_classes(bank: Features, values: torch.Tensor, neighbours: int) -> torch.Tensor:
@@ -116,7 +117,7 @@ def effective_rank(values: torch.Tensor) -> float:
 
     Roy & Vetterli 2007, of features less their mean.
     """
-    centred = (values[:RANKED] - values[:RANKED].mean(0)).double()
+    centred = (values[:RANKED] - values[:RANKED].mean(0)).to(widest_float(values.device))
     sizes = torch.linalg.svdvals(centred)
     shares = sizes / sizes.sum().clamp(min=1e-300)  # all 0 if the features are equal
     return float(torch.special.entr(shares).sum().exp())

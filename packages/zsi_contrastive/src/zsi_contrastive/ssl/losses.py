@@ -11,7 +11,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from labs_common.gathering import CHUNK, gathered, in_chunks, mean_over_processes
+from labs_common.device import exact_float32, widest_float
+from labs_common.gathering import CHUNK, full_precision, gathered, in_chunks, mean_over_processes
 from zsi_contrastive.losses import info_nce_loss as info_nce_loss  # of this list too; the detector needs it without ssl
 from zsi_contrastive.losses import own_places
 
@@ -116,7 +117,7 @@ def byol_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
     The target gets no gradient.
     """
-    return 2 - 2 * F.cosine_similarity(predicted, target.detach(), dim=1).mean()
+    return 2 - 2 * F.cosine_similarity(full_precision(predicted), full_precision(target.detach()), dim=1).mean()
 
 
 def moco_loss(
@@ -144,10 +145,12 @@ def dino_loss(student: torch.Tensor, targets: torch.Tensor, temperature: float =
         targets: the teacher's distributions (full views, n, k), from `sharpened` or `sinkhorn_knopp`; without gradient.
         temperature: the student's.
     """
-    logs = (student / temperature).log_softmax(-1)
-    pairs = -torch.einsum("tnk,snk->ts", targets.detach(), logs)  # (full views, views)
+    logs = (full_precision(student) / temperature).log_softmax(-1)
+    with exact_float32(logs.device):
+        pairs = -torch.einsum("tnk,snk->ts", full_precision(targets.detach()), logs)  # (full views, views)
     others = ~torch.eye(len(targets), len(student), dtype=torch.bool, device=pairs.device)
-    return pairs[others].sum() / (int(others.sum()) * student.shape[1])
+    # A view is not compared with itself. Multiplied, since picking by truth values would wait for the device.
+    return (pairs * others).sum() / (len(targets) * (len(student) - 1) * student.shape[1])
 
 
 def sharpened(logits: torch.Tensor, centre: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -169,7 +172,7 @@ def sinkhorn_knopp(logits: torch.Tensor, temperature: float, rounds: int = 3) ->
 
     DINOv2 does it instead of centring. Rows of all processes are balanced together.
     """
-    logs = (logits / temperature).double()  # at low temperatures they span hundreds
+    logs = (logits / temperature).to(widest_float(logits.device))  # at low temperatures they span hundreds
     for _ in range(rounds):
         of_prototype = gathered(logs.logsumexp(0, keepdim=True)).logsumexp(0)  # (k,)
         logs = (logs - of_prototype).log_softmax(1)

@@ -92,9 +92,8 @@ class Memory:
         if self.teacher is None:
             return
         assert isinstance(learner, Learner)
-        for kept, new in ((self.teacher.encoder, learner.encoder), (self.teacher.projection, learner.projection)):
-            for own, fresh in zip(kept.parameters(), new.parameters(), strict=True):
-                own.lerp_(fresh, 1 - momentum)
+        fresh = [*learner.encoder.parameters(), *learner.projection.parameters()]
+        torch._foreach_lerp_(list(self.teacher.parameters()), fresh, 1 - momentum)  # one kernel for all on a GPU
 
     @torch.no_grad()
     def enqueue(self, keys: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ from timm.optim import Lars
 from labs_common.checkpoint import SHARDED
 from labs_common.data.classes import LabelledPictures
 from labs_common.data.images import record_splits
+from labs_common.device import expect_fixed_shapes
 from labs_common.errors import LabError, reason_of
 from labs_common.fitting import Fitted, Fitting, begin, channels_last, share_batch_norms
 from labs_common.progress import console
@@ -70,12 +71,11 @@ def fit(
     options, own, method = config.training, config.own, METHODS[config.method]
     network = share_batch_norms(network, accelerator).to(accelerator.device)
     channels_last(network, accelerator)
+    expect_fixed_shapes(accelerator.device)
     memory = Memory(config, network, accelerator.device)
     teacher = memory.teacher if method.measured == "teacher" else None
     encoder = encoder_of(network if teacher is None else teacher)
     optimizer = make_optimizer(options, network)
-    if options.compile:
-        network.compile()
     source = training_steps(pixels["train"], options.batch_size, config.run.seed, accelerator)
     every = options.evaluate_every or max(1, round(total_steps(options, source) / EVALUATIONS))
     options = dataclasses.replace(options, evaluate_every=every)
@@ -158,7 +158,7 @@ def make_optimizer(options: PretrainTrainingOptions, network: torch.nn.Module) -
     groups = [group for group in groups if group["params"]]
     if options.optimizer == "lars":
         return Lars(groups, rate, MOMENTUM, weight_decay=decay)
-    return torch.optim.AdamW(groups, rate, weight_decay=decay)
+    return torch.optim.AdamW(groups, rate, weight_decay=decay, fused=True)
 
 
 def keep_prototypes(network: torch.nn.Module, loop: Loop, steps: int) -> None:
