@@ -20,7 +20,7 @@ from labs_common.errors import LabError, reason_of
 from labs_common.frozen.audit import train_only
 from llm_peft_fa.adalora import RankBudget
 from llm_peft_fa.config import MethodOptions, TrainConfig
-from llm_peft_fa.model import Adapted
+from llm_peft_fa.model import Adapted, in_text, text_parameters
 
 
 @dataclass(frozen=True)
@@ -276,8 +276,8 @@ def layers(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> 
 
 
 def full(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> PreTrainedModel:
-    """Lets every weight of the base train."""
-    return _with_weights(model, {id(parameter) for parameter in model.parameters()})
+    """Lets every weight train through which text goes."""
+    return _with_weights(model, set(text_parameters(model)))
 
 
 def _with_adapter(
@@ -290,7 +290,7 @@ def _with_adapter(
         LabError: PEFT refuses, for instance because no layer has a name in --target-modules.
     """
     try:
-        adapted = get_peft_model(model, kind(task_type="CAUSAL_LM", **settings))
+        adapted = get_peft_model(model, kind(task_type="CAUSAL_LM", **in_text(model, settings)))
     except (ValueError, ImportError, TypeError) as error:
         raise LabError(f"--method {options.method}: {reason_of(error)}") from error
     train_only(adapted, lambda name: any(part in name for part in trained))

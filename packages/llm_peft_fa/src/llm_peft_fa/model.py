@@ -1,6 +1,7 @@
 """A causal language model whose forward pass is the loss of a packed row, and what it is made of."""
 
 import itertools
+import re
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -23,6 +24,34 @@ Adapted = PreTrainedModel | PeftModel
 def base_of(model: Adapted) -> PreTrainedModel:
     """Returns the model of transformers inside an adapted one, with the adapted layers in it."""
     return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+def text_parameters(model: PreTrainedModel) -> dict[int, torch.nn.Parameter]:
+    """Collects by id the parameters through which text goes: all but the vision tower of a base that sees pictures."""
+    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    return {id(parameter): parameter for part in parts for parameter in part.parameters()}
+
+
+def in_text(model: PreTrainedModel, settings: dict[str, Any]) -> dict[str, Any]:
+    """Narrows PEFT's `target_modules` down to the language model of a base that also sees pictures.
+
+    The vision tower's adapters would get no gradient from text, which DistributedDataParallel takes for an error at the
+    second step. Settings of other bases, and those without targets, are returned as they are.
+    """
+    if "target_modules" not in settings or not sees_pictures(model):
+        return settings
+    decoder, targets = model.get_decoder(), settings["target_modules"]
+    if isinstance(targets, str):  # all-linear
+        linear = (name for name, layer in decoder.named_modules() if isinstance(layer, torch.nn.Linear))
+        targets = sorted({name.rpartition(".")[2] for name in linear})
+    place = next(name for name, module in model.named_modules() if module is decoder)
+    # An expression that must fit the whole name of a layer.
+    return settings | {"target_modules": rf"{re.escape(place)}\.(.*\.)?({'|'.join(map(re.escape, targets))})"}
+
+
+def sees_pictures(model: PreTrainedModel) -> bool:
+    """Tells whether the model has parameters that text does not go through, as Gemma 3's vision tower."""
+    return text_parameters(model).keys() != {id(parameter) for parameter in model.parameters()}
 
 
 class PackedCausalLM(torch.nn.Module):
