@@ -20,7 +20,7 @@ from labs_common.errors import LabError, reason_of
 from labs_common.frozen.audit import train_only
 from llm_peft_fa.adalora import RankBudget
 from llm_peft_fa.config import MethodOptions, TrainConfig
-from llm_peft_fa.model import Adapted, in_text, text_parameters
+from llm_peft_fa.model import Adapted, arithmetic, in_text, text_parameters
 
 
 @dataclass(frozen=True)
@@ -166,10 +166,9 @@ def prefix_tuning(model: PreTrainedModel, options: MethodOptions, setting: Setti
     )  # fmt: skip
     if options.prompt_init == "text":
         ids = setting.tokenizer(str(options.prompt_text)).input_ids
-        repeats = -(-count // len(ids))  # PEFT takes the first `count` tokens
-        initialize_kv_prefix_from_text(
-            adapted, setting.tokenizer, text=" ".join([str(options.prompt_text)] * repeats), use_chat_template=False
-        )
+        text = " ".join([str(options.prompt_text)] * -(-count // len(ids)))  # PEFT takes the first `count` tokens
+        with arithmetic(model):
+            initialize_kv_prefix_from_text(adapted, setting.tokenizer, text=text, use_chat_template=False)
     return adapted
 
 

@@ -1,8 +1,10 @@
 """A causal language model whose forward pass is the loss of a packed row, and what it is made of."""
 
+import contextlib
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -14,6 +16,7 @@ from labs_common.errors import LabError
 from labs_common.report.figures import Cell, Row
 from labs_common.report.sections import Structure
 from llm_peft_fa.adalora import orthogonality
+from llm_peft_fa.config import Attention
 from llm_peft_fa.losses import chunked_cross_entropy
 from llm_peft_fa.packing import PackedRow, packed_row
 from llm_peft_fa.templates import Encoded
@@ -57,15 +60,18 @@ def sees_pictures(model: PreTrainedModel) -> bool:
 class PackedCausalLM(torch.nn.Module):
     """A causal language model, adapted or not, whose forward pass is the loss of a packed row.
 
-    With `prompted` False it leaves a soft prompt out.
+    Attributes:
+        prompted: False leaves a soft prompt out.
+        kernel: of `attention.KERNELS`, or auto.
+        chunk: positions whose logits exist at once in the loss; None takes what suits the device.
     """
 
     model: Adapted
     prompted = True
 
-    def __init__(self, model: Adapted) -> None:
+    def __init__(self, model: Adapted, kernel: Attention = "auto", chunk: int | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.kernel, self.chunk = model, kernel, chunk
 
     def forward(self, row: PackedRow) -> torch.Tensor:
         """Computes the row's summed negative log-likelihood over its learnt tokens, a float32 scalar.
@@ -81,10 +87,11 @@ class PackedCausalLM(torch.nn.Module):
             attention_mask=torch.zeros(1, 1, 1, 1, device=row.input_ids.device),
             use_cache=False,
             blocks=row.blocks,
+            kernel=self.kernel,
         ).last_hidden_state[0]  # (tokens, width)
         softcap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
         loss = chunked_cross_entropy(
-            hidden.index_select(0, row.predicting), base.get_output_embeddings(), row.targets, softcap
+            hidden.index_select(0, row.predicting), base.get_output_embeddings(), row.targets, softcap, self.chunk
         )
         if self.training and isinstance(self.model, PeftModel) and isinstance(self.model.base_model, AdaLoraModel):
             loss = loss + orthogonality(self.model) * len(row.targets)
@@ -125,11 +132,37 @@ def mean_loss(model: torch.nn.Module, rows: Iterable[PackedRow], accelerator: Ac
     return float(accelerator.reduce(total.to(accelerator.device), "mean"))
 
 
+def arithmetic(model: PreTrainedModel) -> AbstractContextManager[Any]:
+    """Lets a model outside of training compute in its weights' precision, adapters too: autocast, but not on a CPU.
+
+    There only float16 needs it, which `load_model` adds up in float32.
+    """
+    kind, dtype = model.device.type, model.dtype
+    if dtype == torch.float32 or (kind == "cpu" and dtype != torch.float16):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, dtype)
+
+
+@contextlib.contextmanager
+def shortened(model: PreTrainedModel) -> Iterator[None]:
+    """Cuts the model to its first layers, at least two and of all kinds of attention that it has, for a while."""
+    decoder = model.get_decoder()
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
+    count = max([2, *(kinds.index(kind) + 1 for kind in set(kinds))])
+    whole = decoder.layers
+    decoder.layers = whole[:count]
+    try:
+        yield
+    finally:
+        decoder.layers = whole
+
+
 @torch.no_grad()
 def check_packed_loss(model: PreTrainedModel) -> None:
     """Compares the packed loss with the model's own on two short random sequences.
 
-    Some architectures scale their logits or carry their own attention; training them packed would be wrong.
+    Some architectures scale their logits or carry their own attention; training them packed would be wrong. The first
+    layers show that as well as all, and every process does this on its CPU.
 
     Raises:
         LabError: the two differ.
@@ -138,11 +171,12 @@ def check_packed_loss(model: PreTrainedModel) -> None:
     vocabulary = model.get_output_embeddings().weight.shape[0]
     pieces = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in (5, 9)]
     row = packed_row([Encoded(ids, [True] * len(ids), "") for ids in pieces]).to(model.device)
-    packed = PackedCausalLM(model)(row).item()
     own = 0.0
-    for ids in pieces:
-        batch = torch.tensor([ids], device=model.device)
-        own += model(input_ids=batch, labels=batch, use_cache=False).loss.item() * (len(ids) - 1)
+    with shortened(model), arithmetic(model):
+        packed = PackedCausalLM(model)(row).item()
+        for ids in pieces:
+            batch = torch.tensor([ids], device=model.device)
+            own += model(input_ids=batch, labels=batch, use_cache=False).loss.item() * (len(ids) - 1)
     # Room for rounding alone: float32 agrees to 1e-6, bfloat16 has between two and three digits.
     if abs(packed - own) > (1e-3 if model.dtype == torch.float32 else 3e-2) * abs(own):
         raise LabError(
