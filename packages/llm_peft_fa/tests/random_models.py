@@ -3,9 +3,18 @@
 from pathlib import Path
 
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from llm_peft_fa import persian, tiny
+from llm_peft_fa.attention import NAME
 
 # Llama's own turn markers, with its system role.
 LLAMA_TEMPLATE = """\
@@ -43,3 +52,19 @@ def random_llama(folder: Path) -> Path:
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def random_gemma3() -> Gemma3ForConditionalGeneration:
+    """A random Gemma 3 that sees pictures: a vision tower, and layers of both kinds of attention."""
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 8,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 32, "initializer_range": 0.3,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14,
+    }  # fmt: skip
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval()

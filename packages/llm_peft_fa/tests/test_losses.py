@@ -3,7 +3,7 @@ import torch
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from llm_peft_fa import losses as module
-from llm_peft_fa.losses import chunked_cross_entropy
+from llm_peft_fa.losses import chunk_positions, chunked_cross_entropy
 
 pytestmark = pytest.mark.quick
 
@@ -62,3 +62,29 @@ def test_no_position_gives_zero_and_zero_gradient() -> None:
     value.backward()
     assert value.item() == 0
     assert hidden.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 24, 1000])
+def test_the_chunk_changes_nothing(chunk: int) -> None:
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 50)
+    hidden, targets = torch.randn(24, 16, requires_grad=True), torch.randint(50, (24,))
+    results = []
+    for size in (None, chunk):
+        hidden.grad = head.weight.grad = None
+        loss = chunked_cross_entropy(hidden, head, targets, 2.0, size)
+        loss.backward()
+        results.append([loss, hidden.grad, head.weight.grad])
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+
+
+def test_chunks_are_as_large_as_the_memory_allows() -> None:
+    gemma, llama = 256_000, 128_256
+    assert [chunk_positions(size, None) for size in (gemma, llama)] == [16, 32], "on a CPU as before"
+    for memory in (16e9, 24e9, 80e9, 141e9):
+        for size in (gemma, llama, 1024):
+            positions = chunk_positions(size, int(memory))
+            assert 4 * positions * size <= memory / 64, "float32"
+            assert positions >= 200, "1,200 learnt tokens read the head six times, not 75"
+    assert chunk_positions(1024, int(80e9)) == 2048

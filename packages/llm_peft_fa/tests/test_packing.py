@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from llm_peft_fa.attention import NAME
 from llm_peft_fa.base import load_model, load_tokenizer
 from llm_peft_fa.config import MethodOptions
 from llm_peft_fa.methods import Setting, apply_method, resolved
@@ -249,3 +250,16 @@ def test_the_first_token_of_a_conversation_is_never_a_target() -> None:
     item = Encoded([7, 8], [True, True], "")
     row = packed_row([item, item])
     assert (row.predicting.tolist(), row.targets.tolist()) == ([0, 2], [8, 8])
+
+
+def test_the_check_runs_the_first_layers_alone(model_dir: Path) -> None:
+    """A large base is not run through on every process's CPU; afterwards it is whole again."""
+    config = AutoModelForCausalLM.from_pretrained(model_dir).config
+    config.num_hidden_layers, config.layer_types = 5, ["sliding_attention"] * 2 + ["full_attention"] * 3
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval()
+    ran = set()
+    for number, layer in enumerate(model.get_decoder().layers):
+        layer.register_forward_hook(lambda *_, number=number: ran.add(number))
+    check_packed_loss(model)
+    assert ran == {0, 1, 2}, "a layer of each kind"
+    assert len(model.get_decoder().layers) == 5

@@ -18,7 +18,7 @@ from labs_common.progress import tracked
 from llm_peft_fa.base import stop_ids
 from llm_peft_fa.config import GenerationOptions
 from llm_peft_fa.data import Message, Reading, normalise, text_lines
-from llm_peft_fa.model import Adapted, base_of, virtual_tokens
+from llm_peft_fa.model import Adapted, arithmetic, base_of, virtual_tokens
 from llm_peft_fa.templates import encode_prompt
 
 Scores = dict[str, float]
@@ -103,10 +103,11 @@ def answers(
     said: dict[int, str] = {}
     for batch in tracked(batches, task, len(batches), shown=accelerator.is_main_process):
         ids = tokenizer.pad({"input_ids": [encoded[number] for number in batch]}, return_tensors="pt").to(base.device)
-        out = cast(Any, model).generate(
-            **ids, max_new_tokens=options.max_new_tokens, do_sample=False,
-            eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
+        with arithmetic(base):
+            out = cast(Any, model).generate(
+                **ids, max_new_tokens=options.max_new_tokens, do_sample=False,
+                eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id,
+            )  # fmt: skip
         for number, answer in zip(batch, out[:, ids["input_ids"].shape[1] :].tolist(), strict=True):
             # Some tokenizers do not count the token that ends a turn among the special ones.
             until = next((place for place, token in enumerate(answer) if token in stops), len(answer))
@@ -131,8 +132,13 @@ def streamed_answer(
     ids = torch.tensor([encode_prompt(tokenizer, messages)], device=base.device)
     streamer = TextIteratorStreamer(cast(Any, tokenizer), skip_prompt=True, skip_special_tokens=True)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+
+    def generate(**options: Any) -> None:
+        with arithmetic(base):  # of this thread alone
+            cast(Any, model).generate(**options)
+
     thread = threading.Thread(
-        target=cast(Any, model).generate,
+        target=generate,
         kwargs={
             "input_ids": ids, "attention_mask": torch.ones_like(ids), "streamer": streamer,
             "max_new_tokens": max_new_tokens, "eos_token_id": sorted(stop_ids(base, tokenizer)),

@@ -1,18 +1,27 @@
 """Attention over rows of packed conversations, each of which sees only itself.
 
-A packed row holds conversations one after another. Their tokens are gathered into small padded blocks of
-conversations of like length, causal attention runs on each block, and the results go back to their places.
-No mask over the whole row is ever made, nothing crosses a conversation whatever the cache or mask settings,
-and the work grows with the squares of the conversations' lengths, not of the row's.
+A packed row holds conversations one after another. `KERNELS` are the ways to attend within them. The first needs
+nothing: tokens are gathered into small padded blocks of conversations of like length, causal attention runs on each
+block, and the results go back to their places. No mask over the whole row is ever made, nothing crosses a conversation
+whatever the cache or mask settings, and the work grows with the squares of the conversations' lengths, not of the
+row's. The others are kernels for GPUs that know where conversations begin, or which positions see each other.
 """
 
-from typing import Any, cast
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+from llm_peft_fa.config import Attention
 
 NAME = "labs_packed"  # for `attn_implementation`
 # Conversations are grouped by length, rounded up to a power of two, so that less than half of a block is padding. All
@@ -21,18 +30,32 @@ SMALLEST_BLOCK = 32
 # Scores of blocks this long are made again in the backward pass: they are as large as the length squared.
 RECOMPUTED_FROM = 256
 
-Blocks = tuple[list[torch.Tensor], torch.Tensor]
 Prefix = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values by layer, (1, key heads, virtual tokens, head width)
 
 
-def blocks_of(lengths: list[int]) -> Blocks:
-    """Plans how a packed row of conversations of these lengths is gathered into blocks, and back.
+class Blocks(NamedTuple):
+    """Tells attention where the conversations of a packed row are.
 
-    Returns:
-        gather: per block, (conversations, longest) positions in the row. Padding repeats position 0; it
-            stands to the right, where no real token looks.
+    Attributes:
+        gather: per block, (conversations, longest) positions in the row. Padding repeats position 0; it stands to the
+            right, where no real token looks.
         back: (row length,) the place of each position of the row in the flattened, concatenated blocks.
+        starts: (conversations + 1,) int32, where each begins, and the row's length.
+        conversation: (row length,) the number of the conversation to which a position belongs.
+        longest: tokens of the longest.
+        masks: FlexAttention's masks of the row by sliding window, made once for all layers.
     """
+
+    gather: list[torch.Tensor]
+    back: torch.Tensor
+    starts: torch.Tensor
+    conversation: torch.Tensor
+    longest: int
+    masks: dict[int | None, BlockMask]
+
+
+def blocks_of(lengths: list[int]) -> Blocks:
+    """Plans how attention finds the conversations of these lengths in their packed row."""
     starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
     groups: dict[int, list[int]] = {}
     for number, length in enumerate(lengths):
@@ -48,7 +71,9 @@ def blocks_of(lengths: list[int]) -> Blocks:
             back[start : start + length] = torch.arange(first, first + length)
         offset += block.numel()
         gather.append(block)
-    return gather, back
+    ends = torch.tensor(starts, dtype=torch.int32)
+    conversation = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(torch.tensor(lengths))
+    return Blocks(gather, back, ends, conversation, max(lengths), {})
 
 
 def packed_attention(
@@ -58,6 +83,7 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     blocks: Blocks | None = None,
+    kernel: Attention = "auto",
     prefix: Prefix | None = None,
     scaling: float | None = None,
     softcap: float | None = None,
@@ -76,19 +102,170 @@ def packed_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if blocks is None:
         return _attend(query, key, value, attention_mask, scale, softcap, dropout).transpose(1, 2).contiguous(), None
-    gather, back = blocks
+    if prefix is not None or dropout:  # which only the blocks have
+        before = None if prefix is None else prefix[cast(int, module.layer_idx)]
+        return _in_blocks(query, key, value, blocks, scale, softcap, sliding_window, dropout, before), None
+    if query.device.type != "cpu":
+        # Kernels do not cast by themselves, as matrix products do: rotary positions may have made float32 of a query.
+        kind = query.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if kernel == "auto":
+        kernel = fastest(query, key.shape[1], scale, softcap, sliding_window)
+    return KERNELS[kernel](query, key, value, blocks, scale, softcap, sliding_window), None
+
+
+def fastest(query: torch.Tensor, key_heads: int, scale: float, softcap: float | None, window: int | None) -> Attention:
+    """Chooses the kernel for queries (1, heads, row, head width): the first of a GPU's that does what blocks do.
+
+    The kernels want a GPU from 2020 on (compute capability 8) and 16-bit numbers; else blocks are taken. `flash` is of
+    the package flash_attn, where it is installed; `varlen` is PyTorch's own and knows no soft-cap; `flex` is compiled.
+    """
+    device, dtype = query.device, query.dtype
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return "blocks"
+    if torch.cuda.get_device_capability(device)[0] < 8:
+        return "blocks"
+    names: list[Attention] = ["flash"] if importlib.util.find_spec("flash_attn") else []
+    names.append("varlen" if softcap is None else "flex")
+    for name in names:
+        if agrees(name, device, dtype, query.shape[1], key_heads, query.shape[3], scale, softcap, window):
+            return name
+    return "blocks"
+
+
+@cache
+def agrees(
+    name: str, device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int,
+    scale: float, softcap: float | None, window: int | None,
+) -> bool:  # fmt: skip
+    """Tells whether a kernel runs here and agrees with blocks, in values and gradients, on two small conversations.
+
+    Kernels that are missing for a GPU, or need more shared memory than it has, say so in many ways, at their first use.
+    """
+    blocks = blocks_of([70, 130])
+    blocks = blocks._replace(
+        gather=[part.to(device) for part in blocks.gather], back=blocks.back.to(device),
+        starts=blocks.starts.to(device), conversation=blocks.conversation.to(device),
+    )  # fmt: skip
+    window = None if window is None else min(window, 50)  # one that hides something of so short a conversation
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(1, count, 200, width) for count in (heads, key_heads, key_heads)]
+    values = [torch.randn(shape, generator=draw).to(device, dtype) for shape in shapes]
+    found = []
+    # Checkpointing around the caller must not see what is recorded here: its own recording would not have it.
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False), saved_tensors_hooks(_same, _same):
+        try:
+            for kernel in (name, "blocks"):
+                q, k, v = (value.clone().requires_grad_() for value in values)
+                out = KERNELS[kernel](q, k, v, blocks, scale, softcap, window)
+                found.append((out.detach(), *torch.autograd.grad(out.float().square().sum(), (q, k, v))))
+        except Exception:  # each missing kernel raises something else
+            return False
+    # Two 16-bit computations of the same differ by some parts in a hundred of the largest value, another mask by more.
+    pairs = zip(*found, strict=True)
+    return all(bool((one - other).abs().max() <= 0.05 * other.abs().max()) for one, other in pairs)
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _in_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: Blocks, scale: float,
+    softcap: float | None, window: int | None, dropout: float = 0.0,
+    prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:  # fmt: skip
     parts = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # (row, heads, head width)
     results = []
-    for block in gather:
+    for block in blocks.gather:
         q, k, v = (
             part.index_select(0, block.flatten()).view(*block.shape, *part.shape[1:]).transpose(1, 2) for part in parts
         )  # (conversations, heads, longest, head width)
         if prefix is not None:
-            before = [part.expand(len(block), -1, -1, -1).to(k.dtype) for part in prefix[cast(int, module.layer_idx)]]
+            before = [part.expand(len(block), -1, -1, -1).to(k.dtype) for part in prefix]
             k, v = torch.cat([before[0], k], 2), torch.cat([before[1], v], 2)
-        out = _causal(q, k, v, scale, softcap, sliding_window, dropout)
+        out = _causal(q, k, v, scale, softcap, window, dropout)
         results.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(results).index_select(0, back)[None], None
+    return torch.cat(results).index_select(0, blocks.back)[None]
+
+
+def _flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: Blocks, scale: float,
+    softcap: float | None, window: int | None,
+) -> torch.Tensor:  # fmt: skip
+    """Runs FlashAttention-2 (Dao 2023) of the package flash_attn."""
+    from flash_attn import flash_attn_varlen_func  # not a dependency: it is built on the machine
+
+    out: torch.Tensor = flash_attn_varlen_func(
+        *(part[0].transpose(0, 1) for part in (query, key, value)),  # (row, heads, head width)
+        blocks.starts, blocks.starts, blocks.longest, blocks.longest, softmax_scale=scale, causal=True,
+        window_size=_before(window), softcap=softcap or 0.0,
+    )  # fmt: skip
+    return out[None]
+
+
+def _varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: Blocks, scale: float,
+    softcap: float | None, window: int | None,
+) -> torch.Tensor:  # fmt: skip
+    """Runs PyTorch's attention over conversations of many lengths."""
+    assert softcap is None, "varlen_attn has no soft-cap"
+    out = varlen_attn(
+        *(part[0].transpose(0, 1) for part in (query, key, value)),  # (row, heads, head width)
+        blocks.starts, blocks.starts, blocks.longest, blocks.longest, scale=scale, window_size=_before(window),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return cast(torch.Tensor, out)[None]
+
+
+def _before(window: int | None) -> tuple[int, int]:
+    """Says in these kernels' way how many positions before and after itself one sees; -1 is all."""
+    return (-1 if window is None else window - 1, 0)
+
+
+def _flex(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: Blocks, scale: float,
+    softcap: float | None, window: int | None,
+) -> torch.Tensor:  # fmt: skip
+    """Runs FlexAttention (Dong et al. 2024), compiled on a GPU: no scores of a whole row in memory, soft-cap or not."""
+    row = query.shape[2]
+    if window not in blocks.masks:
+        sees = _sees(blocks.conversation, window)
+        blocks.masks[window] = create_block_mask(sees, None, None, row, row, device=query.device)
+    run = _compiled_flex() if query.device.type == "cuda" else flex_attention
+    out = run(
+        query, key, value, score_mod=_capped(softcap), block_mask=blocks.masks[window], scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return out.transpose(1, 2)
+
+
+@cache
+def _compiled_flex() -> Callable[..., torch.Tensor]:
+    return cast(Callable[..., torch.Tensor], torch.compile(flex_attention, dynamic=True))  # rows have many lengths
+
+
+def _sees(conversation: torch.Tensor, window: int | None) -> Callable[..., torch.Tensor]:
+    """Makes FlexAttention's mask: whether the query at `i` sees the key at `j`."""
+
+    def sees(batch: torch.Tensor, head: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        seen = (conversation[i] == conversation[j]) & (i >= j)
+        return seen if window is None else seen & (i - j < window)
+
+    return sees
+
+
+@cache  # another function would be compiled again
+def _capped(softcap: float | None) -> Callable[..., torch.Tensor] | None:
+    """Makes FlexAttention's change of scores: Gemma 2's soft-cap (arXiv 2408.00118, section 2)."""
+    if softcap is None:
+        return None
+
+    def capped(score: torch.Tensor, batch: Any, head: Any, i: Any, j: Any) -> torch.Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return capped
 
 
 def _causal(
@@ -129,6 +306,13 @@ def _attend(
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype)
     return F.dropout(weights, dropout) @ v
 
+
+KERNELS: dict[str, Callable[..., torch.Tensor]] = {
+    "blocks": _in_blocks,
+    "flash": _flash,
+    "varlen": _varlen,
+    "flex": _flex,
+}
 
 AttentionInterface.register(NAME, packed_attention)
 AttentionMaskInterface.register(NAME, eager_mask)

@@ -19,10 +19,12 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
 from labs_common.errors import LabError, reason_of
+from labs_common.training import mixed_precision
 from llm_peft_fa.attention import NAME
 from llm_peft_fa.templates import set_template
 from llm_peft_fa.tiny import tiny_base
 
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of weights, by Accelerate's precision
 # PEFT asks for an old name at every model.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 if not sys.stderr.isatty():
@@ -61,17 +63,18 @@ def own_template(model: str) -> bool:
 def load_model(model: str, precision: str | None = None, quantized: bool = False) -> PreTrainedModel:
     """Loads a causal language model, in evaluation mode, whose attention can be packed.
 
-    With Accelerate's `precision` bf16 the weights are kept in bfloat16, which suits a frozen base, else in float32;
-    None takes what inference takes on this machine: bf16 on a GPU. `quantized`: the linear layers in 4-bit NF4 with
-    double quantisation (Dettmers et al. 2023).
+    With Accelerate's `precision` bf16 or fp16 the weights are kept in 16 bits, which suits a frozen base, else in
+    float32; what trains is put into float32 by the methods. None takes what inference takes on this machine, the
+    precision that a GPU is fast in. `quantized`: the linear layers in 4-bit NF4 with double quantisation (Dettmers et
+    al. 2023). With fp16 the model computes under autocast only, see `model.arithmetic`.
 
     Raises:
         LabError: there is no such model, or its files cannot be read.
     """
     # Under ZeRO-3 transformers would load a model in parts that cannot run before the engine is there.
     unset_hf_deepspeed_config()
-    precision = precision or ("bf16" if torch.cuda.is_available() else "no")
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    precision = precision or mixed_precision("auto")
+    dtype = DTYPES[precision]
     more: dict[str, Any] = {}
     if quantized:
         more["quantization_config"] = BitsAndBytesConfig(
@@ -87,10 +90,17 @@ def load_model(model: str, precision: str | None = None, quantized: bool = False
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             # On such a CPU bitsandbytes would repack the weights in place when they are first used for inference.
             layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-    return loaded.eval()
+    return _adding_in_float32(loaded).eval()
 
 
-def unloaded_model(model: str) -> PreTrainedModel:
+def _adding_in_float32(model: PreTrainedModel) -> PreTrainedModel:
+    """Lets a float16 model add its layers' outputs up in float32: float16 ends at 65,504, which Gemma's sums exceed."""
+    if model.dtype == torch.float16:
+        model.get_input_embeddings().register_forward_hook(lambda module, given, out: out.float())
+    return model
+
+
+def unloaded_model(model: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Builds the model without its weights, on PyTorch's meta device: its parts and their shapes.
 
     Raises:
@@ -99,11 +109,11 @@ def unloaded_model(model: str) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(model_path(model))
         with torch.device("meta"):
-            made: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
+            made: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, dtype=dtype)
     except (OSError, ValueError) as error:
         raise LabError(_no_model(model, error)) from error
     made.tie_weights()
-    return made
+    return _adding_in_float32(made)
 
 
 def device() -> str:

@@ -18,6 +18,7 @@ from labs_common.options import (
 
 Method = Annotated[str, one_of("llm_peft_fa.methods:METHODS")]
 PromptInit = Literal["random", "text", "vocabulary"]
+Attention = Literal["auto", "blocks", "flash", "varlen", "flex"]
 Which = Literal["first", "last", "both"]
 OnTooLong = Literal["error", "truncate", "skip"]
 
@@ -32,6 +33,12 @@ class ModelOptions:
     """Chat template: auto is the tokenizer's own, or plain if it has none; plain; or a file with a Jinja template."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    fit_memory: bool = True
+    """On a GPU: turn --gradient-checkpointing on if a row would not fit without it, and choose --tokens-per-batch if it
+    is not given; --plan shows how. On a CPU nothing is chosen."""
+    attention: Attention = "auto"
+    """How packed conversations attend: blocks (anywhere), flash (the package flash_attn), varlen (PyTorch's own), flex
+    (compiled; soft-caps and windows); auto takes the first that works on the GPU and agrees with blocks."""
 
 
 @dataclass
@@ -65,8 +72,9 @@ class DataOptions(ReadingOptions):
     """Longest conversation, in tokens."""
     on_too_long: OnTooLong = "error"
     """What to do with a longer one: stop and name it, cut its end off, or leave it out."""
-    tokens_per_batch: int = 2048
-    """Conversations are packed, without padding, into rows of up to this many tokens; a longer one fills its own."""
+    tokens_per_batch: int = 0
+    """Conversations are packed, without padding, into rows of up to this many tokens; a longer one fills its own. 0 is
+    2048, and on a GPU what fits its memory. The result does not depend on it."""
     plain_text: Path | None = None
     """Text file of the base's world, a paragraph per line: its loss before and after shows what was forgotten. With the
     tiny base it is generated."""
@@ -158,6 +166,10 @@ class TrainConfig:
     """Also write the base with the update merged in, as a model that transformers loads."""
     show_batch: bool = False
     """Print the first batch with the learnt tokens in colour, and stop."""
+    plan: bool = False
+    """Print what the training needs of memory and arithmetic and which settings fit, and stop; nothing is loaded."""
+    gpu_memory: float = 0.0
+    """--plan for a GPU of this many GB, such as 24; 0 is the machine that is here."""
 
 
 @dataclass

@@ -29,7 +29,7 @@ from llm_peft_fa.answers import BeforeAndAfter, before_and_after, collected_prom
 from llm_peft_fa.base import load_tokenizer
 from llm_peft_fa.config import EvaluateConfig, TrainConfig
 from llm_peft_fa.data import Reading, read_conversations, training_and_validation
-from llm_peft_fa.model import Adapted, PackedCausalLM, base_of, check_packed_loss, mean_loss, virtual_tokens
+from llm_peft_fa.model import Adapted, PackedCausalLM, arithmetic, base_of, check_packed_loss, mean_loss, virtual_tokens
 from llm_peft_fa.packing import Packing
 from llm_peft_fa.report import answers_section, numbers_section, saved_answers
 from llm_peft_fa.saved import Subject, plain_base, subject_of
@@ -98,7 +98,8 @@ def loss_of(model: Adapted, encoded: list[Encoded], accelerator: Accelerator, ad
         return None
     subject = model if adapted else base_of(model)
     packing = Packing(TOKENS_PER_ROW, accelerator.process_index, accelerator.num_processes, virtual_tokens(subject))
-    return mean_loss(PackedCausalLM(subject), packing.rows(encoded), accelerator)
+    with arithmetic(base_of(model)):
+        return mean_loss(PackedCausalLM(subject), packing.rows(encoded), accelerator)
 
 
 def check_judge_file(file: Path, base: str | None) -> None:

@@ -5,12 +5,36 @@ from typing import Any
 
 import torch
 
-# Elements of one chunk's logits: 16 MiB in float32, or 32 positions of Llama 3's vocabulary of 128,256.
+# Elements of one chunk's logits on a CPU: 16 MiB in float32, or 32 positions of Llama 3's vocabulary of 128,256.
 CHUNK_LOGITS = 1 << 22
+# On a GPU each chunk reads the whole head from memory, so a chunk is as large as is cheap: its logits in float32 are this
+# share of the memory, and about four times that exists at once (in float32 also their logarithms, both in 16 bits too).
+CHUNK_SHARE = 1 / 64
+# From here on a matrix product is bound by arithmetic; a larger chunk would gain nothing.
+MOST_POSITIONS = 2048
+
+
+def chunk_positions(vocabulary: int, memory: int | None) -> int:
+    """Counts the positions whose logits exist at once on a GPU with `memory` bytes in all; None is a CPU.
+
+    Total memory and not free one, so that the same machine always adds up the same sums.
+    """
+    if memory is None:
+        return max(1, CHUNK_LOGITS // vocabulary)
+    return min(MOST_POSITIONS, max(1, int(memory * CHUNK_SHARE) // (4 * vocabulary)))
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Returns the bytes of a GPU's whole memory; None for a CPU."""
+    return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
 
 
 def chunked_cross_entropy(
-    hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor, softcap: float | None = None
+    hidden: torch.Tensor,
+    head: torch.nn.Linear,
+    targets: torch.Tensor,
+    softcap: float | None = None,
+    chunk: int | None = None,
 ) -> torch.Tensor:
     """Sums -log softmax(cap(hidden @ W^T + b))[target] over positions.
 
@@ -19,13 +43,15 @@ def chunked_cross_entropy(
         head: the vocabulary projection, W (vocabulary, width).
         targets: (positions,) the learnt tokens.
         softcap: Gemma 2's final soft-cap c (arXiv 2408.00118, section 2): z becomes c tanh(z / c).
+        chunk: positions whose logits exist at once; None takes what suits the device.
 
     Returns:
         A float32 scalar. Gradients flow to `hidden`, and to the head where it trains; they are computed
         together with the loss, chunk by chunk, so memory holds the logits of one chunk.
     """
     with _gathered(head):
-        return _ChunkedCrossEntropy.apply(hidden, head.weight, head.bias, targets, softcap)
+        rows = chunk or chunk_positions(head.weight.shape[0], device_memory(hidden.device))
+        return _ChunkedCrossEntropy.apply(hidden, head.weight, head.bias, targets, softcap, rows)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -37,6 +63,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         softcap: float | None,
+        rows: int,
     ) -> torch.Tensor:
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
@@ -45,7 +72,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight_) if ctx.needs_input_grad[1] else None
         d_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
-        rows = max(1, CHUNK_LOGITS // weight.shape[0])
         for start in range(0, len(hidden), rows):
             piece = slice(start, start + rows)
             z, y = hidden[piece] @ weight_.T, targets[piece, None]  # (rows, vocabulary), (rows, 1)
@@ -55,6 +81,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 capped = z.div_(softcap).tanh_()
                 z = capped * softcap
             log_p = torch.log_softmax(z, -1)
+            del z  # a chunk of a GPU is a gigabyte
             total -= log_p.gather(1, y).sum()
             if d_hidden is None and d_weight is None and d_bias is None:
                 continue
@@ -68,12 +95,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 d_weight.addmm_(d_z.T, hidden[piece])
             if d_bias is not None:
                 d_bias += d_z.sum(0)
+            del d_z, log_p, capped
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         return total
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        return *(None if saved is None else saved * gradients[0] for saved in ctx.saved_tensors), None, None
+        return *(None if saved is None else saved * gradients[0] for saved in ctx.saved_tensors), None, None, None
 
 
 def _gathered(head: torch.nn.Linear) -> contextlib.AbstractContextManager[Any]:

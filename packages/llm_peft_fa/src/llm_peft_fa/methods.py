@@ -20,7 +20,7 @@ from labs_common.errors import LabError, reason_of
 from labs_common.frozen.audit import train_only
 from llm_peft_fa.adalora import RankBudget
 from llm_peft_fa.config import MethodOptions, TrainConfig
-from llm_peft_fa.model import Adapted
+from llm_peft_fa.model import Adapted, arithmetic, in_text, text_parameters
 
 
 @dataclass(frozen=True)
@@ -166,10 +166,9 @@ def prefix_tuning(model: PreTrainedModel, options: MethodOptions, setting: Setti
     )  # fmt: skip
     if options.prompt_init == "text":
         ids = setting.tokenizer(str(options.prompt_text)).input_ids
-        repeats = -(-count // len(ids))  # PEFT takes the first `count` tokens
-        initialize_kv_prefix_from_text(
-            adapted, setting.tokenizer, text=" ".join([str(options.prompt_text)] * repeats), use_chat_template=False
-        )
+        text = " ".join([str(options.prompt_text)] * -(-count // len(ids)))  # PEFT takes the first `count` tokens
+        with arithmetic(model):
+            initialize_kv_prefix_from_text(adapted, setting.tokenizer, text=text, use_chat_template=False)
     return adapted
 
 
@@ -276,8 +275,8 @@ def layers(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> 
 
 
 def full(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> PreTrainedModel:
-    """Lets every weight of the base train."""
-    return _with_weights(model, {id(parameter) for parameter in model.parameters()})
+    """Lets every weight train through which text goes."""
+    return _with_weights(model, set(text_parameters(model)))
 
 
 def _with_adapter(
@@ -290,7 +289,7 @@ def _with_adapter(
         LabError: PEFT refuses, for instance because no layer has a name in --target-modules.
     """
     try:
-        adapted = get_peft_model(model, kind(task_type="CAUSAL_LM", **settings))
+        adapted = get_peft_model(model, kind(task_type="CAUSAL_LM", **in_text(model, settings)))
     except (ValueError, ImportError, TypeError) as error:
         raise LabError(f"--method {options.method}: {reason_of(error)}") from error
     train_only(adapted, lambda name: any(part in name for part in trained))

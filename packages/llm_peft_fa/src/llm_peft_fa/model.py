@@ -1,7 +1,10 @@
 """A causal language model whose forward pass is the loss of a packed row, and what it is made of."""
 
+import contextlib
 import itertools
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -13,6 +16,7 @@ from labs_common.errors import LabError
 from labs_common.report.figures import Cell, Row
 from labs_common.report.sections import Structure
 from llm_peft_fa.adalora import orthogonality
+from llm_peft_fa.config import Attention
 from llm_peft_fa.losses import chunked_cross_entropy
 from llm_peft_fa.packing import PackedRow, packed_row
 from llm_peft_fa.templates import Encoded
@@ -25,18 +29,49 @@ def base_of(model: Adapted) -> PreTrainedModel:
     return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
+def text_parameters(model: PreTrainedModel) -> dict[int, torch.nn.Parameter]:
+    """Collects by id the parameters through which text goes: all but the vision tower of a base that sees pictures."""
+    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    return {id(parameter): parameter for part in parts for parameter in part.parameters()}
+
+
+def in_text(model: PreTrainedModel, settings: dict[str, Any]) -> dict[str, Any]:
+    """Narrows PEFT's `target_modules` down to the language model of a base that also sees pictures.
+
+    The vision tower's adapters would get no gradient from text, which DistributedDataParallel takes for an error at the
+    second step. Settings of other bases, and those without targets, are returned as they are.
+    """
+    if "target_modules" not in settings or not sees_pictures(model):
+        return settings
+    decoder, targets = model.get_decoder(), settings["target_modules"]
+    if isinstance(targets, str):  # all-linear
+        linear = (name for name, layer in decoder.named_modules() if isinstance(layer, torch.nn.Linear))
+        targets = sorted({name.rpartition(".")[2] for name in linear})
+    place = next(name for name, module in model.named_modules() if module is decoder)
+    # An expression that must fit the whole name of a layer.
+    return settings | {"target_modules": rf"{re.escape(place)}\.(.*\.)?({'|'.join(map(re.escape, targets))})"}
+
+
+def sees_pictures(model: PreTrainedModel) -> bool:
+    """Tells whether the model has parameters that text does not go through, as Gemma 3's vision tower."""
+    return text_parameters(model).keys() != {id(parameter) for parameter in model.parameters()}
+
+
 class PackedCausalLM(torch.nn.Module):
     """A causal language model, adapted or not, whose forward pass is the loss of a packed row.
 
-    With `prompted` False it leaves a soft prompt out.
+    Attributes:
+        prompted: False leaves a soft prompt out.
+        kernel: of `attention.KERNELS`, or auto.
+        chunk: positions whose logits exist at once in the loss; None takes what suits the device.
     """
 
     model: Adapted
     prompted = True
 
-    def __init__(self, model: Adapted) -> None:
+    def __init__(self, model: Adapted, kernel: Attention = "auto", chunk: int | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.kernel, self.chunk = model, kernel, chunk
 
     def forward(self, row: PackedRow) -> torch.Tensor:
         """Computes the row's summed negative log-likelihood over its learnt tokens, a float32 scalar.
@@ -52,10 +87,11 @@ class PackedCausalLM(torch.nn.Module):
             attention_mask=torch.zeros(1, 1, 1, 1, device=row.input_ids.device),
             use_cache=False,
             blocks=row.blocks,
+            kernel=self.kernel,
         ).last_hidden_state[0]  # (tokens, width)
         softcap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
         loss = chunked_cross_entropy(
-            hidden.index_select(0, row.predicting), base.get_output_embeddings(), row.targets, softcap
+            hidden.index_select(0, row.predicting), base.get_output_embeddings(), row.targets, softcap, self.chunk
         )
         if self.training and isinstance(self.model, PeftModel) and isinstance(self.model.base_model, AdaLoraModel):
             loss = loss + orthogonality(self.model) * len(row.targets)
@@ -96,11 +132,37 @@ def mean_loss(model: torch.nn.Module, rows: Iterable[PackedRow], accelerator: Ac
     return float(accelerator.reduce(total.to(accelerator.device), "mean"))
 
 
+def arithmetic(model: PreTrainedModel) -> AbstractContextManager[Any]:
+    """Lets a model outside of training compute in its weights' precision, adapters too: autocast, but not on a CPU.
+
+    There only float16 needs it, which `load_model` adds up in float32.
+    """
+    kind, dtype = model.device.type, model.dtype
+    if dtype == torch.float32 or (kind == "cpu" and dtype != torch.float16):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, dtype)
+
+
+@contextlib.contextmanager
+def shortened(model: PreTrainedModel) -> Iterator[None]:
+    """Cuts the model to its first layers, at least two and of all kinds of attention that it has, for a while."""
+    decoder = model.get_decoder()
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
+    count = max([2, *(kinds.index(kind) + 1 for kind in set(kinds))])
+    whole = decoder.layers
+    decoder.layers = whole[:count]
+    try:
+        yield
+    finally:
+        decoder.layers = whole
+
+
 @torch.no_grad()
 def check_packed_loss(model: PreTrainedModel) -> None:
     """Compares the packed loss with the model's own on two short random sequences.
 
-    Some architectures scale their logits or carry their own attention; training them packed would be wrong.
+    Some architectures scale their logits or carry their own attention; training them packed would be wrong. The first
+    layers show that as well as all, and every process does this on its CPU.
 
     Raises:
         LabError: the two differ.
@@ -109,11 +171,12 @@ def check_packed_loss(model: PreTrainedModel) -> None:
     vocabulary = model.get_output_embeddings().weight.shape[0]
     pieces = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in (5, 9)]
     row = packed_row([Encoded(ids, [True] * len(ids), "") for ids in pieces]).to(model.device)
-    packed = PackedCausalLM(model)(row).item()
     own = 0.0
-    for ids in pieces:
-        batch = torch.tensor([ids], device=model.device)
-        own += model(input_ids=batch, labels=batch, use_cache=False).loss.item() * (len(ids) - 1)
+    with shortened(model), arithmetic(model):
+        packed = PackedCausalLM(model)(row).item()
+        for ids in pieces:
+            batch = torch.tensor([ids], device=model.device)
+            own += model(input_ids=batch, labels=batch, use_cache=False).loss.item() * (len(ids) - 1)
     # Room for rounding alone: float32 agrees to 1e-6, bfloat16 has between two and three digits.
     if abs(packed - own) > (1e-3 if model.dtype == torch.float32 else 3e-2) * abs(own):
         raise LabError(
