@@ -72,7 +72,7 @@ def from_main_process(accelerator: Accelerator, make: Callable[[], Made]) -> Mad
     (made,) = broadcast_object_list(outcome)
     if isinstance(made, LabError):
         raise made
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 def read_data(data: DataOptions, words: WordOptions, seed: int, shown: bool) -> ZeroShotData:

@@ -108,6 +108,8 @@ class SemanticBoxHead(nn.Module):
     passes through its products with many words first.
     """
 
+    words: torch.Tensor | None
+
     def __init__(self, inputs: int, width: int, length: int, decoder: bool, words: torch.Tensor | None = None) -> None:
         """Makes layers for `inputs` values of a region, `width` and `length` d; `words` (n, d) are a vocabulary."""
         super().__init__()

@@ -238,7 +238,7 @@ class Packed:
 
 
 def packed(tensors: Sequence[torch.Tensor]) -> Packed:
-    """Puts tensors into one row of bytes; those with larger elements must come first, so that each lies where it may."""
+    """Puts tensors into one row of bytes. Those with larger elements come first, so that each lies where it may."""
     # In numpy: torch would give the thread that reads ahead threads of its own.
     parts = [tensor.numpy().reshape(-1).view(np.uint8) for tensor in tensors]
     content = torch.from_numpy(np.concatenate(parts))

@@ -65,7 +65,7 @@ def shift_loss(shifts: torch.Tensor, boxes: torch.Tensor, wanted: torch.Tensor, 
 
 
 def pooled(levels: Sequence[torch.Tensor], regions: torch.Tensor, height: int, side: int, points: int) -> torch.Tensor:
-    """Pools regions (n, 5), each a picture's number and a box, from the levels that fit them: (n, channels, side, side).
+    """Pools regions (n, 5), each a picture's number and a box, from the levels that fit: (n, channels, side, side).
 
     `height` is that of the batch in pixels. The same as torchvision's `MultiScaleRoIAlign`, which reads every level's
     number of regions on its own.

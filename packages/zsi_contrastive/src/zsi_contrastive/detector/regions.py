@@ -239,10 +239,10 @@ class ZeroShotRegions(nn.Module):
         answers = []
         for query in queries:
             groups = [self._kept(boxes, *next(of_groups), next(enough)) for _ in query.groups]
-            found = [
-                Detections(*(torch.cat(column) for column in zip(*of_picture, strict=True)), None)
-                for of_picture in zip(*groups, strict=True)
-            ]
+            found = []
+            for of_picture in zip(*groups, strict=True):
+                box, score, label = (torch.cat(columns) for columns in zip(*of_picture, strict=True))
+                found.append(Detections(box, score, label, None))
             if query.masks and self.semantic_masks is not None:
                 found = self._masked(features, height, found, query)
             answers.append(found)
