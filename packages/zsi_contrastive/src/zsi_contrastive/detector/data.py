@@ -1,13 +1,15 @@
 """Pictures, classes and vectors as training takes them: COCO's, or drawn scenes in COCO's format; and their batches."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TypeVar
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from labs_common.cache import cached_directory
 from labs_common.data.images import decoding_threads, print_refused
@@ -26,14 +28,15 @@ from zsi_contrastive.detector.annotations import (
 )
 from zsi_contrastive.detector.columns import checked_order
 from zsi_contrastive.detector.config import DataOptions, WordOptions
-from zsi_contrastive.detector.heads import Target
-from zsi_contrastive.detector.pictures import InstancePictures, found_pictures, levels_of, mirrored
+from zsi_contrastive.detector.heads import Samples, Target
+from zsi_contrastive.detector.pictures import InstancePictures, Packed, found_pictures, levels_of, mirrored, packed
 from zsi_contrastive.detector.vectors import ClassVectors, read_class_vectors
 
 SIDE = 96  # of drawn scenes, in pixels
 # Of these about 1,600 show no unseen pairing, and 400 of the second show one; so few that training takes minutes.
 DRAWN = {"train": range(3500), "val": range(100_000, 100_740)}
 SEED = 0  # of the drawn scenes: the same ones for every run
+Made = TypeVar("Made")
 KEPT_BYTES = 2**29  # training data that is smaller stays in memory once it is decoded
 
 
@@ -52,6 +55,24 @@ class ZeroShotData:
     pictures: dict[str, InstancePictures]
     vectors: ClassVectors
     counts: list[tuple[str, int, int, int]]
+
+
+def from_main_process(accelerator: Accelerator, make: Callable[[], Made]) -> Made:
+    """Returns in every process what `make` makes in the main one: what was read and checked there, for instance.
+
+    Raises:
+        LabError: in all processes, if `make` does.
+    """
+    outcome: list[Made | LabError | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [make()]
+        except LabError as error:
+            outcome = [error]
+    (made,) = broadcast_object_list(outcome)
+    if isinstance(made, LabError):
+        raise made
+    return made
 
 
 def read_data(data: DataOptions, words: WordOptions, seed: int, shown: bool) -> ZeroShotData:
@@ -175,24 +196,31 @@ def _limited(pictures: InstancePictures, places: Sequence[int], limit: int, seed
     return pictures.subset(places)
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch:
     """A process's part of an optimizer step.
 
     Attributes:
-        pictures: each (3, height, width) of 0 to 1.
-        targets: boxes, labels and masks of each.
+        content: for each picture its labels, boxes, masks and levels (3, height, width) of 0 to 255.
+        count: pictures.
         share: what the mean loss is multiplied by, so that the step's loss is the mean over all processes' pictures.
     """
 
-    pictures: list[torch.Tensor]
-    targets: list[Target]
+    content: Packed
+    count: int
     share: float
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device) -> Samples:
         """Copies it to a device."""
-        pictures = [picture.to(device, non_blocking=True) for picture in self.pictures]
-        targets = [{name: value.to(device, non_blocking=True) for name, value in one.items()} for one in self.targets]
-        return Batch(pictures, targets, self.share)
+        tensors = self.content.to(device)
+        labels, boxes, masks, levels = (
+            tensors[first : first + self.count] for first in range(0, len(tensors), self.count)
+        )
+        targets = [
+            {"boxes": box, "labels": label, "masks": mask}
+            for box, label, mask in zip(boxes, labels, masks, strict=True)
+        ]
+        return Samples([level.float() / 255 for level in levels], targets)
 
 
 class PictureBatches:
@@ -231,11 +259,12 @@ class PictureBatches:
     def _batch(self, places: Sequence[int], turned: np.ndarray, share: float) -> Batch:
         def one(place: int) -> tuple[torch.Tensor, Target]:
             levels, target = self._read(place)
-            picture = levels.float() / 255
-            return mirrored(picture, target) if turned[place] else (picture, target)
+            return mirrored(levels, target) if turned[place] else (levels, target)
 
-        pictures, targets = zip(*decoding_threads().map(one, places), strict=True)
-        return Batch(list(pictures), list(targets), share)
+        levels, targets = zip(*decoding_threads().map(one, places), strict=True)
+        # The largest elements first: see `packed`.
+        content = [target[name] for name in ("labels", "boxes", "masks") for target in targets]
+        return Batch(packed([*content, *levels]), len(places), share)
 
     def _read(self, place: int) -> tuple[torch.Tensor, Target]:
         """Reads a picture's levels (3, height, width) of 0 to 255 and its objects; only once if all fit into memory."""

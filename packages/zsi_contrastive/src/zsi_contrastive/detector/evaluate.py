@@ -12,7 +12,7 @@ from labs_common.report.sections import asked_section
 from labs_common.run import Run, check_new, new_folder
 from zsi_contrastive.detector.annotations import Split, read_split
 from zsi_contrastive.detector.config import DataOptions, EvaluateConfig, check_detection, default_split
-from zsi_contrastive.detector.data import read_parts, read_pictures, read_vectors
+from zsi_contrastive.detector.data import from_main_process, read_parts, read_pictures, read_vectors
 from zsi_contrastive.detector.pictures import InstancePictures, instance_pictures
 from zsi_contrastive.detector.protocol import Evaluation, evaluated, scores_of
 from zsi_contrastive.detector.report import finding_sections, measured_sections, print_scores, summary_of
@@ -47,12 +47,12 @@ def evaluate_run(config: EvaluateConfig) -> None:
     data, seed = chosen_data(config.data, checkpoint)
     split, vectors = chosen_words(config, loaded, data)
     accelerator = Accelerator()
-    pictures, _ = read_pictures(data, split, seed, accelerator.is_main_process, training=False)
+    pictures, _ = from_main_process(accelerator, lambda: read_pictures(data, split, seed, shown=True, training=False))
     if accelerator.is_main_process:
         print_refused({"test": pictures["test"]})
     detection = changed(loaded.detection, config.detection)
     found = evaluated(loaded.model, split, vectors, pictures, detection, accelerator, config.seed, config.at_once)
-    if accelerator.is_main_process:
+    if found is not None:
         said = dataclasses.asdict(detection)
         finish(config, output, found, split, pictures["test"], f"Evaluation of {checkpoint.name}", said)
 

@@ -29,6 +29,21 @@ Levels = dict[str, torch.Tensor]
 Target = dict[str, torch.Tensor]  # of a picture: `boxes` (n, 4), `labels` (n,) from 1, `masks` (n, height, width)
 
 
+@dataclass(frozen=True)
+class Samples:
+    """The pictures of a batch, and in training what is in them.
+
+    Not a tuple or a list: FSDP would turn those tensors, and with them the boxes, into bfloat16.
+
+    Attributes:
+        pictures: each (3, height, width) of 0 to 1.
+        targets: of each.
+    """
+
+    pictures: list[torch.Tensor]
+    targets: list[Target] | None = None
+
+
 class BackgroundAwareRPNHead(nn.Module):
     """Proposals that learn what background is as a word vector (section 3.3).
 
@@ -93,6 +108,8 @@ class SemanticBoxHead(nn.Module):
     passes through its products with many words first.
     """
 
+    words: torch.Tensor | None
+
     def __init__(self, inputs: int, width: int, length: int, decoder: bool, words: torch.Tensor | None = None) -> None:
         """Makes layers for `inputs` values of a region, `width` and `length` d; `words` (n, d) are a vocabulary."""
         super().__init__()
@@ -117,10 +134,12 @@ class SemanticBoxHead(nn.Module):
             vectors = self.from_words(vectors @ self.words.T)
         return vectors, self.box(features), features
 
-    def reconstruction_loss(self, vectors: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    def reconstruction_loss(
+        self, vectors: torch.Tensor, features: torch.Tensor, reduction: str = "mean"
+    ) -> torch.Tensor:
         """Returns the decoder's mean squared error; vectors and the features that they come from both learn by it."""
         assert self.decoder is not None
-        return F.mse_loss(self.decoder(vectors), features)
+        return F.mse_loss(self.decoder(vectors), features, reduction=reduction)
 
 
 class SemanticMaskHead(nn.Module):

@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.roi_heads import paste_masks_in_image
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from zsi_contrastive import TINY
 from zsi_contrastive.detector.backbone import make_backbone
@@ -17,11 +18,13 @@ from zsi_contrastive.detector.config import TrainConfig, contrastive_of
 from zsi_contrastive.detector.heads import (
     CONTRASTIVE,
     BackgroundAwareRPNHead,
+    Samples,
     SemanticBoxHead,
     SemanticMaskHead,
     SynchronisedBackground,
     Target,
 )
+from zsi_contrastive.detector.proposals import Anchors, Proposals
 from zsi_contrastive.detector.regions import Detections, Query, Sampling, ZeroShotRegions
 from zsi_contrastive.detector.vectors import ClassVectors
 
@@ -30,7 +33,6 @@ MEAN, STD = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)  # the backb
 RPN_FOREGROUND, RPN_BACKGROUND = 0.7, 0.3  # IoU from which an anchor is a thing, and below which it is background
 RPN_THINGS = 0.5  # the largest share of things among an image's sampled anchors
 RPN_NMS = 0.7  # IoU from which the weaker of two proposals is dropped; all four are Faster R-CNN's
-MASK_FROM = 0.5  # the probability from which a pixel belongs to a thing
 TINY_CHANNELS, CHANNELS = 48, 256  # of the pyramid; 256 is that of Lin et al. 2017
 TINY_ANCHORS = (16, 28, 48)  # drawn things are 15 to 46 pixels across
 
@@ -88,6 +90,38 @@ class Sizes:
     tiny_modules: bool = False
 
 
+class Transform(GeneralizedRCNNTransform):
+    """torchvision's scaling and padding, without its six small copies to the device for each picture."""
+
+    def normalize(self, image: torch.Tensor) -> torch.Tensor:
+        """Takes the mean from a picture (3, height, width) and divides by the standard deviation."""
+        mean, std = (_of_channels(tuple(values), image.device) for values in (self.image_mean, self.image_std))
+        return (image - mean) / std
+
+    def resize(self, image: torch.Tensor, target: Target | None = None) -> tuple[torch.Tensor, Target | None]:
+        """Scales a picture, and the boxes and masks of its objects with it."""
+        before = tuple(image.shape[-2:])
+        image, _ = super().resize(image)
+        if target is None:
+            return image, None
+        size = tuple(image.shape[-2:])
+        masks = F.interpolate(target["masks"][:, None], size)[:, 0] if size != before else target["masks"]
+        return image, {**target, "boxes": scaled(target["boxes"], before, size), "masks": masks}
+
+
+@cache
+def _of_channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Puts a value for each channel (3, 1, 1) on a device, once for all pictures."""
+    return torch.tensor(values, device=device)[:, None, None]
+
+
+def scaled(boxes: torch.Tensor, before: Sequence[int], after: Sequence[int]) -> torch.Tensor:
+    """Moves boxes (n, 4) from a picture of height and width `before` to one of `after`: as torchvision, to the bit."""
+    down, across = (float(np.float32(new) / np.float32(old)) for new, old in zip(after, before, strict=True))
+    left, top, right, bottom = boxes.unbind(1)
+    return torch.stack([left * across, top * down, right * across, bottom * down], 1)
+
+
 class ZeroShotMaskRCNN(nn.Module):
     """Finds things of the classes that it was trained on and of any others that have vectors.
 
@@ -109,16 +143,16 @@ class ZeroShotMaskRCNN(nn.Module):
         super().__init__()
         channels = int(backbone.out_channels)  # type: ignore[arg-type]
         self.parts = parts
-        self.transform = GeneralizedRCNNTransform(sizes.min_side, sizes.max_side, MEAN, STD, sizes.divisible)
+        self.transform = Transform(sizes.min_side, sizes.max_side, MEAN, STD, sizes.divisible)
         self.backbone = backbone
-        anchors = AnchorGenerator(tuple((side,) for side in sizes.anchors), (RATIOS,) * len(sizes.anchors))
+        anchors = Anchors(tuple((side,) for side in sizes.anchors), (RATIOS,) * len(sizes.anchors))
         head = (
             BackgroundAwareRPNHead(channels, len(RATIOS), background)
             if parts.background_rpn
             else RPNHead(channels, len(RATIOS))
         )
         before_training, before, after_training, after = sizes.proposals
-        self.rpn = RegionProposalNetwork(
+        self.rpn = Proposals(
             anchors,
             head,
             RPN_FOREGROUND,
@@ -154,54 +188,50 @@ class ZeroShotMaskRCNN(nn.Module):
         assert isinstance(self.seen, torch.Tensor)
         return self.background(self.seen, learnt)
 
-    def forward(self, pictures: list[torch.Tensor], targets: list[Target]) -> dict[str, torch.Tensor]:
-        """Returns the losses by name.
+    def forward(
+        self, samples: Samples, queries: Sequence[Query] = ()
+    ) -> dict[str, torch.Tensor] | list[list[Detections]]:
+        """Returns the losses by name in training; in evaluation each query's answers for every picture.
 
-        Pictures are (3, height, width) of 0 to 1; a target has `boxes` (n, 4), `labels` (n,) from 1 in the order of
-        the seen classes, and `masks` (n, height, width) of 0 and 1.
+        Targets have `boxes` (n, 4), `labels` (n,) from 1 in the order of the seen classes, and `masks` (n, height,
+        width) of 0 and 1. Both ways lead through here, because weights that are sharded are whole in a forward pass
+        alone.
         """
-        batch, scaled = self.transform(pictures, targets)
+        return self.losses(samples) if self.training else self.detect(samples.pictures, queries)
+
+    def losses(self, samples: Samples) -> dict[str, torch.Tensor]:
+        """Returns the losses by name; see `forward`."""
+        batch, scaled = self.transform(samples.pictures, samples.targets)
+        size = tuple(batch.tensors.shape[-2:])
         features = self.backbone(batch.tensors)
         contrast = {}
         for name, head in self.contrastive().items():
-            contrast[name], features = head(pictures, features, scaled, tuple(batch.tensors.shape[-2:]))
+            contrast[name], features = head(samples.pictures, features, scaled, size)
         proposals, losses = self.rpn(batch, features, scaled)
-        found = self.regions.losses(features, proposals, batch.image_sizes, scaled, self.classes())
-        return {
-            "objectness": losses["loss_objectness"],
-            "proposal_box": losses["loss_rpn_box_reg"],
-            **found,
-            **contrast,
-        }
+        found = self.regions.losses(features, proposals, size[0], scaled, self.classes())
+        return {**losses, **found, **contrast}
 
     @torch.no_grad()
     def detect(self, pictures: list[torch.Tensor], queries: Sequence[Query]) -> list[list[Detections]]:
         """Answers each query for every picture (3, height, width), with boxes in the picture's own pixels.
 
-        Masks stay as small as the head gives them; see `pasted`.
+        Masks stay as small as the head gives them; see `zsi_contrastive.detector.pictures.run_lengths`.
         """
         batch, _ = self.transform(pictures)
         features = self.backbone(batch.tensors)
         for head in self.contrastive().values():
             features = head.joined(pictures, features)  # type: ignore[operator]
         proposals, _ = self.rpn(batch, features)
-        found = self.regions.detections(features, proposals, batch.image_sizes, self.classes(), queries)
+        height = batch.tensors.shape[-2]
+        found = self.regions.detections(features, proposals, height, batch.image_sizes, self.classes(), queries)
         originals = [tuple(picture.shape[-2:]) for picture in pictures]
         return [
             [
-                part._replace(boxes=resize_boxes(part.boxes, size, original))
+                part._replace(boxes=scaled(part.boxes, size, original))
                 for part, size, original in zip(of_query, batch.image_sizes, originals, strict=True)
             ]
             for of_query in found
         ]
-
-
-def pasted(found: Detections, height: int, width: int) -> torch.Tensor:
-    """Draws the masks into a picture of that size (found, height, width), bool."""
-    assert found.masks is not None
-    if len(found.masks) == 0:
-        return torch.zeros(0, height, width, dtype=torch.bool)
-    return paste_masks_in_image(found.masks[:, None], found.boxes, (height, width))[:, 0] >= MASK_FROM
 
 
 def make_model(config: TrainConfig, vectors: ClassVectors, words: torch.Tensor | None) -> ZeroShotMaskRCNN:

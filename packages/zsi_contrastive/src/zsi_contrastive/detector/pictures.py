@@ -9,8 +9,10 @@ from typing import Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from faster_coco_eval.core import mask as rle
 from PIL import Image
+from torchvision.models.detection.roi_heads import expand_boxes
 
 from labs_common.data.images import BadPictureError, Pictures, checked, decoded, digests_of
 from labs_common.errors import LabError
@@ -18,6 +20,8 @@ from labs_common.options import OnBadData
 from zsi_contrastive.detector.annotations import Instances, Json
 from zsi_contrastive.detector.heads import Target
 from zsi_contrastive.detector.regions import NARROW
+
+MASK_FROM = 0.5  # the probability from which a pixel belongs to a thing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +150,48 @@ def mask_of(outline: list[list[float]] | Json, height: int, width: int) -> np.nd
     return pixels
 
 
+def run_lengths(masks: torch.Tensor, boxes: torch.Tensor, height: int, width: int) -> list[Json]:
+    """Draws masks (n, side, side) of 0 to 1 into their boxes (n, 4) of a picture, as COCO's compressed run lengths.
+
+    The pixels are those of torchvision's `paste_masks_in_image`, which draws each into a whole picture of its own.
+    """
+    side = masks.shape[-1]
+    # One more pixel around the mask, and the box as much larger (He et al. 2017's code).
+    framed = F.pad(masks, (1, 1, 1, 1))
+    corners = expand_boxes(boxes, (side + 2) / side).to(torch.int64).tolist()
+    codes = []
+    for mask, (left, top, right, bottom) in zip(framed, corners, strict=True):
+        size = max(bottom - top + 1, 1), max(right - left + 1, 1)
+        drawn = F.interpolate(mask[None, None], size, mode="bilinear", align_corners=False)[0, 0] >= MASK_FROM
+        first, column = max(top, 0), max(left, 0)
+        inside = drawn[first - top : height - top, column - left : width - left]
+        codes.append({"size": [height, width], "counts": _runs(inside.numpy(), first, column, height, width)})
+    found: list[Json] = rle.frPyObjects(codes, height, width) if codes else []
+    return [{"size": list(code["size"]), "counts": _text(code["counts"])} for code in found]
+
+
+def _runs(pixels: np.ndarray, row: int, column: int, height: int, width: int) -> list[int]:
+    """Counts COCO's run lengths of a picture that has these pixels (h, w), bool, at `row` and `column`, and no others.
+
+    Runs go down the columns, one after the other, and begin with pixels that are off.
+    """
+    down = pixels.shape[0]
+    # A pixel that is off below each column: no run goes from one to the next in what was cut out.
+    columns = np.zeros((pixels.shape[1], down + 1), dtype=np.int8)
+    columns[:, :down] = pixels.T
+    (changes,) = np.diff(columns.ravel(), prepend=0).nonzero()  # where runs begin and end, in turn
+    places = (column + changes // (down + 1)) * height + row + changes % (down + 1)
+    # A run to the picture's lower edge goes on at the top of the next column: its end is that one's beginning.
+    again = np.flatnonzero(places[1:-1:2] == places[2::2])
+    places = np.delete(places, np.concatenate([2 * again + 1, 2 * again + 2]))
+    counts = np.diff(places, prepend=0, append=height * width)
+    return [int(count) for count in (counts if counts[-1] else counts[:-1])]
+
+
+def _text(counts: bytes | str) -> str:
+    return counts.decode("ascii") if isinstance(counts, bytes) else counts
+
+
 def read_picture(file: Path, row: Json) -> Image.Image:
     """Reads a picture in RGB, in the size that its annotations are for: as it is stored, or turned as its camera says.
 
@@ -168,9 +214,36 @@ def levels_of(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous()
 
 
-def as_tensor(image: Image.Image) -> torch.Tensor:
-    """Turns a picture into a tensor (3, height, width) of 0 to 1."""
-    return levels_of(image).float() / 255
+@dataclass(frozen=True)
+class Packed:
+    """Tensors in one row of bytes: they go to a GPU in one copy, from memory that it can read by itself.
+
+    Attributes:
+        content: all their bytes (n,), uint8.
+        layouts: dtype and shape of each, in their order.
+    """
+
+    content: torch.Tensor
+    layouts: tuple[tuple[torch.dtype, torch.Size], ...]
+
+    def to(self, device: torch.device) -> list[torch.Tensor]:
+        """Copies the tensors to a device and takes them apart there."""
+        content = self.content.to(device, non_blocking=True)
+        found, first = [], 0
+        for dtype, shape in self.layouts:
+            last = first + shape.numel() * dtype.itemsize
+            found.append(content[first:last].view(dtype).view(shape))
+            first = last
+        return found
+
+
+def packed(tensors: Sequence[torch.Tensor]) -> Packed:
+    """Puts tensors into one row of bytes. Those with larger elements come first, so that each lies where it may."""
+    # In numpy: torch would give the thread that reads ahead threads of its own.
+    parts = [tensor.numpy().reshape(-1).view(np.uint8) for tensor in tensors]
+    content = torch.from_numpy(np.concatenate(parts))
+    pinned = content.pin_memory() if torch.cuda.is_available() else content
+    return Packed(pinned, tuple((tensor.dtype, tensor.shape) for tensor in tensors))
 
 
 def mirrored(picture: torch.Tensor, target: Target) -> tuple[torch.Tensor, Target]:

@@ -2,15 +2,13 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from faster_coco_eval.core import mask as rle
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from labs_common.data.images import decoding_threads, picture_files, readable
@@ -19,17 +17,17 @@ from labs_common.progress import tracked
 from labs_common.report.figures import COLOURS
 from labs_common.report.page import shown
 from labs_common.run import check_new, new_folder, write_atomically
+from labs_common.steps import read_ahead
 from zsi_contrastive.detector.annotations import read_split
 from zsi_contrastive.detector.config import DataOptions, DetectionOptions, PredictConfig, check_detection
 from zsi_contrastive.detector.data import read_pictures
-from zsi_contrastive.detector.model import ZeroShotMaskRCNN, pasted
-from zsi_contrastive.detector.pictures import InstancePictures, as_tensor, mask_of
+from zsi_contrastive.detector.heads import Samples
+from zsi_contrastive.detector.pictures import InstancePictures, Packed, levels_of, mask_of, packed, run_lengths
 from zsi_contrastive.detector.regions import Detections, Query
 from zsi_contrastive.detector.saved import Loaded, changed, chosen_data, chosen_run, load_detector
 from zsi_contrastive.detector.vectors import ClassVectors, check_same_space, of_length, refined, word_vectors
 
 OF_THE_TEST = 8  # pictures of the run's test that are taken where none is named
-SEEN, UNSEEN = 0, 1  # groups of a query
 TINT = 120  # of 255: how much of its colour a mask gets
 Result = dict[str, Any]  # a row of COCO's result JSON
 
@@ -53,14 +51,15 @@ def predict(config: PredictConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded.model.to(device)
     loaded.model.regions.keep(detection.score_threshold, detection.nms_threshold, detection.kept)
-    groups = torch.zeros(len(names), dtype=torch.int64, device=device)  # all words compete
-    query = Query(vectors.to(device), groups, detection.temperature, detection.transfer == "paper")
+    # One group: all words compete.
+    query = Query(vectors.to(device), (len(names),), detection.temperature, detection.transfer == "paper")
     output.mkdir(parents=True, exist_ok=True)
     everything: list[Result] = []
     starts = range(0, len(images), config.at_once)
     for first in tracked(starts, "detecting", len(starts), len(starts) > 1):
         part = images[first : first + config.at_once]
-        (found,) = loaded.model.detect([as_tensor(image).to(device) for _, image in part], [query])
+        levels = packed([levels_of(image) for _, image in part]).to(device)
+        (found,) = on_host(loaded.model.detect([one.float() / 255 for one in levels], [query]))
         for number, ((file, image), one) in enumerate(zip(part, found, strict=True), first + 1):
             row = {"id": file.name, "width": image.width, "height": image.height}
             results = sorted(as_results(one, row, names), key=lambda result: -result["score"])
@@ -127,7 +126,7 @@ def query_of(vectors: ClassVectors, detection: DetectionOptions, masks: bool = T
     unseen = vectors.unseen
     if detection.refine != "none":
         unseen = refined(unseen, vectors.seen, detection.refine, detection.neighbours, detection.refine_share)
-    groups = torch.tensor([SEEN] * len(vectors.seen) + [UNSEEN] * len(unseen))
+    groups = len(vectors.seen), len(unseen)
     everything = torch.cat([vectors.seen, unseen])
     return Query(everything, groups, detection.temperature, detection.transfer == "paper", masks)
 
@@ -139,57 +138,87 @@ def random_queries(vectors: ClassVectors, detection: DetectionOptions, seed: int
         generator = torch.Generator().manual_seed(1000 * seed + number)
         drawn = torch.randn(vectors.unseen.shape, generator=generator)
         drawn = drawn / drawn.norm(dim=1, keepdim=True) * vectors.unseen.norm(dim=1, keepdim=True)
-        groups = torch.full((len(drawn),), UNSEEN)
-        queries.append(Query(drawn, groups, detection.temperature, detection.transfer == "paper", masks=False))
+        queries.append(Query(drawn, (len(drawn),), detection.temperature, detection.transfer == "paper", masks=False))
     return queries
 
 
 def predictions(
-    model: ZeroShotMaskRCNN,
+    model: torch.nn.Module,
     pictures: InstancePictures,
     queries: Sequence[Query],
     categories: Sequence[Sequence[int]],
-    detection: DetectionOptions,
     accelerator: Accelerator,
     at_once: int,
     task: str,
 ) -> list[list[Result]]:
-    """Returns COCO's results for each query, in every process; each process looks at its share of the pictures.
+    """Returns COCO's results for each query in the main process; each process looks at its share of the pictures.
 
-    `categories` are, for each query, the category ids of its rows; `task` names the progress line.
+    Others return empty lists: half a million masks need not be sent to all. `model` is a `ZeroShotMaskRCNN` in
+    evaluation mode, or what `Accelerator.prepare` made of it; `categories` are, for each query, the category ids of its
+    rows; `task` names the progress line.
     """
     device = accelerator.device
-    model.regions.keep(detection.score_threshold, detection.nms_threshold, detection.kept)
-    queries = [
-        dataclasses.replace(query, vectors=query.vectors.to(device), groups=query.groups.to(device))
-        for query in queries
-    ]
+    queries = [query.to(device) for query in queries]
+    # Weights that are sharded are brought together in each batch, by all: no process may have fewer than another.
+    steps = range(-(-len(pictures) // (accelerator.num_processes * at_once)))
     mine = list(range(len(pictures)))[accelerator.process_index :: accelerator.num_processes]
-    starts = range(0, len(mine), at_once)
-    results: list[list[list[Result]]] = [[] for _ in queries]  # by query and picture
-    for first in tracked(starts, task, len(starts), accelerator.is_main_process):
-        places = mine[first : first + at_once]
-        batch = [as_tensor(image).to(device) for image in decoding_threads().map(pictures.image, places)]
-        with accelerator.autocast():
-            found = model.detect(batch, queries)
-        rows = [pictures.part.images[place] for place in places]
-        for number, of_query in enumerate(found):
-            # Masks are drawn and encoded in C, outside Python's lock: threads help.
-            ids = [categories[number]] * len(rows)
-            results[number] += list(decoding_threads().map(as_results, of_query, rows, ids))
-    gathered = gather_object([results]) if accelerator.num_processes > 1 else [results]
+
+    def read(step: int) -> Packed:
+        places = mine[step * at_once : (step + 1) * at_once] or [0]
+        return packed([levels_of(image) for image in decoding_threads().map(pictures.image, places)])
+
+    coming: list[Iterator[list[Result]]] = []  # of the batch before
+    results: list[list[Result]] = [[] for _ in queries]
+    for step, content in tracked(enumerate(read_ahead(read, steps)), task, len(steps), accelerator.is_main_process):
+        with accelerator.autocast(), torch.no_grad():
+            found = model(Samples([levels.float() / 255 for levels in content.to(device)]), queries)
+        _take(coming, results)
+        rows = [pictures.part.images[place] for place in mine[step * at_once : (step + 1) * at_once]]
+        # Masks are drawn in C, outside Python's lock: threads do it while the next batch is computed.
+        coming = [
+            decoding_threads().map(as_results, of_query[: len(rows)], rows, [ids] * len(rows))
+            for of_query, ids in zip(on_host(found), categories, strict=True)
+        ]
+    _take(coming, results)
+    if accelerator.num_processes > 1:
+        gathered: list[Any] | None = [None] * accelerator.num_processes if accelerator.is_main_process else None
+        torch.distributed.gather_object(results, gathered)
+        results = [
+            [row for part in gathered for row in part[number]] if gathered else [] for number in range(len(queries))
+        ]
     order = {row["id"]: place for place, row in enumerate(pictures.part.images)}
-    everything = []
-    for number in range(len(queries)):
-        rows_of_query = [result for part in gathered for of_picture in part[number] for result in of_picture]
-        everything.append(sorted(rows_of_query, key=lambda result: order[result["image_id"]]))
-    return everything
+    return [sorted(of_query, key=lambda result: order[result["image_id"]]) for of_query in results]
+
+
+def _take(coming: Sequence[Iterator[list[Result]]], results: Sequence[list[Result]]) -> None:
+    for of_query, wanted in zip(coming, results, strict=False):
+        for of_picture in of_query:
+            wanted += of_picture
+
+
+def on_host(found: Sequence[Sequence[Detections]]) -> list[list[Detections]]:
+    """Copies each query's answers for every picture to the host, all numbers at once and all masks at once."""
+    parts = [part for of_query in found for part in of_query]
+    counts = [len(part.scores) for part in parts]
+    numbers = [torch.cat([part.boxes, part.scores[:, None], part.classes[:, None]], 1) for part in parts]
+    drawn = [part.masks for part in parts if part.masks is not None]
+    rows = iter(torch.cat(numbers).float().cpu().split(counts))
+    masks = iter(torch.cat(drawn).float().cpu().split([len(part) for part in drawn]) if drawn else ())
+    return [
+        [
+            Detections(row[:, :4], row[:, 4], row[:, 5].long(), None if part.masks is None else next(masks))
+            for part, row in zip(of_query, rows, strict=False)
+        ]
+        for of_query in found
+    ]
 
 
 def as_results(found: Detections, row: Mapping[str, Any], categories: Sequence[Any]) -> list[Result]:
-    """Writes the detections of the picture `row` as COCO's results: boxes as left, top, width, height; masks as RLE."""
-    boxes, scores, classes = found.boxes.float().cpu(), found.scores.float().cpu().tolist(), found.classes.tolist()
-    sides = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
+    """Writes the detections of the picture `row` as COCO's results: boxes as left, top, width, height; masks as RLE.
+
+    They are on the host; see `on_host`.
+    """
+    sides = torch.cat([found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2]], 1).tolist()
     results: list[Result] = [
         {
             "image_id": row["id"],
@@ -197,14 +226,12 @@ def as_results(found: Detections, row: Mapping[str, Any], categories: Sequence[A
             "bbox": [round(value, 2) for value in box],
             "score": round(score, 5),
         }
-        for box, score, place in zip(sides, scores, classes, strict=True)
+        for box, score, place in zip(sides, found.scores.tolist(), found.classes.tolist(), strict=True)
     ]
-    if found.masks is not None and len(results):
-        small = found._replace(boxes=boxes, masks=found.masks.float().cpu())
-        for result, mask in zip(results, pasted(small, row["height"], row["width"]).numpy(), strict=True):
-            code = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
-            counts = code["counts"].decode("ascii") if isinstance(code["counts"], bytes) else code["counts"]
-            result["segmentation"] = {"size": [int(side) for side in code["size"]], "counts": counts}
+    if found.masks is not None:
+        codes = run_lengths(found.masks, found.boxes, row["height"], row["width"])
+        for result, code in zip(results, codes, strict=True):
+            result["segmentation"] = code
     return results
 
 

@@ -61,12 +61,13 @@ def evaluated(
     accelerator: Accelerator,
     seed: int = 0,
     at_once: int = AT_ONCE,
-) -> Evaluation:
+) -> Evaluation | None:
     """Looks for all classes in the test pictures, and in those of validation to see what a bias does.
 
-    Called by all processes together; every one gets the whole evaluation. `seed` is that of the random vectors.
+    Called by all processes together; the main one gets the evaluation. `seed` is that of the random vectors.
     """
     model.to(accelerator.device).eval()
+    model.regions.keep(detection.score_threshold, detection.nms_threshold, detection.kept)
     test = pictures["test"]
     both, unseen = test.part.ids(split.classes), test.part.ids(split.unseen)
     controls = random_queries(vectors, detection, seed)
@@ -75,7 +76,14 @@ def evaluated(
     queries = [query_of(vectors, detection), *controls]
     queries += [query_of(vectors, options, masks=False) for options in rules.values()]
     kinds = [both, *([unseen] * len(controls)), *([both] * len(rules))]
-    found = predictions(model, test, queries, kinds, detection, accelerator, at_once, "testing")
+    found = predictions(model, test, queries, kinds, accelerator, at_once, "testing")
+    part = pictures["validation"]
+    there: list[Result] = []
+    if len(part):
+        query = query_of(vectors, detection, masks=False)
+        (there,) = predictions(model, part, [query], [both], accelerator, at_once, "validating")
+    if not accelerator.is_main_process:
+        return None
     drawn = [scored(test.part, rows, unseen, "box").means(unseen) for rows in found[1 : 1 + len(controls)]]
     others = {}
     if drawn:
@@ -85,10 +93,7 @@ def evaluated(
     for name, rows in zip(rules, found[1 + len(controls) :], strict=True):
         others[name] = scored(test.part, of_classes(rows, unseen), unseen, "box").means(unseen)
     sweep = {"test": swept(test, found[0], split, detection.kept)}
-    if len(pictures["validation"]):
-        part = pictures["validation"]
-        query = query_of(vectors, detection, masks=False)
-        (there,) = predictions(model, part, [query], [both], detection, accelerator, at_once, "validating")
+    if len(part):
         sweep["validation"] = swept(part, there, split, detection.kept)
     measured = scores_of(test, found[0], split, detection.seen_bias, detection.kept, model.parts.mask_head)
     return replace(measured, others=others, sweep=sweep)

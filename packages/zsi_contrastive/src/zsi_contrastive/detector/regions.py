@@ -1,26 +1,29 @@
 """The second stage: regions sampled, scored against class vectors, boxed and masked.
 
-Sampling, matching, RoIAlign and the losses of boxes and masks are torchvision's.
+Boxes are decoded and cut by torchvision; how regions are matched, drawn and pooled is in `proposals`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models.detection.roi_heads import RoIHeads, project_masks_on_boxes
-from torchvision.ops import MultiScaleRoIAlign
-from torchvision.ops import boxes as box_ops
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection.roi_heads import project_masks_on_boxes
+from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
 
-from zsi_contrastive.detector.heads import SemanticBoxHead, SemanticMaskHead, Target, mask_logits, transferred
+from zsi_contrastive.detector.heads import Levels, SemanticBoxHead, SemanticMaskHead, Target, mask_logits, transferred
+from zsi_contrastive.detector.proposals import BACKGROUND, drawn, matched, numbered, pooled, shift_loss
 
 # torchvision's, as in Faster R-CNN: shifts of boxes are scaled so that their deviations are about 1.
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 OVERLAP = 0.5  # IoU from which a region is taken for an object's, in training
 CANDIDATES = 2000  # the most boxes of a picture that go into non-maximum suppression
 NARROW = 1e-2  # pixels: smaller boxes are dropped, as torchvision does
+IGNORED = -100  # the label of what the classes' loss leaves out
 
 
 @dataclass(frozen=True)
@@ -29,17 +32,21 @@ class Query:
 
     Attributes:
         vectors: (classes, d).
-        groups: (classes,), int64: of each group the best detections of a picture are kept.
+        groups: sizes of groups of consecutive classes: of each the best detections of a picture are kept.
         temperature: see `zsi_contrastive.detector.heads.transferred`.
         background: see there.
         masks: whether they are wanted.
     """
 
     vectors: torch.Tensor
-    groups: torch.Tensor
+    groups: tuple[int, ...]
     temperature: float = 1.0
     background: bool = True
     masks: bool = True
+
+    def to(self, device: torch.device) -> "Query":
+        """Copies the vectors to a device."""
+        return replace(self, vectors=self.vectors.to(device))
 
 
 class Detections(NamedTuple):
@@ -66,8 +73,26 @@ class Sampling:
     thing_share: float = 0.25
 
 
-class ZeroShotRegions(RoIHeads):
-    """torchvision's second stage with heads that know words."""
+class Regions(NamedTuple):
+    """The regions that a batch's losses look at, (pictures, slots) of each; things stand first in their picture.
+
+    Attributes:
+        boxes: (pictures, slots, 4).
+        labels: of the classes, from 1; 0 for background.
+        owners: the object of its picture that a thing's region belongs to.
+        wanted: that object's box (pictures, slots, 4).
+        filled: the slots that count.
+    """
+
+    boxes: torch.Tensor
+    labels: torch.Tensor
+    owners: torch.Tensor
+    wanted: torch.Tensor
+    filled: torch.Tensor
+
+
+class ZeroShotRegions(nn.Module):
+    """The second stage of Mask R-CNN with heads that know words."""
 
     def __init__(
         self,
@@ -79,21 +104,12 @@ class ZeroShotRegions(RoIHeads):
         points: int,
     ) -> None:
         """Reads `levels` of the pyramid; RoIAlign gives `sides` for boxes and masks, of `points`² samples a cell."""
-        super().__init__(
-            MultiScaleRoIAlign(list(levels), sides[0], points),
-            box_head,
-            nn.Identity(),  # torchvision's box predictor: here the head does it all
-            OVERLAP,
-            OVERLAP,
-            sampling.per_picture,
-            sampling.thing_share,
-            BOX_WEIGHTS,
-            score_thresh=0.05,  # these three until `keep` is called
-            nms_thresh=0.5,
-            detections_per_img=100,
-        )
+        super().__init__()
+        self.levels, self.sampling, self.sides, self.points = tuple(levels), sampling, sides, points
+        self.box_coder = BoxCoder(BOX_WEIGHTS)
+        self.box_head = box_head
         self.semantic_masks = mask_head
-        self.mask_pool = MultiScaleRoIAlign(list(levels), sides[1], points) if mask_head else None
+        self.keep(0.05, 0.5, 100)  # torchvision's
 
     def keep(self, score: float, overlap: float, most: int) -> None:
         """Drops detections that score less, overlap a better one of their class by more, or are not the best `most`."""
@@ -101,103 +117,160 @@ class ZeroShotRegions(RoIHeads):
 
     def losses(
         self,
-        features: dict[str, torch.Tensor],
+        features: Levels,
         proposals: list[torch.Tensor],
-        sizes: list[tuple[int, int]],
+        height: int,
         targets: list[Target],
         classes: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """Returns losses by name. `classes` (1 + seen, d) begin with background, `targets` have labels from 1 on."""
-        regions, matched, labels, shifts = self.select_training_samples(list(proposals), targets)
-        vectors, boxes, seen = self.box_head(self.box_roi_pool(features, regions, sizes))
-        label = torch.cat(labels)  # (regions,) of all pictures
-        things = torch.where(label > 0)[0]
-        wanted = torch.cat(list(shifts))[things]
+        """Returns losses by name.
+
+        `classes` (1 + seen, d) begin with background, `targets` have labels from 1 on; `height` is the batch's.
+        """
+        regions = self._drawn(proposals, targets)
+        filled, label = regions.filled.flatten(), regions.labels.flatten()  # (regions,) of all pictures
+        vectors, shifts, seen = self.box_head(self._pooled(features, list(regions.boxes), height, 0))
+        logits = _in_full(vectors, classes)
+        number = filled.sum().clamp(min=1)
+        things = filled & (label > 0)
+        of_boxes = shift_loss(
+            shifts, regions.boxes.flatten(0, 1), regions.wanted.flatten(0, 1), things, self.box_coder.weights
+        )
         losses = {
-            "classes": F.cross_entropy(vectors @ classes.T, label),
-            # torchvision's: beta 1/9, and the mean over all regions, also those of background.
-            "box": F.smooth_l1_loss(boxes[things], wanted, beta=1 / 9, reduction="sum") / max(1, len(label)),
+            "classes": F.cross_entropy(logits, label.masked_fill(~filled, IGNORED), ignore_index=IGNORED),
+            "box": of_boxes / number,  # torchvision's mean: over all regions, also those of background
         }
         if self.box_head.decoder is not None:
-            losses["box_reconstruction"] = self.box_head.reconstruction_loss(vectors, seen)
-        if self.semantic_masks is None or self.mask_pool is None:
+            error = self.box_head.reconstruction_loss(vectors, seen, reduction="none").mean(1)
+            losses["box_reconstruction"] = torch.where(filled, error, 0).sum() / number
+        if self.semantic_masks is None:
             return losses
-        kept = [torch.where(of_picture > 0)[0] for of_picture in labels]
-        inside = [part[places] for part, places in zip(regions, kept, strict=True)]
-        of_thing = [part[places] for part, places in zip(matched, kept, strict=True)]
-        pixels, mask_features = self.semantic_masks(self.mask_pool(features, inside, sizes))
-        logits = mask_logits(pixels, classes[label[things]])
-        side = logits.shape[-1]
+        # Masks are of things alone, and they are few: the host reads how many.
+        counts = things.view_as(regions.filled).sum(1).tolist()
+        inside, owners, labels = (
+            [part[:count] for part, count in zip(rows, counts, strict=True)]
+            for rows in (regions.boxes, regions.owners, regions.labels)
+        )
+        pixels, mask_features = self.semantic_masks(self._pooled(features, inside, height, 1))
+        of_masks = mask_logits(pixels, classes[torch.cat(labels)]).float()
+        side = of_masks.shape[-1]
         masks = [
             project_masks_on_boxes(target["masks"], part, places, side)
-            for target, part, places in zip(targets, inside, of_thing, strict=True)
+            for target, part, places in zip(targets, inside, owners, strict=True)
         ]
         # Where no region is a thing the heads still take part, as every process has to.
         losses["mask"] = (
-            F.binary_cross_entropy_with_logits(logits, torch.cat(masks)) if len(things) else logits.sum() * 0
+            F.binary_cross_entropy_with_logits(of_masks, torch.cat(masks)) if sum(counts) else of_masks.sum() * 0
         )
         if self.semantic_masks.decoder is not None:
             losses["mask_reconstruction"] = (
                 self.semantic_masks.reconstruction_loss(pixels, mask_features)
-                if len(things)
+                if sum(counts)
                 else self.semantic_masks.decoder(pixels).sum() * 0
             )
         return losses
 
+    @torch.no_grad()
+    def _drawn(self, proposals: list[torch.Tensor], targets: list[Target]) -> Regions:
+        """Draws the regions of a batch from its proposals and its objects' own boxes."""
+        boxes = [torch.cat([part, target["boxes"]]) for part, target in zip(proposals, targets, strict=True)]
+        owners, labels = [], []
+        for part, target in zip(boxes, targets, strict=True):
+            if len(target["boxes"]):
+                owner = matched(box_iou(target["boxes"], part), OVERLAP, OVERLAP)
+                labels.append(target["labels"][owner.clamp(min=0)].masked_fill(owner == BACKGROUND, 0))
+                owners.append(owner.clamp(min=0))
+            else:
+                labels.append(torch.zeros(len(part), dtype=torch.int64, device=part.device))
+                owners.append(labels[-1])
+        # Pictures have different numbers of boxes and objects: the rest is filled up with what is never drawn.
+        label = pad_sequence(labels, batch_first=True, padding_value=-1)  # (pictures, most boxes)
+        owner, box = pad_sequence(owners, batch_first=True), pad_sequence(boxes, batch_first=True)
+        own = pad_sequence([F.pad(target["boxes"], (0, 0, 0, 1)) for target in targets], batch_first=True)
+        places, filled = drawn(label, self.sampling.per_picture, self.sampling.thing_share)
+        owner = owner.gather(1, places)
+        return Regions(
+            box.gather(1, places[..., None].expand(-1, -1, 4)),
+            label.gather(1, places).clamp(min=0),
+            owner,
+            own.gather(1, owner[..., None].expand(-1, -1, 4)),
+            filled,
+        )
+
+    def _pooled(self, features: Levels, boxes: Sequence[torch.Tensor], height: int, kind: int) -> torch.Tensor:
+        """Pools the boxes of each picture (n, 4), for the head of boxes (0) or of masks (1)."""
+        levels = [features[name] for name in self.levels]
+        return pooled(levels, numbered(boxes), height, self.sides[kind], self.points)
+
     def detections(
         self,
-        features: dict[str, torch.Tensor],
+        features: Levels,
         proposals: list[torch.Tensor],
+        height: int,
         sizes: list[tuple[int, int]],
         known: torch.Tensor,
         queries: Sequence[Query],
     ) -> list[list[Detections]]:
         """Answers each query for every picture; `known` (1 + seen, d) are the classes trained on.
 
-        The proposals go through the box head once, whatever the number of queries.
+        The proposals go through the box head once, whatever the number of queries. The host reads once how many
+        detections score enough, and then what non-maximum suppression leaves of them.
         """
-        vectors, shifts, _ = self.box_head(self.box_roi_pool(features, proposals, sizes))
+        vectors, shifts, _ = self.box_head(self._pooled(features, proposals, height, 0))
         counts = [len(part) for part in proposals]
-        boxes = self.box_coder.decode(shifts.float(), proposals).reshape(-1, 4).split(counts)
-        with torch.autocast(vectors.device.type, enabled=False):  # scores that differ little keep their order
-            logits = vectors.float() @ known.float().T
-            scores = [
-                transferred(logits, known, query.vectors, query.temperature, query.background).split(counts)
-                for query in queries
-            ]
+        decoded = self.box_coder.decode(shifts.float(), proposals).reshape(-1, 4).split(counts)
+        clipped = [clip_boxes_to_image(part, size) for part, size in zip(decoded, sizes, strict=True)]
+        boxes = pad_sequence(clipped, batch_first=True)  # (pictures, most proposals, 4); those filled in have no area
+        big = (boxes[..., 2:] - boxes[..., :2] >= NARROW).all(2)
+        logits = _in_full(vectors, known)
+        candidates = []
+        for query in queries:
+            with torch.autocast(logits.device.type, enabled=False):  # scores that differ little keep their order
+                scores = transferred(logits, known, query.vectors, query.temperature, query.background)
+            scores = pad_sequence(scores.split(counts), batch_first=True).masked_fill(~big[..., None], -torch.inf)
+            first = 0
+            for size in query.groups:
+                part = scores[..., first : first + size].flatten(1)  # (pictures, proposals · classes)
+                best, place = part.topk(min(CANDIDATES, part.shape[1]))
+                candidates.append((best, place // size, first + place % size))
+                first += size
+        enough = iter(torch.stack([(best > self.score_thresh).sum(1) for best, *_ in candidates]).tolist())
+        of_groups = iter(candidates)
         answers = []
-        for query, of_query in zip(queries, scores, strict=True):
-            found = [
-                self._kept(box_ops.clip_boxes_to_image(part, size), score, query.groups)
-                for part, score, size in zip(boxes, of_query, sizes, strict=True)
-            ]
+        for query in queries:
+            groups = [self._kept(boxes, *next(of_groups), next(enough)) for _ in query.groups]
+            found = []
+            for of_picture in zip(*groups, strict=True):
+                box, score, label = (torch.cat(columns) for columns in zip(*of_picture, strict=True))
+                found.append(Detections(box, score, label, None))
             if query.masks and self.semantic_masks is not None:
-                found = self._masked(features, sizes, found, query)
+                found = self._masked(features, height, found, query)
             answers.append(found)
         return answers
 
-    def _kept(self, boxes: torch.Tensor, scores: torch.Tensor, groups: torch.Tensor) -> Detections:
-        """Keeps the best of each group, after non-maximum suppression within each class."""
-        parts = []
-        big = ((boxes[:, 2:] - boxes[:, :2]) >= NARROW).all(1)
-        for group in groups.unique():
-            members = torch.where(groups == group)[0]
-            candidates = torch.where(big[:, None], scores[:, members], -torch.inf).flatten()  # (boxes · members,)
-            best, place = candidates.topk(min(CANDIDATES, len(candidates)))
-            place = place[best > self.score_thresh]
-            best = best[best > self.score_thresh]
-            box, label = boxes[place // len(members)], members[place % len(members)]
-            keep = box_ops.batched_nms(box, best, label, self.nms_thresh)[: self.detections_per_img]
-            parts.append((box[keep], best[keep], label[keep]))
-        found, score, label = (torch.cat(columns) for columns in zip(*parts, strict=True))
-        return Detections(found, score, label, None)
+    def _kept(
+        self, boxes: torch.Tensor, scores: torch.Tensor, rows: torch.Tensor, labels: torch.Tensor, counts: list[int]
+    ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Keeps the best of a group in each picture, after non-maximum suppression within each class.
 
-    def _masked(
-        self, features: dict[str, torch.Tensor], sizes: list[tuple[int, int]], found: list[Detections], query: Query
-    ) -> list[Detections]:
+        The first `counts` of its candidates score enough; they are `rows` of the picture's boxes.
+        """
+        parts = []
+        for place, count in enumerate(counts):
+            box, score, label = boxes[place, rows[place, :count]], scores[place, :count], labels[place, :count]
+            keep = batched_nms(box, score, label, self.nms_thresh)[: self.detections_per_img]
+            parts.append((box[keep], score[keep], label[keep]))
+        return parts
+
+    def _masked(self, features: Levels, height: int, found: list[Detections], query: Query) -> list[Detections]:
         assert self.semantic_masks is not None
-        assert self.mask_pool is not None
-        pixels, _ = self.semantic_masks(self.mask_pool(features, [part.boxes for part in found], sizes))
+        pixels, _ = self.semantic_masks(self._pooled(features, [part.boxes for part in found], height, 1))
         wanted = query.vectors[torch.cat([part.classes for part in found])]
         masks = mask_logits(pixels, wanted).float().sigmoid().split([len(part.boxes) for part in found])
         return [part._replace(masks=mask) for part, mask in zip(found, masks, strict=True)]
+
+
+def _in_full(vectors: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """Computes the logits (n, classes) of vectors (n, d) in 32 bits, also under autocast."""
+    with torch.autocast(vectors.device.type, enabled=False):
+        return vectors.float() @ classes.float().T

@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from labs_common.checkpoint import SHARDED
 from labs_common.data.images import record_splits
 from labs_common.errors import LabError
 from labs_common.fitting import Fitted, Fitting, begin, channels_last, results_of, write_results
@@ -14,7 +15,7 @@ from labs_common.run import Run, seconds_between
 from labs_common.saved import FOLDER
 from labs_common.steps import ShuffledSteps
 from zsi_contrastive.detector.config import OWN_SHARES, DetectionOptions, DetectorTrainingOptions, TrainConfig, complete
-from zsi_contrastive.detector.data import PictureBatches, ZeroShotData, read_data
+from zsi_contrastive.detector.data import PictureBatches, ZeroShotData, from_main_process, read_data
 from zsi_contrastive.detector.heads import CONTRASTIVE
 from zsi_contrastive.detector.model import ZeroShotMaskRCNN, make_model
 from zsi_contrastive.detector.predict import predictions, query_of
@@ -33,8 +34,7 @@ def train(config: TrainConfig) -> None:
     clock = {"start": time.perf_counter()}
     config = complete(config)
     accelerator = begin(config.run, config.training)
-    with accelerator.main_process_first():
-        data = read_data(config.data, config.words, config.run.seed, accelerator.is_main_process)
+    data = from_main_process(accelerator, lambda: read_data(config.data, config.words, config.run.seed, shown=True))
     model = untrained_model(config, data, accelerator)
     run = Run.start(config, config.run, f"zsi-{data.split.name}", accelerator)
     record_splits(run, data.pictures)
@@ -47,7 +47,7 @@ def train(config: TrainConfig) -> None:
         loaded.model, data.split, data.vectors, data.pictures, config.detection, accelerator, config.run.seed
     )
     clock["tested"] = time.perf_counter()
-    if accelerator.is_main_process:
+    if found is not None:
         seconds = seconds_between(clock)
         results = results_of(run, config, fitted, "pictures", seconds["prepared"], PACKAGES) | {"test": found.plain()}
 
@@ -100,12 +100,12 @@ def fit(config: TrainConfig, model: ZeroShotMaskRCNN, run: Run, accelerator: Acc
     weights = {"box_reconstruction": options.reconstruction, "mask_reconstruction": options.reconstruction}
     weights |= {name: contrastive_share(options, name, head.share) for name, head in CONTRASTIVE.items()}
     for batch in loop.batches():
-        images, targets, share = batch.to(accelerator.device)
-        losses = fitting.model(images, targets)
-        loss = sum(weights.get(name, 1.0) * value for name, value in losses.items()) * share
-        parts = {f"{name}_loss": float(value.detach()) * share for name, value in losses.items()}
+        losses = fitting.model(batch.to(accelerator.device))
+        loss = sum(weights.get(name, 1.0) * value for name, value in losses.items()) * batch.share
+        values = torch.stack([value.detach() for value in losses.values()]).tolist()  # one read for all
+        parts = {f"{name}_loss": value * batch.share for name, value in zip(losses, values, strict=True)}
         # A process without a picture of its own computes another's, with a share of 0: it counts nowhere.
-        loop.step(loss, len(images) if share else 0, **parts)
+        loop.step(loss, batch.count if batch.share else 0, **parts)
         if loop.evaluation_due and len(data.pictures["validation"]):
             found = scores(fitting, data, config.detection, options.validation_pictures)
             loop.evaluated(found, "validation/harmonic_mean", higher_is_better=True)
@@ -137,19 +137,28 @@ def scores(fitting: Fitting, data: ZeroShotData, detection: DetectionOptions, mo
     pictures = pictures.subset(range(min(len(pictures), most)))
     seen, unseen = pictures.part.ids(data.split.seen), pictures.part.ids(data.split.unseen)
     assert isinstance(fitting.plain, ZeroShotMaskRCNN)
-    fitting.plain.eval()
-    query = query_of(data.vectors, detection, masks=False)
+    fitting.plain.regions.keep(detection.score_threshold, detection.nms_threshold, detection.kept)
     both = [*seen, *unseen]
-    (rows,) = predictions(
-        fitting.plain, pictures, [query], [both], detection, fitting.accelerator, AT_ONCE, "validating"
-    )
+    # Weights that are sharded can be used only through the model that holds them together. DistributedDataParallel
+    # waits for all processes in each batch, for which there is no need here.
+    accelerator = fitting.accelerator
+    model = fitting.model if accelerator.distributed_type in SHARDED else fitting.plain
+    model.eval()
+    query = query_of(data.vectors, detection, masks=False)
+    (rows,) = predictions(model, pictures, [query], [both], accelerator, AT_ONCE, "validating")
     fitting.model.train()
-    one, two = (scored(pictures.part, of_classes(rows, ids), ids, "box").means(ids)["ap@0.5"] for ids in (seen, unseen))
-    return {
-        "validation/seen_ap50": one,
-        "validation/unseen_ap50": two,
-        "validation/harmonic_mean": harmonic_mean(one, two),
-    }
+
+    def measured() -> dict[str, float]:
+        one, two = (
+            scored(pictures.part, of_classes(rows, ids), ids, "box").means(ids)["ap@0.5"] for ids in (seen, unseen)
+        )
+        return {
+            "validation/seen_ap50": one,
+            "validation/unseen_ap50": two,
+            "validation/harmonic_mean": harmonic_mean(one, two),
+        }
+
+    return from_main_process(accelerator, measured)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,168 @@
+"""The first stage, and what both stages share: matching, a draw of fixed size, and RoIAlign.
+
+torchvision's own code asks the device about ten times a picture how many boxes are left, and computes boxes in the
+precision of the features: in bfloat16 a coordinate of 800 pixels is off by up to 2. Here shapes are known beforehand,
+boxes are 32 bits, and the host reads once a batch, beside what non-maximum suppression reads by itself.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torchvision.models.detection._utils import encode_boxes
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
+from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, roi_align
+from torchvision.ops.poolers import LevelMapper
+
+from zsi_contrastive.detector.heads import Levels, Target
+
+BACKGROUND, NEITHER = -1, -2  # what a box is that is no object's
+BETA = 1 / 9  # of the smooth L1 loss of shifts: torchvision's, in both stages
+
+
+def matched(overlaps: torch.Tensor, low: float, high: float, forced: bool = False) -> torch.Tensor:
+    """Says whose each box is (boxes,): a row of `overlaps` (objects, boxes) in IoU, `BACKGROUND` or `NEITHER`.
+
+    A box is the object's that it overlaps most, from `high` on; below `low` it is background. With `forced` an
+    object also gets the boxes that overlap it most of all. The same as torchvision's `Matcher`.
+    """
+    most, owner = overlaps.max(0)
+    found = owner.masked_fill(most < high, NEITHER).masked_fill(most < low, BACKGROUND)
+    if forced:
+        best = (overlaps == overlaps.max(1, keepdim=True).values).any(0)
+        found = torch.where(best, owner, found)
+    return found
+
+
+def drawn(labels: torch.Tensor, count: int, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws `count` boxes of each picture by chance: things, of which `share` is the most, then background.
+
+    Takes `labels` (pictures, boxes): above 0 a thing, 0 background, below 0 none of both. Returns their places
+    (pictures, slots), things first, and which of the slots are filled: a picture may have too few boxes.
+    """
+    # The boxes with the largest of random keys, as many as there are: no count has to be known by the host.
+    keys = torch.rand(labels.shape, device=labels.device)
+    of_thing, things = keys.masked_fill(labels < 1, -1).topk(min(int(count * share), labels.shape[1]))
+    of_other, others = keys.masked_fill(labels != 0, -1).topk(min(count, labels.shape[1]))
+    is_thing = of_thing >= 0
+    room = count - is_thing.sum(1, keepdim=True)
+    is_other = (of_other >= 0) & (torch.arange(others.shape[1], device=labels.device) < room)
+    filled, order = torch.cat([is_thing, is_other], 1).sort(dim=1, descending=True, stable=True)
+    slots = min(count, order.shape[1])
+    return torch.cat([things, others], 1).gather(1, order[:, :slots]), filled[:, :slots]
+
+
+def shift_loss(shifts: torch.Tensor, boxes: torch.Tensor, wanted: torch.Tensor, things: torch.Tensor,
+               weights: tuple[float, float, float, float]) -> torch.Tensor:  # fmt: skip
+    """Sums the smooth L1 loss of shifts (…, 4) that should turn `boxes` into `wanted` ones, where `things` (…) says."""
+    right = encode_boxes(wanted.reshape(-1, 4), boxes.reshape(-1, 4), weights).view_as(boxes)
+    # What is no thing has no shift: it may be infinite there, and infinity times zero is no number.
+    off = torch.where(things[..., None], shifts.float() - right, 0)
+    return F.smooth_l1_loss(off, torch.zeros_like(off), beta=BETA, reduction="sum")
+
+
+def pooled(levels: Sequence[torch.Tensor], regions: torch.Tensor, height: int, side: int, points: int) -> torch.Tensor:
+    """Pools regions (n, 5), each a picture's number and a box, from the levels that fit: (n, channels, side, side).
+
+    `height` is that of the batch in pixels. The same as torchvision's `MultiScaleRoIAlign`, which reads every level's
+    number of regions on its own.
+    """
+    scales = [level.shape[-2] / height for level in levels]  # 1/4, 1/8, …: the batch is padded so that they are exact
+    if len(levels) == 1:
+        found: torch.Tensor = roi_align(levels[0], regions, side, scales[0], points)
+        return found
+    finest, coarsest = (round(-math.log2(scale)) for scale in (scales[0], scales[-1]))
+    level_of, order = LevelMapper(finest, coarsest)([regions[:, 1:]]).sort(stable=True)
+    numbers = torch.arange(len(levels), device=regions.device)
+    counts = (level_of[:, None] == numbers).sum(0).tolist()
+    parts = [
+        roi_align(level, part, side, scale, points)
+        for level, part, scale in zip(levels, regions[order].split(counts), scales, strict=True)
+    ]
+    everything = torch.cat([part.to(levels[0].dtype) for part in parts])
+    return torch.zeros_like(everything).index_copy(0, order, everything)
+
+
+def numbered(boxes: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Puts each picture's number before its boxes (n, 4): (all, 5)."""
+    return torch.cat([F.pad(part, (1, 0), value=number) for number, part in enumerate(boxes)])
+
+
+class Anchors(AnchorGenerator):
+    """torchvision's anchors, in 32 bits whatever the features are in."""
+
+    def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Moves the anchors of a cell to the device."""
+        super().set_cell_anchors(torch.float32, device)
+
+
+class Proposals(RegionProposalNetwork):
+    """torchvision's first stage with boxes in 32 bits, and without its host reads."""
+
+    def forward(
+        self, batch: ImageList, features: Levels, targets: list[Target] | None = None
+    ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        """Returns each picture's proposals (n, 4), best first, and in training the losses by name."""
+        levels = list(features.values())
+        scores, shifts = self.head(levels)
+        counts = [level[0].numel() for level in scores]  # anchors of each level
+        anchors = self.anchor_generator(batch, levels)[0]  # (anchors, 4): the same for every picture
+        pictures = len(batch.image_sizes)
+        flat, shifts = concat_box_prediction_layers(scores, shifts)
+        objectness, shifts = flat.float().view(pictures, -1), shifts.float().view(pictures, -1, 4)
+        with torch.no_grad():
+            boxes = self.box_coder.decode(shifts.detach().reshape(-1, 4), [anchors] * pictures)
+            boxes = boxes.view(pictures, -1, 4)
+            proposals = self._best(boxes, objectness.detach(), batch.image_sizes, counts)
+        if targets is None:
+            return proposals, {}
+        return proposals, self._losses(objectness, shifts, anchors, targets)
+
+    def _best(
+        self, boxes: torch.Tensor, objectness: torch.Tensor, sizes: list[tuple[int, int]], counts: list[int]
+    ) -> list[torch.Tensor]:
+        """Takes the best of each level, after non-maximum suppression within it."""
+        top = self._get_top_n_idx(objectness, counts)  # (pictures, kept)
+        probability = objectness.gather(1, top).sigmoid()
+        level = torch.cat([torch.full((n,), place, device=top.device) for place, n in enumerate(counts)])[top]
+        boxes = boxes.gather(1, top[..., None].expand(-1, -1, 4))
+        boxes = torch.stack([clip_boxes_to_image(part, size) for part, size in zip(boxes, sizes, strict=True)])
+        big = (boxes[..., 2:] - boxes[..., :2] >= self.min_size).all(2)
+        order = big.sort(dim=1, descending=True, stable=True).indices  # those first that have an area
+        kept = []
+        for place, count in enumerate(big.sum(1).tolist()):
+            chosen = order[place, :count]
+            part = boxes[place, chosen]
+            keep = batched_nms(part, probability[place, chosen], level[place, chosen], self.nms_thresh)
+            kept.append(part[keep[: self.post_nms_top_n()]])
+        return kept
+
+    def _losses(
+        self, objectness: torch.Tensor, shifts: torch.Tensor, anchors: torch.Tensor, targets: list[Target]
+    ) -> dict[str, torch.Tensor]:
+        labels, wanted = [], []
+        for target in targets:
+            boxes = target["boxes"]
+            if len(boxes):
+                matcher = self.proposal_matcher
+                owner = matched(box_iou(boxes, anchors), matcher.low_threshold, matcher.high_threshold, forced=True)
+                labels.append(torch.where(owner >= 0, 1, owner - BACKGROUND))  # 1, 0 for background, −1 for neither
+                wanted.append(boxes[owner.clamp(min=0)])
+            else:
+                labels.append(torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device))
+                wanted.append(anchors)
+        label = torch.stack(labels)
+        sampler = self.fg_bg_sampler
+        places, filled = drawn(label, sampler.batch_size_per_image, sampler.positive_fraction)
+        label = label.gather(1, places)
+        number = filled.sum().clamp(min=1)
+        four = places[..., None].expand(-1, -1, 4)
+        loss = F.binary_cross_entropy_with_logits(objectness.gather(1, places), label.float(), reduction="none")
+        box_loss = shift_loss(
+            shifts.gather(1, four), anchors[places], torch.stack(wanted).gather(1, four), filled & (label > 0),
+            self.box_coder.weights,
+        )  # fmt: skip
+        return {"objectness": torch.where(filled, loss, 0).sum() / number, "proposal_box": box_loss / number}
