@@ -93,9 +93,10 @@ def quantized(setting: Setting, folder: Path, name: str) -> Iterator[Row]:
     for bits in (16, 4):  # the first one writes the base that the second one reads
         found[bits] = separate(_adapted_rate, shape, saved, bits == 4, length, steps)
     (rate, memory), (its_rate, its_memory) = found[4], found[16]
-    yield Row(f"{shape}, QLoRA, a row of {length}", "tokens/s", rate, "LoRA in bf16", its_rate)
+    beside = f"LoRA on {'bf16' if torch.cuda.is_available() else 'fp32'}"
+    yield Row(f"{shape}, QLoRA, a row of {length}", "tokens/s", rate, beside, its_rate)
     if memory and its_memory:
-        yield Row(f"{shape}, QLoRA: peak memory", "GiB", memory / GIB, "LoRA in bf16", its_memory / GIB)
+        yield Row(f"{shape}, QLoRA: peak memory", "GiB", memory / GIB, beside, its_memory / GIB)
 
 
 def _adapted_rate(shape: str, saved: Path, in_4_bits: bool, length: int, steps: int) -> tuple[float, int]:

@@ -110,11 +110,17 @@ def measure(part: str, measurement: Measurement, setting: Setting, file: Path) -
         record.state, record.message = "stopped", str(error) or "its time was up"
     except Exception as error:
         traceback.print_exc()
-        record.state, record.message = "failed", f"{type(error).__name__}: {reason_of(error)}"
+        record.state, record.message = "failed", _said(error, file.with_suffix(".log"))
     record.seconds = round(time.perf_counter() - began, 1)
     record.write(file)
     if record.state != "stopped":
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _said(error: Exception, log: Path) -> str:
+    """Returns what a command said of its end, or else the error's first line."""
+    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.startswith("error: ")]
+    return lines[-1] if lines else f"{type(error).__name__}: {reason_of(error)}"
 
 
 @dataclass
@@ -154,7 +160,11 @@ def _answer(sending: Any, work: Callable[..., Any], arguments: tuple[Any, ...]) 
         sending.send(work(*arguments))
     except Exception as error:
         traceback.print_exc()
-        sending.send(Trouble(f"{type(error).__name__}: {reason_of(error)}"))
+        sending.send(
+            Trouble(
+                reason_of(error) if isinstance(error, RuntimeError) else f"{type(error).__name__}: {reason_of(error)}"
+            )
+        )
 
 
 def _name(work: Callable[..., Any]) -> str:

@@ -69,11 +69,10 @@ class DeviceRows:
 
 def block(setting: Setting, folder: Path) -> Iterator[Row]:
     """Trains the last block of a ViT-S/16 on CIFAR-10, its front's rows on the disk's memory map and on the device."""
-    name = "test_vit" if setting.tiny else "vit_small_patch16_224"
+    name = "tiny-vit" if setting.tiny else "vit_small_patch16_224"
     data = setting.cifar or random_cifar(folder / "cifar", 40 if setting.tiny else 50_000)
     config = complete(TrainConfig(
-        ModelOptions(name, pretrained=False, image_size=32 if setting.tiny else 0,
-                     block="blocks.1" if setting.tiny else None),
+        ModelOptions(name, pretrained=False),
         DataOptions(data=str(data), limit=40 if setting.tiny else 0),
         training=PictureTrainingOptions(epochs=3, batch_size=8 if setting.tiny else 256, precision=PRECISION,
                                         save_every=10**9, evaluate_every=10**9),

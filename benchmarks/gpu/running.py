@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,7 +19,6 @@ from benchmarks.gpu.measuring import Setting, machine, measure
 from benchmarks.gpu.options import Options
 from benchmarks.gpu.parts import PARTS, Measurement
 from benchmarks.gpu.rows import Record, figure, file_of, keep, read
-from rich.table import Table
 
 from labs_common.compare.processes import start_server
 from labs_common.errors import Interrupted, LabError
@@ -36,6 +35,7 @@ LIBRARIES = (
 )  # fmt: skip
 LAST_SECONDS = 45  # after the signal: a training writes a checkpoint meanwhile
 FINISHED = ("done", "skipped")
+Context = ForkServerContext | SpawnContext
 
 
 @dataclass
@@ -65,7 +65,7 @@ def run(options: Options) -> None:
         raise LabError(f"--minutes {options.minutes:g}: must be more than 0")
     tiny = options.tiny or not torch.cuda.is_available()
     options.output.mkdir(parents=True, exist_ok=True)
-    context, facts = first_process(options.output)
+    context, facts = first_process(options.output, forked=not options.plan)
     planned = plan(options, facts["device"], tiny)
     show_plan(planned, options, facts["device"], tiny)
     if options.plan:
@@ -119,23 +119,28 @@ def is_finished(planned: Planned) -> bool:
 def show_plan(planned: list[Planned], options: Options, device: str, tiny: bool) -> None:
     """Prints what will be done and what is there already."""
     console.print(f"{device}{'; tiny sizes: the figures say nothing about speed' if tiny else ''}")
-    table = Table("part", "measurement", "about, min", "state")
     total = 0.0
     for number, (part, whole) in enumerate(PARTS.items(), 1):
         mine = [one for one in planned if one.part == part]
-        minutes = sum(one.measurement.minutes for one in mine if not is_finished(one))
-        total += min(minutes, options.minutes)
-        for place, one in enumerate(mine):
-            state = "" if one.there is None else f"{one.there.state}, {one.there.seconds:.0f} s"
-            title = f"{number}. {whole.title}" if place == 0 else ""
-            table.add_row(title, one.measurement.name, "" if tiny else f"{one.measurement.minutes:g}", state)
-    console.print(table)
+        minutes = min(options.minutes, sum(one.measurement.minutes for one in mine if not is_finished(one)))
+        total += minutes
+        if mine:
+            about = "" if tiny or not minutes else f" (about {minutes:.0f} min)"
+            console.print(f"{number}. {whole.title}{about}", highlight=False)
+            for state in {state_of(one): None for one in mine}:
+                names = "; ".join(one.measurement.name for one in mine if state_of(one) == state)
+                console.print(f"   {state}: {names}", highlight=False)
     left = [one for one in planned if not is_finished(one)]
     about = "" if tiny else f", about {total:.0f} minutes"
     console.print(f"{len(left)} of {len(planned)} measurements to do{about}; rows in {options.output}")
 
 
-def first_process(output: Path) -> tuple[BaseContext, dict[str, Any]]:
+def state_of(planned: Planned) -> str:
+    """Says what is there of a measurement."""
+    return "to do" if planned.there is None else planned.there.state
+
+
+def first_process(output: Path, forked: bool) -> tuple[Context, dict[str, Any]]:
     """Starts the server that measurements are forked from, and lets the first one find out what machine this is.
 
     Where a library that the server imported has started CUDA, no forked process can use it: then each measurement
@@ -144,17 +149,19 @@ def first_process(output: Path) -> tuple[BaseContext, dict[str, Any]]:
     Raises:
         LabError: neither way a process can use the device.
     """
-    there = [name for name in LIBRARIES if importlib.util.find_spec(name.partition(".")[0]) is not None]
-    start_server(None, there)
+    contexts: list[Context] = [multiprocessing.get_context("spawn")]
+    if forked:
+        there = [name for name in LIBRARIES if importlib.util.find_spec(name.partition(".")[0]) is not None]
+        start_server(None, there)
+        contexts.insert(0, multiprocessing.get_context("forkserver"))
     file = output / "machine.json"
-    for kind in ("forkserver", "spawn"):
-        context = multiprocessing.get_context(kind)
+    for context in contexts:
         process = context.Process(target=_describe, args=(file,))
         process.start()
         process.join()
         if process.exitcode == 0:
             return context, json.loads(file.read_text(encoding="utf-8"))
-        console.print(f"a process made by {kind} cannot use the device")
+        console.print(f"a process made by {context.get_start_method()} cannot use the device")
     raise LabError("no process can use the device; the lines above say why")
 
 
@@ -162,7 +169,7 @@ def _describe(file: Path) -> None:
     write_atomically(file, json.dumps(machine(), indent=1) + "\n")
 
 
-def measured(context: BaseContext, planned: Planned, setting: Setting, end: float) -> None:
+def measured(context: Context, planned: Planned, setting: Setting, end: float) -> None:
     """Runs one measurement until it ends or `end` (monotonic seconds) has come, and completes its file.
 
     Raises:
