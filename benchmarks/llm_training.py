@@ -37,14 +37,19 @@ from llm_peft_fa.model import PackedCausalLM
 from llm_peft_fa.packing import Packing
 from llm_peft_fa.templates import Encoded
 
-BATCH = 8
+BATCH, SEQUENCES = 8, 64
 SMALL: dict[str, Any] = {
     "vocab_size": 32_000, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 2048,
 }  # fmt: skip
+TINY: dict[str, Any] = SMALL | {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+                                "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}  # fmt: skip
 SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "llama-small": lambda: LlamaConfig(**SMALL),
     "gemma2-small": lambda: Gemma2Config(**SMALL, query_pre_attn_scalar=64, sliding_window=256),
+    # For a look at whether everything works.
+    "llama-tiny": lambda: LlamaConfig(**TINY),
+    "gemma2-tiny": lambda: Gemma2Config(**TINY, query_pre_attn_scalar=16, sliding_window=64),
     # The published shapes of Llama 3.2 3B and Gemma 2 2B.
     "llama-3.2-3b": lambda: LlamaConfig(
         vocab_size=128_256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
@@ -117,11 +122,11 @@ def show(shape: str, figures: dict[str, Any]) -> None:
         print(f"largest difference of the loss curves, ours to padded loop: {difference:.1e}")
 
 
-def sequences(vocabulary: int) -> list[Encoded]:
-    """64 random sequences: median length 100, 24 to 512 tokens."""
+def sequences(vocabulary: int, count: int = SEQUENCES) -> list[Encoded]:
+    """Random sequences: median length 100, 24 to 512 tokens."""
     draw = random.Random(0)
     made = []
-    for number in range(64):
+    for number in range(count):
         length = min(512, max(24, int(draw.lognormvariate(4.605, 0.6))))
         ids = [draw.randrange(10, vocabulary) for _ in range(length)]
         made.append(Encoded(ids, [place >= 0.7 * length for place in range(length)], str(number)))
@@ -146,23 +151,23 @@ def adapted(shape: str, attention: str | None) -> PeftModel:
     return get_peft_model(base, config)
 
 
-def in_order(data: list[Encoded], batch_size: int, virtual: int = 0) -> ShuffledSteps:
+def in_order(data: list[Encoded], batch_size: int, virtual: int = 0, tokens: int = 2048) -> ShuffledSteps:
     """Makes our training data without the shuffle, so that the padded loop can take the same steps."""
-    steps = Packing(2048, virtual=virtual).steps(data, batch_size, seed=0)
+    steps = Packing(tokens, virtual=virtual).steps(data, batch_size, seed=0)
     return replace(steps, order=lambda epoch: range(len(data)))
 
 
-def ours(shape: str, passes: int) -> dict[str, Any]:
-    """The lab's own loop, as `llm_peft_fa.train` runs it."""
+def ours(shape: str, passes: int, batch: int = BATCH, tokens: int = 2048, count: int = SEQUENCES) -> dict[str, Any]:
+    """The lab's own loop, as `llm_peft_fa.train` runs it: `batch` of `count` sequences a step, rows of `tokens`."""
     model = PackedCausalLM(adapted(shape, NAME)).train()
-    data = sequences(SHAPES[shape]().vocab_size)
+    data = sequences(SHAPES[shape]().vocab_size, count)
     options = TrainingOptions(epochs=passes + 1, learning_rate=1e-3, schedule="constant", warmup=0, save_every=10**9)
     accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
     with tempfile.TemporaryDirectory() as folder:
         run = Run.start(options, RunOptions(output=Path(folder) / "run", track="none"), "benchmark", accelerator)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0)
         prepared, optimizer = accelerator.prepare(model, optimizer)
-        source = in_order(data, BATCH)
+        source = in_order(data, batch, tokens=tokens)
         loop = Loop(run, accelerator, prepared, optimizer, source, options, unit="tokens")
         for row in loop.batches():
             loop.step(prepared(row.to(accelerator.device)) * row.weight, row.tokens)
@@ -203,7 +208,7 @@ def padded_loop(shape: str, passes: int) -> dict[str, Any]:
     return result(data, passes, now() - began, losses)
 
 
-def trl(shape: str, passes: int, **settings: Any) -> dict[str, Any]:
+def trl(shape: str, passes: int, count: int = SEQUENCES, **settings: Any) -> dict[str, Any]:
     """TRL's SFTTrainer on the same tokens, with these settings over its own defaults.
 
     On a CPU it asks for `use_cpu`; it then computes in bfloat16 and recomputes activations, as it does on a GPU.
@@ -223,7 +228,7 @@ def trl(shape: str, passes: int, **settings: Any) -> dict[str, Any]:
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.ended = now()
 
-    data = sequences(SHAPES[shape]().vocab_size)
+    data = sequences(SHAPES[shape]().vocab_size, count)
     rows = [{"input_ids": item.ids, "assistant_masks": [int(flag) for flag in item.learnt]} for item in data]
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:

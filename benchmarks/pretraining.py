@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,7 +37,6 @@ from lightly.transforms import (
     MoCoV2Transform,
     SimCLRTransform,
 )
-from memory import held_bytes  # beside this script
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -53,6 +53,9 @@ from zsi_contrastive.ssl.data import Pixels
 from zsi_contrastive.ssl.methods import complete
 from zsi_contrastive.ssl.model import make_encoder
 from zsi_contrastive.ssl.train import fit, make_network
+
+sys.path.append(str(Path(__file__).parents[1]))  # as a script it finds only what is beside it
+from benchmarks.memory import held_bytes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIDE, WIDTH = 32, 512
