@@ -55,6 +55,8 @@ INDEXING = {
     aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default,
     aten._index_put_impl_.default, aten._unsafe_index_put.default,
 }  # fmt: skip
+# Operators by which a CPU's one_hot looks for numbers that are too large, as CUDA's does not.
+CHECKING = {aten.aminmax.default, aten._local_scalar_dense.default}
 COPYING = {aten.copy_.default, aten._foreach_copy_.default}
 # Operators that launch nothing: beside views, those that only reserve memory.
 FREE = {
@@ -135,7 +137,7 @@ class Local(threading.local):
     call: tuple[Any, Any] = ((), {})  # the arguments of the function of torch under way
     target: bool | None = None  # whether it was told to make its result on the device
     last: bool = False  # whether its last operator was one of the device
-    quiet: bool = False  # under way is a function that checks values on a CPU and not on CUDA
+    quiet: bool = False  # under way is one_hot
 
 
 LOCAL = Local()
@@ -264,11 +266,11 @@ class Kernels(TorchDispatchMode):
             return
         if LOCAL.target is not None and func is aten._to_copy.default:  # `moved` has counted it
             return
-        if func.is_view or func in FREE:
+        if func.is_view or func in FREE or (LOCAL.quiet and func in CHECKING):
             return
         gpu.note(gpu.operators, func._schema.name)
         counted = func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None
-        if (func in SYNCING and not LOCAL.quiet) or counted or func._schema.name == "torchvision::nms":
+        if func in SYNCING or counted or func._schema.name == "torchvision::nms":
             gpu.note(gpu.syncs)
         elif func in INDEXING:
             self.count_indices(func, args)
@@ -318,6 +320,8 @@ class Face(TorchFunctionMode):
                 if function := getattr(place, name, None):
                     self.answers[function] = functools.partial(self.cast, function, dtype)
         self.answers[torch._C._nn.binary_cross_entropy] = self.binary_cross_entropy
+        if "torchvision" in sys.modules:
+            self.answers[torch.ops.torchvision.roi_align] = self.roi_align
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -416,7 +420,7 @@ class Face(TorchFunctionMode):
         return self.from_host(torch.tensor, data, **({"dtype": x.dtype} | kwargs))
 
     def one_hot(self, x: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
-        """A CPU looks for numbers that are too large; CUDA does not."""
+        """Leaves out what only a CPU checks; without `num_classes` CUDA looks for the largest number, too."""
         before, LOCAL.quiet = LOCAL.quiet, num_classes >= 0
         try:
             return self.call(torch._C._nn.one_hot, (x, num_classes), {})
@@ -442,6 +446,13 @@ class Face(TorchFunctionMode):
         if TRUE["is_autocast_enabled"]("cpu") and on_device(args[0]):
             raise RuntimeError("torch.nn.functional.binary_cross_entropy and torch.nn.BCELoss are unsafe to autocast.")
         return self.call(torch._C._nn.binary_cross_entropy, args, kwargs)
+
+    def roi_align(self, features: torch.Tensor, *args: Any) -> torch.Tensor:
+        """Pools in float32 under autocast, as torchvision does on CUDA."""
+        if not TRUE["is_autocast_enabled"]("cpu"):
+            return self.call(torch.ops.torchvision.roi_align, (features, *args), {})
+        wide: torch.Tensor = self.cast(torch.ops.torchvision.roi_align, torch.float32, features, *args)
+        return wide.to(features.dtype)
 
 
 class Moved(torch.autograd.Function):
@@ -604,9 +615,9 @@ def patch_autocast(patch: pytest.MonkeyPatch) -> None:
 
 def overrides(value: Any) -> bool:
     """Whether torch's functions are to ask the value itself, as those that are traced want it."""
-    own = getattr(type(value), "__torch_function__", None)
-    of_tensors = (torch.Tensor.__torch_function__, torch._C._disabled_torch_function_impl)
-    return own is not None and own not in of_tensors
+    if type(value) is torch.Tensor or type(value) is torch.nn.Parameter:  # nearly always
+        return False
+    return getattr(type(value), "__torch_function__", None) is not None
 
 
 def patch_python(patch: pytest.MonkeyPatch, kernels: Kernels) -> None:

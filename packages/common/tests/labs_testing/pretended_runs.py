@@ -11,11 +11,12 @@ import io
 import json
 import multiprocessing
 import sys
+import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from labs_common.cli import command_of
+from labs_common.compare import processes
 from labs_common.compare.processes import start_server, stop_as_usual
 from labs_common.training import Loop
 from labs_testing.pretended import Gpu, pretended_gpu
@@ -56,6 +58,8 @@ class Ran:
     stderr: str
     peak: int
     """Bytes."""
+    seconds: float = 0.0
+    """Of one core."""
     steps: list[dict[str, dict[str, int]]] = field(default_factory=list)
     """Of each optimizer step but the first and those after an evaluation or a checkpoint: operators by name, syncs and
     copies by line."""
@@ -74,7 +78,8 @@ def assert_within(ran: Ran, budget: Budget) -> None:
 def on_pretended_gpu(libraries: list[str], folder: Path, *asked: Asked) -> list[Ran]:
     """Runs commands one after the other in one process, which is forked from the server that `compare` uses too.
 
-    `folder` keeps what they said. The patches are those of the whole process, hence one of its own.
+    A comparison's runs are run in it too. `folder` keeps what was said. The process is one of its own because torch is
+    patched in all of it.
     """
     start_server(None, [*libraries, "deepspeed"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,11 +97,13 @@ def _run(asked: tuple[Asked, ...], folder: Path) -> None:
     stop_as_usual()
     torch.set_num_threads(1)  # as in the other processes: the same bytes need the same threads
     ran = []
-    with pretended_gpu() as gpu:
+    with pretended_gpu() as gpu, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "_forked", _compared)
+        patch.setattr(processes.forkserver, "ensure_running", lambda: None)
         for one in asked:
             out, errors = sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
             sys.argv, sys.stdin = [one.module, *map(str, one.arguments)], io.StringIO(one.typed)
-            gpu.peak = gpu.allocated
+            gpu.peak, start = gpu.allocated, time.process_time()
             try:
                 with counted_steps(gpu) as steps:
                     command_of(one.module)()
@@ -105,8 +112,15 @@ def _run(asked: tuple[Asked, ...], folder: Path) -> None:
                 (folder / "failed.txt").write_text("\n".join(said))
                 raise
             AcceleratorState._reset_state(reset_partial_state=True)
-            ran.append({"stdout": out.getvalue(), "stderr": errors.getvalue(), "peak": gpu.peak, "steps": steps})
+            seconds = time.process_time() - start
+            ran.append(asdict(Ran(out.getvalue(), errors.getvalue(), gpu.peak, seconds, steps)))
     (folder / "ran.json").write_text(json.dumps(ran))
+
+
+def _compared(module: str, arguments: list[str], lock: Path) -> int:
+    sys.argv = [f"python -m {module}", *arguments]
+    command_of(module)()
+    return 0
 
 
 @contextmanager
