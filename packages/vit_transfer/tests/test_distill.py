@@ -10,8 +10,8 @@ import pytest
 import torch
 from labs_testing import commands as lab_commands
 from labs_testing.commands import losses
-from labs_testing.promises import KILLS, Training, TrainingPromises
 from labs_testing.pretended_runs import Budget
+from labs_testing.promises import KILLS, Training, TrainingPromises
 from safetensors.torch import load_file
 
 from vit_transfer.config import DistillConfig

@@ -9,8 +9,8 @@ import pytest
 import torch
 from labs_testing import commands as lab_commands
 from labs_testing.commands import in_two_processes, losses
-from labs_testing.promises import Otherwise, Training, TrainingPromises
 from labs_testing.pretended_runs import Budget
+from labs_testing.promises import Otherwise, Training, TrainingPromises
 from safetensors.torch import load_file
 
 from zsi_contrastive.detector.compare import LIBRARIES
