@@ -8,6 +8,7 @@ import pytest
 import torch
 from labs_testing import commands as lab_commands
 from labs_testing.commands import losses
+from labs_testing.pretended_runs import Budget
 from labs_testing.promises import Otherwise, Training, TrainingPromises
 from PIL import Image
 from safetensors.torch import load_file
@@ -78,6 +79,7 @@ class TestPromises(TrainingPromises):
             launch=LAUNCH,
             zero=Otherwise(("--watch-pictures", 1), losses=1e-3, weights=3e-3),
             zero_stage=3,
+            gpu=Budget(operators=9999, syncs=999, copies=999),
         )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from labs_testing import commands as lab_commands
 from labs_testing.commands import losses
+from labs_testing.pretended_runs import Budget
 from labs_testing.promises import Otherwise, Training, TrainingPromises
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -100,6 +101,7 @@ class TestPromises(TrainingPromises):
             two=Otherwise(("--no-cache", "--chunk", 3, "--loss-chunk", 5), losses=1e-3, weights=5e-3),
             launch=LAUNCH,
             zero=Otherwise(("--chunk", 5), losses=1e-2, weights=None),
+            gpu=Budget(operators=9999, syncs=999, copies=999),
         )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from commands import LAUNCH, LIBRARIES, SMALL, here, trained, without_rank
 from labs_testing.commands import command
+from labs_testing.pretended_runs import Budget
 from labs_testing.promises import Otherwise, Training, TrainingPromises
 from transformers import AutoModelForCausalLM
 
@@ -55,6 +56,7 @@ class TestPromises(TrainingPromises):
             launch=LAUNCH,
             zero=Otherwise(losses=1e-4),
             sharded=Otherwise(losses=1e-4),
+            gpu=Budget(operators=9999, syncs=999, copies=999),
         )
 
 

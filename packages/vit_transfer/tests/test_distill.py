@@ -10,6 +10,7 @@ import pytest
 import torch
 from labs_testing import commands as lab_commands
 from labs_testing.commands import losses
+from labs_testing.pretended_runs import Budget
 from labs_testing.promises import KILLS, Training, TrainingPromises
 from safetensors.torch import load_file
 
@@ -114,7 +115,8 @@ class TestPromises(TrainingPromises):
         whole = tmp_path_factory.mktemp("runs") / "distilled"
         lab_commands.here("vit_transfer.distill", *options, "--output", whole)
         return Training("vit_transfer.distill", LIBRARIES, options, whole, "model/model.safetensors",
-                        ("predictions.json",), frozen=("--unfreeze", "block"))  # fmt: skip
+                        ("predictions.json",), frozen=("--unfreeze", "block"),
+                        gpu=Budget(operators=9999, syncs=999, copies=999))  # fmt: skip
 
 
 @pytest.mark.parametrize(

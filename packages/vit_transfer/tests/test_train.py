@@ -11,6 +11,7 @@ import timm
 import torch
 from labs_testing import commands as lab_commands
 from labs_testing.commands import losses
+from labs_testing.pretended_runs import Budget
 from labs_testing.promises import Otherwise, Training, TrainingPromises
 from safetensors.torch import load_file
 
@@ -93,6 +94,7 @@ class TestPromises(TrainingPromises):
             zero=Otherwise(losses=1e-3, weights=2e-3),
             zero_stage=3,
             sharded=Otherwise(losses=1e-3, weights=2e-3),
+            gpu=Budget(operators=9999, syncs=999, copies=999),
         )
 
 

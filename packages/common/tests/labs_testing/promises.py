@@ -4,7 +4,8 @@
 class TestPromises(TrainingPromises):
     @pytest.fixture(scope="class")
     def training(self, finished: Path, options: tuple[object, ...]) -> Training:
-        return Training("vit_transfer.train", LIBRARIES, options, finished, "model/model.safetensors")
+        return Training("vit_transfer.train", LIBRARIES, options, finished, "model/model.safetensors",
+                        gpu=Budget(operators=170, syncs=6, copies=3))
 ```
 """
 
@@ -40,6 +41,7 @@ from labs_testing.commands import (
     two_processes,
     with_deepspeed,
 )
+from labs_testing.pretended_runs import Asked, Budget, assert_within, on_pretended_gpu
 from labs_testing.sharded import fsdp_variables
 
 # How often the run is killed before it may end; `LABS_KILLS=20 pytest -m kills` tries harder.
@@ -79,6 +81,8 @@ class Training:
     zero_stage: int = 2
     sharded: Otherwise | None = None
     """Under launch/fsdp.yaml."""
+    gpu: Budget = field(kw_only=True)
+    """The most that a step may do on a GPU."""
 
     def here(self, *arguments: object, code: int | None = 0) -> Done:
         """Runs the command in this process."""
@@ -286,6 +290,25 @@ class TrainingPromises:
             enlarge()
             training.here("--resume", run, "--no-report")
             training.assert_same(run)
+
+    def test_on_a_pretended_gpu(self, training: Training, tmp_path: Path) -> None:
+        """In bf16: every tensor is where it must be, steps keep to their budget, and a resumed run has the same bytes."""
+        run, again = tmp_path / "run", tmp_path / "again"
+        short = ("--precision", "bf16", "--max-steps", 5, "--evaluate-every", 5, "--save-every", 3, "--output", run)
+        asked = Asked(training.module, (*training.options, *short))
+        (ran,) = on_pretended_gpu(training.libraries, tmp_path / "said", asked)
+        assert_within(ran, training.gpu)
+        assert losses(run)[0] == pytest.approx(losses(training.whole)[0], rel=0.1), "on a CPU, in float32"
+        shutil.copytree(run, again)
+        shutil.rmtree((again / training.weights).parent)
+        for checkpoint in checkpoints(again / "checkpoints"):
+            if step_of(checkpoint) > 3:
+                shutil.rmtree(checkpoint)
+        on_pretended_gpu(
+            training.libraries, tmp_path / "resumed", Asked(training.module, ("--resume", again, "--no-report"))
+        )
+        for name in ("metrics.jsonl", training.weights, *training.same):
+            assert (again / name).read_bytes() == (run / name).read_bytes(), name
 
     def test_launch_configurations(self, training: Training, tmp_path: Path) -> None:
         """Each is one that Accelerate knows; a ZeRO one takes the whole road, with one process on a CPU."""

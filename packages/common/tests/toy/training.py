@@ -4,6 +4,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
@@ -25,6 +26,7 @@ class ToyConfig:
     signal_number: int = int(signal.SIGINT)
     move_frozen: bool = False
     micro_batches: int = 2
+    seeded_bug: Literal["", "left on the CPU", "waits in each step"] = ""
 
 
 @dataclass
@@ -69,7 +71,11 @@ def train(config: ToyConfig) -> None:
     for x, y in loop.batches():
         time.sleep(config.seconds_per_step)
         share = len(x) / 8 * accelerator.num_processes
+        if config.seeded_bug != "left on the CPU":
+            x, y = x.to(accelerator.device), y.to(accelerator.device)
         loss = ((fitting.model(x) - y) ** 2).mean() * share
+        if config.seeded_bug == "waits in each step":
+            loss = loss + 0 * loss.item()
         if loop.step_number == config.nan_at:
             loss = loss * float("nan")
         if loop.step_number == config.signal_at and config.run.resume is None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from labs_testing import commands as lab_commands
 from labs_testing.commands import in_two_processes, losses
+from labs_testing.pretended_runs import Budget
 from labs_testing.promises import Otherwise, Training, TrainingPromises
 from safetensors.torch import load_file
 
@@ -80,6 +81,7 @@ class TestPromises(TrainingPromises):
             frozen=("--frozen-stages", 1),
             launch=LAUNCH,
             zero=Otherwise(("--max-steps", 2), first=1e-3, weights=None),
+            gpu=Budget(operators=9999, syncs=999, copies=999),
         )
 
     def test_two_processes(self, training: Training, tmp_path: Path) -> None:

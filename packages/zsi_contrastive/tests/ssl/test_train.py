@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import DistributedType
 from labs_testing import commands as lab_commands
 from labs_testing.commands import in_two_processes, losses, real_data
+from labs_testing.pretended_runs import Budget
 from labs_testing.promises import KILLS, Training, TrainingPromises
 from PIL import Image
 from safetensors.torch import load_file
@@ -97,7 +98,15 @@ class TestPromises(TrainingPromises):
                    "layer", "--no-probe", "--batch-size", "16")  # fmt: skip
         whole = tmp_path_factory.mktemp("runs") / method
         here(*options, "--output", whole)
-        return Training("zsi_contrastive.pretrain", LIBRARIES, options, whole, "model/encoder.safetensors", frozen=None)
+        return Training(
+            "zsi_contrastive.pretrain",
+            LIBRARIES,
+            options,
+            whole,
+            "model/encoder.safetensors",
+            frozen=None,
+            gpu=Budget(operators=9999, syncs=999, copies=999),
+        )
 
 
 @pytest.mark.parametrize("method", ["simclr", "moco", "dino"])

@@ -1,0 +1,657 @@
+"""A GPU that is not there: kernels run on the CPU with real values, but tensors say, and are held to, that they are on it.
+
+```
+with pretended_gpu() as gpu:
+    x = torch.ones(2, 3, device="cuda")
+    x + torch.ones(3)  # RuntimeError: Expected all tensors to be on the same device …
+    x.sum().item()     # one host sync, noted under this line in gpu.syncs
+```
+
+A storage that was made on "cuda" carries an `Allocation`; its views, gradients and `.data` share it, and it goes when the
+storage goes. Two modes of torch do the rest. `Kernels` sees every operator, also those of a backward pass: it carries
+the mark on to what comes out, raises what CUDA raises, and counts. `Face` sees every call of Python: it lets
+`Tensor.device`, `.to`, `.numpy` and the like tell the same story, and casts as CUDA's autocast does, whose tables are not
+those of a CPU.
+
+What it cannot show: speed, and which kernel CUDA would choose (an LSTM is one there and dozens here), so counts are
+limits for regressions, not those of a GPU. CPU tensors are autocast too. A copy counts as a sync unless it is
+`non_blocking` and the host's memory is pinned: the rule of torch.cuda.set_sync_debug_mode, and stricter for pageable
+memory, for which CUDA may wait as well.
+"""
+
+import functools
+import importlib
+import itertools
+import sys
+import sysconfig
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo  # which optimizers import, and which looks through torch.cuda: before that is patched
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+MEMORY = 80 * 2**30  # bytes
+aten = torch.ops.aten
+
+# Operators after which the host waits, because it must know a value or a size.
+SYNCING = {
+    aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten._unique.default,
+    aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default,
+    aten.unique_dim_consecutive.default, aten.equal.default, aten.is_nonzero.default, aten.bincount.default,
+    aten._linalg_check_errors.default, aten.linalg_eig.default, aten._linalg_eigh.default, aten._linalg_svd.default,
+}  # fmt: skip
+INDEXING = {
+    aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default,
+    aten._index_put_impl_.default, aten._unsafe_index_put.default,
+}  # fmt: skip
+# Operators by which a CPU's one_hot looks for numbers that are too large, as CUDA's does not.
+CHECKING = {aten.aminmax.default, aten._local_scalar_dense.default}
+COPYING = {aten.copy_.default, aten._foreach_copy_.default}
+# Operators that launch nothing: beside views, those that only reserve memory.
+FREE = {
+    aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default,
+    aten.new_empty_strided.default, aten._unsafe_view.default, aten._reshape_alias.default, aten.lift_fresh.default,
+}  # fmt: skip
+# Beside pointwise and _foreach operators, those that take a number as a tensor of the CPU without dimensions.
+NUMBERS = {aten.masked_fill.Tensor, aten.masked_fill_.Tensor, aten.index_fill.int_Tensor, aten.index_fill_.int_Tensor,
+           aten.fill.Tensor, aten.fill_.Tensor, aten._fused_adamw_.default, aten._fused_adam_.default}  # fmt: skip
+
+# CUDA's autocast computes these in float32 (torch's "CUDA Ops that can autocast to float32"); a CPU's does a few of them.
+FLOAT32 = """
+acos asin binary_cross_entropy_with_logits cdist cosh cosine_embedding_loss cosine_similarity cumprod cumsum
+dist erfinv exp expm1 group_norm hinge_embedding_loss huber_loss kl_div l1_loss
+layer_norm linalg_matrix_norm linalg_vector_norm log log10 log1p log2
+log_softmax logsumexp margin_ranking_loss mse_loss multi_margin_loss multilabel_margin_loss nll_loss norm pdist
+poisson_nll_loss pow prod reciprocal renorm rsqrt sinh smooth_l1_loss soft_margin_loss softmax softplus sum tan
+triplet_margin_loss __pow__ __rpow__ native_layer_norm cross_entropy_loss
+""".split()  # noqa: SIM905
+# These in its lower precision, which a CPU's leaves alone; and those of cuDNN in float16, whatever the precision asked for.
+LOWER = ["lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"]
+CUDNN = ["lstm", "gru", "rnn_tanh", "rnn_relu"]
+CASTABLE = (torch.float32, torch.bfloat16, torch.float16)
+
+# A file of these is the project's; of the rest, what is in no library is (a test).
+PROJECT = ("labs_common", "caption_lab", "clip_lab", "llm_peft_fa", "vit_transfer", "zsi_contrastive")
+LIBRARIES = (*(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")), "<")
+
+
+@dataclass
+class Gpu:
+    """What happened on the device; lines are those of the project that caused it."""
+
+    operators: Counter[str] = field(default_factory=Counter)
+    """Kernels by their operator: neither views, nor reserved memory, nor transfers."""
+    syncs: Counter[str] = field(default_factory=Counter)
+    """By line: the host waited for the device."""
+    copies: Counter[str] = field(default_factory=Counter)
+    """By line: transfers between host and device, in either direction."""
+    allocated: int = 0
+    """Bytes alive, as CUDA's allocator rounds them."""
+    peak: int = 0
+    lock: Any = field(default_factory=threading.RLock, repr=False)
+
+    def totals(self) -> dict[str, int]:
+        """The three counts."""
+        return {name: getattr(self, name).total() for name in ("operators", "syncs", "copies")}
+
+    def note(self, counter: Counter[str], name: str | None = None) -> None:
+        with self.lock:
+            counter[name or project_line()] += 1
+
+    def note_copy(self, waits: bool) -> None:
+        with self.lock:
+            line = project_line()
+            self.copies[line] += 1
+            if waits:
+                self.syncs[line] += 1
+
+
+class Allocation:
+    """Memory of the device, as long as the storage that carries it is alive."""
+
+    def __init__(self, gpu: Gpu, size: int) -> None:
+        self.gpu, self.size = gpu, -(-size // 512) * 512
+        with gpu.lock:
+            gpu.allocated += self.size
+            gpu.peak = max(gpu.peak, gpu.allocated)
+
+    def __del__(self) -> None:
+        with self.gpu.lock:
+            self.gpu.allocated -= self.size
+
+
+class Local(threading.local):
+    """What a thread is about."""
+
+    call: tuple[Any, Any] = ((), {})  # the arguments of the function of torch under way
+    target: bool | None = None  # whether it was told to make its result on the device
+    last: bool = False  # whether its last operator was one of the device
+    quiet: bool = False  # under way is one_hot
+
+
+LOCAL = Local()
+
+
+def on_device(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is on the pretended device; called where `Face` does not see it."""
+    return has_storage(tensor) and hasattr(tensor.untyped_storage(), "allocation")
+
+
+def tensors_in(arguments: Any, named: Any = None) -> Iterator[torch.Tensor]:
+    """The tensors among arguments, and in lists of them."""
+    for value in (*arguments, *(named or {}).values()):
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_in(value)
+
+
+def has_storage(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.device.type == "cpu"
+
+
+def to_cuda(device: Any) -> bool | None:
+    """Whether a device is CUDA; None if it is neither that nor the CPU, such as meta."""
+    kind = "cuda" if isinstance(device, int) else torch.device(device).type
+    return {"cuda": True, "cpu": False}.get(kind)
+
+
+@functools.cache
+def short_name(file: str) -> str | None:
+    """A file's name from its package on, if it is the project's."""
+    parts = Path(file).parts
+    for place in range(len(parts) - 1):
+        if parts[place] in PROJECT and parts[place + 1] != "src" and parts[place + 1] != "tests":
+            return "/".join(parts[place:])
+    return None if file == __file__ or file.startswith(LIBRARIES) else "/".join(parts[-2:])
+
+
+def project_line() -> str:
+    """The nearest line of the project."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        name = short_name(frame.f_code.co_filename)
+        if name is not None:
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "elsewhere"
+
+
+class Kernels(TorchDispatchMode):
+    """Sees operators, below autograd and autocast."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        super().__init__()
+        self.gpu = gpu
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # nothing is compiled under it; a wrapper would cost time for each operator
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():
+            tensors = list(tensors_in(args, kwargs))
+            here = [on_device(tensor) for tensor in tensors]
+            if any(here):
+                self.check(func, args, tensors, here)
+                self.count(func, args, kwargs, here)
+            out = func(*args, **kwargs)
+            if func in COPYING:
+                return out
+            there = self.place(kwargs, tensors, here)
+            if there:
+                for tensor in tensors_in((out,)):
+                    self.mark(tensor)
+                if not tensors and func not in FREE:
+                    self.gpu.note(self.gpu.operators, func._schema.name)
+            LOCAL.last = there
+            return out
+
+    def place(self, kwargs: Any, tensors: list[torch.Tensor], here: list[bool]) -> bool:
+        """Whether the result is on the device.
+
+        C++ hands on the true device, which is always the CPU: only what Python asked for counts.
+        """
+        if LOCAL.target is not None and "device" in kwargs:
+            return LOCAL.target
+        if tensors:
+            return any(here)
+        if torch._C._current_graph_task_id() != -1:  # a constant of a backward pass
+            return LOCAL.last
+        return any(map(on_device, tensors_in(*LOCAL.call)))
+
+    def mark(self, tensor: torch.Tensor) -> None:
+        if has_storage(tensor):
+            storage: Any = tensor.untyped_storage()
+            if not hasattr(storage, "allocation"):
+                storage.allocation = Allocation(self.gpu, storage.nbytes())
+
+    def check(self, func: Any, args: Any, tensors: list[torch.Tensor], here: list[bool]) -> None:
+        """Raises what CUDA raises where tensors of two devices meet."""
+        if all(here) or func in COPYING or (LOCAL.target is not None and func is aten._to_copy.default):
+            return
+        if func in INDEXING:
+            if not on_device(args[0]):
+                raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
+            strangers = list(tensors_in(args[2:]))
+        else:
+            strangers = tensors
+        numbers = (torch.Tag.pointwise in func.tags or func in NUMBERS or func in INDEXING
+                   or func._schema.name.startswith("aten::_foreach"))  # fmt: skip
+        written = func._schema.is_mutable and not on_device(tensors[0])
+        for tensor in strangers:
+            if not on_device(tensor) and not (tensor.dim() == 0 and numbers and not written):
+                raise RuntimeError(
+                    "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
+                    f"({func}: {[(tuple(one.shape), 'cuda:0' if on else 'cpu') for one, on in zip(tensors, here, strict=True)]})"
+                )
+
+    def count(self, func: Any, args: Any, kwargs: Any, here: list[bool]) -> None:
+        gpu = self.gpu
+        if func is aten.copy_.default and here[0] != here[1]:
+            waits = not (len(args) > 2 and args[2]) and not kwargs.get("non_blocking", False)
+            gpu.note_copy(waits or not pinned(args[0] if here[1] else args[1]))
+            return
+        if LOCAL.target is not None and func is aten._to_copy.default:  # `moved` has counted it
+            return
+        if func.is_view or func in FREE or (LOCAL.quiet and func in CHECKING):
+            return
+        gpu.note(gpu.operators, func._schema.name)
+        counted = func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None
+        if func in SYNCING or counted or func._schema.name == "torchvision::nms":
+            gpu.note(gpu.syncs)
+        elif func in INDEXING:
+            self.count_indices(func, args)
+
+    def count_indices(self, func: Any, args: Any) -> None:
+        """A mask must be counted before it can be an index, unless one number goes to all its places."""
+        fills = len(args) > 2 and args[2].numel() == 1 and not (len(args) > 3 and args[3])
+        for index in args[1]:
+            if index is not None and not on_device(index):
+                self.gpu.note_copy(waits=True)
+            elif index is not None and index.dtype in (torch.bool, torch.uint8) and not fills:
+                self.gpu.note(self.gpu.syncs)
+
+
+def pinned(tensor: torch.Tensor) -> bool:
+    return hasattr(tensor.untyped_storage(), "pinned")
+
+
+class Face(TorchFunctionMode):
+    """Sees what Python calls: torch's functions, methods of tensors, and their properties."""
+
+    def __init__(self, gpu: Gpu, kernels: Kernels) -> None:
+        super().__init__()
+        self.gpu, self.kernels = gpu, kernels
+        tensor = torch.Tensor
+        self.answers: dict[Any, Callable[..., Any]] = {
+            tensor.device.__get__: lambda x: CUDA if on_device(x) else x.device,
+            tensor.is_cuda.__get__: lambda x: on_device(x) or x.is_cuda,
+            tensor.is_cpu.__get__: lambda x: not on_device(x) and x.is_cpu,
+            tensor.get_device: lambda x: 0 if on_device(x) else x.get_device(),
+            tensor.to: self.to,
+            tensor.cpu: lambda x, **more: self.moved(x, False, **more),
+            tensor.cuda: lambda x, device=None, **more: self.moved(x, True, **more),
+            tensor.numpy: self.numpy,
+            tensor.tolist: self.tolist,
+            tensor.pin_memory: self.pin_memory,
+            tensor.is_pinned: lambda x, *device: pinned(x),
+            torch.tensor: functools.partial(self.from_host, torch.tensor),
+            torch.as_tensor: functools.partial(self.from_host, torch.as_tensor),
+            torch.asarray: functools.partial(self.from_host, torch.asarray),
+            tensor.new_tensor: self.new_tensor,
+            torch._C._nn.one_hot: self.one_hot,
+        }
+        places = (torch, torch.Tensor, torch._C._nn, torch._C._special, torch._C._linalg)
+        for names, dtype in ((FLOAT32, torch.float32), (LOWER, None), (CUDNN, torch.float16)):
+            for place, name in itertools.product(places, names):
+                if function := getattr(place, name, None):
+                    self.answers[function] = functools.partial(self.cast, function, dtype)
+        self.answers[torch._C._nn.binary_cross_entropy] = self.binary_cross_entropy
+        if "torchvision" in sys.modules:
+            self.answers[torch.ops.torchvision.roi_align] = self.roi_align
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        answer = self.answers.get(func)
+        return self.call(func, args, kwargs) if answer is None else answer(*args, **kwargs)
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Calls a function of torch, and sees to it that what it makes is where it was told to be."""
+        target, pin = None, False
+        if kwargs:
+            if kwargs.get("device") is not None and (target := to_cuda(kwargs["device"])) is not None:
+                kwargs = kwargs | {"device": CPU}
+            if kwargs.get("pin_memory"):
+                kwargs, pin = kwargs | {"pin_memory": False}, True
+            if kwargs.get("generator") is not None:
+                self.check_generator(kwargs["generator"], target, args)
+        before = LOCAL.call, LOCAL.target
+        LOCAL.call, LOCAL.target = (args, kwargs), target
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            LOCAL.call, LOCAL.target = before
+        if pin:
+            out.untyped_storage().pinned = True
+        return out
+
+    def check_generator(self, generator: torch.Generator, target: bool | None, args: Any) -> None:
+        there = target if target is not None else any(on_device(x) for x in args if isinstance(x, torch.Tensor))
+        if (generator.device.type == "cuda") != there:
+            wanted, found = ("cuda", "cpu") if there else ("cpu", "cuda")
+            raise RuntimeError(f"Expected a '{wanted}' device type for generator but found '{found}'")
+
+    def to(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        other = kwargs.get("other", args[0] if args else None)
+        copy = kwargs.pop("copy", False)
+        if isinstance(other, torch.Tensor):
+            device, dtype = CUDA if on_device(other) else other.device, other.dtype
+            non_blocking, memory_format = kwargs.get("non_blocking", False), kwargs.get("memory_format")
+        else:
+            device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        target = None if device is None else to_cuda(device)
+        more = {} if memory_format is None else {"memory_format": memory_format}
+        if (device is not None and target is None) or x.device.type != "cpu":  # meta
+            return x.to(device, dtype or x.dtype, copy=copy, **more)
+        if target is None or target == on_device(x):
+            return self.call(torch.Tensor.to, (x, dtype or x.dtype), {"copy": copy, **more})
+        return self.moved(x, target, non_blocking, dtype=dtype, **more)
+
+    def moved(self, x: torch.Tensor, target: bool, non_blocking: bool = False, **more: Any) -> torch.Tensor:
+        """A copy on the other device, unless it is there."""
+        if target == on_device(x):
+            return x
+        result = Moved.apply(x, target, more)
+        host = result if on_device(x) else x
+        if on_device(x) and non_blocking:  # torch makes the memory that it copies into then pinned
+            host.untyped_storage().pinned = True
+        self.gpu.note_copy(waits=not (non_blocking and pinned(host)))
+        return result
+
+    def numpy(self, x: torch.Tensor, **more: Any) -> Any:
+        if on_device(x):
+            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to "
+                            "host memory first.")  # fmt: skip
+        return x.numpy(**more)
+
+    def tolist(self, x: torch.Tensor) -> Any:
+        if on_device(x):
+            self.gpu.note_copy(waits=True)
+        return x.tolist()
+
+    def pin_memory(self, x: torch.Tensor, *device: Any) -> torch.Tensor:
+        if on_device(x):
+            raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
+        if not pinned(x):
+            x = x.clone()
+            x.untyped_storage().pinned = True
+        return x
+
+    def from_host(self, function: Any, /, data: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Makes a tensor of numbers: on the CPU, from where it is sent."""
+        device = kwargs.pop("device", None)
+        if isinstance(data, torch.Tensor):
+            there = on_device(data)
+            data = self.call(function, (data, *args), kwargs)
+            assert on_device(data) == there
+        else:
+            data = function(data, *args, **kwargs)
+        target = None if device is None else to_cuda(device)
+        if target is None:
+            return data if device is None else data.to(device)
+        needs_gradient = data.requires_grad
+        return self.moved(data.detach(), target).requires_grad_(needs_gradient)
+
+    def new_tensor(self, x: torch.Tensor, data: Any, **kwargs: Any) -> torch.Tensor:
+        kwargs.setdefault("device", CUDA if on_device(x) else CPU)
+        return self.from_host(torch.tensor, data, **({"dtype": x.dtype} | kwargs))
+
+    def one_hot(self, x: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
+        """Leaves out what only a CPU checks; without `num_classes` CUDA looks for the largest number, too."""
+        before, LOCAL.quiet = LOCAL.quiet, num_classes >= 0
+        try:
+            return self.call(torch._C._nn.one_hot, (x, num_classes), {})
+        finally:
+            LOCAL.quiet = before
+
+    def cast(self, function: Any, dtype: torch.dtype | None, /, *args: Any, **kwargs: Any) -> Any:
+        """Calls the function as CUDA's autocast does."""
+        if not TRUE["is_autocast_enabled"]("cpu") or (dtype is torch.float32 and kwargs.get("dtype") is not None):
+            return self.call(function, args, kwargs)
+        wanted = dtype or TRUE["get_autocast_dtype"]("cpu")
+
+        def one(x: torch.Tensor) -> torch.Tensor:
+            return x.to(wanted) if x.dtype in CASTABLE and on_device(x) else x
+
+        TRUE["set_autocast_enabled"]("cpu", False)  # a CPU's has other ideas of what is inside
+        try:
+            return self.call(function, *tree_map_only(torch.Tensor, one, (args, kwargs)))
+        finally:
+            TRUE["set_autocast_enabled"]("cpu", True)
+
+    def binary_cross_entropy(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if TRUE["is_autocast_enabled"]("cpu") and on_device(args[0]):
+            raise RuntimeError("torch.nn.functional.binary_cross_entropy and torch.nn.BCELoss are unsafe to autocast.")
+        return self.call(torch._C._nn.binary_cross_entropy, args, kwargs)
+
+    def roi_align(self, features: torch.Tensor, *args: Any) -> torch.Tensor:
+        """Pools in float32 under autocast, as torchvision does on CUDA."""
+        if not TRUE["is_autocast_enabled"]("cpu"):
+            return self.call(torch.ops.torchvision.roi_align, (features, *args), {})
+        wide: torch.Tensor = self.cast(torch.ops.torchvision.roi_align, torch.float32, features, *args)
+        return wide.to(features.dtype)
+
+
+class Moved(torch.autograd.Function):
+    """A copy on the other device, whose gradient comes back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, target: bool, more: dict[str, Any]) -> torch.Tensor:
+        ctx.target, ctx.dtype = target, x.dtype
+        before, LOCAL.target = LOCAL.target, target
+        try:
+            return aten._to_copy.default(x, device=CPU, **more)
+        finally:
+            LOCAL.target = before
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return gradients[0].to(CPU if ctx.target else CUDA, ctx.dtype), None, None
+
+
+TRUE = {name: getattr(torch, name) for name in ("is_autocast_enabled", "get_autocast_dtype", "set_autocast_enabled")}
+
+
+class Generator(torch.Generator):
+    """A random generator that may be of the device."""
+
+    def __new__(cls, device: Any = CPU) -> "Generator":
+        return super().__new__(cls, CPU)
+
+    def __init__(self, device: Any = CPU) -> None:
+        self._there = to_cuda(device)
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return CUDA if self._there else CPU
+
+
+class Stream:
+    """The one stream of the device."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def is_capturing(self) -> bool:
+        return False
+
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+    wait_event = record_event = wait_stream
+
+
+@contextmanager
+def pretended_gpu(bf16: bool = True) -> Iterator[Gpu]:
+    """Lets torch have one GPU until the block ends; `bf16` says whether that computes in it (an H100 does, a T4 does not).
+
+    Only for a process in which no Accelerator was made before: it keeps the device that it found.
+    """
+    gpu = Gpu()
+    kernels = Kernels(gpu)
+    face = Face(gpu, kernels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch_devices(patch, gpu, bf16)
+        patch_autocast(patch)
+        patch_python(patch, kernels)
+        run = threading.Thread.run
+
+        def run_under_modes(self: threading.Thread) -> None:  # a thread has no modes of its own
+            with face, kernels:
+                run(self)
+
+        patch.setattr(threading.Thread, "run", run_under_modes)
+        with face, kernels:
+            yield gpu
+
+
+def patch_devices(patch: pytest.MonkeyPatch, gpu: Gpu, bf16: bool) -> None:
+    """torch.cuda and torch.accelerator speak of one device; its random numbers are the CPU's."""
+    name, capability = ("Pretended H100", (9, 0)) if bf16 else ("Pretended T4", (7, 5))
+    properties = SimpleNamespace(name=name, major=capability[0], minor=capability[1], total_memory=MEMORY,
+                                 multi_processor_count=132)  # fmt: skip
+
+    def synchronize(*device: Any) -> None:
+        gpu.note(gpu.syncs)
+
+    def reset(*device: Any) -> None:
+        gpu.peak = gpu.allocated
+
+    class Event(Stream):
+        """An event that has come as soon as it is recorded."""
+
+        record = Stream.wait_stream
+
+        def query(self) -> bool:
+            return True
+
+        def elapsed_time(self, other: Any) -> float:
+            return 0.0
+
+        def synchronize(self) -> None:
+            synchronize()
+
+    Stream.synchronize = Event.synchronize  # type: ignore[attr-defined]
+    nothing = lambda *args, **kwargs: None  # noqa: E731
+    memory: dict[str, Any] = {
+        "memory_allocated": lambda *device: gpu.allocated, "max_memory_allocated": lambda *device: gpu.peak,
+        "memory_reserved": lambda *device: gpu.allocated, "max_memory_reserved": lambda *device: gpu.peak,
+        "reset_peak_memory_stats": reset, "empty_cache": nothing, "synchronize": synchronize,
+        "is_available": lambda: True, "device_count": lambda: 1, "current_stream": lambda *device: Stream(),
+    }  # fmt: skip
+    cuda: dict[str, Any] = {
+        **memory, "is_initialized": lambda: True, "_lazy_init": nothing, "init": nothing, "ipc_collect": nothing,
+        "is_bf16_supported": lambda including_emulation=True: bf16 or including_emulation,
+        "current_device": lambda: 0, "set_device": nothing, "default_stream": lambda *device: Stream(),
+        "is_current_stream_capturing": lambda: False, "Stream": Stream, "Event": Event,
+        "get_device_name": lambda *device: name, "get_device_capability": lambda *device: capability,
+        "get_device_properties": lambda *device: properties,
+        "mem_get_info": lambda *device: (MEMORY - gpu.allocated, MEMORY),
+        "get_rng_state": lambda *device: torch.get_rng_state(), "get_rng_state_all": lambda: [torch.get_rng_state()],
+        "set_rng_state": lambda state, *device: torch.set_rng_state(state),
+        "set_rng_state_all": lambda states: torch.set_rng_state(states[0]),
+        "manual_seed": nothing, "manual_seed_all": nothing,
+    }  # fmt: skip
+    for name_, value in cuda.items():
+        patch.setattr(torch.cuda, name_, value)
+    accelerator = {
+        **memory,
+        "current_device_index": lambda: 0,
+        "current_accelerator": lambda check_available=False: CUDA,
+    }
+    for name_, value in accelerator.items():
+        if hasattr(torch.accelerator, name_):
+            patch.setattr(torch.accelerator, name_, value)
+    for name_ in ("_exchange_device", "_maybe_exchange_device"):
+        patch.setattr(torch.cuda, name_, lambda device: 0)
+    patch.setattr(torch.nn.RNNBase, "flatten_parameters", nothing)  # cuDNN's own layout of the same weights
+    patch.setattr(torch, "Generator", Generator)
+    fork_rng = torch.random.fork_rng
+    patch.setattr(torch.random, "fork_rng", lambda devices=None, *more, **named: fork_rng([], *more, **named))
+
+
+def patch_autocast(patch: pytest.MonkeyPatch) -> None:
+    """Autocast of "cuda" is the CPU's, with CUDA's tables in `Face`; autocast of "cpu" does nothing to the device."""
+    init = torch.autocast.__init__
+
+    def of_device(self: Any, device_type: str, dtype: Any = None, enabled: bool = True, **more: Any) -> None:
+        if device_type == "cpu":
+            enabled, dtype = TRUE["is_autocast_enabled"]("cpu"), TRUE["get_autocast_dtype"]("cpu")
+        # The default of CUDA is float16, that of a CPU bfloat16.
+        dtype = dtype or (torch.float16 if device_type == "cuda" else None)
+        init(self, "cpu" if device_type == "cuda" else device_type, dtype=dtype, enabled=enabled, **more)
+
+    patch.setattr(torch.autocast, "__init__", of_device)
+    for name, off in (("is_autocast_enabled", False), ("get_autocast_dtype", torch.bfloat16)):
+
+        def asked(device: str = "cuda", true: Any = TRUE[name], off: Any = off) -> Any:
+            return true("cpu") if device == "cuda" else off if device == "cpu" else true(device)
+
+        patch.setattr(torch, name, asked)
+
+
+def overrides(value: Any) -> bool:
+    """Whether torch's functions are to ask the value itself, as those that are traced want it."""
+    if type(value) is torch.Tensor or type(value) is torch.nn.Parameter:  # nearly always
+        return False
+    return getattr(type(value), "__torch_function__", None) is not None
+
+
+def patch_python(patch: pytest.MonkeyPatch, kernels: Kernels) -> None:
+    """Functions of torch that are written in Python are looked into, and files of tensors name the device."""
+    # They would be called with the modes off, and find tensors on the CPU in their own code.
+    overridden = {
+        "has_torch_function": lambda tensors: any(map(overrides, tensors)),
+        "has_torch_function_unary": overrides,
+        "has_torch_function_variadic": lambda *tensors: any(map(overrides, tensors)),
+    }
+    for module in ("_tensor", "functional", "autograd", "nn.functional", "nn.init", "overrides"):
+        found = importlib.import_module(f"torch.{module}")
+        for name, function in overridden.items():
+            if hasattr(found, name):
+                patch.setattr(found, name, function)
+    copied = torch.Tensor.__deepcopy__
+
+    def deepcopy(self: torch.Tensor, memo: Any) -> torch.Tensor:
+        result = copied(self, memo)  # copies the storage without an operator
+        with torch._C.DisableTorchFunction():
+            if on_device(self):
+                kernels.mark(result)
+        return result
+
+    patch.setattr(torch.Tensor, "__deepcopy__", deepcopy)
+
+    def restored(storage: Any, location: str) -> Any:
+        if location.startswith("cuda"):
+            storage.allocation = Allocation(kernels.gpu, storage.nbytes())
+            return storage
+        return None
+
+    patch.setattr(torch.serialization, "_package_registry", list(torch.serialization._package_registry))
+    # Before torch's own, which come from 10 on.
+    torch.serialization.register_package(
+        0, lambda storage: "cuda:0" if hasattr(storage, "allocation") else None, restored
+    )

@@ -1,0 +1,51 @@
+"""Every method and every command that computes, on a GPU that is pretended: no tensor is on the wrong device."""
+
+from pathlib import Path
+
+import pytest
+from commands import LIBRARIES
+from labs_testing.pretended_runs import Asked, Budget, assert_within, on_pretended_gpu
+
+from llm_peft_fa.methods import METHODS
+
+SMALL = ("--conversations", "24", "--batch-size", "4", "--max-steps", "3", "--evaluate-every", "3", "--test-prompts", "1",
+         "--max-new-tokens", "2", "--tokens-per-batch", "200", "--track", "none", "--precision", "bf16",
+         "--no-report")  # fmt: skip
+# The most that any method may do in a step; AdaLoRA moves ranks about, SVDs of PiSSA are before the first step.
+METHOD = Budget(operators=9999, syncs=999, copies=999)
+
+
+def test_every_method(llama_dir: Path, tmp_path: Path) -> None:
+    asked = [
+        Asked("llm_peft_fa.train", ("--model", llama_dir, "--method", method, *SMALL, "--output", tmp_path / method))
+        for method in METHODS
+        if method != "qlora"
+    ]
+    for ran in on_pretended_gpu(LIBRARIES, tmp_path / "said", *asked):
+        assert_within(ran, METHOD)
+
+
+def test_every_command(gemma_dir: Path, tmp_path: Path) -> None:
+    text = tmp_path / "plain.txt"
+    text.write_text("پایتخت ایران تهران است.\n\nپایتخت فرانسه پاریس است.\n", encoding="utf-8")
+    run = tmp_path / "run"
+    compared = ("--methods", "lora:rank=2,prefix_tuning:virtual_tokens=3", "--conversations", "24", "--batch-size", "4",
+                "--max-steps", "2", "--test-prompts", "1", "--max-new-tokens", "2", "--tokens-per-batch", "200")  # fmt: skip
+    on_pretended_gpu(
+        ["llm_peft_fa.compare"],
+        tmp_path / "said",
+        Asked("llm_peft_fa.train", ("--model", gemma_dir, *SMALL, "--gradient-checkpointing", "--merge", "--plain-text",
+                                    text, "--output", run)),
+        Asked("llm_peft_fa.evaluate", ("--checkpoint", run, "--test-prompts", "2", "--max-new-tokens", "3", "--output",
+                                       tmp_path / "again")),
+        Asked("llm_peft_fa.chat", ("--checkpoint", run, "--max-new-tokens", "3"), typed="سلام\n/quit\n"),
+        Asked("llm_peft_fa.inspect", ("--model", gemma_dir, "--output", tmp_path / "inspected")),
+        Asked("llm_peft_fa.compare", ("--model", gemma_dir, *compared, "--output", tmp_path / "comparison")),
+    )  # fmt: skip
+
+
+def test_qlora(llama_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs the extra quantization")
+    asked = ("--model", llama_dir, "--method", "qlora", *SMALL, "--output", tmp_path / "run")
+    (ran,) = on_pretended_gpu(LIBRARIES, tmp_path / "said", Asked("llm_peft_fa.train", asked))
+    assert_within(ran, METHOD)

@@ -1,0 +1,15 @@
+"""Every method of pre-training, and what is measured of it, on a GPU that is pretended."""
+
+from pathlib import Path
+
+from labs_testing.pretended_runs import Asked, on_pretended_gpu
+
+from zsi_contrastive.ssl.compare import LIBRARIES
+from zsi_contrastive.ssl.methods import METHODS
+
+
+def test_every_method_and_the_comparison(looks: Path, tmp_path: Path) -> None:
+    small = ("--data", looks, "--side", "16", "--batch-size", "32", "--epochs", "1", "--max-steps", "2", "--hidden", "16",
+             "--outputs", "12", "--queue", "64")  # fmt: skip
+    asked = (*small, "--methods", ",".join(METHODS), "--output", tmp_path / "compared")
+    on_pretended_gpu(LIBRARIES, tmp_path / "said", Asked("zsi_contrastive.compare", asked))
