@@ -78,6 +78,7 @@ class TestPromises(TrainingPromises):
             launch=LAUNCH,
             zero=Otherwise(("--watch-pictures", 1), losses=1e-3, weights=3e-3),
             zero_stage=3,
+            sharded=Otherwise(losses=1e-3, weights=3e-3),
         )
 
 

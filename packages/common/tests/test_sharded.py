@@ -17,8 +17,6 @@ distributed_type: FSDP
 num_processes: 2
 fsdp_config:
   fsdp_version: 2
-  fsdp_auto_wrap_policy: NO_WRAP
-  fsdp_cpu_ram_efficient_loading: false
 """
 SMALL = (*OPTIONS, "--epochs", "1", "--dropout", "0")
 

@@ -1,6 +1,8 @@
 """Weights spread over processes by PyTorch's FSDP2: a unit per layer, whole only while the layer computes."""
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -74,7 +76,7 @@ def shard(
 
     With `precision` bf16 or fp16 layers travel and compute in it; what is outside of layers (scales, heads,
     embeddings) and layers with running statistics are gathered as they are stored. Gradients are summed in float32,
-    and neither inputs nor outputs are cast: a loss stays as it was computed. What trains is kept in float32.
+    and no output is cast: a loss stays as it was computed. What trains is kept in float32.
 
     `reshard` frees a layer after its forward pass; `offload` keeps the parts in the host's memory.
     """
@@ -101,6 +103,8 @@ def place(model: torch.nn.Module, accelerator: Accelerator) -> bool:
     Returns whether they are: then all processes have to call its forward pass equally often, and what is outside of
     layers is whole in each.
     """
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        return True
     kind, device = accelerator.distributed_type, accelerator.device
     stage_3 = kind == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3
     if accelerator.num_processes == 1 or not (stage_3 or kind == DistributedType.FSDP):
@@ -170,6 +174,15 @@ def prepare_sharded(
     return model, prepared
 
 
+@contextmanager
+def whole_outside_layers(model: torch.nn.Module) -> Iterator[None]:
+    """Lets all processes use what is outside of layers without the model's forward pass; changes nothing elsewhere."""
+    if isinstance(model, FSDPModule):
+        model.unshard()
+    yield
+    reshard(model)
+
+
 def reshard(model: torch.nn.Module) -> None:
     """Lets every parameter be this process's part again; an evaluation leaves those outside of layers whole."""
     for module in model.modules():
@@ -195,6 +208,7 @@ def part_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def _unit(
     module: torch.nn.Module, dtype: torch.dtype | None, reshard: bool | None, offload: OffloadPolicy | None
 ) -> None:
-    policy = MixedPrecisionPolicy(dtype, torch.float32, None, cast_forward_inputs=False)
+    # Norms on a CPU take no float32 beside bfloat16 weights: where the weights are cast the inputs are too.
+    policy = MixedPrecisionPolicy(dtype, torch.float32, None, cast_forward_inputs=dtype is not None)
     more = {} if offload is None else {"offload_policy": offload}
     fully_shard(module, mp_policy=policy, reshard_after_forward=reshard, **more)

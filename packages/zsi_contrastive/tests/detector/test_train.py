@@ -80,6 +80,7 @@ class TestPromises(TrainingPromises):
             frozen=("--frozen-stages", 1),
             launch=LAUNCH,
             zero=Otherwise(("--max-steps", 2), first=1e-3, weights=None),
+            sharded=Otherwise(("--frozen-stages", 1), first=0.2, weights=None),  # as in test_two_processes
         )
 
     def test_two_processes(self, training: Training, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -154,12 +155,19 @@ class ZeroShotMaskRCNN(nn.Module):
         assert isinstance(self.seen, torch.Tensor)
         return self.background(self.seen, learnt)
 
-    def forward(self, pictures: list[torch.Tensor], targets: list[Target]) -> dict[str, torch.Tensor]:
-        """Returns the losses by name.
+    def forward(
+        self,
+        pictures: list[torch.Tensor],
+        targets: list[Target] | None = None,
+        queries: Sequence[Query] = (),
+    ) -> Any:
+        """Returns the losses by name; without `targets`, what `detect` answers.
 
         Pictures are (3, height, width) of 0 to 1; a target has `boxes` (n, 4), `labels` (n,) from 1 in the order of
         the seen classes, and `masks` (n, height, width) of 0 and 1.
         """
+        if targets is None:  # where weights are sharded, this pass alone brings them together
+            return self.detect(pictures, queries)
         batch, scaled = self.transform(pictures, targets)
         features = self.backbone(batch.tensors)
         contrast = {}

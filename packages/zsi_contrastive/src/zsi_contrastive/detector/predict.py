@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from faster_coco_eval.core import mask as rle
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
+from labs_common.checkpoint import SHARDED
 from labs_common.data.images import decoding_threads, picture_files, readable
 from labs_common.errors import LabError
 from labs_common.progress import tracked
@@ -165,18 +166,21 @@ def predictions(
         for query in queries
     ]
     mine = list(range(len(pictures)))[accelerator.process_index :: accelerator.num_processes]
-    starts = range(0, len(mine), at_once)
+    # Where weights are sharded all processes compute together: one without pictures left repeats one.
+    together = accelerator.distributed_type in SHARDED
+    longest = -(-len(pictures) // accelerator.num_processes) if together else len(mine)
+    starts = range(0, longest, at_once)
     results: list[list[list[Result]]] = [[] for _ in queries]  # by query and picture
     for first in tracked(starts, task, len(starts), accelerator.is_main_process):
         places = mine[first : first + at_once]
-        batch = [as_tensor(image).to(device) for image in decoding_threads().map(pictures.image, places)]
+        batch = [as_tensor(image).to(device) for image in decoding_threads().map(pictures.image, places or [0])]
         with accelerator.autocast():
-            found = model.detect(batch, queries)
+            found = model(batch, queries=queries)
         rows = [pictures.part.images[place] for place in places]
         for number, of_query in enumerate(found):
             # Masks are drawn and encoded in C, outside Python's lock: threads help.
             ids = [categories[number]] * len(rows)
-            results[number] += list(decoding_threads().map(as_results, of_query, rows, ids))
+            results[number] += list(decoding_threads().map(as_results, of_query[: len(rows)], rows, ids))
     gathered = gather_object([results]) if accelerator.num_processes > 1 else [results]
     order = {row["id"]: place for place, row in enumerate(pictures.part.images)}
     everything = []
