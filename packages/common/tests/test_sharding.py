@@ -13,11 +13,15 @@ from labs_common.sharding import repeated_layers, shard
 
 
 class Block(nn.Sequential):
-    """Of the same name as another library's, perhaps."""
+    """One library's."""
+
+
+OtherBlock = type("Block", (nn.Sequential,), {})  # and another's of the same name
 
 
 def other_block() -> nn.Module:
-    return type("Block", (nn.Sequential,), {})(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    block: nn.Module = OtherBlock(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    return block
 
 
 def test_layers_are_what_is_repeated_and_has_parts() -> None:

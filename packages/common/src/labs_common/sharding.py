@@ -23,8 +23,8 @@ def repeated_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Finds the layers of which a network has several in a row, inner ones first: the units in which it is sharded.
 
     A model of transformers names their classes itself (`_no_split_modules`), and is not looked into further: experts,
-    say, are not computed by all processes. Elsewhere they are the members of a ModuleList, ModuleDict or Sequential that
-    consist of parts and have another of their class beside them.
+    say, are not computed by all processes. Elsewhere they are the members of a ModuleList, ModuleDict or Sequential
+    that consist of parts and have another of their class beside them.
     """
     found: dict[torch.nn.Module, None] = {}  # in order, each once
     _collect(model, found)
@@ -194,6 +194,24 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     """Returns the whole of a tensor that FSDP2 shards, which all processes ask for together; any other as it is."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_state(model: torch.nn.Module, kept: bool) -> dict[str, torch.Tensor]:
+    """Gathers the state of a sharded model in the host's memory, tensor by tensor, called by all processes together.
+
+    Processes that do not say `kept` get nothing. What is tied is one tensor under its names, as in the model.
+    """
+    reshard(model)
+    owners = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    made: dict[int, torch.Tensor] = {}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        owner = id(owners.get(name, tensor))
+        if owner not in made:
+            one = whole(tensor)
+            made[owner] = one.cpu() if kept else torch.empty(0)
+        state[name] = made[owner]
+    return state if kept else {}
 
 
 def part_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
