@@ -67,7 +67,7 @@ def shard(
     device: torch.device,
     precision: str = "no",
     reshard: bool = True,
-    offload: OffloadPolicy | None = None,
+    offload: OffloadPolicy = OffloadPolicy(),  # noqa: B008 - it holds nothing
     optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
     """Spreads the parameters of `model` over all processes, which take over the main one's, and tells the optimizer.
@@ -112,7 +112,7 @@ def place(model: torch.nn.Module, accelerator: Accelerator) -> bool:
         return False
     for layer in repeated_layers(model):
         _take_over(layer, device)
-        _unit(layer, None, True, None)
+        _unit(layer, None, True, OffloadPolicy())
     _take_over(model, device)
     others = {parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)}
     fully_shard(model, ignored_params=others, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
@@ -160,7 +160,7 @@ def prepare_sharded(
     Accelerate's own shards by the names of classes that the whole model lists, has no autocast, and rounds the loss.
     """
     plugin = accelerator.state.fsdp_plugin
-    offload = plugin.cpu_offload or None
+    offload = plugin.cpu_offload or OffloadPolicy()
     shard(model, accelerator.device, accelerator.mixed_precision, plugin.reshard_after_forward, offload, optimizer)
     plain = model.forward
 
@@ -169,7 +169,7 @@ def prepare_sharded(
         with accelerator.autocast():
             return plain(*arguments, **options)
 
-    model.forward = forward  # type: ignore[method-assign]
+    model.forward = forward
     prepared: torch.optim.Optimizer = accelerator.prepare_optimizer(optimizer)
     return model, prepared
 
@@ -223,10 +223,7 @@ def part_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def _unit(
-    module: torch.nn.Module, dtype: torch.dtype | None, reshard: bool | None, offload: OffloadPolicy | None
-) -> None:
+def _unit(module: torch.nn.Module, dtype: torch.dtype | None, reshard: bool | None, offload: OffloadPolicy) -> None:
     # Norms on a CPU take no float32 beside bfloat16 weights: where the weights are cast the inputs are too.
     policy = MixedPrecisionPolicy(dtype, torch.float32, None, cast_forward_inputs=dtype is not None)
-    more = {} if offload is None else {"offload_policy": offload}
-    fully_shard(module, mp_policy=policy, reshard_after_forward=reshard, **more)
+    fully_shard(module, mp_policy=policy, reshard_after_forward=reshard, offload_policy=offload)
