@@ -7,18 +7,27 @@ from signal import SIGKILL
 
 import pytest
 import torch
-from labs_testing.commands import in_two_processes, losses
+from labs_testing.commands import in_two_processes, losses, with_deepspeed
 from labs_testing.sharded import fsdp_variables
 from safetensors.torch import load_file
 from test_training import OPTIONS, finish
+
+from labs_common.checkpoint import checkpoints
 
 FSDP = """# Two parts.
 distributed_type: FSDP
 num_processes: 2
 fsdp_config:
   fsdp_version: 2
-  fsdp_auto_wrap_policy: NO_WRAP
-  fsdp_cpu_ram_efficient_loading: false
+"""
+ZERO = """# One process.
+distributed_type: DEEPSPEED
+num_processes: 1
+deepspeed_config:
+  zero_stage: STAGE
+  gradient_accumulation_steps: 1
+  zero3_init_flag: false
+  zero3_save_16bit_model: true
 """
 SMALL = (*OPTIONS, "--epochs", "1", "--dropout", "0")
 
@@ -79,3 +88,43 @@ def test_hashes_that_a_kill_left_unwritten_are_written_on_resume(tmp_path: Path)
     shutil.rmtree(run / "checkpoints")
     sharded(tmp_path, "--resume", run)
     assert (run / "frozen.json").read_bytes() == kept
+
+
+def test_checkpoints_are_those_of_unsharded_runs(tmp_path: Path) -> None:
+    """Of what trains alone, whole, in files that are read without running anything."""
+    sharded(tmp_path, "--output", tmp_path / "two", *SMALL)
+    finish("--output", tmp_path / "one", *SMALL)
+    two, one = (next(iter(checkpoints(tmp_path / name / "checkpoints"))) for name in ("two", "one"))
+    assert {file.name for file in two.iterdir()} == {file.name for file in one.iterdir()} | {"random-1.pt"}
+    weights, expected = (load_file(path / "trainable.safetensors") for path in (two, one))
+    assert weights.keys() == expected.keys() >= {"3.weight"}
+    assert not {name for name in weights if name.startswith("0.")}, "the frozen base"
+    moments, known = (torch.load(path / "optimizer.pt", weights_only=True)["optimizer"] for path in (two, one))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, atol=1e-6, rtol=0)
+    for number, state in known["state"].items():
+        for name, value in state.items():
+            assert type(moments["state"][number][name]) is torch.Tensor
+            torch.testing.assert_close(moments["state"][number][name], value, atol=1e-6, rtol=0)
+
+
+@pytest.mark.kills
+@pytest.mark.parametrize("stage", [2, 3])
+def test_under_deepspeed_it_resumes_to_the_same_bytes(stage: int, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
+    (tmp_path / "zero.yaml").write_text(ZERO.replace("STAGE", str(stage)))
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+
+    def run(*options: object) -> None:
+        with_deepspeed(tmp_path / "zero.yaml", tmp_path, "toy.training", ["toy.training"], *options)
+
+    run("--output", whole, *SMALL)
+    shutil.copytree(whole, cut)
+    *_, last = checkpoints(cut / "checkpoints")
+    assert len(checkpoints(cut / "checkpoints")) > 1
+    assert (last / "sharded").is_dir()
+    shutil.rmtree(last)  # as if it had been killed before that
+    (cut / "model.safetensors").unlink()
+    run("--resume", cut)
+    for name in ("metrics.jsonl", "model.safetensors"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes(), name

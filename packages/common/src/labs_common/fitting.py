@@ -30,7 +30,7 @@ from labs_common.options import RunOptions, TrainingOptions, check_training_opti
 from labs_common.progress import console
 from labs_common.report.page import Section, write_report
 from labs_common.run import Run, check_run_options, cost_of, machine_of
-from labs_common.sharding import prepare_sharded
+from labs_common.sharding import prepare_sharded, whole_state
 from labs_common.steps import Source
 from labs_common.training import Loop, make_accelerator, mixed_precision
 
@@ -125,7 +125,11 @@ class Fitting:
         self.audit.check()
         trained, parameters = count_parameters(self.plain)
         if save is not None:
-            state = self.accelerator.get_state_dict(self.model)  # called by all processes together
+            # Called by all processes together.
+            if self.accelerator.distributed_type == DistributedType.FSDP:
+                state = whole_state(self.plain, self.accelerator.is_main_process)
+            else:
+                state = self.accelerator.get_state_dict(self.model)
             if self.accelerator.is_main_process:
                 save(state)
         clock = {"prepared": self.prepared_at, "trained": time.perf_counter()}

@@ -1,6 +1,8 @@
 """Weights spread over processes by PyTorch's FSDP2: a unit per layer, whole only while the layer computes."""
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -21,8 +23,8 @@ def repeated_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Finds the layers of which a network has several in a row, inner ones first: the units in which it is sharded.
 
     A model of transformers names their classes itself (`_no_split_modules`), and is not looked into further: experts,
-    say, are not computed by all processes. Elsewhere they are the members of a ModuleList, ModuleDict or Sequential that
-    consist of parts and have another of their class beside them.
+    say, are not computed by all processes. Elsewhere they are the members of a ModuleList, ModuleDict or Sequential
+    that consist of parts and have another of their class beside them.
     """
     found: dict[torch.nn.Module, None] = {}  # in order, each once
     _collect(model, found)
@@ -65,7 +67,7 @@ def shard(
     device: torch.device,
     precision: str = "no",
     reshard: bool = True,
-    offload: OffloadPolicy | None = None,
+    offload: OffloadPolicy = OffloadPolicy(),  # noqa: B008 - it holds nothing
     optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
     """Spreads the parameters of `model` over all processes, which take over the main one's, and tells the optimizer.
@@ -74,7 +76,7 @@ def shard(
 
     With `precision` bf16 or fp16 layers travel and compute in it; what is outside of layers (scales, heads,
     embeddings) and layers with running statistics are gathered as they are stored. Gradients are summed in float32,
-    and neither inputs nor outputs are cast: a loss stays as it was computed. What trains is kept in float32.
+    and no output is cast: a loss stays as it was computed. What trains is kept in float32.
 
     `reshard` frees a layer after its forward pass; `offload` keeps the parts in the host's memory.
     """
@@ -101,6 +103,8 @@ def place(model: torch.nn.Module, accelerator: Accelerator) -> bool:
     Returns whether they are: then all processes have to call its forward pass equally often, and what is outside of
     layers is whole in each.
     """
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        return True
     kind, device = accelerator.distributed_type, accelerator.device
     stage_3 = kind == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3
     if accelerator.num_processes == 1 or not (stage_3 or kind == DistributedType.FSDP):
@@ -108,7 +112,7 @@ def place(model: torch.nn.Module, accelerator: Accelerator) -> bool:
         return False
     for layer in repeated_layers(model):
         _take_over(layer, device)
-        _unit(layer, None, True, None)
+        _unit(layer, None, True, OffloadPolicy())
     _take_over(model, device)
     others = {parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)}
     fully_shard(model, ignored_params=others, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
@@ -156,7 +160,7 @@ def prepare_sharded(
     Accelerate's own shards by the names of classes that the whole model lists, has no autocast, and rounds the loss.
     """
     plugin = accelerator.state.fsdp_plugin
-    offload = plugin.cpu_offload or None
+    offload = plugin.cpu_offload or OffloadPolicy()
     shard(model, accelerator.device, accelerator.mixed_precision, plugin.reshard_after_forward, offload, optimizer)
     plain = model.forward
 
@@ -165,9 +169,18 @@ def prepare_sharded(
         with accelerator.autocast():
             return plain(*arguments, **options)
 
-    model.forward = forward  # type: ignore[method-assign]
+    model.forward = forward
     prepared: torch.optim.Optimizer = accelerator.prepare_optimizer(optimizer)
     return model, prepared
+
+
+@contextmanager
+def whole_outside_layers(model: torch.nn.Module) -> Iterator[None]:
+    """Lets all processes use what is outside of layers without the model's forward pass; changes nothing elsewhere."""
+    if isinstance(model, FSDPModule):
+        model.unshard()
+    yield
+    reshard(model)
 
 
 def reshard(model: torch.nn.Module) -> None:
@@ -183,6 +196,24 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def whole_state(model: torch.nn.Module, kept: bool) -> dict[str, torch.Tensor]:
+    """Gathers the state of a sharded model in the host's memory, tensor by tensor, called by all processes together.
+
+    Processes that do not say `kept` get nothing. What is tied is one tensor under its names, as in the model.
+    """
+    reshard(model)
+    owners = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    made: dict[int, torch.Tensor] = {}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        owner = id(owners.get(name, tensor))
+        if owner not in made:
+            one = whole(tensor)
+            made[owner] = one.cpu() if kept else torch.empty(0)
+        state[name] = made[owner]
+    return state if kept else {}
+
+
 def part_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Returns this process's part of a whole `tensor`, if `like` is sharded and has its shape; else the tensor."""
     if not isinstance(like, DTensor) or like.shape != tensor.shape:
@@ -192,9 +223,7 @@ def part_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def _unit(
-    module: torch.nn.Module, dtype: torch.dtype | None, reshard: bool | None, offload: OffloadPolicy | None
-) -> None:
-    policy = MixedPrecisionPolicy(dtype, torch.float32, None, cast_forward_inputs=False)
-    more = {} if offload is None else {"offload_policy": offload}
-    fully_shard(module, mp_policy=policy, reshard_after_forward=reshard, **more)
+def _unit(module: torch.nn.Module, dtype: torch.dtype | None, reshard: bool | None, offload: OffloadPolicy) -> None:
+    # Norms on a CPU take no float32 beside bfloat16 weights: where the weights are cast the inputs are too.
+    policy = MixedPrecisionPolicy(dtype, torch.float32, None, cast_forward_inputs=dtype is not None)
+    fully_shard(module, mp_policy=policy, reshard_after_forward=reshard, offload_policy=offload)

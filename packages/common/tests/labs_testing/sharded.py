@@ -29,7 +29,7 @@ def fsdp_variables(file: Path) -> dict[str, str]:
         launch_command_parser().parse_args(["--config_file", str(file), "train.py"])
     )
     said = prepare_multi_gpu_env(launch)
-    return {name: value for name, value in said.items() if name.startswith("FSDP_")} | {FORCED: "1"}
+    return {name: value for name, value in said.items() if "FSDP" in name} | {FORCED: "1"}
 
 
 def force_fsdp() -> None:

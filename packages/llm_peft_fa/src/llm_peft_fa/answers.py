@@ -12,6 +12,7 @@ import sacrebleu
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
 from labs_common.progress import tracked
@@ -92,7 +93,9 @@ def answers(
     """
     base = base_of(model)
     stops = stop_ids(base, tokenizer)
-    mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
+    mine = list(range(accelerator.process_index, len(prompts), accelerator.num_processes))
+    if together := isinstance(base, FSDPModule):
+        mine = mine or [0]
     encoded = {number: encode_prompt(tokenizer, prompts[number].messages) for number in mine}
     order = sorted(mine, key=lambda number: (len(encoded[number]), number))
     alike = groupby(order, lambda number: len(encoded[number]) if virtual_tokens(model) else 0)
@@ -100,6 +103,9 @@ def answers(
     batches = [
         group[at : at + size] for group in (list(found) for _, found in alike) for at in range(0, len(group), size)
     ]
+    if together:  # all processes compute each layer at the same time: who has done its own goes on with them
+        most = max(gather_object([len(batches)]))
+        batches += batches[:1] * (most - len(batches))
     said: dict[int, str] = {}
     for batch in tracked(batches, task, len(batches), shown=accelerator.is_main_process):
         ids = tokenizer.pad({"input_ids": [encoded[number] for number in batch]}, return_tensors="pt").to(base.device)
@@ -107,6 +113,7 @@ def answers(
             out = cast(Any, model).generate(
                 **ids, max_new_tokens=options.max_new_tokens, do_sample=False,
                 eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id,
+                synced_gpus=together,
             )  # fmt: skip
         for number, answer in zip(batch, out[:, ids["input_ids"].shape[1] :].tolist(), strict=True):
             # Some tokenizers do not count the token that ends a turn among the special ones.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -15,10 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from labs_common.cli import config_from_yaml
 from labs_common.errors import LabError, reason_of
 from labs_common.run import written_whole
+from labs_common.sharding import place
 from llm_peft_fa.base import device, load_model
 from llm_peft_fa.config import SubjectOptions, TrainConfig
 from llm_peft_fa.methods import METHODS
-from llm_peft_fa.model import Adapted
+from llm_peft_fa.model import Adapted, base_of
 
 FOLDERS = ("adapter", "model")  # of a run: the result of PEFT's methods, and of layers and full
 Tensors = dict[str, torch.Tensor]
@@ -30,6 +32,8 @@ def initial_update(model: Adapted) -> Tensors | None:
     `save_tuned` needs it to write an adapter of the base as it was.
     """
     start = model.active_peft_config if isinstance(model, PeftModel) else None
+    if next(model.parameters()).is_meta:  # only the main process has the weights of a large base, and saves
+        return None
     if getattr(start, "init_lora_weights", True) not in ("pissa", "olora"):
         return None
     return {name: tensor.detach().cpu().clone() for name, tensor in get_peft_model_state_dict(model).items()}
@@ -121,15 +125,29 @@ def adapted_model(folder: Path, model: str, quantized: bool = False) -> PeftMode
     return adapted.eval()
 
 
+def placed(tuned: Adapted, accelerator: Accelerator) -> Adapted:
+    """Puts a loaded model on this process's device; its layers in parts under FSDP and ZeRO-3 (see `place`)."""
+    place(base_of(tuned), accelerator)
+    if isinstance(tuned, PeftModel) and tuned.active_peft_config.is_prompt_learning:
+        tuned.prompt_encoder.to(accelerator.device)
+    return tuned
+
+
 @contextlib.contextmanager
-def plain_base(tuned: Adapted, model: str) -> Iterator[Adapted]:
-    """Gives the base of a fine-tuned model: itself with the adapter switched off, or the base read anew."""
+def plain_base(tuned: Adapted, model: str, accelerator: Accelerator | None = None) -> Iterator[Adapted]:
+    """Gives the base of a fine-tuned model: itself with the adapter switched off, or the base read anew.
+
+    The latter is placed as the launch of `accelerator` says (see `placed`), if there is one.
+    """
     if isinstance(tuned, PeftModel):
         with tuned.disable_adapter():
             yield tuned
     else:
         base: PreTrainedModel = load_model(model)
-        torch.nn.Module.to(base, tuned.device)
+        if accelerator is None:
+            torch.nn.Module.to(base, tuned.device)
+        else:
+            place(base, accelerator)
         yield base
 
 

@@ -19,6 +19,7 @@ from labs_common.cache import path_name
 from labs_common.errors import LabError
 from labs_common.fitting import Fitted, Fitting, begin
 from labs_common.run import Run
+from labs_common.sharding import whole_outside_layers
 from labs_common.training import total_steps
 from llm_peft_fa.answers import before_and_after, collected_prompts
 from llm_peft_fa.base import check_quantization, load_model, load_tokenizer, model_path, stop_ids
@@ -28,7 +29,7 @@ from llm_peft_fa.methods import METHODS, Setting, apply_method, complete
 from llm_peft_fa.model import PackedCausalLM, check_packed_loss, mean_loss, structure_of, virtual_tokens
 from llm_peft_fa.packing import Packing
 from llm_peft_fa.report import costs_of, data_section, finish_report, print_refused, show_learnt, structure_section
-from llm_peft_fa.saved import computed_prompt, initial_update, load_tuned, plain_base, save_merged, save_tuned
+from llm_peft_fa.saved import computed_prompt, initial_update, load_tuned, placed, plain_base, save_merged, save_tuned
 from llm_peft_fa.templates import Encoded, check_before_training, encode_all, encode_plain
 
 
@@ -57,7 +58,8 @@ def train(config: TrainConfig) -> None:
     if config.show_batch:
         show_learnt(tokenizer, texts["training"][: options.batch_size])
         return
-    check_packed_loss(base)
+    if not next(base.parameters()).is_meta:  # with fsdp_cpu_ram_efficient_loading, only the main process has weights
+        check_packed_loss(base)
     texts["plain text"] = encode_plain(tokenizer, paragraphs, config.data.max_length)
 
     set_seed(config.run.seed)
@@ -77,8 +79,8 @@ def train(config: TrainConfig) -> None:
     # The evaluation is of the files that were written: base and adapter are read back, in the place of these.
     del fitted, adapted, base
     accelerator.free_memory()
-    tuned = load_tuned(run.path, name, quantized).to(accelerator.device)
-    before = plain_base(tuned, name) if config.generation.answer_base else None
+    tuned = placed(load_tuned(run.path, name, quantized), accelerator)
+    before = plain_base(tuned, name, accelerator) if config.generation.answer_base else None
     both = before_and_after(tuned, before, tokenizer, prompts, config.generation, accelerator)
     if accelerator.is_main_process:
         if config.merge:
@@ -103,6 +105,11 @@ def check_machine(options: MethodOptions, accelerator: Accelerator) -> None:
         )
     if (method.trains_head or options.train_head) and stage_3:
         raise LabError("a head that trains is not supported under DeepSpeed ZeRO-3: launch with deepspeed_zero2.yaml")
+    if method.quantized and (stage_3 or kind == DistributedType.FSDP):
+        raise LabError(
+            f"--method {options.method}: FSDP and ZeRO-3 do not spread 4-bit weights; launch with multi_gpu.yaml or "
+            "deepspeed_zero2.yaml, or take lora"
+        )
     if method.quantized:
         check_quantization()
 
@@ -143,7 +150,8 @@ def fit(
         if loop.evaluation_due:
             loop.evaluated(held_out_losses(fitting, packing, texts), watch="validation/loss")
     tuned = cast(PackedCausalLM, fitting.plain).model
-    prompt = computed_prompt(tuned)
+    with whole_outside_layers(fitting.plain):
+        prompt = computed_prompt(tuned)
     return fitting.finish(lambda weights: save_tuned(tuned, weights, tokenizer, run.path, initial, prompt))
 
 

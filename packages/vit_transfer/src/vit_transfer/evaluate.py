@@ -17,6 +17,7 @@ from labs_common.device import widest_float
 from labs_common.progress import tracked
 from labs_common.report.classes import Predictions
 from labs_common.report.figures import under_map
+from labs_common.sharding import place
 from vit_transfer.data import PictureRows, Tensors, saved_transform
 
 TEST_BATCH = 64  # pictures at once: fills a GPU, and needs no memory for gradients
@@ -54,14 +55,16 @@ def predictions_of(
 ) -> Predictions:
     """Runs a saved network, whole and in float32, on the pictures of a split; the processes share them."""
     tensors = Tensors(pictures, saved_transform(model))
-    model = model.to(accelerator.device).eval()
+    sharded = place(model.eval(), accelerator)
     mine = range(accelerator.process_index, len(tensors), accelerator.num_processes)
     found: list[tuple[int, list[float]]] = []
-    starts = range(0, len(mine), TEST_BATCH)
+    # Where it is sharded all processes compute together: one without pictures left repeats one.
+    longest = -(-len(tensors) // accelerator.num_processes) if sharded else len(mine)
+    starts = range(0, longest, TEST_BATCH)
     for first in tracked(starts, task, len(starts), accelerator.is_main_process):
         places = list(mine[first : first + TEST_BATCH])
-        logits = model(tensors.batch(0, places).to(accelerator.device)).float()
-        found += zip(places, logits.softmax(1).tolist(), strict=True)
+        logits = model(tensors.batch(0, places or [0]).to(accelerator.device)).float()
+        found += zip(places, logits[: len(places)].softmax(1).tolist(), strict=True)
     everyone = gather_object(found) if accelerator.num_processes > 1 else found
     rows = [row for _, row in sorted(everyone)]
     return Predictions(np.array(rows), pictures.labels)

@@ -81,6 +81,7 @@ class TestPromises(TrainingPromises):
             frozen=("--frozen-stages", 1),
             launch=LAUNCH,
             zero=Otherwise(("--max-steps", 2), first=1e-3, weights=None),
+            sharded=Otherwise(("--frozen-stages", 1), first=0.2, weights=None),  # as in test_two_processes
             gpu=Budget(operators=9999, syncs=999, copies=999),
         )
 

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, Literal, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from labs_common.cache import cache_directory, cached_directory, path_name
 from labs_common.device import free_bytes, pinned, to_device
@@ -163,8 +164,12 @@ def front_rows(
     front (None) it only reads: decoded pictures, say. With `--no-cache` the front runs whenever rows are asked for.
 
     Raises:
-        LabError: the disk is too small or fails; a file of the cache is broken.
+        LabError: the disk is too small or fails; a file of the cache is broken; `--no-cache` under FSDP, whose layers
+            are whole in the model's own forward pass alone.
     """
+    if front is not None and not options.cache and accelerator.distributed_type == DistributedType.FSDP:
+        raise LabError("--no-cache: FSDP shards what is frozen too, and cannot run it apart from the rest; drop "
+                       "--no-cache, or launch with multi_gpu.yaml")  # fmt: skip
 
     @torch.no_grad()
     def in_batches(view: int, places: Sequence[int]) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from labs_common.sharding import place
 from zsi_contrastive.detector.annotations import Split
 from zsi_contrastive.detector.config import DetectionOptions
 from zsi_contrastive.detector.model import ZeroShotMaskRCNN
@@ -66,7 +67,7 @@ def evaluated(
 
     Called by all processes together; the main one gets the evaluation. `seed` is that of the random vectors.
     """
-    model.to(accelerator.device).eval()
+    place(model.eval(), accelerator)
     model.regions.keep(detection.score_threshold, detection.nms_threshold, detection.kept)
     test = pictures["test"]
     both, unseen = test.part.ids(split.classes), test.part.ids(split.unseen)
