@@ -91,15 +91,13 @@ def test_a_slurm_job_saves_when_it_is_warned_and_goes_on_when_it_is_queued_again
 
 
 def test_a_slurm_job_that_ends_while_it_is_warned_is_not_queued_again(tmp_path: Path, slurm: dict[str, str]) -> None:
-    finishing = (
-        "#!/bin/bash\ntrap '' USR1\nmkdir -p runs/slurm-7\ntouch ready\nsleep 0.5\ntouch runs/slurm-7/results.json"
-    )
+    finishing = "#!/bin/bash\ntrap '' USR1\ntouch ready\nsleep 0.5\ntouch done"
     stand_in(tmp_path, "accelerate", finishing)
     job = subprocess.Popen(["bash", SCRIPTS[0]], cwd=tmp_path, env=slurm)
     wait_for(job, (tmp_path / "ready").exists)
     job.send_signal(signal.SIGUSR1)
     assert job.wait(30) == 0
-    assert (tmp_path / "runs/slurm-7/results.json").exists(), "it was waited for"
+    assert (tmp_path / "done").exists(), "it was waited for"
     assert not (tmp_path / "requeued").exists()
 
 

@@ -3,7 +3,7 @@
 import os
 
 import torch
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import get_int_from_env, parse_flag_from_env
 
 from labs_common.errors import LabError
 from labs_common.progress import console
@@ -24,13 +24,13 @@ def check_launch(precision: str) -> None:
              f"--precision decides, and gives {'fp32' if precision == 'no' else precision}")  # fmt: skip
     if parse_flag_from_env("ACCELERATE_USE_CPU"):
         return
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = get_int_from_env(["LOCAL_WORLD_SIZE", "LOCAL_SIZE"], 1)  # of torchrun; of DeepSpeed's own launcher
     gpus = torch.accelerator.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     of = f"{gpus} GPU{'' if gpus == 1 else 's'}" + ("" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})")
     # A single process goes on without a GPU. Several would not: Accelerate gives two of them the same GPU, and where
     # there is none it lets each train alone, in one directory.
-    if processes > gpus and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes > gpus and get_int_from_env(["WORLD_SIZE"], 1) > 1:
         raise LabError(
             f"{processes} processes on a machine with {of}: each needs one; lower --num_processes (a resumed run needs "
             "as many as it had), or set ACCELERATE_USE_CPU=true to train on CPUs"
