@@ -41,6 +41,23 @@ def test_a_step_at_a_time_is_all_at_once(name: str) -> None:
                 torch.testing.assert_close(attention[:, 0], output.attention[:, place], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["show_tell", "show_attend_tell"])
+def test_the_state_of_an_lstm_is_not_rounded_under_autocast(name: str, precision: torch.dtype) -> None:
+    """Over forty words: a state of 8 bits would forget what a word adds."""
+    model, features = made(name)
+    words = torch.randint(4, 20, (3, 40), generator=torch.Generator().manual_seed(0))
+    whole = model(features, words).logits
+    with torch.autocast("cpu", precision):
+        output = model(features, words)
+        _, moving = model.begin(features)
+        _, moving, _ = model.step(words[:, :1], {**model.begin(features)[0]}, moving)
+    assert moving["hidden"].dtype == moving["cell"].dtype == torch.float32
+    torch.testing.assert_close(output.logits.float(), whole, atol=0.02, rtol=0.02)
+    output.logits.float().square().mean().backward()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_what_comes_later_and_padding_change_nothing(name: str) -> None:
     model, features = made(name)

@@ -6,7 +6,7 @@ import torch
 
 from caption_lab.config import DecoderOptions, DecodingOptions
 from caption_lab.decoder import CAPTIONERS, NextWord, ShowTell, Sizes, Tensors
-from caption_lab.decoding import beam_search, log_probabilities, repeating, roll_out, write
+from caption_lab.decoding import beam_search, log_probabilities, repeating, roll_out, sampled_places, write
 from caption_lab.vocabulary import END, PAD, START, UNK
 
 pytestmark = pytest.mark.quick
@@ -182,3 +182,13 @@ def test_the_same_seed_draws_the_same(decoder: tuple) -> None:
     options = DecodingOptions(top_p=0.9)
     one, two = (roll_out(model, features, 12, options, torch.Generator().manual_seed(3)).words for _ in range(2))
     assert one == two
+
+
+def test_places_are_sampled_as_torch_does_and_unsound_shares_do_not_stop_it() -> None:
+    """Weights that a loss without a number has damaged are the loop's to report, a step later."""
+    shares = torch.rand(200, 9, generator=torch.Generator().manual_seed(1))
+    expected = torch.multinomial(shares, 1, generator=torch.Generator().manual_seed(2))[:, 0]
+    assert torch.equal(sampled_places(shares, torch.Generator().manual_seed(2)), expected)
+    found = sampled_places(torch.full((5, 4, 9), float("nan")))
+    assert found.shape == (5, 4)
+    assert ((found >= 0) & (found < 9)).all()

@@ -46,6 +46,31 @@ def test_cached_rows_are_the_computed_ones(precision: features.RowPrecision) -> 
     assert cached.bytes_on_disk == 2 * COUNT * WIDTH * (4 if precision == "fp32" else 2)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32", "uint8"])
+def test_rows_held_in_memory_are_those_on_disk(precision: features.KeptPrecision) -> None:
+    cached = cached_rows("toy", 1, COUNT, 2, WIDTH, precision, front, shown=False)
+    places = [49, 0, 7, 7, 8]
+    before = [cached.rows(view, places) for view in (0, 1)]
+    cached.hold(torch.device("cpu"))
+    for view in (0, 1):
+        (cached.folder / f"view-{view}.npy").write_bytes(b"")  # nobody reads it any more
+        assert cached.rows(view, places).dtype == before[view].dtype
+        assert torch.equal(cached.rows(view, places), before[view])
+
+
+@pytest.mark.parametrize(("free", "held"), [(0, False), (2399, False), (2400, True)])
+def test_rows_are_held_if_a_quarter_of_the_free_memory_is_enough(
+    free: int, held: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """50 rows of 6 values of 16 bits are 600 bytes."""
+    asked: list[torch.device] = []
+    monkeypatch.setattr(features, "free_bytes", lambda device: free)
+    monkeypatch.setattr(CachedRows, "hold", lambda rows, device: asked.append(device))
+    accelerator = make_accelerator(TrainingOptions())
+    features.front_rows("toy", None, front, COUNT, WIDTH, 1, CacheOptions(), accelerator)
+    assert asked == ([accelerator.device] if held else [])
+
+
 def test_computed_once_and_a_changed_recipe_is_a_miss() -> None:
     asked: list[int] = []
 

@@ -28,6 +28,19 @@ def test_in_chunks_it_is_the_whole_loss_with_its_gradients(chunk: int) -> None:
     assert not in_chunks(pairs, (own.detach(), labels), (other.detach(),), chunk).requires_grad
 
 
+def test_in_chunks_it_is_in_float32_under_autocast() -> None:
+    """Logits of a hundred: in bf16 they would be off by a half."""
+    torch.manual_seed(0)
+    own, other, labels = torch.randn(10, 64), 10 * torch.randn(7, 64), torch.arange(10)
+    whole = pairs(own, labels, other)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = in_chunks(pairs, (own, labels), (other,), 4)
+        low = in_chunks(pairs, (own.bfloat16(), labels), (other.bfloat16(),), 4)
+        assert abs(pairs(own, labels, other) - whole) > 1e-4 * whole, "else this test shows nothing"
+    torch.testing.assert_close(found, whole)
+    torch.testing.assert_close(low, pairs(own.bfloat16().float(), labels, other.bfloat16().float()))
+
+
 def one_of_two(rank: int, file: str) -> None:
     """The mean over processes of both halves' losses and gradients is that of the whole; integers are gathered too."""
     torch.manual_seed(0)

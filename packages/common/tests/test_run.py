@@ -45,6 +45,15 @@ def test_rewind_drops_later_lines_and_a_cut_one(run: Run) -> None:
     assert lines[2]["loss"] == 1 / 3
 
 
+def test_a_line_is_there_at_once_also_after_the_file_was_written_anew(run: Run) -> None:
+    for step in (1, 2, 3):
+        run.append("metrics.jsonl", {"step": step, "said": "سلام"})
+        assert [line["step"] for line in Run(run.path).lines("metrics.jsonl")] == list(range(1, step + 1))
+    run.rewind(1)
+    run.append("metrics.jsonl", {"step": 2})
+    assert list(Run(run.path).lines("metrics.jsonl")) == [{"step": 1, "said": "سلام"}, {"step": 2}]
+
+
 def test_only_the_main_process_writes(tmp_path: Path) -> None:
     run = Run(tmp_path, is_main=False)
     run.append("metrics.jsonl", {"step": 1})

@@ -8,15 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import toy.training
 from labs_testing.commands import in_two_processes
 from safetensors.torch import load_file
 from toy import commands, training
 
-from labs_common.training import learning_rate_share, mixed_precision
+from labs_common import training
+from labs_common.fitting import begin
+from labs_common.training import Loop, learning_rate_share, mixed_precision
 
 OPTIONS = ("--track", "none", "--save-every", "3", "--keep", "2", "--learning-rate", "0.01")
 HERE = Path(__file__).parent
@@ -186,6 +191,124 @@ def test_early_stopping_goes_back_to_the_best_weights(tmp_path: Path) -> None:
     assert abs(float(weight.double().sum()) - 1) == pytest.approx(scores[best])
 
 
+@pytest.fixture(params=[(0, 7), (1, 1), (1, 4)], ids=lambda value: f"{value[0]} kept, every {value[1]}")
+def looking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[object, ...]:
+    """The loop looks at its figures later, as on a GPU; returns the option."""
+    kept, every = request.param
+    make = Loop.__init__
+
+    def on_a_gpu(loop: Loop, *arguments: Any, **more: Any) -> None:
+        make(loop, *arguments, **more)
+        loop._kept = kept
+
+    monkeypatch.setattr(Loop, "__init__", on_a_gpu)
+    return ("--log-every", every)
+
+
+def test_looking_later_changes_nothing(whole_run: Path, tmp_path: Path, looking: tuple[object, ...]) -> None:
+    run = tmp_path / "later"
+    finish("--output", run, *OPTIONS, *looking, "--signal-at", 16, code=130)
+    (first, *_) = sorted((run / "checkpoints").iterdir(), reverse=True)
+    assert int(first.name.removeprefix("step-")) in range(17, 17 + 7), "a step or a few later"
+    finish("--resume", run)
+    assert (run / "metrics.jsonl").read_bytes() == (whole_run / "metrics.jsonl").read_bytes()
+    same = weights(whole_run)
+    assert all(torch.equal(tensor, same[name]) for name, tensor in weights(run).items())
+    timing = [json.loads(line) for line in (run / "timing.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in timing] == list(range(1, 31))
+    assert all(line["seconds"] > 0 for line in timing)
+
+
+@pytest.mark.parametrize("at", [7, 8, 9])  # the steps before, at and after a checkpoint and an evaluation are due
+def test_nan_that_is_seen_later_is_never_saved(tmp_path: Path, at: int, looking: tuple[object, ...]) -> None:
+    run = tmp_path / "nan"
+    options = ("--nan-at", at, "--evaluate-every", 9, "--patience", 5)
+    said = finish("--output", run, *OPTIONS, *options, *looking, code=1)
+    last = "step-00000009" if at == 9 else "step-00000006"
+    assert f"at step {at + 1} (" in said
+    assert last in said
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == list(range(at + 1)), "all before it are logged"
+    assert newest_step(run).name == last
+    for file in (run / "checkpoints").rglob("trainable.safetensors"):
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(file).values()), file
+
+
+def newest_step(run: Path) -> Path:
+    return max((run / "checkpoints").glob("step-*"))
+
+
+def test_steps_that_fp16_skips_are_logged_and_are_no_reason_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scale that overflows in the first steps: the same whether the loop looks at once or a step later."""
+
+    def scaled(*options: Any) -> Any:
+        accelerator = begin(*options)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-20)
+        return accelerator
+
+    monkeypatch.setattr(toy.training, "begin", scaled)
+    make, lines = Loop.__init__, []
+    for kept in (0, 1):
+
+        def looking(loop: Loop, *arguments: Any, kept: int = kept, **more: Any) -> None:
+            make(loop, *arguments, **more)
+            loop._kept = kept
+
+        monkeypatch.setattr(Loop, "__init__", looking)
+        finish("--output", tmp_path / str(kept), *OPTIONS, "--clip-norm", 0)
+        lines.append((tmp_path / str(kept) / "metrics.jsonl").read_bytes())
+    assert lines[0] == lines[1]
+    norms = [line["gradient_norm"] for line in map(json.loads, lines[0].splitlines()) if "gradient_norm" in line]
+    assert norms[0] is None
+    assert None not in norms[10:]
+    assert torch.isfinite(weights(tmp_path / "1")["3.weight"]).all()
+
+
+def test_the_peak_of_memory_is_of_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the allocator: a step holds 1, an evaluation 100."""
+    held = {"now": 50}  # of what came before
+    step, evaluated = Loop.step, Loop.evaluated
+
+    def stepped(loop: Loop, *arguments: Any, **more: Any) -> None:
+        held["now"] = max(held["now"], 1)
+        step(loop, *arguments, **more)
+
+    def measured(loop: Loop, *arguments: Any, **more: Any) -> None:
+        held["now"] = 100
+        evaluated(loop, *arguments, **more)
+
+    monkeypatch.setattr(Loop, "step", stepped)
+    monkeypatch.setattr(Loop, "evaluated", measured)
+    monkeypatch.setattr(training, "peak_memory", lambda: held["now"])
+    monkeypatch.setattr(training, "reset_peak_memory", lambda: held.update(now=0))
+    finish("--output", tmp_path / "run", *OPTIONS, "--evaluate-every", 2, "--max-steps", 5)
+    timing = map(json.loads, (tmp_path / "run" / "timing.jsonl").read_text().splitlines())
+    assert [line["peak_memory"] for line in timing] == [1] * 5
+
+
+def test_the_compiled_network_trains_and_the_plain_one_is_saved(
+    whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's compiler with a back end that runs what it is given: the same bytes."""
+    graphs = []
+
+    def plain(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=plain))
+    run = tmp_path / "compiled"
+    finish("--output", run, *OPTIONS, "--compile", "--signal-at", 12, code=130)
+    finish("--resume", run)
+    assert graphs
+    assert (run / "metrics.jsonl").read_bytes() == (whole_run / "metrics.jsonl").read_bytes()
+    same = weights(whole_run)
+    assert weights(run).keys() == same.keys()
+    assert all(torch.equal(tensor, same[name]) for name, tensor in weights(run).items())
+
+
 @pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
 def test_another_number_of_processes_is_refused_in_all(tmp_path: Path, first: int, then: int) -> None:
     """Each has generators of its own; and none may wait for one that has stopped."""
@@ -273,9 +396,20 @@ def test_tensorboard_gets_the_curves(tmp_path: Path) -> None:
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
 
 
-def test_precision_and_memory() -> None:
-    assert mixed_precision("fp32") == "no"
-    assert mixed_precision("bf16") == "bf16"
+@pytest.mark.parametrize(
+    ("gpu", "native", "expected"), [(True, True, "bf16"), (True, False, "fp16"), (False, False, "no")]
+)
+def test_auto_is_the_precision_that_the_gpu_computes_in(
+    gpu: bool, native: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A T4 says that it supports bf16, but emulates it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    assert mixed_precision("auto") == expected
+    assert (mixed_precision("fp32"), mixed_precision("bf16"), mixed_precision("fp16")) == ("no", "bf16", "fp16")
+
+
+def test_memory() -> None:
     # In a process of its own: another test may have held more before.
     code = """import torch
 from labs_common.device import peak_memory

@@ -87,7 +87,7 @@ def test_every_picture_once_an_epoch_whatever_the_processes() -> None:
     data = PictureRows(Places(), torch.arange(23))
 
     def dealt(rank: int, processes: int, epoch: int = 0, start: int = 0) -> list[tuple[list[int], float]]:
-        accelerator = SimpleNamespace(process_index=rank, num_processes=processes)
+        accelerator = SimpleNamespace(process_index=rank, num_processes=processes, device=torch.device("cpu"))
         source = ShuffledSteps(len(data.labels), 5, 3, training_batches(data, 2, accelerator))
         assert len(source) == 5
         steps = [batch for (batch,) in source.steps(epoch, start)]

@@ -254,17 +254,16 @@ class Loop:
 
     def _send(self, rate: float, norm: torch.Tensor | float) -> None:
         """Brings the step's figures together over all processes, on the device, and sends them to the CPU."""
-        device = self.accelerator.device
+        device, dtype = self.accelerator.device, widest_float(self.accelerator.device)
 
         def on_device(value: torch.Tensor | float) -> torch.Tensor:
+            # A number is filled in by a kernel; its copy would be waited for.
             if isinstance(value, torch.Tensor):
-                return value.reshape(())
-            return torch.full(
-                (), value, dtype=widest_float(device), device=device
-            )  # a kernel; a copy would be waited for
+                return value.reshape(()).to(dtype)
+            return torch.full((), value, dtype=dtype, device=device)
 
-        figures = (*self._share.values(), norm, float(self._own_count), float(self._signal))
-        mine = torch.stack([on_device(figure).to(widest_float(device)) for figure in figures])[None]
+        figures = (*self._share.values(), norm, self._own_count, self._signal)
+        mine = torch.stack([on_device(figure) for figure in figures])[None]
         everyone = self.accelerator.gather(mine) if self.accelerator.num_processes > 1 else mine
         self._sent.append(_Sent(self.step_number, rate, list(self._share), Later(everyone)))
         self._share, self._own_count = {}, 0

@@ -92,8 +92,9 @@ class Memory:
         if self.teacher is None:
             return
         assert isinstance(learner, Learner)
-        fresh = [*learner.encoder.parameters(), *learner.projection.parameters()]
-        torch._foreach_lerp_(list(self.teacher.parameters()), fresh, 1 - momentum)  # one kernel for all on a GPU
+        own: list[torch.Tensor] = list(self.teacher.parameters())
+        fresh: list[torch.Tensor] = [*learner.encoder.parameters(), *learner.projection.parameters()]
+        torch._foreach_lerp_(own, fresh, 1 - momentum)  # one kernel for all on a GPU
 
     @torch.no_grad()
     def enqueue(self, keys: torch.Tensor) -> None:

@@ -1,0 +1,71 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from labs_common.device import (
+    CPU,
+    Later,
+    begin_fast_arithmetic,
+    constant,
+    exact_float32,
+    expect_fixed_shapes,
+    pinned,
+    to_device,
+    widest_float,
+)
+
+pytestmark = pytest.mark.quick
+GPU = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def settings() -> Iterator[None]:
+    """Puts torch's settings back."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.benchmark = before[1]
+
+
+def test_only_a_gpu_gets_other_settings() -> None:
+    for device, matrices, benchmark in ((CPU, "highest", False), (GPU, "high", True)):
+        begin_fast_arithmetic(device)
+        expect_fixed_shapes(device)
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == (matrices, benchmark)
+
+
+def test_exact_float32_is_without_autocast_and_tf32_and_puts_both_back() -> None:
+    begin_fast_arithmetic(GPU)
+    with exact_float32(GPU):
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_float32_matmul_precision() == "high"
+    matrix = torch.rand(4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (matrix @ matrix).dtype == torch.bfloat16
+        with exact_float32(CPU):
+            assert torch.equal(matrix @ matrix, torch.mm(matrix, matrix))
+            assert (matrix @ matrix).dtype == torch.float32
+        assert (matrix @ matrix).dtype == torch.bfloat16
+
+
+def test_apple_gpus_have_no_float64() -> None:
+    assert widest_float(torch.device("mps")) == torch.float32
+    assert widest_float(CPU) == widest_float(GPU) == torch.float64
+
+
+def test_a_constant_is_made_once_and_can_train_after_an_evaluation() -> None:
+    with torch.inference_mode():
+        made = constant((0.25, 0.5), CPU)
+    assert constant((0.25, 0.5), CPU) is made
+    weight = torch.ones(2, requires_grad=True)
+    (weight * made).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [0.25, 0.5]
+
+
+def test_on_a_cpu_nothing_is_copied() -> None:
+    tensor = torch.rand(3)
+    assert pinned(tensor, CPU) is tensor
+    assert to_device(tensor, CPU) is tensor
+    assert Later(tensor).read() is tensor
