@@ -12,7 +12,6 @@ from torch.nn.attention import flex_attention as flex
 from llm_peft_fa import attention
 from llm_peft_fa.attention import agrees, blocks_of, fastest
 from llm_peft_fa.base import load_model
-from llm_peft_fa.config import Attention
 from llm_peft_fa.model import PackedCausalLM
 from llm_peft_fa.packing import packed_row
 from llm_peft_fa.templates import Encoded
@@ -60,9 +59,7 @@ def kernels_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ("model", "kernel"),
     [("llama", "flash"), ("llama", "varlen"), ("llama", "flex"), ("gemma", "flash"), ("gemma", "flex")],
 )
-def test_kernels_give_the_loss_and_gradients_of_blocks(
-    model: str, kernel: Attention, request: pytest.FixtureRequest
-) -> None:
+def test_kernels_give_the_loss_and_gradients_of_blocks(model: str, kernel: str, request: pytest.FixtureRequest) -> None:
     """Llama has grouped heads; Gemma 2 also a soft-cap, which varlen lacks, and a window of 16 in every other layer."""
     folder: Path = request.getfixturevalue(f"{model}_dir")
     items = [Encoded([2, *range(300, 300 + length)], [True] * (length + 1), "") for length in (40, 3, 60, 15)]

@@ -21,8 +21,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from llm_peft_fa.config import Attention
-
 NAME = "labs_packed"  # for `attn_implementation`
 # Conversations are grouped by length, rounded up to a power of two, so that less than half of a block is padding. All
 # up to this length share a block: more blocks are more calls of the kernel.
@@ -83,7 +81,7 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     blocks: Blocks | None = None,
-    kernel: Attention = "auto",
+    kernel: str = "auto",
     prefix: Prefix | None = None,
     scaling: float | None = None,
     softcap: float | None = None,
@@ -115,7 +113,7 @@ def packed_attention(
     return KERNELS[kernel](query, key, value, blocks, scale, softcap, sliding_window), None
 
 
-def fastest(query: torch.Tensor, key_heads: int, scale: float, softcap: float | None, window: int | None) -> Attention:
+def fastest(query: torch.Tensor, key_heads: int, scale: float, softcap: float | None, window: int | None) -> str:
     """Chooses the kernel for queries (1, heads, row, head width): the first of a GPU's that does what blocks do.
 
     The kernels want a GPU from 2020 on (compute capability 8) and 16-bit numbers; else blocks are taken. `flash` is of
@@ -126,7 +124,7 @@ def fastest(query: torch.Tensor, key_heads: int, scale: float, softcap: float | 
         return "blocks"
     if torch.cuda.get_device_capability(device)[0] < 8:
         return "blocks"
-    names: list[Attention] = ["flash"] if importlib.util.find_spec("flash_attn") else []
+    names: list[str] = ["flash"] if importlib.util.find_spec("flash_attn") else []
     names.append("varlen" if softcap is None else "flex")
     for name in names:
         if agrees(name, device, dtype, query.shape[1], key_heads, query.shape[3], scale, softcap, window):
@@ -217,6 +215,18 @@ def _varlen(
         enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
     return cast(torch.Tensor, out)[None]
+
+
+def _in_one(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: Blocks, scale: float,
+    softcap: float | None, window: int | None,
+) -> torch.Tensor:  # fmt: skip
+    """Stands for a GPU's kernel where only shapes matter: conversations of one length, no soft-cap and no window."""
+    count = len(blocks.starts) - 1
+    # (conversations, heads, length, head width), without a copy
+    parts = (part[0].unflatten(1, (count, -1)).transpose(0, 1) for part in (query, key, value))
+    out = _attend(*parts, None, scale, None, 0.0)
+    return out.transpose(1, 2).flatten(0, 1)[None]
 
 
 def _before(window: int | None) -> tuple[int, int]:
@@ -312,6 +322,7 @@ KERNELS: dict[str, Callable[..., torch.Tensor]] = {
     "flash": _flash,
     "varlen": _varlen,
     "flex": _flex,
+    "shapes": _in_one,
 }
 
 AttentionInterface.register(NAME, packed_attention)

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -100,18 +101,23 @@ def _adding_in_float32(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def unloaded_model(model: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Builds the model without its weights, on PyTorch's meta device: its parts and their shapes.
+def base_config(model: str) -> PretrainedConfig:
+    """Reads the configuration of a model, for which no weights need to be there.
 
     Raises:
         LabError: there is no such model.
     """
     try:
-        config = AutoConfig.from_pretrained(model_path(model))
-        with torch.device("meta"):
-            made: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, dtype=dtype)
+        config: PretrainedConfig = AutoConfig.from_pretrained(model_path(model))
     except (OSError, ValueError) as error:
         raise LabError(_no_model(model, error)) from error
+    return config
+
+
+def unloaded_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Builds the model without its weights, on PyTorch's meta device: its parts and their shapes."""
+    with torch.device("meta"):
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, dtype=dtype)
     made.tie_weights()
     return _adding_in_float32(made)
 

@@ -17,11 +17,12 @@ from labs_common.progress import console, tracked
 from labs_common.report.figures import architecture_figure, histogram_figure
 from labs_common.report.page import Code, Figure, Section, Table, Text, save_figure, write_report
 from labs_common.run import Run, check_run_options
-from llm_peft_fa.base import load_tokenizer, own_template, unloaded_model
+from llm_peft_fa.base import load_tokenizer, own_template
 from llm_peft_fa.config import DataOptions, InspectConfig, MethodOptions
 from llm_peft_fa.data import Reading, read_conversations, training_and_validation
-from llm_peft_fa.methods import METHODS, Setting, apply_method, resolved
-from llm_peft_fa.model import Adapted, structure_of
+from llm_peft_fa.methods import METHODS, resolved
+from llm_peft_fa.model import structure_of
+from llm_peft_fa.plan import outline
 from llm_peft_fa.report import print_refused, refused_blocks
 from llm_peft_fa.templates import encode, render, without_system
 
@@ -74,17 +75,6 @@ def _model_section(run: Run, model: str, method: MethodOptions) -> Section:
     ]
     columns = ("block", "part", "parameters", "trained")
     return Section("The model", [Text(said), Figure(drawing, "Input below."), Table(columns, rows)])
-
-
-def outline(model: str, options: MethodOptions) -> Adapted:
-    """Builds the model under a method, without weights: enough to count what would train.
-
-    Values do not matter here, so methods that start from the base's weights start at random.
-    """
-    method = METHODS[options.method].counts_as or options.method
-    options = dataclasses.replace(options, method=method, prompt_init="random" if options.prompt_init else None)
-    setting = Setting(load_tokenizer(model), steps=100)
-    return apply_method(unloaded_model(model), options, setting)
 
 
 def _template_section(config: InspectConfig, tokenizer: PreTrainedTokenizerBase) -> Section:

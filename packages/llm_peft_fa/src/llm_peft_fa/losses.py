@@ -7,8 +7,8 @@ import torch
 
 # Elements of one chunk's logits on a CPU: 16 MiB in float32, or 32 positions of Llama 3's vocabulary of 128,256.
 CHUNK_LOGITS = 1 << 22
-# On a GPU each chunk reads the whole head from memory, so a chunk is as large as is cheap: its logits in float32 are this
-# share of the memory, and about four times that exists at once (in float32 also their logarithms, both in 16 bits too).
+# On a GPU each chunk reads the whole head from memory, so a chunk is as large as is cheap: its logits in float32 are
+# this share of the memory, and up to four times that exists at once (logarithms beside them, and both in 16 bits too).
 CHUNK_SHARE = 1 / 64
 # From here on a matrix product is bound by arithmetic; a larger chunk would gain nothing.
 MOST_POSITIONS = 2048

@@ -16,7 +16,6 @@ from labs_common.errors import LabError
 from labs_common.report.figures import Cell, Row
 from labs_common.report.sections import Structure
 from llm_peft_fa.adalora import orthogonality
-from llm_peft_fa.config import Attention
 from llm_peft_fa.losses import chunked_cross_entropy
 from llm_peft_fa.packing import PackedRow, packed_row
 from llm_peft_fa.templates import Encoded
@@ -69,7 +68,7 @@ class PackedCausalLM(torch.nn.Module):
     model: Adapted
     prompted = True
 
-    def __init__(self, model: Adapted, kernel: Attention = "auto", chunk: int | None = None) -> None:
+    def __init__(self, model: Adapted, kernel: str = "auto", chunk: int | None = None) -> None:
         super().__init__()
         self.model, self.kernel, self.chunk = model, kernel, chunk
 

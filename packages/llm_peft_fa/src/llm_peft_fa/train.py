@@ -6,6 +6,7 @@ if __name__ == "__main__":  # before the imports below: --help and a wrong optio
     commands.train()
 
 import dataclasses
+import importlib.util
 import math
 import time
 from typing import cast
@@ -23,11 +24,12 @@ from labs_common.sharding import whole_outside_layers
 from labs_common.training import total_steps
 from llm_peft_fa.answers import before_and_after, collected_prompts
 from llm_peft_fa.base import check_quantization, load_model, load_tokenizer, model_path, stop_ids
-from llm_peft_fa.config import MethodOptions, TrainConfig
+from llm_peft_fa.config import TrainConfig
 from llm_peft_fa.data import plain_paragraphs, training_and_validation
 from llm_peft_fa.methods import METHODS, Setting, apply_method, complete
 from llm_peft_fa.model import PackedCausalLM, check_packed_loss, mean_loss, structure_of, virtual_tokens
 from llm_peft_fa.packing import Packing
+from llm_peft_fa.plan import fitted, print_plan
 from llm_peft_fa.report import costs_of, data_section, finish_report, print_refused, show_learnt, structure_section
 from llm_peft_fa.saved import computed_prompt, initial_update, load_tuned, placed, plain_base, save_merged, save_tuned
 from llm_peft_fa.templates import Encoded, check_before_training, encode_all, encode_plain
@@ -37,9 +39,12 @@ def train(config: TrainConfig) -> None:
     """Walks the road: data, model, method, training, evaluation of what was written, report."""
     clock = {"start": time.perf_counter()}
     config = complete(config)
+    if config.plan:
+        print_plan(config)
+        return
     options, name = config.training, config.model.model
     accelerator = begin(config.run, options)
-    check_machine(config.method, accelerator)
+    check_machine(config, accelerator)
     readings = dict(zip(("training", "validation"), training_and_validation(config.data, config.run.seed), strict=True))
     prompts = collected_prompts(readings["validation"], config.generation, config.run.seed)
     paragraphs = plain_paragraphs(config)
@@ -52,6 +57,7 @@ def train(config: TrainConfig) -> None:
     }
     if accelerator.is_main_process:
         print_refused(readings.values())
+    config = fitted(config, accelerator, [len(item.ids) for item in texts["training"]])
     quantized = METHODS[config.method.method].quantized
     base = load_model(name, accelerator.mixed_precision, quantized)
     check_before_training(tokenizer, [*texts["training"], *texts["validation"]], stop_ids(base, tokenizer))
@@ -71,13 +77,13 @@ def train(config: TrainConfig) -> None:
     packing.virtual = virtual_tokens(adapted)
     structure = structure_of(adapted)
     run = Run.start(config, config.run, f"{config.method.method}-{path_name(name)}", accelerator)
-    fitted = fit(config, run, accelerator, PackedCausalLM(adapted), packing, texts, tokenizer)
-    clock |= fitted.clock
-    sections = [data_section(run, readings, texts), structure_section(run, structure, fitted.audit, config.method)]
-    results = costs_of(run, config, fitted, structure, clock)
+    result = fit(config, run, accelerator, PackedCausalLM(adapted, config.model.attention), packing, texts, tokenizer)
+    clock |= result.clock
+    sections = [data_section(run, readings, texts), structure_section(run, structure, result.audit, config.method)]
+    results = costs_of(run, config, result, structure, clock)
 
     # The evaluation is of the files that were written: base and adapter are read back, in the place of these.
-    del fitted, adapted, base
+    del result, adapted, base
     accelerator.free_memory()
     tuned = placed(load_tuned(run.path, name, quantized), accelerator)
     before = plain_base(tuned, name, accelerator) if config.generation.answer_base else None
@@ -90,13 +96,18 @@ def train(config: TrainConfig) -> None:
     accelerator.end_training()
 
 
-def check_machine(options: MethodOptions, accelerator: Accelerator) -> None:
-    """Makes sure that the method can run on this machine and under this launcher, before any work is done.
+def check_machine(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Makes sure that method and attention can run on this machine and under this launcher, before any work is done.
 
     Raises:
         LabError: it cannot; the line says what to take instead.
     """
+    options, kernel = config.method, config.model.attention
     kind, method = accelerator.distributed_type, METHODS[options.method]
+    if kernel not in ("auto", "blocks") and accelerator.device.type != "cuda":
+        raise LabError(f"--attention {kernel}: needs a GPU; take auto")
+    if kernel == "flash" and importlib.util.find_spec("flash_attn") is None:
+        raise LabError("--attention flash: needs the package flash_attn, which is not installed; take auto")
     stage_3 = kind == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3
     if method.whole_gradients and kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         raise LabError(
