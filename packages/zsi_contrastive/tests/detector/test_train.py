@@ -123,6 +123,12 @@ def test_sharded_over_two_processes_it_measures_what_one_does(options: tuple[obj
     assert (tmp_path / "two" / "detections.json").read_bytes() == found
 
 
+def test_what_the_main_process_cannot_read_stops_both(tmp_path: Path) -> None:
+    in_two_processes("zsi_contrastive.train", LIBRARIES, *SMALL, "--data", tmp_path / "none", "--output",
+                     tmp_path / "run", codes=(2, 2))  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
 def test_parts_of_a_step_are_the_step(options: tuple[object, ...], tmp_path: Path) -> None:
     here(*options, "--output", tmp_path / "parts", "--at-once", "2", "--max-steps", "2", "--no-report")
     here(*options, "--output", tmp_path / "sgd", "--optimizer", "sgd", "--schedule", "steps", "--max-steps", "2",
