@@ -33,7 +33,8 @@ from labs_common.scenes.files import write_coco
 from labs_common.steps import ShuffledSteps
 from zsi_contrastive.detector.annotations import Instances, read_instances, scenes_split
 from zsi_contrastive.detector.backbone import make_backbone
-from zsi_contrastive.detector.data import Batch, PictureBatches, category, instances_file, picture_folders
+from zsi_contrastive.detector.data import PictureBatches, category, instances_file, picture_folders
+from zsi_contrastive.detector.heads import Samples
 from zsi_contrastive.detector.model import Parts, Sizes, ZeroShotMaskRCNN
 from zsi_contrastive.detector.pictures import instance_pictures
 from zsi_contrastive.detector.regions import Sampling
@@ -103,7 +104,7 @@ def step_rows(options: Options) -> list[dict[str, Any]]:
     return rows
 
 
-def batches_of(options: Options) -> tuple[list[Batch], int]:
+def batches_of(options: Options) -> tuple[list[Samples], int]:
     """Steps of pictures, and how many classes there are."""
     with tempfile.TemporaryDirectory() as folder:
         if options.data is None:
@@ -142,14 +143,15 @@ def detectors(options: Options, classes: int, parts: Parts | None = None) -> tup
     return ours.to(DEVICE).to(memory_format=torch.channels_last).train(), plain.to(DEVICE).train()
 
 
-def stepping(model: torch.nn.Module, half: bool = False) -> Callable[[Batch], None]:
+def stepping(model: torch.nn.Module, half: bool = False) -> Callable[[Samples], None]:
     """A function that does one step of SGD."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, 1e-4, 0.9)
 
-    def step(batch: Batch) -> None:
+    def step(batch: Samples) -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=half):
-            loss = sum(model(batch.pictures, batch.targets).values())
+            ours = isinstance(model, ZeroShotMaskRCNN)
+            loss = sum((model(batch) if ours else model(batch.pictures, batch.targets)).values())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

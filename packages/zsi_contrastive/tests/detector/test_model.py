@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
+from torchvision.ops import box_iou
 
 from labs_common.errors import LabError
 from zsi_contrastive.detector.backbone import make_backbone
-from zsi_contrastive.detector.heads import CONTRASTIVE
-from zsi_contrastive.detector.model import Parts, Sizes, ZeroShotMaskRCNN, pasted
-from zsi_contrastive.detector.regions import Query, Sampling
+from zsi_contrastive.detector.heads import CONTRASTIVE, Samples
+from zsi_contrastive.detector.model import MEAN, STD, Parts, Sizes, ZeroShotMaskRCNN, scaled
+from zsi_contrastive.detector.regions import Detections, Query, Sampling
 
 D = 6
 SIZES = Sizes(16, 8, 1, (8, 16, 24), 48, 64, 16, (40, 40, 20, 20), 16, (5, 7), 1, True)
@@ -33,6 +35,12 @@ def sample(objects: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return torch.rand(3, 48, 56), {"boxes": boxes, "labels": labels, "masks": masks}
 
 
+def samples(*objects: int) -> Samples:
+    """Pictures with so many objects."""
+    pictures, targets = zip(*map(sample, objects), strict=True)
+    return Samples(list(pictures), list(targets))
+
+
 BASE = {"objectness", "proposal_box", "classes", "box"}
 
 
@@ -48,7 +56,7 @@ BASE = {"objectness", "proposal_box", "classes", "box"}
 )
 def test_each_part_can_be_switched_off(parts: Parts, losses: set[str]) -> None:
     model = make(parts).train()
-    found = model(*map(list, zip(sample(2), sample(1), strict=True)))
+    found = model(samples(2, 1))
     assert set(found) == losses
     sum(found.values()).backward()
     without = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
@@ -62,12 +70,12 @@ def test_each_part_can_be_switched_off(parts: Parts, losses: set[str]) -> None:
 def test_contrastive_heads_are_parts() -> None:
     parts = Parts(contrastive=tuple(CONTRASTIVE))
     model = make(parts).train()
-    found = model(*map(list, zip(sample(2), sample(1), strict=True)))
+    found = model(samples(2, 1))
     assert set(CONTRASTIVE) < set(found)
     sum(found.values()).backward()
     assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert any(name.startswith("greedy.isolated.") for name in model.state_dict()), "as finished runs have it"
-    model.eval().detect([sample(1)[0]], [Query(model.seen, torch.zeros(4, dtype=torch.int64))])
+    model.eval().detect([sample(1)[0]], [Query(model.seen, (4,))])
     assert Parts.from_plain(parts.plain()) == parts
     assert Parts.from_plain({"mask_head": False, "greedy_infomax": True}).contrastive == ("greedy_infomax",)
 
@@ -75,7 +83,7 @@ def test_contrastive_heads_are_parts() -> None:
 def test_the_detectors_loss_trains_the_background_only_if_synchronised() -> None:
     for sync in (False, True):
         model = make(Parts(sync_background=sync)).train()
-        found = model(*map(list, zip(sample(2), sample(1), strict=True)))
+        found = model(samples(2, 1))
         found["classes"].backward()
         grad = model.rpn.head.background.grad
         assert (grad is not None and bool(grad.abs().sum() > 0)) == sync
@@ -83,7 +91,7 @@ def test_the_detectors_loss_trains_the_background_only_if_synchronised() -> None
 
 def test_pictures_without_objects() -> None:
     model = make().train()
-    found = model(*map(list, zip(sample(0), sample(0), strict=True)))
+    found = model(samples(0, 0))
     assert all(bool(value.isfinite()) for value in found.values())
     sum(found.values()).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad), "processes stay in step"
@@ -95,21 +103,21 @@ def test_a_model_scores_words_that_it_was_never_given() -> None:
     pictures = [sample(1)[0], torch.rand(3, 40, 40)]
     vectors = torch.randn(11, D)
     queries = [
-        Query(model.seen, torch.zeros(4, dtype=torch.int64)),
-        Query(vectors, torch.tensor([0] * 4 + [1] * 7)),
+        Query(model.seen, (4,)),
+        Query(vectors, (4, 7)),
     ]
     one, two = model.detect(pictures, queries)
     assert all(int(found.classes.max()) < 4 for found in one)
     for found, picture in zip(two, pictures, strict=True):
-        groups = queries[1].groups[found.classes]
-        assert (groups == 0).sum() <= 10
-        assert (groups == 1).sum() <= 10
-        assert pasted(found, *picture.shape[1:]).shape == (len(found.boxes), *picture.shape[1:])
+        first = int((found.classes < 4).sum())
+        assert first <= 10
+        assert len(found.classes) - first <= 10
+        assert found.masks.shape == (len(found.boxes), 14, 14)
         assert float(found.boxes[:, 2].max()) <= picture.shape[2] + 1e-3
     # Classes do not know of each other: a list with more of them gives the same scores, in its own order.
-    (alone,) = model.detect(pictures, [Query(vectors[:4], torch.zeros(4, dtype=torch.int64))])
+    (alone,) = model.detect(pictures, [Query(vectors[:4], (4,))])
     for found, whole in zip(alone, two, strict=True):
-        first = queries[1].groups[whole.classes] == 0
+        first = whole.classes < 4
         torch.testing.assert_close(found.scores, whole.scores[first])
         torch.testing.assert_close(found.boxes, whole.boxes[first])
     other = make()
@@ -120,12 +128,68 @@ def test_a_model_scores_words_that_it_was_never_given() -> None:
 def test_half_precision() -> None:
     model = make().train()
     with torch.autocast("cpu", torch.bfloat16):
-        found = model(*map(list, zip(sample(2), sample(1), strict=True)))
-    full = make().train()(*map(list, zip(sample(2), sample(1), strict=True)))
+        found = model(samples(2, 1))
+    full = make().train()(samples(2, 1))
     assert found.keys() == full.keys()
     assert all(bool(value.isfinite()) for value in found.values())
+
+
+def test_detections_under_autocast_are_those_of_32_bits() -> None:
+    """Of the same proposals, in a picture 1,600 pixels wide, where bfloat16 knows only every eighth pixel."""
+    model = make().eval()
+    model.regions.keep(-10.0, 1.0, 1000)  # all that are proposed: nothing depends on an order that may differ
+    torch.manual_seed(1)
+    boxes = torch.rand(40, 4) * torch.tensor([1500.0, 30, 90, 15])
+    boxes[:, 2:] += boxes[:, :2] + 4
+    pictures = torch.rand(1, 3, 48, 1600)
+    query = Query(torch.nn.functional.normalize(torch.randn(1, D), dim=1), (1,), masks=True)
+
+    def detected() -> Detections:
+        with torch.no_grad():
+            levels = model.backbone(pictures)
+            ((found,),) = model.regions.detections(levels, [boxes], 48, [(48, 1600)], model.classes(), [query])
+        return found
+
+    full = detected()
     with torch.autocast("cpu", torch.bfloat16):
-        model.eval().detect([sample(1)[0]], [Query(torch.randn(3, D), torch.zeros(3, dtype=torch.int64))])
+        half = detected()
+    assert half.boxes.dtype == half.scores.dtype == half.masks.dtype == torch.float32
+    overlaps = box_iou(full.boxes, half.boxes)
+    same = overlaps.argmax(1)
+    assert float(overlaps.max(1).values.min()) > 0.95
+    torch.testing.assert_close(half.boxes[same], full.boxes, atol=1.0, rtol=0)
+    torch.testing.assert_close(half.scores[same], full.scores, atol=0.02, rtol=0)
+    torch.testing.assert_close(half.masks[same], full.masks, atol=0.02, rtol=0)
+    assert float(full.scores.std()) > 1e-4
+
+
+def test_losses_under_autocast_are_near_those_of_32_bits() -> None:
+    """The same regions are drawn: but for those at a threshold, the proposals differ little."""
+    found = []
+    for half in (False, True):
+        model = make().train()
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            found.append(model(samples(2, 1)))
+    full, half = found
+    for name, value in full.items():
+        assert half[name].dtype == torch.float32
+        assert float(half[name].detach()) == pytest.approx(float(value.detach()), rel=0.05, abs=0.02), name
+
+
+def test_the_transform_is_torchvisions() -> None:
+    """To the bit, for pictures that are made larger, smaller, and left as they are."""
+    theirs = GeneralizedRCNNTransform(48, 64, MEAN, STD, 16)
+    for height, width in ((48, 56), (30, 41), (97, 61)):
+        picture = torch.rand(3, height, width)
+        target = {"boxes": torch.rand(4, 4) * 30, "masks": torch.randint(0, 2, (4, height, width), dtype=torch.uint8)}
+        batch, (found,) = make().transform([picture], [target])
+        expected, (right,) = theirs([picture], [target])
+        assert torch.equal(batch.tensors, expected.tensors)
+        assert batch.image_sizes == expected.image_sizes
+        assert all(torch.equal(found[name], right[name]) for name in ("boxes", "masks"))
+        size, original = batch.image_sizes[0], (height, width)
+        assert torch.equal(scaled(found["boxes"], size, original), resize_boxes(right["boxes"], size, original))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "timm/resnet10t", "tiny"])

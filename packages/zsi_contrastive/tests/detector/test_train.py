@@ -11,6 +11,7 @@ from labs_testing import commands as lab_commands
 from labs_testing.commands import in_two_processes, losses
 from labs_testing.pretended_runs import Budget
 from labs_testing.promises import Otherwise, Training, TrainingPromises
+from labs_testing.sharded import fsdp_variables
 from safetensors.torch import load_file
 
 from zsi_contrastive.detector.compare import LIBRARIES
@@ -98,6 +99,37 @@ class TestPromises(TrainingPromises):
         found = json.loads((run / "detections.json").read_text())
         pictures = json.loads((run / "splits.json").read_text())["test"]["pictures"]
         assert len({row["image_id"] for row in found}) == len(pictures), "each process looked at its share"
+
+
+def test_sharded_over_two_processes_it_measures_what_one_does(options: tuple[object, ...], tmp_path: Path) -> None:
+    """FSDP2, with a model that stays as it began: scores on validation pictures and detections are one process's.
+
+    The only validation picture is the first process's: the other has none, and has to take part all the same.
+    """
+    # A rate that moves nothing, and frozen stages, whose batch norms keep their statistics.
+    still = ("--learning-rate", "1e-12", "--frozen-stages", "4", "--seed", "4")
+    shared = (*options, *still, "--max-steps", "1", "--validation-pictures", "1", "--score-threshold", "0.01",
+              "--no-report")  # fmt: skip
+    here(*shared, "--output", tmp_path / "one")
+    in_two_processes(
+        "zsi_contrastive.train", LIBRARIES, *shared, "--output", tmp_path / "two",
+        **fsdp_variables(LAUNCH / "fsdp.yaml"),
+    )  # fmt: skip
+    one, two = (
+        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("one", "two")
+    )
+    assert [line for line in two if "loss" not in line] == [line for line in one if "loss" not in line]
+    assert one[-1]["validation/harmonic_mean"] > 0.1
+    found = (tmp_path / "one" / "detections.json").read_bytes()
+    assert len(found) > 1000
+    assert (tmp_path / "two" / "detections.json").read_bytes() == found
+
+
+def test_what_the_main_process_cannot_read_stops_both(tmp_path: Path) -> None:
+    in_two_processes("zsi_contrastive.train", LIBRARIES, *SMALL, "--data", tmp_path / "none", "--output",
+                     tmp_path / "run", codes=(2, 2))  # fmt: skip
+    assert not list(tmp_path.iterdir())
 
 
 def test_parts_of_a_step_are_the_step(options: tuple[object, ...], tmp_path: Path) -> None:

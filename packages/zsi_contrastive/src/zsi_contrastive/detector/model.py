@@ -201,14 +201,14 @@ class ZeroShotMaskRCNN(nn.Module):
 
     def losses(self, samples: Samples) -> dict[str, torch.Tensor]:
         """Returns the losses by name; see `forward`."""
-        batch, scaled = self.transform(samples.pictures, samples.targets)
+        batch, targets = self.transform(samples.pictures, samples.targets)
         size = tuple(batch.tensors.shape[-2:])
         features = self.backbone(batch.tensors)
         contrast = {}
         for name, head in self.contrastive().items():
-            contrast[name], features = head(samples.pictures, features, scaled, size)
-        proposals, losses = self.rpn(batch, features, scaled)
-        found = self.regions.losses(features, proposals, size[0], scaled, self.classes())
+            contrast[name], features = head(samples.pictures, features, targets, size)
+        proposals, losses = self.rpn(batch, features, targets)
+        found = self.regions.losses(features, proposals, size[0], targets, self.classes())
         return {**losses, **found, **contrast}
 
     @torch.no_grad()

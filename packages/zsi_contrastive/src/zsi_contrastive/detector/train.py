@@ -1,6 +1,7 @@
 """Trains a zero-shot detector: `accelerate launch -m zsi_contrastive.train --data coco --split 48_17 …`."""
 
 import time
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -102,8 +103,8 @@ def fit(config: TrainConfig, model: ZeroShotMaskRCNN, run: Run, accelerator: Acc
     for batch in loop.batches():
         losses = fitting.model(batch.to(accelerator.device))
         loss = sum(weights.get(name, 1.0) * value for name, value in losses.items()) * batch.share
-        values = torch.stack([value.detach() for value in losses.values()]).tolist()  # one read for all
-        parts = {f"{name}_loss": value * batch.share for name, value in zip(losses, values, strict=True)}
+        # They stay on the device: the loop reads what it logs.
+        parts: dict[str, Any] = {f"{name}_loss": value.detach() * batch.share for name, value in losses.items()}
         # A process without a picture of its own computes another's, with a share of 0: it counts nowhere.
         loop.step(loss, batch.count if batch.share else 0, **parts)
         if loop.evaluation_due and len(data.pictures["validation"]):
