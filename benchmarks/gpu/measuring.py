@@ -1,5 +1,6 @@
 """What a measurement's own process does: its rows are written one by one, so that whatever stops it leaves them."""
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -81,6 +82,7 @@ def measure(part: str, measurement: Measurement, setting: Setting, file: Path) -
 
     Failures are recorded, not raised: the other measurements go on.
     """
+    gc.freeze()  # every training collects garbage at its end; it need not go through all that the server imported
     os.setsid()  # what it starts is stopped with it
     stop_as_usual()
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -156,6 +158,7 @@ def separate(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _answer(sending: Any, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    gc.freeze()  # as above
     try:
         sending.send(work(*arguments))
     except Exception as error:
