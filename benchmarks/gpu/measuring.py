@@ -96,7 +96,9 @@ def measure(part: str, measurement: Measurement, setting: Setting, file: Path) -
     if not measurement.long:  # which goes on with what it did
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # whatever is kept there is of this measurement
+    # The labs' cache is of this measurement alone; what DeepSpeed compiles, a minute's work, is not.
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "torch_extensions"))
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     module, _, function = measurement.target.partition(":")
     try:
         work: Measure = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)
