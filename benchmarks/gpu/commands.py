@@ -25,7 +25,7 @@ from llm_peft_fa.tiny import _tokenizer
 from zsi_contrastive.detector.annotations import scenes_split
 from zsi_contrastive.detector.data import category
 
-STEPS, KILLED_AFTER = 6, 3
+STEPS, SAVED_EVERY, KILLED_AFTER = 6, 2, 3
 SYNC = "called a synchronizing CUDA operation"
 COMMON = ("--precision", "bf16", "--track", "none", "--no-report")
 
@@ -96,10 +96,10 @@ def transfer(folder: Path, tiny: bool) -> Sequence[object]:
 
 def detector(folder: Path, tiny: bool) -> Sequence[object]:
     """The detector of unseen classes, with all its parts."""
-    count, side = (24, 48) if tiny else (80, 400)
+    count, side = (12, 48) if tiny else (80, 400)
     splits: dict[str, Sequence[int]] = {"train": range(count), "val": range(1000, 1010)}
     write_coco(folder / "scenes", splits, 0, side, category, scenes_split().classes)
-    network = ("--min-side", 48, "--max-side", 64, "--batch-size", 4) if tiny else (
+    network = ("--min-side", 48, "--max-side", 64, "--batch-size", 2, "--kept", 5) if tiny else (
                "--backbone", "resnet50", "--no-backbone-pretrained", "--min-side", 400, "--max-side", 667,
                "--batch-size", 8)  # fmt: skip
     return ("--data", folder / "scenes", "--split", "scenes", "--controls", 0, *network)
@@ -131,8 +131,9 @@ TRAININGS: dict[str, Command] = {
 
 def killed_and_resumed(setting: Setting, folder: Path, module: str) -> Iterator[Row]:
     """Compares a run with one that was killed by SIGKILL after a step and resumed; counts waits for the device."""
-    options = (*TRAININGS[module].make(folder, setting.tiny), *COMMON, "--max-steps", STEPS, "--save-every", 2,
-               "--epochs", STEPS, "--evaluate-every", STEPS)  # fmt: skip
+    steps = KILLED_AFTER + 1 if setting.tiny else STEPS
+    options = (*TRAININGS[module].make(folder, setting.tiny), *COMMON, "--max-steps", steps, "--epochs", steps,
+               "--evaluate-every", steps, "--save-every", SAVED_EVERY)  # fmt: skip
     whole, killed = folder / "whole", folder / "killed"
     found = separate(watched, module, (*options, "--output", whole))
     lines = [json.loads(line) for line in (whole / "timing.jsonl").read_text().splitlines()]
@@ -157,7 +158,7 @@ def killed_and_resumed(setting: Setting, folder: Path, module: str) -> Iterator[
     apart = max(float((one[name].double() - two[name].double()).abs().max()) for name in one)
     chance = f"; kernels that have no deterministic form: {', '.join(found['chance'])}" if found["chance"] else ""
     yield Row(f"{module}: killed and resumed, weights apart from a whole run's", "", apart,
-              note=f"0 is the same; killed after step {done} of {STEPS}{chance}")  # fmt: skip
+              note=f"0 is the same; killed after step {done} of {steps}{chance}")  # fmt: skip
 
 
 def reproducible(module: str, arguments: Sequence[object]) -> None:

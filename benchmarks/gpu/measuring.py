@@ -1,5 +1,6 @@
 """What a measurement's own process does: its rows are written one by one, so that whatever stops it leaves them."""
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -81,6 +82,7 @@ def measure(part: str, measurement: Measurement, setting: Setting, file: Path) -
 
     Failures are recorded, not raised: the other measurements go on.
     """
+    gc.freeze()  # every training collects garbage at its end; it need not go through all that the server imported
     os.setsid()  # what it starts is stopped with it
     stop_as_usual()
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +96,9 @@ def measure(part: str, measurement: Measurement, setting: Setting, file: Path) -
     if not measurement.long:  # which goes on with what it did
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # whatever is kept there is of this measurement
+    # The labs' cache is of this measurement alone; what DeepSpeed compiles, a minute's work, is not.
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "torch_extensions"))
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     module, _, function = measurement.target.partition(":")
     try:
         work: Measure = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)
@@ -156,6 +160,7 @@ def separate(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _answer(sending: Any, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    gc.freeze()  # as above
     try:
         sending.send(work(*arguments))
     except Exception as error:

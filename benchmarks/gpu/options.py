@@ -15,7 +15,7 @@ class Options:
     output: Path = Path("benchmarks/results/gpu")
     """Directory of the rows: a file for each measurement."""
     only: tuple[str, ...] = ()
-    """Parts by number or name, or single measurements by name."""
+    """Parts by number or name, or single measurements as part/measurement, such as traces/clip_lab.train."""
     again: bool = False
     """Do again what is done."""
     minutes: float = 10.0

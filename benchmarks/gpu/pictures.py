@@ -50,8 +50,8 @@ def random_cifar(folder: Path, count: int) -> Path:
     (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": names}))
     for name in [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]:
         rows = count // 5
-        batch = {b"data": generator.integers(0, 256, (rows, 3072), dtype=np.uint8),
-                 b"labels": [place % 10 for place in range(rows)]}  # fmt: skip
+        levels = generator.integers(0, 256, (rows, 3072), dtype=np.uint8)
+        batch = {b"data": levels, b"labels": [place % 10 for place in range(rows)]}
         (folder / name).write_bytes(pickle.dumps(batch))
     return folder
 
@@ -70,11 +70,11 @@ class DeviceRows:
 def block(setting: Setting, folder: Path) -> Iterator[Row]:
     """Trains the last block of a ViT-S/16 on CIFAR-10, its front's rows on the disk's memory map and on the device."""
     name = "tiny-vit" if setting.tiny else "vit_small_patch16_224"
-    data = setting.cifar or random_cifar(folder / "cifar", 40 if setting.tiny else 50_000)
+    data = setting.cifar or random_cifar(folder / "cifar", 100 if setting.tiny else 50_000)
     config = complete(TrainConfig(
         ModelOptions(name, pretrained=False),
-        DataOptions(data=str(data), limit=40 if setting.tiny else 0),
-        training=PictureTrainingOptions(epochs=3, batch_size=8 if setting.tiny else 256, precision=PRECISION,
+        DataOptions(data=str(data), limit=100 if setting.tiny else 0),
+        training=PictureTrainingOptions(epochs=3, batch_size=32 if setting.tiny else 256, precision=PRECISION,
                                         save_every=10**9, evaluate_every=10**9),
     ))  # fmt: skip
     accelerator = make_accelerator(config.training)
@@ -201,7 +201,7 @@ def clip(setting: Setting, folder: Path) -> Iterator[Row]:
     need("open_clip")
     options = clip_benchmark.Options(steps=1, batch=4, image="test_vit") if setting.tiny else clip_benchmark.Options(
         steps=10, batch=256)  # fmt: skip
-    for precision in ("fp32", "bf16"):
+    for precision in ("fp32", "bf16") if GPU else ("fp32",):  # a CPU without bf16 takes ten times as long for it
         found = separate(clip_step, options, precision)
         yield Row(f"a step of CLIP, {options.image}, batch {options.batch}, {precision}", "s", found["ours"],
                   "open_clip", found["theirs"], note=f"losses differ by {found['differ']:.1e}")  # fmt: skip
@@ -217,7 +217,7 @@ def clip_step(options: clip_benchmark.Options, precision: str) -> dict[str, Any]
 def simclr(setting: Setting, folder: Path) -> Iterator[Row]:
     """Pre-trains by SimCLR with the lab's command and with a loop of lightly's parts."""
     need("lightly")
-    options = pretraining.Options(rounds=1, batch=4, steps=1, workers=0) if setting.tiny else pretraining.Options(
+    options = pretraining.Options(rounds=1, batch=2, steps=1, workers=0) if setting.tiny else pretraining.Options(
         rounds=1, batch=512, steps=40, workers=12, data=str(setting.cifar) if setting.cifar else None)  # fmt: skip
     for bf16 in (False, True) if GPU else (False,):
         found = separate(pretraining.rates, replace(options, their_bf16=bf16))
@@ -238,7 +238,7 @@ def long(setting: Setting, folder: Path) -> Iterator[Row]:
             raise Skipped("needs CIFAR-10: give it by --cifar")
         data = folder / "cifar"
         if not data.exists():
-            random_cifar(data, 40)
+            random_cifar(data, 100)
     network = ("--batch-size", 8, "--epochs", 2, "--hidden", 16, "--outputs", 12, "--side", 16, "--backbone", "tiny"
                ) if setting.tiny else ("--backbone", "resnet18", "--stem", "small")  # fmt: skip
     asked = ("--resume", run) if (run / "config.yaml").exists() else (

@@ -101,7 +101,11 @@ def keep(files: Sequence[Path]) -> None:
     Raises:
         LabError: a file has no rows, or was measured on a CPU or with tiny sizes.
     """
-    every = [found for file in files for found in (sorted(file.rglob("*.json")) if file.is_dir() else [file])]
+    every = [
+        found
+        for file in files
+        for found in (sorted([*file.glob("*.json"), *file.glob("*/*.json")]) if file.is_dir() else [file])
+    ]
     records = []
     for file in every:
         record = read(file)

@@ -52,17 +52,13 @@ def run(options: Options) -> None:
     """Says what will be done, does it part by part, and shows the rows.
 
     Raises:
-        LabError: something named by --only or --rows is not there.
+        LabError: an option names something that is not there, or no process can use the device.
         Interrupted: Ctrl-C; what was measured is kept.
     """
     if options.rows:
         keep(options.rows)
         return
-    check_writable(options.output)
-    if options.cifar is not None and not options.cifar.exists():
-        raise LabError(f"--cifar {options.cifar}: is not there")
-    if options.minutes <= 0:
-        raise LabError(f"--minutes {options.minutes:g}: must be more than 0")
+    check(options)
     tiny = options.tiny or not torch.cuda.is_available()
     options.output.mkdir(parents=True, exist_ok=True)
     context, facts = first_process(options.output, forked=not options.plan)
@@ -85,23 +81,31 @@ def run(options: Options) -> None:
             show(one)
 
 
-def plan(options: Options, device: str, tiny: bool) -> list[Planned]:
-    """Lists the measurements that were asked for, with what is there of each.
+def check(options: Options) -> None:
+    """Makes sure, before anything is imported, that all that was asked for is there.
 
     Raises:
-        LabError: --only names nothing that there is.
+        LabError: it is not; the message names the option.
     """
-    known = {name for part in PARTS.values() for name in (one.name for one in part.measurements)}
-    numbers = dict(enumerate(PARTS, 1))
+    check_writable(options.output)
+    if options.cifar is not None and not options.cifar.exists():
+        raise LabError(f"--cifar {options.cifar}: is not there")
+    if not options.minutes > 0:
+        raise LabError(f"--minutes {options.minutes:g}: must be more than 0")
+    names = {f"{part}/{one.name}" for part, whole in PARTS.items() for one in whole.measurements}
     for asked in options.only:
-        if asked not in PARTS and asked not in known and asked not in map(str, numbers):
-            said = ", ".join(f"{number} or {name}" for number, name in numbers.items())
-            raise LabError(f"--only {asked}: no such part or measurement; there are {said}")
+        if asked not in names | set(PARTS) and asked not in map(str, range(1, len(PARTS) + 1)):
+            said = ", ".join(f"{number} or {part}" for number, part in enumerate(PARTS, 1))
+            raise LabError(f"--only {asked}: is no part; there are {said}, and single measurements as part/measurement")
+
+
+def plan(options: Options, device: str, tiny: bool) -> list[Planned]:
+    """Lists the measurements that were asked for, with what is there of each."""
     found = []
     for number, (part, whole) in enumerate(PARTS.items(), 1):
         for one in whole.measurements:
             by_part = not options.only or {str(number), part} & set(options.only)
-            if one.name in options.only or (by_part and (options.long or not one.long)):
+            if f"{part}/{one.name}" in options.only or (by_part and (options.long or not one.long)):
                 file = file_of(options.output, part, one)
                 there = read(file) if file.exists() else None
                 # Of another machine, or with other sizes: nothing is there of this one.
@@ -151,10 +155,11 @@ def first_process(output: Path, forked: bool) -> tuple[Context, dict[str, Any]]:
     """
     contexts: list[Context] = [multiprocessing.get_context("spawn")]
     if forked:
+        console.print("importing the libraries, once for all measurements")
         there = [name for name in LIBRARIES if importlib.util.find_spec(name.partition(".")[0]) is not None]
         start_server(None, there)
         contexts.insert(0, multiprocessing.get_context("forkserver"))
-    file = output / "machine.json"
+    file = output / "machine"
     for context in contexts:
         process = context.Process(target=_describe, args=(file,))
         process.start()

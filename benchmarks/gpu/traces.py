@@ -18,13 +18,14 @@ WARM = 3  # steps before those that are traced: kernels are chosen, the allocato
 
 def traced(setting: Setting, folder: Path, module: str) -> Iterator[Row]:
     """Traces some steps of a command, keeps the trace for Perfetto, and measures its gaps."""
-    steps = 2 if setting.tiny else 10
-    last = WARM + steps + 1
+    steps = 1 if setting.tiny else 10
+    warm = 1 if setting.tiny else WARM
+    last = warm + steps + 1
     options = (*TRAININGS[module].make(folder, setting.tiny), *COMMON, "--max-steps", last, "--epochs", last,
                "--evaluate-every", last, "--output", folder / "run")  # fmt: skip
     trace = setting.work.parent / "traces" / f"{module}.json.gz"
     trace.parent.mkdir(exist_ok=True)
-    found = separate(profiled, module, options, steps, trace)
+    found = separate(profiled, module, options, warm, steps, trace)
     where = "the GPU" if found["gpu"] else "torch, on a CPU,"
     note = f"{steps} steps; {trace.parent.name}/{trace.name}"
     yield Row(f"{module}: share of a step in which {where} is idle", "", found["idle"], note=note)
@@ -33,17 +34,17 @@ def traced(setting: Setting, folder: Path, module: str) -> Iterator[Row]:
     yield Row(f"{module}: a step, being traced", "s", found["seconds"] / steps)
 
 
-def profiled(module: str, arguments: Sequence[object], steps: int, trace: Path) -> dict[str, Any]:
-    """Runs a command and traces `steps` of its steps; returns how long they took and how much of it was idle."""
+def profiled(module: str, arguments: Sequence[object], warm: int, steps: int, trace: Path) -> dict[str, Any]:
+    """Runs a command and traces `steps` of its steps after the first `warm`; returns their time and what was idle."""
     gpu = torch.cuda.is_available()
     profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])])
     found: dict[str, Any] = {"gpu": gpu}
 
     def switch(loop: Loop) -> None:
-        if loop.step_number == WARM:
+        if loop.step_number == warm:
             profiler.start()
             found["seconds"] = -clock()
-        elif loop.step_number == WARM + steps:
+        elif loop.step_number == warm + steps:
             found["seconds"] += clock()
             profiler.stop()
 
