@@ -94,7 +94,7 @@ class ShowTell(LSTMDecoder):
         """
         _, first = by_caption(self.begin(features), of_features)
         hidden, cell = first["hidden"][:, 0], first["cell"][:, 0]  # (captions, width)
-        states, _ = self.lstm(self.dropout(self.embedding(words)), (hidden[None], cell[None]))
+        states, _ = self._read(self.dropout(self.embedding(words)), hidden[None], cell[None])
         return Output(self.to_words(self.dropout(states)), None)
 
     def begin(self, features: torch.Tensor) -> tuple[Tensors, Tensors]:
@@ -105,9 +105,18 @@ class ShowTell(LSTMDecoder):
         """Reads one more word of each beam (pictures, beams)."""
         pictures, beams = words.shape
         state = (moving["hidden"].flatten(0, 1)[None], moving["cell"].flatten(0, 1)[None])
-        out, (hidden, cell) = self.lstm(self.embedding(words).flatten(0, 1)[:, None], state)
+        out, (hidden, cell) = self._read(self.embedding(words).flatten(0, 1)[:, None], *state)
         moved = {"hidden": hidden[0].unflatten(0, (pictures, beams)), "cell": cell[0].unflatten(0, (pictures, beams))}
         return NextWord(self.to_words(out[:, 0]).unflatten(0, (pictures, beams)), moved, None)
+
+    def _read(
+        self, inputs: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        # cuDNN's LSTM computes in float16 under autocast, also where bfloat16 is asked for: nothing scales its gradients.
+        with torch.autocast(inputs.device.type, enabled=False):
+            states: tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
+            states = self.lstm(inputs.float(), (hidden.float(), cell.float()))
+            return states
 
 
 class ShowAttendTell(LSTMDecoder):
