@@ -606,10 +606,10 @@ def patch_autocast(patch: pytest.MonkeyPatch) -> None:
         init(self, "cpu" if device_type == "cuda" else device_type, dtype=dtype, enabled=enabled, **more)
 
     patch.setattr(torch.autocast, "__init__", of_device)
-    for name, off in (("is_autocast_enabled", False), ("get_autocast_dtype", torch.bfloat16)):
+    for name in ("is_autocast_enabled", "get_autocast_dtype"):
 
-        def asked(device: str = "cuda", true: Any = TRUE[name], off: Any = off) -> Any:
-            return true("cpu") if device == "cuda" else off if device == "cpu" else true(device)
+        def asked(device: str = "cuda", true: Any = TRUE[name]) -> Any:
+            return true("cpu" if device == "cuda" else device)
 
         patch.setattr(torch, name, asked)
 
