@@ -100,7 +100,7 @@ def test_without_it_such_a_file_cannot_be_read() -> None:
 
 # Of each program: device operators, host syncs, copies between host and device.
 COUNTED: dict[str, tuple[Callable[[torch.Tensor], object], tuple[int, int, int]]] = {
-    "views are free": (lambda x: x.T[1:].view_as(x.T[1:]).unsqueeze(0).expand(3, -1).detach(), (0, 0, 0)),
+    "views are free": (lambda x: x.T[1:].view_as(x.T[1:]).unsqueeze(0).expand(3, -1, -1).detach(), (0, 0, 0)),
     "memory is free": (lambda x: torch.empty(3, device="cuda").new_empty(2), (0, 0, 0)),
     "two kernels": (lambda x: (x + 1) * 2, (2, 0, 0)),
     "a factory": (lambda x: torch.zeros(3, device="cuda"), (1, 0, 0)),
