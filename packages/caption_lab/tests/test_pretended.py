@@ -2,7 +2,12 @@
 
 from pathlib import Path
 
+import torch
+from labs_testing.pretended import pretended_gpu
 from labs_testing.pretended_runs import Asked, on_pretended_gpu
+
+from caption_lab.config import DecoderOptions
+from caption_lab.decoder import CAPTIONERS, Sizes
 
 MODELS = ("show_tell", "show_attend_tell", "transformer")
 
@@ -28,3 +33,18 @@ def test_every_captioner_and_every_command(scenes: Path, tmp_path: Path) -> None
         Asked("caption_lab.caption", (next(scenes.rglob("*.jpg")), "--checkpoint", run, "--beam", "2")),
         Asked("caption_lab.caption", (next(scenes.rglob("*.jpg")), "--checkpoint", run, "--top-p", "0.9")),
     )  # fmt: skip
+
+
+def test_an_lstm_stays_in_float32_under_autocast() -> None:
+    """cuDNN's own would be float16, even where bfloat16 is asked for."""
+    decoder = CAPTIONERS["show_tell"].decoder(Sizes(20, 10, 6, 9), DecoderOptions(width=16))
+    dtypes: list[torch.dtype] = []
+    decoder.lstm.register_forward_hook(lambda module, inputs, output: dtypes.append(output[0].dtype))
+    with pretended_gpu():
+        decoder.to("cuda")
+        features, words = torch.randn(3, 10, device="cuda"), torch.ones(3, 4, dtype=torch.long, device="cuda")
+        with torch.autocast("cuda", torch.bfloat16):
+            assert decoder(features, words).logits.dtype == torch.bfloat16
+            fixed, moving = decoder.begin(features)
+            decoder.step(words[:, :1], fixed, moving)
+    assert dtypes == [torch.float32] * 2

@@ -8,7 +8,7 @@ from labs_testing.pretended_runs import Asked, on_pretended_gpu
 def test_every_objective_and_every_command(scenes: Path, things: Path, tmp_path: Path) -> None:
     folder = tmp_path / "comparison"
     small = ("--data", scenes, "--image", "test_vit", "--image-size", "32", "--text-width", "32", "--text-layers", "1",
-             "--epochs", "1", "--max-steps", "2", "--batch-size", "16", "--embedding", "32")  # fmt: skip
+             "--epochs", "1", "--max-steps", "2", "--batch-size", "16")  # fmt: skip
     run, coca = (folder / name / "seed-0" for name in ("clip", "coca"))
     classes = ("--checkpoint", run, "--data", things)
     on_pretended_gpu(

@@ -10,6 +10,12 @@ from zsi_contrastive.ssl.methods import METHODS
 
 def test_every_method_and_the_comparison(looks: Path, tmp_path: Path) -> None:
     small = ("--data", looks, "--side", "16", "--batch-size", "32", "--epochs", "1", "--max-steps", "2", "--hidden", "16",
-             "--outputs", "12", "--queue", "64")  # fmt: skip
-    asked = (*small, "--methods", ",".join(METHODS), "--output", tmp_path / "compared")
-    on_pretended_gpu(LIBRARIES, tmp_path / "said", Asked("zsi_contrastive.compare", asked))
+             "--outputs", "12", "--queue", "64", "--map", "none")  # fmt: skip
+    compared = ("--methods", ",".join(METHODS), "--no-probe", "--output", tmp_path / "compared")
+    probed = ("--method", "simclr", "--track", "none", "--precision", "bf16", "--output", tmp_path / "probed")
+    on_pretended_gpu(
+        LIBRARIES,
+        tmp_path / "said",
+        Asked("zsi_contrastive.compare", (*small, *compared)),
+        Asked("zsi_contrastive.pretrain", (*small, *probed)),  # with a linear probe and a report
+    )
