@@ -11,15 +11,18 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import timm
 from benchmarks.gpu import commands, measuring, rows, running, sharding, traces
 from benchmarks.gpu.measuring import Setting, Skipped
 from benchmarks.gpu.options import Options
 from benchmarks.gpu.parts import PARTS, Measurement
 from benchmarks.gpu.rows import Record, Row
-from test_entry_points import ROOT
+from test_entry_points import ROOT, config_type
 
+from labs_common.cli import flat_options, parse
 from labs_common.errors import LabError
 from labs_common.training import Loop
 
@@ -179,6 +182,20 @@ def test_waits_are_counted_by_line_of_the_project(monkeypatch: pytest.MonkeyPatc
     with warnings.catch_warnings():
         found = commands.watched("any", ())
     assert found["waits"] == {"labs_common/training.py:3": 2, "labs_common/training.py:4": 1}
+
+
+@pytest.mark.parametrize("tiny", [True, False])
+@pytest.mark.parametrize("module", commands.TRAININGS)
+def test_its_options_exist(module: str, tiny: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In real sizes too, which no machine without a GPU runs."""
+    for name in ("write_flickr8k", "write_parquet", "write_coco", "LlamaForCausalLM"):
+        monkeypatch.setattr(commands, name, Mock())
+    asked = [*commands.TRAININGS[module].make(tmp_path, tiny), *commands.COMMON, "--output", tmp_path / "run"]
+    flat = flat_options(parse(config_type(module), module, list(map(str, asked))))
+    assert flat["precision"] == "bf16"
+    networks = [flat[name] for name in ("image", "encoder", "backbone") if name in flat]
+    networks += [flat["model"]] if module == "vit_transfer.train" else []
+    assert all(timm.is_model(name) or name in ("tiny", "tiny-cnn", "tiny-vit") for name in networks)
 
 
 @pytest.mark.parametrize(

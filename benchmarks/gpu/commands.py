@@ -132,8 +132,9 @@ TRAININGS: dict[str, Command] = {
 def killed_and_resumed(setting: Setting, folder: Path, module: str) -> Iterator[Row]:
     """Compares a run with one that was killed by SIGKILL after a step and resumed; counts waits for the device."""
     steps = KILLED_AFTER + 1 if setting.tiny else STEPS
-    options = (*TRAININGS[module].make(folder, setting.tiny), *COMMON, "--max-steps", steps, "--epochs", steps,
-               "--evaluate-every", steps, "--save-every", SAVED_EVERY)  # fmt: skip
+    made = separate(TRAININGS[module].make, folder, setting.tiny)
+    options = (*made, *COMMON, "--max-steps", steps, "--epochs", steps, "--evaluate-every", steps, "--save-every",
+               SAVED_EVERY)  # fmt: skip
     whole, killed = folder / "whole", folder / "killed"
     found = separate(watched, module, (*options, "--output", whole))
     lines = [json.loads(line) for line in (whole / "timing.jsonl").read_text().splitlines()]

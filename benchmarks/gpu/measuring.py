@@ -137,7 +137,7 @@ class Trouble:
 def separate(work: Callable[..., Any], *arguments: Any) -> Any:
     """Runs `work` in a process forked from this one, so that its peak of memory is its own; returns what it returns.
 
-    This process must not have used the device.
+    This process must not have used the device, nor have computed anything: threads of OpenMP do not survive a fork.
 
     Raises:
         RuntimeError: it failed; the message is the failure's.

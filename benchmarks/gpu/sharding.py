@@ -26,8 +26,9 @@ def launched(setting: Setting, folder: Path, module: str, kind: str) -> Iterator
     if kind != "fsdp" and importlib.util.find_spec("deepspeed") is None:
         raise Skipped("needs deepspeed, which is not installed")
     precision = "bf16" if gpu else "fp32"
-    options = (*TRAININGS[module].make(folder, setting.tiny), *COMMON, "--precision", precision, "--max-steps", STEPS,
-               "--epochs", STEPS, "--evaluate-every", STEPS)  # fmt: skip
+    made = separate(TRAININGS[module].make, folder, setting.tiny)
+    options = (*made, *COMMON, "--precision", precision, "--max-steps", STEPS, "--epochs", STEPS, "--evaluate-every",
+               STEPS)  # fmt: skip
     separate(command, module, *options, "--output", folder / "plain")
     launch(one_process(ROOT / "packages" / module.partition(".")[0] / "launch" / f"{kind}.yaml", folder, gpu),
            module, (*options, "--output", folder / kind))  # fmt: skip

@@ -21,7 +21,7 @@ def traced(setting: Setting, folder: Path, module: str) -> Iterator[Row]:
     steps = 1 if setting.tiny else 10
     warm = 1 if setting.tiny else WARM
     last = warm + steps + 1
-    options = (*TRAININGS[module].make(folder, setting.tiny), *COMMON, "--max-steps", last, "--epochs", last,
+    options = (*separate(TRAININGS[module].make, folder, setting.tiny), *COMMON, "--max-steps", last, "--epochs", last,
                "--evaluate-every", last, "--output", folder / "run")  # fmt: skip
     trace = setting.work.parent / "traces" / f"{module}.json.gz"
     trace.parent.mkdir(exist_ok=True)
