@@ -17,7 +17,7 @@ import torch
 import toy.training
 from labs_testing.commands import in_two_processes
 from safetensors.torch import load_file
-from toy import commands, training
+from toy import commands
 
 from labs_common import training
 from labs_common.fitting import begin
@@ -147,7 +147,7 @@ def test_a_warning_before_the_loop_is_one_line_and_nothing_is_lost(
 ) -> None:
     run, handler = tmp_path / "early", signal.getsignal(number)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "train_only", lambda *_: signal.raise_signal(number))
+        patch.setattr(toy.training, "train_only", lambda *_: signal.raise_signal(number))
         said = finish("--output", run, *OPTIONS, code=130)
     (line,) = said.splitlines()
     assert line.startswith(signal.Signals(number).name)
