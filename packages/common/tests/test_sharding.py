@@ -9,6 +9,7 @@ from labs_testing.sharded import assert_in_layers, fake_group
 from torch import nn
 from toy.shards import Layer, Tied, check
 
+from labs_common.compare.processes import start_server
 from labs_common.sharding import repeated_layers, shard
 
 
@@ -64,6 +65,7 @@ def test_what_was_channels_last_is_sharded_too() -> None:
 
 
 def test_two_processes_share_one_network() -> None:
+    start_server(None, ["toy.shards", "deepspeed"])  # as labs_testing starts others
     port, context = free_port(), multiprocessing.get_context("forkserver")
     both = [context.Process(target=check, args=(rank, port)) for rank in range(2)]
     for process in both:
