@@ -213,7 +213,7 @@ def _cost(
     few = 2 * (options.layers or 0) + period  # layers that train are at the ends, like ones between
     found = []
     for layers in (few, few + period) if few + period < depth else (depth,):
-        adapted = outline(model, options, dtype, layers)
+        adapted: Any = outline(model, options, dtype, layers)
         if checkpointing:
             base: Any = base_of(adapted)
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
