@@ -209,10 +209,10 @@ def _varlen(
 ) -> torch.Tensor:  # fmt: skip
     """Runs PyTorch's attention over conversations of many lengths."""
     assert softcap is None, "varlen_attn has no soft-cap"
+    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # (row, heads, head width)
     out = varlen_attn(
-        *(part[0].transpose(0, 1) for part in (query, key, value)),  # (row, heads, head width)
-        blocks.starts, blocks.starts, blocks.longest, blocks.longest, scale=scale, window_size=_before(window),
-        enable_gqa=query.shape[1] != key.shape[1],
+        q, k, v, blocks.starts, blocks.starts, blocks.longest, blocks.longest, scale=scale,
+        window_size=_before(window), enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
     return cast(torch.Tensor, out)[None]
 
@@ -224,8 +224,8 @@ def _in_one(
     """Stands for a GPU's kernel where only shapes matter: conversations of one length, no soft-cap and no window."""
     count = len(blocks.starts) - 1
     # (conversations, heads, length, head width), without a copy
-    parts = (part[0].unflatten(1, (count, -1)).transpose(0, 1) for part in (query, key, value))
-    out = _attend(*parts, None, scale, None, 0.0)
+    q, k, v = (part[0].unflatten(1, (count, -1)).transpose(0, 1) for part in (query, key, value))
+    out = _attend(q, k, v, None, scale, None, 0.0)
     return out.transpose(1, 2).flatten(0, 1)[None]
 
 
@@ -243,7 +243,7 @@ def _flex(
     if window not in blocks.masks:
         sees = _sees(blocks.conversation, window)
         blocks.masks[window] = create_block_mask(sees, None, None, row, row, device=query.device)
-    run = _compiled_flex() if query.device.type == "cuda" else flex_attention
+    run = _compiled_flex() if query.device.type == "cuda" else cast(Callable[..., torch.Tensor], flex_attention)
     out = run(
         query, key, value, score_mod=_capped(softcap), block_mask=blocks.masks[window], scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],

@@ -10,6 +10,7 @@ import dataclasses
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -100,8 +101,8 @@ class Plan:
         return self._cost(tokens, checkpointing).flops
 
     def _cost(self, tokens: int, checkpointing: bool) -> Cost:
-        one, other = self.short[1 + checkpointing], self.long[1 + checkpointing]
-        return between((self.short[0], one), (self.long[0], other), tokens)
+        (few, *one), (many, *other) = self.short, self.long
+        return between((few, one[checkpointing]), (many, other[checkpointing]), tokens)
 
     def choice(self, rows: Sequence[int], usable: float) -> tuple[int, bool] | None:
         """Chooses row and checkpointing: the longest row without it that fits, else with it; None if nothing fits."""
@@ -188,10 +189,13 @@ def plan_of(config: TrainConfig, machine: Machine, length: int = LENGTH) -> Plan
         base_of(whole).get_output_embeddings().weight.shape[0], machine.total if machine.gpu else None
     )
     kernel = "shapes" if machine.fused and config.model.attention != "blocks" else "blocks"
-    short, long = (
-        (count * length, *(_cost(config, dtype, kernel, chunk, count, length, on) for on in (False, True)))
-        for count in (-(-ROW // length), 2 * -(-ROW // length))
-    )
+
+    def row(count: int) -> tuple[int, Cost, Cost]:
+        plain, again = (_cost(config, dtype, kernel, chunk, count, length, on) for on in (False, True))
+        return count * length, plain, again
+
+    count = -(-ROW // length)
+    short, long = row(count), row(2 * count)
     return Plan(
         sum(parameter.numel() for parameter in whole.parameters()), sum(parameter.numel() for parameter in trained),
         weights, learnt, 2 * learnt, chunk, short, long, extra,
@@ -206,19 +210,20 @@ def _cost(
     text = base_config(model).get_text_config()
     depth, kinds = text.num_hidden_layers, getattr(text, "layer_types", None) or ["all"]
     period = next(size for size in range(1, len(kinds) + 1) if kinds[size:] == kinds[: len(kinds) - size])
-    few = 2 * (options.layers or 0) + max(2, period)  # layers that train are at the ends, like ones between
+    few = 2 * (options.layers or 0) + period  # layers that train are at the ends, like ones between
     found = []
     for layers in (few, few + period) if few + period < depth else (depth,):
-        adapted = outline(model, options, dtype, layers)
+        adapted: Any = outline(model, options, dtype, layers)
         if checkpointing:
-            base_of(adapted).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            base: Any = base_of(adapted)
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for name, numbers in getattr(adapted, "prompt_tokens", {}).items():  # of PEFT, neither parameter nor buffer
             adapted.prompt_tokens[name] = torch.zeros_like(numbers, device="cpu")
         packed = PackedCausalLM(adapted, kernel, chunk).train()
         virtual = virtual_tokens(adapted)
         tokens = max(2, length - virtual)
         row = packed_row([Encoded([1] * tokens, [True] * tokens, "")] * count, virtual=virtual)
-        found.append((layers, step_cost(packed, lambda packed=packed, row=row: packed(row), dtype)))
+        found.append((layers, step_cost(packed, partial(packed, row), dtype)))
     return found[0][1] if len(found) == 1 else between(found[0], found[1], depth)
 
 
@@ -258,7 +263,7 @@ def fitted(config: TrainConfig, accelerator: Accelerator, lengths: Sequence[int]
     if accelerator.device.type == "cuda" and config.model.fit_memory and config.run.resume is None:
         here = machine_here(accelerator.mixed_precision)
         free = accelerator.gather(torch.tensor(float(here.free), device=accelerator.device)).min()
-        choice = [None]
+        choice: list[Any] = [None]
         if accelerator.is_main_process:
             choice = [_choice(config, accelerator, dataclasses.replace(here, free=int(free)), lengths)]
         tokens, needed = broadcast_object_list(choice)[0]

@@ -1,0 +1,197 @@
+"""The plan against the allocator's own account of real steps, and against figures for models that fit no test."""
+
+import dataclasses
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from commands import here
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
+
+from labs_common.memory import Cost
+from llm_peft_fa import plan as module
+from llm_peft_fa.attention import NAME
+from llm_peft_fa.config import MethodOptions, ModelOptions, TrainConfig
+from llm_peft_fa.losses import chunk_positions
+from llm_peft_fa.methods import METHODS, Setting, apply_method, complete
+from llm_peft_fa.model import PackedCausalLM, base_of, virtual_tokens
+from llm_peft_fa.packing import packed_row
+from llm_peft_fa.plan import Machine, Plan, fitted, plan_of, shared, useful_rows
+from llm_peft_fa.templates import Encoded
+
+CPU = Machine(False, 10**10, 10**10, "no", False)
+LENGTH = 128
+LLAMA_3B = LlamaConfig(
+    vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+    num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, max_position_embeddings=131072,
+)  # fmt: skip
+SMALL = LlamaConfig(
+    vocab_size=8000, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=8192, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+def config_of(folder: Path, config: LlamaConfig, method: str, **options: object) -> TrainConfig:
+    """A training on a directory that holds a configuration and nothing else."""
+    config.save_pretrained(folder)
+    model = ModelOptions(model=str(folder))
+    return complete(TrainConfig(model=model, method=MethodOptions(method=method, **options)))
+
+
+def allocated(config: TrainConfig, tokens: int, checkpointing: bool) -> int:
+    """The most bytes that PyTorch's allocator held at once in two real steps, by its own record of every block."""
+    torch.manual_seed(0)
+    method = dataclasses.replace(config.method, prompt_init="random" if config.method.prompt_init else None)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        base = AutoModelForCausalLM.from_config(
+            LlamaConfig.from_pretrained(config.model.model), attn_implementation=NAME
+        )
+        model = PackedCausalLM(apply_method(base.float(), method, Setting(None, 100))).train()
+        if checkpointing:
+            base_of(model.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        virtual = virtual_tokens(model.model)
+        items = [Encoded([1] * (LENGTH - virtual), [True] * (LENGTH - virtual), "")] * (tokens // LENGTH)
+        row = packed_row(items, virtual=virtual)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        model(row).backward()
+        optimizer.step()  # now its moments are there
+        model(row).backward()  # and gradients, as in a step of several rows
+    held = most = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "rows"),
+    [("lora", {"rank": 4}, (1024, 3072)), ("layers", {"layers": 1, "which": "last"}, (1024,)),
+     ("prompt_tuning", {}, (1024,))],
+)  # fmt: skip
+def test_the_plan_is_what_the_allocator_gives(
+    tmp_path: Path, method: str, options: dict[str, object], rows: tuple[int, ...]
+) -> None:
+    config = config_of(tmp_path, SMALL, method, **options)
+    plan = plan_of(config, CPU, LENGTH)
+    for tokens in rows:
+        for checkpointing in (False, True):
+            real = allocated(config, tokens, checkpointing)
+            assert plan.peak(tokens, checkpointing) == pytest.approx(real, rel=0.15), (tokens, checkpointing)
+
+
+def test_figures_of_llama_3_2_3b(tmp_path: Path) -> None:
+    """As measured for all 28 layers at once on shapes: 15.4 GB for 2,048 tokens, 24.3 GB for 4,096, 27.8 TFLOP."""
+    config = config_of(tmp_path, LLAMA_3B, "lora")
+    plan = plan_of(config, Machine(True, 24 * 10**9, 23 * 10**9, "bf16", True))
+    assert plan.parameters - plan.trained == 3_212_749_824, "as its model card has it"
+    assert plan.peak(2048, False) == pytest.approx(15.4e9, rel=0.15)
+    assert plan.peak(4096, False) == pytest.approx(24.3e9, rel=0.15)
+    assert plan.flops(2048, False) == pytest.approx(27.8e12, rel=0.02)
+    assert plan.flops(2048, True) > 1.2 * plan.flops(2048, False), "the forward pass comes twice"
+    usable = 0.9 * 23e9
+    assert plan.choice([4096], usable) == (4096, True), "the row stays, and checkpointing makes it fit"
+    assert plan.choice([512, 1024, 2048, 4096], usable) == (2048, False)
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the measuring on shapes, where only what is counted matters."""
+    monkeypatch.setattr(module, "step_cost", lambda *_: Cost(10, 20, 30))
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_what_is_counted(tmp_path: Path) -> None:
+    gpu = Machine(True, 80 * 10**9, 79 * 10**9, "bf16", True)
+    gemma = Gemma2Config(
+        vocab_size=256000, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=256,
+    )  # fmt: skip
+    plan = plan_of(config_of(tmp_path / "gemma", gemma, "full"), gpu)
+    assert plan.parameters == plan.trained == 2_614_341_888, "as its model card has it"
+    # Trained weights and their gradients are in float32, and AdamW has two moments of each.
+    assert (plan.gradients, plan.optimizer) == (4 * plan.trained, 8 * plan.trained)
+    assert plan.weights == pytest.approx(4 * plan.parameters, rel=1e-4)
+    assert plan.chunk == chunk_positions(256000, 80 * 10**9) == 1220
+
+    lora, qlora = (plan_of(config_of(tmp_path / name, LLAMA_3B, name), gpu) for name in ("lora", "qlora"))
+    linear = 28 * (2 * 3072 * 3072 + 2 * 3072 * 1024 + 3 * 3072 * 8192)
+    assert lora.trained == qlora.trained
+    # Dettmers et al. 2023: double quantisation takes 0.127 bits more than four for a weight.
+    assert lora.weights - qlora.weights == pytest.approx(linear * (16 - 4.127) / 8, rel=1e-3)
+    assert qlora.extra == 2 * 3072 * 8192
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.usefixtures("unmeasured")
+def test_every_method_has_a_plan(tmp_path: Path, method: str) -> None:
+    plan = plan_of(config_of(tmp_path, SMALL, method), CPU)
+    assert 0 < plan.trained <= plan.parameters
+
+
+LINE = Plan(
+    parameters=10, trained=2, weights=600, gradients=100, optimizer=200, chunk=8,
+    short=(1000, Cost(1000, 900, 5), Cost(100, 200, 6)), long=(2000, Cost(2000, 1900, 10), Cost(200, 300, 12)),
+)  # fmt: skip
+
+
+def test_the_choice_prefers_what_is_fast() -> None:
+    assert [LINE.peak(tokens, on) for tokens, on in ((500, False), (4000, False), (4000, True))] == [1400, 4900, 1400]
+    assert LINE.choice([1000, 4000], 5000) == (4000, False)
+    assert LINE.choice([1000, 4000], 2000) == (1000, False), "a shorter row before checkpointing"
+    assert LINE.choice([1000, 4000], 1450) == (4000, True)
+    assert LINE.choice([1000, 4000], 1000) is None
+    assert useful_rows(1900) == [512, 1024, 2048], "none longer than a step needs"
+
+
+def test_processes_share_what_they_shard() -> None:
+    def parts(kind: DistributedType, count: int, stage: int = 0) -> tuple[int, int, int]:
+        plan = shared(LINE, SimpleNamespace(
+            distributed_type=kind, num_processes=count, deepspeed_plugin=SimpleNamespace(zero_stage=stage)
+        ))  # fmt: skip
+        return plan.weights, plan.gradients, plan.optimizer
+
+    assert parts(DistributedType.NO, 1) == (600, 100, 200)
+    assert parts(DistributedType.MULTI_GPU, 2) == (600, 200, 200), "buckets of gradients"
+    assert parts(DistributedType.FSDP, 2) == parts(DistributedType.DEEPSPEED, 2, 3) == (300, 50, 100)
+    assert parts(DistributedType.DEEPSPEED, 2, 2) == (600, 50, 100)
+
+
+def test_a_gpu_gets_what_fits_and_a_cpu_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, accelerator = config_of(tmp_path, SMALL, "lora"), Accelerator()
+    here_ = fitted(config, accelerator, [30] * 100)
+    assert (here_.data.tokens_per_batch, here_.model.gradient_checkpointing) == (2048, False)
+    monkeypatch.setattr(module, "plan_of", lambda *_: dataclasses.replace(LINE, weights=10**6))
+    gpu = Machine(True, 10**9, 10**9, "bf16", True)
+    assert module._choice(config, accelerator, gpu, [30] * 100) == (2048, False), "too small to be measured"
+    for free, lengths, chosen in (
+        (1_010_000, [30] * 100, (1024, False)),  # 32 conversations need no longer row
+        (1_003_000, [30] * 100, (1024, False)),
+        (1_001_200, [30] * 100, (512, False)),
+        (1_000_600, [30] * 100, (1024, True)),
+        (1_000_100, [30] * 100, (512, True)),  # nothing fits: the least, and a line says so
+        (1_003_000, [30] * 99 + [3000], (2048, True)),  # one is longer than any row
+    ):
+        machine = dataclasses.replace(gpu, free=free / module.USABLE)
+        assert module._choice(config, accelerator, machine, lengths) == chosen, (free, lengths[-1])
+
+
+def test_the_command_prints_it_and_loads_nothing(
+    gemma_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    SMALL.save_pretrained(tmp_path / "shapes")
+    monkeypatch.chdir(tmp_path)
+    costs = Cost(10**9, 2 * 10**9, 10**12)
+    monkeypatch.setattr(module, "step_cost", lambda *_: costs)
+    for folder in (gemma_dir, tmp_path / "shapes"):
+        said = here("train", "--plan", "--model", folder, "--gpu-memory", "24").stdout
+        assert "chosen: --tokens-per-batch" in said
+    assert re.search(r"2,048: +2.0 GB +2.0 GB fits", said)
+    said = here("train", "--plan", "--model", folder, "--gpu-memory", "1").stdout
+    assert "nothing fits" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["shapes"], "no run is begun"
