@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 CPU = torch.device("cpu")
 
@@ -123,4 +124,5 @@ def reset_peak_memory() -> None:
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Counts the bytes that the optimizer keeps in this process (AdamW: two moments for each trained value)."""
     kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+    own = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in kept]
+    return sum(tensor.numel() * tensor.element_size() for tensor in own)

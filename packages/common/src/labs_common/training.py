@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 
 from labs_common.checkpoint import Stateful, checkpoints, load_checkpoint, save_checkpoint
 from labs_common.cli import STOPPING, is_ignored
@@ -241,7 +241,9 @@ class Loop:
         for place, batch in enumerate(micro_batches, 1):
             self._closing = place == len(micro_batches)
             self.accelerator.sync_gradients = self._closing
-            with contextlib.nullcontext() if self._closing else self.accelerator.no_sync(self.model):
+            # FSDP would keep whole gradients in every process; its parts of them add up as well.
+            at_once = self._closing or self.accelerator.distributed_type == DistributedType.FSDP
+            with contextlib.nullcontext() if at_once else self.accelerator.no_sync(self.model):
                 yield batch
         if self.step_number == before:
             raise AssertionError("the training loop did not call Loop.step for every batch")

@@ -3,13 +3,15 @@
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from torch.distributed.tensor import DTensor
 
 from labs_common.checkpoint import SHARDED
 from labs_common.errors import LabError, RunStopped, reason_of
@@ -18,6 +20,7 @@ from labs_common.run import Run
 from labs_common.sharding import reshard
 
 HASHES = "frozen.json"  # in a run's directory
+WORDS = 1 << 22  # of eight bytes, hashed at once on a GPU: their factors take 32 MiB as well
 
 
 def train_only(model: torch.nn.Module, wanted: Callable[[str], bool]) -> list[str]:
@@ -56,12 +59,42 @@ def frozen_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]
 
 def tensor_hash(tensor: torch.Tensor) -> str:
     """Hashes the bytes of a tensor by BLAKE2b; those of this process's part where FSDP or ZeRO-3 shard it."""
-    if hasattr(tensor, "ds_tensor"):
-        tensor = tensor.ds_tensor
-    elif hasattr(tensor, "to_local"):
-        tensor = tensor.to_local()
+    tensor = _own_part(tensor)
     data = tensor.detach().contiguous().cpu().flatten().view(torch.uint8)
     return hashlib.blake2b(data.numpy().data, digest_size=16).hexdigest()
+
+
+def device_hash(tensor: torch.Tensor) -> torch.Tensor:
+    """Hashes the bytes of a tensor where it is: two sums (2,) of its 64-bit words, each times an odd number of its own.
+
+    Any one word that changes changes both sums, and changes that cancel out in one do not in the other but by a chance
+    of 2^-64. A base of 6 GB would take seconds to reach the CPU in every process; nobody attacks a training's own
+    memory, so that BLAKE2b's strength is not needed.
+    """
+    data = _own_part(tensor).detach().contiguous().flatten().view(torch.uint8)
+    data = torch.nn.functional.pad(data, (0, -len(data) % 8)).view(torch.int64)
+    found = torch.zeros(2, dtype=torch.int64, device=data.device)
+    for first in range(0, len(data), WORDS):
+        words = data[first : first + WORDS]
+        place = torch.arange(first + 1, first + 1 + len(words), device=data.device) * -0x61C8864680B583EB
+        # Integers wrap around at 2^64, as in Python's own hashes; the sums do not depend on their order.
+        found[0] += (words * _mixed(place)).sum()
+        found[1] += (words * _mixed(place + 0x1234567)).sum()
+    return found
+
+
+def _mixed(place: torch.Tensor) -> torch.Tensor:
+    """Returns an odd number for each that looks like chance (the finaliser of SplitMix64, Steele et al. 2014)."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        place = (place ^ (place >> shift)) * factor
+    return (place ^ (place >> 31)) | 1
+
+
+def _own_part(tensor: torch.Tensor) -> torch.Tensor:
+    if hasattr(tensor, "ds_tensor"):
+        part: torch.Tensor = tensor.ds_tensor
+        return part
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def state_hash(module: torch.nn.Module) -> str:
@@ -119,7 +152,7 @@ class FrozenAudit:
             RunStopped: in any process a tensor changed, appeared or vanished; the first few are named.
         """
         start = self.before if start is None else start
-        now = self._hashes()
+        now = self._hashes(start)
         moved = [name for name in start.keys() | now.keys() if start.get(name) != now.get(name)]
         if self.accelerator is not None:
             moved = gather_object(moved)  # one that stopped alone would leave the others waiting for it
@@ -129,9 +162,21 @@ class FrozenAudit:
                 "the run cannot be trusted and is not finished"
             )
 
-    def _hashes(self) -> dict[str, str]:
+    def _hashes(self, like: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
         reshard(self.model)  # an evaluation leaves some parameters whole: the bytes would be others
-        return {name: tensor_hash(tensor) for name, tensor in frozen_tensors(self.model)}
+        found: dict[str, str] = {}
+        there: dict[str, torch.Tensor] = {}
+        for name, tensor in frozen_tensors(self.model):
+            on_gpu = _own_part(tensor).device.type == "cuda"
+            # A run that began on another kind of device has hashes of the other kind.
+            if ":" in like[name] if name in like else on_gpu:
+                there[name] = device_hash(tensor)
+            else:
+                found[name] = tensor_hash(tensor)
+        if there:  # the device is waited for once
+            sums = torch.stack(list(there.values())).tolist()
+            found |= {name: f"{one:x}:{two:x}" for name, (one, two) in zip(there, sums, strict=True)}
+        return found
 
     def table(self) -> list[dict[str, str | int]]:
         """Makes a row for each kind of module: parameters that train, parameters and buffers whose hashes were equal.
