@@ -81,7 +81,7 @@ class TestPromises(TrainingPromises):
             frozen=("--frozen-stages", 1),
             launch=LAUNCH,
             zero=Otherwise(("--max-steps", 2), first=1e-3, weights=None),
-            gpu=Budget(operators=9999, syncs=999, copies=999),
+            gpu=Budget(operators=1450, syncs=112, copies=52),
         )
 
     def test_two_processes(self, training: Training, tmp_path: Path) -> None:
