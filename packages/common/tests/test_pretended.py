@@ -122,6 +122,8 @@ COUNTED: dict[str, tuple[Callable[[torch.Tensor], object], tuple[int, int, int]]
     "a mask as an index": (lambda x: x[torch.ones(2, dtype=torch.bool, device="cuda")], (2, 1, 0)),
     "a number at a mask": (lambda x: x.masked_fill_(x > 2, 0.0), (2, 0, 0)),
     "an index of the CPU": (lambda x: x[torch.tensor([0, 1])], (1, 1, 1)),
+    "a list as an index": (lambda x: x[[0, 1]], (1, 1, 1)),
+    "a number at a list of places": (lambda x: x.__setitem__((..., [0, 2]), 5.0), (1, 1, 1)),
     "nonzero": (lambda x: x.nonzero(), (1, 1, 0)),
     "one_hot checks nothing": (lambda x: F.one_hot(torch.zeros(2, dtype=torch.long, device="cuda"), 3), (3, 0, 0)),
     "synchronize": (lambda x: torch.cuda.synchronize(), (0, 1, 0)),
