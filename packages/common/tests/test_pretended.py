@@ -147,6 +147,7 @@ def test_a_backward_pass_and_an_optimizer_are_counted_too(gpu: Gpu) -> None:
     assert weight.grad is not None
     torch.optim.SGD([weight], lr=0.1, foreach=True).step()
     assert gpu.operators["aten::_foreach_add_"] == 1
+    torch.nn.utils.clip_grad_norm_([weight], 1.0)
     assert gpu.totals()["syncs"] == gpu.totals()["copies"] == 0
 
 
@@ -210,7 +211,7 @@ STEPS = ("--max-steps", 5, "--evaluate-every", 5, "--save-every", 3, "--track", 
 
 
 # The toy has two micro-batches a step, each of two tensors that are sent up and one loss that is read.
-TOY = Budget(operators=90, syncs=8, copies=5)
+TOY = Budget(operators=90, syncs=7, copies=4)
 
 
 def toy(folder: Path, *more: object) -> Ran:
@@ -248,5 +249,5 @@ def test_a_tensor_left_on_the_cpu_is_found(tmp_path: Path) -> None:
 
 def test_a_step_that_waits_is_found(tmp_path: Path) -> None:
     ran = toy(tmp_path, "--seeded-bug", "waits in each step")
-    with pytest.raises(AssertionError, match=r"10 syncs in a step; the budget is 8:\n.*toy/training\.py"):
+    with pytest.raises(AssertionError, match=r"9 syncs in a step; the budget is 7:\n.*toy/training\.py"):
         assert_within(ran, TOY)

@@ -427,6 +427,17 @@ def patch_python(patch: pytest.MonkeyPatch, kernels: Kernels) -> None:
         with torch._C.DisableTorchFunction():
             return {"shape": x.shape, "dtype": x.dtype, "device": CUDA if on_device(x) else x.device}
 
+    grouped = torch._C._group_tensors_by_device_and_dtype
+
+    def grouped_there(lists: Any, *more: Any) -> Any:
+        """The groups of optimizers and of clipping, by the device that they would be on."""
+        groups = {}
+        with torch._C.DisableTorchFunction():
+            for (device, dtype), group in grouped(lists, *more).items():
+                groups[CUDA if on_device(group[0][0][0]) else device, dtype] = group
+        return groups
+
+    patch.setattr(torch._C, "_group_tensors_by_device_and_dtype", grouped_there)
     patch.setitem(torch.utils.checkpoint._allowed_determinism_checks_to_fns, "default", metadata)
 
     def restored(storage: Any, location: str) -> Any:
