@@ -81,7 +81,7 @@ class TestPromises(TrainingPromises):
             frozen=("--frozen-stages", 1),
             launch=LAUNCH,
             zero=Otherwise(("--max-steps", 2), first=1e-3, weights=None),
-            gpu=Budget(operators=1450, syncs=112, copies=52),
+            gpu=Budget(operators=1400, syncs=110, copies=50),
         )
 
     def test_two_processes(self, training: Training, tmp_path: Path) -> None:
