@@ -9,7 +9,7 @@ def test_every_objective_and_every_command(scenes: Path, things: Path, tmp_path:
     folder = tmp_path / "comparison"
     small = ("--data", scenes, "--image", "test_vit", "--image-size", "32", "--text-width", "32", "--text-layers", "1",
              "--epochs", "1", "--max-steps", "2", "--batch-size", "16")  # fmt: skip
-    run, coca = (folder / name / "seed-0" for name in ("clip", "coca"))
+    run = folder / "clip" / "seed-0"
     classes = ("--checkpoint", run, "--data", things)
     on_pretended_gpu(
         ["clip_lab.compare"],
@@ -24,5 +24,5 @@ def test_every_objective_and_every_command(scenes: Path, things: Path, tmp_path:
         Asked("clip_lab.probe", (*classes, "--shots", "1,all", "--draws", "1", "--output", tmp_path / "probe")),
         Asked("clip_lab.probe", (*classes, "--solver", "sgd", "--epochs", "1", "--shots", "", "--output",
                                  tmp_path / "sgd")),
-        Asked("clip_lab.export", ("--checkpoint", coca, "--output", tmp_path / "exported")),
+        Asked("clip_lab.export", ("--checkpoint", run, "--output", tmp_path / "exported")),
     )  # fmt: skip

@@ -122,6 +122,8 @@ COUNTED: dict[str, tuple[Callable[[torch.Tensor], object], tuple[int, int, int]]
     "a mask as an index": (lambda x: x[torch.ones(2, dtype=torch.bool, device="cuda")], (2, 1, 0)),
     "a number at a mask": (lambda x: x.masked_fill_(x > 2, 0.0), (2, 0, 0)),
     "an index of the CPU": (lambda x: x[torch.tensor([0, 1])], (1, 1, 1)),
+    "a list as an index": (lambda x: x[[0, 1]], (1, 1, 1)),
+    "a number at a list of places": (lambda x: x.__setitem__((..., [0, 2]), 5.0), (1, 1, 1)),
     "nonzero": (lambda x: x.nonzero(), (1, 1, 0)),
     "one_hot checks nothing": (lambda x: F.one_hot(torch.zeros(2, dtype=torch.long, device="cuda"), 3), (3, 0, 0)),
     "synchronize": (lambda x: torch.cuda.synchronize(), (0, 1, 0)),
@@ -145,6 +147,7 @@ def test_a_backward_pass_and_an_optimizer_are_counted_too(gpu: Gpu) -> None:
     assert weight.grad is not None
     torch.optim.SGD([weight], lr=0.1, foreach=True).step()
     assert gpu.operators["aten::_foreach_add_"] == 1
+    torch.nn.utils.clip_grad_norm_([weight], 1.0)
     assert gpu.totals()["syncs"] == gpu.totals()["copies"] == 0
 
 
@@ -208,7 +211,7 @@ STEPS = ("--max-steps", 5, "--evaluate-every", 5, "--save-every", 3, "--track", 
 
 
 # The toy has two micro-batches a step, each of two tensors that are sent up and one loss that is read.
-TOY = Budget(operators=90, syncs=8, copies=5)
+TOY = Budget(operators=90, syncs=7, copies=4)
 
 
 def toy(folder: Path, *more: object) -> Ran:
@@ -246,5 +249,5 @@ def test_a_tensor_left_on_the_cpu_is_found(tmp_path: Path) -> None:
 
 def test_a_step_that_waits_is_found(tmp_path: Path) -> None:
     ran = toy(tmp_path, "--seeded-bug", "waits in each step")
-    with pytest.raises(AssertionError, match=r"10 syncs in a step; the budget is 8:\n.*toy/training\.py"):
+    with pytest.raises(AssertionError, match=r"9 syncs in a step; the budget is 7:\n.*toy/training\.py"):
         assert_within(ran, TOY)

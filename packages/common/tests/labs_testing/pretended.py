@@ -29,6 +29,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo  # which optimizers import, and which looks through torch.cuda: before that is patched
@@ -80,6 +81,8 @@ class Face(TorchFunctionMode):
             torch.asarray: functools.partial(self.from_host, torch.asarray),
             tensor.new_tensor: self.new_tensor,
             torch._C._nn.one_hot: self.one_hot,
+            tensor.__getitem__: functools.partial(self.at, tensor.__getitem__),
+            tensor.__setitem__: functools.partial(self.at, tensor.__setitem__),
         }
         places = (torch, torch.Tensor, torch._C._nn, torch._C._special, torch._C._linalg)
         for names, dtype in ((FLOAT32, torch.float32), (LOWER, None), (CUDNN, torch.float16)):
@@ -185,6 +188,14 @@ class Face(TorchFunctionMode):
     def new_tensor(self, x: torch.Tensor, data: Any, **kwargs: Any) -> torch.Tensor:
         kwargs.setdefault("device", CUDA if on_device(x) else CPU)
         return self.from_host(torch.tensor, data, **({"dtype": x.dtype} | kwargs))
+
+    def at(self, function: Any, x: torch.Tensor, index: Any, *value: Any) -> Any:
+        """Reads or writes places; torch sends lists of numbers among them to the tensor's device."""
+        if on_device(x):
+            parts = [self.from_host(torch.tensor, part, device=CUDA) if isinstance(part, (list, np.ndarray)) else part
+                     for part in (index if isinstance(index, tuple) else (index,))]  # fmt: skip
+            index = tuple(parts) if isinstance(index, tuple) else parts[0]
+        return self.call(function, (x, index, *value), {})
 
     def one_hot(self, x: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
         """Leaves out what only a CPU checks; without `num_classes` CUDA looks for the largest number, too."""
@@ -416,6 +427,17 @@ def patch_python(patch: pytest.MonkeyPatch, kernels: Kernels) -> None:
         with torch._C.DisableTorchFunction():
             return {"shape": x.shape, "dtype": x.dtype, "device": CUDA if on_device(x) else x.device}
 
+    grouped = torch._C._group_tensors_by_device_and_dtype
+
+    def grouped_there(lists: Any, *more: Any) -> Any:
+        """The groups of optimizers and of clipping, by the device that they would be on."""
+        groups = {}
+        with torch._C.DisableTorchFunction():
+            for (device, dtype), group in grouped(lists, *more).items():
+                groups[CUDA if on_device(group[0][0][0]) else device, dtype] = group
+        return groups
+
+    patch.setattr(torch._C, "_group_tensors_by_device_and_dtype", grouped_there)
     patch.setitem(torch.utils.checkpoint._allowed_determinism_checks_to_fns, "default", metadata)
 
     def restored(storage: Any, location: str) -> Any:

