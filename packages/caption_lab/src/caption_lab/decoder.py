@@ -112,7 +112,7 @@ class ShowTell(LSTMDecoder):
     def _read(
         self, inputs: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        # cuDNN's LSTM computes in float16 under autocast, also where bfloat16 is asked for: nothing scales its gradients.
+        # Under autocast cuDNN's LSTM computes in float16, even if bfloat16 is asked for, and nothing scales its gradients.
         with torch.autocast(inputs.device.type, enabled=False):
             states: tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
             states = self.lstm(inputs.float(), (hidden.float(), cell.float()))
