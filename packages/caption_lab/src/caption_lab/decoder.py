@@ -112,7 +112,7 @@ class ShowTell(LSTMDecoder):
     def _read(
         self, inputs: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        # Under autocast cuDNN's LSTM computes in float16, even if bfloat16 is asked for, and nothing scales its gradients.
+        # cuDNN computes LSTMs in float16 under autocast, whatever is asked for, and nothing scales the gradients.
         with torch.autocast(inputs.device.type, enabled=False):
             states: tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
             states = self.lstm(inputs.float(), (hidden.float(), cell.float()))
