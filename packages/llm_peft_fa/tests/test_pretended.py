@@ -9,22 +9,25 @@ from labs_testing.pretended_runs import Asked, Budget, assert_within, on_pretend
 from llm_peft_fa.methods import METHODS
 
 SMALL = ("--conversations", "24", "--batch-size", "4", "--max-steps", "2", "--evaluate-every", "2", "--test-prompts", "1",
-         "--max-new-tokens", "2", "--tokens-per-batch", "200", "--track", "none", "--precision", "bf16",
+         "--max-new-tokens", "2", "--tokens-per-batch", "1500", "--track", "none", "--precision", "bf16",
          "--no-report")  # fmt: skip
-# The most that any method may do in a step; AdaLoRA moves ranks about, SVDs of PiSSA are before the first step.
-METHOD = Budget(operators=9999, syncs=999, copies=999)
+# The most that a method may do in a step; those that add rows to a prompt index more, and AdaLoRA moves its ranks about.
+METHOD = Budget(operators=1170, syncs=9, copies=7)
+ROWS = Budget(operators=400, syncs=14, copies=12)
+BUDGETS = {"prompt_tuning": ROWS, "prefix_tuning": ROWS, "p_tuning": ROWS, "adalora": Budget(1900, syncs=24, copies=21)}
 
 
 def test_every_method(llama_dir: Path, tmp_path: Path) -> None:
     # AdaLoRA does not change its ranks in fewer steps; OFT's blocks must divide the widths of this base.
     more = {"adalora": ("--max-steps", "4", "--evaluate-every", "4"), "oft": ("--block-size", "8")}
+    methods = [method for method in METHODS if method != "qlora"]
     asked = [
         ("--model", llama_dir, "--method", method, *SMALL, *more.get(method, ()), "--output", tmp_path / method)
-        for method in METHODS
-        if method != "qlora"
+        for method in methods
     ]
-    for ran in on_pretended_gpu(LIBRARIES, tmp_path / "said", *(Asked("llm_peft_fa.train", one) for one in asked)):
-        assert_within(ran, METHOD)
+    done = on_pretended_gpu(LIBRARIES, tmp_path / "said", *(Asked("llm_peft_fa.train", one) for one in asked))
+    for method, ran in zip(methods, done, strict=True):
+        assert_within(ran, BUDGETS.get(method, METHOD))
 
 
 def test_every_command(gemma_dir: Path, tmp_path: Path) -> None:
@@ -32,7 +35,7 @@ def test_every_command(gemma_dir: Path, tmp_path: Path) -> None:
     text.write_text("پایتخت ایران تهران است.\n\nپایتخت فرانسه پاریس است.\n", encoding="utf-8")
     run = tmp_path / "run"
     compared = ("--methods", "lora:rank=2,prefix_tuning:virtual_tokens=3", "--conversations", "24", "--batch-size", "4",
-                "--max-steps", "2", "--test-prompts", "1", "--max-new-tokens", "2", "--tokens-per-batch", "200")  # fmt: skip
+                "--max-steps", "2", "--test-prompts", "1", "--max-new-tokens", "2", "--tokens-per-batch", "1500")  # fmt: skip
     on_pretended_gpu(
         ["llm_peft_fa.compare"],
         tmp_path / "said",

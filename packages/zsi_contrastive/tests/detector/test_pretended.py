@@ -15,7 +15,7 @@ def test_every_command(scenes: Path, tmp_path: Path) -> None:
     on_pretended_gpu(
         LIBRARIES,
         tmp_path / "said",
-        Asked("zsi_contrastive.ablate", (*small, "--rows", "detector,both", "--output", rows)),
+        Asked("zsi_contrastive.ablate", (*small, "--rows", "both", "--output", rows)),
         Asked("zsi_contrastive.evaluate", ("--checkpoint", run, "--refine", "mean", "--output", tmp_path / "again")),
         Asked("zsi_contrastive.predict", ("--checkpoint", run, "--output", tmp_path / "usual")),
     )  # fmt: skip
