@@ -30,7 +30,7 @@ INLINE = re.compile(r"`((?:uv run |\w+=\w+ )*(?:python -m|accelerate launch|torc
 # Commands of the shell that CI runs itself, word for word.
 SHELL = {
     "pip install uv", "uv run pytest", ".ci/run", ".ci/package common", "uv run ruff check", "uv run ruff format",
-    "uv run mypy", "uv run python -m benchmarks", "uv run python -m benchmarks.gpu", "uv run pytest tests", "uv run pytest -m kills", ".ci/supply", "uv pip install ./packages/llm_peft_fa", "llm-peft-fa-train --help",
+    "uv run mypy", "uv run python -m benchmarks", "uv run python -m benchmarks.gpu", "uv run pytest tests", "uv run pytest -m kills", "uv run pytest -m pretended", ".ci/supply", "uv pip install ./packages/llm_peft_fa", "llm-peft-fa-train --help",
     "git clone URL foundation-labs", "cd foundation-labs",
     "uv run pytest -m quick packages tests/test_house.py", "uvx pre-commit install",  # a part of the above
     # tests/test_launcher.py runs the script.

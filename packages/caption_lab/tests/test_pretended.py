@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from labs_testing.pretended import pretended_gpu
 from labs_testing.pretended_runs import Asked, on_pretended_gpu
 
 from caption_lab.config import DecoderOptions
 from caption_lab.decoder import CAPTIONERS, Sizes
+
+pytestmark = pytest.mark.pretended
 
 MODELS = ("show_tell", "show_attend_tell", "transformer")
 

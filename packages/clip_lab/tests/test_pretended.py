@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import pytest
 from labs_testing.pretended_runs import Asked, on_pretended_gpu
+
+pytestmark = pytest.mark.pretended
 
 
 def test_every_objective_and_every_command(scenes: Path, things: Path, tmp_path: Path) -> None:

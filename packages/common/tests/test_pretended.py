@@ -211,7 +211,7 @@ STEPS = ("--max-steps", 5, "--evaluate-every", 5, "--save-every", 3, "--track", 
 
 
 # The toy has two micro-batches a step, each of two tensors that are sent up and one loss that is read.
-TOY = Budget(operators=90, syncs=7, copies=4)
+TOY = Budget(operators=90, syncs=7, copies=5)
 
 
 def toy(folder: Path, *more: object) -> Ran:

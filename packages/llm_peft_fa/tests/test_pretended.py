@@ -8,13 +8,15 @@ from labs_testing.pretended_runs import Asked, Budget, assert_within, on_pretend
 
 from llm_peft_fa.methods import METHODS
 
+pytestmark = pytest.mark.pretended
+
 SMALL = ("--conversations", "24", "--batch-size", "4", "--max-steps", "2", "--evaluate-every", "2", "--test-prompts", "1",
          "--max-new-tokens", "2", "--tokens-per-batch", "1500", "--track", "none", "--precision", "bf16",
          "--no-report")  # fmt: skip
 # The most that a method may do in a step; those that add rows to a prompt index more, and AdaLoRA moves its ranks about.
-METHOD = Budget(operators=1170, syncs=9, copies=7)
-ROWS = Budget(operators=400, syncs=14, copies=12)
-BUDGETS = {"prompt_tuning": ROWS, "prefix_tuning": ROWS, "p_tuning": ROWS, "adalora": Budget(1900, syncs=24, copies=21)}
+METHOD = Budget(operators=1170, syncs=3, copies=10)
+ROWS = Budget(operators=400, syncs=8, copies=15)
+BUDGETS = {"prompt_tuning": ROWS, "prefix_tuning": ROWS, "p_tuning": ROWS, "adalora": Budget(1900, syncs=18, copies=24)}
 
 
 def test_every_method(llama_dir: Path, tmp_path: Path) -> None:

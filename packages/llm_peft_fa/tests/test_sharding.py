@@ -8,7 +8,7 @@ from labs_testing.sharded import assert_in_layers
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from labs_common.errors import LabError
-from llm_peft_fa.config import MethodOptions
+from llm_peft_fa.config import MethodOptions, TrainConfig
 from llm_peft_fa.methods import METHODS, Setting, apply_method, resolved
 from llm_peft_fa.model import PackedCausalLM
 from llm_peft_fa.train import check_machine
@@ -39,4 +39,4 @@ def test_four_bits_are_not_sharded(kind: str) -> None:
     assert quantized
     for name in quantized:
         with pytest.raises(LabError, match=f"--method {name}: FSDP and ZeRO-3 do not spread 4-bit weights"):
-            check_machine(resolved(MethodOptions(method=name)), accelerator)
+            check_machine(TrainConfig(method=resolved(MethodOptions(method=name))), accelerator)

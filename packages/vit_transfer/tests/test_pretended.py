@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import pytest
 from labs_testing.pretended_runs import Asked, on_pretended_gpu
+
+pytestmark = pytest.mark.pretended
 
 
 def test_every_command(scenes: Path, tmp_path: Path) -> None:

@@ -292,6 +292,7 @@ class TrainingPromises:
             training.here("--resume", run, "--no-report")
             training.assert_same(run)
 
+    @pytest.mark.pretended
     def test_on_a_pretended_gpu(self, training: Training, tmp_path: Path) -> None:
         """In bf16: every tensor is where it must be, steps keep to their budget, and a resumed run has the same bytes."""
         run, again = tmp_path / "run", tmp_path / "again"

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import recursively_apply
 
+from labs_common.device import pinned, to_device
 from labs_common.steps import ShuffledSteps
 from llm_peft_fa.attention import Blocks, blocks_of
 from llm_peft_fa.templates import Encoded
@@ -42,7 +43,7 @@ class PackedRow:
 
     def to(self, device: torch.device) -> "PackedRow":
         """Copies the row to `device`."""
-        return replace(self, **send_to_device(vars(self), device, non_blocking=True))
+        return replace(self, **recursively_apply(lambda one: to_device(pinned(one, device), device), vars(self)))
 
 
 def packed_row(conversations: Sequence[Encoded], weight: float = 1.0, virtual: int = 0) -> PackedRow:

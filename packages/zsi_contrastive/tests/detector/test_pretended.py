@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import pytest
 from labs_testing.pretended_runs import Asked, on_pretended_gpu
 
 from zsi_contrastive.detector.compare import LIBRARIES
+
+pytestmark = pytest.mark.pretended
 
 
 def test_every_command(scenes: Path, tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import pytest
 from labs_testing.pretended_runs import Asked, on_pretended_gpu
 
 from zsi_contrastive.ssl.compare import LIBRARIES
 from zsi_contrastive.ssl.methods import METHODS
+
+pytestmark = pytest.mark.pretended
 
 
 def test_every_method_and_the_comparison(looks: Path, tmp_path: Path) -> None:
