@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from commands import here
+from labs_testing.pretended import pretended_gpu
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
@@ -43,24 +44,27 @@ def config_of(folder: Path, config: LlamaConfig, method: str, **options: object)
     return complete(TrainConfig(model=model, method=MethodOptions(method=method, **options)))
 
 
-def allocated(config: TrainConfig, tokens: int, checkpointing: bool) -> int:
-    """The most bytes that PyTorch's allocator held at once in two real steps, by its own record of every block."""
+def two_steps(config: TrainConfig, tokens: int, checkpointing: bool, device: str = "cpu") -> None:
+    """Makes the model and takes steps with a row of so many tokens."""
     torch.manual_seed(0)
     method = dataclasses.replace(config.method, prompt_init="random" if config.method.prompt_init else None)
+    base = AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(config.model.model), attn_implementation=NAME)
+    model = PackedCausalLM(apply_method(base.float(), method, Setting(None, 100)), "blocks").train().to(device)
+    if checkpointing:
+        base_of(model.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    virtual = virtual_tokens(model.model)
+    items = [Encoded([1] * (LENGTH - virtual), [True] * (LENGTH - virtual), "")] * (tokens // LENGTH)
+    row = packed_row(items, virtual=virtual).to(torch.device(device))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    model(row).backward()
+    optimizer.step()  # now its moments are there
+    model(row).backward()  # and gradients, as in a step of several rows
+
+
+def allocated(config: TrainConfig, tokens: int, checkpointing: bool) -> int:
+    """The most bytes that PyTorch's allocator held at once in two real steps, by its own record of every block."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        base = AutoModelForCausalLM.from_config(
-            LlamaConfig.from_pretrained(config.model.model), attn_implementation=NAME
-        )
-        model = PackedCausalLM(apply_method(base.float(), method, Setting(None, 100))).train()
-        if checkpointing:
-            base_of(model.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        virtual = virtual_tokens(model.model)
-        items = [Encoded([1] * (LENGTH - virtual), [True] * (LENGTH - virtual), "")] * (tokens // LENGTH)
-        row = packed_row(items, virtual=virtual)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-        model(row).backward()
-        optimizer.step()  # now its moments are there
-        model(row).backward()  # and gradients, as in a step of several rows
+        two_steps(config, tokens, checkpointing)
     held = most = 0
     for event in recorded.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -83,6 +87,17 @@ def test_the_plan_is_what_the_allocator_gives(
         for checkpointing in (False, True):
             real = allocated(config, tokens, checkpointing)
             assert plan.peak(tokens, checkpointing) == pytest.approx(real, rel=0.15), (tokens, checkpointing)
+
+
+@pytest.mark.pretended
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_plan_is_the_peak_on_a_pretended_gpu(tmp_path: Path, checkpointing: bool) -> None:
+    config = config_of(tmp_path, SMALL, "lora", rank=4)
+    machine = Machine(True, 10**10, 10**10, "no", False)
+    with pretended_gpu() as gpu:
+        two_steps(config, 3072, checkpointing, "cuda")
+        peak = gpu.peak
+    assert plan_of(config, machine, LENGTH).peak(3072, checkpointing) == pytest.approx(peak, rel=0.15)
 
 
 def test_figures_of_llama_3_2_3b(tmp_path: Path) -> None:

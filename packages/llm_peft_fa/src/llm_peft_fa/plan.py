@@ -93,7 +93,10 @@ class Plan:
         return self.extra + self._cost(tokens, checkpointing).peak
 
     def peak(self, tokens: int, checkpointing: bool) -> int:
-        """Returns the most bytes that exist at once."""
+        """Returns the most bytes that exist at once.
+
+        A row that is shorter than the loss's chunk needs fewer logits than this says: it is measured on longer ones.
+        """
         return self.fixed + self.activations(tokens, checkpointing)
 
     def flops(self, tokens: int, checkpointing: bool) -> int:
