@@ -12,12 +12,12 @@ from benchmarks.gpu.measuring import Setting, clock, separate
 from benchmarks.gpu.rows import Row
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from labs_common.device import peak_memory
 from labs_common.errors import reason_of
-from labs_common.training import peak_memory
 from llm_peft_fa import losses
 from llm_peft_fa.attention import NAME
 from llm_peft_fa.base import check_quantization, load_model
-from llm_peft_fa.model import PackedCausalLM
+from llm_peft_fa.model import PackedCausalLM, base_of
 from llm_peft_fa.packing import PackedRow, packed_row
 from llm_peft_fa.templates import Encoded
 
@@ -64,20 +64,21 @@ def sweep(setting: Setting, folder: Path, name: str) -> Iterator[Row]:
     """Measures rows of several lengths with several sizes of the loss's chunks; ratios are to the lab's own chunk."""
     shape = shape_of(name, setting)
     lengths = (128, 256) if setting.tiny else (2048, 4096, 8192, 16384)
-    usual = losses.CHUNK_LOGITS
-    chunks = (usual, usual // 256) if setting.tiny else (usual, usual * 8, usual * 64)
     model = on_device(llm_training.adapted(shape, NAME))
+    head = base_of(model.model).get_output_embeddings().weight
+    usual = losses.chunk_positions(len(head), losses.device_memory(head.device))
+    chunks = [max(1, usual // part) for part in ((1, 256) if setting.tiny else (1, 8, 64))]
     for length in lengths:
         row = row_of(length, model)
         first = None
         for chunk in chunks:
-            losses.CHUNK_LOGITS = chunk
-            said = f"{shape}, LoRA, a row of {length}, loss in chunks of {chunk * 4 / 2**20:g} MiB"
+            model.chunk = chunk
+            said = f"{shape}, LoRA, a row of {length}, loss in chunks of {chunk:,} positions"
             rate, memory, trouble = rate_of(model, row, 1 if setting.tiny else 3)
             if rate is None:
                 yield Row(said, "tokens/s", None, note=f"failed: {trouble}")
                 continue
-            beside = f"chunks of {usual * 4 / 2**20:g} MiB" if first is not None else ""
+            beside = f"chunks of {usual:,} positions" if first is not None else ""
             gib = f"peak memory {memory / GIB:.1f} GiB" if memory else ""
             yield Row(said, "tokens/s", rate, beside, first, note=gib)
             first = rate if chunk == usual else first

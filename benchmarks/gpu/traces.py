@@ -52,7 +52,7 @@ def profiled(module: str, arguments: Sequence[object], warm: int, steps: int, tr
     command(module, *arguments)
     kind = DeviceType.CUDA if gpu else DeviceType.CPU
     spans = [(event.time_range.start, event.time_range.end) for event in profiler.events() or () if
-             event.device_type == kind]  # fmt: skip
+             event.device_type == kind and not getattr(event, "is_user_annotation", False)]  # fmt: skip
     found |= {"operations": len(spans), "idle": max(0.0, 1 - busy(spans) * 1e-6 / found["seconds"])}
     profiler.export_chrome_trace(str(trace))
     return found

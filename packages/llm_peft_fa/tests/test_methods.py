@@ -336,6 +336,7 @@ def test_options_that_do_not_fit_are_named(options: dict[str, Any], said: str) -
     ("options", "said"),
     [
         ({"method": "lora", "target_modules": ("wq",)}, "wq"),
+        ({"method": "lora", "target_modules": ("q_proj", "lm_head")}, "--target-modules: the head"),
         ({"method": "layers", "layers": 3}, "--layers 3"),
         ({"method": "prefix_tuning", "virtual_tokens": 16}, "sliding window"),
         ({"method": "oft", "block_size": 7}, "--block-size 7"),

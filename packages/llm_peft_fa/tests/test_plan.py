@@ -177,6 +177,20 @@ def test_processes_share_what_they_shard() -> None:
     assert parts(DistributedType.DEEPSPEED, 2, 2) == (600, 50, 100)
 
 
+@pytest.mark.usefixtures("unmeasured")
+def test_what_fsdp_keeps_whole(tmp_path: Path) -> None:
+    """Embeddings, which are the head too, and the last norm; with `full` their gradients; and two layers at a time."""
+    gpu = Machine(True, 80 * 10**9, 79 * 10**9, "bf16", True)
+    lora, full = (plan_of(config_of(tmp_path / name, LLAMA_3B, name), gpu) for name in ("lora", "full"))
+    outside = 128256 * 3072 + 3072
+    layer = 2 * 3072 * 3072 + 2 * 3072 * 1024 + 3 * 3072 * 8192 + 2 * 3072
+    assert lora.outside == pytest.approx(2 * outside, rel=1e-4)
+    assert full.outside == pytest.approx(8 * outside, rel=1e-4)
+    assert full.layer == 4 * layer
+    eight = shared(full, SimpleNamespace(distributed_type=DistributedType.FSDP, num_processes=8))
+    assert eight.weights == full.weights // 8 + full.outside + 2 * full.layer
+
+
 def test_a_gpu_gets_what_fits_and_a_cpu_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, accelerator = config_of(tmp_path, SMALL, "lora"), Accelerator()
     here_ = fitted(config, accelerator, [30] * 100)

@@ -1,5 +1,6 @@
 """Captions are written greedily, by beam search, or by sampling; all pictures of a batch at once."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +71,8 @@ def written_captions(
     starts = range(0, len(mine), batch_size)
     for first in tracked(starts, task, len(starts), bool(task) and rank == 0):
         places = list(mine[first : first + batch_size])
-        written = write(decoder, features(places), vocabulary.length + 1, options)
+        with accelerator.autocast() if accelerator else contextlib.nullcontext():
+            written = write(decoder, features(places), vocabulary.length + 1, options)
         found += zip(places, map(vocabulary.decode, written.words), strict=True)
     everyone = gather_object(found) if processes > 1 else found
     return [caption for _, caption in sorted(everyone)]

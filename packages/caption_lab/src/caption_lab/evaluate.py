@@ -30,6 +30,7 @@ from labs_common.report.page import Section, Table, write_report
 from labs_common.report.sections import asked_section
 from labs_common.run import Run, check_new, new_folder, newest_run
 from labs_common.scenes.world import Scene
+from labs_common.training import inference_accelerator
 
 # Captions that say more different things than the best one, to be judged as well; 0.9 is Holtzman et al.'s usual value.
 SAMPLED = DecodingOptions(beam=1, top_p=0.9)
@@ -49,7 +50,7 @@ def evaluate(config: EvaluateConfig) -> None:
     captioner = load_captioner(checkpoint)
     output = new_folder(config.output, checkpoint / f"evaluation-{config.split}")
     pictures, truth, source = chosen_pictures(config, checkpoint)
-    accelerator = Accelerator()
+    accelerator = inference_accelerator()
     kept: dict[int, torch.Tensor] = {}
     found = {
         beam: evaluate_captioner(captioner, pictures, truth, replace(config.decoding, beam=beam), accelerator,

@@ -110,7 +110,7 @@ def load_checkpoint(
             plain = accelerator.unwrap_model(model)
             reshard(plain)
             restore_tensors(plain, load_file(path / "trainable.safetensors"))
-            state = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu")
+            state = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu", mmap=True)
             optimizer.load_state_dict(_state_parts(state["optimizer"], optimizer))
             if accelerator.scaler is not None and "scaler" in state:
                 accelerator.scaler.load_state_dict(state["scaler"])
@@ -196,7 +196,8 @@ def _random_state() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        # Of this process's own GPU: the run may go on where others are visible.
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
     }
 
 
@@ -206,7 +207,8 @@ def _set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        own = state["cuda"]  # of all visible GPUs in runs before version 0.2
+        torch.cuda.set_rng_state(own[torch.cuda.current_device() if len(own) > 1 else 0])
 
 
 def _save(state: Any, path: Path) -> None:

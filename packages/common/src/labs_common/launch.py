@@ -36,8 +36,8 @@ def check_launch(precision: str) -> None:
             "as many as it had), or set ACCELERATE_USE_CPU=true to train on CPUs"
         )
     if processes < gpus:
-        _say(f"{processes} of {of} is used, the others stay idle: launch/multi_gpu.yaml with --num_processes {gpus} "
-             "takes all")  # fmt: skip
+        _say(f"{processes} of {of} is used, the others stay idle: as many processes on each machine (--num_processes) "
+             "take all")  # fmt: skip
 
 
 def _say(line: str) -> None:

@@ -11,6 +11,7 @@ for batch in loop.batches():
 """
 
 import contextlib
+import datetime
 import math
 import shutil
 import signal
@@ -24,7 +25,7 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 
 from labs_common.checkpoint import Stateful, checkpoints, load_checkpoint, save_checkpoint
 from labs_common.cli import STOPPING, is_ignored
@@ -35,6 +36,10 @@ from labs_common.progress import ProgressLine, console
 from labs_common.run import Run
 from labs_common.sharding import check_sharding
 from labs_common.steps import Source
+
+# Processes wait for what the main one does alone: reading all of COCO, scoring a test, writing a report. NCCL's own ten
+# minutes would end a training that is done; a process that died is noticed by the launcher at once.
+WAIT = datetime.timedelta(hours=4)
 
 
 def learning_rate_share(step: int, total: int, warmup: float, schedule: Schedule) -> float:
@@ -70,7 +75,8 @@ def make_accelerator(options: TrainingOptions) -> Accelerator:
     precision = mixed_precision(options.precision)
     if precision == "fp16" and not torch.cuda.is_available():
         raise LabError("--precision fp16: needs a GPU; use bf16 or fp32 here")
-    accelerator = Accelerator(mixed_precision=precision)
+    patience = InitProcessGroupKwargs(timeout=WAIT)
+    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[patience])
     check_sharding(accelerator)
     begin_fast_arithmetic(accelerator.device)
     if accelerator.state.deepspeed_plugin is not None:
@@ -78,6 +84,13 @@ def make_accelerator(options: TrainingOptions) -> Accelerator:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = 1
         config["gradient_clipping"] = options.clip_norm
+    return accelerator
+
+
+def inference_accelerator() -> Accelerator:
+    """Makes an Accelerator for a command that only computes answers: in the precision that the device is fast in."""
+    accelerator = Accelerator(mixed_precision=mixed_precision("auto"))
+    begin_fast_arithmetic(accelerator.device)
     return accelerator
 
 

@@ -350,7 +350,6 @@ def patch_devices(patch: pytest.MonkeyPatch, gpu: Gpu, bf16: bool) -> None:
         "mem_get_info": lambda *device: (MEMORY - gpu.allocated, MEMORY),
         "get_rng_state": lambda *device: torch.get_rng_state(), "get_rng_state_all": lambda: [torch.get_rng_state()],
         "set_rng_state": lambda state, *device: torch.set_rng_state(state),
-        "set_rng_state_all": lambda states: torch.set_rng_state(states[0]),
         "manual_seed": nothing, "manual_seed_all": nothing,
     }  # fmt: skip
     for name_, value in cuda.items():

@@ -8,6 +8,7 @@ row's. The others are kernels for GPUs that know where conversations begin, or w
 """
 
 import importlib.util
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple, cast
@@ -20,6 +21,9 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+from labs_common.errors import reason_of
+from labs_common.progress import console
 
 NAME = "labs_packed"  # for `attn_implementation`
 # Conversations are grouped by length, rounded up to a power of two, so that less than half of a block is padding. All
@@ -158,11 +162,19 @@ def agrees(
                 q, k, v = (value.clone().requires_grad_() for value in values)
                 out = KERNELS[kernel](q, k, v, blocks, scale, softcap, window)
                 found.append((out.detach(), *torch.autograd.grad(out.float().square().sum(), (q, k, v))))
-        except Exception:  # each missing kernel raises something else
-            return False
+        except Exception as error:  # each missing kernel raises something else
+            return _answer(name, f"no: {reason_of(error)}")
     # Two 16-bit computations of the same differ by some parts in a hundred of the largest value, another mask by more.
     pairs = zip(*found, strict=True)
-    return all(bool((one - other).abs().max() <= 0.05 * other.abs().max()) for one, other in pairs)
+    alike = all(bool((one - other).abs().max() <= 0.05 * other.abs().max()) for one, other in pairs)
+    return _answer(name, "yes" if alike else "no: its values are not those of blocks")
+
+
+def _answer(kernel: str, said: str) -> bool:
+    """Says once whether the kernel is taken: without one, long rows are slow and need more memory than planned."""
+    if os.environ.get("RANK", "0") == "0":
+        console.print(f"attention by {kernel} on this GPU: {said}")
+    return said == "yes"
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

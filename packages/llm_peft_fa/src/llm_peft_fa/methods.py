@@ -292,6 +292,8 @@ def _with_adapter(
         adapted = get_peft_model(model, kind(task_type="CAUSAL_LM", **in_text(model, settings)))
     except (ValueError, ImportError, TypeError) as error:
         raise LabError(f"--method {options.method}: {reason_of(error)}") from error
+    if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
+        raise LabError("--target-modules: the head is among them, and the loss takes its weight alone; leave it out")
     train_only(adapted, lambda name: any(part in name for part in trained))
     return adapted
 

@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from labs_common.memory import Cost, step_cost
 from labs_common.progress import console
+from labs_common.sharding import repeated_layers
 from labs_common.training import mixed_precision
 from llm_peft_fa.base import DTYPES, base_config, unloaded_model
 from llm_peft_fa.config import MethodOptions, TrainConfig
@@ -71,6 +72,8 @@ class Plan:
         chunk: positions whose logits exist at once in the loss.
         short, long: tokens of two rows, and their costs without and with gradient checkpointing.
         extra: bytes that a row needs besides, whatever its length.
+        outside: bytes of weights that belong to no layer, and of their gradients: what FSDP keeps whole.
+        layer: bytes of the largest layer's weights; FSDP has two whole at a time.
     """
 
     parameters: int
@@ -82,6 +85,8 @@ class Plan:
     short: tuple[int, Cost, Cost]
     long: tuple[int, Cost, Cost]
     extra: int = 0
+    outside: int = 0
+    layer: int = 0
 
     @property
     def fixed(self) -> int:
@@ -182,8 +187,11 @@ def plan_of(config: TrainConfig, machine: Machine, length: int = LENGTH) -> Plan
     options, dtype = config.method, DTYPES[machine.precision]
     whole = outline(config.model.model, options, dtype)
     trained = [parameter for parameter in whole.parameters() if parameter.requires_grad]
-    learnt = sum(parameter.numel() * parameter.element_size() for parameter in trained)
-    weights, extra = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(whole)), 0
+    learnt = _bytes(trained)
+    weights, extra = _bytes(_tensors(whole)), 0
+    layers = [_bytes(_tensors(layer)) for layer in repeated_layers(whole)]
+    inside = {id(part) for layer in repeated_layers(whole) for part in layer.parameters()}
+    outside = weights - sum(layers) + _bytes(one for one in trained if id(one) not in inside)
     if METHODS[options.method].quantized:
         sizes = [layer.weight.numel() for layer in _quantized(base_of(whole))]
         weights -= round(sum(sizes) * (dtype.itemsize - NF4))
@@ -201,7 +209,7 @@ def plan_of(config: TrainConfig, machine: Machine, length: int = LENGTH) -> Plan
     short, long = row(count), row(2 * count)
     return Plan(
         sum(parameter.numel() for parameter in whole.parameters()), sum(parameter.numel() for parameter in trained),
-        weights, learnt, 2 * learnt, chunk, short, long, extra,
+        weights, learnt, 2 * learnt, chunk, short, long, extra, outside, max(layers, default=0),
     )  # fmt: skip
 
 
@@ -230,6 +238,10 @@ def _cost(
     return found[0][1] if len(found) == 1 else between(found[0], found[1], depth)
 
 
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def _tensors(model: torch.nn.Module) -> Iterable[torch.Tensor]:
     yield from model.parameters()
     yield from model.buffers()
@@ -248,7 +260,8 @@ def shared(plan: Plan, accelerator: Accelerator) -> Plan:
         return plan
     stage = accelerator.deepspeed_plugin.zero_stage if kind == DistributedType.DEEPSPEED else 0
     if kind == DistributedType.FSDP or stage == 3:
-        parts = [plan.weights // count, plan.gradients // count, plan.optimizer // count]
+        whole = plan.outside + 2 * plan.layer
+        parts = [plan.weights // count + whole, plan.gradients // count, plan.optimizer // count]
     elif stage:
         parts = [plan.weights, plan.gradients // (count if stage == 2 else 1), plan.optimizer // count]
     else:
@@ -282,7 +295,7 @@ def _choice(
 ) -> tuple[int, bool]:
     asked, usable = config.data.tokens_per_batch, USABLE * machine.free
     whole = outline(config.model.model, config.method, DTYPES[machine.precision])
-    if sum(tensor.numel() * tensor.element_size() for tensor in _tensors(whole)) < SMALL * usable:
+    if _bytes(_tensors(whole)) < SMALL * usable:
         return asked or ROW, False
     mean, longest = max(2, sum(lengths) // len(lengths)), max(lengths)
     step = -(-config.training.batch_size * mean // accelerator.num_processes)

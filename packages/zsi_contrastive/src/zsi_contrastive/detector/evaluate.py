@@ -3,13 +3,12 @@
 import dataclasses
 from pathlib import Path
 
-from accelerate import Accelerator
-
 from labs_common.cli import to_plain
 from labs_common.data.images import print_refused
 from labs_common.report.page import write_report
 from labs_common.report.sections import asked_section
 from labs_common.run import Run, check_new, new_folder
+from labs_common.training import inference_accelerator
 from zsi_contrastive.detector.annotations import Split, read_split
 from zsi_contrastive.detector.config import DataOptions, EvaluateConfig, check_detection, default_split
 from zsi_contrastive.detector.data import from_main_process, read_parts, read_pictures, read_vectors
@@ -46,7 +45,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
     output = new_folder(config.output, checkpoint / "evaluation")
     data, seed = chosen_data(config.data, checkpoint)
     split, vectors = chosen_words(config, loaded, data)
-    accelerator = Accelerator()
+    accelerator = inference_accelerator()
     pictures, _ = from_main_process(accelerator, lambda: read_pictures(data, split, seed, shown=True, training=False))
     if accelerator.is_main_process:
         print_refused({"test": pictures["test"]})
