@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -124,3 +125,19 @@ def test_choices_are_the_keys_of_a_table_that_is_not_imported(
     for table in ("late_table:OTHER", "no_such_module:TABLE", "late_parts:TABLE", "late_parts:OTHER"):
         with pytest.raises(ValueError, match=table):
             names_in(table)
+
+
+def test_a_command_runs_in_a_thread_of_a_program(tmp_path: Path) -> None:
+    """Which may set no handlers of signals."""
+    codes: list[object] = []
+
+    def call() -> None:
+        try:
+            run_command("labs_common.nothing:run", Config, arguments=["--learnin-rate", "1"])
+        except SystemExit as stop:
+            codes.append(stop.code)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert codes == [2]

@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from test_training import OPTIONS, finish
 from toy import commands
 
+from labs_common.device import mixed_precision
 from labs_common.launch import check_launch
 from labs_common.options import Precision, TrainingOptions
 from labs_common.training import make_accelerator
@@ -45,9 +46,24 @@ def test_idle_gpus_are_said_once(eight: pytest.MonkeyPatch, capsys: pytest.Captu
     assert said_of("bf16", eight, capsys, RANK="1") == ""
     chosen = said_of("bf16", eight, capsys, RANK="0", CUDA_VISIBLE_DEVICES="1,4,6")
     assert "2 of 3 GPUs (CUDA_VISIBLE_DEVICES=1,4,6)" in chosen
-    assert "--num_processes 3" in chosen
+    assert "as many processes on each machine (--num_processes)" in chosen
     assert said_of("bf16", eight, capsys, CUDA_VISIBLE_DEVICES="1,4") == "", "a scheduler gave just these"
     assert said_of("bf16", eight, capsys, CUDA_VISIBLE_DEVICES="1,4,6", ACCELERATE_USE_CPU="true") == ""
+
+
+def test_a_launcher_that_does_not_count_is_left_alone(
+    eight: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `srun` with a task for each GPU: how many are on this machine is not known."""
+    assert said_of("bf16", eight, capsys, WORLD_SIZE="16", RANK="0") == ""
+
+
+def test_no_precision_of_a_gpu_where_the_cpu_is_asked_for(eight: pytest.MonkeyPatch) -> None:
+    eight.setattr(torch.cuda, "is_available", lambda: True)
+    eight.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert mixed_precision("auto") == "fp16"
+    eight.setenv("ACCELERATE_USE_CPU", "true")
+    assert mixed_precision("auto") == "no"
 
 
 def test_a_precision_that_the_launch_configuration_names_in_vain_is_said(

@@ -1,12 +1,17 @@
 import contextlib
+import fcntl
 import io
 import json
 import os
+import pty
 import random
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import termios
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -15,13 +20,16 @@ from typing import Any
 import pytest
 import torch
 import toy.training
+from accelerate import Accelerator
 from labs_testing.commands import in_two_processes
 from safetensors.torch import load_file
 from toy import commands
 
 from labs_common import training
+from labs_common.checkpoint import load_checkpoint, save_checkpoint
+from labs_common.device import mixed_precision
 from labs_common.fitting import begin
-from labs_common.training import Loop, learning_rate_share, mixed_precision
+from labs_common.training import Loop, learning_rate_share
 
 OPTIONS = ("--track", "none", "--save-every", "3", "--keep", "2", "--learning-rate", "0.01")
 HERE = Path(__file__).parent
@@ -324,6 +332,75 @@ def test_another_number_of_processes_is_refused_in_all(tmp_path: Path, first: in
     before = (run / "metrics.jsonl").read_bytes()
     begin(then, 2, "--resume", run)
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_precision_is_refused(tmp_path: Path) -> None:
+    """As --precision auto is on another kind of GPU."""
+    run = tmp_path / "run"
+    finish("--output", run, "--max-steps", 4, *OPTIONS)
+    position = run / "checkpoints" / "step-00000004" / "position.json"
+    said = json.loads(position.read_text())
+    assert said["precision"] == "no"
+    position.write_text(json.dumps(said | {"precision": "bf16"}))
+    assert "computes in bf16, and --precision auto is fp32 here" in finish("--resume", run, code=2)
+
+
+@pytest.mark.kills
+def test_a_closed_terminal_saves(tmp_path: Path) -> None:
+    """Whatever is written to it from then on fails, also what an evaluation says before the next checkpoint."""
+    run = tmp_path / "run"
+    ours, its = pty.openpty()
+    options = ("--output", run, "--track", "none", "--evaluate-every", "1", "--seconds-per-step", "0.05")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}:{os.environ.get('PYTHONPATH', '')}"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "toy.training", *map(str, options)],
+        stdin=its, stdout=its, stderr=its, env=environment, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(its)
+    reader = threading.Thread(target=read_all, args=(ours,))
+    reader.start()
+    wait_for_steps(run, 6)
+    os.close(ours)
+    reader.join()
+    assert process.wait(120) == 130
+    assert list((run / "checkpoints").glob("step-*"))
+
+
+def read_all(terminal: int) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            if select.select([terminal], [], [], 0.05)[0]:
+                os.read(terminal, 65536)
+
+
+def test_moments_have_the_layout_of_their_weights(tmp_path: Path) -> None:
+    """A fused optimizer goes through both as they lie in memory, and a GPU's convolutions lie otherwise than a CPU's."""
+
+    def made(memory_format: torch.memory_format) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        layer = torch.nn.Conv2d(3, 4, 3).to(memory_format=memory_format)
+        return layer, torch.optim.AdamW(layer.parameters(), 0.1, fused=True)
+
+    def step(layer: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        layer(torch.ones(2, 3, 5, 5)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    accelerator, first = Accelerator(), made(torch.channels_last)
+    step(*first)
+    save_checkpoint(tmp_path / "step-1", accelerator, *first, {})
+    then = made(torch.contiguous_format)
+    load_checkpoint(tmp_path / "step-1", accelerator, *then)
+    step(*first)
+    step(*then)
+    torch.testing.assert_close(then[0].weight, first[0].weight, rtol=0, atol=1e-6)
+
+    state = torch.load(tmp_path / "step-1" / "optimizer.pt", weights_only=True)
+    state["optimizer"]["param_groups"][0]["fused"] = None  # as in a run of before
+    torch.save(state, tmp_path / "step-1" / "optimizer.pt")
+    load_checkpoint(tmp_path / "step-1", accelerator, *then)
+    assert then[1].param_groups[0]["fused"] is True
 
 
 def test_a_moved_frozen_tensor_fails_the_run(tmp_path: Path) -> None:

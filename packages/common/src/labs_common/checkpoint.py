@@ -19,6 +19,7 @@ from labs_common.errors import LabError, reason_of
 from labs_common.sharding import part_like, reshard, whole
 
 SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
+KERNELS = ("fused", "foreach")  # how an optimizer computes, not what
 
 
 class Stateful(Protocol):
@@ -70,6 +71,7 @@ def save_checkpoint(
     if accelerator.is_main_process:
         if also is not None:
             _save(also.state_dict(), part / "also.pt")
+        position = position | {"precision": accelerator.mixed_precision}
         (part / "position.json").write_text(json.dumps(position), encoding="utf-8")
         for file in part.rglob("*"):
             if file.is_file():
@@ -83,6 +85,36 @@ def save_checkpoint(
 def checkpoints(folder: Path) -> list[Path]:
     """Finds the whole checkpoints `step-N` under `folder`, oldest first."""
     return sorted(folder.glob("step-*"))
+
+
+def check_resumed(folder: Path, accelerator: Accelerator) -> None:
+    """Makes sure that a run can go on from its newest checkpoint under `folder` as it began.
+
+    All processes find the same by themselves, so that none waits for another that has stopped.
+
+    Raises:
+        LabError: other processes, another precision or an earlier version wrote it.
+    """
+    for path in checkpoints(folder)[-1:]:
+        # Each process has its own generators and its own part of every step: with another number of processes the
+        # run would go on with other numbers.
+        wrote, now = len(list(path.glob("random-*.pt"))), accelerator.num_processes
+        if wrote != now:
+            raise LabError(f"{path}: was written by {wrote} processes, not {now}; resume with as many as the run had")
+        if (path / "sharded").exists() and accelerator.distributed_type != DistributedType.DEEPSPEED:
+            raise LabError(f"{path}: DeepSpeed wrote it, or FSDP in an earlier version; launch it as before, or begin "
+                           "a new run")  # fmt: skip
+        try:
+            before = json.loads((path / "position.json").read_text(encoding="utf-8")).get("precision")
+        except (OSError, ValueError, AttributeError):
+            return  # `load_checkpoint` says what is wrong
+        if before not in (None, accelerator.mixed_precision):
+            raise LabError(f"{path}: the run computes in {_said(before)}, and --precision auto is "
+                           f"{_said(accelerator.mixed_precision)} here; go on where it began")  # fmt: skip
+
+
+def _said(precision: str) -> str:
+    return "fp32" if precision == "no" else precision
 
 
 def load_checkpoint(
@@ -99,11 +131,6 @@ def load_checkpoint(
     """
     try:
         position: dict[str, Any] = json.loads((path / "position.json").read_text(encoding="utf-8"))
-        # Each process has its own generators and its own part of every step: with another number of processes the
-        # run would go on with other numbers. Counted, so that all processes say so and none waits for another.
-        wrote, now = len(list(path.glob("random-*.pt"))), accelerator.num_processes
-        if wrote != now:
-            raise LabError(f"{path}: was written by {wrote} processes, not {now}; resume with as many as the run had")
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             accelerator.load_state(str(path / "sharded"), load_module_strict=False)
         else:
@@ -111,7 +138,10 @@ def load_checkpoint(
             reshard(plain)
             restore_tensors(plain, load_file(path / "trainable.safetensors"))
             state = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu", mmap=True)
+            own = [{name: group.get(name) for name in KERNELS} for group in optimizer.param_groups]
             optimizer.load_state_dict(_state_parts(state["optimizer"], optimizer))
+            for group, kernels in zip(optimizer.param_groups, own, strict=True):
+                group |= kernels  # those of this machine and version, not those of the one that saved
             if accelerator.scaler is not None and "scaler" in state:
                 accelerator.scaler.load_state_dict(state["scaler"])
         if also is not None:
@@ -181,13 +211,20 @@ def _state_parts(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dic
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     moments = {
         number: {
-            name: part_like(value, parameter) if isinstance(value, torch.Tensor) else value
+            name: _laid_out(part_like(value, parameter), parameter) if isinstance(value, torch.Tensor) else value
             for name, value in state["state"][number].items()
         }
         for number, parameter in zip(numbers, parameters, strict=True)
         if number in state["state"]
     }
     return state | {"state": moments}
+
+
+def _laid_out(moment: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Gives a moment the memory format of its weight: fused kernels go through both as they lie in memory."""
+    if moment.shape != parameter.shape or isinstance(moment, DTensor) or moment.stride() == parameter.stride():
+        return moment
+    return torch.empty_like(parameter, dtype=moment.dtype, device=moment.device).copy_(moment)
 
 
 def _random_state() -> dict[str, Any]:

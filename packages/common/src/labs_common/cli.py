@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
@@ -29,6 +30,7 @@ GLOSSARY = "Words of the field are explained in the project's docs/glossary.md."
 # time limit; a terminal that is closed.
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _run: Path | None = None  # that this process works on
+_terminals: list[int] = []  # of stdout and stderr; a closed one can no longer be told from a file
 
 
 def run_command(
@@ -64,6 +66,14 @@ def run_command(
         _exit(1, f"error: the disk is full ({reason_of(full)}): make room{_how_to_go_on()}")
 
 
+def leave_terminal() -> None:
+    """Lets what is still said go nowhere: a terminal that was closed refuses it, and that must not stop the saving."""
+    for number in _terminals:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, number)
+        os.close(nowhere)
+
+
 def is_ignored(number: int) -> bool:
     """Says whether a hangup was ignored before this process began, as `nohup` does: then it must not stop it."""
     return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
@@ -75,8 +85,14 @@ def _warnings_interrupt() -> Iterator[None]:
 
     SIGTERM goes on ending it at once, even if it hangs waiting for another process.
     """
+    if threading.current_thread() is not threading.main_thread():  # of a program that calls a command; it has none
+        yield
+        return
+    _terminals[:] = [number for number in (1, 2) if os.isatty(number)]
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            leave_terminal()
         raise KeyboardInterrupt(signal.Signals(number).name)
 
     before = {n: signal.signal(n, interrupt) for n in (signal.SIGUSR1, signal.SIGHUP) if not is_ignored(n)}

@@ -11,9 +11,29 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch.distributed.tensor import DTensor
 
+from labs_common.options import Precision
+
 CPU = torch.device("cpu")
+
+
+def mixed_precision(precision: Precision) -> str:
+    """Returns Accelerate's name for `--precision`.
+
+    auto is bf16 on a GPU that computes in it, fp16 on older ones, which only emulate bf16, and none elsewhere.
+    """
+    if precision == "auto":
+        if not on_gpu():
+            return "no"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "no" if precision == "fp32" else precision
+
+
+def on_gpu() -> bool:
+    """Says whether this process trains on a GPU: there is one, and the launch does not ask for the CPU."""
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def begin_fast_arithmetic(device: torch.device) -> None:

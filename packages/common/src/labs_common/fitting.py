@@ -20,9 +20,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from labs_common.checkpoint import SHARDED, Stateful
+from labs_common.checkpoint import SHARDED, Stateful, check_resumed
 from labs_common.cli import to_plain
-from labs_common.device import state_bytes
+from labs_common.device import mixed_precision, state_bytes
 from labs_common.frozen.audit import FrozenAudit
 from labs_common.frozen.cache import Rows, disk_bytes
 from labs_common.launch import check_launch
@@ -32,7 +32,7 @@ from labs_common.report.page import Section, write_report
 from labs_common.run import Run, check_run_options, cost_of, machine_of
 from labs_common.sharding import prepare_sharded, whole_state
 from labs_common.steps import Source
-from labs_common.training import Loop, make_accelerator, mixed_precision
+from labs_common.training import Loop, make_accelerator
 
 BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm
 
@@ -99,6 +99,8 @@ class Fitting:
             RunStopped: the run is being resumed, and something frozen is not what it was.
             LabError: the run is being resumed, and its checkpoint cannot be read.
         """
+        if run.resumed:
+            check_resumed(run.path / "checkpoints", accelerator)
         if options.compile:
             model.compile()  # in its place: names and weights stay those of the plain module, which is what is saved
         if accelerator.distributed_type == DistributedType.FSDP:

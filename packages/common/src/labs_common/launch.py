@@ -25,6 +25,8 @@ def check_launch(precision: str) -> None:
     if parse_flag_from_env("ACCELERATE_USE_CPU"):
         return
     processes = get_int_from_env(["LOCAL_WORLD_SIZE", "LOCAL_SIZE"], 1)  # of torchrun; of DeepSpeed's own launcher
+    if get_int_from_env(["WORLD_SIZE"], 1) > 1 and not {"LOCAL_WORLD_SIZE", "LOCAL_SIZE"} & os.environ.keys():
+        return  # a launcher that does not say how many are on this machine
     gpus = torch.accelerator.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     of = f"{gpus} GPU{'' if gpus == 1 else 's'}" + ("" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})")

@@ -28,10 +28,18 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 
 from labs_common.checkpoint import Stateful, checkpoints, load_checkpoint, save_checkpoint
-from labs_common.cli import STOPPING, is_ignored
-from labs_common.device import Later, begin_fast_arithmetic, peak_memory, reset_peak_memory, widest_float
+from labs_common.cli import STOPPING, is_ignored, leave_terminal
+from labs_common.device import (
+    Later,
+    begin_fast_arithmetic,
+    mixed_precision,
+    on_gpu,
+    peak_memory,
+    reset_peak_memory,
+    widest_float,
+)
 from labs_common.errors import Interrupted, LabError, RunStopped
-from labs_common.options import Precision, Schedule, TrainingOptions
+from labs_common.options import Schedule, TrainingOptions
 from labs_common.progress import ProgressLine, console
 from labs_common.run import Run
 from labs_common.sharding import check_sharding
@@ -73,7 +81,7 @@ def make_accelerator(options: TrainingOptions) -> Accelerator:
         LabError: the machine cannot compute in that precision, or the launch shards in a way that is not supported.
     """
     precision = mixed_precision(options.precision)
-    if precision == "fp16" and not torch.cuda.is_available():
+    if precision == "fp16" and not on_gpu():
         raise LabError("--precision fp16: needs a GPU; use bf16 or fp32 here")
     patience = InitProcessGroupKwargs(timeout=WAIT)
     accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[patience])
@@ -92,18 +100,6 @@ def inference_accelerator() -> Accelerator:
     accelerator = Accelerator(mixed_precision=mixed_precision("auto"))
     begin_fast_arithmetic(accelerator.device)
     return accelerator
-
-
-def mixed_precision(precision: Precision) -> str:
-    """Returns Accelerate's name for `--precision`.
-
-    auto is bf16 on a GPU that computes in it, fp16 on older ones, which only emulate bf16, and none elsewhere.
-    """
-    if precision == "auto":
-        if not torch.cuda.is_available():
-            return "no"
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "no" if precision == "fp32" else precision
 
 
 @dataclass(frozen=True)
@@ -306,7 +302,13 @@ class Loop:
             self._log(sent, means, norm, count, seconds)
 
     def _clipped_norm(self) -> torch.Tensor | float:
-        norm = self.accelerator.clip_grad_norm_(self._trained, self.options.clip_norm or math.inf)
+        limit = self.options.clip_norm or math.inf
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            # Accelerate's own unscales fp16's gradients twice for a model that it did not prepare itself.
+            self.accelerator.unscale_gradients()
+            norm = torch.nn.utils.clip_grad_norm_(self._trained, limit)
+        else:
+            norm = self.accelerator.clip_grad_norm_(self._trained, limit)
         if norm is None:  # DeepSpeed has clipped already, inside its own step
             return 0.0
         found: torch.Tensor | float = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP: a DTensor
@@ -377,6 +379,8 @@ def _signals(loop: Loop) -> Iterator[None]:
 
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal noted
+        if number == signal.SIGHUP:
+            leave_terminal()
         if not loop._signal:
             loop._signal, noted = number, time.monotonic()
         elif time.monotonic() - noted > 1:

@@ -91,6 +91,8 @@ def answers(
     Prompts of like length go together, padded on the left. With virtual tokens among the inputs only those of equal
     length do: the padding would stand between a soft prompt and its text, where PEFT counts it as positions.
     """
+    if not prompts:
+        return []
     base = base_of(model)
     stops = stop_ids(base, tokenizer)
     mine = list(range(accelerator.process_index, len(prompts), accelerator.num_processes))

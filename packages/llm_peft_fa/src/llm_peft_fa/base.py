@@ -19,8 +19,8 @@ from transformers import (
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
+from labs_common.device import mixed_precision
 from labs_common.errors import LabError, reason_of
-from labs_common.training import mixed_precision
 from llm_peft_fa.attention import NAME
 from llm_peft_fa.templates import set_template
 from llm_peft_fa.tiny import tiny_base

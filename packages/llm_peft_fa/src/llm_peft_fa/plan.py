@@ -18,10 +18,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 from transformers import PretrainedConfig, PreTrainedModel
 
+from labs_common.device import mixed_precision
+from labs_common.errors import LabError, reason_of
 from labs_common.memory import Cost, step_cost
 from labs_common.progress import console
 from labs_common.sharding import repeated_layers
-from labs_common.training import mixed_precision
 from llm_peft_fa.base import DTYPES, base_config, unloaded_model
 from llm_peft_fa.config import MethodOptions, TrainConfig
 from llm_peft_fa.losses import chunk_positions
@@ -278,10 +279,15 @@ def fitted(config: TrainConfig, accelerator: Accelerator, lengths: Sequence[int]
     tokens = asked or ROW
     if accelerator.device.type == "cuda" and config.model.fit_memory and config.run.resume is None:
         here = machine_here(accelerator.mixed_precision)
-        free = accelerator.gather(torch.tensor(float(here.free), device=accelerator.device)).min()
+        if here.total - here.free > 2 * CONTEXT:
+            console.print(f"other programs hold {gigabytes(here.total - here.free)} of this GPU's memory, which is "
+                          "counted on")  # fmt: skip
+        # By all of the memory, not by what is free now: the same command on the same GPU then adds up the same sums.
+        total = int(accelerator.gather(torch.tensor(float(here.total), device=accelerator.device)).min())
         choice: list[Any] = [None]
         if accelerator.is_main_process:
-            choice = [_choice(config, accelerator, dataclasses.replace(here, free=int(free)), lengths)]
+            here = dataclasses.replace(here, total=total, free=total - CONTEXT)
+            choice = [_choice(config, accelerator, here, lengths)]
         tokens, needed = broadcast_object_list(choice)[0]
         checkpointing = checkpointing or needed
     return dataclasses.replace(
@@ -299,7 +305,13 @@ def _choice(
         return asked or ROW, False
     mean, longest = max(2, sum(lengths) // len(lengths)), max(lengths)
     step = -(-config.training.batch_size * mean // accelerator.num_processes)
-    plan = shared(plan_of(config, machine, min(mean, ROW)), accelerator)
+    try:
+        plan = shared(plan_of(config, machine, min(mean, ROW)), accelerator)
+    except LabError:
+        raise
+    except Exception as error:  # a model that computes with values, or on a GPU only, cannot be measured on shapes
+        console.print(f"what fits could not be found out ({reason_of(error)}): nothing is chosen")
+        return asked or ROW, False
     # A conversation longer than the row fills a row alone.
     sizes = {max(row, longest): row for row in ([asked] if asked else useful_rows(step))}
     found = plan.choice([*sizes], usable)

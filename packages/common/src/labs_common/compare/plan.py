@@ -78,7 +78,9 @@ def comparison_folder(name: str, config: Any, files: Sequence[str | Path | None]
     Raises:
         LabError: it cannot be written, or holds something else.
     """
-    options = {key: to_plain(value) for key, value in flat_options(config).items() if key not in ANYWAY}
+    usual = flat_options(type(config)())  # left out, so that an option that a later version adds changes nothing
+    given = {key: value for key, value in flat_options(config).items() if value != usual[key]}
+    options = {key: to_plain(value) for key, value in given.items() if key not in ANYWAY}
     there = [Path(file) for file in files if file and Path(file).exists()]
     key = recipe_key({**options, "files": [[str(file), file.stat().st_mtime] for file in there]})
     folder: Path = config.comparison.output or Path("runs") / f"{name}-{key}"

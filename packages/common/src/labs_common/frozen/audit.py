@@ -92,9 +92,10 @@ def _mixed(place: torch.Tensor) -> torch.Tensor:
 
 def _own_part(tensor: torch.Tensor) -> torch.Tensor:
     if hasattr(tensor, "ds_tensor"):
-        part: torch.Tensor = tensor.ds_tensor.flatten()
+        whole: Any = tensor
+        part: torch.Tensor = whole.ds_tensor.flatten()
         # The last parts are padded with whatever was in memory.
-        return part[: max(0, min(len(part), tensor.ds_numel - torch.distributed.get_rank() * len(part)))]
+        return part[: max(0, whole.ds_numel - torch.distributed.get_rank() * len(part))]
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
