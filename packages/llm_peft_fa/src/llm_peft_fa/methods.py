@@ -286,7 +286,7 @@ def _with_adapter(
     """Returns PEFT's model, with the parameters training whose name has one of the parts `trained` in it.
 
     Raises:
-        LabError: PEFT refuses, for instance because no layer has a name in --target-modules.
+        LabError: PEFT refuses, for instance because no layer has a name in --target-modules, or the head is among them.
     """
     try:
         adapted = get_peft_model(model, kind(task_type="CAUSAL_LM", **in_text(model, settings)))
@@ -312,13 +312,12 @@ def _with_weights(model: PreTrainedModel, wanted: set[int]) -> PreTrainedModel:
 
 
 def _targets(options: MethodOptions) -> str | list[str]:
-    targets = list(options.target_modules or ())
-    return "all-linear" if targets == ["all-linear"] else targets
+    return "all-linear" if "all-linear" in (options.target_modules or ()) else list(options.target_modules or ())
 
 
 def _set(value: int | None) -> int:
     """Returns an option that `resolved` has set."""
-    assert value is not None, "options are complete"
+    assert value is not None
     return value
 
 
