@@ -141,7 +141,7 @@ class TrainingOptions:
     """Arithmetic of forward and backward. auto is bf16 on a GPU that computes in it, fp16 on older GPUs (T4, V100), and
     fp32 on a CPU; fp32 on a GPU multiplies matrices in TF32."""
     compile: bool = False
-    """Compile the network (torch.compile): worth its minutes on a GPU for long runs."""
+    """Compile the network (torch.compile): for long runs on a GPU with batches of one shape."""
     evaluate_every: int = 0
     """Optimizer steps between evaluations; 0 means once per epoch. There is always one at the end."""
     patience: int = 0

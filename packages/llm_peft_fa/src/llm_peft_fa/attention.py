@@ -250,7 +250,7 @@ def _flex(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: Blocks, scale: float,
     softcap: float | None, window: int | None,
 ) -> torch.Tensor:  # fmt: skip
-    """Runs FlexAttention (Dong et al. 2024), compiled on a GPU: no scores of a whole row in memory, soft-cap or not."""
+    """Runs FlexAttention (Dong et al. 2024), compiled on a GPU: no scores of a row in memory, soft-cap or not."""
     row = query.shape[2]
     if window not in blocks.masks:
         sees = _sees(blocks.conversation, window)

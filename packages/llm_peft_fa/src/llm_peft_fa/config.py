@@ -38,7 +38,8 @@ class ModelOptions:
     is not given; --plan shows how. On a CPU nothing is chosen."""
     attention: Attention = "auto"
     """How packed conversations attend: blocks (anywhere), flash (the package flash_attn), varlen (PyTorch's own), flex
-    (compiled; soft-caps and windows); auto takes the first that works on the GPU and agrees with blocks."""
+    (compiled; soft-caps and windows); auto takes the first that works on the GPU and agrees with blocks, and says
+    which. prefix_tuning takes blocks."""
 
 
 @dataclass

@@ -144,7 +144,8 @@ def fit(
     """
     options, initial = config.training, initial_update(model.model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=options.learning_rate, weight_decay=options.weight_decay)
+    fused = True if accelerator.device.type == "cuda" else None  # one kernel, and no copies of what trains
+    optimizer = torch.optim.AdamW(trainable, lr=options.learning_rate, weight_decay=options.weight_decay, fused=fused)
     also = METHODS[config.method.method].also
     state = None if also is None else also(model.model, optimizer)
     source = packing.steps(texts["training"], options.batch_size, config.run.seed)
