@@ -37,7 +37,7 @@ SHARED = {
     "warmup": r"Share of all steps over which the learning rate rises from zero\.$",
     "weight_decay": r"AdamW's decoupled weight decay",
     "clip_norm": r"Gradients with a larger L2 norm are scaled down to it; 0 turns clipping off",
-    "precision": r"Arithmetic of forward and backward\. auto is bf16 on a GPU that has it, else fp32\.$",
+    "precision": r"Arithmetic of forward and backward\. auto is bf16 on a GPU that computes in it, fp16 on older",
     "evaluate_every": r"Optimizer steps between evaluations; 0 m",
     "patience": r"Stop after this many evaluations without improvement and go back to the best weights; 0 never does\.$",
     "save_every": r"Optimizer steps between checkpoints\. Ctrl-C writes one as well\.$",
