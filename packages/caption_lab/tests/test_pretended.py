@@ -36,6 +36,7 @@ def test_every_captioner_and_every_command(scenes: Path, tmp_path: Path) -> None
         Asked("caption_lab.caption", (next(scenes.rglob("*.jpg")), "--checkpoint", run, "--beam", "2")),
         Asked("caption_lab.caption", (next(scenes.rglob("*.jpg")), "--checkpoint", run, "--top-p", "0.9")),
     )  # fmt: skip
+    assert (folder / "comparison.json").exists()
 
 
 def test_an_lstm_stays_in_float32_under_autocast() -> None:

@@ -29,3 +29,4 @@ def test_every_objective_and_every_command(scenes: Path, things: Path, tmp_path:
                                  tmp_path / "sgd")),
         Asked("clip_lab.export", ("--checkpoint", run, "--output", tmp_path / "exported")),
     )  # fmt: skip
+    assert (folder / "comparison.json").exists()

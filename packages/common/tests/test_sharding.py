@@ -62,6 +62,7 @@ def test_what_was_channels_last_is_sharded_too() -> None:
     model = nn.Sequential(other_block(), other_block()).to(memory_format=torch.channels_last)
     with fake_group():
         shard(model, torch.device("cpu"))
+        assert all(hasattr(one, "to_local") and one.to_local().is_contiguous() for one in model.parameters())
 
 
 def test_two_processes_share_one_network() -> None:

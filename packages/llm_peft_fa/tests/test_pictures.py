@@ -54,5 +54,6 @@ def test_a_process_group_trains_it_for_two_steps(tmp_path: object) -> None:
         row = packed_row([Encoded([2, *range(5, 25)], [True] * 21, "")])
         for _ in range(2):
             model(row).backward()
+        assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
     finally:
         torch.distributed.destroy_process_group()

@@ -49,6 +49,7 @@ def test_every_command(gemma_dir: Path, tmp_path: Path) -> None:
         Asked("llm_peft_fa.inspect", ("--model", gemma_dir, "--output", tmp_path / "inspected")),
         Asked("llm_peft_fa.compare", ("--model", gemma_dir, *compared, "--output", tmp_path / "comparison")),
     )  # fmt: skip
+    assert (tmp_path / "comparison" / "comparison.json").exists()
 
 
 def test_qlora(llama_dir: Path, tmp_path: Path) -> None:

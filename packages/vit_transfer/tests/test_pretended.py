@@ -23,3 +23,5 @@ def test_every_command(scenes: Path, tmp_path: Path) -> None:
         Asked("vit_transfer.attack", ("--models", f"{vit},{tmp_path / 'cnn'}", "--used", "4", "--passes", "1", "--radius",
                                       "60", "--data", scenes, "--output", tmp_path / "attack")),
     )  # fmt: skip
+    assert (folder / "comparison.json").exists()
+    assert (tmp_path / "attack" / "results.json").exists()

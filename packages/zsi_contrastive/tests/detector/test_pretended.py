@@ -22,3 +22,4 @@ def test_every_command(scenes: Path, tmp_path: Path) -> None:
         Asked("zsi_contrastive.evaluate", ("--checkpoint", run, "--refine", "mean", "--output", tmp_path / "again")),
         Asked("zsi_contrastive.predict", ("--checkpoint", run, "--output", tmp_path / "usual")),
     )  # fmt: skip
+    assert (rows / "comparison.json").exists()

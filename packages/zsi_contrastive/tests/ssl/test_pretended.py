@@ -23,3 +23,4 @@ def test_every_method_and_the_comparison(looks: Path, tmp_path: Path) -> None:
         Asked("zsi_contrastive.compare", (*small, *compared)),
         Asked("zsi_contrastive.pretrain", (*small, *probed)),  # with a linear probe and a report
     )
+    assert (tmp_path / "compared" / "comparison.json").exists()
