@@ -1,6 +1,7 @@
 """What holds for the tests of all packages: no GPU, no hub, one thread each, as two workers share two cores."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -11,5 +12,8 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "torc
 # of them again, ten seconds a time.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+
+# Tests hang up on trainings, which ignore it where they were started with nohup, as these tests may be.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 pytest_plugins = ("labs_testing.fixtures",)

@@ -26,6 +26,7 @@ def test_an_entry_becomes_a_run_with_its_own_options() -> None:
             plan(replace(config, models=wrong))
 
 
+@pytest.mark.long
 def test_the_command_goes_on_where_it_was_stopped(scenes: Path, tmp_path: Path) -> None:
     folder = tmp_path / "comparison"
     options = ("--data", scenes, "--epochs", "2", "--batch-size", "32", "--models",

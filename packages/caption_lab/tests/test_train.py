@@ -116,6 +116,7 @@ def test_early_stopping_self_critical_training_and_captions(finished: Path, scen
     assert "drop their options" in here(*shared, "--start", finished, "--width", "8", code=2).stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", ["show_tell", "show_attend_tell", "transformer"])
 def test_real_photographs(model: str, real_pictures: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"

@@ -22,6 +22,7 @@ def test_an_entry_of_the_comparison_becomes_a_run() -> None:
             plan(dataclasses.replace(config, objectives=wrong))
 
 
+@pytest.mark.long
 def test_the_comparison_goes_on_where_it_was_stopped(scenes: Path, things: Path, tmp_path: Path) -> None:
     folder = tmp_path / "comparison"
     options = ("--data", scenes, "--classes", things, "--epochs", "1", "--batch-size", "16", "--text-width", "32",

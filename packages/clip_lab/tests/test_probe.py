@@ -36,6 +36,7 @@ def test_the_probe_is_measured_on_what_it_wrote(run: Path, things: Path, tmp_pat
     assert json.loads((tmp_path / "sgd" / "results.json").read_text())["accuracy"] > 0.8
 
 
+@pytest.mark.long
 def test_real_classes_are_probed_and_named(run: Path, real_classes: Path, tmp_path: Path) -> None:
     shared = ("--checkpoint", run, "--data", real_classes, "--limit", "300")
     lab_commands.here("clip_lab.probe", *shared, "--shots", "4,all", "--draws", "1", "--output", tmp_path / "probe")

@@ -155,6 +155,7 @@ def test_frozen_towers_are_computed_once_and_do_not_move(scenes: Path, finished:
     assert load_model(tmp_path / "cached").model.text.width == 16
 
 
+@pytest.mark.long
 def test_real_photographs_are_learnt_from(real_pictures: Path, tmp_path: Path) -> None:
     """The mechanics; how much is learnt in minutes is a benchmark."""
     here("--data", real_pictures, "--limit", "64", *SMALL, "--image-size", "64", "--tokenizer", "clip", "--output",

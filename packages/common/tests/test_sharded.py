@@ -29,6 +29,7 @@ deepspeed_config:
   zero3_init_flag: false
   zero3_save_16bit_model: true
 """
+pytestmark = pytest.mark.long
 SMALL = (*OPTIONS, "--epochs", "1", "--dropout", "0")
 
 

@@ -1,5 +1,6 @@
 """The short training of the networks that labs start from offline."""
 
+import pytest
 import torch
 
 from labs_common.tiny import reproducible, train_tiny
@@ -20,6 +21,7 @@ def trained(threads: int, seed: int = 0) -> torch.Tensor:
     return network.weight.detach()
 
 
+@pytest.mark.long
 def test_it_is_the_same_with_any_threads_and_whatever_was_drawn_before() -> None:
     threads = torch.get_num_threads()
     try:

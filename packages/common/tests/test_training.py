@@ -453,6 +453,7 @@ def test_resume_refuses_other_options_and_broken_checkpoints(whole_run: Path, tm
     finish("--resume", run)
 
 
+@pytest.mark.long
 def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
     options = (*OPTIONS, "--epochs", "1", "--micro-batches", "2", "--dropout", "0")
     finish("--output", tmp_path / "one", *options)

@@ -207,6 +207,7 @@ def test_resume_with_other_options_or_a_broken_checkpoint(finished: Path) -> Non
         file.write_bytes(whole)
 
 
+@pytest.mark.long
 def test_real_conversations_teach_a_random_model_something(real_chats: Path, gemma_dir: Path, tmp_path: Path) -> None:
     run = tmp_path / "real"
     here(

@@ -174,6 +174,7 @@ def test_killed_and_started_again_it_loses_at_most_the_method_under_way(llama_di
     assert "--epochs" in said
 
 
+@pytest.mark.long
 def test_the_best_rate_of_the_search_is_taken(llama_dir: Path, tmp_path: Path) -> None:
     folder = tmp_path / "search"
     here(

@@ -42,6 +42,7 @@ def assert_same_prefix(run: Path, reference: Path, model: Path, tolerance: float
     torch.testing.assert_close(logits[0], logits[1], atol=tolerance * 10, rtol=0)
 
 
+@pytest.mark.long
 def test_two_processes_save_a_prefix_that_loads(prefix: Path, gemma_dir: Path, tmp_path: Path) -> None:
     run = tmp_path / "two"
     shared = {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
@@ -53,6 +54,7 @@ def test_two_processes_save_a_prefix_that_loads(prefix: Path, gemma_dir: Path, t
     assert_same_prefix(run, prefix, gemma_dir, 1e-5)
 
 
+@pytest.mark.long
 def test_deepspeed_saves_a_prefix_that_loads(prefix: Path, gemma_dir: Path, tmp_path: Path) -> None:
     """ZeRO-3 is the hard one: the encoder's weights lie in parts when the prefix is made for saving."""
     pytest.importorskip("deepspeed", reason="needs the extra llm-peft-fa[deepspeed]")

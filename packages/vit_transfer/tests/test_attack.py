@@ -19,6 +19,7 @@ def test_counts() -> None:
             counts_of(wrong)
 
 
+@pytest.mark.long
 def test_the_command(scenes: Path, tmp_path: Path, vit_file: Path, cnn_file: Path) -> None:
     shared = ("--data", scenes, "--epochs", "2", "--batch-size", "8", "--track", "none")
     for name, file in (("vit", vit_file), ("cnn", cnn_file)):

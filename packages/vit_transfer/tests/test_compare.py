@@ -150,6 +150,7 @@ def test_the_papers_table(comparison: Comparison, tmp_path: Path) -> None:
     assert paper_table(wrong)[0].accuracy == 93.5
 
 
+@pytest.mark.long
 def test_the_command_goes_on_where_it_was_stopped(scenes: Path, tmp_path: Path) -> None:
     folder = tmp_path / "comparison"
     options = ("--data", scenes, "--epochs", "2", "--batch-size", "8", "--models",

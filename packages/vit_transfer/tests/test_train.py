@@ -124,6 +124,7 @@ def test_baselines_and_views(cnn_file: Path, scenes: Path, tmp_path: Path) -> No
     assert "Grad-CAM" in (run / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 def test_real_pictures_cached_uncached_and_exported(name: str, head: str, real_pictures: Path, tmp_path: Path) -> None:

@@ -170,6 +170,7 @@ class TrainingPromises:
         training.assert_same(tmp_path / "again")
         assert not (tmp_path / "again" / "report.html").exists()
 
+    @pytest.mark.long
     def test_two_processes(self, training: Training, tmp_path: Path) -> None:
         run = tmp_path / "two"
         more = (*training.two.options, "--output", run, "--no-report")
@@ -312,6 +313,7 @@ class TrainingPromises:
         for name in ("metrics.jsonl", training.weights, *training.same):
             assert (again / name).read_bytes() == (run / name).read_bytes(), name
 
+    @pytest.mark.long
     def test_launch_configurations(self, training: Training, tmp_path: Path) -> None:
         """Each is one that Accelerate knows; a ZeRO one takes the whole road, with one process on a CPU."""
         if training.launch is None:

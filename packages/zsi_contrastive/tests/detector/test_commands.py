@@ -263,6 +263,7 @@ def test_weights_of_contrastive_losses() -> None:
         complete(TrainConfig(training=DetectorTrainingOptions(patch_share=-0.5)))
 
 
+@pytest.mark.long
 def test_ablate(scenes: Path, tmp_path: Path) -> None:
     shared = ("--data", scenes, *SMALL[:-2], "--max-steps", "1", "--limit", "4", "--output", tmp_path / "rows")
     here("ablate", *shared, "--rows", "detector,sync-background")

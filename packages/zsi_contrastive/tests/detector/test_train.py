@@ -101,6 +101,7 @@ class TestPromises(TrainingPromises):
         assert len({row["image_id"] for row in found}) == len(pictures), "each process looked at its share"
 
 
+@pytest.mark.long
 def test_sharded_over_two_processes_it_measures_what_one_does(options: tuple[object, ...], tmp_path: Path) -> None:
     """FSDP2, with a model that stays as it began: scores on validation pictures and detections are one process's.
 
@@ -126,6 +127,7 @@ def test_sharded_over_two_processes_it_measures_what_one_does(options: tuple[obj
     assert (tmp_path / "two" / "detections.json").read_bytes() == found
 
 
+@pytest.mark.long
 def test_what_the_main_process_cannot_read_stops_both(tmp_path: Path) -> None:
     in_two_processes("zsi_contrastive.train", LIBRARIES, *SMALL, "--data", tmp_path / "none", "--output",
                      tmp_path / "run", codes=(2, 2))  # fmt: skip
@@ -143,6 +145,7 @@ def test_parts_of_a_step_are_the_step(options: tuple[object, ...], tmp_path: Pat
     assert not any(name.startswith("backbone.body.2.0.0.weight") for name in frozen)
 
 
+@pytest.mark.long
 def test_real_pictures_and_word_vectors(coco: Path, coco_vectors: Path, tmp_path: Path) -> None:
     """COCO as it is on disk, a ResNet with random weights; both tasks; pycocotools takes what is written."""
     pycoco = pytest.importorskip("pycocotools.coco", reason="reads what is written")

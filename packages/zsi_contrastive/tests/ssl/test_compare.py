@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import pytest
 from labs_testing import commands as lab_commands
 
 SMALL = ("--side", "16", "--batch-size", "32", "--epochs", "1", "--hidden", "16", "--outputs", "12", "--queue", "64")
 
 
+@pytest.mark.long
 def test_compare_and_its_report(looks: Path, tmp_path: Path) -> None:
     folder = tmp_path / "compared"
     arguments = ("--methods", "simclr,byol,byol:momentum=0", "--data", looks, *SMALL, "--map", "none",

@@ -258,6 +258,7 @@ def test_sharded_weights_are_refused(kind: str) -> None:
         make_network(complete(PretrainConfig("byol")), types.SimpleNamespace(num_processes=3))
 
 
+@pytest.mark.long
 def test_neighbours_get_better_on_real_pictures(tmp_path: Path) -> None:
     data = real_data("cifar10-mini")
     here("--data", data, "--limit", "1500", "--epochs", "4", "--track", "none", "--no-probe", "--map", "none",
