@@ -17,7 +17,8 @@ from typing import TextIO, cast
 import numpy as np
 import torch
 
-from labs_common.errors import LabError, reason_of
+from labs_common.errors import LabError
+from labs_common.saved import load_auto, load_network
 from labs_common.scenes.world import SHAPES, TEXTURES
 from zsi_contrastive.detector.annotations import Split
 
@@ -305,11 +306,9 @@ def _encoded(name: str, texts: Sequence[str]) -> torch.Tensor:
     """Averages an encoder's last layer over the tokens of each text (texts, d)."""
     from transformers import AutoModel, AutoTokenizer  # a giant that few need: a second of every start otherwise
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModel.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise LabError(f"--word-vectors {ENCODER}{name}: cannot be had ({reason_of(error)})") from error
+    said, remedy = f"--word-vectors {ENCODER}{name}", "name a text encoder of the hub or its directory"
+    tokenizer = load_auto(AutoTokenizer.from_pretrained, name, said=said, remedy=remedy)
+    model = load_network(AutoModel, name, said, remedy, new=("pooler.",))  # which is not asked
     model = getattr(model, "text_model", model).eval()  # CLIP and its like hold one for texts
     with torch.no_grad():
         batch = tokenizer(list(texts), padding=True, return_tensors="pt")
