@@ -155,12 +155,14 @@ def load_auto(load: Callable[..., Any], *given: Any, said: str, remedy: str, **m
     """
     # The labs that load such models depend on transformers; the core does not.
     modules: Any = importlib.import_module("transformers.dynamic_module_utils")
-    folder = Path(given[0]) if given and isinstance(given[0], (str, Path)) else Path("no directory")
-    _check_shards(folder, said, remedy)
+    # A directory, a hub id or a configuration.
+    source = str(given[0]).removeprefix("local-dir:") if isinstance(given[0], (str, Path)) else None
+    if source:
+        _check_shards(Path(source), said, remedy)
     if getattr(getattr(load, "__self__", None), "__name__", "").startswith("Auto"):
         more["trust_remote_code"] = False
-    # That says nothing to the calls that a library makes itself: for a configuration inside another, a tower, a prompt's
-    # tokenizer. Seconds in which to answer: with 0 nobody is asked. And the one function that fetches code refuses.
+    # That says nothing to the calls that a library makes itself: for a configuration inside another, a tower, a
+    # prompt's tokenizer. These are the seconds in which to answer, with 0 nobody is asked, and what fetches the code.
     with _LOADING:
         before = modules.TIME_OUT_REMOTE_CODE, modules.get_cached_module_file
         modules.TIME_OUT_REMOTE_CODE, modules.get_cached_module_file = 0, _refused
@@ -170,7 +172,8 @@ def load_auto(load: Callable[..., Any], *given: Any, said: str, remedy: str, **m
             if "trust_remote_code" in str(error):
                 reason = "needs Python code of its own, which is never run"
             else:
-                reason = f"cannot be loaded ({(_broken_file(folder) or reason_of(error))[:300]})"
+                broken = _broken_file(Path(source)) if source else ""
+                reason = f"cannot be loaded ({broken or reason_of(error)[:300]})"
             raise LabError(f"{said}: {reason}; {remedy}") from error
         finally:
             modules.TIME_OUT_REMOTE_CODE, modules.get_cached_module_file = before
@@ -186,10 +189,13 @@ def load_network(auto: Any, source: str, said: str, remedy: str, new: tuple[str,
         LabError: as `load_auto`; or tensors are missing, which would be random.
     """
     network, info = load_auto(
-        auto.from_pretrained, source, said=said, remedy=remedy, use_safetensors=True, output_loading_info=True, **more
-    )
+        auto.from_pretrained, source, said=said, remedy=remedy, use_safetensors=True, output_loading_info=True,
+        ignore_mismatched_sizes=True, **more,
+    )  # fmt: skip
     if missing := sorted(name for name in info["missing_keys"] if not name.startswith(new)):
         raise LabError(f"{said}: its files lack {named(missing)}, which would be random; {remedy}")
+    if other := sorted(name for name, *_ in info["mismatched_keys"]):
+        raise LabError(f"{said}: its configuration has another shape for {named(other)}; {remedy}")
     return network
 
 

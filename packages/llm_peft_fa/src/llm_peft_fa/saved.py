@@ -120,13 +120,18 @@ def adapted_model(folder: Path, model: str, quantized: bool = False) -> PeftMode
         LabError: there is no adapter, or it does not fit the base.
     """
     adapter_config(folder, str(folder))  # before the base is read: its absence is told at once
+    file = folder / "adapter_model.safetensors"
+    if folder.is_dir() and not file.is_file():
+        raise LabError(f"{folder}: holds no {file.name}; save the adapter again in safetensors")
     base = load_model(model, quantized=quantized)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")  # PEFT goes on with random ones
         adapted: PeftModel = load_auto(
-            partial(PeftModel.from_pretrained, base), str(folder), said=str(folder), remedy=f"is it an adapter of {model}?"
+            partial(PeftModel.from_pretrained, base),
+            str(folder),
+            said=str(folder),
+            remedy=f"is it an adapter of {model}?",
         )
-    file = folder / "adapter_model.safetensors"
     if file.is_file():  # PEFT also passes over what the base has no place for
         with safe_open(file, "pt") as tensors:
             names = set(tensors.keys()) - get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()

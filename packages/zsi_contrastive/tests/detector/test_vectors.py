@@ -121,7 +121,7 @@ def test_a_text_encoder(tmp_path: Path) -> None:
     with torch.no_grad():
         alone = model(torch.tensor([[2, 5, 3]])).last_hidden_state[0].mean(0)
     torch.testing.assert_close(found[0], alone / alone.norm(), atol=1e-5, rtol=1e-5)
-    with pytest.raises(LabError, match="cannot be had"):
+    with pytest.raises(LabError, match="cannot be loaded"):
         word_vectors("encoder:no/such-model", ["cat"])
 
 
