@@ -72,6 +72,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "clip": lambda folder: load_encoder(str(folder)),
     "open_clip": lambda folder: load_encoder(str(folder)),
     "bert": lambda folder: pretrained_text(str(folder), True, 8, 1),
+    "frozen bert": lambda folder: pretrained_text(str(folder), True, 8, 1, frozen=True),
     "random bert": lambda folder: pretrained_text(str(folder), False, 8, 1),
     "bert's words": lambda folder: make_words(str(folder), ["a dog"], 100, 8),
     "own words": lambda folder: load_words(folder, 8),
@@ -93,6 +94,7 @@ READERS: dict[str, Callable[[Path], object]] = {
         ("bert", edited("config.json", auto_map=OWN_CODE), None),
         ("bert's words", edited("tokenizer_config.json", tokenizer_class="E", auto_map=OWN_CODE), None),
         ("bert", without("model.safetensors", "pooler"), None),
+        ("frozen bert", without("model.safetensors", "pooler"), "lack pooler.dense.bias, pooler.dense.weight"),
         ("bert", without("model.safetensors", "query.weight"), "lack encoder.layer.0.attention.self.query.weight"),
         ("clip", without("model.safetensors", "visual_projection"), "lack visual_projection.weight"),
         ("open_clip", without("open_clip_model.safetensors", "visual.proj"), "visual.proj"),
@@ -115,7 +117,7 @@ def test_a_released_model_runs_no_code_and_has_all_its_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tmp_path / "model"
-    source = released["bert" if "words" in kind else kind.removeprefix("random ")]
+    source = released["bert" if "words" in kind else kind.rpartition(" ")[2]]
     shutil.copytree(source, folder)
     ran = hostile(folder, monkeypatch)
     damage(folder)

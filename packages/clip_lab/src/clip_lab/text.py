@@ -10,7 +10,7 @@ from clip_lab.decoder import Block, initialise
 from labs_common.errors import LabError
 from labs_common.saved import load_auto, load_network
 
-HEAD = ("pooler.",)  # what encoders trained on words alone lack (RoBERTa): random, and trained here
+HEAD = ("pooler.",)  # what encoders trained on words alone lack, such as RoBERTa
 
 
 class Read(NamedTuple):
@@ -74,8 +74,10 @@ def last_of(words: torch.Tensor, end: int) -> torch.Tensor:
     return (words == end).int().argmax(1)
 
 
-def pretrained_text(name: str, pretrained: bool, length: int, end: int) -> PretrainedText:
+def pretrained_text(name: str, pretrained: bool, length: int, end: int, frozen: bool = False) -> PretrainedText:
     """Loads the Hugging Face encoder of this name or path, or builds it with random weights.
+
+    Its files need not hold a pooler, which then starts from random weights, but for one that is `frozen`.
 
     Raises:
         LabError: there is none, or it is no encoder.
@@ -85,7 +87,7 @@ def pretrained_text(name: str, pretrained: bool, length: int, end: int) -> Pretr
     if getattr(config, "is_encoder_decoder", False):
         raise LabError(f"--text {name}: is an encoder with a decoder; take an encoder such as bert-base-uncased")
     if pretrained:
-        network = load_network(AutoModel, name, said, remedy, new=HEAD)
+        network = load_network(AutoModel, name, said, remedy, new=() if frozen else HEAD)
     else:
         network = load_auto(AutoModel.from_config, config, said=said, remedy=remedy)
     return PretrainedText(network.float(), length, end)
