@@ -46,6 +46,7 @@ from labs_common.device import peak_memory
 from labs_common.logistic import COARSE, Layer, fitted_layers, solved
 from labs_common.options import CaptionDataOptions
 from labs_common.run import write_atomically
+from labs_common.saved import load_auto
 from labs_common.scenes.files import write_flickr8k
 
 WIDTH, CHUNK, RATE = 512, 1024, 1e-4
@@ -143,7 +144,7 @@ def towers(options: Options, words: Words) -> tuple[ClipModel, Any]:
     model = ClipModel(make_image_tower(ImageOptions(image=options.image)), text, HeadOptions(embedding=256))
     with tempfile.TemporaryDirectory() as folder:
         to_open_clip(Loaded("clip", model, words, transform_of(model.image)), Path(folder) / "exported")
-        theirs = open_clip.create_model(f"local-dir:{folder}/exported")
+        theirs = load_auto(open_clip.create_model, f"local-dir:{folder}/exported", said="exported", remedy="try again")
     return model.to(DEVICE), theirs.to(DEVICE).train()
 
 

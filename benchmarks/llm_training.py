@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Pretra
 from labs_common.device import peak_memory
 from labs_common.options import RunOptions, TrainingOptions
 from labs_common.run import Run, write_atomically
+from labs_common.saved import load_auto
 from labs_common.steps import ShuffledSteps
 from labs_common.training import Loop
 from llm_peft_fa.attention import NAME
@@ -139,7 +140,8 @@ def random_base(shape: str, attention: str | None) -> PreTrainedModel:
     gpu = torch.cuda.is_available()
     more = {} if attention is None else {"attn_implementation": attention}
     with torch.device("cuda" if gpu else "cpu"):
-        base = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=torch.bfloat16 if gpu else torch.float32, **more)
+        base = load_auto(AutoModelForCausalLM.from_config, SHAPES[shape](), said=shape, remedy="take another",
+                         dtype=torch.bfloat16 if gpu else torch.float32, **more)  # fmt: skip
     torch.manual_seed(1)
     return cast(PreTrainedModel, base)
 

@@ -130,3 +130,59 @@ def test_every_package_is_typed_and_ships_no_tests() -> None:
         assert FILES[name].with_name("py.typed").exists()
     shipped = {file.parent.name for file in FILES.values()} | {file.stem for file in FILES.values()}
     assert not {name for name in shipped if name.startswith(("test", "conftest"))}
+
+
+# What loads models that others made, by name; their Python code must not run.
+LOADERS = (
+    "from_pretrained",
+    "from_config",
+    "get_tokenizer",
+    "create_model_and_transforms",
+    "create_model_from_pretrained",
+)
+THROUGH = ("load_auto", "load_network")
+
+
+def bare_loads(source: str) -> list[str]:
+    """The calls and mentions of other libraries' loaders that do not go through the core's, and unpickling."""
+    tree = ast.parse(source)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    handed = {
+        id(part) for call in calls if ast.unparse(call.func).rpartition(".")[2] in THROUGH
+        for given in call.args[:1] for part in ast.walk(given)
+    }  # fmt: skip
+    found = [
+        node for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and id(node) not in handed
+        and (node.attr in LOADERS or ast.unparse(node) == "open_clip.create_model")
+    ]  # fmt: skip
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module in ("open_clip", "open_clip.factory", "transformers"):
+            found += [node for alias in node.names if alias.name in ("create_model", "get_tokenizer", "pipeline")]
+    for call in calls:
+        said = {word.arg: ast.unparse(word.value) for word in call.keywords}
+        loads = ast.unparse(call.func)
+        if (loads == "torch.load" and said.get("weights_only") != "True") or loads in ("pickle.load", "pickle.loads"):
+            found.append(call)
+        if said.get("trust_remote_code", "False") != "False" or said.get("allow_pickle", "False") != "False":
+            found.append(call)
+    return [f"{node.lineno}: {ast.unparse(node)}" for node in found]
+
+
+@pytest.mark.parametrize(
+    "file", [*FILES.values(), *sorted(ROOT.glob("benchmarks/**/*.py"))], ids=lambda file: file.stem
+)
+def test_models_of_others_are_loaded_by_the_core(file: Path) -> None:
+    """By `load_auto` or `load_network` of `labs_common.saved`, which run no code that came with a model."""
+    if file != FILES["labs_common.saved"]:
+        assert bare_loads(file.read_text(encoding="utf-8")) == [], str(file)
+
+
+def test_a_bare_load_is_found() -> None:
+    for line in ("AutoModel.from_pretrained(name)", "load = transformers.AutoConfig.from_pretrained", "torch.load(file)",
+                 "open_clip.create_model(name)", "partial(PeftModel.from_pretrained, base)", "pickle.load(stream)",
+                 "from open_clip import create_model", "load_auto(read, AutoModel.from_pretrained(name))",
+                 "read(name, trust_remote_code=True)", "np.load(file, allow_pickle=True)", "open_clip.get_tokenizer(n)",
+                 "from transformers import pipeline", "AutoModel.from_config(config)"):  # fmt: skip
+        assert bare_loads(line), line
+    assert not bare_loads("load_auto(partial(PeftModel.from_pretrained, base), name); torch.load(f, weights_only=True)")

@@ -72,6 +72,19 @@ def test_every_fault_is_named_and_counted(folder: Path) -> None:
     assert not {names[1], names[2], names[3], "huge.png"} & set(found.names)
 
 
+def test_a_link_out_of_the_directory_is_a_fault(folder: Path, tmp_path: Path) -> None:
+    first, second, third = sorted((folder / "Images").iterdir())[:3]
+    shutil.move(first, tmp_path / "secret.jpg")
+    first.symlink_to(tmp_path / "secret.jpg")
+    shutil.move(second, folder / "second.jpg")
+    second.symlink_to("../second.jpg")  # still the data's
+    with pytest.raises(LabError, match=f"{first.name}: lies outside of the data's directory"):
+        read_captioned(folder, shown=False)
+    kept = read_captioned(folder, "skip", shown=False)
+    assert first.name not in kept.names
+    assert {second.name, third.name} < set(kept.names)
+
+
 @pytest.mark.parametrize(
     ("make", "names"),
     [

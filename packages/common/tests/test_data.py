@@ -5,12 +5,14 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from labs_testing.commands import real_data
 from PIL import Image
+from pyarrow import parquet
 
 from labs_common.data.classes import stratified_parts
-from labs_common.data.images import BadPictureError, checked, decoded, picture_files, readable
+from labs_common.data.images import BadPictureError, checked, decoded, picture_files, readable, within
 from labs_common.data.readers import read_pictures
 from labs_common.errors import LabError
 from labs_common.scenes.files import write_parquet
@@ -126,13 +128,60 @@ def test_folders_and_parquet_and_saved_datasets(tmp_path: Path, levels: np.ndarr
 
     table = datasets.load_dataset("imagefolder", data_dir=str(folder), cache_dir=str(tmp_path / "cache"))["train"]
     table.save_to_disk(str(tmp_path / "saved"))
-    (tmp_path / "parquet").mkdir()
-    table.to_parquet(str(tmp_path / "parquet" / "train-00000-of-00001.parquet"))
+    # It names the pictures by their whole paths, which lie in its directory.
+    table.to_parquet(str(folder / "train-00000-of-00001.parquet"))
     whole = checked(flat.train, "error")
-    for place in ("saved", "parquet", "parquet/train-00000-of-00001.parquet"):
+    for place in ("saved", "folders", "folders/train-00000-of-00001.parquet"):
         read = checked(read_pictures(str(tmp_path / place)).train, "error")
         assert read.classes == ("cat", "dog")
         assert sorted(read.digests) == sorted(whole.digests)
+
+
+@pytest.mark.parametrize(
+    ("name", "inside"),
+    [
+        ("own.png", True), ("sub/own.png", True), ("link.png", True), ("sub/../own.png", False),
+        ("../secret.png", False), ("sub/../../secret.png", False), ("..\\secret.png", False), ("/secret.png", False),
+        ("out.png", False), ("away/secret.png", False), ("nul\0.png", False), ("\ud800.png", False), (5, False),
+        ("..", False),
+    ],
+)  # fmt: skip
+def test_what_data_name_stays_inside_of_their_directory(
+    name: object, inside: bool, tmp_path: Path, levels: np.ndarray
+) -> None:
+    """By climbing, by an absolute name, by links of files and of directories."""
+    folder, other = tmp_path / "data", tmp_path / "other"
+    for place in (folder / "sub", other):
+        place.mkdir(parents=True)
+    for file in (folder / "own.png", folder / "sub" / "own.png", other / "secret.png", tmp_path / "secret.png"):
+        (file).write_bytes(encoded(levels[0]))
+    (folder / "link.png").symlink_to("own.png")
+    (folder / "out.png").symlink_to(other / "secret.png")
+    (folder / "away").symlink_to(other)
+    name = str(tmp_path) + name if name == "/secret.png" else name
+    readers = [lambda: within(name, folder)]
+    if isinstance(name, str) and name.isprintable():  # as the file can hold it
+        rows = [{"image": {"bytes": None, "path": name}, "label": 0}]
+        parquet.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+        readers.append(lambda: read_pictures(str(folder)).train.contents[0])
+    for read in readers:
+        if inside:
+            assert read() == folder / str(name)
+        else:
+            with pytest.raises((LabError, BadPictureError), match="outside of the data's directory"):
+                read()
+
+
+def test_a_class_folder_s_links_stay_inside(tmp_path: Path, levels: np.ndarray) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "a.png").write_bytes(encoded(levels[0]))
+    (tmp_path / "secret.png").write_bytes(encoded(levels[0]))
+    (tmp_path / "data" / "cat" / "b.png").symlink_to("../dog/a.png")
+    assert len(read_pictures(str(tmp_path / "data")).train) == 3
+    (tmp_path / "data" / "cat" / "c.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(LabError, match=r"cat/c\.png: lies outside"):
+        read_pictures(str(tmp_path / "data"))
 
 
 def test_scenes_come_back_as_they_were_drawn(tmp_path: Path) -> None:
@@ -207,9 +256,6 @@ def test_bad_pictures_are_named_or_counted(tmp_path: Path, levels: np.ndarray) -
     ],
 )
 def test_a_wrong_path_gets_one_line(tmp_path: Path, path: str, said: str) -> None:
-    import pyarrow as pa
-    from pyarrow import parquet
-
     for name in ("set.tar.gz", "set.csv", "wrong.parquet"):
         (tmp_path / name).write_bytes(b"x")
     parquet.write_table(pa.table({"text": ["a"]}), tmp_path / "columns.parquet")
@@ -222,9 +268,6 @@ def test_a_wrong_path_gets_one_line(tmp_path: Path, path: str, said: str) -> Non
 
 def test_labels_outside_of_the_classes_are_bad(tmp_path: Path, levels: np.ndarray) -> None:
     import json
-
-    import pyarrow as pa
-    from pyarrow import parquet
 
     names = json.dumps({"info": {"features": {"label": {"names": CLASSES, "_type": "ClassLabel"}}}})
     table = pa.table({"image": [encoded(image) for image in levels[:4]], "label": [0, 7, None, 1]})

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from labs_common.errors import LabError
 from labs_common.saved import load_exactly, load_model, read_weights, save_model
@@ -37,7 +38,9 @@ def test_a_model_goes_around_and_is_written_in_one_move(tmp_path: Path) -> None:
     assert (folder / "model.safetensors").read_bytes() == before, "the old one is there until the new one is whole"
 
 
-@pytest.mark.parametrize("damage", ["cut weights", "no json", "another width", "missing", "not json", "odd"])
+@pytest.mark.parametrize(
+    "damage", ["cut weights", "no json", "another width", "missing", "not json", "odd", "without bias"]
+)
 def test_what_is_wrong_with_a_model_is_one_line(tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "model"
     save_model(folder, "toy.json", {"width": 3}, torch.nn.Linear(3, 2).state_dict())
@@ -50,6 +53,8 @@ def test_what_is_wrong_with_a_model_is_one_line(tmp_path: Path, damage: str) -> 
         description.write_text(json.dumps({"width": 5}))
     elif damage == "missing":
         weights.unlink()
+    elif damage == "without bias":
+        save_file({"weight": torch.zeros(2, 3)}, weights)
     elif damage == "odd":  # fails in the code that builds from it, with an error of its own
         description.write_text(json.dumps({"width": [[]]}))
     else:
@@ -57,6 +62,7 @@ def test_what_is_wrong_with_a_model_is_one_line(tmp_path: Path, damage: str) -> 
     with pytest.raises(LabError, match=f"--checkpoint {tmp_path}") as caught:
         load_model(tmp_path, "toy.json", "--checkpoint", build)
     assert "\n" not in str(caught.value)
+    assert damage != "without bias" or 'Missing key(s) in state_dict: "bias"' in str(caught.value)
 
 
 def test_weights_of_another_network_are_refused_by_name(tmp_path: Path) -> None:

@@ -126,13 +126,16 @@ class TestPromises(TrainingPromises):
         (("--teacher", "runs/missing"), "runs/missing"),
         (("--teacher", "resnt18"), "resnt18"),
         (("--teacher", "{empty}"), "--teacher"),
+        (("--teacher", "{cut}"), "config.json: the model cannot be read"),
         (("--weight", "2"), "--weight"),
         (("--temperature", "2"), "--distillation soft"),
     ],
 )
 def test_bad_input_is_one_line(arguments: tuple[str, ...], names: str, scenes: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    filled = [argument.format(empty=tmp_path / "empty") for argument in arguments]
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "config.json").write_text('{"label_names": ["a"')
+    filled = [argument.format(empty=tmp_path / "empty", cut=tmp_path / "cut") for argument in arguments]
     filled += ["--no-pretrained", "--data", str(scenes), "--output", str(tmp_path / "run")]
     done = lab_commands.here("vit_transfer.distill", *filled, code=2)
     assert len(done.errors) == 1, done.stderr

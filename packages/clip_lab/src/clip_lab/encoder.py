@@ -25,9 +25,10 @@ from clip_lab.model import tower_rows
 from clip_lab.saved import Loaded, is_ours, load_model
 from labs_common.data.captions import Transform
 from labs_common.data.images import RESAMPLING
-from labs_common.errors import LabError, reason_of
+from labs_common.errors import LabError
 from labs_common.frozen.cache import front_key
 from labs_common.run import newest_run
+from labs_common.saved import load_auto, load_network, reading_model
 
 TEXTS = 256  # sentences through a text tower at once
 
@@ -168,18 +169,18 @@ def _transformers(spec: str) -> Encoder:
     # Here, as the code of these models takes seconds to import and only released ones need it.
     from transformers import AutoImageProcessor, CLIPModel, VisionTextDualEncoderModel
 
-    try:
-        config = AutoConfig.from_pretrained(spec)
-        kinds: dict[str, Any] = {"clip": CLIPModel, "vision-text-dual-encoder": VisionTextDualEncoderModel}
-        model: Any = kinds.get(config.model_type, AutoModel).from_pretrained(spec)
-        tokenizer = AutoTokenizer.from_pretrained(spec)
-        view = _processor_view(AutoImageProcessor.from_pretrained(spec))
-    except (OSError, ValueError, KeyError) as error:
-        others = "a run, MODEL:PRETRAINED of open_clip, timm:NAME, or a CLIP of transformers"
-        raise LabError(f"--checkpoint {spec}: cannot be had ({reason_of(error)}); name {others}") from error
+    said = f"--checkpoint {spec}"
+    remedy = "name a run, MODEL:PRETRAINED of open_clip, timm:NAME, or a CLIP of transformers"
+    config = load_auto(AutoConfig.from_pretrained, spec, said=said, remedy=remedy)
+    kinds: dict[str, Any] = {"clip": CLIPModel, "vision-text-dual-encoder": VisionTextDualEncoderModel}
+    model = load_network(kinds.get(config.model_type, AutoModel), spec, said, remedy)
+    tokenizer = load_auto(AutoTokenizer.from_pretrained, spec, said=said, remedy=remedy)
+    processor = load_auto(AutoImageProcessor.from_pretrained, spec, said=said, remedy=remedy)
     if not hasattr(model, "get_image_features"):
         kind = type(model).__name__
         raise LabError(f"--checkpoint {spec}: {kind} is no CLIP; for an image tower alone write timm:NAME")
+    with reading_model(Path(spec), "--checkpoint"):
+        view = _processor_view(processor)
 
     def pooled(output: Any) -> torch.Tensor:
         return output if isinstance(output, torch.Tensor) else output.pooler_output
@@ -212,11 +213,12 @@ def _open_clip(spec: str, name: str, pretrained: str | None) -> Encoder:
     if not name.startswith(("local-dir:", "hf-hub:")) and architecture not in open_clip.list_models():
         known = "RN50:openai or ViT-B-32:laion2b_s34b_b79k"
         raise LabError(f"--checkpoint {spec}: open_clip has no model {architecture}; as in {known}")
-    try:
-        model: Any = open_clip.create_model(name, pretrained=pretrained or None, weights_only=True)
-        tokenizer = open_clip.get_tokenizer(name)
-    except Exception as error:  # downloads fail in many ways; the architecture has been checked
-        raise LabError(f"--checkpoint {spec}: its weights cannot be had ({reason_of(error)})") from error
+    said, remedy = f"--checkpoint {spec}", "check the name and the network"
+    model = load_auto(
+        open_clip.create_model, name, said=said, remedy=remedy, pretrained=pretrained or None, weights_only=True,
+        require_pretrained=True,
+    )  # fmt: skip
+    tokenizer = load_auto(open_clip.get_tokenizer, name, said=said, remedy=remedy)
     shape = open_clip.get_model_preprocess_cfg(model)
     side = int(shape["size"] if isinstance(shape["size"], int) else shape["size"][0])
     how, squeezed = shape.get("interpolation", "bicubic"), shape.get("resize_mode", "shortest") == "squash"

@@ -21,6 +21,7 @@ from labs_common.data.captions import Transform
 from labs_common.data.images import RESAMPLING
 from labs_common.errors import LabError
 from labs_common.run import written_whole
+from labs_common.saved import load_auto
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def _build(said: Mapping[str, Any], _: Mapping[str, torch.Tensor]) -> torch.nn.M
     tower.interpolation = known["interpolation"]
     reader: TextTower | PretrainedText
     if "config" in text:
-        network = AutoModel.from_config(AutoConfig.for_model(**text["config"]))
+        config = AutoConfig.for_model(**text["config"])
+        network = load_auto(AutoModel.from_config, config, said=f"{FINISHED}: its text tower", remedy="train it again")
         reader = PretrainedText(network, said["length"], said["end"])
     else:
         sizes = (text["width"], text["layers"], text["heads"])

@@ -7,7 +7,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from clip_lab.decoder import Block, initialise
-from labs_common.errors import LabError, reason_of
+from labs_common.errors import LabError
+from labs_common.saved import load_auto, load_network
+
+HEAD = ("pooler.",)  # what encoders trained on words alone lack, such as RoBERTa
 
 
 class Read(NamedTuple):
@@ -71,18 +74,20 @@ def last_of(words: torch.Tensor, end: int) -> torch.Tensor:
     return (words == end).int().argmax(1)
 
 
-def pretrained_text(name: str, pretrained: bool, length: int, end: int) -> PretrainedText:
+def pretrained_text(name: str, pretrained: bool, length: int, end: int, frozen: bool = False) -> PretrainedText:
     """Loads the Hugging Face encoder of this name or path, or builds it with random weights.
+
+    Its files need not hold a pooler, which then starts from random weights, but for one that is `frozen`.
 
     Raises:
         LabError: there is none, or it is no encoder.
     """
-    try:
-        config = AutoConfig.from_pretrained(name)
-        if getattr(config, "is_encoder_decoder", False):
-            raise LabError(f"--text {name}: is an encoder with a decoder; take an encoder such as bert-base-uncased")
-        network = AutoModel.from_pretrained(name) if pretrained else AutoModel.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        remedy = "name a model of the hub or a directory"
-        raise LabError(f"--text {name}: cannot be had ({reason_of(error)}); {remedy}") from error
+    said, remedy = f"--text {name}", "name a model of the hub or a directory"
+    config = load_auto(AutoConfig.from_pretrained, name, said=said, remedy=remedy)
+    if getattr(config, "is_encoder_decoder", False):
+        raise LabError(f"--text {name}: is an encoder with a decoder; take an encoder such as bert-base-uncased")
+    if pretrained:
+        network = load_network(AutoModel, name, said, remedy, new=() if frozen else HEAD)
+    else:
+        network = load_auto(AutoModel.from_config, config, said=said, remedy=remedy)
     return PretrainedText(network.float(), length, end)

@@ -16,7 +16,8 @@ from open_clip.tokenizer import SimpleTokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerFast
 
-from labs_common.errors import LabError, reason_of
+from labs_common.errors import LabError
+from labs_common.saved import load_auto
 
 PAD, UNKNOWN, START, END = "<pad>", "<unk>", "<start>", "<end>"  # the end is not 2: transformers' CLIP misreads that
 LONGEST = 77  # pieces of a caption: CLIP's own context length
@@ -84,12 +85,9 @@ def make_words(kind: str, captions: Sequence[str], vocabulary: int, length: int,
     elif kind == "clip":
         backend = clip_bpe()
     else:
-        try:
-            backend = AutoTokenizer.from_pretrained(kind)
-        except (OSError, ValueError, KeyError) as error:
-            others = "sentencepiece, clip" if option == "--tokenizer" else "own"
-            remedy = f"take {others}, a name, or a directory with a tokenizer.json"
-            raise LabError(f"{option} {kind}: its tokenizer cannot be had ({reason_of(error)}); {remedy}") from error
+        others = "sentencepiece, clip" if option == "--tokenizer" else "own"
+        remedy = f"take {others}, a name, or a directory with a tokenizer.json"
+        backend = load_auto(AutoTokenizer.from_pretrained, kind, said=f"{option} {kind}: its tokenizer", remedy=remedy)
     if backend.eos_token_id is None and backend.sep_token_id is None:
         raise LabError(f"{option} {kind}: has no token that ends a sentence; take another")
     words = Words(backend, length or LONGEST)
@@ -149,7 +147,7 @@ def load_words(folder: Path, length: int) -> Words:
     Raises:
         LabError: it is missing or broken.
     """
-    try:
-        return Words(PreTrainedTokenizerFast.from_pretrained(folder), length)
-    except (OSError, ValueError, KeyError) as error:
-        raise LabError(f"{folder}: its tokenizer cannot be read ({reason_of(error)})") from error
+    backend = load_auto(
+        PreTrainedTokenizerFast.from_pretrained, folder, said=f"{folder}: its tokenizer", remedy="train the model again"
+    )
+    return Words(backend, length)

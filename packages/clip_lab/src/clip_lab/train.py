@@ -71,7 +71,7 @@ def make_model(config: TrainConfig, data: Captions, accelerator: Accelerator) ->
         if text.text == OWN:
             reader = TextTower(len(words), text.text_width, text.text_layers, text.text_heads, words.length, words.end)
         else:
-            reader = pretrained_text(text.text, text.text_pretrained, words.length, words.end)
+            reader = pretrained_text(text.text, text.text_pretrained, words.length, words.end, text.freeze_text)
         model: Model = OBJECTIVES[config.objective].model(tower, reader, config.head)
     if config.image.freeze_image:
         tower.requires_grad_(False)

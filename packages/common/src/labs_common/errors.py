@@ -23,5 +23,9 @@ class Interrupted(LabError):
 
 
 def reason_of(error: BaseException) -> str:
-    """Returns the first line of what another library's error says, or its type if it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Returns the first line of what another library's error says, or its type if it says nothing.
+
+    Where that line announces the next, as PyTorch's of tensors that do not fit do, it returns both.
+    """
+    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {rest[0].strip()[:200]}" if first.endswith(":") and rest else first

@@ -4,20 +4,24 @@ A lab's `saved.py` says what its model is made of (a JSON file) and builds the m
 """
 
 import difflib
+import importlib
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from labs_common.errors import LabError, reason_of
 from labs_common.run import written_whole
 
 FOLDER, WEIGHTS = "model", "model.safetensors"  # of a run's result, and in it
+NAMED = 5  # how many tensors an error names
+_LOADING = threading.RLock()
 
 
 def save_model(
@@ -137,3 +141,98 @@ def reading_model(path: Path, option: str) -> Iterator[None]:
         raise
     except Exception as error:  # a damaged description can fail anywhere in the code that builds from it
         raise LabError(f"{option} {path}: the model cannot be read ({reason_of(error)})") from error
+
+
+def load_auto(load: Callable[..., Any], *given: Any, said: str, remedy: str, **more: Any) -> Any:
+    """Loads with a function of transformers, PEFT or open_clip, such as `AutoTokenizer.from_pretrained`.
+
+    Code that came with a model never runs: nobody is asked whether it may, and no file of the model can allow it. A
+    model of a type that the library knows loads as the library's own class. `said` (option and value) begins messages,
+    `remedy` ends them.
+
+    Raises:
+        LabError: the model needs code of its own, or its files are missing or broken; the file is named.
+    """
+    # The labs that load such models depend on transformers; the core does not.
+    modules: Any = importlib.import_module("transformers.dynamic_module_utils")
+    # A directory, a hub id or a configuration.
+    source = str(given[0]).removeprefix("local-dir:") if isinstance(given[0], (str, Path)) else None
+    if source:
+        _check_shards(Path(source), said, remedy)
+    if getattr(getattr(load, "__self__", None), "__name__", "").startswith("Auto"):
+        more["trust_remote_code"] = False
+    # That says nothing to the calls that a library makes itself: for a configuration inside another, a tower, a
+    # prompt's tokenizer. These are the seconds in which to answer, with 0 nobody is asked, and what fetches the code.
+    with _LOADING:
+        before = modules.TIME_OUT_REMOTE_CODE, modules.get_cached_module_file
+        modules.TIME_OUT_REMOTE_CODE, modules.get_cached_module_file = 0, _refused
+        try:
+            return load(*given, **more)
+        except Exception as error:  # damaged files can fail anywhere in the code that builds from them
+            if "trust_remote_code" in str(error):
+                reason = "needs Python code of its own, which is never run"
+            else:
+                broken = _broken_file(Path(source)) if source else ""
+                reason = f"cannot be loaded ({broken or reason_of(error)[:300]})"
+            raise LabError(f"{said}: {reason}; {remedy}") from error
+        finally:
+            modules.TIME_OUT_REMOTE_CODE, modules.get_cached_module_file = before
+
+
+def load_network(auto: Any, source: str, said: str, remedy: str, new: tuple[str, ...] = (), **more: Any) -> Any:
+    """Loads a network with `auto.from_pretrained`, all of its weights, from safetensors; see `load_auto`.
+
+    Tensors whose names begin as one of `new` may be missing: they are trained from scratch. So may those that are tied
+    to others, which the library knows.
+
+    Raises:
+        LabError: as `load_auto`; or tensors are missing, which would be random.
+    """
+    network, info = load_auto(
+        auto.from_pretrained, source, said=said, remedy=remedy, use_safetensors=True, output_loading_info=True,
+        ignore_mismatched_sizes=True, **more,
+    )  # fmt: skip
+    if missing := sorted(name for name in info["missing_keys"] if not name.startswith(new)):
+        raise LabError(f"{said}: its files lack {named(missing)}, which would be random; {remedy}")
+    if other := sorted(name for name, *_ in info["mismatched_keys"]):
+        raise LabError(f"{said}: its configuration has another shape for {named(other)}; {remedy}")
+    return network
+
+
+def named(tensors: Sequence[str]) -> str:
+    """Lists the first names, and says how many more there are."""
+    more = f" and {len(tensors) - NAMED} more tensors" if len(tensors) > NAMED else ""
+    return ", ".join(tensors[:NAMED]) + more
+
+
+def _refused(*given: Any, **more: Any) -> str:
+    raise ValueError("trust_remote_code: a model's code is never run")
+
+
+def _check_shards(folder: Path, said: str, remedy: str) -> None:
+    """Refuses a directory whose index of weights names files that are missing or lie elsewhere."""
+    for index in sorted(folder.glob("*.index.json")):
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            there = {name for name in shards if PureWindowsPath(name).name == name and (folder / name).is_file()}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise LabError(f"{said}: {index.name} is no index of weights ({reason_of(error)}); {remedy}") from error
+        if shards > there:
+            what = f"{index.name} names {named(sorted(shards - there))}, which is not in that directory"
+            raise LabError(f"{said}: {what}; download it again")
+
+
+def _broken_file(folder: Path) -> str:
+    """Says which file of a model's directory is broken; empty if all can be read."""
+    for file in sorted(folder.glob("*.json")):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            return f"{file.name} is not JSON: {reason_of(error)}"
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"{file.name} is truncated or broken: {reason_of(error)}"
+    return ""

@@ -3,7 +3,6 @@
 import importlib.util
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +20,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from labs_common.device import mixed_precision
 from labs_common.errors import LabError, reason_of
+from labs_common.saved import load_auto, load_network
 from llm_peft_fa.attention import NAME
 from llm_peft_fa.templates import set_template
 from llm_peft_fa.tiny import tiny_base
 
+REMEDY = "give tiny, a directory or a hub id"
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of weights, by Accelerate's precision
 # PEFT asks for an old name at every model.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -43,10 +44,7 @@ def load_tokenizer(model: str, template: str = "auto") -> PreTrainedTokenizerBas
     Raises:
         LabError: there is no such model, or its tokenizer cannot tell which characters a token covers.
     """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_path(model))
-    except (OSError, ValueError) as error:
-        raise LabError(_no_model(model, error)) from error
+    tokenizer = _tokenizer(model)
     if not tokenizer.is_fast:
         raise LabError(f"--model {model}: its tokenizer has no fast version, which maps tokens to characters")
     set_template(tokenizer, template)
@@ -58,7 +56,14 @@ def load_tokenizer(model: str, template: str = "auto") -> PreTrainedTokenizerBas
 
 def own_template(model: str) -> bool:
     """Tells whether the model's tokenizer comes with a chat template."""
-    return bool(AutoTokenizer.from_pretrained(model_path(model)).chat_template)
+    return bool(_tokenizer(model).chat_template)
+
+
+def _tokenizer(model: str) -> PreTrainedTokenizerBase:
+    found: PreTrainedTokenizerBase = load_auto(
+        AutoTokenizer.from_pretrained, model_path(model), said=f"--model {model}", remedy=REMEDY
+    )
+    return found
 
 
 def load_model(model: str, precision: str | None = None, quantized: bool = False) -> PreTrainedModel:
@@ -81,12 +86,10 @@ def load_model(model: str, precision: str | None = None, quantized: bool = False
         more["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
-    try:
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            model_path(model), dtype=dtype, attn_implementation=NAME, use_safetensors=True, **more
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise LabError(_no_model(model, error)) from error
+    loaded: PreTrainedModel = load_network(
+        AutoModelForCausalLM, model_path(model), f"--model {model}", REMEDY, dtype=dtype, attn_implementation=NAME,
+        **more,
+    )  # fmt: skip
     for layer in loaded.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             # On such a CPU bitsandbytes would repack the weights in place when they are first used for inference.
@@ -107,17 +110,19 @@ def base_config(model: str) -> PretrainedConfig:
     Raises:
         LabError: there is no such model.
     """
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(model_path(model))
-    except (OSError, ValueError) as error:
-        raise LabError(_no_model(model, error)) from error
+    config: PretrainedConfig = load_auto(
+        AutoConfig.from_pretrained, model_path(model), said=f"--model {model}", remedy=REMEDY
+    )
     return config
 
 
 def unloaded_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Builds the model without its weights, on PyTorch's meta device: its parts and their shapes."""
     with torch.device("meta"):
-        made: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, dtype=dtype)
+        made: PreTrainedModel = load_auto(
+            AutoModelForCausalLM.from_config, config, said=f"--model {config.name_or_path}", remedy=REMEDY,
+            attn_implementation=NAME, dtype=dtype,
+        )  # fmt: skip
     made.tie_weights()
     return _adding_in_float32(made)
 
@@ -151,8 +156,3 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[
     configured = model.generation_config.eos_token_id
     ids = set(configured if isinstance(configured, list) else [configured])
     return {token for token in ids | {tokenizer.eos_token_id} if token is not None}
-
-
-def _no_model(model: str, error: BaseException) -> str:
-    kind, reason = "directory" if Path(model).is_dir() else "name", reason_of(error)[:200]
-    return f"--model {model}: no model can be loaded from this {kind} ({reason}); give tiny, a directory or a hub id"

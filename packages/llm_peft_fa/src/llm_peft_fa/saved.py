@@ -2,20 +2,23 @@
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from labs_common.cli import config_from_yaml
-from labs_common.errors import LabError, reason_of
+from labs_common.errors import LabError
 from labs_common.run import written_whole
+from labs_common.saved import load_auto, named
 from labs_common.sharding import place
 from llm_peft_fa.base import device, load_model
 from llm_peft_fa.config import SubjectOptions, TrainConfig
@@ -116,13 +119,38 @@ def adapted_model(folder: Path, model: str, quantized: bool = False) -> PeftMode
     Raises:
         LabError: there is no adapter, or it does not fit the base.
     """
-    try:
-        PeftConfig.from_pretrained(str(folder))  # before the base is read: its absence is told at once
-        base = load_model(model, quantized=quantized)
-        adapted: PeftModel = PeftModel.from_pretrained(base, str(folder))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise LabError(f"{folder}: no adapter can be loaded from here ({reason_of(error)[:200]})") from error
+    adapter_config(folder, str(folder))  # before the base is read: its absence is told at once
+    file = folder / "adapter_model.safetensors"
+    if folder.is_dir() and not file.is_file():
+        raise LabError(f"{folder}: holds no {file.name}; save the adapter again in safetensors")
+    base = load_model(model, quantized=quantized)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")  # PEFT goes on with random ones
+        adapted: PeftModel = load_auto(
+            partial(PeftModel.from_pretrained, base),
+            str(folder),
+            said=str(folder),
+            remedy=f"is it an adapter of {model}?",
+        )
+    if file.is_file():  # PEFT also passes over what the base has no place for
+        with safe_open(file, "pt") as tensors:
+            names = set(tensors.keys()) - get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+        # An adapter of a larger vocabulary may bring the embeddings themselves.
+        if more := sorted(name for name in names if not name.endswith(("embed_tokens.weight", "lm_head.weight"))):
+            raise LabError(f"{folder}: is an adapter of another base than {model}, which has no {named(more)}")
     return adapted.eval()
+
+
+def adapter_config(folder: Path, said: str) -> PeftConfig:
+    """Reads what an adapter is.
+
+    Raises:
+        LabError: there is none, or its configuration is broken.
+    """
+    found: PeftConfig = load_auto(
+        PeftConfig.from_pretrained, str(folder), said=said, remedy="name the directory of an adapter of PEFT"
+    )
+    return found
 
 
 def placed(tuned: Adapted, accelerator: Accelerator) -> Adapted:
@@ -228,11 +256,7 @@ def subject_of(options: SubjectOptions, base: str | None = None) -> Subject:
     if model is not None:
         return Subject(model, base, model, False, model)
     if adapter is not None:
-        try:
-            recorded = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
-        except (OSError, ValueError, TypeError) as error:
-            raise LabError(f"--adapter {adapter}: no adapter of PEFT is there ({reason_of(error)})") from error
-        base = base or recorded
+        base = base or adapter_config(adapter, f"--adapter {adapter}").base_model_name_or_path
         if base is None:
             raise LabError(f"--adapter {adapter}: does not say which base it is of; name it with --base")
         own = (adapter / "tokenizer_config.json").exists()

@@ -17,6 +17,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GemmaTokenizer, PreTra
 
 from labs_common.cache import cached_directory
 from labs_common.progress import tracked
+from labs_common.saved import load_auto
 from labs_common.tiny import reproducible
 from llm_peft_fa import persian
 from llm_peft_fa.attention import NAME
@@ -79,7 +80,9 @@ def _tokenizer(text: list[str], folder: Path) -> PreTrainedTokenizerFast:
         num_threads=1, minloglevel=2,
     )  # fmt: skip
     (folder / "tokenizer.model").write_bytes(trained.getvalue())
-    tokenizer: PreTrainedTokenizerFast = GemmaTokenizer.from_pretrained(folder)
+    tokenizer: PreTrainedTokenizerFast = load_auto(
+        GemmaTokenizer.from_pretrained, folder, said=str(folder), remedy="delete it"
+    )
     tokenizer.init_kwargs.pop("vocab_file", None)  # a path that ends to exist when the directory is renamed
     tokenizer.add_special_tokens({"extra_special_tokens": TURN_TOKENS})
     tokenizer.chat_template = CHAT_TEMPLATE

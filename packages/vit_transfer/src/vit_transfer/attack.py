@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from labs_common.cache import path_name
 from labs_common.cli import to_plain
@@ -33,6 +33,7 @@ from labs_common.report.figures import curve_figure
 from labs_common.report.page import Figure, Gallery, Section, Table, Text, save_figure
 from labs_common.report.sections import asked_section, rerun_section
 from labs_common.run import Run, seconds_between
+from labs_common.saved import read_weights
 from vit_transfer.config import AttackConfig
 from vit_transfer.data import Splits, Tensors, read_splits, saved_transform
 from vit_transfer.perturbations import (
@@ -154,7 +155,7 @@ def perturbation(run: Run, config: AttackConfig, name: str, victim: Victim, coun
     """Finds the perturbation (3, size, size) made from the first `count` pictures, or reads it from the run."""
     file = run.path / "perturbations" / f"{path_name(name)}-{count}.safetensors"
     if file.exists():
-        return load_file(file)["perturbation"].to(victim.used.device)
+        return read_weights(file, "--resume")["perturbation"].to(victim.used.device)
 
     with ProgressLine(f"{name}, {count} pictures", config.passes * count) as line:
 

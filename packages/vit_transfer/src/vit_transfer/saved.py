@@ -64,8 +64,13 @@ def load_model(folder: Path) -> Any:
 
 
 def class_names(folder: Path) -> list[str]:
-    """Reads the names of the classes of a saved model; none if another program wrote it."""
-    return list(json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("label_names", []))
+    """Reads the names of the classes of a saved model; none if another program wrote it.
+
+    Raises:
+        LabError: its config.json is broken.
+    """
+    with reading_model(folder / CONFIG, "saved network"):
+        return list(json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("label_names", []))
 
 
 def saved_model(option: str, value: str, classes: Sequence[str]) -> Path | None:

@@ -1,11 +1,16 @@
 """Masks in a picture as run lengths, against torchvision and pycocotools; tensors in one row of bytes."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from zsi_contrastive.detector.pictures import packed, run_lengths
+from labs_common.errors import LabError
+from zsi_contrastive.detector.annotations import Instances
+from zsi_contrastive.detector.pictures import found_pictures, packed, run_lengths
 
 pytestmark = pytest.mark.quick
 
@@ -44,3 +49,23 @@ def test_tensors_in_a_row_of_bytes() -> None:
     again = packed(tensors).to(torch.device("cpu"))
     assert [(tensor.dtype, tensor.shape) for tensor in again] == [(tensor.dtype, tensor.shape) for tensor in tensors]
     assert all(map(torch.equal, again, tensors))
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "{}/secret.png", "..\\secret.png", "link.png", 5, "a" * 300])
+def test_a_file_name_stays_inside_of_the_pictures(name: object, tmp_path: Path) -> None:
+    folders = [tmp_path / "train", tmp_path / "val"]
+    for folder in folders:
+        folder.mkdir()
+    for file in (tmp_path / "secret.png", folders[1] / "own.png"):
+        Image.new("RGB", (4, 4)).save(file)
+    (folders[0] / "link.png").symlink_to("../secret.png")
+
+    def read(file_name: object) -> list[Path]:
+        image = {"id": 1, "file_name": file_name, "width": 4, "height": 4}
+        part = Instances("train.json", [{"id": 1, "name": "cat"}], [image], [])
+        return list(found_pictures(part, folders, ["cat"], "error", shown=False).contents)
+
+    assert read("own.png") == [folders[1] / "own.png"]
+    said = "train.json: .*" + ("cannot be used" if isinstance(name, str) and len(name) > 200 else "lies outside")
+    with pytest.raises(LabError, match=said):
+        read(name.format(tmp_path) if isinstance(name, str) else name)

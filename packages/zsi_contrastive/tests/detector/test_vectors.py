@@ -1,11 +1,14 @@
 """Word vectors of every kind, which column is which, and what the order of neighbours changes when they are refined."""
 
 import gzip
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from labs_testing.damage import OWN_CODE, cut, edited, hostile, without
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from labs_common.errors import LabError
@@ -105,7 +108,7 @@ def test_text_files(form: str, tmp_path: Path) -> None:
         word_vectors(str(file), ["cat", "unicorn", "elf"])
 
 
-def test_a_text_encoder(tmp_path: Path) -> None:
+def test_a_text_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "hot", "dog"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
@@ -121,8 +124,28 @@ def test_a_text_encoder(tmp_path: Path) -> None:
     with torch.no_grad():
         alone = model(torch.tensor([[2, 5, 3]])).last_hidden_state[0].mean(0)
     torch.testing.assert_close(found[0], alone / alone.norm(), atol=1e-5, rtol=1e-5)
-    with pytest.raises(LabError, match="cannot be had"):
+    with pytest.raises(LabError, match="cannot be loaded"):
         word_vectors("encoder:no/such-model", ["cat"])
+    # Whatever its files say: no code of theirs runs, and only the pooler, which is not asked, may be missing.
+    weights = "model.safetensors"
+    for place, (damage, said) in enumerate(
+        (
+            (edited("config.json", model_type="mine", auto_map=OWN_CODE), "code of its own"),
+            (edited("config.json", auto_map=OWN_CODE), None),
+            (without(weights, "pooler"), None),
+            (without(weights, "key.weight"), "lack encoder.layer.0.attention.self.key.weight"),
+            (cut(weights), "model.safetensors is truncated"),
+            (cut("tokenizer.json"), "tokenizer.json is not JSON"),
+            (cut("config.json"), "config.json is not JSON"),
+        )
+    ):
+        folder = tmp_path / str(place) / "model"
+        shutil.copytree(tmp_path, folder, ignore=lambda *_: map(str, range(9)))
+        ran = hostile(folder, monkeypatch)
+        damage(folder)
+        with pytest.raises(LabError, match=said) if said else nullcontext():
+            word_vectors(f"encoder:{folder}", ["cat"])
+        assert not ran.exists()
 
 
 def test_broken_files(tmp_path: Path) -> None:
@@ -145,6 +168,22 @@ def test_broken_files(tmp_path: Path) -> None:
         read_class_vectors(str(file), split)
     with pytest.raises(LabError, match="no such file"):
         read_class_vectors(str(tmp_path / "nowhere.txt"), split)
+
+
+def test_a_download_that_was_cut_off_or_damaged_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "v.txt.gz"
+    whole = gzip.compress(b"cat 1 2 3\ndog 4 5 6\n" * 2000)
+    flipped = bytearray(whole)
+    flipped[20] ^= 255
+    for content in (whole[: len(whole) // 2], bytes(flipped), b"cat 1 2 3"):
+        file.write_bytes(content)
+        for read in (
+            lambda: word_vectors(str(file), ["cat", "elf"]),
+            lambda: read_vocabulary(file, 3),
+            lambda: read_class_vectors(str(file), Split("mine", ("cat",), ("dog", "elf"))),
+        ):
+            with pytest.raises(LabError, match=r"v\.txt\.gz: cannot be read .*; download it again"):
+                read()
 
 
 def test_vocabulary(tmp_path: Path) -> None:

@@ -16,11 +16,13 @@ from labs_common.data.images import (
     NAMED,
     RESAMPLING,
     SUFFIXES,
+    BadPictureError,
     Pictures,
     decoding_threads,
     examined,
     print_refused,
     refusal,
+    within,
 )
 from labs_common.errors import LabError
 from labs_common.options import CaptionDataOptions, OnBadData
@@ -129,6 +131,12 @@ def read_captioned(data: str | Path, on_bad_data: OnBadData = "error", shown: bo
         else:
             captions.setdefault(name, []).append(caption.strip())
     there = {path.name: path for path in sorted(pictures.iterdir()) if path.suffix.lower() in SUFFIXES}
+    for name in [name for name, path in there.items() if path.is_symlink()]:
+        try:
+            within(name, pictures, folder)
+        except BadPictureError as error:
+            faults.append((name, str(error)))
+            del there[name]
     faults += [(name, "captions without a picture") for name in captions if name not in there]
     faults += [(name, "picture without captions") for name in there if name not in captions]
     names = [name for name in there if name in captions]

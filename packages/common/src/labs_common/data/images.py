@@ -4,6 +4,7 @@ import glob
 import hashlib
 import io
 import os
+import re
 import struct
 import warnings
 from collections import Counter
@@ -121,6 +122,29 @@ def checked(pictures: PicturesType, on_bad_data: OnBadData, shown: bool = True) 
         left_out=pictures.left_out + Counter(reason for _, reason in bad),
         examples=tuple(f"{name}: {reason}" for name, reason in bad[:NAMED]),
     )
+
+
+def within(name: object, *folders: Path) -> Path:
+    """Returns the file `name` of the first of `folders`: what data name must lie in one of them, links followed.
+
+    Raises:
+        BadPictureError: it lies elsewhere, climbs by `..` with either separator, or is no name of a file.
+    """
+    try:
+        file = folders[0] / os.fsdecode(os.fsencode(name))  # type: ignore[arg-type]
+        parent, last = os.path.split(file)
+        real = os.path.realpath(file) if os.path.islink(file) else os.path.join(_real_path(parent), last)
+        climbs = ".." in re.split(r"[/\\]", str(name)) or "\0" in str(name)
+        if not climbs and any(real.startswith(_real_path(str(folder)) + os.sep) for folder in folders):
+            return file
+    except (TypeError, ValueError):  # no text, or none that a file can be called
+        pass
+    raise BadPictureError("lies outside of the data's directory; copy it there")
+
+
+@cache
+def _real_path(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 def examined(contents: Sequence[Content], task: str, shown: bool = True) -> list[tuple[bytes, str]]:

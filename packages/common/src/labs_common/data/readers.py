@@ -12,7 +12,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from labs_common.data.classes import LabelledPictures, stratified_parts
-from labs_common.data.images import SUFFIXES, Content, checked, print_refused
+from labs_common.data.images import SUFFIXES, BadPictureError, Content, checked, print_refused, within
 from labs_common.errors import LabError, reason_of
 from labs_common.options import ClassDataOptions
 
@@ -254,6 +254,7 @@ def _from_datasets(data: str, path: Path) -> PictureSplits:
     if not path.exists() and (path.is_absolute() or data.startswith((".", "~")) or data.count("/") > 1):
         raise LabError(f"--data {data}: no such file or directory")
     import datasets  # takes over a second, and is wanted for saved data sets and ids only
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     try:
         loaded = datasets.load_from_disk(str(path)) if path.exists() else datasets.load_dataset(data)
@@ -263,13 +264,15 @@ def _from_datasets(data: str, path: Path) -> PictureSplits:
             "name and the network, or name a directory"
         ) from error
     whole = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
+    # What was downloaded lies in the caches.
+    folders = [path] if path.exists() else [Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
     found = {}
     for name, table in whole.items():
         if split := _split_of(name):
             image, label = (_column(data, table.column_names, known) for known in (IMAGE_COLUMNS, LABEL_COLUMNS))
             raw = table.cast_column(image, datasets.Image(decode=False)).with_format(None)
             names = getattr(table.features[label], "names", None)
-            found[split] = _from_columns(data, list(raw[image]), list(raw[label]), names, path)
+            found[split] = _from_columns(data, list(raw[image]), list(raw[label]), names, *folders)
     return _splits(data, found)
 
 
@@ -281,9 +284,9 @@ def _column(data: str, names: Sequence[str], known: Sequence[str]) -> str:
 
 
 def _from_columns(
-    data: str, pictures: Sequence[Any], labels: Sequence[Any], classes: Sequence[str] | None, folder: Path
+    data: str, pictures: Sequence[Any], labels: Sequence[Any], classes: Sequence[str] | None, *folders: Path
 ) -> LabelledPictures:
-    """Takes pictures as {bytes, path} or bytes, and labels as numbers or words."""
+    """Takes pictures as {bytes, path} or bytes, and labels as numbers or words; paths must lie in one of `folders`."""
     contents: list[Content] = []
     names = []
     for place, picture in enumerate(pictures):
@@ -291,7 +294,10 @@ def _from_columns(
         content, file = record.get("bytes"), record.get("path")
         if content is not None and not isinstance(content, bytes):
             raise LabError(f"--data {data}: row {place} holds no bytes of a picture file")
-        contents.append(content if content is not None else folder / file if file else b"")
+        try:
+            contents.append(content if content is not None else within(file, *folders) if file else b"")
+        except BadPictureError as error:
+            raise LabError(f"--data {data}: row {place} ({file}): {error}") from error
         names.append(f"row {place}" + (f" ({file})" if file else ""))
     if any(isinstance(label, str) for label in labels):
         classes = classes or sorted({label for label in labels if label is not None})
@@ -318,6 +324,11 @@ def _class_folders(data: str, folder: Path) -> LabelledPictures:
     labels: list[int] = []
     for number, of_class in enumerate(classes):
         there = sorted(file for file in of_class.rglob("*") if file.suffix.lower() in SUFFIXES)
+        for file in there:
+            try:
+                within(file.relative_to(of_class), of_class, folder)
+            except BadPictureError as error:
+                raise LabError(f"--data {data}: {file.relative_to(folder)}: {error}") from error
         if not there:
             raise LabError(
                 f"--data {data}: {of_class.name} holds no pictures; expected CLASS/*.jpg or train/CLASS/*.jpg"

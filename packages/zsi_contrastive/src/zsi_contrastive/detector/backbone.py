@@ -72,7 +72,9 @@ def make_backbone(name: str, pretrained: bool, weights: Path | None, frozen_stag
             _load(backbone.body, weights)
             return backbone
         return _of_timm(name, pretrained, weights, frozen_stages, channels)
-    except (OSError, RuntimeError) as error:  # no network, no such weights
+    except LabError:
+        raise
+    except Exception as error:  # no network, no such weights; a file that was cut off can fail anywhere
         raise LabError(
             f"--backbone {name}: cannot be had ({reason_of(error)}); give --backbone-weights, or "
             "--no-backbone-pretrained"

@@ -1,5 +1,6 @@
 """Pictures with instances: found on disk, checked once, read as the network takes them."""
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from faster_coco_eval.core import mask as rle
 from PIL import Image
 from torchvision.models.detection.roi_heads import expand_boxes
 
-from labs_common.data.images import BadPictureError, Pictures, checked, decoded, digests_of
+from labs_common.data.images import BadPictureError, Pictures, checked, decoded, digests_of, within
 from labs_common.errors import LabError
 from labs_common.options import OnBadData
 from zsi_contrastive.detector.annotations import Instances, Json
@@ -120,12 +121,15 @@ def found_pictures(
     """Finds the pictures of a part in `folders`, and decodes every one once to see whether it can be used.
 
     Raises:
-        LabError: some cannot be used and `on_bad_data` is "error", or none can.
+        LabError: a name leads out of the folders; some cannot be used and `on_bad_data` is "error", or none can.
     """
     files = []
     for row in part.images:
-        places = [folder / row["file_name"] for folder in folders]
-        files.append(next((file for file in places if file.is_file()), places[0]))
+        try:
+            places = [within(row["file_name"], folder) for folder in folders]
+        except BadPictureError as error:
+            raise LabError(f"{part.source}: the picture {row['file_name']!r} {error}") from error
+        files.append(next((file for file in places if os.path.isfile(file)), places[0]))
     return checked(instance_pictures(part, files, classes), on_bad_data, shown)
 
 

@@ -9,15 +9,17 @@ NeurIPS 2017; Xu et al., ICLR 2019). With a weight for each neighbour's place it
 import gzip
 import math
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TextIO, cast
+from typing import Any
 
 import numpy as np
 import torch
 
 from labs_common.errors import LabError, reason_of
+from labs_common.saved import load_auto, load_network
 from labs_common.scenes.world import SHAPES, TEXTURES
 from zsi_contrastive.detector.annotations import Split
 
@@ -121,8 +123,7 @@ def read_vocabulary(path: Path, length: int) -> torch.Tensor:
 
 def is_matrix(path: Path) -> bool:
     """Tells whether a file holds nothing but numbers with commas between, and no words."""
-    with _opened(path) as stream:
-        first = stream.readline()
+    first = next(_text_lines(path), "")
     return "," in first and re.fullmatch(r"[\s,.eE+\-\d]*", first) is not None and len(first.split(",")) > 2
 
 
@@ -246,7 +247,7 @@ def _looked_up(path: Path, names: Sequence[str]) -> tuple[torch.Tensor, tuple[st
         for word, values in _lines(path):
             if word in wanted and word not in found:
                 found[word] = values
-    except (OSError, EOFError, ValueError) as error:
+    except ValueError as error:
         raise LabError(f"--word-vectors {path}: cannot be read as word vectors ({error})") from error
     rows, notes, missing = [], [], []
     for name in names:
@@ -270,25 +271,27 @@ def _looked_up(path: Path, names: Sequence[str]) -> tuple[torch.Tensor, tuple[st
 def _lines(path: Path) -> Iterator[tuple[str, list[float]]]:
     """Yields words with their values; a first line of two numbers is fastText's heading."""
     length = 0
-    with _opened(path) as stream:
-        for number, line in enumerate(stream, 1):
-            parts = line.rstrip().split(" ")
-            if number == 1 and len(parts) == 2 and all(part.isdigit() for part in parts):
-                continue
-            if "\0" in line:
-                raise ValueError("it is binary; write it as text first")
-            length = length or len(parts) - 1
-            word = " ".join(parts[: len(parts) - length])  # a few words of GloVe have spaces in them
-            values = [float(value) for value in parts[len(parts) - length :]]
-            if length < 2 or not word or not all(map(math.isfinite, values)):
-                raise ValueError(f"line {number} is not a word with its values")
-            yield word, values
+    for number, line in enumerate(_text_lines(path), 1):
+        parts = line.rstrip().split(" ")
+        if number == 1 and len(parts) == 2 and all(part.isdigit() for part in parts):
+            continue
+        if "\0" in line:
+            raise ValueError("it is binary; write it as text first")
+        length = length or len(parts) - 1
+        word = " ".join(parts[: len(parts) - length])  # a few words of GloVe have spaces in them
+        values = [float(value) for value in parts[len(parts) - length :]]
+        if length < 2 or not word or not all(map(math.isfinite, values)):
+            raise ValueError(f"line {number} is not a word with its values")
+        yield word, values
 
 
-def _opened(path: Path) -> TextIO:
-    if path.suffix == ".gz":
-        return cast(TextIO, gzip.open(path, "rt", encoding="utf-8", errors="replace"))
-    return path.open(encoding="utf-8", errors="replace")
+def _text_lines(path: Path) -> Iterator[str]:
+    opened: Any = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8", errors="replace") as stream:
+            yield from stream
+    except (OSError, EOFError, zlib.error) as error:
+        raise LabError(f"{path}: cannot be read ({reason_of(error)}); download it again") from error
 
 
 def _forms(name: str) -> list[str]:
@@ -305,11 +308,9 @@ def _encoded(name: str, texts: Sequence[str]) -> torch.Tensor:
     """Averages an encoder's last layer over the tokens of each text (texts, d)."""
     from transformers import AutoModel, AutoTokenizer  # a giant that few need: a second of every start otherwise
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModel.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise LabError(f"--word-vectors {ENCODER}{name}: cannot be had ({reason_of(error)})") from error
+    said, remedy = f"--word-vectors {ENCODER}{name}", "name a text encoder of the hub or its directory"
+    tokenizer = load_auto(AutoTokenizer.from_pretrained, name, said=said, remedy=remedy)
+    model = load_network(AutoModel, name, said, remedy, new=("pooler.",))  # which is not asked
     model = getattr(model, "text_model", model).eval()  # CLIP and its like hold one for texts
     with torch.no_grad():
         batch = tokenizer(list(texts), padding=True, return_tensors="pt")
