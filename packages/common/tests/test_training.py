@@ -334,17 +334,6 @@ def test_another_number_of_processes_is_refused_in_all(tmp_path: Path, first: in
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_another_precision_is_refused(tmp_path: Path) -> None:
-    """As --precision auto is on another kind of GPU."""
-    run = tmp_path / "run"
-    finish("--output", run, "--max-steps", 4, *OPTIONS)
-    position = run / "checkpoints" / "step-00000004" / "position.json"
-    said = json.loads(position.read_text())
-    assert said["precision"] == "no"
-    position.write_text(json.dumps(said | {"precision": "bf16"}))
-    assert "computes in bf16, and --precision auto is fp32 here" in finish("--resume", run, code=2)
-
-
 @pytest.mark.kills
 def test_a_closed_terminal_saves(tmp_path: Path) -> None:
     """Whatever is written to it from then on fails, also what an evaluation says before the next checkpoint."""
