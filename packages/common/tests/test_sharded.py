@@ -110,21 +110,22 @@ def test_checkpoints_are_those_of_unsharded_runs(tmp_path: Path) -> None:
 
 @pytest.mark.kills
 @pytest.mark.parametrize("stage", [2, 3])
-def test_under_deepspeed_it_resumes_to_the_same_bytes(stage: int, tmp_path: Path) -> None:
+def test_under_deepspeed_it_is_killed_and_resumes_to_the_same_bytes(stage: int, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
     (tmp_path / "zero.yaml").write_text(ZERO.replace("STAGE", str(stage)))
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
 
-    def run(*options: object) -> None:
-        with_deepspeed(tmp_path / "zero.yaml", tmp_path, "toy.training", ["toy.training"], *options)
+    def run(*options: object, code: int = 0) -> None:
+        with_deepspeed(tmp_path / "zero.yaml", tmp_path, "toy.training", ["toy.training"], *options, ranks=2, code=code)
 
     run("--output", whole, *SMALL)
-    shutil.copytree(whole, cut)
-    *_, last = checkpoints(cut / "checkpoints")
-    assert len(checkpoints(cut / "checkpoints")) > 1
-    assert (last / "sharded").is_dir()
-    shutil.rmtree(last)  # as if it had been killed before that
-    (cut / "model.safetensors").unlink()
-    run("--resume", cut)
+    run("--output", killed, *SMALL, "--signal-at", "4", "--signal-number", int(SIGKILL), code=-9)
+    if stage == 2:
+        (part,) = killed.glob("checkpoints/step-00000003/sharded/*/*_rank_1_*")  # what process 1 wrote
+        content = part.read_bytes()
+        part.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        run("--resume", killed, code=2)
+        part.write_bytes(content)
+    run("--resume", killed)
     for name in ("metrics.jsonl", "model.safetensors"):
-        assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
