@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import toy.training
 from accelerate import Accelerator
@@ -20,6 +21,9 @@ from labs_testing.commands import in_two_processes
 from test_training import OPTIONS, finish
 
 from labs_common.checkpoint import check_resumed, checkpoints
+from labs_common.data.captions import CaptionedPictures
+from labs_common.data.classes import LabelledPictures
+from labs_common.data.images import record_splits
 from labs_common.errors import LabError
 from labs_common.run import Run
 
@@ -131,8 +135,9 @@ def test_another_runs_checkpoint_is_refused(run: Path, tmp_path: Path) -> None:
         ({"launch": "FSDP"}, "was launched with FSDP, not no sharding; launch it as before"),
         ({"options": {"learning_rate": 0.5}}, "--learning-rate was 0.5 when it was written and is 0.01 in the run's"),
         ({"options": {"micro_batches": 1}}, "--micro-batches was 1 when"),
-        ({"steps": 8}, "is step 9 of 8, and the run has now 9: the data have changed"),
+        ({"steps": 8}, "the data have changed since (8 steps then, 9 now)"),
         ({"epoch": 11}, "the data have changed"),
+        ({"data": 5}, "the data have changed"),
     ],
 )
 def test_what_would_go_on_with_other_numbers_is_refused(run: Path, other: dict[str, Any], said: str) -> None:
@@ -165,10 +170,23 @@ def test_checkpoints_of_earlier_versions_are_taken_as_they_are(whole: Path, run:
     assert "has no check sums" in finish("--resume", run)
     for name in ("metrics.jsonl", "model.safetensors"):
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
-    rewritten(newest(run), step=10)
-    (newest(run) / SUMS).unlink()
-    newest(run).rename(run / "checkpoints" / "step-00000010")
-    assert "is step 10 of 9, and the run has now 9" in finish("--resume", run, code=2)
+    beyond = newest(run).rename(run / "checkpoints" / "step-00000010")
+    (beyond / SUMS).unlink()
+    (beyond / "position.json").write_text(json.dumps(kept | {"step": 10}))
+    assert "(10 steps then, 9 now)" in finish("--resume", run, code=2)
+
+
+def test_labels_and_captions_of_other_data_are_noticed(tmp_path: Path) -> None:
+    pictures = {"source": "here", "contents": [Path("a"), Path("b")], "names": ["a", "b"], "digests": (b"1", b"2")}
+    found = []
+    for labels, caption in (([0, 1], "a dog"), ([0, 1], "a dog"), ([1, 1], "a dog"), ([0, 1], "a cat")):
+        labelled = LabelledPictures(**pictures, classes=("x", "y"), labels=np.array(labels))
+        captioned = CaptionedPictures(**pictures, captions=((caption,), ("a tree", "two trees")))
+        run = Run(tmp_path)
+        record_splits(run, {"train": labelled, "test": captioned})
+        found.append(run.data)
+    assert found[0] == found[1]
+    assert len({*found}) == 3
 
 
 LOCKING = """import fcntl, sys

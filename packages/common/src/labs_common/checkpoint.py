@@ -139,9 +139,9 @@ def _compare(path: Path, before: dict[str, Any], now: dict[str, Any], accelerato
             if was[name] != is_now[name]:
                 raise LabError(f"{path}: --{name.replace('_', '-')} was {was[name]} when it was written and is "
                                f"{is_now[name]} in the run's config.yaml; put it back, or begin a new run")  # fmt: skip
-    if {"steps", "epoch"} & unlike.keys() or before["step"] > now["steps"]:
-        raise LabError(f"{path}: is step {before['step']} of {before.get('steps', 'other')}, and the run has now "
-                       f"{now['steps']}: the data have changed; bring them back, or begin a new run")  # fmt: skip
+    if {"data", "steps", "epoch"} & unlike.keys() or before["step"] > now["steps"]:
+        raise LabError(f"{path}: the data have changed since ({before.get('steps', before['step'])} steps then, "
+                       f"{now['steps']} now); bring them back, or begin a new run")  # fmt: skip
     for name in unlike.keys() & {"device", "torch"} if accelerator.is_main_process else ():
         console.print("{}: was written with {} {}, and goes on with {}: numbers may differ in their last digits".format(
             path, name, *unlike[name]))  # fmt: skip

@@ -49,6 +49,7 @@ class Run:
 
     Attributes:
         options: what was asked, by option, but for what a resumed run may change.
+        data: what tells the data from others, where splits.json does not.
     """
 
     def __init__(self, path: Path, is_main: bool = True, resumed: bool = False) -> None:
@@ -56,6 +57,7 @@ class Run:
         self.is_main = is_main
         self.resumed = resumed
         self.options: dict[str, Any] = {}
+        self.data: int | None = None
         self._open: dict[str, BinaryIO] = {}  # by the name of the file that lines are added to
 
     @classmethod

@@ -76,7 +76,8 @@ def total_steps(options: TrainingOptions, source: Source) -> int:
 
 def identity(run: Run, options: TrainingOptions, source: Source) -> dict[str, Any]:
     """Returns what makes a run the one that it is; its checkpoints hold it, and it is compared on resume."""
-    return {"run": run.id, "options": run.options, "steps": total_steps(options, source), "epoch": len(source)}
+    steps = {"steps": total_steps(options, source), "epoch": len(source)}
+    return {"run": run.id, "options": run.options, "data": run.data, **steps}
 
 
 def make_accelerator(options: TrainingOptions) -> Accelerator:
