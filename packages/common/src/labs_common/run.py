@@ -86,7 +86,7 @@ class Run:
 
     @property
     def id(self) -> str | None:
-        """What no other run is called, also not one of the same options; None in runs of earlier versions."""
+        """The run's own name, which no other has, not even of the same options; None in runs of earlier versions."""
         return (self.load_json("environment.json") or {}).get("run")
 
     def append(self, file: str, line: dict[str, Any]) -> None:

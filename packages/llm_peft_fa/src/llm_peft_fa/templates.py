@@ -51,7 +51,7 @@ def text_sum(texts: Iterable[Sequence[Encoded]]) -> int:
     """Returns a CRC-32 of all tokens and of which are learnt: another one if data, template or tokenizer are others."""
     crc = 0
     for item in (item for text in texts for item in text):
-        crc = zlib.crc32(bytes(item.learnt), zlib.crc32(np.asarray(item.ids, np.int32), crc))
+        crc = zlib.crc32(bytes(item.learnt), zlib.crc32(np.asarray(item.ids, np.int32).tobytes(), crc))
     return crc
 
 
