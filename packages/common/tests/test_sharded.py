@@ -7,12 +7,15 @@ from signal import SIGKILL
 
 import pytest
 import torch
+from accelerate import Accelerator
 from labs_testing.commands import in_two_processes, losses, with_deepspeed
 from labs_testing.sharded import fsdp_variables
 from safetensors.torch import load_file
 from test_training import OPTIONS, finish
 
-from labs_common.checkpoint import checkpoints
+from labs_common.checkpoint import check_resumed, checkpoints
+from labs_common.errors import LabError
+from labs_common.run import Run
 
 FSDP = """# Two parts.
 distributed_type: FSDP
@@ -110,22 +113,25 @@ def test_checkpoints_are_those_of_unsharded_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.kills
-@pytest.mark.parametrize("stage", [2, 3])
-def test_under_deepspeed_it_resumes_to_the_same_bytes(stage: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stage", "ranks"), [(2, 2), (3, 1)])
+def test_under_deepspeed_it_is_killed_and_resumes_to_the_same_bytes(stage: int, ranks: int, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
     (tmp_path / "zero.yaml").write_text(ZERO.replace("STAGE", str(stage)))
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
 
-    def run(*options: object) -> None:
-        with_deepspeed(tmp_path / "zero.yaml", tmp_path, "toy.training", ["toy.training"], *options)
+    def run(*options: object, code: int = 0) -> None:
+        with_deepspeed(
+            tmp_path / "zero.yaml", tmp_path, "toy.training", ["toy.training"], *options, ranks=ranks, code=code
+        )
 
     run("--output", whole, *SMALL)
-    shutil.copytree(whole, cut)
-    *_, last = checkpoints(cut / "checkpoints")
-    assert len(checkpoints(cut / "checkpoints")) > 1
-    assert (last / "sharded").is_dir()
-    shutil.rmtree(last)  # as if it had been killed before that
-    (cut / "model.safetensors").unlink()
-    run("--resume", cut)
+    run("--output", killed, *SMALL, "--signal-at", "4", "--signal-number", int(SIGKILL), code=-9)
+    (part,) = killed.glob(f"checkpoints/step-00000003/sharded/*/*_rank_{ranks - 1}_*optim*")  # what the last one wrote
+    content = part.read_bytes()
+    part.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    with pytest.raises(LabError, match=f"{part.name}: is damaged"):
+        check_resumed(killed / "checkpoints", Accelerator(), {"run": Run(killed).id})
+    part.write_bytes(content)
+    run("--resume", killed)
     for name in ("metrics.jsonl", "model.safetensors"):
-        assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name

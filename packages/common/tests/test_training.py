@@ -4,7 +4,6 @@ import io
 import json
 import os
 import pty
-import random
 import select
 import shutil
 import signal
@@ -22,6 +21,8 @@ import torch
 import toy.training
 from accelerate import Accelerator
 from labs_testing.commands import in_two_processes
+from labs_testing.pretended_runs import Budget
+from labs_testing.promises import KILLS, Training, killed_and_resumed
 from safetensors.torch import load_file
 from toy import commands
 
@@ -46,15 +47,6 @@ def finish(*arguments: object, code: int = 0) -> str:
             found = stop.code
     assert found == code, said.getvalue()
     return said.getvalue()
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    """Starts the toy as a process of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(HERE)}
-    return subprocess.Popen(
-        [sys.executable, "-m", "toy.training", *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
 
 
 def wait_for_steps(run: Path, count: int) -> None:
@@ -101,20 +93,18 @@ def test_schedules_against_torch() -> None:
 
 
 @pytest.mark.kills
-def test_killed_at_any_moment_it_resumes_to_the_same_bytes(whole_run: Path, tmp_path: Path) -> None:
-    run = tmp_path / "killed"
-    process = start("--output", run, "--seconds-per-step", "0.02", *OPTIONS)
-    wait_for_steps(run, random.randrange(4, 25))
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    lines = len((run / "metrics.jsonl").read_bytes().splitlines())
-    finish("--resume", run)
-    print(f"killed after {lines} lines")  # shown if what follows fails
-    same = weights(whole_run)
-    assert all(torch.equal(tensor, same[name]) for name, tensor in weights(run).items())
-    assert (run / "metrics.jsonl").read_bytes() == (whole_run / "metrics.jsonl").read_bytes()
-    assert len(list((run / "checkpoints").iterdir())) == 2, "only --keep checkpoints and no half-written one"
+def test_killed_again_and_again_it_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    """With gradients that are accumulated, dropout, a teacher and a queue."""
+    options = (*OPTIONS, "--remembers", "--micro-batches", 4)
+    finish("--output", tmp_path / "whole", *options)
+    whole = Training(
+        "toy.training", ["toy.training"], (*options, "--seconds-per-step", 0.005), tmp_path / "whole",
+        "checkpoints/step-00000030/trainable.safetensors", ("checkpoints/step-00000030/also.pt", "model.safetensors"),
+        gpu=Budget(0, 0, 0),
+    )  # fmt: skip
+    run = killed_and_resumed(whole, tmp_path, 5 * KILLS)
+    whole.assert_same(run)
+    assert len(list((run / "checkpoints").iterdir())) == 2, "only --keep checkpoints"
 
 
 def test_killed_before_the_first_checkpoint_it_starts_anew(whole_run: Path, tmp_path: Path) -> None:
@@ -332,17 +322,6 @@ def test_another_number_of_processes_is_refused_in_all(tmp_path: Path, first: in
     before = (run / "metrics.jsonl").read_bytes()
     begin(then, 2, "--resume", run)
     assert (run / "metrics.jsonl").read_bytes() == before
-
-
-def test_another_precision_is_refused(tmp_path: Path) -> None:
-    """As --precision auto is on another kind of GPU."""
-    run = tmp_path / "run"
-    finish("--output", run, "--max-steps", 4, *OPTIONS)
-    position = run / "checkpoints" / "step-00000004" / "position.json"
-    said = json.loads(position.read_text())
-    assert said["precision"] == "no"
-    position.write_text(json.dumps(said | {"precision": "bf16"}))
-    assert "computes in bf16, and --precision auto is fp32 here" in finish("--resume", run, code=2)
 
 
 @pytest.mark.kills

@@ -7,7 +7,7 @@ from labs_common.errors import LabError
 from llm_peft_fa.base import load_tokenizer
 from llm_peft_fa.data import Conversation, Reading
 from llm_peft_fa.report import show_learnt
-from llm_peft_fa.templates import check_before_training, encode, encode_all, encode_prompt
+from llm_peft_fa.templates import Encoded, check_before_training, encode, encode_all, encode_prompt, text_sum
 
 pytestmark = pytest.mark.quick
 
@@ -32,6 +32,16 @@ def learnt_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
             stretches[-1].append(token)
         before = learnt
     return [tokenizer.decode(stretch) for stretch in stretches]
+
+
+def test_other_tokens_or_other_marks_give_another_sum() -> None:
+    texts = (
+        [Encoded([1, 2], [False, True], "a")],
+        [Encoded([2, 2], [False, True], "a")],
+        [Encoded([1, 2], [True] * 2, "a")],
+    )
+    assert len({text_sum([text]) for text in texts}) == 3
+    assert text_sum(texts) == text_sum([*texts, []])
 
 
 @pytest.mark.parametrize("template", ["auto", "plain"])

@@ -11,7 +11,7 @@ import torch
 from labs_testing import commands as lab_commands
 from labs_testing.commands import losses
 from labs_testing.pretended_runs import Budget
-from labs_testing.promises import KILLS, Training, TrainingPromises
+from labs_testing.promises import Training, TrainingPromises
 from safetensors.torch import load_file
 
 from vit_transfer.config import DistillConfig
@@ -107,8 +107,6 @@ def test_resumed_it_gives_the_same_bytes(shared: tuple[object, ...], teacher: Pa
 
 
 class TestPromises(TrainingPromises):
-    kills = 1 if KILLS == 5 else KILLS
-
     @pytest.fixture(scope="class")
     def training(self, shared: tuple[object, ...], teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Training:
         options = ("--model", "tiny-deit", "--no-pretrained", "--teacher", teacher, "--baselines", "no", *shared)

@@ -61,17 +61,30 @@ def cached_directory(name: str, recipe: Any, make: Callable[[Path], None], chang
     return final
 
 
+def file_sum(path: Path) -> int:
+    """Returns the CRC-32 of a file: it finds any flipped bit, at a tenth of what it costs to write the file."""
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def files_in(folder: Path) -> list[str]:
+    """Lists the paths of all files in `folder` but that of the sums."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path != folder / SUMS)
+    return sorted(path.relative_to(folder).as_posix() for path in files)
+
+
 def _check_sums(folder: Path) -> dict[str, int]:
-    """Returns the CRC-32 of every file but that of the sums, by its path in `folder`."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SUMS)
-    return {path.relative_to(folder).as_posix(): zlib.crc32(path.read_bytes()) for path in files}
+    return {name: file_sum(folder / name) for name in files_in(folder)}
 
 
 def _is_whole(folder: Path) -> bool:
     """Says whether every file is as it was made."""
     try:
         made = json.loads((folder / SUMS).read_text(encoding="utf-8"))
-        return all(zlib.crc32((folder / name).read_bytes()) == crc for name, crc in made.items())
+        return all(file_sum(folder / name) == crc for name, crc in made.items())
     except FileNotFoundError as error:
         return Path(error.filename) == folder / SUMS  # made before there were sums
     except (OSError, ValueError):

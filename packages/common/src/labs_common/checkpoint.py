@@ -10,12 +10,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
+from labs_common.cache import SUMS, file_sum, files_in
 from labs_common.errors import LabError, reason_of
+from labs_common.progress import console
 from labs_common.sharding import part_like, reshard, whole
 
 SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
@@ -44,9 +46,10 @@ def save_checkpoint(
 
     A checkpoint holds what changes: trainable parameters and buffers (`trainable.safetensors`), the
     optimizer (`optimizer.pt`), the random generators of each process (`random-R.pt`), the place in the
-    data (`position.json`) and the state of `also` (`also.pt`). What FSDP shards is gathered on the main process, tensor
-    by tensor; DeepSpeed writes its own format (`sharded/`). It appears under its name by one rename after everything
-    is on disk, so that a process killed at any moment leaves only whole checkpoints.
+    data and how the run computes (`position.json`), the state of `also` (`also.pt`) and check sums of all of these.
+    What FSDP shards is gathered on the main process, tensor by tensor; DeepSpeed writes its own format (`sharded/`).
+    It appears under its name by one rename after everything is on disk, so that a process killed at any moment leaves
+    only whole checkpoints.
     """
     part = path.with_name(f".{path.name}.part")
     if accelerator.is_main_process:
@@ -71,8 +74,10 @@ def save_checkpoint(
     if accelerator.is_main_process:
         if also is not None:
             _save(also.state_dict(), part / "also.pt")
-        position = position | {"precision": accelerator.mixed_precision}
-        (part / "position.json").write_text(json.dumps(position), encoding="utf-8")
+        (part / "position.json").write_text(json.dumps(position | _surroundings(accelerator)), encoding="utf-8")
+    sums = _check_sums(part, accelerator)
+    if accelerator.is_main_process:
+        (part / SUMS).write_text(json.dumps(sums), encoding="utf-8")
         for file in part.rglob("*"):
             if file.is_file():
                 _to_disk(file)
@@ -84,37 +89,121 @@ def save_checkpoint(
 
 def checkpoints(folder: Path) -> list[Path]:
     """Finds the whole checkpoints `step-N` under `folder`, oldest first."""
-    return sorted(folder.glob("step-*"))
+    return sorted(folder.glob("step-" + 8 * "[0-9]"))
 
 
-def check_resumed(folder: Path, accelerator: Accelerator) -> None:
-    """Makes sure that a run can go on from its newest checkpoint under `folder` as it began.
+def check_resumed(folder: Path, accelerator: Accelerator, identity: dict[str, Any]) -> None:
+    """Makes sure that a run can go on from its newest checkpoint under `folder` as it began; called by all processes.
 
-    All processes find the same by themselves, so that none waits for another that has stopped.
+    `identity` is what the run would save with its position now. Another device and another version of torch are said.
 
     Raises:
-        LabError: other processes, another precision or an earlier version wrote it.
+        LabError: the checkpoint, or that of the best weights, is damaged or of another run; the newest earlier one that
+            is whole is named. Or the run would go on with other numbers: other processes, launch, precision, options
+            or data.
     """
-    for path in checkpoints(folder)[-1:]:
+    saved = checkpoints(folder)
+    for path in [*saved[-1:], *sorted(folder.glob("best-*"))]:
+        if damage := _damage(path, accelerator, identity["run"]):
+            older = [one for one in saved if _number(one) < _number(path)]
+            while older and _damage(older[-1], accelerator, identity["run"]):
+                older.pop()
+            wrong = {path.name, *(one.name for one in saved[len(older) :])}
+            go_on = f"go on from {older[-1].name}" if older else "begin again: no earlier one is whole"
+            raise LabError(f"{damage}; delete {', '.join(sorted(wrong))} in {folder} to {go_on}")
+    for path in saved[-1:]:
         # Each process has its own generators and its own part of every step: with another number of processes the
         # run would go on with other numbers.
         wrote, now = len(list(path.glob("random-*.pt"))), accelerator.num_processes
         if wrote != now:
             raise LabError(f"{path}: was written by {wrote} processes, not {now}; resume with as many as the run had")
-        if (path / "sharded").exists() and accelerator.distributed_type != DistributedType.DEEPSPEED:
-            raise LabError(f"{path}: DeepSpeed wrote it, or FSDP in an earlier version; launch it as before, or begin "
-                           "a new run")  # fmt: skip
         try:
-            before = json.loads((path / "position.json").read_text(encoding="utf-8")).get("precision")
+            before = json.loads((path / "position.json").read_text(encoding="utf-8"))
+            _compare(path, before, json.loads(json.dumps(identity)) | _surroundings(accelerator), accelerator)
         except (OSError, ValueError, AttributeError):
-            return  # `load_checkpoint` says what is wrong
-        if before not in (None, accelerator.mixed_precision):
-            raise LabError(f"{path}: the run computes in {_said(before)}, and --precision auto is "
-                           f"{_said(accelerator.mixed_precision)} here; go on where it began")  # fmt: skip
+            return  # of an earlier version, without check sums: `load_checkpoint` says what is wrong
+
+
+def _compare(path: Path, before: dict[str, Any], now: dict[str, Any], accelerator: Accelerator) -> None:
+    """Compares how a run was with how it would go on; what checkpoints of earlier versions do not say is let pass."""
+    unlike = {name: (value, now[name]) for name, value in before.items() if name in now and value != now[name]}
+    if "launch" in unlike:
+        raise LabError("{}: the run was launched with {}, not {}; launch it as before".format(path, *unlike["launch"]))
+    if "precision" in unlike:
+        was, is_now = map(_said, unlike["precision"])
+        raise LabError(f"{path}: the run computes in {was}, and --precision auto is {is_now} here; go on where it "
+                       "began")  # fmt: skip
+    if "options" in unlike:
+        (was, is_now) = unlike["options"]
+        for name in was.keys() & is_now.keys():  # not those that another version has or had
+            if was[name] != is_now[name]:
+                raise LabError(f"{path}: --{name.replace('_', '-')} was {was[name]} when it was written and is "
+                               f"{is_now[name]} in the run's config.yaml; put it back, or begin a new run")  # fmt: skip
+    if {"data", "steps", "epoch"} & unlike.keys() or before["step"] > now["steps"]:
+        raise LabError(f"{path}: the data have changed since ({before.get('steps', before['step'])} steps then, "
+                       f"{now['steps']} now); bring them back, or begin a new run")  # fmt: skip
+    for name in unlike.keys() & {"device", "torch"} if accelerator.is_main_process else ():
+        console.print("{}: was written with {} {}, and goes on with {}: numbers may differ in their last digits".format(
+            path, name, *unlike[name]))  # fmt: skip
+
+
+def _surroundings(accelerator: Accelerator) -> dict[str, Any]:
+    """Says how this process computes: its precision, and what the figures' last digits depend on."""
+    kind = accelerator.distributed_type
+    launch = kind.value if kind in SHARDED else "no sharding"
+    if kind == DistributedType.DEEPSPEED:
+        launch += f" ZeRO-{accelerator.deepspeed_plugin.zero_stage}"
+    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
+    return {"launch": launch, "precision": accelerator.mixed_precision, "device": device, "torch": torch.__version__}
 
 
 def _said(precision: str) -> str:
     return "fp32" if precision == "no" else precision
+
+
+def _number(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def _check_sums(folder: Path, accelerator: Accelerator, names: list[str] | None = None) -> dict[str, int | None]:
+    """Returns the check sums of the files `names` in `folder`, or of all; None for what cannot be read.
+
+    Each process reads its share of them, and all get the sums of all.
+    """
+    (names,) = broadcast_object_list([names or files_in(folder)])
+    mine: list[tuple[str, int | None]] = []
+    for name in names[accelerator.process_index :: accelerator.num_processes]:
+        try:
+            mine.append((name, file_sum(folder / name)))
+        except OSError:
+            mine.append((name, None))
+    return dict(sorted(gather_object(mine)))
+
+
+def _damage(path: Path, accelerator: Accelerator, run: str | None) -> str | None:
+    """Says what is wrong with a checkpoint of `run`, in all processes; nothing of one that has no check sums yet."""
+    written, position = broadcast_object_list([_json(path / SUMS), _json(path / "position.json")])
+    if not written:
+        if run is None and not (path / SUMS).exists():  # of a run that began before there were any
+            if accelerator.is_main_process:
+                console.print(f"{path}: has no check sums, as an earlier version wrote it; it is taken as it is")
+            return None
+        return f"{path / SUMS}: is missing or damaged"
+    for name, found in _check_sums(path, accelerator, list(written)).items():
+        if found != written[name]:
+            return f"{path / name}: is {'missing' if found is None else 'damaged (its check sum is another)'}"
+    if (position.get("run"), position.get("step")) != (run, _number(path)):
+        return f"{path}: is of another run or another step"
+    return None
+
+
+def _json(file: Path) -> Any:
+    """Reads a dictionary; an empty one if there is none to be read."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def load_checkpoint(

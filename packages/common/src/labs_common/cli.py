@@ -30,6 +30,7 @@ GLOSSARY = "Words of the field are explained in the project's docs/glossary.md."
 # time limit; a terminal that is closed.
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _run: Path | None = None  # that this process works on
+held = contextlib.ExitStack()  # what this process gives back when its command ends: its run's lock
 _terminals: list[int] = []  # of stdout and stderr; a closed one can no longer be told from a file
 
 
@@ -64,6 +65,8 @@ def run_command(
         if debug or full is None:
             raise
         _exit(1, f"error: the disk is full ({reason_of(full)}): make room{_how_to_go_on()}")
+    finally:
+        held.close()
 
 
 def leave_terminal() -> None:

@@ -29,10 +29,10 @@ from labs_common.launch import check_launch
 from labs_common.options import RunOptions, TrainingOptions, check_training_options
 from labs_common.progress import console
 from labs_common.report.page import Section, write_report
-from labs_common.run import Run, check_run_options, cost_of, machine_of
+from labs_common.run import Run, check_run_options, cost_of, lock, machine_of
 from labs_common.sharding import prepare_sharded, whole_state
 from labs_common.steps import Source
-from labs_common.training import Loop, make_accelerator
+from labs_common.training import Loop, identity, make_accelerator
 
 BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm
 
@@ -97,10 +97,10 @@ class Fitting:
 
         Raises:
             RunStopped: the run is being resumed, and something frozen is not what it was.
-            LabError: the run is being resumed, and its checkpoint cannot be read.
+            LabError: the run is being resumed, and its checkpoint is damaged, or the run would go on otherwise.
         """
         if run.resumed:
-            check_resumed(run.path / "checkpoints", accelerator)
+            check_resumed(run.path / "checkpoints", accelerator, identity(run, options, source))
         if options.compile:
             model.compile()  # in its place: names and weights stay those of the plain module, which is what is saved
         if accelerator.distributed_type == DistributedType.FSDP:
@@ -145,13 +145,16 @@ def begin(run: RunOptions, training: TrainingOptions) -> Accelerator:
     """Checks what can be checked of a run's options before any work, and finds its processes, device and precision.
 
     Raises:
-        LabError: a number is out of its range, the output directory exists already or cannot be made, or the machine
-            lacks the precision, or has fewer GPUs than processes.
+        LabError: a number is out of its range, the output directory exists already or cannot be made, another process
+            works on the run to resume, or the machine lacks the precision, or has fewer GPUs than processes.
     """
     check_training_options(training)
     check_run_options(run)
     check_launch(mixed_precision(training.precision))
-    return make_accelerator(training)
+    accelerator = make_accelerator(training)
+    if run.resume is not None:
+        lock(run.resume, accelerator.is_main_process)
+    return accelerator
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:

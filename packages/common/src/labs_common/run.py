@@ -2,6 +2,8 @@
 
 import contextlib
 import datetime
+import errno
+import fcntl
 import functools
 import importlib.util
 import itertools
@@ -9,8 +11,10 @@ import json
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
@@ -21,9 +25,11 @@ from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 from accelerate.utils import broadcast_object_list
 
-from labs_common.cli import begun, config_to_yaml, flat_options
+from labs_common.cli import begun, config_to_yaml, flat_options, held, to_plain
 from labs_common.errors import LabError
-from labs_common.options import RunOptions
+from labs_common.options import RESUME_MAY_CHANGE, RunOptions
+
+LOCK = ".lock"
 
 
 class Run:
@@ -31,20 +37,27 @@ class Run:
 
     ```
     config.yaml       every option; `--config config.yaml` runs it again
-    environment.json  versions, git commit, hardware, command
+    environment.json  the run's own name, versions, git commit, hardware, command
     metrics.jsonl     one line per logged step; the same bytes again for the same seed, resumed or not
     timing.jsonl      seconds, throughput and memory by step: what no two runs share
     checkpoints/      see labs_common.checkpoint
     figures/          the report's figures as SVG
     results.json      final numbers
     report.html
+    .lock             held by the process that trains, see `lock`
     ```
+
+    Attributes:
+        options: what was asked, by option, but for what a resumed run may change.
+        data: what tells the data from others, where splits.json does not.
     """
 
     def __init__(self, path: Path, is_main: bool = True, resumed: bool = False) -> None:
         self.path = path
         self.is_main = is_main
         self.resumed = resumed
+        self.options: dict[str, Any] = {}
+        self.data: int | None = None
         self._open: dict[str, BinaryIO] = {}  # by the name of the file that lines are added to
 
     @classmethod
@@ -61,6 +74,8 @@ class Run:
             trouble = [_make_directory(run.path, config) if run.is_main else None]
             if (message := broadcast_object_list(trouble)[0]) is not None:
                 raise LabError(message)
+        asked = {name: value for name, value in flat_options(config).items() if name not in RESUME_MAY_CHANGE}
+        run.options = to_plain(asked)
         if "resume" in flat_options(config):  # not of commands that write a directory and cannot go on with it
             begun(run.path)
         if options.track != "none":
@@ -68,6 +83,11 @@ class Run:
             accelerator.log_with = filter_trackers([options.track], str(run.path))
             accelerator.init_trackers("tracking", config=_scalars(flat_options(config)))
         return run
+
+    @property
+    def id(self) -> str | None:
+        """The run's own name, which no other has, not even of the same options; None in runs of earlier versions."""
+        return (self.load_json("environment.json") or {}).get("run")
 
     def append(self, file: str, line: dict[str, Any]) -> None:
         """Adds one JSON line to `file` (metrics.jsonl, timing.jsonl or a lab's own); it has a `step`."""
@@ -173,6 +193,41 @@ def check_run_options(options: RunOptions) -> None:
         return
     check_new(options.output)
     check_writable(options.output or Path("runs"))
+
+
+def lock(folder: Path, is_main: bool) -> None:
+    """Keeps every other process out of a run's directory until this command ends, in whatever way.
+
+    Called by all processes of a launch together; the main one holds it for all. It is a record lock of POSIX: the
+    system gives it back when the process is gone, processes that this one forks do not have it, and on a network file
+    system that has locks it holds between machines.
+
+    Raises:
+        LabError: another process works there.
+    """
+    trouble = [_locked(folder) if is_main else None]
+    if (message := broadcast_object_list(trouble)[0]) is not None:
+        raise LabError(message)
+
+
+def _locked(folder: Path) -> str | None:
+    try:
+        file = held.enter_context((folder / LOCK).open("a+"))
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                who = file.read().strip() or "another process"
+                return f"{folder}: {who} is at work on this run; wait for its end, or stop it first"
+            print(f"{folder}: its file system has no locks ({error.strerror}): make sure that nothing else works there",
+                  file=sys.stderr, flush=True)  # fmt: skip
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+    except OSError as error:
+        return f"{folder}: cannot be written ({error.strerror})"
+    return None
 
 
 def check_new(output: Path | None) -> None:
@@ -286,7 +341,10 @@ def _make_directory(path: Path, config: Any) -> str | None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         (path / "figures").mkdir()
-        write_atomically(path / "environment.json", json.dumps(environment(), indent=1) + "\n")
+        if trouble := _locked(path):
+            return trouble
+        about = {"run": uuid.uuid4().hex} | environment()
+        write_atomically(path / "environment.json", json.dumps(about, indent=1) + "\n")
         write_atomically(path / "config.yaml", config_to_yaml(config))
     except OSError as error:
         return f"--output {path}: cannot be written ({error.strerror})"

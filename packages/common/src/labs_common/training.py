@@ -74,6 +74,12 @@ def total_steps(options: TrainingOptions, source: Source) -> int:
     return total if options.max_steps is None else min(total, options.max_steps)
 
 
+def identity(run: Run, options: TrainingOptions, source: Source) -> dict[str, Any]:
+    """Returns what makes a run the one that it is; its checkpoints hold it, and it is compared on resume."""
+    steps = {"steps": total_steps(options, source), "epoch": len(source)}
+    return {"run": run.id, "options": run.options, "data": run.data, **steps}
+
+
 def make_accelerator(options: TrainingOptions) -> Accelerator:
     """Makes an Accelerator for the process layout that the launcher set up, with the wanted precision.
 
@@ -152,6 +158,7 @@ class Loop:
         self.run, self.accelerator, self.model, self.optimizer = run, accelerator, model, optimizer
         self.source, self.options, self.unit, self.also = source, options, unit, also
         self.total = total_steps(options, source)
+        self._identity = identity(run, options, source)
         self.step_number = 0
         self.count = 0  # tokens or samples so far, over all processes
         self.evaluation_due = False
@@ -341,7 +348,7 @@ class Loop:
             self._stop_interrupted(self._stop)
 
     def _save(self, path: Path) -> None:
-        position = {"step": self.step_number, "count": self.count, "best": self._best}
+        position = {"step": self.step_number, "count": self.count, "best": self._best, **self._identity}
         save_checkpoint(path, self.accelerator, self.model, self.optimizer, position, self.also)
         if self.accelerator.is_main_process:
             old_best = [best for best in path.parent.glob("best-*") if best != self._best_path()]

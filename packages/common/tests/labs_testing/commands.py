@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -20,6 +21,8 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
 from labs_common.cli import command_of
@@ -83,12 +86,16 @@ def in_two_processes(
     module: str, libraries: list[str], *arguments: object, codes: tuple[int, int] = (0, 0), **more: str
 ) -> None:
     """Runs a command in two processes, which must end with `codes`; see `two_processes`."""
-    processes = two_processes(module, libraries, *arguments, **more)
+    ended_with(two_processes(module, libraries, *arguments, **more), codes)
+
+
+def ended_with(processes: Sequence[BaseProcess], codes: Sequence[int]) -> None:
+    """Waits for processes, which must end with `codes`."""
     for process in processes:
         process.join(240)
         if process.exitcode is None:
             process.kill()
-    assert tuple(process.exitcode for process in processes) == codes
+    assert [process.exitcode for process in processes] == [*codes]
 
 
 def two_processes(module: str, libraries: list[str], *arguments: object, **more: str) -> list[BaseProcess]:
@@ -112,8 +119,10 @@ def launch_values(file: Path) -> dict[str, Any]:
     return values
 
 
-def with_deepspeed(file: Path, folder: Path, module: str, libraries: list[str], *arguments: object) -> None:
-    """Runs a command under a DeepSpeed configuration, in one process on a CPU, in which nothing is imported anew.
+def with_deepspeed(
+    file: Path, folder: Path, module: str, libraries: list[str], *arguments: object, ranks: int = 1, code: int = 0
+) -> None:
+    """Runs a command under a DeepSpeed configuration, in `ranks` processes on a CPU, in which nothing is imported anew.
 
     Its environment is that in which `accelerate launch` would start it; that this does is for tests/test_launcher.py.
     """
@@ -121,13 +130,13 @@ def with_deepspeed(file: Path, folder: Path, module: str, libraries: list[str], 
     launch, defaults, _ = _validate_launch_command(asked)
     launch.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
     _, variables = prepare_deepspeed_cmd_env(launch)
-    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
-           "DS_ACCELERATOR": "cpu", "XDG_CACHE_HOME": str(folder)}  # fmt: skip
-    process = forked(module, libraries, *arguments, **(variables | one))
-    process.join(240)
-    if process.exitcode is None:
-        process.kill()
-    assert process.exitcode == 0
+    # No LOCAL_WORLD_SIZE: several processes of a machine without a GPU would be refused.
+    each = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "DS_ACCELERATOR": "cpu",
+            "XDG_CACHE_HOME": str(folder)}  # fmt: skip
+    own: list[dict[str, Any]] = [
+        variables | each | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)
+    ]
+    ended_with([forked(module, libraries, *arguments, **one) for one in own], [code] * ranks)
 
 
 def _run(module: str, arguments: list[str], more: dict[str, str], said: Path | None) -> None:
@@ -140,6 +149,8 @@ def _run(module: str, arguments: list[str], more: dict[str, str], said: Path | N
         # It compiles what several processes on one machine share: a minute, and there is one process.
         deepspeed = importlib.import_module("deepspeed")
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if os.environ["WORLD_SIZE"] != "1":  # Accelerate knows DeepSpeed in several processes on GPUs only
+            PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.NO)  # type: ignore[method-assign]
     if said is not None:
         sys.stderr = said.open("w")
     torch.set_num_threads(1)  # as in the other processes: the same bytes need the same threads

@@ -1,10 +1,11 @@
 """A small training run, started by the tests as a process of its own so that it can be killed."""
 
+import copy
 import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -26,6 +27,7 @@ class ToyConfig:
     signal_number: int = int(signal.SIGINT)
     move_frozen: bool = False
     micro_batches: int = 2
+    remembers: bool = False
     seeded_bug: Literal["", "left on the CPU", "waits in each step"] = ""
 
 
@@ -50,6 +52,31 @@ class ToyData:
             yield list(mine)
 
 
+class Memory:
+    """What self-supervised methods remember: a teacher that follows (BYOL, DINO) and a queue of its outputs (MoCo)."""
+
+    def __init__(self, head: torch.nn.Module) -> None:
+        self.teacher, self.queue = copy.deepcopy(head), torch.zeros(24)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"teacher": self.teacher.state_dict(), "queue": self.queue}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.teacher.load_state_dict(state["teacher"])
+        self.queue = state["queue"]
+
+    @torch.no_grad()
+    def targets(self, features: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.teacher(features)
+        self.queue = torch.cat([found.flatten(), self.queue])[:24]
+        return found + self.queue.mean()
+
+    @torch.no_grad()
+    def follow(self, head: torch.nn.Module) -> None:
+        for mine, learnt in zip(self.teacher.parameters(), head.parameters(), strict=True):
+            mine.lerp_(learnt, 0.1)
+
+
 def train(config: ToyConfig) -> None:
     accelerator = begin(config.run, config.training)
     run = Run.start(config, config.run, "toy", accelerator)
@@ -63,7 +90,10 @@ def train(config: ToyConfig) -> None:
     train_only(model, lambda name: name.startswith("3."))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.training.learning_rate)
     source = ToyData(config.micro_batches, accelerator.process_index, accelerator.num_processes)
-    fitting = Fitting.start(run, accelerator, model, optimizer, source, config.training, config.run.seed)
+    memory = Memory(model[3]) if config.remembers else None
+    fitting = Fitting.start(
+        run, accelerator, model, optimizer, source, config.training, config.run.seed, "samples", memory
+    )
     loop = fitting.loop
     model[2].eval()
     if loop.step_number == 0:
@@ -73,6 +103,8 @@ def train(config: ToyConfig) -> None:
         share = len(x) / 8 * accelerator.num_processes
         if config.seeded_bug != "left on the CPU":
             x, y = x.to(accelerator.device), y.to(accelerator.device)
+        if memory is not None:
+            y = y + 0.1 * memory.targets(model[:3](x))
         loss = ((fitting.model(x) - y) ** 2).mean() * share
         if config.seeded_bug == "waits in each step":
             loss = loss + 0 * loss.item()
@@ -82,6 +114,8 @@ def train(config: ToyConfig) -> None:
             config.signal_at = -1  # once: the second one would not wait for the step
             signal.raise_signal(config.signal_number)
         loop.step(loss, len(x))
+        if memory is not None:
+            memory.follow(model[3])
         if config.move_frozen:
             with torch.no_grad():
                 model[0].bias += 1

@@ -5,12 +5,14 @@ is found by construction: the text up to an answer and the text up to its end ar
 be beginnings of the whole. Nothing is searched for in the text.
 """
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from labs_common.errors import LabError
@@ -43,6 +45,14 @@ class Encoded:
 
     def __post_init__(self) -> None:
         assert len(self.ids) == len(self.learnt)
+
+
+def text_sum(texts: Iterable[Sequence[Encoded]]) -> int:
+    """Returns a CRC-32 of all tokens and of which are learnt: another one if data, template or tokenizer are others."""
+    crc = 0
+    for item in (item for text in texts for item in text):
+        crc = zlib.crc32(bytes(item.learnt), zlib.crc32(np.asarray(item.ids, np.int32).tobytes(), crc))
+    return crc
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:

@@ -32,7 +32,7 @@ from llm_peft_fa.packing import Packing
 from llm_peft_fa.plan import fitted, print_plan
 from llm_peft_fa.report import costs_of, data_section, finish_report, print_refused, show_learnt, structure_section
 from llm_peft_fa.saved import computed_prompt, initial_update, load_tuned, placed, plain_base, save_merged, save_tuned
-from llm_peft_fa.templates import Encoded, check_before_training, encode_all, encode_plain
+from llm_peft_fa.templates import Encoded, check_before_training, encode_all, encode_plain, text_sum
 
 
 def train(config: TrainConfig) -> None:
@@ -77,6 +77,7 @@ def train(config: TrainConfig) -> None:
     packing.virtual = virtual_tokens(adapted)
     structure = structure_of(adapted)
     run = Run.start(config, config.run, f"{config.method.method}-{path_name(name)}", accelerator)
+    run.data = text_sum(texts.values())
     result = fit(config, run, accelerator, PackedCausalLM(adapted, config.model.attention), packing, texts, tokenizer)
     clock |= result.clock
     sections = [data_section(run, readings, texts), structure_section(run, structure, result.audit, config.method)]

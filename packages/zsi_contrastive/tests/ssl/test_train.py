@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 from labs_testing import commands as lab_commands
 from labs_testing.commands import in_two_processes, losses, real_data
 from labs_testing.pretended_runs import Budget
-from labs_testing.promises import KILLS, Training, TrainingPromises
+from labs_testing.promises import Training, TrainingPromises
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -91,8 +91,6 @@ def test_same_seed_same_bytes(looks: Path, finished: dict[str, Path], tmp_path: 
 
 class TestPromises(TrainingPromises):
     """Teacher, queue and centre are as they were; the encoder's outputs do not depend on the batch."""
-
-    kills = 1 if KILLS == 5 else KILLS
 
     @pytest.fixture(scope="class", params=["moco", "dino"])
     def training(

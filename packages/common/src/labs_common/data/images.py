@@ -7,6 +7,7 @@ import os
 import re
 import struct
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -264,12 +265,14 @@ Splits = Mapping[str, Pictures]  # by their names: train, validation, test
 
 
 def record_splits(run: Run, splits: Splits) -> None:
-    """Writes which picture is in which split to splits.json.
+    """Writes which picture is in which split to splits.json; of labels and captions the checkpoints keep a sum.
 
     Raises:
         LabError: the run is being resumed, and its pictures were others.
     """
     now = {name: {"fingerprint": part.fingerprint(), "pictures": list(part.names)} for name, part in splits.items()}
+    said = [(list(getattr(part, "labels", ())), getattr(part, "captions", ())) for part in splits.values()]
+    run.data = zlib.crc32(repr(said).encode())
     before = run.load_json("splits.json") if run.resumed else None
     if before is None:
         run.save_json("splits.json", now)
