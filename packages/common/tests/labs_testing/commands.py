@@ -24,7 +24,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
 from labs_common.cli import command_of
 from labs_common.compare.processes import start_server, stop_as_usual
-from labs_testing.sharded import FORCED, force_fsdp
+from labs_testing.sharded import FORCED, force_deepspeed, force_fsdp
 
 # Beside the project; read from where the tests start, as the package may be installed elsewhere.
 REAL_DATA = Path("../shared/data").resolve()
@@ -112,8 +112,10 @@ def launch_values(file: Path) -> dict[str, Any]:
     return values
 
 
-def with_deepspeed(file: Path, folder: Path, module: str, libraries: list[str], *arguments: object) -> None:
-    """Runs a command under a DeepSpeed configuration, in one process on a CPU, in which nothing is imported anew.
+def with_deepspeed(
+    file: Path, folder: Path, module: str, libraries: list[str], *arguments: object, count: int = 1
+) -> None:
+    """Runs a command under a DeepSpeed configuration, in `count` processes on a CPU, in which nothing is imported anew.
 
     Its environment is that in which `accelerate launch` would start it; that this does is for tests/test_launcher.py.
     """
@@ -121,13 +123,15 @@ def with_deepspeed(file: Path, folder: Path, module: str, libraries: list[str], 
     launch, defaults, _ = _validate_launch_command(asked)
     launch.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
     _, variables = prepare_deepspeed_cmd_env(launch)
-    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
-           "DS_ACCELERATOR": "cpu", "XDG_CACHE_HOME": str(folder)}  # fmt: skip
-    process = forked(module, libraries, *arguments, **(variables | one))
-    process.join(240)
-    if process.exitcode is None:
-        process.kill()
-    assert process.exitcode == 0
+    all_of_them = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
+                   "DS_ACCELERATOR": "cpu", "XDG_CACHE_HOME": str(folder)}  # fmt: skip
+    own: list[dict[str, str]] = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    processes = [forked(module, libraries, *arguments, **(variables | all_of_them | one)) for one in own]
+    for process in processes:
+        process.join(240)
+        if process.exitcode is None:
+            process.kill()
+    assert [process.exitcode for process in processes] == [0] * count
 
 
 def _run(module: str, arguments: list[str], more: dict[str, str], said: Path | None) -> None:
@@ -137,9 +141,7 @@ def _run(module: str, arguments: list[str], more: dict[str, str], said: Path | N
     if FORCED in os.environ:
         force_fsdp()
     if os.environ.get("DS_ACCELERATOR") == "cpu":
-        # It compiles what several processes on one machine share: a minute, and there is one process.
-        deepspeed = importlib.import_module("deepspeed")
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        force_deepspeed()
     if said is not None:
         sys.stderr = said.open("w")
     torch.set_num_threads(1)  # as in the other processes: the same bytes need the same threads

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from labs_common.cli import config_from_yaml
 from labs_common.errors import LabError, reason_of
 from labs_common.run import written_whole
-from labs_common.sharding import place
+from labs_common.sharding import place, reads_weights, take_over
 from llm_peft_fa.base import device, load_model
 from llm_peft_fa.config import SubjectOptions, TrainConfig
 from llm_peft_fa.methods import METHODS
@@ -99,18 +99,18 @@ def difference(now: Tensors, start: Tensors) -> Tensors:
     return {name: tensor.contiguous() for name, tensor in made.items()}
 
 
-def load_tuned(run: Path, model: str, quantized: bool = False) -> Adapted:
-    """Loads a run's result for inference: its adapter on the base `model`, or its own model.
+def load_tuned(run: Path, model: str, quantized: bool = False, read: bool = True) -> Adapted:
+    """Loads a run's result for inference: its adapter on the base `model`, or its own model; for `read` see `load_model`.
 
     Raises:
         LabError: neither is there, or the adapter does not fit the base.
     """
     if (run / "model").is_dir():
-        return load_model(str(run / "model"))
-    return adapted_model(run / "adapter", model, quantized)
+        return load_model(str(run / "model"), read=read)
+    return adapted_model(run / "adapter", model, quantized, read)
 
 
-def adapted_model(folder: Path, model: str, quantized: bool = False) -> PeftModel:
+def adapted_model(folder: Path, model: str, quantized: bool = False, read: bool = True) -> PeftModel:
     """Loads the base `model` with the adapter of `folder` on it, for inference.
 
     Raises:
@@ -118,7 +118,7 @@ def adapted_model(folder: Path, model: str, quantized: bool = False) -> PeftMode
     """
     try:
         PeftConfig.from_pretrained(str(folder))  # before the base is read: its absence is told at once
-        base = load_model(model, quantized=quantized)
+        base = load_model(model, quantized=quantized, read=read)
         adapted: PeftModel = PeftModel.from_pretrained(base, str(folder))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise LabError(f"{folder}: no adapter can be loaded from here ({reason_of(error)[:200]})") from error
@@ -127,9 +127,12 @@ def adapted_model(folder: Path, model: str, quantized: bool = False) -> PeftMode
 
 def placed(tuned: Adapted, accelerator: Accelerator) -> Adapted:
     """Puts a loaded model on this process's device; its layers in parts under FSDP and ZeRO-3 (see `place`)."""
-    place(base_of(tuned), accelerator)
+    spread = place(base_of(tuned), accelerator)
     if isinstance(tuned, PeftModel) and tuned.active_peft_config.is_prompt_learning:
-        tuned.prompt_encoder.to(accelerator.device)
+        if spread:
+            take_over(tuned.prompt_encoder, accelerator.device)
+        else:
+            tuned.prompt_encoder.to(accelerator.device)
     return tuned
 
 
@@ -143,7 +146,7 @@ def plain_base(tuned: Adapted, model: str, accelerator: Accelerator | None = Non
         with tuned.disable_adapter():
             yield tuned
     else:
-        base: PreTrainedModel = load_model(model)
+        base = load_model(model, read=accelerator is None or reads_weights(accelerator))
         if accelerator is None:
             torch.nn.Module.to(base, tuned.device)
         else:
