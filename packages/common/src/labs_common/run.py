@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 from accelerate.utils import broadcast_object_list
 
-from labs_common.cli import begun, config_to_yaml, flat_options
+from labs_common.cli import begun, chosen, config_to_yaml, flat_options
 from labs_common.errors import LabError
 from labs_common.options import RunOptions
 
@@ -286,7 +286,7 @@ def _make_directory(path: Path, config: Any) -> str | None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         (path / "figures").mkdir()
-        write_atomically(path / "environment.json", json.dumps(environment(), indent=1) + "\n")
+        write_atomically(path / "environment.json", json.dumps(environment() | {"chosen": chosen(config)}, indent=1) + "\n")
         write_atomically(path / "config.yaml", config_to_yaml(config))
     except OSError as error:
         return f"--output {path}: cannot be written ({error.strerror})"

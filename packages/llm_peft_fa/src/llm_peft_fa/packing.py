@@ -4,6 +4,7 @@ An optimizer step is `batch_size` conversations, whatever the number of processe
 of about equal length, as many rows as the processes can share evenly.
 """
 
+import heapq
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -86,12 +87,12 @@ def spread(conversations: Sequence[Encoded], tokens: int, multiple: int = 1, vir
     count = -(-max(1, -(-total // limit)) // multiple) * multiple
     while True:
         rows: list[list[Encoded]] = [[] for _ in range(count)]
-        sizes = [0] * count
+        sizes = [(0, place) for place in range(count)]  # a heap: the emptiest row first, of equal ones the first
         for item in longest_first:
-            place = sizes.index(min(sizes))
+            size, place = sizes[0]
             rows[place].append(item)
-            sizes[place] += virtual + len(item.ids)
-        if max(sizes) <= limit:
+            heapq.heapreplace(sizes, (size + virtual + len(item.ids), place))
+        if max(sizes)[0] <= limit:
             return rows
         count += multiple
 
