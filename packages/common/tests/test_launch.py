@@ -17,7 +17,14 @@ from labs_common.launch import check_launch
 from labs_common.options import Precision, TrainingOptions
 from labs_common.training import make_accelerator
 
-LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION")
+LAUNCHED = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "TORCHELASTIC_RUN_ID",
+    "ACCELERATE_USE_CPU",
+    "ACCELERATE_MIXED_PRECISION",
+)
 
 
 @pytest.fixture

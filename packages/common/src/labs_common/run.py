@@ -286,7 +286,9 @@ def _make_directory(path: Path, config: Any) -> str | None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         (path / "figures").mkdir()
-        write_atomically(path / "environment.json", json.dumps(environment() | {"chosen": chosen(config)}, indent=1) + "\n")
+        write_atomically(
+            path / "environment.json", json.dumps(environment() | {"chosen": chosen(config)}, indent=1) + "\n"
+        )
         write_atomically(path / "config.yaml", config_to_yaml(config))
     except OSError as error:
         return f"--output {path}: cannot be written ({error.strerror})"

@@ -1,4 +1,4 @@
-"""Weights spread over processes, whole only while a layer computes: by PyTorch's FSDP2, a unit per layer, or by ZeRO-3."""
+"""Weights spread over processes, whole only while a layer computes: by PyTorch's FSDP2, or by DeepSpeed's ZeRO-3."""
 
 import copy
 import importlib
@@ -117,7 +117,7 @@ def spreads_weights(accelerator: Accelerator) -> bool:
 
 
 def reads_weights(accelerator: Accelerator) -> bool:
-    """Tells whether this process has to read a model: where weights are spread all others get them from the main one."""
+    """Tells whether this process has to read a model: where weights are spread, others take the main one's."""
     return accelerator.is_main_process or not spreads_weights(accelerator)
 
 

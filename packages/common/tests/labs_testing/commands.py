@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import importlib
 import io
 import json
 import multiprocessing

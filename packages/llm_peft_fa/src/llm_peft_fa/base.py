@@ -61,9 +61,7 @@ def own_template(model: str) -> bool:
     return bool(AutoTokenizer.from_pretrained(model_path(model)).chat_template)
 
 
-def load_model(
-    model: str, precision: str | None = None, quantized: bool = False, read: bool = True
-) -> PreTrainedModel:
+def load_model(model: str, precision: str | None = None, quantized: bool = False, read: bool = True) -> PreTrainedModel:
     """Loads a causal language model, in evaluation mode, whose attention can be packed.
 
     With Accelerate's `precision` bf16 or fp16 the weights are kept in 16 bits, which suits a frozen base, else in

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from labs_common.cli import config_from_yaml
 from labs_common.errors import LabError, reason_of
