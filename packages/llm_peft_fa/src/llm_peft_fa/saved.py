@@ -100,7 +100,9 @@ def difference(now: Tensors, start: Tensors) -> Tensors:
 
 
 def load_tuned(run: Path, model: str, quantized: bool = False, read: bool = True) -> Adapted:
-    """Loads a run's result for inference: its adapter on the base `model`, or its own model; for `read` see `load_model`.
+    """Loads a run's result for inference: its adapter on the base `model`, or its own model.
+
+    For `read` see `load_model`.
 
     Raises:
         LabError: neither is there, or the adapter does not fit the base.
