@@ -212,7 +212,7 @@ def test_nothing_is_recorded_below_the_first_layer_that_trains(model_dir: Path) 
 
 
 @pytest.mark.parametrize(
-    ("count", "tokens", "multiple", "virtual"), [(200, 130, 2, 3), (40, 333, 1, 0), (3, 900, 4, 0)]
+    ("count", "tokens", "multiple", "virtual"), [(200, 400, 2, 40), (40, 333, 1, 0), (3, 900, 4, 0)]
 )
 def test_spread_is_longest_first_into_the_emptiest_row(count: int, tokens: int, multiple: int, virtual: int) -> None:
     """Graham's rule, written out: each choice looks at every row."""
