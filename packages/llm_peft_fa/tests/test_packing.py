@@ -231,6 +231,7 @@ def test_spread_is_longest_first_into_the_emptiest_row(count: int, tokens: int, 
     assert [[item.where for item in row] for row in found] == [
         [item.where for item in row] for row in by_hand(len(found))
     ]
+    assert max(map(size, found)) <= tokens
     fewer = len(found) - multiple
     assert fewer == 0 or max(map(size, by_hand(fewer))) > tokens
 
