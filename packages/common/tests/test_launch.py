@@ -12,11 +12,19 @@ from test_training import OPTIONS, finish
 from toy import commands
 
 from labs_common.device import mixed_precision
+from labs_common.errors import LabError
 from labs_common.launch import check_launch
 from labs_common.options import Precision, TrainingOptions
 from labs_common.training import make_accelerator
 
-LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION")
+LAUNCHED = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "TORCHELASTIC_RUN_ID",
+    "ACCELERATE_USE_CPU",
+    "ACCELERATE_MIXED_PRECISION",
+)
 
 
 @pytest.fixture
@@ -58,6 +66,16 @@ def test_a_launcher_that_does_not_count_is_left_alone(
     assert said_of("bf16", eight, capsys, WORLD_SIZE="16", RANK="0") == ""
 
 
+def test_a_gpu_that_a_scheduler_bound_to_each_process_is_enough(
+    eight: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `srun --gpus-per-task=1` in a script that counts; the processes of torchrun see the same one."""
+    bound = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "RANK": "3", "CUDA_VISIBLE_DEVICES": "3"}
+    assert said_of("bf16", eight, capsys, **bound) == ""
+    with pytest.raises(LabError, match="4 processes on a machine with 1 GPU"):
+        said_of("bf16", eight, capsys, TORCHELASTIC_RUN_ID="none")
+
+
 def test_no_precision_of_a_gpu_where_the_cpu_is_asked_for(eight: pytest.MonkeyPatch) -> None:
     eight.setattr(torch.cuda, "is_available", lambda: True)
     eight.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
@@ -94,7 +112,7 @@ def test_the_option_decides_on_precision(
 def in_a_fork(rank: int, visible: str, arguments: list[str], said: Path) -> None:
     """The toy as one of two processes that a launcher started on a machine whose driver counts two GPUs."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "CUDA_VISIBLE_DEVICES": visible}  # fmt: skip
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "CUDA_VISIBLE_DEVICES": visible, "TORCHELASTIC_RUN_ID": "none"}  # fmt: skip
     os.environ.pop("ACCELERATE_USE_CPU", None)
     torch.cuda._raw_device_count_nvml = lambda: 2
     torch.accelerator.device_count = torch.cuda._device_count_nvml

@@ -1,15 +1,19 @@
 import xml.etree.ElementTree as ET
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
+from labs_common import cli
+from labs_common.options import RunOptions
 from labs_common.report.classes import Predictions, wilson_interval
 from labs_common.report.figures import bar_figure, curve_figure, histogram_figure
 from labs_common.report.page import Code, Figure, Section, Table, Text, write_report
-from labs_common.report.sections import structure_of
+from labs_common.report.sections import asked_section, structure_of
 from labs_common.run import Run
 
 
@@ -99,3 +103,29 @@ def test_a_network_is_a_stack_of_its_parts_with_equal_layers_taken_together() ->
     assert [(cell.trained, cell.fixed) for cell in found.rows[2].cells] == [(0, 20), (8, 0)]
     assert found.parameters == sum(parameter.numel() for parameter in network.parameters()) == 12 + 3 * 28 + 15
     assert found.trainable == found.parameters - 12 - 20
+
+
+@dataclass
+class Options:
+    width: int = 3
+    rate: float | None = None
+    depth: int = 2
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+def test_what_was_chosen_stands_apart_from_what_was_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also in a run that was resumed, whose config has both."""
+    asked = RunOptions(output=tmp_path / "run", track="none")
+    monkeypatch.setattr(cli, "_given", Options(width=5, run=asked))
+    begun = Options(width=5, rate=0.5, run=asked)
+    Run.start(begun, asked, "test", Accelerator(cpu=True))
+    resumed = replace(begun, run=replace(asked, resume=tmp_path / "run"))
+    for config in (begun, resumed):
+        monkeypatch.setattr(cli, "_given", Options(width=5, run=asked) if config is begun else resumed)
+        first, chosen, every = asked_section(config).blocks
+        assert ("--width", "5") in first.rows
+        assert chosen.rows == [("--rate", "0.5")]
+        assert not {"--rate", "--depth"} & {name for name, _ in first.rows}
+        assert {"--rate", "--depth"} <= {name for name, _ in every.rows}
+    monkeypatch.setattr(cli, "_given", None)  # a program that calls the function
+    assert ("--rate", "0.5") in asked_section(begun).blocks[0].rows

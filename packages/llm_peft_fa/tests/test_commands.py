@@ -37,6 +37,10 @@ def test_a_run_leaves_everything_that_it_promises(finished: Path) -> None:
     html = (finished / "report.html").read_text(encoding="utf-8")
     for heading in ("What was asked", "Data", "What trained", "Curves", "Numbers", "Answers before and after", "Cost"):
         assert heading in html
+    asked, given_by_us = html.split("chosen for it")[0], html.split("chosen for it")[1].split("every option")[0]
+    assert "--rank" in asked
+    assert "--learning-rate" in given_by_us
+    assert "--rank" not in given_by_us
     assert "hashed before and after training: all are unchanged" in html
     first = json.loads((finished / "answers.json").read_text())[0]
     assert first["prompt"] in html

@@ -211,6 +211,31 @@ def test_nothing_is_recorded_below_the_first_layer_that_trains(model_dir: Path) 
     assert recorded == [False, True]
 
 
+@pytest.mark.parametrize(
+    ("count", "tokens", "multiple", "virtual"), [(200, 400, 2, 40), (40, 333, 1, 0), (3, 900, 4, 0)]
+)
+def test_spread_is_longest_first_into_the_emptiest_row(count: int, tokens: int, multiple: int, virtual: int) -> None:
+    """Graham's rule, written out: each choice looks at every row."""
+    items = conversations(count, seed=count)
+    found = spread(items, tokens, multiple, virtual)
+
+    def size(row: list[Encoded]) -> int:
+        return sum(virtual + len(item.ids) for item in row)
+
+    def by_hand(count: int) -> list[list[Encoded]]:
+        rows: list[list[Encoded]] = [[] for _ in range(count)]
+        for item in sorted(items, key=lambda item: -len(item.ids)):
+            min(rows, key=size).append(item)
+        return rows
+
+    assert [[item.where for item in row] for row in found] == [
+        [item.where for item in row] for row in by_hand(len(found))
+    ]
+    assert max(map(size, found)) <= tokens
+    fewer = len(found) - multiple
+    assert fewer == 0 or max(map(size, by_hand(fewer))) > tokens
+
+
 def test_spread_keeps_every_conversation_once_and_the_limit() -> None:
     items = conversations(50)
     for multiple in (1, 2, 3):

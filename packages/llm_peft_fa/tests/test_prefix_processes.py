@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from commands import LAUNCH, LIBRARIES, SMALL, forked, here, trained, without_rank
-from labs_testing.commands import free_port, with_deepspeed
+from labs_testing.commands import free_port, in_two_processes, with_deepspeed
+from labs_testing.sharded import fsdp_variables
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -55,11 +56,22 @@ def test_two_processes_save_a_prefix_that_loads(prefix: Path, gemma_dir: Path, t
 
 
 @pytest.mark.long
+def test_two_that_shard_save_a_prefix_that_loads(prefix: Path, gemma_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "two"
+    variables = fsdp_variables(LAUNCH / "fsdp.yaml")
+    in_two_processes("llm_peft_fa.train", LIBRARIES, *options(gemma_dir, run), **variables)
+    assert_same_prefix(run, prefix, gemma_dir, 1e-3)
+
+
+@pytest.mark.long
 def test_deepspeed_saves_a_prefix_that_loads(prefix: Path, gemma_dir: Path, tmp_path: Path) -> None:
-    """ZeRO-3 is the hard one: the encoder's weights lie in parts when the prefix is made for saving."""
+    """ZeRO-3 is the hard one: the encoder's weights lie in parts when the prefix is made for saving.
+
+    The base is read by one of the two processes alone, and so is what was saved.
+    """
     pytest.importorskip("deepspeed", reason="needs the extra llm-peft-fa[deepspeed]")
     run = tmp_path / "run"
     with_deepspeed(LAUNCH / "deepspeed_zero3.yaml", tmp_path, "llm_peft_fa.train", LIBRARIES,
-                   *options(gemma_dir, run))  # fmt: skip
+                   *options(gemma_dir, run), ranks=2)  # fmt: skip
     assert list(run.glob("checkpoints/*/sharded")), "DeepSpeed took part"
     assert_same_prefix(run, prefix, gemma_dir, 1e-3)

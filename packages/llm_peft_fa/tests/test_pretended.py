@@ -1,12 +1,19 @@
 """Every method and every command that computes, on a GPU that is pretended: no tensor is on the wrong device."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import torch
 from commands import LIBRARIES
+from labs_testing.pretended import pretended_gpu
 from labs_testing.pretended_runs import Asked, Budget, assert_within, on_pretended_gpu
 
+from llm_peft_fa.base import load_model
 from llm_peft_fa.methods import METHODS
+from llm_peft_fa.model import PackedCausalLM, mean_loss
+from llm_peft_fa.packing import packed_row
+from llm_peft_fa.templates import Encoded
 
 pytestmark = pytest.mark.pretended
 
@@ -57,3 +64,16 @@ def test_qlora(llama_dir: Path, tmp_path: Path) -> None:
     asked = ("--model", llama_dir, "--method", "qlora", *SMALL, "--output", tmp_path / "run")
     (ran,) = on_pretended_gpu(LIBRARIES, tmp_path / "said", Asked("llm_peft_fa.train", asked))
     assert_within(ran, METHOD)
+
+
+def test_an_evaluation_waits_for_the_gpu_once(llama_dir: Path) -> None:
+    waits = []
+    with pretended_gpu() as gpu:
+        model = PackedCausalLM(load_model(str(llama_dir), "no")).to("cuda")
+        accelerator = Mock(device=torch.device("cuda"), reduce=lambda total, how: total)
+        for count in (2, 2, 6):  # the first one also tries out the attention's kernels
+            rows = [packed_row([Encoded([2, 5, 6, 7], [False, True, True, True], "")])] * count
+            before = gpu.syncs.total()
+            mean_loss(model, rows, accelerator)
+            waits.append(gpu.syncs.total() - before)
+    assert waits[1] == waits[2], "as often for six rows as for two"

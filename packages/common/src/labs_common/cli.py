@@ -29,6 +29,7 @@ GLOSSARY = "Words of the field are explained in the project's docs/glossary.md."
 # What asks a training to save and stop: Ctrl-C; `timeout`, a queue or another process; a scheduler's warning before its
 # time limit; a terminal that is closed.
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+_given: Any = None  # the config of the command line, before anything is chosen for it
 _run: Path | None = None  # that this process works on
 held = contextlib.ExitStack()  # what this process gives back when its command ends: its run's lock
 _terminals: list[int] = []  # of stdout and stderr; a closed one can no longer be told from a file
@@ -50,7 +51,8 @@ def run_command(
     begun(None)
     try:
         with _warnings_interrupt():
-            config = parse(config_type, f"python -m {module or home}", arguments)
+            global _given
+            config = _given = parse(config_type, f"python -m {module or home}", arguments)
             getattr(importlib.import_module(home), function)(config)
     except LabError as error:
         if debug:
@@ -185,6 +187,14 @@ def flat_options(config: Any) -> dict[str, Any]:
         value = getattr(config, field.name)
         options.update(flat_options(value) if dataclasses.is_dataclass(value) else {field.name: value})
     return options
+
+
+def chosen(config: Any) -> list[str]:
+    """Lists the options of which `config` has another value than the command line and its config file gave."""
+    if type(_given) is not type(config):
+        return []
+    given = flat_options(_given)
+    return [name for name, value in flat_options(config).items() if value != given[name]]
 
 
 def _parse_flags(config_type: type[Config], default: Config, prog: str, arguments: Sequence[str]) -> Config:

@@ -28,6 +28,10 @@ def check_launch(precision: str) -> None:
     if get_int_from_env(["WORLD_SIZE"], 1) > 1 and not {"LOCAL_WORLD_SIZE", "LOCAL_SIZE"} & os.environ.keys():
         return  # a launcher that does not say how many are on this machine
     gpus = torch.accelerator.device_count()
+    # torchrun and DeepSpeed's launcher start processes that see the same GPUs. A scheduler binds one to each
+    # (srun --gpus-per-task=1): then the one that a process sees is its own.
+    if gpus == 1 and not {"TORCHELASTIC_RUN_ID", "LOCAL_SIZE"} & os.environ.keys():
+        return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     of = f"{gpus} GPU{'' if gpus == 1 else 's'}" + ("" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})")
     # A single process goes on without a GPU. Several would not: Accelerate gives two of them the same GPU, and where

@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 from accelerate.utils import broadcast_object_list
 
-from labs_common.cli import begun, config_to_yaml, flat_options, held, to_plain
+from labs_common.cli import begun, chosen, config_to_yaml, flat_options, held, to_plain
 from labs_common.errors import LabError
 from labs_common.options import RESUME_MAY_CHANGE, RunOptions
 
@@ -343,7 +343,7 @@ def _make_directory(path: Path, config: Any) -> str | None:
         (path / "figures").mkdir()
         if trouble := _locked(path):
             return trouble
-        about = {"run": uuid.uuid4().hex} | environment()
+        about = {"run": uuid.uuid4().hex} | environment() | {"chosen": chosen(config)}
         write_atomically(path / "environment.json", json.dumps(about, indent=1) + "\n")
         write_atomically(path / "config.yaml", config_to_yaml(config))
     except OSError as error:

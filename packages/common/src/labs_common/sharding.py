@@ -1,5 +1,7 @@
-"""Weights spread over processes by PyTorch's FSDP2: a unit per layer, whole only while the layer computes."""
+"""Weights spread over processes, whole only while a layer computes: by PyTorch's FSDP2, or by DeepSpeed's ZeRO-3."""
 
+import copy
+import importlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,15 +88,37 @@ def shard(
             parameter.data = parameter.data.float()
     for layer in repeated_layers(model):
         dtype = None if any(isinstance(part, RUNNING) for part in layer.modules()) else COMPUTED_IN.get(precision)
-        _take_over(layer, device)
+        take_over(layer, device)
         _unit(layer, dtype, reshard, offload)
     # What remains is used at the beginning and at the end: it stays whole between forward and backward pass.
-    _take_over(model, device)
+    take_over(model, device)
     _unit(model, None, None, offload)
     if optimizer is not None:
-        now = dict(model.named_parameters())
-        for group in optimizer.param_groups:
-            group["params"] = [now[names[id(parameter)]] for parameter in group["params"]]
+        _tell(optimizer, model, names)
+
+
+def _tell(optimizer: torch.optim.Optimizer, model: torch.nn.Module, names: dict[int, str]) -> None:
+    """Hands the optimizer the parameters of now, of those whose `names` were kept by their ids before."""
+    now = dict(model.named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [now[names[id(parameter)]] for parameter in group["params"]]
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    """Returns the stage of DeepSpeed's ZeRO under which the launch runs: 3 spreads weights; 0 without DeepSpeed."""
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    return int(accelerator.deepspeed_plugin.zero_stage) if deepspeed else 0
+
+
+def spreads_weights(accelerator: Accelerator) -> bool:
+    """Tells whether the launch spreads weights over several processes, by FSDP or ZeRO-3."""
+    spreads = zero_stage(accelerator) == 3 or accelerator.distributed_type == DistributedType.FSDP
+    return spreads and accelerator.num_processes > 1
+
+
+def reads_weights(accelerator: Accelerator) -> bool:
+    """Tells whether this process has to read a model: where weights are spread, others take the main one's."""
+    return accelerator.is_main_process or not spreads_weights(accelerator)
 
 
 def place(model: torch.nn.Module, accelerator: Accelerator) -> bool:
@@ -105,22 +129,21 @@ def place(model: torch.nn.Module, accelerator: Accelerator) -> bool:
     """
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         return True
-    kind, device = accelerator.distributed_type, accelerator.device
-    stage_3 = kind == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3
-    if accelerator.num_processes == 1 or not (stage_3 or kind == DistributedType.FSDP):
+    device = accelerator.device
+    if not spreads_weights(accelerator):
         model.to(device)
         return False
     for layer in repeated_layers(model):
-        _take_over(layer, device)
+        take_over(layer, device)
         _unit(layer, None, True, OffloadPolicy())
-    _take_over(model, device)
+    take_over(model, device)
     others = {parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)}
     fully_shard(model, ignored_params=others, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     return True
 
 
 @torch.no_grad()
-def _take_over(module: torch.nn.Module, device: torch.device) -> None:
+def take_over(module: torch.nn.Module, device: torch.device) -> None:
     """Puts what is not sharded yet on `device`, contiguous, with the main process's values in all processes.
 
     So a run with FSDP begins as one with DistributedDataParallel does, and only one process has to read the weights.
@@ -129,8 +152,8 @@ def _take_over(module: torch.nn.Module, device: torch.device) -> None:
     for part in module.modules():
         for own in (part._parameters, part._buffers):
             for name, tensor in own.items():
-                if tensor is None or isinstance(tensor, DTensor):
-                    continue
+                if tensor is None or isinstance(tensor, DTensor) or hasattr(tensor, "ds_id"):
+                    continue  # sharded already, by FSDP2 or ZeRO-3
                 if id(tensor) not in made:
                     made[id(tensor)] = _from_main(tensor, device)
                 own[name] = made[id(tensor)]  # type: ignore[assignment]
@@ -172,6 +195,24 @@ def prepare_sharded(
     model.forward = forward
     prepared: torch.optim.Optimizer = accelerator.prepare_optimizer(optimizer)
     return model, prepared
+
+
+def partition(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Spreads the parameters of `model` as DeepSpeed's ZeRO-3 does, layer by layer, and tells the optimizer.
+
+    All processes take over the main one's, and others than it may have them on the meta device. DeepSpeed itself, given
+    a model that is not spread yet, puts the whole of it on each process's device first.
+    """
+    init = importlib.import_module("deepspeed").zero.Init  # of an extra
+    config = accelerator.deepspeed_plugin.dschf.config  # with its batch sizes filled in
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    dtype = COMPUTED_IN.get(accelerator.mixed_precision, torch.float32)  # the optimizer keeps what trains in float32
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    for layer in (*repeated_layers(model), model):
+        take_over(layer, accelerator.device)
+        init(module=layer, config_dict_or_path=copy.deepcopy(config), dtype=dtype)
+    _tell(optimizer, model, names)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import importlib
 import io
 import json
 import multiprocessing
@@ -21,13 +20,11 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
 from labs_common.cli import command_of
 from labs_common.compare.processes import start_server, stop_as_usual
-from labs_testing.sharded import FORCED, force_fsdp
+from labs_testing.sharded import FORCED, force_deepspeed, force_fsdp
 
 # Beside the project; read from where the tests start, as the package may be installed elsewhere.
 REAL_DATA = Path("../shared/data").resolve()
@@ -146,11 +143,7 @@ def _run(module: str, arguments: list[str], more: dict[str, str], said: Path | N
     if FORCED in os.environ:
         force_fsdp()
     if os.environ.get("DS_ACCELERATOR") == "cpu":
-        # It compiles what several processes on one machine share: a minute, and there is one process.
-        deepspeed = importlib.import_module("deepspeed")
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if os.environ["WORLD_SIZE"] != "1":  # Accelerate knows DeepSpeed in several processes on GPUs only
-            PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.NO)  # type: ignore[method-assign]
+        force_deepspeed()
     if said is not None:
         sys.stderr = said.open("w")
     torch.set_num_threads(1)  # as in the other processes: the same bytes need the same threads

@@ -1,5 +1,7 @@
 """FSDP2 on CPUs: Accelerate shards on GPUs only, and nothing else would show what sharded weights do to a lab."""
 
+import importlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -46,6 +48,16 @@ def force_fsdp() -> None:
         assert self.is_fsdp2
 
     Accelerator.__init__ = sharding  # type: ignore[method-assign]
+
+
+def force_deepspeed() -> None:
+    """Lets Accelerate find the other processes of a launch with DeepSpeed, which it looks for on GPUs only.
+
+    DeepSpeed's own kernel for processes on one machine is left out: compiling it takes a minute.
+    """
+    importlib.import_module("deepspeed").ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if os.environ["WORLD_SIZE"] != "1":
+        PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_CPU)
 
 
 @contextmanager

@@ -66,13 +66,14 @@ def _tokenizer(model: str) -> PreTrainedTokenizerBase:
     return found
 
 
-def load_model(model: str, precision: str | None = None, quantized: bool = False) -> PreTrainedModel:
+def load_model(model: str, precision: str | None = None, quantized: bool = False, read: bool = True) -> PreTrainedModel:
     """Loads a causal language model, in evaluation mode, whose attention can be packed.
 
     With Accelerate's `precision` bf16 or fp16 the weights are kept in 16 bits, which suits a frozen base, else in
     float32; what trains is put into float32 by the methods. None takes what inference takes on this machine, the
     precision that a GPU is fast in. `quantized`: the linear layers in 4-bit NF4 with double quantisation (Dettmers et
-    al. 2023). With fp16 the model computes under autocast only, see `model.arithmetic`.
+    al. 2023). With fp16 the model computes under autocast only, see `model.arithmetic`. Without `read` it has no
+    weights, and gets those of the main process where the launch spreads them, see `sharding.spreads_weights`.
 
     Raises:
         LabError: there is no such model, or its files cannot be read.
@@ -81,7 +82,7 @@ def load_model(model: str, precision: str | None = None, quantized: bool = False
     unset_hf_deepspeed_config()
     precision = precision or mixed_precision("auto")
     dtype = DTYPES[precision]
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {} if read else {"device_map": "meta"}
     if quantized:
         more["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from peft import AdaLoraModel, PeftModel, PeftType
 from transformers import PreTrainedModel
 
+from labs_common.device import widest_float
 from labs_common.errors import LabError
 from labs_common.report.figures import Cell, Row
 from labs_common.report.sections import Structure
@@ -125,10 +126,11 @@ def virtual_tokens(model: Adapted) -> int:
 def mean_loss(model: torch.nn.Module, rows: Iterable[PackedRow], accelerator: Accelerator) -> float:
     """Averages the negative log-likelihood, in nats, over the learnt tokens of `rows` (of one `Packing.rows`)."""
     model.eval()
-    total = torch.zeros((), dtype=torch.float64)
+    device = accelerator.device
+    total = torch.zeros((), dtype=widest_float(device), device=device)  # read once, after all rows
     for row in rows:
-        total += model(row.to(accelerator.device)).double().cpu() * row.weight
-    return float(accelerator.reduce(total.to(accelerator.device), "mean"))
+        total += model(row.to(device)).to(total) * row.weight
+    return float(accelerator.reduce(total, "mean"))
 
 
 def arithmetic(model: PreTrainedModel) -> AbstractContextManager[Any]:

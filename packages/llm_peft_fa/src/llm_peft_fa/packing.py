@@ -4,6 +4,7 @@ An optimizer step is `batch_size` conversations, whatever the number of processe
 of about equal length, as many rows as the processes can share evenly.
 """
 
+import heapq
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -77,23 +78,37 @@ def learnt_tokens(conversations: Sequence[Encoded]) -> int:
 def spread(conversations: Sequence[Encoded], tokens: int, multiple: int = 1, virtual: int = 0) -> list[list[Encoded]]:
     """Spreads conversations over rows of at most `tokens` tokens and about equal length, virtual tokens counted.
 
-    The number of rows is the least `multiple` that suffices; rows may stay empty. A conversation longer
+    The number of rows is a `multiple`, and with one less they would not do; rows may stay empty. A conversation longer
     than `tokens` gets a row that long. Longest first into the emptiest row (LPT, Graham 1969).
     """
     limit = max([tokens, *(virtual + len(item.ids) for item in conversations)])
     total = sum(virtual + len(item.ids) for item in conversations)
     longest_first = sorted(conversations, key=lambda item: -len(item.ids))
     count = -(-max(1, -(-total // limit)) // multiple) * multiple
-    while True:
-        rows: list[list[Encoded]] = [[] for _ in range(count)]
-        sizes = [0] * count
-        for item in longest_first:
-            place = sizes.index(min(sizes))
-            rows[place].append(item)
-            sizes[place] += virtual + len(item.ids)
-        if max(sizes) <= limit:
-            return rows
-        count += multiple
+    failed, step = count - multiple, multiple
+    while (rows := _filled(longest_first, count, limit, virtual)) is None:
+        failed, count, step = count, count + step, 2 * step
+    while count - failed > multiple:  # halve what lies between too few rows and enough
+        middle = failed + (count - failed) // multiple // 2 * multiple
+        if (fewer := _filled(longest_first, middle, limit, virtual)) is None:
+            failed = middle
+        else:
+            rows, count = fewer, middle
+    return rows
+
+
+def _filled(longest_first: Sequence[Encoded], count: int, limit: int, virtual: int) -> list[list[Encoded]] | None:
+    """Fills `count` rows, each time the emptiest; None if one would hold more than `limit` tokens."""
+    rows: list[list[Encoded]] = [[] for _ in range(count)]
+    sizes = [(0, place) for place in range(count)]  # a heap: the emptiest row first, of equal ones the first
+    for item in longest_first:
+        size, place = sizes[0]
+        longer = size + virtual + len(item.ids)
+        if longer > limit:
+            return None
+        rows[place].append(item)
+        heapq.heapreplace(sizes, (longer, place))
+    return rows
 
 
 @dataclass

@@ -13,13 +13,13 @@ from accelerate import Accelerator
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from labs_common.cli import config_from_yaml
 from labs_common.errors import LabError
 from labs_common.run import written_whole
 from labs_common.saved import load_auto, named
-from labs_common.sharding import place
+from labs_common.sharding import place, reads_weights, take_over
 from llm_peft_fa.base import device, load_model
 from llm_peft_fa.config import SubjectOptions, TrainConfig
 from llm_peft_fa.methods import METHODS
@@ -102,18 +102,20 @@ def difference(now: Tensors, start: Tensors) -> Tensors:
     return {name: tensor.contiguous() for name, tensor in made.items()}
 
 
-def load_tuned(run: Path, model: str, quantized: bool = False) -> Adapted:
+def load_tuned(run: Path, model: str, quantized: bool = False, read: bool = True) -> Adapted:
     """Loads a run's result for inference: its adapter on the base `model`, or its own model.
+
+    For `read` see `load_model`.
 
     Raises:
         LabError: neither is there, or the adapter does not fit the base.
     """
     if (run / "model").is_dir():
-        return load_model(str(run / "model"))
-    return adapted_model(run / "adapter", model, quantized)
+        return load_model(str(run / "model"), read=read)
+    return adapted_model(run / "adapter", model, quantized, read)
 
 
-def adapted_model(folder: Path, model: str, quantized: bool = False) -> PeftModel:
+def adapted_model(folder: Path, model: str, quantized: bool = False, read: bool = True) -> PeftModel:
     """Loads the base `model` with the adapter of `folder` on it, for inference.
 
     Raises:
@@ -123,7 +125,7 @@ def adapted_model(folder: Path, model: str, quantized: bool = False) -> PeftMode
     file = folder / "adapter_model.safetensors"
     if folder.is_dir() and not file.is_file():
         raise LabError(f"{folder}: holds no {file.name}; save the adapter again in safetensors")
-    base = load_model(model, quantized=quantized)
+    base = load_model(model, quantized=quantized, read=read)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")  # PEFT goes on with random ones
         adapted: PeftModel = load_auto(
@@ -155,9 +157,12 @@ def adapter_config(folder: Path, said: str) -> PeftConfig:
 
 def placed(tuned: Adapted, accelerator: Accelerator) -> Adapted:
     """Puts a loaded model on this process's device; its layers in parts under FSDP and ZeRO-3 (see `place`)."""
-    place(base_of(tuned), accelerator)
+    spread = place(base_of(tuned), accelerator)
     if isinstance(tuned, PeftModel) and tuned.active_peft_config.is_prompt_learning:
-        tuned.prompt_encoder.to(accelerator.device)
+        if spread:
+            take_over(tuned.prompt_encoder, accelerator.device)
+        else:
+            tuned.prompt_encoder.to(accelerator.device)
     return tuned
 
 
@@ -171,7 +176,7 @@ def plain_base(tuned: Adapted, model: str, accelerator: Accelerator | None = Non
         with tuned.disable_adapter():
             yield tuned
     else:
-        base: PreTrainedModel = load_model(model)
+        base = load_model(model, read=accelerator is None or reads_weights(accelerator))
         if accelerator is None:
             torch.nn.Module.to(base, tuned.device)
         else:

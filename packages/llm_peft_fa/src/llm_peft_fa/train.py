@@ -20,7 +20,7 @@ from labs_common.cache import path_name
 from labs_common.errors import LabError
 from labs_common.fitting import Fitted, Fitting, begin
 from labs_common.run import Run
-from labs_common.sharding import whole_outside_layers
+from labs_common.sharding import reads_weights, whole_outside_layers, zero_stage
 from labs_common.training import total_steps
 from llm_peft_fa.answers import before_and_after, collected_prompts
 from llm_peft_fa.base import check_quantization, load_model, load_tokenizer, model_path, stop_ids
@@ -59,12 +59,13 @@ def train(config: TrainConfig) -> None:
         print_refused(readings.values())
     config = fitted(config, accelerator, [len(item.ids) for item in texts["training"]])
     quantized = METHODS[config.method.method].quantized
-    base = load_model(name, accelerator.mixed_precision, quantized)
+    read = reads_weights(accelerator)
+    base = load_model(name, accelerator.mixed_precision, quantized, read)
     check_before_training(tokenizer, [*texts["training"], *texts["validation"]], stop_ids(base, tokenizer))
     if config.show_batch:
         show_learnt(tokenizer, texts["training"][: options.batch_size])
         return
-    if not next(base.parameters()).is_meta:  # with fsdp_cpu_ram_efficient_loading, only the main process has weights
+    if read:
         check_packed_loss(base)
     texts["plain text"] = encode_plain(tokenizer, paragraphs, config.data.max_length)
 
@@ -86,7 +87,7 @@ def train(config: TrainConfig) -> None:
     # The evaluation is of the files that were written: base and adapter are read back, in the place of these.
     del result, adapted, base
     accelerator.free_memory()
-    tuned = placed(load_tuned(run.path, name, quantized), accelerator)
+    tuned = placed(load_tuned(run.path, name, quantized, read), accelerator)
     before = plain_base(tuned, name, accelerator) if config.generation.answer_base else None
     both = before_and_after(tuned, before, tokenizer, prompts, config.generation, accelerator)
     if accelerator.is_main_process:
@@ -109,7 +110,7 @@ def check_machine(config: TrainConfig, accelerator: Accelerator) -> None:
         raise LabError(f"--attention {kernel}: needs a GPU; take auto")
     if kernel == "flash" and importlib.util.find_spec("flash_attn") is None:
         raise LabError("--attention flash: needs the package flash_attn, which is not installed; take auto")
-    stage_3 = kind == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3
+    stage_3 = zero_stage(accelerator) == 3
     if method.whole_gradients and kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         raise LabError(
             f"--method {options.method}: chooses ranks by whole gradients, which DeepSpeed and FSDP cut up; launch "

@@ -7,11 +7,12 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from labs_common.cli import flat_options, to_plain
+from labs_common.cli import chosen, flat_options, to_plain
 from labs_common.frozen.audit import FrozenAudit
 from labs_common.report.figures import Cell, Row, curve_figure
 from labs_common.report.page import Code, Figure, Section, Table, Text, save_figure
@@ -19,15 +20,17 @@ from labs_common.run import Run
 
 
 def asked_section(config: Any) -> Section:
-    """Lists the options that differ from their defaults, and all of them behind a fold."""
-    usual = flat_options(type(config)())
-    every, changed = [], []
-    for name, value in flat_options(config).items():
-        every.append(("--" + name.replace("_", "-"), _said(value)))
-        if value != usual[name]:
-            changed.append(every[-1])
-    first = Table(("option", "value"), changed) if changed else Text("All options had their defaults.")
-    return Section("What was asked", [first, Table(("option", "value"), every, "every option", folded=True)])
+    """Lists the options that differ from their defaults, apart what was chosen for them, and all behind a fold."""
+    usual, options = flat_options(type(config)()), flat_options(config)
+    # A resumed run has read what was chosen from its config, as if it had been asked for.
+    before = Path(options["resume"], "environment.json") if options.get("resume") else None
+    ours = chosen(config) if before is None else json.loads(before.read_text(encoding="utf-8")).get("chosen", [])
+    every = {name: ("--" + name.replace("_", "-"), _said(value)) for name, value in options.items()}
+    asked = [every[name] for name, value in options.items() if value != usual[name] and name not in ours]
+    shown = Table(("option", "value"), asked) if asked else Text("All options had their defaults.")
+    more = [Table(("option", "value"), [every[name] for name in ours], "chosen for it")] if ours else []
+    whole = Table(("option", "value"), [*every.values()], "every option", folded=True)
+    return Section("What was asked", [shown, *more, whole])
 
 
 def trained_section(audit: FrozenAudit) -> Section:
@@ -85,6 +88,7 @@ def cost_section(run: Run, unit: str, seconds: Mapping[str, float]) -> Section:
 def rerun_section(run: Run) -> Section:
     """Gives the exact command, the machine and the versions."""
     environment = run.load_json("environment.json")
+    environment.pop("chosen", None)  # see `asked_section`
     packages = list(environment.pop("packages").items())
     rows = [(name.replace("_", " "), _said(value)) for name, value in environment.items()]
     versions = Table(("package", "version"), packages, "versions", folded=True)
