@@ -227,7 +227,9 @@ def _one_line(box: str) -> str:
         else:
             parts[-1].append(line.strip())
     parts = [part for part in parts if part] or [[]]
-    message = " ".join(parts[0]).strip().rstrip(" .") or "the command line could not be read"
+    message = (
+        " ".join(parts[0]).strip().rstrip(" .").removeprefix("Error parsing ") or "the command line could not be read"
+    )
     if len(parts) > 1 and parts[1][:1] == ["Perhaps you meant:"]:
         flags = [line.split()[0].rstrip(",") for line in parts[1][1:] if line.startswith("--")]
         message += f"; perhaps you meant {' or '.join(flags)}"

@@ -59,8 +59,6 @@ def attack(config: AttackConfig) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LabError("attack works in one process, picture after picture: run it with python -m")
     counts = counts_of(config.used)
-    if config.radius < 0 or not 0 < config.wanted <= 1 or config.passes < 1:
-        raise LabError("--radius must not be negative, --wanted above 0 and at most 1, --passes at least 1")
     names = entries_of("--models", config.models)
     accelerator = begin(config.run, config.training)
     splits = read_splits(config.data, config.run.seed, shown=True)
