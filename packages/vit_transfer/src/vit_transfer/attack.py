@@ -93,7 +93,7 @@ def counts_of(used: str) -> list[int]:
         LabError: one is no number above 0.
     """
     parts = [part.strip() for part in used.split(",") if part.strip()]
-    if not parts or not all(part.isdigit() and int(part) > 0 for part in parts):
+    if not parts or not all(part.isdecimal() and int(part) for part in parts):
         raise LabError(f"--used {used!r}: must be numbers above 0 with commas between, such as 50,100,200")
     return sorted({int(part) for part in parts})
 
