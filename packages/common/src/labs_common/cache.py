@@ -1,5 +1,6 @@
 """Directories that are made once and kept under the user's cache directory, with check sums."""
 
+import errno
 import hashlib
 import json
 import os
@@ -29,6 +30,24 @@ def cache_directory() -> Path:
         raise LabError(f"there is no home directory for the cache: {REMEDY}") from error
 
 
+def check_cache(writes: bool = False) -> None:
+    """Makes the cache's directory; one that is there may be read-only unless something `writes` to it.
+
+    Every command begins with it: other libraries keep under the same directory, or home, what they download, and each
+    would say in its own words that it cannot.
+
+    Raises:
+        LabError: it cannot be made, or written.
+    """
+    folder = cache_directory()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if writes and not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "it cannot be written")
+    except OSError as error:
+        raise LabError(f"the cache {folder} cannot be used ({error.strerror}): {REMEDY}") from error
+
+
 def path_name(model: str) -> str:
     """Makes a model's id or directory a part of a file name: google/gemma-2-2b gives google-gemma-2-2b."""
     return model.strip("./").replace("/", "-")
@@ -51,15 +70,13 @@ def cached_directory(name: str, recipe: Any, make: Callable[[Path], None], chang
         LabError: the cache cannot be written, and the directory is not there.
     """
     final = cache_directory() / f"{name}-{recipe_key(recipe)}"
-    try:
-        if final.is_dir():
-            if changes or _is_whole(final):
-                return final
-            print(f"{final} is damaged: it is made again", file=sys.stderr, flush=True)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-    except OSError as error:
-        raise LabError(f"the cache {final.parent} cannot be used ({error.strerror}): {REMEDY}") from error
+    check_cache()
+    if final.is_dir():
+        if changes or _is_whole(final):
+            return final
+        print(f"{final} is damaged: it is made again", file=sys.stderr, flush=True)
+    check_cache(writes=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     damaged = part.with_name(f"{part.name}.damaged")
     try:
         make(part)

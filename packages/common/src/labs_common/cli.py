@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
+from labs_common.cache import check_cache
 from labs_common.errors import LabError, reason_of
 from labs_common.options import RESUME_MAY_CHANGE
 
@@ -50,6 +51,7 @@ def run_command(
     try:
         with _warnings_interrupt():
             config = parse(config_type, f"python -m {module or home}", arguments)
+            check_cache()
             getattr(importlib.import_module(home), function)(config)
     except LabError as error:
         if debug:
