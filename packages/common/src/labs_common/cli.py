@@ -138,6 +138,10 @@ def parse(config_type: type[Config], prog: str, arguments: Sequence[str], defaul
     elif default is None:
         default = config_type()
     config = _parse_flags(config_type, default, prog, arguments)
+    usual = flat_options(config_type())
+    for name, value in flat_options(config).items():
+        if value == "" != usual[name]:  # --data "$DATA" of a variable that is not set
+            raise LabError(f"--{name.replace('_', '-')}: is empty; name something, or drop the option")
     if resume is not None:
         _refuse_other_run(default, config, resume)
     return config
