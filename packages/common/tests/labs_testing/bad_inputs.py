@@ -57,7 +57,6 @@ OPTIONS: Rows = {
     "--patience -1": "--patience: must be a whole number at least 0",
     "--seed -1": "--seed: must be a whole number at least 0",
     "--seed 4294967296": "--seed: must be a whole number at least 0 and at most 2147483647",
-    "--limit -1": "--limit: must be a whole number at least 0",
     "--learning-rate nan": "--learning-rate: must be a number at least 0",
     "--learning-rate=-inf": "--learning-rate: must be a number at least 0",
     "--learning-rate 1e400": "--learning-rate: must be a number at least 0",
@@ -114,6 +113,7 @@ DATA: dict[str, Rows] = {
         "--data {files}/cut-captions": "cut.png",
         "--data {files}/latin": "latin",
         "--splits {files}/nowhere": "--splits",
+        "--limit -1": "--limit: must be a whole number at least 0",
     },
     "classes": {
         "--data {files}/garbage.parquet": "garbage.parquet",
@@ -121,6 +121,7 @@ DATA: dict[str, Rows] = {
         "--data {files}/cut-classes": "cut.png",
         "--data {files}/list.yaml": "list.yaml",
         "--data {files}/pickled": "pickled",
+        "--limit -1": "--limit: must be a whole number at least 0",
     },
     "chats": {
         "--data {files}/garbage.parquet": "garbage.parquet",
@@ -130,6 +131,9 @@ DATA: dict[str, Rows] = {
         "--data {files}/numbers.jsonl": "numbers.jsonl:1",
         "--data {files}/roles.jsonl": "roles.jsonl:1",
         "--data {files}/latin.jsonl": "latin.jsonl",
+        "--conversations 0": "--conversations: must be a whole number at least 1",
+        "--rank 0": "--rank: must be a whole number at least 1",
+        "--dropout 1": "--dropout: must be a number at least 0 and below 1",
     },
     "coco": {
         "--data {files}/list.yaml": "list.yaml",
@@ -140,6 +144,7 @@ DATA: dict[str, Rows] = {
         "--split 50_10": "50_10",
         "--word-vectors {files}/list.yaml": "list.yaml",
         "--word-vectors nowhere.txt": "nowhere.txt",
+        "--limit -1": "--limit: must be a whole number at least 0",
     },
 }
 COCO = "annotations/instances_{}2017.json"
