@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import itertools
 import pkgutil
 import re
 import resource
@@ -59,6 +60,8 @@ TRAINING = {
     "data", "output", "seed", "epochs", "max_steps", "batch_size", "learning_rate", "precision", "resume", "config",
     "report", "debug", "track", "save_every", "keep", "patience",
 }  # fmt: skip
+# What no option takes for a number, nor for one of its choices.
+NO_NUMBERS = ("magic", "", "nan", "inf", "-inf", "1e400", "-1e400", "1" + 30 * "0", "1_000", "0x10", "-7", "9" * 5000)
 # Words that are no jargon: they stand for what the user fills in, or everybody knows them.
 PLAIN = {"NAME", "NAME-1", "DIRECTORY", "SPLIT", "JSON", "YAML", "CSV", "PNG", "HTML", "CPU", "GPU", "GPUs"}
 # Words of the field without capitals.
@@ -177,18 +180,37 @@ def test_wrong_options_are_one_line(module: str, arguments: tuple[str, ...], nam
     assert named in done.stderr
 
 
+def numbers(kind: typing.Any) -> bool:
+    """Says whether a type is of numbers: int, float | None, tuple[float, float], with bounds or without."""
+    return kind in (int, float) or any(map(numbers, typing.get_args(kind)))
+
+
 @every_command
-def test_wrong_values_are_one_line(module: str) -> None:
-    """Every number is asked for with a word, every choice with something that is none."""
-    config = config_type(module)
-    asked = 0
-    for name, kind in kinds(config).items():
-        if kind in (int, float) or typing.get_origin(kind) in (typing.Literal, typing.Annotated):
-            done = here(module, f"--{name.replace('_', '-')}", "magic", code=2)
-            assert len(done.stderr.splitlines()) == 1, done.stderr
-            assert f"--{name.replace('_', '-')}" in done.stderr
-            asked += 1
-    assert asked or module in ("vit_transfer.models", "zsi_contrastive.words")
+def test_every_number_has_bounds(module: str) -> None:
+    """No numeric option takes what is no number or beyond all measure; each says what it takes, in --help too."""
+    for name, kind in kinds(config_type(module)).items():
+        if numbers(kind):
+            (bounds,) = getattr(kind, "__metadata__", ("none",))
+            assert not isinstance(bounds, str), f"--{name}: say what it may be, as Count of labs_common.options does"
+            assert "<" in bounds.metavar
+            for wrong in NO_NUMBERS:
+                with pytest.raises(ValueError, match=r"must be a .*number .* and "):
+                    bounds.instance_from_str([wrong] * bounds.nargs)
+
+
+@pytest.mark.skipif(not MODULES, reason="no lab is installed here")
+def test_wrong_values_are_one_line() -> None:
+    """Every number and every choice, once for each name and type: what several commands share is one field."""
+    asked = {(name, str(kind)): module for module in MODULES for name, kind in kinds(config_type(module)).items()
+             if numbers(kind) or typing.get_origin(kind) in (typing.Literal, typing.Annotated)}  # fmt: skip
+    wrong = itertools.cycle(NO_NUMBERS)
+    for (name, kind), module in asked.items():
+        flag = f"--{name.replace('_', '-')}"
+        values = [next(wrong)] * (2 if "tuple[float" in kind else 1)
+        done = here(module, flag, *values, code=2)
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        assert done.stderr.startswith("error: ")
+        assert flag in done.stderr
 
 
 @every_command

@@ -17,7 +17,7 @@ def test_an_entry_of_the_comparison_becomes_a_run() -> None:
     (run,) = plan(dataclasses.replace(config, objectives="coca:queries=9:caption_weight=1:learning_rate=0.5")).values()
     assert (run.objective, run.head.queries, run.head.caption_weight) == ("coca", 9, 1.0)
     assert (run.training.learning_rate, run.training.epochs, run.batch.chunk) == (0.5, 5, 7)
-    for wrong in ("blip", "clip:depth=3", "clip:caption_weight=1"):
+    for wrong in ("blip", "clip:depth=3", "clip:caption_weight=1", "clip:learning_rate=nan"):
         with pytest.raises(LabError, match=f"--objectives {wrong}"):
             plan(dataclasses.replace(config, objectives=wrong))
 

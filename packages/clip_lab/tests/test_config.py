@@ -18,7 +18,6 @@ def test_options_that_contradict_each_other_are_refused() -> None:
         "--tokenizer": dataclasses.replace(base, text=TextOptions(text="bert", tokenizer="clip")),
         "causal": dataclasses.replace(base, objective="coca", text=TextOptions(text="bert")),
         "--caption-weight": dataclasses.replace(base, head=HeadOptions(caption_weight=1.0)),
-        "--scale": dataclasses.replace(base, head=HeadOptions(scale=300)),
     }
     for said, config in wrong.items():
         with pytest.raises(LabError, match=said):

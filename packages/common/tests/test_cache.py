@@ -1,10 +1,12 @@
 """What is kept in the cache."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from labs_common.cache import cached_directory
+from labs_common.cache import cached_directory, check_cache
+from labs_common.errors import LabError
 
 
 @pytest.mark.parametrize("damage", ["cut", "other", "gone", "none"])
@@ -46,3 +48,23 @@ def test_what_changes_is_not_checked_and_an_interrupted_one_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         cached_directory("other", 2, interrupted)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_cache_that_cannot_be_used_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No home, a file in its place, a directory that may not be written; what is there already can still be read."""
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    with pytest.raises(LabError, match=r"the cache .*file/foundation-labs cannot be used .* set XDG_CACHE_HOME to"):
+        check_cache()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    there = cached_directory("thing", 1, lambda part: (part / "file").touch())
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    assert cached_directory("thing", 1, lambda part: pytest.fail("is there")) == there
+    with pytest.raises(LabError, match="set XDG_CACHE_HOME to"):
+        cached_directory("thing", 2, lambda part: pytest.fail("cannot be written"))
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])  # as for a container's user without an entry
+    with pytest.raises(LabError, match="no home directory for the cache: set XDG_CACHE_HOME"):
+        check_cache()

@@ -56,7 +56,8 @@ def test_part_of_a_config_is_enough(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["training: {epoch: 9}", "inner: {kind: z}", "[1, 2]", "a: [", "training: {epochs: x}"]
+    "text",
+    ["training: {epoch: 9}", "inner: {kind: z}", "[1, 2]", "a: [", "training: {epochs: x}", "training: {warmup: .nan}"],
 )
 def test_a_bad_config_names_its_file(tmp_path: Path, text: str) -> None:
     file = tmp_path / "config.yaml"

@@ -56,8 +56,6 @@ def test_entries_are_planned_and_wrong_ones_named() -> None:
     for text, said in (("a,a", "a occurs twice"), (" ,", "is empty"), ("a,c:x=1", "--methods c:x=1: no such method; ")):
         with pytest.raises(LabError, match=said):
             plan(text)
-    with pytest.raises(LabError, match="--seeds must be at least 1"):
-        plan("a", seeds=0)
     assert entries_of("--methods", "a,b,") == ["a", "b"]
 
     def refusing(name: str, flags: list[str]) -> None:

@@ -159,10 +159,12 @@ def test_a_full_disk_and_a_broken_cache_are_said_in_a_line(cache: Path, monkeypa
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     folder = make().folder
     np.save(folder / "view-0.npy", np.zeros(3))
-    with pytest.raises(LabError, match=r"cannot be used .*view-0.npy holds.*delete it, or add --no-cache"):
+    with pytest.raises(
+        LabError, match=r"cannot be used .*view-0.npy holds.*delete it, set XDG_CACHE_HOME .*, or add --no-cache"
+    ):
         make()
     (folder / "view-1.npy").unlink()
-    with pytest.raises(LabError, match=r"cannot be used .*delete it, or add --no-cache"):
+    with pytest.raises(LabError, match=r"cannot be used .*delete it, set XDG_CACHE_HOME .*, or add --no-cache"):
         make()
 
 

@@ -77,6 +77,7 @@ def test_specs_become_runs() -> None:
         ("magic", "magic"),
         ("lora:tokens=3", "tokens"),
         ("full:rank=3", "--rank"),
+        ("lora:rank=0", "lora:rank=0: --rank: must be a whole number at least 1"),
         ("lora:learning_rate=fast", "learning_rate"),
     ],
 )

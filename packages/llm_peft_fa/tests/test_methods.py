@@ -320,8 +320,6 @@ def test_a_bf16_base_trains_in_float32_under_autocast(variant: str, llama_dir: P
         ({"method": "prefix_tuning", "target_modules": ("q_proj",)}, "--target-modules"),
         ({"method": "lora", "virtual_tokens": 8}, "--virtual-tokens"),
         ({"method": "lora", "train_head": True}, "--train-head"),
-        ({"method": "lora", "rank": 0}, "--rank 0"),
-        ({"method": "lora", "dropout": 1.5}, "--dropout 1.5"),
         ({"method": "prompt_tuning", "prompt_init": "random", "prompt_text": "x"}, "--prompt-text"),
         ({"method": "prefix_tuning", "prompt_init": "vocabulary"}, "--prompt-init vocabulary"),
         ({"method": "prefix_tuning", "prompt_init": "text", "encoder_width": 8}, "--prompt-init text"),

@@ -7,7 +7,7 @@ if __name__ == "__main__":  # before the imports below: --help and a wrong optio
 
 import torch
 
-from caption_lab.config import FINISHED, TRAIN, CaptionConfig, check_decoding
+from caption_lab.config import FINISHED, TRAIN, CaptionConfig
 from caption_lab.report import attention_maps, save_heatmap
 from caption_lab.saved import load_captioner
 from labs_common.data.images import picture_files, readable
@@ -22,7 +22,6 @@ def caption(config: CaptionConfig) -> None:
     Raises:
         LabError: no picture or no captioner is there, or a picture cannot be read and --on-bad-data says so.
     """
-    check_decoding(config.decoding)
     files = picture_files(config.pictures)
     checkpoint = config.checkpoint or newest_run(FINISHED, TRAIN)
     if config.heatmap is not None and config.heatmap.suffix.lower() != ".png":

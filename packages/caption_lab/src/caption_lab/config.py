@@ -13,11 +13,18 @@ from labs_common.options import (
     CaptionDataOptions,
     CommandOptions,
     ComparisonOptions,
+    Count,
+    CountOrZero,
+    NotNegative,
     OnBadData,
     PageOptions,
+    Positive,
     RunOptions,
+    Share,
+    ShareBelowOne,
     TrainingOptions,
     names_in,
+    number,
     one_of,
 )
 
@@ -39,13 +46,13 @@ class EncoderOptions:
     """Start from timm's pre-trained weights (downloaded on first use), or from random ones."""
     weights: Path | None = None
     """Start from this .safetensors file of the same architecture; a classifier in it is not used."""
-    image_size: int = 0
+    image_size: CountOrZero = 0
     """Side of the pictures that the encoder sees, in pixels; 0 takes the encoder's own. Twice the side gives four times
     as many places to attend to."""
-    pool: int = 0
+    pool: CountOrZero = 0
     """show_tell sees the picture as one vector: the means over so many parts of it across and down, side by side. 0
     takes 1, which is the global feature of the papers, and 3 with the tiny encoder."""
-    unfreeze: int = 0
+    unfreeze: CountOrZero = 0
     """The number of the encoder's last stages that train as well. What is before them is computed once and kept."""
 
 
@@ -53,18 +60,18 @@ class EncoderOptions:
 class DecoderOptions:
     """The part that writes the words."""
 
-    width: int = 0
+    width: CountOrZero = 0
     """Width of words and states; 0 takes 512, and with the tiny encoder 256 for an LSTM and 128 for the transformer."""
-    layers: int = 2
+    layers: Count = 2
     """Layers of the transformer. The LSTMs have one."""
-    heads: int = 8
+    heads: Count = 8
     """Attention heads of the transformer."""
-    dropout: float | None = None
+    dropout: Annotated[float | None, number(float, "[0, 1)", None)] = None
     """Share of values that are dropped in training; by default 0.1 for the transformer and 0.3 for the LSTMs, with the
     tiny encoder none."""
-    attention_penalty: float = 1.0
+    attention_penalty: NotNegative = 1.0
     """Weight of show_attend_tell's doubly stochastic penalty: every place should be looked at as much as any other."""
-    mask_words: float = 0.0
+    mask_words: ShareBelowOne = 0.0
     """Share of the transformer's input words that are replaced by a mask in training."""
 
 
@@ -81,12 +88,12 @@ class VocabularyOptions:
     """Keep digits."""
     symbols: bool = False
     """Keep symbols such as & and $, each a word of its own."""
-    min_count: int = 0
+    min_count: CountOrZero = 0
     """Words that occur less often in the training captions become <unk>; 0 takes 1 for drawn scenes and 3 for other
     data."""
-    vocabulary_size: int = 0
+    vocabulary_size: CountOrZero = 0
     """Keep at most this many words, the most frequent ones; 0 keeps all."""
-    max_length: int = 0
+    max_length: CountOrZero = 0
     """Most words of a caption, longer ones are cut; 0 takes the length that 99 % of the training captions stay
     within."""
 
@@ -95,15 +102,15 @@ class VocabularyOptions:
 class DecodingOptions:
     """The search for a caption by a trained model."""
 
-    beam: int = 3
+    beam: Count = 3
     """Captions that are followed at once; 1 takes the most probable word each time."""
-    length_penalty: float = 0.7
+    length_penalty: NotNegative = 0.7
     """Beams are ranked by log-probability / words ** this; 0 prefers short captions."""
-    no_repeat: int = 0
+    no_repeat: CountOrZero = 0
     """No sequence of so many words occurs twice in a caption; 0 allows it."""
-    top_p: float = 0.0
+    top_p: Share = 0.0
     """Sample words from the most probable ones that together have this probability (nucleus); 0 does not sample."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Sampling is bolder above 1, more careful below."""
 
 
@@ -111,27 +118,27 @@ class DecodingOptions:
 class CaptionTrainingOptions(TrainingOptions):
     """The optimizer, its schedule, and the evaluations between epochs."""
 
-    epochs: int = 0
+    epochs: CountOrZero = 0
     """Passes over the training captions; 0 takes 3 for drawn scenes, 5 for --objective scst, else 20."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Captions per optimizer step, over all processes together; pictures with --objective scst."""
-    learning_rate: float = 0.0
+    learning_rate: NotNegative = 0.0
     """Highest learning rate, reached after the warm-up; 0 takes 3e-3 for an LSTM and 2e-3 for the transformer with the
     tiny encoder, 4e-4 and 3e-4 with a real one, 5e-5 for --objective scst."""
-    encoder_learning_rate: float = 1e-4
+    encoder_learning_rate: NotNegative = 1e-4
     """That of the encoder's stages that train."""
-    weight_decay: float = 0.01
+    weight_decay: NotNegative = 0.01
     """AdamW's decoupled weight decay."""
-    label_smoothing: float = 0.0
+    label_smoothing: ShareBelowOne = 0.0
     """Share of the target's weight that is spread over all words."""
-    scheduled_sampling: float = 0.0
+    scheduled_sampling: ShareBelowOne = 0.0
     """Share of the input words that the model's own guesses replace at the end of training, rising from none."""
     by_picture: bool = False
     """Put all captions of a picture into the same batch: what they share is computed once, which makes an epoch of
     show_attend_tell up to three times shorter, and batches less varied."""
     watch: Watch = "cider"
     """The score that --patience looks at, on the validation pictures."""
-    watch_pictures: int = 200
+    watch_pictures: Count = 200
     """The number of validation pictures that are captioned after every epoch."""
 
 
@@ -179,7 +186,7 @@ class EvaluateConfig:
     beams: str = "1,3,5"
     """Beam widths to compare, separated by commas."""
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
-    batch_size: int = 64
+    batch_size: Count = 64
     """Pictures at once."""
     output: Path | None = None
     """Directory of the report; by default evaluation-… in the run's."""
@@ -198,9 +205,9 @@ class CaptionConfig:
     """Also draw into this file where the model looked for each word; of several pictures into one each (NAME-1.png,
     …)."""
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
-    seed: int = 0
+    seed: CountOrZero = 0
     """Seed of --top-p."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Pictures at once."""
     on_bad_data: OnBadData = "error"
     """What to do with pictures that cannot be read: stop and name them, or leave them out."""
@@ -229,7 +236,7 @@ class PrepareConfig:
     vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
     output: Path | None = None
     """Directory of what is written; by default a new one under runs/."""
-    seed: int = 0
+    seed: CountOrZero = 0
     """Seed of the splits and of the pictures that are shown."""
     command: CommandOptions = field(default_factory=CommandOptions)
 
@@ -259,11 +266,11 @@ class ComparedOptions:
 
     encoder: EncoderOptions = field(default_factory=EncoderOptions)
     decoder: DecoderOptions = field(default_factory=DecoderOptions)
-    learning_rate: float = 0.0
+    learning_rate: NotNegative = 0.0
     """Highest learning rate."""
-    label_smoothing: float = 0.0
+    label_smoothing: ShareBelowOne = 0.0
     """Share of the target's weight that is spread over all words."""
-    scheduled_sampling: float = 0.0
+    scheduled_sampling: ShareBelowOne = 0.0
     """Share of the input words that the model's own guesses replace at the end of training."""
 
 
@@ -273,42 +280,21 @@ def complete_words(options: VocabularyOptions, drawn: bool) -> VocabularyOptions
 
 
 def check(config: TrainConfig) -> None:
-    """Refuses options that are out of range, whatever the captioner and the objective.
+    """Refuses options that contradict each other, or files that are not there, whatever the captioner and objective.
 
     Raises:
-        LabError: one is.
+        LabError: there are some.
     """
-    encoder, decoder, training = config.encoder, config.decoder, config.training
+    encoder = config.encoder
     if config.start is not None:
-        given = (dataclasses.replace(encoder, unfreeze=0), decoder, config.vocabulary)
+        given = (dataclasses.replace(encoder, unfreeze=0), config.decoder, config.vocabulary)
         if given != (EncoderOptions(), DecoderOptions(), VocabularyOptions()):
             raise LabError(
                 "--start brings its encoder, decoder and vocabulary: drop their options (--unfreeze may stay)"
             )
-    for flag, value in (("mask-words", decoder.mask_words), ("scheduled-sampling", training.scheduled_sampling),
-                        ("label-smoothing", training.label_smoothing), ("dropout", decoder.dropout or 0)):  # fmt: skip
-        if not 0 <= value < 1:
-            raise LabError(f"--{flag}: must lie between 0 and 1")
     if encoder.weights is not None and not encoder.weights.is_file():
         raise LabError(f"--weights {encoder.weights}: no such file")
     if encoder.weights is not None and encoder.weights.suffix != ".safetensors":
         raise LabError(f"--weights {encoder.weights}: must be a .safetensors file; convert it with safetensors.torch")
-    if min(encoder.image_size, encoder.unfreeze, encoder.pool, decoder.width, config.data.limit) < 0:
-        raise LabError("--image-size, --unfreeze, --pool, --width and --limit must not be negative")
-    if decoder.layers < 1 or decoder.heads < 1:
-        raise LabError("--layers and --heads must be at least 1")
     if config.data.splits is not None and not config.data.splits.is_dir():
         raise LabError(f"--splits {config.data.splits}: no such directory")
-    check_decoding(config.decoding)
-
-
-def check_decoding(options: DecodingOptions) -> None:
-    """Refuses decoding options that are out of range.
-
-    Raises:
-        LabError: one is.
-    """
-    if options.beam < 1 or options.no_repeat < 0 or options.length_penalty < 0:
-        raise LabError("--beam must be at least 1, --no-repeat and --length-penalty not negative")
-    if not 0 <= options.top_p <= 1 or options.temperature <= 0:
-        raise LabError("--top-p must lie between 0 and 1, --temperature above 0")

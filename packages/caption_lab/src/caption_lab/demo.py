@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from caption_lab.config import FINISHED, TRAIN, DecodingOptions, DemoConfig, check_decoding
+from caption_lab.config import FINISHED, TRAIN, DecodingOptions, DemoConfig
 from caption_lab.report import attention_maps, word_tiles
 from caption_lab.saved import load_captioner
 from labs_common.pages import check_page, serve
@@ -22,7 +22,6 @@ def demo(config: DemoConfig) -> None:
     Raises:
         LabError: Gradio is not installed, no captioner is there, or the port is taken.
     """
-    check_decoding(config.decoding)
     checkpoint = config.checkpoint or newest_run(FINISHED, TRAIN)
     check_page(config.page, "caption-lab[demo]")
     serve(caption_page(checkpoint, config.decoding), config.page)

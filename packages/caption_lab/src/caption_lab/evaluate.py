@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from caption_lab.config import FINISHED, TRAIN, DecodingOptions, EvaluateConfig, TrainConfig, check_decoding
+from caption_lab.config import FINISHED, TRAIN, DecodingOptions, EvaluateConfig, TrainConfig
 from caption_lab.data import drawn_scenes, read_data
 from caption_lab.decoding import written_captions
 from caption_lab.metrics import Evaluation, caption_metrics, references_of, truthfulness
@@ -43,7 +43,6 @@ def evaluate(config: EvaluateConfig) -> None:
     Raises:
         LabError: no captioner is there, or no such pictures.
     """
-    check_decoding(config.decoding)
     beams = _beams(config)
     check_new(config.output)
     checkpoint = config.checkpoint or newest_run(FINISHED, TRAIN)

@@ -36,7 +36,6 @@ from labs_common.compare.processes import compare_runs, start_server
 from labs_common.compare.report import Findings, curves_of, notes_on, table_of
 from labs_common.data.captions import Captions
 from labs_common.data.classes import LabelledPictures
-from labs_common.errors import LabError
 from labs_common.logistic import fitted_layers
 from labs_common.options import ClassDataOptions
 from labs_common.report.classes import class_data_section
@@ -67,8 +66,6 @@ COSTS: dict[str, Measure] = {
 def compare(config: CompareConfig) -> None:
     """Plans the runs, does those that are missing, measures all of them alike, and writes the report."""
     planned = plan(config)
-    if config.ranked < 2:
-        raise LabError("--ranked: must be at least 2")
     folder = comparison_folder("compare-clip", config, [config.data.data, config.classes])
     start_server(config.comparison.launch, ["clip_lab.train"])
     data = read_data(config.data, config.comparison.seed, shown=True)

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from labs_common.cli import flat_options
 from labs_common.errors import LabError
 from labs_common.options import (
     CacheOptions,
@@ -15,18 +14,22 @@ from labs_common.options import (
     ClassDataOptions,
     CommandOptions,
     ComparisonOptions,
+    Count,
+    CountOrZero,
+    NotNegative,
     OnBadData,
     PageOptions,
+    Positive,
     RunOptions,
+    Share,
     TrainingOptions,
+    number,
     one_of,
 )
 
 Options = TypeVar("Options")
 Augment = Literal["none", "crop", "crop+colour"]
 TINY, OWN = "tiny-cnn", "own"  # the names of the towers that are not a library's
-NOT_NEGATIVE = ("image_size", "image_stages", "text_width", "text_layers", "text_heads", "vocabulary", "max_length",
-                "embedding", "queries", "decoder_layers", "chunk", "limit", "batch_size")  # fmt: skip
 TRAIN, FINISHED = "clip_lab.train", "clip.json"  # the command that writes a model, and the file that tells one
 MOST_SCALE = 100.0  # Radford et al. 2021, section 2.5: above it, training becomes unstable
 
@@ -41,13 +44,13 @@ class ImageOptions:
     """Start from timm's pre-trained weights (downloaded on first use); else from scratch."""
     image_weights: Path | None = None
     """Start from this .safetensors file of the same architecture; a classifier in it is not used."""
-    image_size: int = 0
+    image_size: CountOrZero = 0
     """Side of the pictures that it sees, in pixels; 0 takes the network's own."""
-    image_stages: int = 0
+    image_stages: CountOrZero = 0
     """Use only so many of a CNN's stages, as SimVLM does with the first three of a ResNet; 0 uses all."""
     freeze_image: bool = False
     """Leave it as it is and train only the rest (LiT). Its output for each picture is then computed once and kept."""
-    views: int = 1
+    views: Count = 1
     """With --freeze-image, how many augmented versions of each picture are kept; 1 keeps the plain picture."""
 
 
@@ -60,20 +63,20 @@ class TextOptions:
     bert-base-uncased, xlm-roberta-base."""
     text_pretrained: bool = True
     """With a Hugging Face encoder: start from its weights."""
-    text_width: int = 0
+    text_width: CountOrZero = 0
     """Width of the own transformer; 0 takes 512, and 128 with the tiny image tower."""
-    text_layers: int = 0
+    text_layers: CountOrZero = 0
     """Its layers; 0 takes 12 (CLIP's own), and 2 with the tiny image tower."""
-    text_heads: int = 0
+    text_heads: CountOrZero = 0
     """Its heads; 0 takes 8, and 4 with the tiny image tower."""
     freeze_text: bool = False
     """Leave it as it is and train only the rest."""
     tokenizer: str = ""
     """sentencepiece (trained on the training captions), clip (CLIP's own BPE), or a Hugging Face one by name or path;
     by default that of --text, and sentencepiece for own."""
-    vocabulary: int = 0
+    vocabulary: CountOrZero = 0
     """Most pieces of the trained tokenizer; 0 takes 4000."""
-    max_length: int = 0
+    max_length: Annotated[int, number(int, "[4, inf)", 0)] = 0
     """Most pieces of a caption, longer ones are cut; 0 takes the length that 99 % of the training captions stay
     within, and 77 at most."""
 
@@ -82,17 +85,17 @@ class TextOptions:
 class HeadOptions:
     """The layers between the towers and the objective."""
 
-    embedding: int = 0
+    embedding: CountOrZero = 0
     """Width of the space in which pictures and captions meet; 0 takes 512, and 128 with the tiny image tower."""
-    scale: float = 1 / 0.07
+    scale: Annotated[float, number(float, f"(0, {MOST_SCALE}]")] = 1 / 0.07
     """Factor of the cosines at first (1 / temperature); it is learnt, and never above 100. SigLIP's own start is 10."""
-    queries: int = 0
+    queries: CountOrZero = 0
     """CoCa: vectors of the picture that the decoder reads; 0 takes 256, and 16 with the tiny image tower."""
-    decoder_layers: int = 0
+    decoder_layers: CountOrZero = 0
     """CoCa and SimVLM: layers that write words; 0 takes as many as the text tower has."""
-    contrastive_weight: float = 1.0
+    contrastive_weight: NotNegative = 1.0
     """CoCa: weight of the contrastive loss."""
-    caption_weight: float = 2.0
+    caption_weight: NotNegative = 2.0
     """CoCa: weight of the captioning loss."""
 
 
@@ -100,7 +103,7 @@ class HeadOptions:
 class BatchOptions:
     """The pictures and captions of a step."""
 
-    captions_per_picture: int = 2
+    captions_per_picture: Count = 2
     """Captions of each picture in a step, drawn by chance each epoch."""
     multi_positive: bool = True
     """Captions of one picture are not negatives of each other; else only the pair itself is positive."""
@@ -108,10 +111,10 @@ class BatchOptions:
     """Change pictures in training: not at all; cut out 70 to 100 % of the area; also change brightness and contrast.
     Nothing is mirrored: captions say left and right. By default crop, and none for drawn scenes, of which captions say
     exactly where things are."""
-    chunk: int = 0
+    chunk: CountOrZero = 0
     """Pictures that go through the towers at once; a larger batch is then put together by gradient caching, with the
     same result. 0 takes the whole batch."""
-    loss_chunk: int = 1024
+    loss_chunk: Count = 1024
     """Rows of the similarity matrix at once."""
 
 
@@ -119,18 +122,18 @@ class BatchOptions:
 class ClipTrainingOptions(TrainingOptions):
     """The optimizer, its schedule, and when training stops."""
 
-    epochs: int = 0
+    epochs: CountOrZero = 0
     """Passes over the training pictures; 0 takes 8 for drawn scenes, else 30."""
-    batch_size: int = 0
+    batch_size: CountOrZero = 0
     """Pictures per optimizer step, over all processes together; 0 takes 128 with the tiny image tower, else 256. The
     rest of an epoch that fills no batch is left out."""
-    learning_rate: float = 0.0
+    learning_rate: NotNegative = 0.0
     """Highest learning rate, reached after the warm-up; 0 takes 4e-3 with the tiny image tower, else 5e-4."""
-    tower_learning_rate: float = 0.0
+    tower_learning_rate: NotNegative = 0.0
     """That of towers that started from pre-trained weights; 0 takes a tenth of the other."""
-    warmup: float = 0.1
+    warmup: Share = 0.1
     """Share of all steps over which the learning rate rises from zero."""
-    weight_decay: float = 0.1
+    weight_decay: NotNegative = 0.1
     """AdamW's decoupled weight decay, of matrices only."""
     watch: Literal["recall", "loss"] = "recall"
     """Score on the validation pictures for --patience: mean recall (1, 5 and 10, both ways), or the loss."""
@@ -173,7 +176,7 @@ class SearchOptions:
     index: Path | None = None
     """Directory of the pictures' embeddings, so that only new and changed pictures are computed; by default in the
     user's cache."""
-    top: int = 12
+    top: Count = 12
     """Results to show."""
     command: CommandOptions = field(default_factory=CommandOptions)
 
@@ -195,7 +198,7 @@ class RetrieveConfig(SearchOptions):
     """exact: one matrix product. faiss (extra clip-lab[faiss]): an inverted file, for millions of pictures."""
     output: Path | None = None
     """Directory of the grid (PNG) and the page (HTML); by default a new one under runs/."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Pictures at once."""
     on_bad_data: OnBadData = "skip"
     """What to do with pictures that cannot be read: leave them out and count them, or stop and name them."""
@@ -216,13 +219,13 @@ class FrozenOptions:
     """openai/clip-vit-base-patch32 or a directory (transformers), RN50:openai (open_clip), timm:resnet50_clip.openai
     (timm:NAME,random for weights that were never trained), or a finished run; by default the newest under runs/."""
     data: ClassDataOptions = field(default_factory=ClassDataOptions)
-    batch_size: int = 256
+    batch_size: Count = 256
     """Pictures at once, in the tower and in a probe's --solver sgd."""
     cache: bool = True
     """Keep the features on disk."""
     output: Path | None = None
     """Directory of the results and the report; by default a new one under runs/."""
-    seed: int = 0
+    seed: CountOrZero = 0
     """Seed of the splits, and of a probe's draws and --solver sgd."""
     command: CommandOptions = field(default_factory=CommandOptions)
 
@@ -240,15 +243,15 @@ class ProbeConfig(FrozenOptions):
     solver: Literal["lbfgs", "sgd"] = "lbfgs"
     """lbfgs: logistic regression on all features at once, its L2 penalty found on the validation pictures. sgd: in
     batches."""
-    penalty: float = 0.0
+    penalty: NotNegative = 0.0
     """L2 penalty (the paper's lambda, of the mean loss) instead of the search; 0 searches."""
     shots: str = "1,2,4,8,16,all"
     """Training pictures per class for the few-shot curve, separated by commas."""
-    draws: int = 3
+    draws: Count = 3
     """Draws of training pictures for each of the few-shot counts."""
-    epochs: int = 100
+    epochs: Count = 100
     """Passes over the training pictures, with --solver sgd."""
-    learning_rate: float = 0.1
+    learning_rate: Positive = 0.1
     """Highest learning rate, with --solver sgd."""
 
 
@@ -299,7 +302,7 @@ class CompareConfig:
     batch: BatchOptions = field(default_factory=BatchOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     training: ClipTrainingOptions = field(default_factory=ClipTrainingOptions)
-    ranked: int = 60
+    ranked: Annotated[int, number(int, "[2, inf)")] = 60
     """Test pictures among which every model finds captions: SimVLM has to read each caption with each picture."""
     classes: str | None = None
     """Pictures with classes to be named, as --data of zero_shot; by default drawn things."""
@@ -311,7 +314,7 @@ class ComparedOptions:
     """The options that may follow an objective's name after colons."""
 
     head: HeadOptions = field(default_factory=HeadOptions)
-    learning_rate: float = 0.0
+    learning_rate: NotNegative = 0.0
     """Highest learning rate."""
 
 
@@ -319,7 +322,7 @@ def complete(config: TrainConfig) -> TrainConfig:
     """Puts a default in the place of every option that was left to the towers and the data.
 
     Raises:
-        LabError: options contradict each other, or are out of range.
+        LabError: options contradict each other.
     """
     _check(config)
     text, training = config.text, config.training
@@ -356,25 +359,19 @@ def _filled(options: Options, **defaults: Any) -> Options:
 
 def _check(config: TrainConfig) -> None:
     """Refuses what no training can do; `losses.check_objective` refuses what an objective cannot."""
-    image, text, head, batch = config.image, config.text, config.head, config.batch
+    image, text, head = config.image, config.text, config.head
     weights = image.image_weights
-    flat, heads = flat_options(config), text.text_heads or 4
-    negative = min(flat[name] for name in NOT_NEGATIVE) < 0
+    heads = text.text_heads or 4
     refusals = (
         (weights is not None and weights.suffix != ".safetensors",
          f"--image-weights {weights}: must be a .safetensors file; convert it with safetensors.torch"),
         (weights is not None and not weights.is_file(), f"--image-weights {weights}: no such file"),
         (weights is not None and image.image_pretrained, "--image-pretrained and --image-weights: give one of them"),
-        (negative, "sizes, counts, layers, --chunk, --limit and --batch-size must not be negative"),
-        (0 < text.max_length < 4, "--max-length: must be at least 4"),
         (text.text_width % heads, f"--text-width {text.text_width}: must be a multiple of --text-heads {heads}"),
-        (min(batch.captions_per_picture, batch.loss_chunk, image.views) < 1,
-         "--captions-per-picture, --loss-chunk and --views must be at least 1"),
         (image.views > 1 and not image.freeze_image,
          "--views: is of --freeze-image; other towers see a new version every epoch"),
-        (not 0 < head.scale <= MOST_SCALE, f"--scale {head.scale}: must lie between 0 and {MOST_SCALE:g}"),
-        (min(head.contrastive_weight, head.caption_weight) < 0 or not head.contrastive_weight + head.caption_weight,
-         "--contrastive-weight and --caption-weight must not be negative, nor both 0"),
+        (not head.contrastive_weight + head.caption_weight,
+         "--contrastive-weight and --caption-weight must not both be 0"),
         (text.text != OWN and text.tokenizer not in ("", text.text),
          f"--tokenizer {text.tokenizer}: --text {text.text} has its own"),
         (text.freeze_text and text.text == OWN,

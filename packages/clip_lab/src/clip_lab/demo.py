@@ -13,7 +13,6 @@ from clip_lab.config import DemoConfig
 from clip_lab.encoder import load_encoder
 from clip_lab.retrieve import known_captions, nearest, nearest_captions, open_index
 from labs_common.data.images import decoded
-from labs_common.errors import LabError
 from labs_common.pages import check_page, serve
 
 BATCH = 64  # pictures through the tower at once, as in retrieve
@@ -25,8 +24,6 @@ def demo(config: DemoConfig) -> None:
     Raises:
         LabError: Gradio is not installed, no model or picture is there, or the port is taken.
     """
-    if config.top < 1:
-        raise LabError("--top: must be at least 1")
     check_page(config.page, "clip-lab[demo]")
     serve(search_page(config), config.page)
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from clip_lab.encoder import Encoder
-from labs_common.cache import cache_directory, recipe_key
+from labs_common.cache import cache_directory, check_cache, recipe_key
 from labs_common.data.images import SUFFIXES, BadPictureError, decoded, decoding_threads
 from labs_common.errors import LabError, reason_of
 from labs_common.options import OnBadData
@@ -107,6 +107,8 @@ def build_index(
     known, vectors = _read(where, recipe, "" if kept is None else f"--index {kept}")
     stamps = {file: _stamp(file) for file in files}
     same = {file: vectors[known[str(file)][0]] for file in files if known.get(str(file), (0, None))[1] == stamps[file]}
+    if kept is None and len(same) < len(files):
+        check_cache(writes=True)  # before everything is embedded in vain
     new, bad = _embedded([file for file in files if file not in same], encoder, batch_size)
     if bad:
         _say_bad(name, bad, on_bad_data, len(bad) == len(files))

@@ -58,8 +58,6 @@ def retrieve(config: RetrieveConfig) -> None:
     check_run_options(options)
     if not config.sentences and not config.picture:
         raise LabError('say what to look for: python -m clip_lab.retrieve "a dog on the beach", or --picture dog.jpg')
-    if config.top < 1 or config.batch_size < 1:
-        raise LabError("--top and --batch-size must be at least 1")
     files = picture_files(config.picture) if config.picture else []
     encoder = load_encoder(config.checkpoint)
     index, test = open_index(config.data, encoder, config.index, config.batch_size, config.on_bad_data)

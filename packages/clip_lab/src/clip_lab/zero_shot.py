@@ -48,8 +48,6 @@ def zero_shot(config: ZeroShotConfig) -> None:
         LabError: the model or the pictures cannot be had, or the model reads no text.
         RunStopped: the frozen model has moved.
     """
-    if config.batch_size < 1:
-        raise LabError("--batch-size: must be at least 1")
     check_run_options(RunOptions(output=config.output))
     templates = templates_of(config.templates)
     encoder = load_encoder(config.checkpoint)

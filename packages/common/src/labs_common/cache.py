@@ -1,5 +1,6 @@
 """Directories that are made once and kept under the user's cache directory, with check sums."""
 
+import errno
 import hashlib
 import json
 import os
@@ -11,12 +12,40 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from labs_common.errors import LabError
+
 SUMS = ".check-sums.json"  # in each directory
+REMEDY = "set XDG_CACHE_HOME to a directory that can be written"
 
 
 def cache_directory() -> Path:
-    """Returns `$XDG_CACHE_HOME/foundation-labs`, by default under ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "foundation-labs"
+    """Returns `$XDG_CACHE_HOME/foundation-labs`, by default under ~/.cache.
+
+    Raises:
+        LabError: there is neither that variable nor a home.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "foundation-labs"
+    except RuntimeError as error:  # in a container whose user has no entry in /etc/passwd
+        raise LabError(f"there is no home directory for the cache: {REMEDY}") from error
+
+
+def check_cache(writes: bool = False) -> None:
+    """Makes the cache's directory; one that is there may be read-only unless something `writes` to it.
+
+    Every command begins with it: other libraries keep under the same directory, or home, what they download, and each
+    would say in its own words that it cannot.
+
+    Raises:
+        LabError: it cannot be made, or written.
+    """
+    folder = cache_directory()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if writes and not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "it cannot be written")
+    except OSError as error:
+        raise LabError(f"the cache {folder} cannot be used ({error.strerror}): {REMEDY}") from error
 
 
 def path_name(model: str) -> str:
@@ -34,14 +63,19 @@ def cached_directory(name: str, recipe: Any, make: Callable[[Path], None], chang
 
     `make` writes into a new directory that takes its final name in one move at the end, so that one
     interrupted half-way leaves nothing, and of two processes that make the same one the first wins.
-    What was damaged since is made again, unless the directory `changes` after `make`.
+    What was damaged since is made again, unless the directory `changes` after `make`. Machines may share the cache: a
+    move is whole on a network's file system too, and nothing is locked.
+
+    Raises:
+        LabError: the cache cannot be written, and the directory is not there.
     """
     final = cache_directory() / f"{name}-{recipe_key(recipe)}"
+    check_cache()
     if final.is_dir():
         if changes or _is_whole(final):
             return final
         print(f"{final} is damaged: it is made again", file=sys.stderr, flush=True)
-    final.parent.mkdir(parents=True, exist_ok=True)
+    check_cache(writes=True)
     part = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     damaged = part.with_name(f"{part.name}.damaged")
     try:

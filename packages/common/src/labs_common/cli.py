@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
+from labs_common.cache import check_cache
 from labs_common.errors import LabError, reason_of
 from labs_common.options import RESUME_MAY_CHANGE
 
@@ -53,6 +54,7 @@ def run_command(
         with _warnings_interrupt():
             global _given
             config = _given = parse(config_type, f"python -m {module or home}", arguments)
+            check_cache()
             getattr(importlib.import_module(home), function)(config)
     except LabError as error:
         if debug:
@@ -141,6 +143,10 @@ def parse(config_type: type[Config], prog: str, arguments: Sequence[str], defaul
     elif default is None:
         default = config_type()
     config = _parse_flags(config_type, default, prog, arguments)
+    usual = flat_options(config_type())
+    for name, value in flat_options(config).items():
+        if value == "" != usual[name]:  # --data "$DATA" of a variable that is not set
+            raise LabError(f"--{name.replace('_', '-')}: is empty; name something, or drop the option")
     if resume is not None:
         _refuse_other_run(default, config, resume)
     return config
@@ -240,7 +246,9 @@ def _one_line(box: str) -> str:
         else:
             parts[-1].append(line.strip())
     parts = [part for part in parts if part] or [[]]
-    message = " ".join(parts[0]).strip().rstrip(" .") or "the command line could not be read"
+    message = (
+        " ".join(parts[0]).strip().rstrip(" .").removeprefix("Error parsing ") or "the command line could not be read"
+    )
     if len(parts) > 1 and parts[1][:1] == ["Perhaps you meant:"]:
         flags = [line.split()[0].rstrip(",") for line in parts[1][1:] if line.startswith("--")]
         message += f"; perhaps you meant {' or '.join(flags)}"

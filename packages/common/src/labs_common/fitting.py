@@ -26,7 +26,7 @@ from labs_common.device import mixed_precision, state_bytes
 from labs_common.frozen.audit import FrozenAudit
 from labs_common.frozen.cache import Rows, disk_bytes
 from labs_common.launch import check_launch
-from labs_common.options import RunOptions, TrainingOptions, check_training_options
+from labs_common.options import RunOptions, TrainingOptions
 from labs_common.progress import console
 from labs_common.report.page import Section, write_report
 from labs_common.run import Run, check_run_options, cost_of, lock, machine_of
@@ -147,10 +147,9 @@ def begin(run: RunOptions, training: TrainingOptions) -> Accelerator:
     """Checks what can be checked of a run's options before any work, and finds its processes, device and precision.
 
     Raises:
-        LabError: a number is out of its range, the output directory exists already or cannot be made, another process
-            works on the run to resume, or the machine lacks the precision, or has fewer GPUs than processes.
+        LabError: the output directory exists already or cannot be made, another process works on the run to resume, or
+            the machine lacks the precision, or has fewer GPUs than processes.
     """
-    check_training_options(training)
     check_run_options(run)
     check_launch(mixed_precision(training.precision))
     accelerator = make_accelerator(training)

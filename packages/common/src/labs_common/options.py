@@ -6,13 +6,13 @@ A lab gathers these dataclasses in its own config. Nothing here imports torch, s
 import ast
 import importlib.util
 import math
+import operator
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
-
-from labs_common.errors import LabError
 
 Schedule = Literal["cosine", "linear", "constant", "steps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -57,6 +57,60 @@ def one_of(table: str) -> Any:
     )  # fmt: skip
 
 
+# The ends of an interval: in words, as a sign, and the comparison.
+ENDS = {"[": ("at least", "<=", operator.le), "(": ("above", "<", operator.lt),
+        "]": ("at most", "<=", operator.le), ")": ("below", "<", operator.lt)}  # fmt: skip
+# Stands for infinity. Whole numbers: C's int holds no more, and NumPy's seeds little more. Others: no rate, weight or
+# temperature is larger, and the product of four stays finite in float32.
+LARGEST: dict[type, float] = {int: 2**31 - 1, float: 1e9}
+
+
+def number(kind: type[int] | type[float], interval: str, *also: int | None, count: int = 1) -> Any:
+    """Annotates a number with its bounds: `--help` shows them, the command line and `--config` are held to them.
+
+    ```
+    Share = Annotated[float, number(float, "[0, 1]")]
+    ```
+
+    `interval` is written as in mathematics: "(0, inf)" is above 0. `also` are further values: None, or a -1 that takes
+    a default. With a `count` the option is a tuple of so many.
+    """
+    low, high = interval[1:-1].replace(" ", "").split(",")
+    limited, name = high != "inf", kind.__name__.upper()
+    low_word, low_sign, above = ENDS[interval[0]]
+    high_word, high_sign, below = ENDS[interval[-1] if limited else "]"]
+    least, most = float(low), float(high) if limited else LARGEST[kind]
+    bounds = f"a {'whole ' if kind is int else ''}number {low_word} {low} and {high_word} {most:.10g}"
+    bounds = ", or ".join([bounds, *map(str, also)])
+    metavar = "|".join([*map(str, also), f"{low}{low_sign}{name}" + (f"{high_sign}{high}" if limited else "")])
+
+    def read(said: str) -> int | float | None:
+        if said == "None" and None in also:
+            return None
+        try:
+            value = math.nan if "_" in said else kind(said)  # to Python, 1_000 is a number
+        except ValueError:
+            value = math.nan
+        if value not in also and not (above(least, value) and below(value, most)):
+            raise ValueError(f"must be {bounds}, not {reprlib.repr(said)}")
+        return value
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=count, metavar=" ".join([metavar] * count), is_instance=lambda value: True,
+        instance_from_str=lambda said: read(said[0]) if count == 1 else tuple(map(read, said)),
+        str_from_instance=lambda value: [str(part) for part in (value if count > 1 else [value])],
+    )  # fmt: skip
+
+
+Count = Annotated[int, number(int, "[1, inf)")]
+CountOrZero = Annotated[int, number(int, "[0, inf)")]
+CountOrNone = Annotated[int | None, number(int, "[1, inf)", None)]
+Share = Annotated[float, number(float, "[0, 1]")]
+ShareBelowOne = Annotated[float, number(float, "[0, 1)")]
+Positive = Annotated[float, number(float, "(0, inf)")]
+NotNegative = Annotated[float, number(float, "[0, inf)")]
+
+
 @dataclass
 class RunOptions:
     """The directory of a run, its seed, and what it writes."""
@@ -67,7 +121,7 @@ class RunOptions:
     """Directory of an unfinished run to go on with, under its own config; options that would change it are refused."""
     config: Path | None = None
     """YAML file whose values take the place of the defaults; flags win. Every run writes one that is complete."""
-    seed: int = 0
+    seed: CountOrZero = 0
     """Seed of everything random: same seed, same result."""
     track: Tracker = "tensorboard"
     """Where curves go besides the report."""
@@ -91,9 +145,9 @@ class CommandOptions:
 class ComparisonOptions:
     """The options of every command that compares several runs."""
 
-    seeds: int = 1
+    seeds: Count = 1
     """Runs of each, with seeds from --seed on: the table then has mean and spread."""
-    seed: int = 0
+    seed: CountOrZero = 0
     """Seed of the first run of each."""
     launch: Path | None = None
     """Accelerate configuration with which each run is launched, for several GPUs."""
@@ -112,7 +166,7 @@ class PageOptions:
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets other machines in."""
-    port: int = 7860
+    port: Annotated[int, number(int, "[0, 65535]")] = 7860
     """Port to listen on."""
 
 
@@ -120,37 +174,37 @@ class PageOptions:
 class TrainingOptions:
     """The optimization: steps, learning rate, precision, evaluations, checkpoints."""
 
-    epochs: int = 3
+    epochs: Count = 3
     """Passes over the training data."""
-    max_steps: int | None = None
+    max_steps: CountOrNone = None
     """Stop after this many optimizer steps, whatever --epochs says."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Samples per optimizer step, over all processes together: the result does not depend on how many there are."""
-    learning_rate: float = 1e-3
+    learning_rate: NotNegative = 1e-3
     """Highest learning rate, reached after the warm-up."""
     schedule: Schedule = "cosine"
     """How the learning rate falls after the warm-up: cosine or linear to zero, not at all, or in steps to a tenth after
     two thirds and a hundredth after eleven twelfths of all steps."""
-    warmup: float = 0.03
+    warmup: Share = 0.03
     """Share of all steps over which the learning rate rises from zero."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """AdamW's decoupled weight decay."""
-    clip_norm: float = 1.0
+    clip_norm: NotNegative = 1.0
     """Gradients with a larger L2 norm are scaled down to it; 0 turns clipping off."""
     precision: Precision = "auto"
     """Arithmetic of forward and backward. auto is bf16 on a GPU that computes in it, fp16 on older GPUs (T4, V100), and
     fp32 on a CPU; fp32 on a GPU multiplies matrices in TF32."""
     compile: bool = False
     """Compile the network (torch.compile): for long runs on a GPU with batches of one shape."""
-    evaluate_every: int = 0
+    evaluate_every: CountOrZero = 0
     """Optimizer steps between evaluations; 0 means once per epoch. There is always one at the end."""
-    patience: int = 0
+    patience: CountOrZero = 0
     """Stop after this many evaluations without improvement and go back to the best weights; 0 never does."""
-    save_every: int = 200
+    save_every: Count = 200
     """Optimizer steps between checkpoints. Ctrl-C writes one as well."""
-    keep: int = 2
+    keep: Count = 2
     """How many of the newest checkpoints stay on disk."""
-    log_every: int = 1
+    log_every: Count = 1
     """Optimizer steps between looks at the loss, for which a GPU has to be waited for. Every step is logged; a loss
     that is no number, and Ctrl-C, are noticed up to so many steps later, and always before anything is saved."""
 
@@ -176,7 +230,7 @@ class CaptionDataOptions:
     splits: Path | None = None
     """Directory with the official lists Flickr_8k.trainImages.txt, …devImages.txt and …testImages.txt; else splits are
     drawn by picture, 80/10/10."""
-    limit: int = 0
+    limit: CountOrZero = 0
     """Take at most this many training pictures, and an eighth of that for validation and test each; 0 takes all."""
     on_bad_data: OnBadData = "error"
     """What to do with pictures and captions that cannot be used: stop and name them, or leave them out and count
@@ -190,12 +244,12 @@ class ClassDataOptions:
     data: str | None = None
     """CIFAR-10 (python batches or binary), a directory per class, .parquet files, or a Hugging Face id. Without it,
     drawn scenes."""
-    validation_fraction: float = 0.1
+    validation_fraction: Annotated[float, number(float, "(0, 0.9)")] = 0.1
     """Share of the training pictures of every class set aside for validation, unless the data has its own; a test split
     is not looked at before the end."""
-    test_fraction: float = 0.1
+    test_fraction: Annotated[float, number(float, "(0, 0.9)")] = 0.1
     """Share set aside for the test if the data has no test split."""
-    limit: int = 0
+    limit: CountOrZero = 0
     """Take at most this many pictures of every split, evenly over the classes; 0 takes all."""
     on_bad_data: OnBadData = "error"
     """What to do with pictures that cannot be used: stop and name them, or leave them out and count them."""
@@ -205,34 +259,3 @@ class ClassDataOptions:
 RESUME_MAY_CHANGE = frozenset(
     {"output", "resume", "config", "track", "report", "debug", "save_every", "keep", "log_every"}
 )
-
-# The least and the most of each number of a training; None stands for no limit.
-RANGES: dict[str, tuple[float, float | None]] = {
-    "epochs": (1, None),
-    "max_steps": (1, None),
-    "batch_size": (1, None),
-    "learning_rate": (0, None),
-    "warmup": (0, 1),
-    "weight_decay": (0, None),
-    "clip_norm": (0, None),
-    "evaluate_every": (0, None),
-    "patience": (0, None),
-    "save_every": (1, None),
-    "keep": (1, None),
-    "log_every": (1, None),
-}
-
-
-def check_training_options(options: TrainingOptions) -> None:
-    """Makes sure that each number can be worked with.
-
-    Raises:
-        LabError: one is out of its range, or is no number; the message names the option.
-    """
-    for name, (least, most) in RANGES.items():
-        value = getattr(options, name)
-        if value is None:  # --max-steps, which is not asked for
-            continue
-        if not (math.isfinite(value) and least <= value and (most is None or value <= most)):
-            said = f"at least {least}" if most is None else f"between {least} and {most}"
-            raise LabError(f"--{name.replace('_', '-')} {value}: must be {said}")

@@ -12,10 +12,12 @@ class TestPromises(TrainingPromises):
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +33,7 @@ from labs_common.checkpoint import checkpoints
 from labs_common.frozen.audit import FrozenAudit, frozen_tensors
 from labs_common.run import Run
 from labs_common.training import Loop
+from labs_testing.bad_inputs import rows_of, write_bad_files
 from labs_testing.commands import (
     Done,
     forked,
@@ -46,6 +49,8 @@ from labs_testing.sharded import fsdp_variables
 # How often a lab's run is killed before it may end; `LABS_KILLS=20 pytest -m kills` tries harder. What all labs share is
 # killed more often in the core's own tests, where a run begins at once.
 KILLS = int(os.environ.get("LABS_KILLS", "1"))
+
+TRIED: set[str] = set()  # commands whose bad inputs this process has tried
 
 
 @dataclass
@@ -130,6 +135,31 @@ class TrainingPromises:
         if kept:  # something is frozen
             assert [type(hashes) for hashes in kept] == [dict, dict], "the processes have other parts"
 
+    @pytest.fixture(scope="class")
+    def bad_files(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return write_bad_files(tmp_path_factory.mktemp("bad"))
+
+    def test_bad_inputs_are_refused_in_one_line_before_any_work(
+        self, training: Training, bad_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Every row of the table; nothing is written to the output, nor to a run that is there."""
+        if training.module in TRIED:
+            pytest.skip("with another training of this command")
+        TRIED.add(training.module)
+        monkeypatch.chdir(tmp_path)
+        before = {path: path.stat().st_mtime_ns for path in training.whole.rglob("*")}
+        rows, failed = rows_of(training.module), []
+        for row, names in rows.items():
+            with monkeypatch.context() as patch:
+                done = run_row(training, row.format(files=bad_files, whole=training.whole), tmp_path / "out", patch)
+            named = len(done.errors) == 1 and names.format(files=bad_files, whole=training.whole) in done.errors[0]
+            if done.code != 2 or not named or "Traceback" in done.stderr or (tmp_path / "out").exists():
+                failed.append(f"{row}\n    {done.code}: {done.stderr.strip()[-600:]}")
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        assert not failed, "\n".join(failed)
+        assert len(rows) >= 60
+        assert {path: path.stat().st_mtime_ns for path in training.whole.rglob("*")} == before
+
     def test_the_saved_config_runs_it_again(self, training: Training, tmp_path: Path) -> None:
         training.here("--config", training.whole / "config.yaml", "--output", tmp_path / "again", "--no-report")
         training.assert_same(tmp_path / "again")
@@ -210,7 +240,7 @@ class TrainingPromises:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         short = (*training.options, "--max-steps", 2, "--no-report", "--output")
         training.here(*short, tmp_path / "first")
-        if not (tmp_path / "cache" / "foundation-labs").exists():
+        if not largest_files(tmp_path / "cache" / "foundation-labs"):
             pytest.skip("this training keeps nothing in the cache")
         expected = losses(tmp_path / "first")
         for number, file in enumerate(largest_files(tmp_path / "cache" / "foundation-labs")):
@@ -333,6 +363,19 @@ def killed_and_resumed(training: Training, folder: Path, kills: int) -> Path:
         training.here("--resume", run)
     assert not list((run / "checkpoints").glob(".*")), "no half-written checkpoint is left"
     return run
+
+
+def run_row(training: Training, row: str, output: Path, patch: pytest.MonkeyPatch) -> Done:
+    """Types a row after the training's own options, with variables of the environment that stand before it."""
+    words = shlex.split(row)
+    while words and "=" in words[0] and not words[0].startswith("-"):
+        patch.setenv(*words.pop(0).split("=", 1))
+    if "--resume" not in words:
+        words = [*map(str, training.options), "--output", str(output), *words]
+    try:
+        return training.here(*words, code=None)
+    except Exception:
+        return Done("", traceback.format_exc(), 1)
 
 
 def step_of(path: Path) -> int:

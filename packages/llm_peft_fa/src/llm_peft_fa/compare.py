@@ -39,7 +39,6 @@ from labs_common.compare.report import (
     recommendation_section,
     table_of,
 )
-from labs_common.errors import LabError
 from labs_common.options import RunOptions
 from labs_common.report.page import Section, Table, Text
 from labs_common.run import Run
@@ -69,8 +68,6 @@ SHOWN = 15  # answers before the fold: with a column for each method the rows ar
 
 def compare(config: CompareConfig) -> None:
     """Plans the runs, does those that are missing, and writes the report."""
-    if config.search < 0 or not 0 < config.search_share <= 1:
-        raise LabError("--search must be at least 0, --search-share above 0 and at most 1")
     planned = plan(config)
     files = (config.data.data, config.data.validation_data, config.data.plain_text)
     folder = comparison_folder(f"compare-{path_name(config.model.model)}", config, files)

@@ -9,10 +9,15 @@ import tyro
 from labs_common.options import (
     CommandOptions,
     ComparisonOptions,
+    Count,
+    CountOrNone,
+    CountOrZero,
+    NotNegative,
     OnBadData,
     PageOptions,
     RunOptions,
     TrainingOptions,
+    number,
     one_of,
 )
 
@@ -65,15 +70,15 @@ class DataOptions(ReadingOptions):
     """Conversations to validate and to take test prompts from; as --data."""
     validation_split: str = "validation"
     """Split of the directory or Hugging Face dataset that --validation-data names."""
-    validation_fraction: float = 0.05
+    validation_fraction: Annotated[float, number(float, "(0, 1)")] = 0.05
     """Share of --data set aside for validation when there is no --validation-data."""
-    conversations: int = 3000
+    conversations: Count = 3000
     """Number of conversations that are generated when there is no --data."""
-    max_length: int = 4096
+    max_length: Count = 4096
     """Longest conversation, in tokens."""
     on_too_long: OnTooLong = "error"
     """What to do with a longer one: stop and name it, cut its end off, or leave it out."""
-    tokens_per_batch: int = 0
+    tokens_per_batch: CountOrZero = 0
     """Conversations are packed, without padding, into rows of up to this many tokens; a longer one fills its own. 0 is
     2048, and on a GPU what fits its memory. The result does not depend on it."""
     plain_text: Path | None = None
@@ -88,28 +93,28 @@ class MethodOptions:
     method: Method = "lora"
     """Fine-tuning method: soft prompts, low-rank and other small updates (qlora on a 4-bit base), or without PEFT some
     layers or the full model; docs/llm_peft_fa.md says when to use which."""
-    rank: int | None = None
+    rank: CountOrNone = None
     """LoRA family: rank of the update; of adalora, the mean rank at the end."""
-    alpha: float | None = None
+    alpha: Annotated[float | None, number(float, "(0, inf)", None)] = None
     """LoRA family: the update is scaled by alpha / rank (rslora: alpha / sqrt(rank))."""
-    dropout: float | None = None
+    dropout: Annotated[float | None, number(float, "[0, 1)", None)] = None
     """LoRA family and oft: dropout before the update, in training."""
     target_modules: tuple[str, ...] | None = None
     """LoRA family, oft, ia3: names of the layers to adapt, such as q_proj v_proj; all-linear is every linear layer but
     the vocabulary's."""
-    block_size: int | None = None
+    block_size: CountOrNone = None
     """oft: width of the rotated blocks; it must divide the layers' input widths."""
-    virtual_tokens: int | None = None
+    virtual_tokens: CountOrNone = None
     """Soft prompts: number of virtual tokens before each conversation."""
     prompt_init: PromptInit | None = None
     """prompt_tuning: random, text (the embeddings of --prompt-text) or vocabulary (of random tokens). prefix_tuning:
     random, or text (the keys and values that the base computes for --prompt-text)."""
     prompt_text: str | None = None
     """The text of --prompt-init text, repeated or cut to --virtual-tokens."""
-    encoder_width: int | None = None
+    encoder_width: Annotated[int | None, number(int, "[0, inf)", None)] = None
     """p_tuning, prefix_tuning: width of the network that makes the virtual tokens in training. 0: prefix_tuning without
     projection, p_tuning with the model's width."""
-    layers: int | None = None
+    layers: CountOrNone = None
     """layers: number of decoder layers that train at each end."""
     which: Which | None = None
     """layers: the end that trains: first, last or both."""
@@ -127,11 +132,11 @@ class GenerationOptions:
 
     prompts: Path | None = None
     """Text file with one prompt per line to be answered before and after."""
-    test_prompts: int = 150
+    test_prompts: CountOrZero = 150
     """Number of prompts of the test data that are answered."""
-    max_new_tokens: int = 64
+    max_new_tokens: Count = 64
     """Longest answer, in tokens."""
-    generation_batch: int = 32
+    generation_batch: Count = 32
     """Prompts answered at a time."""
     answer_base: bool = True
     """Answer the prompts with the base model too."""
@@ -141,9 +146,9 @@ class GenerationOptions:
 class LanguageTrainingOptions(TrainingOptions):
     """Optimizer, schedule and checkpoints."""
 
-    epochs: int = 2
+    epochs: Count = 2
     """Passes over the training data."""
-    learning_rate: float = 0.0
+    learning_rate: NotNegative = 0.0
     """Highest learning rate, reached after the warm-up; 0 takes the method's own, which differs between the tiny base
     and a real one (see docs/llm_peft_fa.md)."""
 
@@ -169,7 +174,7 @@ class TrainConfig:
     """Print the first batch with the learnt tokens in colour, and stop."""
     plan: bool = False
     """Print what the training needs of memory and arithmetic and which settings fit, and stop; nothing is loaded."""
-    gpu_memory: float = 0.0
+    gpu_memory: NotNegative = 0.0
     """--plan for a GPU of this many GB, such as 24; 0 is the machine that is here."""
 
 
@@ -204,11 +209,11 @@ class EvaluateConfig:
     judge_file: Path | None = None
     """Write a CSV table for people to rate: prompts with both answers as A and B in random order. Which is which goes
     to a .key.json beside it."""
-    max_length: int = 4096
+    max_length: Count = 4096
     """Longer conversations are left out of the loss."""
     reading: ReadingOptions = field(default_factory=ReadingOptions)
     generation: GenerationOptions = field(default_factory=GenerationOptions)
-    seed: int = 0
+    seed: CountOrZero = 0
     """Seed of the choice of prompts; of a run it is the run's own."""
     command: CommandOptions = field(default_factory=CommandOptions)
 
@@ -223,11 +228,11 @@ class ChatConfig:
     subject: SubjectOptions = field(default_factory=SubjectOptions)
     system: str | None = None
     """System message."""
-    max_new_tokens: int = 256
+    max_new_tokens: Count = 256
     """Longest answer, in tokens."""
-    temperature: float = 0.0
+    temperature: NotNegative = 0.0
     """0 always takes the likeliest token; higher values vary more."""
-    seed: int = 0
+    seed: CountOrZero = 0
     """Seed of the variation."""
     command: CommandOptions = field(default_factory=CommandOptions)
 
@@ -244,7 +249,7 @@ class DemoConfig:
     models: tuple[str, ...] = ()
     """Further models: Hugging Face ids or directories."""
     page: PageOptions = field(default_factory=PageOptions)
-    max_new_tokens: int = 128
+    max_new_tokens: Count = 128
     """Longest answer, in tokens."""
     command: CommandOptions = field(default_factory=CommandOptions)
 
@@ -263,11 +268,11 @@ class InspectConfig:
     reading: ReadingOptions = field(default_factory=ReadingOptions)
     template: str = "auto"
     """Chat template, as in training."""
-    samples: int = 5
+    samples: CountOrZero = 5
     """Number of conversations that are shown."""
     output: Path | None = None
     """Directory of report.html; by default a new one under runs/."""
-    seed: int = 0
+    seed: CountOrZero = 0
     """Seed of the choice of samples."""
     command: CommandOptions = field(default_factory=CommandOptions)
 
@@ -277,7 +282,7 @@ class ComparedOptions:
     """The options that may follow a method's name after colons."""
 
     method: MethodOptions = field(default_factory=MethodOptions)
-    learning_rate: float = 0.0
+    learning_rate: NotNegative = 0.0
     """Highest learning rate."""
 
 
@@ -293,9 +298,9 @@ class CompareConfig:
 
     methods: str = "prompt_tuning,prefix_tuning,ia3,lora,dora,layers:layers=1,full"
     """Methods, separated by commas; options of one follow after colons: lora:rank=64,layers:which=last:layers=1."""
-    search: int = 0
+    search: CountOrZero = 0
     """Learning rates tried for each method, threefold steps around its own; 0 takes its own."""
-    search_share: float = 0.25
+    search_share: Annotated[float, number(float, "(0, 1]")] = 0.25
     """Share of a run's steps that each tried learning rate gets."""
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)

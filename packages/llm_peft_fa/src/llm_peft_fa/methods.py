@@ -113,12 +113,6 @@ def resolved(options: MethodOptions) -> MethodOptions:
 
 
 def _check(options: MethodOptions, given: dict[str, Any]) -> None:
-    for name in ("rank", "block_size", "virtual_tokens", "layers"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise LabError(f"{_flag(name)} {value}: must be at least 1")
-    if options.dropout is not None and not 0 <= options.dropout < 1:
-        raise LabError(f"--dropout {options.dropout}: must be from 0 to below 1")
     if "prompt_text" in given and options.prompt_init != "text":
         raise LabError(f"--prompt-text: is used by --prompt-init text only, not by {options.prompt_init}")
     if options.method == "prefix_tuning":

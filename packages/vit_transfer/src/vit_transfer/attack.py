@@ -60,8 +60,6 @@ def attack(config: AttackConfig) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LabError("attack works in one process, picture after picture: run it with python -m")
     counts = counts_of(config.used)
-    if config.radius < 0 or not 0 < config.wanted <= 1 or config.passes < 1:
-        raise LabError("--radius must not be negative, --wanted above 0 and at most 1, --passes at least 1")
     names = entries_of("--models", config.models)
     accelerator = begin(config.run, config.training)
     splits = read_splits(config.data, config.run.seed, shown=True)
@@ -96,7 +94,7 @@ def counts_of(used: str) -> list[int]:
         LabError: one is no number above 0.
     """
     parts = [part.strip() for part in used.split(",") if part.strip()]
-    if not parts or not all(part.isdigit() and int(part) > 0 for part in parts):
+    if not parts or not all(part.isdecimal() and int(part) for part in parts):
         raise LabError(f"--used {used!r}: must be numbers above 0 with commas between, such as 50,100,200")
     return sorted({int(part) for part in parts})
 

@@ -11,9 +11,16 @@ from labs_common.options import (
     ClassDataOptions,
     CommandOptions,
     ComparisonOptions,
+    Count,
+    CountOrZero,
+    NotNegative,
+    Positive,
     RunOptions,
+    Share,
+    ShareBelowOne,
     TrainingOptions,
     names_in,
+    number,
     one_of,
 )
 
@@ -37,7 +44,7 @@ class ModelOptions:
     """Start from timm's pre-trained weights (downloaded on first use), or from random ones."""
     weights: Path | None = None
     """Start from this .safetensors file of the same architecture; its head may have other classes."""
-    image_size: int = 0
+    image_size: CountOrZero = 0
     """Side of the pictures that the network sees, in pixels; 0 takes the network's own."""
     unfreeze: Unfreeze = "block"
     """What trains: the last block and the head, the head alone, or everything."""
@@ -46,7 +53,7 @@ class ModelOptions:
     the model's family."""
     head: Head = "linear"
     """New head: one linear layer, or an MLP with one hidden layer."""
-    head_width: int = 512
+    head_width: Count = 512
     """Hidden width of the MLP head."""
 
 
@@ -54,7 +61,7 @@ class ModelOptions:
 class DataOptions(ClassDataOptions):
     """The pictures, and what training does to them."""
 
-    views: int = 1
+    views: Count = 1
     """Versions of each training picture, one per epoch in turn: the first is the picture itself, the others are
     augmented. Each takes its own room in the cache."""
     augment: Augment = "flip"
@@ -65,14 +72,14 @@ class DataOptions(ClassDataOptions):
 class PictureTrainingOptions(TrainingOptions):
     """The optimizer's budget and settings."""
 
-    epochs: int = 16
+    epochs: Count = 16
     """Passes over the training pictures."""
-    learning_rate: float = 0.0
+    learning_rate: NotNegative = 0.0
     """Highest learning rate, reached after the warm-up; 0 takes 3e-3 for a block or head of a tiny model, 2e-3 for
     all of it, and 1e-3, 1e-3 and 1e-4 for a real one."""
-    weight_decay: float = 0.01
+    weight_decay: NotNegative = 0.01
     """AdamW's decoupled weight decay."""
-    label_smoothing: float = 0.0
+    label_smoothing: ShareBelowOne = 0.0
     """Share of the target's weight that is spread over all classes."""
 
 
@@ -113,9 +120,9 @@ class DistillConfig(TrainConfig):
     """A finished run's directory, or a network's name: its last block is then trained on the same pictures first."""
     distillation: Distillation = "hard"
     """What the distillation head learns: the teacher's class, or its probabilities at --temperature."""
-    weight: float = 0.0
+    weight: Share = 0.0
     """Share of the loss that is the teacher's; 0 takes the paper's, 0.5 for hard and 0.1 for soft."""
-    temperature: float = 3.0
+    temperature: Positive = 3.0
     """By which soft distillation divides both sides' logits."""
     baselines: Asked = "auto"
     """Also train the same network without a teacher, on the same pictures for as many epochs; auto does for a tiny
@@ -136,12 +143,12 @@ class AttackConfig:
     pictures first."""
     norm: Norm = "linf"
     """What is bounded: the largest change of a level, or the square root of the summed squares of all."""
-    radius: float = 0.0
+    radius: NotNegative = 0.0
     """The bound, on levels of 0 to 255; 0 takes the paper's: 10 for linf, and for l2 2000 at 224 pixels, in proportion
     to the side at other sizes."""
-    wanted: float = 0.8
+    wanted: Annotated[float, number(float, "(0, 1]")] = 0.8
     """Fooling rate on the pictures used at which the search ends."""
-    passes: int = 10
+    passes: Count = 10
     """Most passes over the pictures used."""
     used: str = "50,100,200"
     """Numbers of training pictures that a perturbation is made from, separated by commas."""
@@ -168,9 +175,9 @@ class CompareConfig:
     """Networks, separated by commas; options of one follow after colons: resnet50:unfreeze=head:learning_rate=1e-3."""
     head: Head = "linear"
     """New head of all: one linear layer, or an MLP with one hidden layer."""
-    head_width: int = 512
+    head_width: Count = 512
     """Hidden width of the MLP head."""
-    image_size: int = 0
+    image_size: CountOrZero = 0
     """Side of the pictures that the networks see, in pixels; 0 takes each one's own."""
     data: DataOptions = field(default_factory=DataOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
@@ -182,7 +189,7 @@ class CompareConfig:
 class ComparedOptions(ModelOptions):
     """The options that may follow a network's name after colons."""
 
-    learning_rate: float = 0.0
+    learning_rate: NotNegative = 0.0
     """Highest learning rate."""
 
 
@@ -206,22 +213,15 @@ def complete(config: Config) -> Config:
     """Fills in the defaults that depend on the model: learning rate and baselines.
 
     Raises:
-        LabError: options that contradict each other, or are out of range.
+        LabError: options that contradict each other.
     """
-    model, data, training = config.model, config.data, config.training
-    if data.views < 1:
-        raise LabError("--views: must be at least 1")
-    for name, value in (("validation", data.validation_fraction), ("test", data.test_fraction)):
-        if not 0 < value < 0.9:
-            raise LabError(f"--{name}-fraction: must lie between 0 and 0.9")
+    model, training = config.model, config.training
     if model.weights is not None and not model.weights.is_file():
         raise LabError(f"--weights {model.weights}: no such file")
     if model.weights is not None and model.weights.suffix != ".safetensors":
         raise LabError(f"--weights {model.weights}: must be a .safetensors file; convert it with safetensors.torch")
     if model.block is not None and model.unfreeze != "block":
         raise LabError(f"--block: is what --unfreeze block trains; drop it, or --unfreeze {model.unfreeze}")
-    if model.image_size < 0 or model.head_width < 1 or data.limit < 0:
-        raise LabError("--image-size, --head-width and --limit must not be negative")
     tiny = model.model in TINY
     usual = {"block": 3e-3, "head": 3e-3, "all": 2e-3} if tiny else {"block": 1e-3, "head": 1e-3, "all": 1e-4}
     # Head alone and from scratch are other things than this run only if it trains a block of a pre-trained network.

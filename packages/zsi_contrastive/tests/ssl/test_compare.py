@@ -25,6 +25,11 @@ def test_compare_and_its_report(looks: Path, tmp_path: Path) -> None:
     asked = json.loads((folder / "byol-momentum=0" / "seed-0" / "results.json").read_text())["config"]
     assert asked["own"]["momentum"] == 0
     assert asked["own"]["momentum_end"] == 0
-    for wrong, said in (("swav", "no such method"), ("moco:queues=3", "queues"), ("moco,moco", "twice")):
+    for wrong, said in (
+        ("swav", "no such method"),
+        ("moco:queues=3", "queues"),
+        ("moco:queue=-3", "--queue: must be"),
+        ("moco,moco", "twice"),
+    ):
         done = lab_commands.here("zsi_contrastive.compare", "--methods", wrong, "--data", looks, code=2)
         assert said in done.errors[0]

@@ -111,10 +111,6 @@ def test_options_that_contradict_are_refused() -> None:
     refused("ResNets of torchvision", stem="small")
     refused("only dino", local_crops=2)
     refused("crop-scale", crop_scale=(0.9, 0.2))
-    refused("--flip", flip=1.5)
-    refused("--prior", prior=1.0)
-    refused("--momentum", momentum=2.0)
-    refused("--bank", bank=0)
 
 
 def test_lightlys_benchmark_is_configured() -> None:

@@ -93,13 +93,11 @@ def check_compared(what: str, options: ComparisonOptions) -> None:
     """Refuses a comparison that cannot start; `what` names one of the things that are compared.
 
     Raises:
-        LabError: it was launched for several processes, --seeds is too small, or there is no --launch file.
+        LabError: it was launched for several processes, or there is no --launch file.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LabError(f"compare starts one process per {what} itself: run it with python -m, and name the Accelerate "
                        "configuration of several GPUs with --launch FILE")  # fmt: skip
-    if options.seeds < 1:
-        raise LabError("--seeds must be at least 1")
     if options.launch is not None and not options.launch.is_file():
         raise LabError(f"--launch {options.launch}: no such file; name an Accelerate configuration")
 

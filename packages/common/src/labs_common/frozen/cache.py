@@ -26,7 +26,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from labs_common.cache import cache_directory, cached_directory, path_name
+from labs_common.cache import REMEDY, cache_directory, cached_directory, path_name
 from labs_common.device import free_bytes, pinned, to_device
 from labs_common.errors import LabError
 from labs_common.frozen.audit import state_hash
@@ -243,8 +243,12 @@ def cached_rows(
                 if shown:
                     console.print(f"frozen features: {_size(need)} in {folder}")
                 _fill(rows, done.fileno(), missing, count, chunk, compute, shown)
+                # Opened anew: a network's file system then looks at what other machines wrote.
+                rows = CachedRows(folder, views, (count, width), precision)
     except (OSError, ValueError) as error:
-        raise LabError(f"the feature cache {folder} cannot be used ({error}); delete it, or add --no-cache") from error
+        raise LabError(
+            f"the feature cache {folder} cannot be used ({error}); delete it, {REMEDY}, or add --no-cache"
+        ) from error
     return rows
 
 

@@ -11,10 +11,16 @@ from labs_common.errors import LabError
 from labs_common.options import (
     CommandOptions,
     ComparisonOptions,
+    Count,
+    CountOrZero,
+    NotNegative,
     OnBadData,
     RunOptions,
+    Share,
+    ShareBelowOne,
     TrainingOptions,
     names_in,
+    number,
     one_of,
 )
 from zsi_contrastive import TINY
@@ -44,9 +50,9 @@ class DataOptions:
     split: str = ""
     """Seen and unseen classes: 48_17 or 65_15 of the literature, or a JSON file with the lists "seen" and "unseen". By
     default 48_17, and the pairings of drawn scenes without --data."""
-    validation_fraction: float = 0.3
+    validation_fraction: ShareBelowOne = 0.3
     """Share of the test pictures set aside to choose --seen-bias on; the others give the figures."""
-    limit: int = 0
+    limit: CountOrZero = 0
     """Take at most this many pictures for training, and for validation and test each; 0 takes all."""
     on_bad_data: OnBadData = "error"
     """What to do with pictures that cannot be used: stop and name them, or leave them out and count them."""
@@ -75,7 +81,7 @@ class ModelOptions:
     """Start from weights of ImageNet (downloaded on first use), or from random ones; tiny is always random."""
     backbone_weights: Path | None = None
     """Start from this .safetensors file of the same network."""
-    frozen_stages: int = -1
+    frozen_stages: Annotated[int, number(int, "[0, 4]", -1)] = -1
     """Stages of the backbone, after its stem, that stay fixed; -1 takes the paper's 1, and 0 for tiny."""
     mask_head: bool = True
     """Outline things, or only box them."""
@@ -93,9 +99,9 @@ class ModelOptions:
     """Start its modules from this .safetensors file, which `zsi_contrastive.pretrain --method gim` wrote."""
     patch_infonce: bool = False
     """Add patch_infonce to --contrastive: patches of a thing against those of other classes and of background."""
-    min_side: int = 0
+    min_side: CountOrZero = 0
     """Shorter side of the pictures that the network sees, in pixels; 0 takes 800, and 96 for tiny."""
-    max_side: int = 0
+    max_side: CountOrZero = 0
     """Longest side; 0 takes 1333, and 160 for tiny."""
 
 
@@ -106,23 +112,23 @@ class DetectionOptions:
     transfer: Transfer = "auto"
     """Rule by which scores of known classes become those of others: the paper's, in which background is a word like
     others, or among things alone; auto is the paper's, and things for tiny."""
-    temperature: float = 0.0
+    temperature: NotNegative = 0.0
     """By which logits of known classes are divided for that; 0 takes 1, as in the paper, and 4 for tiny."""
-    seen_bias: float = 0.0
+    seen_bias: Annotated[float, number(float, "[-1, 1]")] = 0.0
     """Taken from the scores of seen classes where both kinds are looked for (calibrated stacking)."""
     refine: Aggregate = "none"
     """Mix each unseen class's vector with those of its neighbours: their sum, mean or largest values."""
-    neighbours: int = 3
+    neighbours: Count = 3
     """Nearest classes, seen and unseen, that are mixed in."""
-    refine_share: float = 0.3
+    refine_share: Share = 0.3
     """Share of the refined vector that is the neighbours'."""
-    score_threshold: float = 0.05
+    score_threshold: Share = 0.05
     """Detections that score less are dropped."""
-    nms_threshold: float = 0.5
+    nms_threshold: Annotated[float, number(float, "(0, 1]")] = 0.5
     """Overlap (IoU) from which the weaker of two boxes of a class is dropped."""
-    kept: int = 100
+    kept: Count = 100
     """Most detections of a picture."""
-    controls: int = 3
+    controls: CountOrZero = 3
     """Times that random vectors take the place of the unseen classes', to see what chance gives; 0 does not."""
 
 
@@ -130,36 +136,36 @@ class DetectionOptions:
 class DetectorTrainingOptions(TrainingOptions):
     """Steps, learning rate and schedule of training."""
 
-    epochs: int = 0
+    epochs: CountOrZero = 0
     """Passes over the training pictures; 0 takes the paper's 12, and 6 for tiny."""
-    batch_size: int = 0
+    batch_size: CountOrZero = 0
     """Pictures per optimizer step, over all processes together; 0 takes the paper's 8, and 16 for tiny."""
-    at_once: int = 0
+    at_once: CountOrZero = 0
     """Pictures that a process holds at the same time: a step is done in parts; 0 takes a whole step at once."""
     optimizer: Optimizer = "auto"
     """SGD with momentum 0.9, or AdamW; auto is the paper's SGD, and AdamW for tiny."""
-    learning_rate: float = 0.0
+    learning_rate: NotNegative = 0.0
     """Highest learning rate, reached after the warm-up; 0 takes the paper's 0.01 (0.0075 for 65_15), and 3e-3 for
     tiny."""
     schedule: Literal["auto", "cosine", "linear", "constant", "steps"] = "auto"  # type: ignore[assignment]
     """How the learning rate falls after the warm-up: cosine or linear to zero, not at all, or in steps to a tenth after
     two thirds and a hundredth after eleven twelfths of all steps. auto is the paper's steps, and cosine for tiny."""
-    weight_decay: float = 1e-4
+    weight_decay: NotNegative = 1e-4
     """AdamW's decoupled weight decay, or that of SGD."""
-    clip_norm: float = -1.0
+    clip_norm: Annotated[float, number(float, "[0, inf)", -1)] = -1.0
     """Gradients with a larger L2 norm are scaled down to it; 0 turns clipping off, -1 takes the paper's 35, and 5 for
     tiny."""
-    reconstruction: float = 0.0
+    reconstruction: NotNegative = 0.0
     """Weight of the decoders' losses; 0 takes the paper's 0.5, and 0.05 for tiny."""
-    contrastive_share: float = -1.0
+    contrastive_share: Annotated[float, number(float, "[0, inf)", -1)] = -1.0
     """Weight of the loss of each contrastive head without an option of its own; -1 takes the head's own."""
-    greedy_share: float = 0.1
+    greedy_share: NotNegative = 0.1
     """Weight of the Greedy InfoMax head's losses."""
-    patch_share: float = 0.1
+    patch_share: NotNegative = 0.1
     """Weight of the patch InfoNCE head's loss."""
     flip: bool = True
     """Mirror training pictures by chance."""
-    validation_pictures: int = 200
+    validation_pictures: Count = 200
     """Pictures that evaluations during training look at."""
 
 
@@ -197,11 +203,11 @@ class EvaluateConfig:
     data: DataOptions = field(default_factory=DataOptions)
     words: WordOptions = field(default_factory=WordOptions)
     detection: DetectionOptions = field(default_factory=DetectionOptions)
-    at_once: int = 8
+    at_once: Count = 8
     """Pictures that the network sees at once."""
     output: Path | None = None
     """Directory for results and report; by default evaluation/ under the run."""
-    seed: int = 0
+    seed: CountOrZero = 0
     """Seed of the random vectors."""
     report: bool = True
     """Write report.html at the end."""
@@ -224,14 +230,14 @@ class PredictConfig:
     """Words to look for, separated by commas; by default all classes of the run's split."""
     word_vectors: str | None = None
     """Source of vectors of words that the run does not know: the file or encoder that its own are from."""
-    score: float = 0.0
+    score: Share = 0.0
     """Draw detections that score at least this; 0 draws the best ones of each picture."""
-    most: int = 5
+    most: Count = 5
     """Most detections that are drawn into a picture."""
     output: Path | None = None
     """Directory for the pictures and detections.json; by default predictions/ under the run."""
     detection: DetectionOptions = field(default_factory=DetectionOptions)
-    at_once: int = 8
+    at_once: Count = 8
     """Pictures that the network sees at once."""
     on_bad_data: OnBadData = "error"
     """What to do with pictures that cannot be read: stop and name them, or leave them out."""
@@ -297,7 +303,7 @@ def complete(config: TrainConfig) -> TrainConfig:
     scenes (docs/zsi_contrastive.md).
 
     Raises:
-        LabError: options contradict each other, or one is out of range.
+        LabError: options contradict each other.
     """
     split = default_split(config.data)
     vectors = config.words.word_vectors or ("attributes" if split == SCENES else "")
@@ -356,45 +362,17 @@ def check(config: TrainConfig) -> None:
     """Checks options that do not depend on the data.
 
     Raises:
-        LabError: options contradict each other, or one is out of range.
+        LabError: options contradict each other.
     """
     model, training = config.model, config.training
-    if not 0 <= config.data.validation_fraction < 1:
-        raise LabError("--validation-fraction: must be at least 0 and less than 1")
     if model.sync_background and not model.background_rpn:
         raise LabError(
             "--sync-background: there is nothing to take over without --background-rpn; add --no-sync-background"
         )
-    check_detection(config.detection)
     for name, file in (("backbone", model.backbone_weights), ("greedy", model.greedy_weights)):
         if file is not None and file.suffix != ".safetensors":
             raise LabError(f"--{name}-weights {file}: must be a .safetensors file")
     if model.greedy_weights is not None and "greedy_infomax" not in contrastive_of(model):
         raise LabError("--greedy-weights: there is no such head; add --greedy-infomax")
-    if not -1 <= model.frozen_stages <= 4:
-        raise LabError("--frozen-stages: must lie between 0 and 4")
     if training.patience and not config.data.validation_fraction:
         raise LabError("--patience: there is nothing to watch with --validation-fraction 0")
-    for name in ("contrastive_share", *OWN_SHARES.values()):
-        if (share := getattr(training, name)) < 0 and (name, share) != ("contrastive_share", -1):
-            raise LabError(f"--{name.replace('_', '-')}: must not be negative")
-    if training.reconstruction < 0:
-        raise LabError("--reconstruction: must be positive; --no-decoders leaves the decoders out")
-
-
-def check_detection(detection: DetectionOptions) -> None:
-    """Checks how things are looked for, in training and in every other command.
-
-    Raises:
-        LabError: a value is out of range.
-    """
-    for name, value in (("score-threshold", detection.score_threshold), ("refine-share", detection.refine_share)):
-        if not 0 <= value <= 1:
-            raise LabError(f"--{name}: must lie between 0 and 1")
-    if not 0 < detection.nms_threshold <= 1:
-        raise LabError("--nms-threshold: must be more than 0 and at most 1")
-    if detection.temperature < 0:
-        raise LabError("--temperature: must be positive")
-    for name, least in (("kept", 1), ("neighbours", 1), ("controls", 0)):
-        if getattr(detection, name) < least:
-            raise LabError(f"--{name}: must be at least {least}")

@@ -10,7 +10,7 @@ from labs_common.report.sections import asked_section
 from labs_common.run import Run, check_new, new_folder
 from labs_common.training import inference_accelerator
 from zsi_contrastive.detector.annotations import Split, read_split
-from zsi_contrastive.detector.config import DataOptions, EvaluateConfig, check_detection, default_split
+from zsi_contrastive.detector.config import DataOptions, EvaluateConfig, default_split
 from zsi_contrastive.detector.data import from_main_process, read_parts, read_pictures, read_vectors
 from zsi_contrastive.detector.pictures import InstancePictures, instance_pictures
 from zsi_contrastive.detector.protocol import Evaluation, evaluated, scores_of
@@ -27,7 +27,6 @@ def evaluate(config: EvaluateConfig) -> None:
         LabError: no detector is there, or no such pictures, words or results.
     """
     check_new(config.output)
-    check_detection(config.detection)
     if config.results is not None:
         score_file(config, config.results)
     else:

@@ -19,7 +19,7 @@ from labs_common.report.page import shown
 from labs_common.run import check_new, new_folder, write_atomically
 from labs_common.steps import read_ahead
 from zsi_contrastive.detector.annotations import read_split
-from zsi_contrastive.detector.config import DataOptions, DetectionOptions, PredictConfig, check_detection
+from zsi_contrastive.detector.config import DataOptions, DetectionOptions, PredictConfig
 from zsi_contrastive.detector.data import read_pictures
 from zsi_contrastive.detector.heads import Samples
 from zsi_contrastive.detector.pictures import InstancePictures, Packed, levels_of, mask_of, packed, run_lengths
@@ -38,9 +38,6 @@ def predict(config: PredictConfig) -> None:
     Raises:
         LabError: no picture or no detector is there, a picture cannot be read, or a word has no vector.
     """
-    check_detection(config.detection)
-    if config.most < 1:
-        raise LabError("--most: must be at least 1")
     check_new(config.output)
     checkpoint = chosen_run(config.checkpoint)
     output = new_folder(config.output, checkpoint / "predictions")

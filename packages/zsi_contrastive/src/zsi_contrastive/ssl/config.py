@@ -4,7 +4,20 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from labs_common.errors import LabError
-from labs_common.options import ClassDataOptions, ComparisonOptions, RunOptions, TrainingOptions, one_of
+from labs_common.options import (
+    ClassDataOptions,
+    ComparisonOptions,
+    Count,
+    CountOrZero,
+    NotNegative,
+    Positive,
+    RunOptions,
+    Share,
+    ShareBelowOne,
+    TrainingOptions,
+    number,
+    one_of,
+)
 from zsi_contrastive import TINY
 
 MethodName = Annotated[str, one_of("zsi_contrastive.ssl.methods:METHODS")]
@@ -31,7 +44,7 @@ class EncoderOptions:
     of their own: tiny and resnet50v2."""
     stem: Literal["usual", "small"] = "usual"
     """small gives a torchvision ResNet a 3 × 3 first convolution and no pooling, as is usual for CIFAR-10."""
-    side: int = 0
+    side: Annotated[int, number(int, "[8, inf)", 0)] = 0
     """Side of the views in pixels; 0 takes 32 for tiny networks and small stems, and 224."""
 
 
@@ -39,24 +52,24 @@ class EncoderOptions:
 class ViewOptions:
     """Random changes of a picture, made twice or more, on the device."""
 
-    crop_scale: tuple[float, float] = (0.0, 1.0)
+    crop_scale: Annotated[tuple[float, float], number(float, "[0, 1]", count=2)] = (0.0, 1.0)
     """Smallest and largest share of the picture's area that a view shows; 0 takes the method's: 0.08, and 0.14 or with
     local crops 0.4 for dino."""
-    local_crops: int = -1
+    local_crops: Annotated[int, number(int, "[0, inf)", -1)] = -1
     """Further small views that only the student sees (multi-crop); -1 takes the method's: 4 for dino, 0 for others."""
-    local_side: int = 0
+    local_side: CountOrZero = 0
     """Their side in pixels; 0 takes half of the others'."""
-    local_scale: tuple[float, float] = (0.05, 0.4)
+    local_scale: Annotated[tuple[float, float], number(float, "[0, 1]", count=2)] = (0.05, 0.4)
     """Share of the area that they show."""
-    flip: float = 0.5
+    flip: Share = 0.5
     """Share of views that are mirrored."""
-    jitter: float = 0.5
+    jitter: Share = 0.5
     """Strength of random brightness, contrast, saturation and hue, for four views of five; 0 turns it off."""
-    grey: float = 0.2
+    grey: Share = 0.2
     """Share of views without colours."""
-    blur: float = 0.0
+    blur: Share = 0.0
     """Share of views that are blurred; 0.5 is usual for large pictures."""
-    solarize: float = 0.0
+    solarize: Share = 0.0
     """Share of views with inverted highlights."""
 
 
@@ -66,35 +79,35 @@ class MethodOptions:
 
     loss: Literal["nt-xent", "debiased", "hard-negative"] = "nt-xent"
     """The loss of simclr."""
-    prior: float = 0.1
+    prior: ShareBelowOne = 0.1
     """Share of negatives that are of the same class, for debiased and hard-negative."""
-    hardness: float = 1.0
+    hardness: NotNegative = 1.0
     """Weight of near negatives over far ones, for hard-negative; 0 weighs all alike."""
-    temperature: float = 0.0
+    temperature: NotNegative = 0.0
     """By which cosines are divided: 0.5 for simclr (0.2 with tiny), 0.1 for moco and dino's student."""
-    momentum: float = -1.0
+    momentum: Annotated[float, number(float, "[0, 1]", -1)] = -1.0
     """Share of the teacher's weights kept at every step: 0.99 for moco, byol and dino. 0 copies the student."""
-    momentum_end: float = -1.0
+    momentum_end: Annotated[float, number(float, "[0, 1]", -1)] = -1.0
     """Its value at the end, reached along half a cosine: moco's stays, byol's and dino's become 1; 0 stays 0."""
-    queue: int = 0
+    queue: CountOrZero = 0
     """Keys of earlier steps that moco compares with; 4096."""
-    hidden: int = 0
+    hidden: CountOrZero = 0
     """Width of the heads inside: 512, byol 1024, dino 2048; a quarter of that for tiny."""
-    outputs: int = 0
+    outputs: CountOrZero = 0
     """Width of their outputs: 128, byol 256, dino 2048 prototypes; 512 prototypes for tiny."""
     head_norm: Literal["batch", "layer"] = "batch"
     """Normalisation in the heads. With layer, and an encoder without batch norms, several processes equal one."""
-    teacher_temperature: float = 0.04
+    teacher_temperature: Positive = 0.04
     """dino's, after centring."""
     centring: Literal["mean", "sinkhorn"] = "mean"
     """Keeps dino's teacher from one answer for all: the mean of its answers is subtracted, or Sinkhorn-Knopp."""
-    koleo: float = 0.0
+    koleo: NotNegative = 0.0
     """Weight of the KoLeo regulariser on dino's student, as in DINOv2 (there 0.1)."""
-    freeze_last: int = 1
+    freeze_last: CountOrZero = 1
     """Epochs in which dino's prototypes stay."""
-    ahead: int = 5
+    ahead: Count = 5
     """Rows of patches below that gim and cpc predict."""
-    negatives: int = 16
+    negatives: Count = 16
     """Patches drawn from the batch that the right one is told from, for gim and cpc."""
 
 
@@ -102,27 +115,27 @@ class MethodOptions:
 class PretrainTrainingOptions(TrainingOptions):
     """Optimizer and schedule."""
 
-    epochs: int = 0
+    epochs: CountOrZero = 0
     """Passes over the training pictures; 0 takes 200, and 15 for tiny."""
-    batch_size: int = 0
+    batch_size: CountOrZero = 0
     """Pictures per optimizer step, over all processes together; 0 takes 512, and 256 for tiny."""
     optimizer: Optimizer = "auto"
     """SGD or LARS with momentum 0.9, or AdamW; auto is SGD for convolutional networks, AdamW for tiny, gim, cpc and
     transformers, and LARS for byol with tiny."""
-    learning_rate: float = 0.0
+    learning_rate: NotNegative = 0.0
     """Highest learning rate, reached after the warm-up; 0 takes 0.06 per 128 pictures for SGD, 0.3 per 256 for LARS (2
     with tiny), 2e-3 for AdamW and 2e-4 for gim and cpc (2e-3 with tiny)."""
-    warmup: float = 0.05
+    warmup: Share = 0.05
     """Share of all steps over which the learning rate rises from zero."""
-    weight_decay: float = -1.0
+    weight_decay: Annotated[float, number(float, "[0, inf)", -1)] = -1.0
     """AdamW's decoupled weight decay, or that of SGD and LARS; -1 takes 5e-4 for SGD, 1e-6 for LARS and 0.04 for AdamW,
     0 for gim and cpc."""
-    weight_decay_end: float = -1.0
+    weight_decay_end: Annotated[float, number(float, "[0, inf)", -1)] = -1.0
     """Its value at the end, reached along half a cosine (0.4 in DINO); -1 leaves it."""
-    clip_norm: float = -1.0
+    clip_norm: Annotated[float, number(float, "[0, inf)", -1)] = -1.0
     """Gradients with a larger L2 norm are scaled down to it; 0 turns clipping off, -1 takes 3 for dino and 0 for
     others."""
-    evaluate_every: int = 0
+    evaluate_every: CountOrZero = 0
     """Optimizer steps between evaluations; 0 makes about twelve of them."""
 
 
@@ -130,9 +143,9 @@ class PretrainTrainingOptions(TrainingOptions):
 class MeasureOptions:
     """Measures of what was learnt."""
 
-    neighbours: int = 0
+    neighbours: CountOrZero = 0
     """Training pictures that vote on a picture's class; 0 takes 200, and 20 of fewer than 10,000."""
-    bank: int = 50_000
+    bank: Count = 50_000
     """Training pictures that are asked at most."""
     probe: bool = True
     """Fit a linear layer on the features at the end."""
@@ -168,29 +181,12 @@ def check_ranges(config: PretrainConfig) -> None:
     Raises:
         LabError: one is out of range, or does not fit the encoder.
     """
-    encoder, views, own, measure = config.encoder, config.views, config.own, config.measure
+    encoder, views = config.encoder, config.views
     if encoder.stem == "small" and not encoder.backbone.startswith(RESNETS):
         raise LabError("--stem small: is for ResNets of torchvision")
-    if encoder.side and encoder.side < 8:
-        raise LabError("--side: must be at least 8")
     for name, (low, high) in (("crop-scale", views.crop_scale), ("local-scale", views.local_scale)):
-        if not 0 <= low <= high <= 1 or not high:
-            raise LabError(f"--{name}: must be two shares of the area from 0 to 1, the smaller first")
-    shares = {name: getattr(views, name) for name in ("flip", "grey", "blur", "solarize", "jitter")}
-    shares |= {"momentum": max(0.0, own.momentum, own.momentum_end)}  # below 0 it is left to the method
-    for name, share in shares.items():
-        if not 0 <= share <= 1:
-            raise LabError(f"--{name}: must lie between 0 and 1")
-    if not 0 <= own.prior < 1:
-        raise LabError("--prior: must be at least 0 and less than 1")
-    if own.teacher_temperature <= 0:
-        raise LabError("--teacher-temperature: must be above 0")
-    at_least = {name: (getattr(own, name), 0) for name in ("temperature", "hardness", "koleo")}
-    at_least |= {"ahead": (own.ahead, 1), "negatives": (own.negatives, 1), "bank": (measure.bank, 1),
-                 "neighbours": (measure.neighbours or 1, 1)}  # fmt: skip
-    for name, (value, least) in at_least.items():
-        if value < least:
-            raise LabError(f"--{name}: must be at least {least}")
+        if not low <= high or not high:
+            raise LabError(f"--{name}: must be two shares of the area, the smaller first, not both 0")
 
 
 @dataclass
@@ -219,11 +215,11 @@ class ComparedOptions:
     """Options that may follow a method's name after colons; the rest is one budget for all."""
 
     own: MethodOptions = field(default_factory=MethodOptions)
-    batch_size: int = 0
+    batch_size: CountOrZero = 0
     """Pictures per optimizer step."""
-    local_crops: int = -1
+    local_crops: Annotated[int, number(int, "[0, inf)", -1)] = -1
     """Small views that only dino's student sees."""
-    learning_rate: float = 0.0
+    learning_rate: NotNegative = 0.0
     """Highest learning rate."""
     optimizer: Optimizer = "auto"
     """auto is the method's own."""
