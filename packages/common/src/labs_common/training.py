@@ -28,7 +28,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 
 from labs_common.checkpoint import Stateful, checkpoints, load_checkpoint, save_checkpoint
-from labs_common.cli import STOPPING, is_ignored, leave_terminal
+from labs_common.cli import STOPPING, is_ignored
 from labs_common.device import (
     Later,
     begin_fast_arithmetic,
@@ -379,8 +379,6 @@ def _signals(loop: Loop) -> Iterator[None]:
 
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal noted
-        if number == signal.SIGHUP:
-            leave_terminal()
         if not loop._signal:
             loop._signal, noted = number, time.monotonic()
         elif time.monotonic() - noted > 1:
