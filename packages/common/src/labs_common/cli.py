@@ -35,7 +35,7 @@ _run: Path | None = None  # that this process works on
 
 
 class _Outlet(io.FileIO):
-    """Writes to a pipe or terminal while somebody reads it, and then to nowhere: `| head -1` must not stop a training."""
+    """Writes to a pipe or terminal while somebody reads it, then to nowhere: `| head -1` must not stop a training."""
 
     def write(self, content: Any) -> int:
         """Writes bytes as `io.FileIO` does; says that all were written once nobody reads them."""

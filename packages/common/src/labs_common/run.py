@@ -25,7 +25,6 @@ from labs_common.cli import begun, config_to_yaml, flat_options
 from labs_common.errors import LabError, bytes_of, json_of
 from labs_common.options import RunOptions
 
-
 ESCAPED = "backslashreplace"  # half a character of a file's name that is not UTF-8: as JSON itself writes it
 MACHINE = ("git_commit", "python", "platform", "cpu_count", "gpus")  # of environment.json, for tables
 
