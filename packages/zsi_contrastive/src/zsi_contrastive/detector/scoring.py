@@ -12,6 +12,7 @@ import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as rle
 
+from labs_common.data.images import MOST_PIXELS
 from labs_common.errors import LabError, json_of
 from zsi_contrastive.detector.annotations import Instances, box_fault, is_number, is_run_lengths
 
@@ -190,9 +191,12 @@ def read_results(path: Path) -> list[Result]:
 
 
 def _is_compressed(outline: Any) -> bool:
-    size = outline.get("size") if isinstance(outline, dict) and isinstance(outline.get("counts"), str) else None
-    pair = isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) for side in size)
-    return pair and is_run_lengths(outline, *size)
+    if not isinstance(outline, dict) or not isinstance(outline.get("counts"), str):
+        return False
+    match outline.get("size"):
+        case [int(height), int(width)] if 0 < height * width <= MOST_PIXELS:
+            return is_run_lengths(outline, height, width)
+    return False
 
 
 def _mean(values: np.ndarray) -> float:
