@@ -29,7 +29,7 @@ GLOSSARY = "Words of the field are explained in the project's docs/glossary.md."
 # What asks a training to save and stop: Ctrl-C; `timeout`, a queue or another process; a scheduler's warning before its
 # time limit; a terminal that is closed.
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-MOST_ALIASES = 20  # in a config: a few more may stand for a billion values
+MOST_NESTED = 20  # aliases of a config, or levels: a few more may stand for a billion values
 LONGEST_NAME = 255  # bytes, of a file in every usual file system
 _run: Path | None = None  # that this process works on
 
@@ -213,10 +213,9 @@ def config_from_yaml(config_type: type[Config], path: Path) -> Config:
     """
     text = text_of(path, f"--config {path}")
     try:
-        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)) > MOST_ALIASES:
-            raise LabError(f"more than {MOST_ALIASES} aliases (*name); write the values out")
+        _check_size(text)
         values = yaml.safe_load(text)
-        if not isinstance(values, dict):
+        if not isinstance(values, dict) or not values:
             raise LabError("expected options as 'name: value'")
         flags = _flags_of(values)
     except (ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: a date or number that there is not
@@ -227,6 +226,16 @@ def config_from_yaml(config_type: type[Config], path: Path) -> Config:
         return _parse_flags(config_type, config_type(), f"--config {path}", flags)
     except LabError as error:
         raise LabError(f"--config {path}: {error}") from None
+
+
+def _check_size(text: str) -> None:
+    """Refuses YAML that is small as text and huge, or endless to read, as values."""
+    aliases = depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        aliases += isinstance(event, yaml.AliasEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if aliases > MOST_NESTED or depth > MOST_NESTED:
+            raise LabError(f"more than {MOST_NESTED} aliases (*name), or brackets in one another; write the values out")
 
 
 def config_to_yaml(config: Any) -> str:
@@ -273,6 +282,8 @@ def _flags_of(values: dict[str, Any]) -> list[str]:
     flags: list[str] = []
     for name, value in values.items():
         flag = "--" + str(name).replace("_", "-")
+        if flag == "--help":
+            raise LabError("help is no option of a file")
         if isinstance(value, dict):
             flags += _flags_of(value)
         elif isinstance(value, bool):
