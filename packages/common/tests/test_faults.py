@@ -115,7 +115,7 @@ def test_files_of_a_run_that_are_of_something_else(tmp_path: Path, content: byte
             list(run.lines("metrics.jsonl"))
     with pytest.raises(LabError, match=r"splits\.json: is no file of this run"):
         run.load_json("splits.json", "train")
-    with pytest.raises(LabError, match="--resume|is no file of this run"):
+    with pytest.raises(LabError, match=r"--resume|is no file of this run"):
         record_splits(run, {"train": _Nothing()})  # type: ignore[dict-item]
 
 

@@ -171,6 +171,10 @@ class Loop:
             if saved := checkpoints(run.path / "checkpoints"):
                 position = load_checkpoint(saved[-1], accelerator, model, optimizer, also)
                 self.step_number, self.count, self._best = position["step"], position["count"], position["best"]
+                for file in ("metrics.jsonl", "timing.jsonl") if run.is_main else ():
+                    if all(line["step"] != self.step_number for line in run.lines(file)):
+                        raise LabError(f"{run.path / file}: ends before step {self.step_number}, from which the run "
+                                       "goes on; bring it back, or begin a new run")  # fmt: skip
             # Killed before its first checkpoint it starts anew, with the evaluation before the first step.
             run.rewind(self.step_number if saved else -1)
 
