@@ -1,13 +1,16 @@
 import io
+import os
 import pickle
 import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from labs_testing.commands import real_data
 from PIL import Image
+from pyarrow import parquet
 
 from labs_common.data.classes import stratified_parts
 from labs_common.data.images import BadPictureError, checked, decoded, picture_files, readable
@@ -207,9 +210,6 @@ def test_bad_pictures_are_named_or_counted(tmp_path: Path, levels: np.ndarray) -
     ],
 )
 def test_a_wrong_path_gets_one_line(tmp_path: Path, path: str, said: str) -> None:
-    import pyarrow as pa
-    from pyarrow import parquet
-
     for name in ("set.tar.gz", "set.csv", "wrong.parquet"):
         (tmp_path / name).write_bytes(b"x")
     parquet.write_table(pa.table({"text": ["a"]}), tmp_path / "columns.parquet")
@@ -222,9 +222,6 @@ def test_a_wrong_path_gets_one_line(tmp_path: Path, path: str, said: str) -> Non
 
 def test_labels_outside_of_the_classes_are_bad(tmp_path: Path, levels: np.ndarray) -> None:
     import json
-
-    import pyarrow as pa
-    from pyarrow import parquet
 
     names = json.dumps({"info": {"features": {"label": {"names": CLASSES, "_type": "ClassLabel"}}}})
     table = pa.table({"image": [encoded(image) for image in levels[:4]], "label": [0, 7, None, 1]})
@@ -280,3 +277,27 @@ def test_files_that_cannot_be_read_are_named_or_left_out(tmp_path: Path, capsys:
         readable([good, *bad], "error")
     with pytest.raises(LabError, match=r"0\.png: empty; add"):
         readable(bad[:1], "skip")
+
+
+def test_a_number_that_is_no_class_is_a_fault(tmp_path: Path, levels: np.ndarray) -> None:
+    """Classes without names have those of the numbers up to the largest: not of a hundred million."""
+    pictures = [encoded(image) for image in levels[:4]]
+    parquet.write_table(pa.table({"image": pictures, "label": [0, 10**8, 1, 2**62]}), tmp_path / "train.parquet")
+    found = read_pictures(str(tmp_path)).train
+    assert found.classes == ("0", "1")
+    assert checked(found, "skip").labels.tolist() == [0, 1]
+
+
+def test_pipes_and_broken_text_in_the_place_of_data(tmp_path: Path) -> None:
+    for name in ("train.parquet", "data_batch_1"):
+        (tmp_path / name).mkdir()
+        os.mkfifo(tmp_path / name / name)
+        with pytest.raises(LabError, match=r"pipe|directory for each class"):
+            read_pictures(str(tmp_path / name))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(LabError, match="name a directory"):
+        read_pictures(str(tmp_path / "pipe"))
+    text = pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, 2], dtype=np.int32)), pa.py_buffer(b"\xff\xfe"))
+    parquet.write_table(pa.table({"image": [b"x"], "label": text}), tmp_path / "bad.parquet")
+    with pytest.raises(LabError, match="holds what cannot be read"):
+        read_pictures(str(tmp_path / "bad.parquet"))

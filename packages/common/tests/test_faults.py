@@ -73,6 +73,9 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
         with pytest.raises(BadPictureError, match=said):
             decoded(path)
         assert said in examined([path], "", shown=False)[0][1]
+    assert [reason for _, reason in examined([Path("a\0b"), Path("\ud800")], "", shown=False)] == [
+        "has a name that no file can have"
+    ] * 2
     with pytest.raises(LabError, match="pipe"):
         config_from_yaml(Config, tmp_path / "pipe.png")
     with pytest.raises(LabError, match="File name too long"):

@@ -136,6 +136,8 @@ def _examined(content: Content) -> tuple[bytes, str]:
         data = content.read_bytes() if isinstance(content, Path) else content
     except OSError as error:
         return b"", error.strerror or "cannot be read"
+    except ValueError:  # a NUL, or half a character
+        return b"", "has a name that no file can have"
     raw = np.ascontiguousarray(data).data if isinstance(data, np.ndarray) else data
     digest = hashlib.blake2b(raw, digest_size=16).digest()
     try:
