@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
+from labs_common.cache import path_name
 from labs_common.cli import config_from_yaml, parse
 from labs_common.data.images import BadPictureError, decoded, examined, record_splits
 from labs_common.errors import LabError, RunStopped, bytes_of, json_of, text_of
@@ -88,6 +89,13 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
             json_of(tmp_path / "file", "--x")
 
 
+def test_a_model_in_a_deep_directory_still_names_a_run() -> None:
+    name = path_name("/home/" + "نام/" * 100)
+    assert len(name.encode()) <= 120
+    assert name.endswith("-نام")
+    assert path_name("google/gemma-2-2b") == "google-gemma-2-2b"
+
+
 def test_names_survive_whatever_they_hold(tmp_path: Path) -> None:
     """Separators of lines that JSON leaves alone; half a character, as Python reads a name that is not UTF-8."""
     run, names = Run(tmp_path), ["a\u2028b", "c\x85d", "\udce9.png", "نام", "e\x0bf"]
@@ -116,9 +124,9 @@ def test_files_of_a_run_that_are_of_something_else(tmp_path: Path, content: byte
     if content.endswith(b"\n"):  # else it is a line that a kill has cut
         with pytest.raises(LabError, match=r"metrics\.jsonl:1: is no line of a run"):
             list(run.lines("metrics.jsonl"))
-    with pytest.raises(LabError, match=r"splits\.json: is no file of this run"):
+    with pytest.raises(LabError, match=r"splits\.json: .*; bring the file back"):
         run.load_json("splits.json", "train")
-    with pytest.raises(LabError, match=r"--resume|is no file of this run"):
+    with pytest.raises(LabError, match=r"--resume|bring the file back"):
         record_splits(run, {"train": _Nothing()})  # type: ignore[dict-item]
 
 

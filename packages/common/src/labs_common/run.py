@@ -127,10 +127,13 @@ class Run:
         path = self.path / name
         if not path.exists():
             return None
-        found = json_of(path, f"{path}: is no file of this run; bring it back, or begin a new run")
+        try:
+            found = json_of(path, str(path))
+        except LabError as error:
+            raise LabError(f"{error}; bring the file back, or begin a new run") from error
         if keys and not (isinstance(found, dict) and found.keys() >= set(keys)):
             raise LabError(
-                f"{path}: is no file of this run (lacks {', '.join(keys)}); bring it back, or begin a new run"
+                f"{path}: is no file of this run (lacks {', '.join(keys)}); bring the file back, or begin a new run"
             )
         return found
 
