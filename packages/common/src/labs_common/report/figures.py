@@ -57,7 +57,13 @@ def curve_figure(
     canvas, axes = _canvas(across, up)
     for colour, (name, (xs, ys)) in zip(_colours(len(curves)), curves.items(), strict=True):
         axes.plot(
-            xs, ys, label=_said(name), color=colour, linewidth=1.6, marker="o" if len(xs) <= 20 else "", markersize=4
+            xs,
+            ys,
+            label=printable(name),
+            color=colour,
+            linewidth=1.6,
+            marker="o" if len(xs) <= 20 else "",
+            markersize=4,
         )
     if log_up:
         axes.set_yscale("log")
@@ -91,8 +97,8 @@ def bar_figure(values: Mapping[str, Mapping[str, float]], across: str, limit: fl
     height = 0.8 / len(names)
     for place, (name, colour) in enumerate(zip(names, _colours(len(names)), strict=True)):
         offsets = [row + (place - (len(names) - 1) / 2) * height for row in range(len(values))]
-        axes.barh(offsets, [bars[name] for bars in values.values()], height, label=_said(name), color=colour)
-    axes.set_yticks(range(len(values)), [_said(name) for name in values])
+        axes.barh(offsets, [bars[name] for bars in values.values()], height, label=printable(name), color=colour)
+    axes.set_yticks(range(len(values)), [printable(name) for name in values])
     axes.invert_yaxis()
     if limit is not None:
         axes.set_xlim(0, limit)
@@ -103,7 +109,7 @@ def bar_figure(values: Mapping[str, Mapping[str, float]], across: str, limit: fl
 
 def matrix_figure(values: Sequence[Sequence[float]], names: Sequence[str], across: str, up: str) -> str:
     """Draws a square of counts, the same names on both sides, each row shaded by its shares. Returns SVG."""
-    count, names = len(names), [_said(name) for name in names]
+    count, names = len(names), [printable(name) for name in names]
     canvas, axes = _canvas(across, up, height=min(7.0, 1.6 + 0.42 * count))
     for row, counts in enumerate(values):
         total = max(1, sum(counts))
@@ -165,7 +171,7 @@ def map_figure(points: Sequence[tuple[float, float]], labels: Sequence[int], nam
         own = [point for point, of in zip(points, labels, strict=True) if of == label]
         colour = COLOURS[label] if len(names) <= len(COLOURS) else shades((label + 0.5) / len(names))
         axes.scatter(
-            [x for x, _ in own], [y for _, y in own], s=9, color=colour, label=_said(name), linewidths=0, alpha=0.8
+            [x for x, _ in own], [y for _, y in own], s=9, color=colour, label=printable(name), linewidths=0, alpha=0.8
         )
     axes.set_xticks([])
     axes.set_yticks([])
@@ -215,9 +221,9 @@ def _canvas(across: str = "", up: str = "", height: float = 3.2) -> tuple[Canvas
     return canvas, axes
 
 
-def _said(name: str) -> str:
+def printable(name: str, most: int = MOST_LETTERS) -> str:
     """Shortens a name to what a figure has room for, in characters that SVG and fonts take."""
-    short = name if len(name) <= MOST_LETTERS else f"{name[: MOST_LETTERS - 1]}…"
+    short = name if len(name) <= most else f"{name[: most - 1]}…"
     return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], short)
 
 
@@ -236,7 +242,9 @@ def _name_points(canvas: Canvas, axes: Axes, points: Mapping[str, tuple[float, f
     canvas.draw_without_rendering()
     to_points, end = 72 / canvas.dpi, canvas.get_figwidth() * 72  # a point is a 72nd of an inch
     taken: list[tuple[float, float, float]] = []  # left, bottom and width of the names so far, in points
-    for name, place in sorted(((_said(name), place) for name, place in points.items()), key=lambda item: item[1][1]):
+    for name, place in sorted(
+        ((printable(name), place) for name, place in points.items()), key=lambda item: item[1][1]
+    ):
         left, bottom = axes.transData.transform(place) * to_points
         lift, width, side = 4.0, 4.6 * len(name), 6.0  # a letter of 8 points is about 4.6 wide
         if left + side + width > end:
