@@ -85,7 +85,7 @@ def test_the_tokenizer_file_says_the_same(tmp_path: Path) -> None:
 
 
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
-    for content in ("{", json.dumps({"words": ["a"], "cleaning": {}, "length": 3})):
+    for content in ("{", "[" * 100_000, json.dumps({"words": ["a"], "cleaning": {}, "length": 3})):
         (tmp_path / "vocabulary.json").write_text(content)
         with pytest.raises(LabError, match=r"vocabulary\.json"):
             load_vocabulary(tmp_path)

@@ -143,3 +143,32 @@ def test_real_captions() -> None:
     assert {name: len(part) for name, part in caption_splits(pictures).items()} == {
         "train": 640, "validation": 80, "test": 80,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("file", ["captions.txt", "Flickr8k.token.txt"])
+def test_a_caption_without_end_is_counted_and_the_next_is_read(folder: Path, file: str) -> None:
+    """More characters than csv takes, and a quote that swallows what follows."""
+    name, comma = "scene_000000.jpg", "," if file == "captions.txt" else "#0\t"
+    lines = [f"{name}{comma}before", f"{name}{comma}{'x' * 131_073}", f"{name}{comma}a\u2028b"]
+    lines += [f'{name},"open', "scene_000001.jpg,swallowed", f'{name},"quoted"'] if comma == "," else []
+    for other in ("captions.txt", "Flickr8k.token.txt"):
+        (folder / other).unlink()
+    (folder / file).write_text("image,caption\n" * (comma == ",") + "\n".join(lines) + "\n", encoding="utf-8")
+    with pytest.raises(LabError, match=rf"{file}:{3 if comma == ',' else 2}: caption of more than 131,072 characters"):
+        read_captioned(folder, shown=False)
+    found = read_captioned(folder, "skip", shown=False)
+    assert found.captions == (("before", "a\u2028b"),)
+    assert found.left_out["caption of more than 131,072 characters"] == 1
+    assert found.left_out["quote that is not closed"] == (comma == ",")
+
+
+def test_official_lists_name_files_with_spaces(folder: Path) -> None:
+    for number, name in enumerate(("train", "dev", "test")):
+        before, after = f"scene_00000{number}.jpg", f"scene {number}.jpg"
+        (folder / "Images" / before).rename(folder / "Images" / after)
+        captions = (folder / "captions.txt").read_text(encoding="utf-8")
+        (folder / "captions.txt").write_text(captions.replace(before, after), encoding="utf-8")
+        (folder / f"Flickr_8k.{name}Images.txt").write_text(f"{after} \r\n\n")
+    assert {name: len(part) for name, part in caption_splits(read_captioned(folder, shown=False), folder).items()} == {
+        "train": 1, "validation": 1, "test": 1,
+    }  # fmt: skip

@@ -1,4 +1,5 @@
 import io
+import os
 import pickle
 import struct
 import zlib
@@ -323,3 +324,27 @@ def test_files_that_cannot_be_read_are_named_or_left_out(tmp_path: Path, capsys:
         readable([good, *bad], "error")
     with pytest.raises(LabError, match=r"0\.png: empty; add"):
         readable(bad[:1], "skip")
+
+
+def test_a_number_that_is_no_class_is_a_fault(tmp_path: Path, levels: np.ndarray) -> None:
+    """Classes without names have those of the numbers up to the largest: not of a hundred million."""
+    pictures = [encoded(image) for image in levels[:4]]
+    parquet.write_table(pa.table({"image": pictures, "label": [0, 10**8, 1, 2**62]}), tmp_path / "train.parquet")
+    found = read_pictures(str(tmp_path)).train
+    assert found.classes == ("0", "1")
+    assert checked(found, "skip").labels.tolist() == [0, 1]
+
+
+def test_pipes_and_broken_text_in_the_place_of_data(tmp_path: Path) -> None:
+    for name in ("train.parquet", "data_batch_1"):
+        (tmp_path / name).mkdir()
+        os.mkfifo(tmp_path / name / name)
+        with pytest.raises(LabError, match=r"pipe|directory for each class"):
+            read_pictures(str(tmp_path / name))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(LabError, match="name a directory"):
+        read_pictures(str(tmp_path / "pipe"))
+    text = pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, 2], dtype=np.int32)), pa.py_buffer(b"\xff\xfe"))
+    parquet.write_table(pa.table({"image": [b"x"], "label": text}), tmp_path / "bad.parquet")
+    with pytest.raises(LabError, match="holds what cannot be read"):
+        read_pictures(str(tmp_path / "bad.parquet"))

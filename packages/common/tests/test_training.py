@@ -139,7 +139,7 @@ def test_a_hangup_that_is_ignored_does_not_stop_it(whole_run: Path, tmp_path: Pa
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (whole_run / "metrics.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM])
 def test_a_warning_before_the_loop_is_one_line_and_nothing_is_lost(
     whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
@@ -429,7 +429,19 @@ def test_resume_refuses_other_options_and_broken_checkpoints(whole_run: Path, tm
         assert str(file.parent) in said
         assert "Traceback" not in said
         file.write_bytes(whole)
+    for name, left in (
+        ("metrics.jsonl", b'{"step": 3'),
+        ("timing.jsonl", b'{"step": 3}\n'),
+        ("environment.json", b"{}"),
+    ):
+        whole = (run / name).read_bytes()
+        (run / name).write_bytes(left)
+        assert str(run / name) in finish("--resume", run, code=2)
+        assert (run / name).read_bytes() == left, "what is refused is not written over"
+        (run / name).write_bytes(whole)
+    (run / "environment.json").unlink()
     finish("--resume", run)
+    assert (run / "environment.json").exists()
 
 
 @pytest.mark.long

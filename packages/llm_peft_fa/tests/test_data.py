@@ -1,8 +1,11 @@
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from labs_common.errors import LabError
@@ -172,3 +175,29 @@ def test_real_persian_conversations(real_chats: Path) -> None:
 def test_one_spelling(written: str, becomes: str) -> None:
     assert normalise(written) == becomes
     assert normalise(becomes) == becomes
+
+
+def test_rows_that_are_broken_in_other_ways_than_json_are_counted(tmp_path: Path) -> None:
+    good, bad = json.dumps(MESSAGES), {"role": "assistant", "content": "\ud83d"}
+    broken = {
+        "half a character": json.dumps({"messages": [EXPECTED[1], bad]}),
+        "bad JSON": '{"messages": [], "id": ' + "1" * 5000 + "}",
+        "no turns": '{"messages": []}',
+    }
+    lines = [good, *broken.values(), "[" * 100_000, good.replace("س", "a\u2028b").replace("\\u0633", "a\u2028b")]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(LabError, match=r"4 rows cannot be used.*chats\.jsonl:2: half a character"):
+        read_conversations(str(tmp_path / "chats.jsonl"), "train", ReadingOptions())
+    found = read_conversations(str(tmp_path / "chats.jsonl"), "train", ReadingOptions(on_bad_data="skip"))
+    assert found.reasons == {"half a character": 1, "bad JSON": 2, "no turns": 1}
+    assert found.conversations[1].messages[0]["content"] == "a\u2028b"
+    for text in ("[" * 100_000, '[{"id": ' + "1" * 5000 + "}]", f"[{good},"):
+        (tmp_path / "chats.json").write_text(text)
+        with pytest.raises(LabError, match=r"chats\.json: is no JSON .*one row per line"):
+            read_conversations(str(tmp_path / "chats.json"), "train", ReadingOptions(on_bad_data="skip"))
+    text = pyarrow.StringArray.from_buffers(
+        2, pyarrow.py_buffer(struct.pack("<3i", 0, 1, 3)), pyarrow.py_buffer(b"a\xff\xfe")
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"instruction": text, "output": ["b", "c"]}), tmp_path / "chats.parquet")
+    found = read_conversations(str(tmp_path / "chats.parquet"), "train", ReadingOptions(on_bad_data="skip"))
+    assert (len(found.conversations), found.reasons.total()) == (1, 1)

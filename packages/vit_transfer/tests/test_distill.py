@@ -14,10 +14,20 @@ from labs_testing.pretended_runs import Budget
 from labs_testing.promises import Training, TrainingPromises
 from safetensors.torch import load_file
 
+from labs_common.errors import LabError
 from vit_transfer.config import DistillConfig
 from vit_transfer.distill import complete_distillation, hard, soft
+from vit_transfer.saved import saved_model
 
 LIBRARIES = ["vit_transfer.distill"]
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 100_000, b"[]"])
+def test_a_teacher_whose_description_is_garbled_is_one_line(tmp_path: Path, content: bytes) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(LabError, match=r"config\.json|knows other classes"):
+        saved_model("--teacher", str(tmp_path), ["a"])
 
 
 def test_losses_are_those_of_the_paper() -> None:

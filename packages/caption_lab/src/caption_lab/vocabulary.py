@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 
 from caption_lab.config import VocabularyOptions
-from labs_common.errors import LabError
+from labs_common.errors import LabError, json_of
 from labs_common.run import write_atomically
 
 # The first words of every vocabulary, and what each is for.
@@ -130,10 +130,10 @@ def load_vocabulary(folder: Path) -> Vocabulary:
     Raises:
         LabError: it is missing or broken.
     """
+    said = json_of(folder / FILE, str(folder / FILE))
     try:
-        said = json.loads((folder / FILE).read_text(encoding="utf-8"))
         found = Vocabulary(tuple(said["words"]), Cleaning(**said["cleaning"]), int(said["length"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise LabError(f"{folder / FILE}: cannot be read ({error})") from error
     if found.words[: len(SPECIAL)] != SPECIAL:
         raise LabError(f"{folder / FILE}: does not begin with {' '.join(SPECIAL)}")

@@ -19,7 +19,7 @@ from clip_lab.model import Model, tower_rows
 from clip_lab.tokens import Words
 from labs_common.data.captions import CaptionedPictures, Captions, PictureTensors, Transform, read_captions
 from labs_common.device import CPU, constant, pinned
-from labs_common.errors import LabError
+from labs_common.errors import LabError, text_of
 from labs_common.frozen.cache import Rows, front_rows
 from labs_common.options import CaptionDataOptions
 from labs_common.scenes.files import cached_flickr8k
@@ -61,12 +61,7 @@ def lines_of(file: Path, option: str) -> list[str]:
     Raises:
         LabError: it cannot be read, or holds none.
     """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
-        raise LabError(f"{option} {file}: cannot be read ({reason})") from error
-    found = [line.strip() for line in lines if line.strip()]
+    found = [line.strip() for line in text_of(file, f"{option} {file}").split("\n") if line.strip()]
     if not found:
         raise LabError(f"{option} {file}: holds no line of text")
     return found

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from clip_lab.encoder import Encoder
 from labs_common.cache import cache_directory, check_cache, recipe_key
 from labs_common.data.images import SUFFIXES, BadPictureError, decoded, decoding_threads
-from labs_common.errors import LabError, reason_of
+from labs_common.errors import LabError, json_of, reason_of
 from labs_common.options import OnBadData
 from labs_common.progress import console, tracked
 from labs_common.run import written_whole
@@ -164,17 +164,20 @@ def _read(where: Path, recipe: dict[str, Any], option: str) -> tuple[dict[str, t
             raise LabError(f"{option}: is not empty and no index; name another directory")
         return {}, torch.empty(0)
     try:
-        known = json.loads((where / "pictures.json").read_text(encoding="utf-8"))
-        vectors = load_file(where / "vectors.safetensors")["vectors"]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        known = json_of(where / "pictures.json", "pictures.json")
+        pictures = {str(file): (place, list(stamp)) for place, (file, stamp) in enumerate(known["pictures"])}
+        vectors, made_by = load_file(where / "vectors.safetensors")["vectors"], known["recipe"]
+        if len(vectors) != len(pictures):
+            raise LabError(f"{len(pictures)} pictures, {len(vectors)} vectors")
+    except (LabError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         said = f"the index cannot be read ({reason_of(error)}); delete it"
         raise LabError(f"{option or where}: {said}") from error
-    if known["recipe"] != json.loads(json.dumps(recipe)):
+    if made_by != json.loads(json.dumps(recipe)):
         raise LabError(
             f"{option or where}: was made by another model, or on another device or by other versions; name "
             "another directory, or delete it"
         )
-    return {file: (place, stamp) for place, (file, stamp) in enumerate(known["pictures"])}, vectors
+    return pictures, vectors
 
 
 def _write(where: Path, recipe: dict[str, Any], there: Sequence[tuple[Path, list[int]]], vectors: torch.Tensor) -> None:

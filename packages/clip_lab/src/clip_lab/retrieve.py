@@ -23,10 +23,12 @@ from labs_common.data.captions import CaptionedPictures, read_captioned
 from labs_common.data.images import BadPictureError, decoded, picture_files
 from labs_common.errors import LabError
 from labs_common.options import OnBadData, RunOptions
+from labs_common.report.figures import printable
 from labs_common.report.page import Gallery, Section, Table, Text, shown, write_report
 from labs_common.report.sections import asked_section, rerun_section
 from labs_common.run import Run, check_run_options
 
+LETTERS = 200  # of a query or caption in the figure: a hundred thousand would take minutes
 COLUMNS = 4  # pictures side by side in the grid
 
 
@@ -198,11 +200,11 @@ def grid_figure(found: Sequence[Found]) -> Canvas:
     canvas = Canvas(figsize=(2.4 * COLUMNS, sum(heights)), layout="constrained")
     parts = canvas.subfigures(len(found), 1, height_ratios=heights, squeeze=False)
     for part, one, count in zip(parts[:, 0], found, rows, strict=True):
-        part.suptitle(_plain(one.asked), fontsize=11, fontweight="bold")
+        part.suptitle(printable(one.asked, LETTERS), fontsize=11, fontweight="bold")
         if not _has_pictures(one):
             axes = part.subplots()
             axes.axis("off")
-            lines = [f"{result.score:.3f}  {_plain(result.said)}" for result in one.results]
+            lines = [f"{result.score:.3f}  {printable(result.said, LETTERS)}" for result in one.results]
             axes.text(0, 1, "\n".join(lines), va="top", fontsize=9, wrap=True)
             continue
         for place, axes in enumerate(part.subplots(count, COLUMNS, squeeze=False).flat):
@@ -215,8 +217,3 @@ def grid_figure(found: Sequence[Found]) -> Canvas:
 
 def _has_pictures(found: Found) -> bool:
     return bool(found.results) and found.results[0].file is not None
-
-
-def _plain(said: str) -> str:
-    """Keeps matplotlib from reading a formula between dollars."""
-    return said.replace("$", r"\$")

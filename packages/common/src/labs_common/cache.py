@@ -49,8 +49,11 @@ def check_cache(writes: bool = False) -> None:
 
 
 def path_name(model: str) -> str:
-    """Makes a model's id or directory a part of a file name: google/gemma-2-2b gives google-gemma-2-2b."""
-    return model.strip("./").replace("/", "-")
+    """Makes a model's id or directory a part of a file name: google/gemma-2-2b gives google-gemma-2-2b.
+
+    Of a long one the end is kept: a file's name may have 255 bytes.
+    """
+    return model.strip("./").replace("/", "-").encode(errors="replace")[-120:].decode(errors="ignore")
 
 
 def recipe_key(recipe: Any) -> str:

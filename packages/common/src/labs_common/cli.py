@@ -22,7 +22,7 @@ import tyro
 import yaml
 
 from labs_common.cache import check_cache
-from labs_common.errors import LabError, reason_of
+from labs_common.errors import LabError, reason_of, text_of
 from labs_common.options import RESUME_MAY_CHANGE
 
 Config = TypeVar("Config")
@@ -30,12 +30,70 @@ GLOSSARY = "Words of the field are explained in the project's docs/glossary.md."
 # What asks a training to save and stop: Ctrl-C; `timeout`, a queue or another process; a scheduler's warning before its
 # time limit; a terminal that is closed.
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+MOST_NESTED = 20  # aliases of a config, or levels: a few more may stand for a billion values
+LONGEST_NAME = 255  # bytes, of a file in every usual file system
 _given: Any = None  # the config of the command line, before anything is chosen for it
 _run: Path | None = None  # that this process works on
 held = contextlib.ExitStack()  # what this process gives back when its command ends: its run's lock
-_terminals: list[int] = []  # of stdout and stderr; a closed one can no longer be told from a file
 
 
+class _Outlet(io.FileIO):
+    """Writes to a pipe or terminal while somebody reads it, then to nowhere: `| head -1` must not stop a training."""
+
+    def write(self, content: Any) -> int:
+        """Writes bytes as `io.FileIO` does; says that all were written once nobody reads them."""
+        try:
+            return super().write(content) or 0
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            _to_nowhere(self.fileno())
+            return len(content)
+
+
+@contextlib.contextmanager
+def _outlets() -> Iterator[None]:
+    """Lets stdout and stderr take any text, whatever their encoding, and a reader that leaves or never was there.
+
+    Streams that somebody else put in their place, and those of a thread of a program, stay as they are.
+    """
+    before = sys.stdout, sys.stderr
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed: the next file that is opened would get its number, and what is said
+            _to_nowhere(number)
+        if stream is None or (_number_of(stream) == number and threading.current_thread() is threading.main_thread()):
+            encoding, errors = ("utf-8", "strict") if stream is None else (stream.encoding, stream.errors)
+            outlet = io.TextIOWrapper(
+                io.BufferedWriter(_Outlet(number, "w", closefd=False)), encoding,
+                "backslashreplace" if errors == "strict" else errors,
+                line_buffering=stream is None or stream.line_buffering or stream.write_through,
+            )  # fmt: skip
+            setattr(sys, name, outlet)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+def _to_nowhere(number: int) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    if nowhere != number:
+        os.dup2(nowhere, number)
+        os.close(nowhere)
+
+
+def _number_of(stream: Any) -> int | None:
+    try:
+        return int(stream.fileno())
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+@_outlets()
 def run_command(
     target: str, config_type: type[Config], module: str | None = None, arguments: Sequence[str] | None = None
 ) -> None:
@@ -56,6 +114,7 @@ def run_command(
             config = _given = parse(config_type, f"python -m {module or home}", arguments)
             check_cache()
             getattr(importlib.import_module(home), function)(config)
+            sys.stdout.flush()  # here a full disk is still one line
     except LabError as error:
         if debug:
             traceback.print_exc()
@@ -63,22 +122,19 @@ def run_command(
     except KeyboardInterrupt as interrupt:
         if debug:
             traceback.print_exc()
-        _exit(130, f"{str(interrupt) or 'interrupted'}: nothing was saved since the last checkpoint{_how_to_go_on()}")
+        saved = f" since the last checkpoint{_how_to_go_on()}" if _run else ""
+        _exit(130, f"{str(interrupt) or 'interrupted'}: nothing was saved{saved}")
     except Exception as error:
         full = _full_disk(error)
-        if debug or full is None:
+        if debug:
             raise
-        _exit(1, f"error: the disk is full ({reason_of(full)}): make room{_how_to_go_on()}")
+        if full is not None:
+            _exit(1, f"error: the disk is full ({reason_of(full)}): make room{_how_to_go_on()}")
+        if isinstance(error, OSError) and error.filename is not None:
+            _exit(2, f"error: {os.fsdecode(error.filename)}: {error.strerror or reason_of(error)}{_how_to_go_on()}")
+        raise
     finally:
         held.close()
-
-
-def leave_terminal() -> None:
-    """Lets what is still said go nowhere: a terminal that was closed refuses it, and that must not stop the saving."""
-    for number in _terminals:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, number)
-        os.close(nowhere)
 
 
 def is_ignored(number: int) -> bool:
@@ -88,21 +144,20 @@ def is_ignored(number: int) -> bool:
 
 @contextlib.contextmanager
 def _warnings_interrupt() -> Iterator[None]:
-    """Lets SIGUSR1 and SIGHUP do as Ctrl-C does, wherever no loop saves something first; they would end it silently.
+    """Lets the other signals do as Ctrl-C does, wherever no loop saves something first; they would end it silently.
 
-    SIGTERM goes on ending it at once, even if it hangs waiting for another process.
+    Of several processes SIGTERM goes on ending each at once, even if it hangs waiting for another.
     """
     if threading.current_thread() is not threading.main_thread():  # of a program that calls a command; it has none
         yield
         return
-    _terminals[:] = [number for number in (1, 2) if os.isatty(number)]
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGHUP:
-            leave_terminal()
         raise KeyboardInterrupt(signal.Signals(number).name)
 
-    before = {n: signal.signal(n, interrupt) for n in (signal.SIGUSR1, signal.SIGHUP) if not is_ignored(n)}
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    others = [number for number in STOPPING[1:] if alone or number != signal.SIGTERM]
+    before = {number: signal.signal(number, interrupt) for number in others if not is_ignored(number)}
     try:
         yield
     finally:
@@ -140,13 +195,20 @@ def parse(config_type: type[Config], prog: str, arguments: Sequence[str], defaul
             raise LabError(f"--resume {resume}: no run is there (config.yaml is missing)")
     if file is not None:
         default = config_from_yaml(config_type, Path(file))
+        if flat_options(default).get("resume") is not None:
+            raise LabError(
+                f"--config {file}: says resume, which the command line does: drop it there, add --resume RUN"
+            )
     elif default is None:
         default = config_type()
     config = _parse_flags(config_type, default, prog, arguments)
     usual = flat_options(config_type())
     for name, value in flat_options(config).items():
+        option = f"--{name.replace('_', '-')}"
         if value == "" != usual[name]:  # --data "$DATA" of a variable that is not set
-            raise LabError(f"--{name.replace('_', '-')}: is empty; name something, or drop the option")
+            raise LabError(f"{option}: is empty; name something, or drop the option")
+        if isinstance(value, Path) and any(len(os.fsencode(part)) > LONGEST_NAME for part in value.parts):
+            raise LabError(f"{option}: has a name of more than {LONGEST_NAME} bytes; take a shorter one")
     if resume is not None:
         _refuse_other_run(default, config, resume)
     return config
@@ -158,16 +220,31 @@ def config_from_yaml(config_type: type[Config], path: Path) -> Config:
     Raises:
         LabError: the file is missing or is not YAML, or has an option that does not exist or a bad value.
     """
+    text = text_of(path, f"--config {path}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        _check_size(text)
+        values = yaml.safe_load(text)
+        if not isinstance(values, dict) or not values:
+            raise LabError("expected options as 'name: value'")
+        flags = _flags_of(values)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: a date or number that there is not
         raise LabError(f"--config {path}: cannot be read ({reason_of(error)})") from error
-    if not isinstance(values, dict):
-        raise LabError(f"--config {path}: expected options as 'name: value'")
-    try:
-        return _parse_flags(config_type, config_type(), f"--config {path}", _flags_of(values))
     except LabError as error:
         raise LabError(f"--config {path}: {error}") from None
+    try:
+        return _parse_flags(config_type, config_type(), f"--config {path}", flags)
+    except LabError as error:
+        raise LabError(f"--config {path}: {error}") from None
+
+
+def _check_size(text: str) -> None:
+    """Refuses YAML that is small as text and huge, or endless to read, as values."""
+    aliases = depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        aliases += isinstance(event, yaml.AliasEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if aliases > MOST_NESTED or depth > MOST_NESTED:
+            raise LabError(f"more than {MOST_NESTED} aliases (*name), or brackets in one another; write the values out")
 
 
 def config_to_yaml(config: Any) -> str:
@@ -222,6 +299,8 @@ def _flags_of(values: dict[str, Any]) -> list[str]:
     flags: list[str] = []
     for name, value in values.items():
         flag = "--" + str(name).replace("_", "-")
+        if flag == "--help":
+            raise LabError("help is no option of a file")
         if isinstance(value, dict):
             flags += _flags_of(value)
         elif isinstance(value, bool):
@@ -256,12 +335,13 @@ def _one_line(box: str) -> str:
 
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    found = None  # of several the last one counts, as it does for tyro
     for argument, following in zip_longest(arguments, arguments[1:]):
         if argument == flag:
-            return following
-        if argument.startswith(flag + "="):
-            return argument.removeprefix(flag + "=")
-    return None
+            found = following
+        elif argument.startswith(flag + "="):
+            found = argument.removeprefix(flag + "=")
+    return found
 
 
 def _refuse_other_run(saved: Any, asked: Any, resume: str) -> None:

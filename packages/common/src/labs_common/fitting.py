@@ -28,7 +28,7 @@ from labs_common.frozen.cache import Rows, disk_bytes
 from labs_common.launch import check_launch
 from labs_common.options import RunOptions, TrainingOptions
 from labs_common.progress import console
-from labs_common.report.page import Section, write_report
+from labs_common.report.page import Section, making_report, write_report
 from labs_common.run import Run, check_run_options, cost_of, lock, machine_of
 from labs_common.sharding import partition, prepare_sharded, spreads_weights, whole_state
 from labs_common.steps import Source
@@ -219,8 +219,13 @@ def results_of(
 def write_results(
     run: Run, results: Mapping[str, Any], report: bool, title: str, page: Callable[[], tuple[str, list[Section]]]
 ) -> None:
-    """Writes results.json and, if `report` is asked for, the report of the summary and sections that `page` makes."""
+    """Writes results.json and, if `report` is asked for, the report of the summary and sections that `page` makes.
+
+    Raises:
+        RunStopped: the report cannot be made; everything else is there.
+    """
     run.save_json("results.json", results)
     if report:
-        summary, sections = page()
-        print(f"report: {write_report(run, title, summary, sections)}")
+        with making_report(f"the same command with --resume {run.path} makes it again, without training"):
+            summary, sections = page()
+            print(f"report: {write_report(run, title, summary, sections)}")

@@ -26,10 +26,13 @@ from accelerate.tracking import filter_trackers
 from accelerate.utils import broadcast_object_list
 
 from labs_common.cli import begun, chosen, config_to_yaml, flat_options, held, to_plain
-from labs_common.errors import LabError
+from labs_common.errors import LabError, bytes_of, json_of
 from labs_common.options import RESUME_MAY_CHANGE, RunOptions
 
 LOCK = ".lock"
+
+ESCAPED = "backslashreplace"  # half a character of a file's name that is not UTF-8: as JSON itself writes it
+MACHINE = ("git_commit", "python", "platform", "cpu_count", "gpus")  # of environment.json, for tables
 
 
 class Run:
@@ -69,6 +72,8 @@ class Run:
         """
         if options.resume is not None:
             run = cls(options.resume, accelerator.is_main_process, resumed=True)
+            if run.load_json("environment.json", *MACHINE, "packages", "command") is None:
+                run.save_json("environment.json", environment())
         else:
             run = cls(_agreed_path(options, name), accelerator.is_main_process)
             trouble = [_make_directory(run.path, config) if run.is_main else None]
@@ -94,17 +99,26 @@ class Run:
         if self.is_main:
             if file not in self._open:  # unbuffered: whoever kills or reads finds every line
                 self._open[file] = (self.path / file).open("ab", buffering=0)
-            content = (json.dumps(line, ensure_ascii=False) + "\n").encode()
+            content = (json.dumps(line, ensure_ascii=False) + "\n").encode(errors=ESCAPED)
             while content:  # a full disk takes a part first
                 content = content[self._open[file].write(content) :]
 
     def lines(self, file: str) -> Iterator[dict[str, Any]]:
-        """Yields the JSON lines of `file`; nothing if it does not exist. A last line cut by a kill is left out."""
+        """Yields the JSON lines of `file`; nothing if it does not exist. A last line cut by a kill is left out.
+
+        Raises:
+            LabError: a line is not what `append` writes; it is named.
+        """
         path = self.path / file
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                if line.endswith("\n"):
-                    yield json.loads(line)
+            for number, line in enumerate(bytes_of(path, str(path)).split(b"\n")[:-1], 1):
+                try:
+                    found = json.loads(line)
+                except (ValueError, RecursionError):
+                    found = None
+                if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+                    raise LabError(f"{path}:{number}: is no line of a run; bring the file back, or begin a new run")
+                yield found
 
     def rewind(self, step: int) -> None:
         """Drops the lines after `step`: they belong to steps that a killed process did and that come again."""
@@ -124,10 +138,24 @@ class Run:
             write_atomically(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
         return path
 
-    def load_json(self, name: str) -> Any:
-        """Reads what `save_json` wrote, or None."""
+    def load_json(self, name: str, *keys: str) -> Any:
+        """Reads what `save_json` wrote, or None; with `keys`, a dictionary that has at least these.
+
+        Raises:
+            LabError: the file holds something else.
+        """
         path = self.path / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            found = json_of(path, str(path))
+        except LabError as error:
+            raise LabError(f"{error}; bring the file back, or begin a new run") from error
+        if keys and not (isinstance(found, dict) and found.keys() >= set(keys)):
+            raise LabError(
+                f"{path}: is no file of this run (lacks {', '.join(keys)}); bring the file back, or begin a new run"
+            )
+        return found
 
 
 def cost_of(run: Run, unit: str) -> dict[str, Any]:
@@ -169,8 +197,8 @@ def training_means(run: Run, unit: str, names: Sequence[str]) -> dict[str, float
 
 def machine_of(run: Run, packages: Sequence[str]) -> dict[str, Any]:
     """Reads commit, machine and the versions of some packages from environment.json."""
-    environment = run.load_json("environment.json")
-    kept = {key: environment[key] for key in ("git_commit", "python", "platform", "cpu_count", "gpus")}
+    environment = run.load_json("environment.json", *MACHINE, "packages")
+    kept = {key: environment[key] for key in MACHINE}
     return kept | {"packages": {name: environment["packages"].get(name) for name in packages}}
 
 
@@ -240,7 +268,10 @@ def check_new(output: Path | None) -> None:
         return
     if not output.is_dir():
         raise LabError(f"--output {output}: is a file; name a directory")
-    if any(output.iterdir()):
+    # What a kill leaves of a run before its config.yaml is written holds nothing that could be lost.
+    if any(
+        file.name not in ("figures", "environment.json", LOCK) and file.suffix != ".part" for file in output.iterdir()
+    ):
         unfinished = f", or go on with it by --resume {output}" if (output / "checkpoints").exists() else ""
         raise LabError(f"--output {output}: is not empty; name another{unfinished}")
 
@@ -273,7 +304,7 @@ def check_writable(path: Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Replaces the file `path` by one that holds `text`, or leaves it as it was."""
     part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as stream:
+    with part.open("w", encoding="utf-8", errors=ESCAPED) as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
@@ -340,7 +371,7 @@ def _agreed_path(options: RunOptions, name: str) -> Path:
 def _make_directory(path: Path, config: Any) -> str | None:
     try:
         path.mkdir(parents=True, exist_ok=True)
-        (path / "figures").mkdir()
+        (path / "figures").mkdir(exist_ok=True)
         if trouble := _locked(path):
             return trouble
         about = {"run": uuid.uuid4().hex} | environment() | {"chosen": chosen(config)}

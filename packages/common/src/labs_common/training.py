@@ -28,7 +28,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 
 from labs_common.checkpoint import Stateful, checkpoints, load_checkpoint, save_checkpoint
-from labs_common.cli import STOPPING, is_ignored, leave_terminal
+from labs_common.cli import STOPPING, is_ignored
 from labs_common.device import (
     Later,
     begin_fast_arithmetic,
@@ -178,6 +178,10 @@ class Loop:
             if saved := checkpoints(run.path / "checkpoints"):
                 position = load_checkpoint(saved[-1], accelerator, model, optimizer, also)
                 self.step_number, self.count, self._best = position["step"], position["count"], position["best"]
+                for file in ("metrics.jsonl", "timing.jsonl") if run.is_main else ():
+                    if all(line["step"] != self.step_number for line in run.lines(file)):
+                        raise LabError(f"{run.path / file}: ends before step {self.step_number}, from which the run "
+                                       "goes on; bring it back, or begin a new run")  # fmt: skip
             # Killed before its first checkpoint it starts anew, with the evaluation before the first step.
             run.rewind(self.step_number if saved else -1)
 
@@ -386,8 +390,6 @@ def _signals(loop: Loop) -> Iterator[None]:
 
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal noted
-        if number == signal.SIGHUP:
-            leave_terminal()
         if not loop._signal:
             loop._signal, noted = number, time.monotonic()
         elif time.monotonic() - noted > 1:

@@ -28,7 +28,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from labs_common.errors import LabError, reason_of
+from labs_common.errors import LabError, reason_of, text_of
 from llm_peft_fa.config import DataOptions, OnBadData, ReadingOptions, TrainConfig
 from llm_peft_fa.persian import conversations, held_out_conversations, plain_text
 
@@ -52,6 +52,7 @@ LETTERS = str.maketrans(
     | {chr(0x0660 + digit): chr(0x06F0 + digit) for digit in range(10)}
     | dict.fromkeys("\u200b\ufeff\u00ad\u0640", None)
 )
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 # A non-joiner does nothing beside a space, a line's end or another one.
 IDLE_NON_JOINER = re.compile("(?<![^\\s\u200c])\u200c+|\u200c+(?=\\s|$)|(?<=\u200c)\u200c+")
 
@@ -134,8 +135,8 @@ def read_conversations(source: str, split: str, options: ReadingOptions) -> Read
     for where, row in rows(source, split):
         total += 1
         try:
-            if isinstance(row, json.JSONDecodeError):
-                raise UnusableRowError(f"bad JSON: {row.msg} at column {row.colno}")
+            if isinstance(row, Exception):
+                raise UnusableRowError(f"bad JSON: {reason_of(row)}")
             messages = messages_of(row)
         except UnusableRowError as reason:
             reading.refuse(where, str(reason))
@@ -171,7 +172,7 @@ def check_bad_data(reading: Reading, on_bad_data: OnBadData) -> None:
 def rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
     """Yields (place, row) from a file, a directory or a Hugging Face dataset.
 
-    A line that is not JSON comes as its JSONDecodeError.
+    A row that cannot be read comes as the error.
 
     Raises:
         LabError: nothing is there, or it is in no format that is read.
@@ -238,6 +239,8 @@ def _turn(turn: Any, role_key: str, content_key: str) -> Message:
         raise UnusableRowError(
             {"assistant": "empty answer", "user": "empty question"}.get(role, "empty system message")
         )
+    if LONE_SURROGATE.search(content):
+        raise UnusableRowError(f"half a character: {role} holds a lone surrogate, which no tokenizer reads")
     return {"role": role, "content": content}
 
 
@@ -272,10 +275,7 @@ def text_lines(option: str, file: Path, what: str) -> list[str]:
     Raises:
         LabError: the file cannot be read or is empty.
     """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise LabError(f"{option} {file}: cannot be read; name a text file with {what} per line") from error
+    lines = text_of(file, f"{option} {file}").split("\n")
     found = [line.strip() for line in lines if line.strip()]
     if not found:
         raise LabError(f"{option} {file}: is empty; write {what} per line")
@@ -290,27 +290,32 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix == ".parquet":
         yield from _parquet_rows(path)
         return
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LabError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-    if path.suffix == ".json" and (whole := _whole_json(text)) is not None:
+    text = text_of(path, str(path))
+    if path.suffix == ".json" and (whole := _whole_json(path, text)) is not None:
         for number, row in enumerate(whole, 1):
             yield f"{path}, row {number}", row
         return
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                yield f"{path}:{number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                yield f"{path}:{number}", error
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:  # also of 5,000 digits or 100,000 brackets
+                row = error
+            yield f"{path}:{number}", row
 
 
-def _whole_json(text: str) -> list[Any] | None:
-    """Returns the rows of a JSON file: a list, or an object that holds one list; None if it is JSON lines."""
+def _whole_json(path: Path, text: str) -> list[Any] | None:
+    """Returns the rows of a JSON file: a list, or an object that holds one list; None if it is JSON lines.
+
+    Raises:
+        LabError: it begins as a list and cannot be read: where its rows end is not known then.
+    """
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("["):
+            said = f"{path}: is no JSON ({reason_of(error)})"
+            raise LabError(f"{said}; mend it, or write one row per line (.jsonl), to skip bad ones") from error
         return None
     if isinstance(value, dict):
         lists = [item for item in value.values() if isinstance(item, list)]
@@ -323,12 +328,16 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
         table = pyarrow.parquet.read_table(path)
     except (OSError, pyarrow.ArrowException) as error:
         raise LabError(f"{path}: is not a parquet file ({reason_of(error)})") from error
-    for number, row in enumerate(table.to_pylist(), 1):
-        yield f"{path}, row {number}", row
+    for number in range(table.num_rows):
+        try:
+            (row,) = table.slice(number, 1).to_pylist()
+        except ValueError as error:  # text that is not UTF-8
+            row = error
+        yield f"{path}, row {number + 1}", row
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
-    files = sorted(file for file in folder.iterdir() if file.suffix in FILE_KINDS)
+    files = sorted(file for file in folder.iterdir() if file.suffix in FILE_KINDS and file.is_file())
     named = [file for file in files if file.name.startswith(split)]
     if named:
         return named

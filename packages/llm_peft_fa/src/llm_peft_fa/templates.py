@@ -15,7 +15,7 @@ import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from labs_common.errors import LabError
+from labs_common.errors import LabError, text_of
 from llm_peft_fa.config import OnTooLong
 from llm_peft_fa.data import Conversation, Message, Reading
 
@@ -62,10 +62,7 @@ def set_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
         LabError: the file cannot be read, or the tokenizer has no end-of-sequence token for the plain one.
     """
     if template not in ("auto", "plain"):
-        try:
-            tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise LabError(f"--template {template}: cannot be read; name a file, auto or plain") from error
+        tokenizer.chat_template = text_of(Path(template), f"--template {template} (a file, auto or plain)")
     elif template == "plain" or not tokenizer.chat_template:
         if tokenizer.eos_token is None:
             raise LabError("--template plain: this tokenizer has no end-of-sequence token to end an answer with")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 
-from labs_common.errors import LabError
+from labs_common.errors import LabError, json_of
 from labs_common.run import written_whole
 from labs_common.saved import FOLDER, WEIGHTS, reading_model, saved_folder
 from vit_transfer.config import ModelOptions
@@ -64,13 +64,9 @@ def load_model(folder: Path) -> Any:
 
 
 def class_names(folder: Path) -> list[str]:
-    """Reads the names of the classes of a saved model; none if another program wrote it.
-
-    Raises:
-        LabError: its config.json is broken.
-    """
-    with reading_model(folder / CONFIG, "saved network"):
-        return list(json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("label_names", []))
+    """Reads the names of the classes of a saved model; none if another program wrote it."""
+    said = json_of(folder / CONFIG, str(folder / CONFIG))
+    return list(said.get("label_names") or []) if isinstance(said, dict) else []
 
 
 def saved_model(option: str, value: str, classes: Sequence[str]) -> Path | None:

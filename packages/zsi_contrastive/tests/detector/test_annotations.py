@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from faster_coco_eval.core import mask as rle
 from PIL import Image
 
 from labs_common.errors import LabError
@@ -15,6 +16,7 @@ from zsi_contrastive.detector.annotations import (
     Split,
     check_parts,
     coco_groups,
+    is_run_lengths,
     read_instances,
     read_split,
     scenes_split,
@@ -236,3 +238,50 @@ def test_drawn_scenes_are_cocos_format(scenes: Path) -> None:
     pictures = found_pictures(parts.train, [scenes / "train"], split.seen, "error", False)
     target = pictures.target(0)
     assert len(target["labels"]) == len(parts.train.by_image()[parts.train.images[0]["id"]])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"bbox": [1, 1, 0, 5]}, {"bbox": ["1", 1, 1, 1]}, {"bbox": [1, 1, 10**400, 1]}, {"bbox": [1, 1, 1e300, 1]},
+     {"segmentation": [["a"] * 6]}, {"segmentation": [[float("nan")] * 6]}, {"segmentation": [[0, 0, 1e9, 0, 9, 9]]},
+     {"segmentation": {"size": [16, 20], "counts": [5, 5]}}, {"segmentation": {"size": [16, 20], "counts": [-5, 325]}},
+     {"segmentation": {"size": [20, 16], "counts": [320]}}, {"segmentation": {"size": [16, 20], "counts": "zz\\"}},
+     {"segmentation": {"size": None, "counts": "0"}}, {"area": "x"}, {"iscrowd": []}],
+)  # fmt: skip
+def test_what_a_training_would_stumble_over_is_named_before(tmp_path: Path, more: dict[str, Any]) -> None:
+    """By default it is an error, as a picture that cannot be read is."""
+    file = file_of(tmp_path, [annotation(0, "cat"), annotation(0, "cat", **more)])
+    with pytest.raises(LabError, match=r"annotations\[1\]: .*--on-bad-data skip"):
+        read_instances(file, "error")
+    found = read_instances(file, "skip")
+    assert (len(found.annotations), found.left_out.total()) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "more"),
+    [("annotations", {"image_id": [1]}), ("annotations", {"category_id": "3"}), ("images", {"id": {}}),
+     ("images", {"width": "20"}), ("images", {"width": -1}), ("images", {"width": 10**8, "height": 10**8}),
+     ("images", {"file_name": None}), ("categories", {"id": 2**70}), ("categories", {"name": 5})],
+)  # fmt: skip
+def test_values_of_another_kind_are_named(tmp_path: Path, key: str, more: dict[str, Any]) -> None:
+    file = file_of(tmp_path, [annotation(0, "cat", id=[1])])
+    assert [row["id"] for row in read_instances(file).annotations] == [1], "an id that is none is made anew"
+    content = json.loads(file.read_text())
+    content[key][0] |= more
+    file.write_text(json.dumps(content))
+    with pytest.raises(LabError, match=rf"{key}\[0\](: | has )"):
+        read_instances(file)
+
+
+def test_run_lengths_are_known_from_others() -> None:
+    """Compressed ones as COCO's library writes them, of pictures that it drew."""
+    chance = np.random.default_rng(0)
+    for height, width in ((1, 1), (7, 300), (64, 48)):
+        for share in (0.0, 0.02, 0.5, 1.0):
+            drawn = np.asfortranarray(chance.random((height, width)) < share, dtype=np.uint8)
+            drawn[:, width // 3 :] *= int(share != 0.5)  # long runs too
+            text = rle.encode(drawn)["counts"]
+            text = text.decode() if isinstance(text, bytes) else text
+            assert is_run_lengths({"size": [height, width], "counts": text}, height, width)
+            assert not is_run_lengths({"size": [height, width], "counts": text + "1"}, height, width)
+            assert not is_run_lengths({"size": [height, width + 1], "counts": text}, height, width + 1)

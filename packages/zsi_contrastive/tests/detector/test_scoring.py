@@ -150,3 +150,16 @@ def test_both_tasks(case: tuple[Instances, list[dict[str, Any]]]) -> None:
         row["category_id"] == 44 and not row["iscrowd"] for row in truth.annotations
     )
     assert found.plain()["classes"][2]["box gzsi"]["ap@0.5"] is None, "no cow is there"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"score": "x"}, {"score": float("nan")}, {"image_id": [1]}, {"category_id": 1.5}, {"bbox": [1, 2, 3]},
+     {"segmentation": {"size": [60, 60], "counts": "zzzz"}}, {"segmentation": {"size": [10**9, 10**9], "counts": "0"}},
+     {"segmentation": {"size": None, "counts": "0"}}],
+)  # fmt: skip
+def test_results_that_are_broken_are_named(tmp_path: Path, more: dict[str, Any]) -> None:
+    row = {"image_id": 10, "category_id": 3, "bbox": [1, 1, 2, 2], "score": 1}
+    (tmp_path / "results.json").write_text(json.dumps([row, row | more]))
+    with pytest.raises(LabError, match=r"--results .*\[1\]"):
+        read_results(tmp_path / "results.json")

@@ -86,7 +86,9 @@ def collect(folder: Path, names: Iterable[str], seeds: Iterable[int]) -> dict[st
         runs = {seed: Run(folder / slug(name) / f"seed-{seed}") for seed in seeds}
         done = {seed: run for seed, run in runs.items() if (run.path / "results.json").exists()}
         if done:
-            entries[name] = Entry(name, done, {seed: run.load_json("results.json") for seed, run in done.items()})
+            entries[name] = Entry(
+                name, done, {seed: run.load_json("results.json", "cost") for seed, run in done.items()}
+            )
     return entries
 
 

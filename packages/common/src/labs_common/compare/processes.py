@@ -28,6 +28,7 @@ from labs_common.compare.report import Findings, write_comparison
 from labs_common.errors import Interrupted, LabError, RunStopped
 from labs_common.options import ComparisonOptions, RunOptions
 from labs_common.progress import console
+from labs_common.report.page import making_report
 from labs_common.run import Run
 
 INTERRUPTED = 130
@@ -63,7 +64,8 @@ def compare_runs(
         if not entries:
             raise RunStopped("no run finished: there is nothing to report; the lines above say why")
         run = Run(folder)
-        write_comparison(run, config, report(run, entries, failed), failed)
+        with making_report(f"start the same command again; delete runs in {folder} that are of something else"):
+            write_comparison(run, config, report(run, entries, failed), failed)
 
 
 def start_server(launch: Path | None, libraries: Sequence[str]) -> None:

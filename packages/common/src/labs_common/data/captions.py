@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +25,7 @@ from labs_common.data.images import (
     refusal,
     within,
 )
-from labs_common.errors import LabError
+from labs_common.errors import LabError, bytes_of
 from labs_common.options import CaptionDataOptions, OnBadData
 from labs_common.scenes.files import read_truth
 from labs_common.scenes.world import Scene
@@ -32,6 +33,9 @@ from labs_common.scenes.world import Scene
 # The official archive has the misspelt one; the others are of copies in use.
 PICTURE_FOLDERS = ("Images", "Flicker8k_Dataset", "Flickr8k_Dataset", "images")
 CAPTION_FILES = ("captions.txt", "Flickr8k.token.txt", "Flickr8k_text/Flickr8k.token.txt", "captions.csv")
+LONGEST = csv.field_size_limit()  # characters of a caption: 131,072
+# Within a caption: a quote before it was never closed, and what followed was swallowed.
+SWALLOWED = re.compile(rf"\n[^\n,]+(?:{'|'.join(map(re.escape, sorted(SUFFIXES)))}),", re.IGNORECASE)
 LISTS = {
     "train": "Flickr_8k.trainImages.txt",
     "validation": "Flickr_8k.devImages.txt",
@@ -126,8 +130,8 @@ def read_captioned(data: str | Path, on_bad_data: OnBadData = "error", shown: bo
     for line, name, caption in caption_lines(file):
         if name is None:
             faults.append((f"{file.name}:{line}", caption))
-        elif not caption.strip():
-            faults.append((f"{file.name}:{line}", "empty caption"))
+        elif reason := _caption_fault(caption):
+            faults.append((f"{file.name}:{line}", reason))
         else:
             captions.setdefault(name, []).append(caption.strip())
     there = {path.name: path for path in sorted(pictures.iterdir()) if path.suffix.lower() in SUFFIXES}
@@ -159,16 +163,19 @@ def read_captioned(data: str | Path, on_bad_data: OnBadData = "error", shown: bo
     )
 
 
+def _caption_fault(caption: str) -> str:
+    if len(caption) > LONGEST:
+        return f"caption of more than {LONGEST:,} characters"
+    return "quote that is not closed" if SWALLOWED.search(caption) else "" if caption.strip() else "empty caption"
+
+
 def caption_lines(file: Path) -> Iterator[tuple[int, str | None, str]]:
     """Yields the line number, picture name and text of each caption; for a bad line no name, and why it is bad.
 
     Raises:
         LabError: the file cannot be read, or has no columns `image` and `caption`.
     """
-    try:
-        raw = file.read_bytes().removeprefix(b"\xef\xbb\xbf")  # the mark with which Windows begins UTF-8
-    except OSError as error:
-        raise LabError(f"--data {file}: {error.strerror or 'cannot be read'}") from error
+    raw = bytes_of(file, f"--data {file}").removeprefix(b"\xef\xbb\xbf")  # the mark with which Windows begins UTF-8
     texts: list[str] = []
     for number, line in enumerate(raw.splitlines(), 1):
         try:
@@ -188,7 +195,14 @@ def caption_lines(file: Path) -> Iterator[tuple[int, str | None, str]]:
     if "image" not in header or "caption" not in header:
         raise LabError(f"--data {file}: its first line must name the columns image,caption")
     image, text_ = header.index("image"), header.index("caption")
-    for row in rows:
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error:  # it goes on after the line
+            yield rows.line_num, None, f"caption of more than {LONGEST:,} characters"
+            continue
         if row:
             whole = len(row) > max(image, text_)
             yield (rows.line_num, row[image], row[text_]) if whole else (rows.line_num, None, "too few columns")
@@ -233,7 +247,8 @@ def _official(folder: Path) -> dict[str, set[str]]:
     for split, name in LISTS.items():
         file = next((path for path in (folder / name, folder / "Flickr8k_text" / name) if path.is_file()), None)
         if file is not None:
-            found[split] = set(file.read_text(encoding="utf-8", errors="replace").split())
+            lines = bytes_of(file, f"--splits {file}").decode("utf-8", "replace").split("\n")
+            found[split] = {line.strip() for line in lines}
     if found and len(found) < len(LISTS):
         missing = ", ".join(LISTS[split] for split in LISTS if split not in found)
         raise LabError(f"--data {folder}: of the lists of pictures {missing} is missing; add it, or remove the others")

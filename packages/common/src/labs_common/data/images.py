@@ -33,6 +33,7 @@ RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+SPECIAL = "is a directory, pipe or device"
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 
 Content = np.ndarray | bytes | Path  # levels (height, width, 3) of 0 to 255; the bytes of a picture file; its path
@@ -154,10 +155,14 @@ def examined(contents: Sequence[Content], task: str, shown: bool = True) -> list
 
 
 def _examined(content: Content) -> tuple[bytes, str]:
+    if isinstance(content, Path) and _is_special(content):
+        return b"", SPECIAL
     try:
         data = content.read_bytes() if isinstance(content, Path) else content
     except OSError as error:
         return b"", error.strerror or "cannot be read"
+    except ValueError:  # a NUL, or half a character
+        return b"", "has a name that no file can have"
     raw = np.ascontiguousarray(data).data if isinstance(data, np.ndarray) else data
     digest = hashlib.blake2b(raw, digest_size=16).digest()
     try:
@@ -165,6 +170,11 @@ def _examined(content: Content) -> tuple[bytes, str]:
     except BadPictureError as error:
         return digest, str(error)
     return digest, ""
+
+
+def _is_special(path: Path) -> bool:
+    """Says whether it is there and no file: a pipe would be waited for, and a device never ends."""
+    return path.exists() and not path.is_file()
 
 
 def refusal(source: str, faults: Sequence[tuple[str, str]], remedy: str, total: int = 0) -> str:
@@ -189,6 +199,8 @@ def decoded(content: Content, upright: bool = True) -> Image.Image:
     if isinstance(content, np.ndarray):
         return Image.fromarray(content)
     source = io.BytesIO(content) if isinstance(content, bytes) else content
+    if isinstance(source, Path) and _is_special(source):
+        raise BadPictureError(SPECIAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -277,7 +289,8 @@ def record_splits(run: Run, splits: Splits) -> None:
     if before is None:
         run.save_json("splits.json", now)
     elif before != now:
-        changed = next(name for name in splits if before[name] != now[name])
+        known = before if isinstance(before, dict) else {}
+        changed = next((name for name in splits if known.get(name) != now[name]), "recorded")
         raise LabError(
             f"--resume {run.path}: the {changed} pictures have changed since the run began; bring them back or start a "
             "new run"

@@ -23,6 +23,7 @@ SPLITS = {
     "test": ("test", "testing"),
 }
 IMAGE_COLUMNS, LABEL_COLUMNS = ("img", "image", "picture", "pixel_values"), ("label", "labels", "fine_label", "class")
+MOST_CLASSES = 100_000  # several times the largest published data set's
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
 SIDE = 32  # of CIFAR-10's pictures
 PIXELS = 3 * SIDE**2  # bytes of one: all red levels, then green, then blue
@@ -86,7 +87,7 @@ def read_pictures(data: str) -> PictureSplits:
     path = Path(data).expanduser()
     if not path.exists():
         return _from_datasets(data, path)
-    if path.is_file():
+    if not path.is_dir():
         if path.name.endswith(ARCHIVES):
             raise LabError(f"--data {data}: is an archive; unpack it and name the directory")
         if path.suffix != ".parquet":
@@ -94,9 +95,9 @@ def read_pictures(data: str) -> PictureSplits:
         return _splits(data, {"train": _parquet(data, [path])})
     for folder in (path, path / "cifar-10-batches-py", path / "cifar-10-batches-bin"):
         for suffix in ("", ".bin"):
-            if (folder / f"data_batch_1{suffix}").exists() or (folder / f"test_batch{suffix}").exists():
+            if (folder / f"data_batch_1{suffix}").is_file() or (folder / f"test_batch{suffix}").is_file():
                 return _splits(data, _cifar10(data, folder, suffix))
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _from_datasets(data, path)
     for folder in (path, path / "data"):
         if files := sorted(folder.glob("*.parquet")):
@@ -123,13 +124,13 @@ def _split_of(word: str) -> str:
 def _cifar10(data: str, folder: Path, suffix: str) -> dict[str, LabelledPictures]:
     """Reads CIFAR-10 as its authors publish it: data_batch_1 to 5, test_batch and batches.meta; .bin if binary."""
     classes, meta = CIFAR10, folder / ("batches.meta.txt" if suffix else "batches.meta")
-    if meta.exists():
+    if meta.is_file():
         classes = meta.read_text("utf-8", errors="replace").split() if suffix else _label_names(data, meta)
     read = _binary_batch if suffix else _python_batch
     found = {}
     for split, stems in {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}.items():
         files = [folder / (stem + suffix) for stem in stems]
-        there = [file for file in files if file.exists()]
+        there = [file for file in files if file.is_file()]
         if split == "train" and 0 < len(there) < len(files):
             missing = ", ".join(file.name for file in files if file not in there)
             raise LabError(f"--data {data}: {missing} is missing; download the data set again")
@@ -233,6 +234,8 @@ def _parquet_files(data: str, files: Sequence[Path]) -> PictureSplits:
 def _parquet(data: str, files: Sequence[Path]) -> LabelledPictures:
     tables = []
     for file in files:
+        if not file.is_file():
+            raise LabError(f"--data {data}: {file.name} is a directory, pipe or device")
         try:
             tables.append(parquet.read_table(file))
         except (OSError, pa.ArrowException) as error:
@@ -244,9 +247,13 @@ def _parquet(data: str, files: Sequence[Path]) -> LabelledPictures:
     try:  # as `datasets` writes the names of classes
         info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         names = info["info"]["features"][label]["names"]
-    except (ValueError, KeyError, TypeError):
+        names = names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+    except (ValueError, KeyError, TypeError, RecursionError):
         names = None
-    pictures, labels = ([value for table in tables for value in table[column].to_pylist()] for column in (image, label))
+    try:
+        pictures, labels = ([v for table in tables for v in table[column].to_pylist()] for column in (image, label))
+    except ValueError as error:  # text that is not UTF-8
+        raise LabError(f"--data {data}: a .parquet file holds what cannot be read ({reason_of(error)})") from error
     return _from_columns(data, pictures, labels, names, files[0].parent)
 
 
@@ -303,7 +310,8 @@ def _from_columns(
         classes = classes or sorted({label for label in labels if label is not None})
         numbers = [classes.index(label) if label in classes else -1 for label in labels]
     else:
-        numbers = [label if isinstance(label, int) else -1 for label in labels]
+        # A class for each number up to the largest: one of 100,000,000 is no class but a fault.
+        numbers = [label if isinstance(label, int) and label < MOST_CLASSES else -1 for label in labels]
         classes = classes or [str(number) for number in range(max(numbers, default=-1) + 1)]
     return LabelledPictures(
         source=data, contents=contents, names=names, classes=tuple(classes), labels=np.array(numbers, dtype=np.int64)

@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed.tensor import DTensor
 
 from labs_common.checkpoint import SHARDED
-from labs_common.errors import LabError, RunStopped, reason_of
+from labs_common.errors import LabError, RunStopped
 from labs_common.progress import console
 from labs_common.run import Run
 from labs_common.sharding import reshard
@@ -203,8 +203,8 @@ def _kept(run: Run) -> tuple[Any, str | None]:
     """Reads frozen.json, or says what is wrong with it: all processes must hear of it."""
     try:
         kept = run.load_json(HASHES)
-    except (OSError, ValueError) as error:
-        return None, f"{run.path / HASHES}: cannot be read ({reason_of(error)}); bring it back from a copy of the run"
+    except LabError as error:
+        return None, str(error)
     every = kept if isinstance(kept, list) and kept else [kept]
     if kept is not None and not all(isinstance(hashes, dict) for hashes in every):
         return None, f"{run.path / HASHES}: holds no hashes; bring it back from a copy of the run"

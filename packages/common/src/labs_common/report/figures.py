@@ -13,13 +13,19 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import LogFormatter
 from PIL import Image
 
+# Names are text, not formulas: one with two dollar signs would be typeset, or refused.
+mpl.rcParams.update({"text.parse_math": False, "text.usetex": False})
 INK = "#010203"  # a colour that nothing else has: `_svg` replaces it by the page's text colour
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#64748b", "#eab308", "#06b6d4", "#ec4899")
 MOST_INSIDE = 6  # curves whose legend stands among them: a longer one would hide some
+MOST_LETTERS = 60  # of a name: longer ones would leave no room for the figure
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\ud800-\udfff]")
 MOST_NAMED = 16  # classes in a legend: more do not fit beside a figure
 FROZEN, TRAINED = "#94a3b8", "#f97316"
 BESIDE = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "fontsize": 8}  # places of a legend
@@ -50,9 +56,18 @@ def curve_figure(
     """Draws lines by name, each the positions and values of its points; few points are marked. Returns SVG."""
     canvas, axes = _canvas(across, up)
     for colour, (name, (xs, ys)) in zip(_colours(len(curves)), curves.items(), strict=True):
-        axes.plot(xs, ys, label=name, color=colour, linewidth=1.6, marker="o" if len(xs) <= 20 else "", markersize=4)
+        axes.plot(
+            xs,
+            ys,
+            label=printable(name),
+            color=colour,
+            linewidth=1.6,
+            marker="o" if len(xs) <= 20 else "",
+            markersize=4,
+        )
     if log_up:
         axes.set_yscale("log")
+        _plain_powers(axes.yaxis)
     if len(curves) > MOST_INSIDE:
         _legend(axes, **BESIDE)
     elif len(curves) > 1:
@@ -82,8 +97,8 @@ def bar_figure(values: Mapping[str, Mapping[str, float]], across: str, limit: fl
     height = 0.8 / len(names)
     for place, (name, colour) in enumerate(zip(names, _colours(len(names)), strict=True)):
         offsets = [row + (place - (len(names) - 1) / 2) * height for row in range(len(values))]
-        axes.barh(offsets, [bars[name] for bars in values.values()], height, label=name, color=colour)
-    axes.set_yticks(range(len(values)), list(values))
+        axes.barh(offsets, [bars[name] for bars in values.values()], height, label=printable(name), color=colour)
+    axes.set_yticks(range(len(values)), [printable(name) for name in values])
     axes.invert_yaxis()
     if limit is not None:
         axes.set_xlim(0, limit)
@@ -94,7 +109,7 @@ def bar_figure(values: Mapping[str, Mapping[str, float]], across: str, limit: fl
 
 def matrix_figure(values: Sequence[Sequence[float]], names: Sequence[str], across: str, up: str) -> str:
     """Draws a square of counts, the same names on both sides, each row shaded by its shares. Returns SVG."""
-    count = len(names)
+    count, names = len(names), [printable(name) for name in names]
     canvas, axes = _canvas(across, up, height=min(7.0, 1.6 + 0.42 * count))
     for row, counts in enumerate(values):
         total = max(1, sum(counts))
@@ -142,6 +157,7 @@ def scatter_figure(
     axes.plot([x for x, _ in line], [y for _, y in line], color=TRAINED, linewidth=1, alpha=0.6)
     if log_across:
         axes.set_xscale("log")
+        _plain_powers(axes.xaxis)
     axes.margins(0.16)
     _name_points(canvas, axes, points)
     return _svg(canvas)
@@ -154,7 +170,9 @@ def map_figure(points: Sequence[tuple[float, float]], labels: Sequence[int], nam
     for label, name in enumerate(names):
         own = [point for point, of in zip(points, labels, strict=True) if of == label]
         colour = COLOURS[label] if len(names) <= len(COLOURS) else shades((label + 0.5) / len(names))
-        axes.scatter([x for x, _ in own], [y for _, y in own], s=9, color=colour, label=name, linewidths=0, alpha=0.8)
+        axes.scatter(
+            [x for x, _ in own], [y for _, y in own], s=9, color=colour, label=printable(name), linewidths=0, alpha=0.8
+        )
     axes.set_xticks([])
     axes.set_yticks([])
     axes.grid(False)
@@ -203,6 +221,18 @@ def _canvas(across: str = "", up: str = "", height: float = 3.2) -> tuple[Canvas
     return canvas, axes
 
 
+def printable(name: str, most: int = MOST_LETTERS) -> str:
+    """Shortens a name to what a figure has room for, in characters that SVG and fonts take."""
+    short = name if len(name) <= most else f"{name[: most - 1]}…"
+    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], short)
+
+
+def _plain_powers(axis: Axis) -> None:
+    """Writes 1e-03 beside a logarithmic axis: 10 with a small -3 is a formula."""
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter())
+
+
 def _legend(axes: Axes, **more: Any) -> None:
     axes.legend(frameon=False, labelcolor=INK, **more)
 
@@ -212,7 +242,9 @@ def _name_points(canvas: Canvas, axes: Axes, points: Mapping[str, tuple[float, f
     canvas.draw_without_rendering()
     to_points, end = 72 / canvas.dpi, canvas.get_figwidth() * 72  # a point is a 72nd of an inch
     taken: list[tuple[float, float, float]] = []  # left, bottom and width of the names so far, in points
-    for name, place in sorted(points.items(), key=lambda item: item[1][1]):
+    for name, place in sorted(
+        ((printable(name), place) for name, place in points.items()), key=lambda item: item[1][1]
+    ):
         left, bottom = axes.transData.transform(place) * to_points
         lift, width, side = 4.0, 4.6 * len(name), 6.0  # a letter of 8 points is about 4.6 wide
         if left + side + width > end:

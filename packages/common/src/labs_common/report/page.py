@@ -2,13 +2,15 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
 from PIL import Image
 
+from labs_common.errors import LabError, RunStopped, reason_of
 from labs_common.run import Run, write_atomically
 
 
@@ -59,6 +61,20 @@ class Section:
 
     title: str
     blocks: list[Text | Table | Figure | Gallery | Code] = field(default_factory=list)
+
+
+@contextmanager
+def making_report(again: str) -> Iterator[None]:
+    """Turns whatever goes wrong with a report into one line: the results are on disk, and `again` says what to do.
+
+    Raises:
+        RunStopped: instead of any other error.
+    """
+    try:
+        yield
+    except Exception as error:  # of a picture, a name, a font: nothing of it may look as if the work were lost
+        said = reason_of(error) if isinstance(error, LabError) else f"{type(error).__name__}: {reason_of(error)}"
+        raise RunStopped(f"the report cannot be made ({said}); all else is saved: {again}") from error
 
 
 def write_report(run: Run, title: str, summary: str, sections: Sequence[Section]) -> str:

@@ -10,13 +10,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from labs_common.errors import LabError
+from labs_common.data.images import MOST_PIXELS, NAMED
+from labs_common.errors import LabError, json_of
+from labs_common.options import OnBadData
 from labs_common.scenes.world import SHAPES, TEXTURES
 from zsi_contrastive.detector.config import PUBLISHED, SCENES
 
 CLASSES = files("zsi_contrastive.detector") / "classes"  # the published splits, and COCO's supercategories
 KEPT_BACK = 4  # of the pairings of texture and shape, one in so many is unseen
 Json = dict[str, Any]
+MOST = 2**53  # an id beyond is no longer the same number in other programs
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,10 @@ def read_split(name: str) -> Split:
     if not path.is_file():
         known = ", ".join((*PUBLISHED, SCENES))
         raise LabError(f'--split {name}: no such file; take {known}, or a JSON file with the lists "seen" and "unseen"')
+    found = json_of(path, f"--split {name}")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
         lists = [found["seen"], found["unseen"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise LabError(f'--split {name}: is not JSON with the lists "seen" and "unseen" ({error})') from error
     for part in lists:
         if not isinstance(part, list) or not part or not all(isinstance(word, str) and word for word in part):
@@ -123,57 +126,50 @@ class Instances:
         return {"images": self.images, "annotations": self.annotations, "categories": self.categories}
 
 
-def read_instances(path: Path) -> Instances:
+def read_instances(path: Path, on_bad_data: OnBadData = "skip") -> Instances:
     """Reads and checks a file; what cannot be used of it (boxes without area, no outline) is left out and counted.
 
     Raises:
-        LabError: it cannot be read, or is not COCO's format; the fault is named.
+        LabError: it cannot be read, or is not COCO's format, or something cannot be used and `on_bad_data` is "error";
+            the fault is named.
     """
     categories, images, annotations = _lists(path)
     for key, rows in (("categories", categories), ("images", images)):
         if twice := [number for number, count in Counter(row["id"] for row in rows).items() if count > 1]:
             raise LabError(f"{path}: two {key} have the id {twice[0]}")
-    known, pictures = {row["id"] for row in categories}, {row["id"] for row in images}
+    known, pictures = {row["id"] for row in categories}, {row["id"]: (row["height"], row["width"]) for row in images}
     left_out: Counter[str] = Counter()
-    kept, unusable = [], []
-    numbers = {row.get("id") for row in annotations}
-    # Ids that are missing, zero or not unique would confuse COCO's evaluation.
-    renumber = not all(numbers) or len(numbers) < len(annotations)
+    kept, unusable, named = [], [], []
+    numbers = {n for row in annotations if isinstance(n := row.get("id"), int) and 0 < n < MOST}
+    # Ids that are missing, zero, no numbers or not unique would confuse COCO's evaluation.
+    renumber = len(numbers) < len(annotations)
     for place, row in enumerate(annotations):
         if row["category_id"] not in known:
             raise LabError(f"{path}: annotations[{place}] is of the unknown category {row['category_id']}")
         if row["image_id"] not in pictures:
             raise LabError(f"{path}: annotations[{place}] is of the unknown picture {row['image_id']}")
-        if reason := _fault(row):
+        if reason := _fault(row, *pictures[row["image_id"]]):
             left_out[reason] += 1
             unusable.append(row)
+            named.append(f"annotations[{place}]: {reason}")
         else:
             usual = {"iscrowd": 0, "area": row["bbox"][2] * row["bbox"][3], "id": place + 1}
             kept.append({**usual, **row} | ({"id": place + 1} if renumber else {}))
+    if named and on_bad_data == "error":
+        more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
+        raise LabError(
+            f"{path}: {'; '.join(named[:NAMED])}{more}; mend them, or leave them out with --on-bad-data skip"
+        )
     return Instances(str(path), categories, images, kept, left_out, unusable)
-
-
-def read_json(path: Path, said: str) -> Any:
-    """Reads a JSON file; `said` names it in errors.
-
-    Raises:
-        LabError: it cannot be read, or is something else.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LabError(f"{said}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise LabError(f"{said}: is not JSON ({error})") from error
 
 
 def _lists(path: Path) -> list[list[Json]]:
     """Reads categories, images and annotations, each row with the keys that are needed."""
-    content = read_json(path, str(path))
-    needed = {
-        "categories": {"id", "name"},
-        "images": {"id", "file_name", "width", "height"},
-        "annotations": {"image_id", "category_id", "bbox"},
+    content = json_of(path, str(path))
+    needed: dict[str, dict[str, type]] = {
+        "categories": {"id": int, "name": str},
+        "images": {"id": int, "file_name": str, "width": int, "height": int},
+        "annotations": {"image_id": int, "category_id": int, "bbox": object},
     }
     lists = []
     for key, wanted in needed.items():
@@ -181,29 +177,76 @@ def _lists(path: Path) -> list[list[Json]]:
         if not isinstance(rows, list):
             raise LabError(f"{path}: has no list of {key}, as COCO's instances files have")
         for place, row in enumerate(rows):
-            if lacks := sorted(wanted - (row.keys() if isinstance(row, dict) else set())):
+            if lacks := sorted(wanted.keys() - (row.keys() if isinstance(row, dict) else set())):
                 raise LabError(f"{path}: {key}[{place}] lacks {', '.join(lacks)}")
+            for name, kind in wanted.items():
+                if not isinstance(row[name], kind) or (kind is int and not -MOST < row[name] < MOST):
+                    raise LabError(
+                        f"{path}: {key}[{place}]: {name} must be {'text' if kind is str else 'a whole number'}"
+                    )
+            if key == "images" and not (
+                min(row["width"], row["height"]) > 0 < row["width"] * row["height"] <= MOST_PIXELS
+            ):
+                raise LabError(f"{path}: {key}[{place}] has {row['width']} × {row['height']} pixels")
         lists.append(rows)
     return lists
 
 
-def _fault(annotation: Mapping[str, Any]) -> str:
-    """Says why an annotation cannot be used; empty if it can."""
-    box = annotation["bbox"]
-    four = isinstance(box, list) and len(box) == 4
-    if not four or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in box):
-        return "box that is not four numbers"
-    if box[2] <= 0 or box[3] <= 0:
-        return "box without area"
+def _fault(annotation: Mapping[str, Any], height: int, width: int) -> str:
+    """Says why an annotation of a picture of that size cannot be used; empty if it can."""
     outline = annotation.get("segmentation")
+    if reason := box_fault(annotation["bbox"]):
+        return reason
+    if not is_number(annotation.get("area", 0)) or annotation.get("iscrowd", 0) not in (0, 1):
+        return "area that is no number, or iscrowd neither 0 nor 1"
     if isinstance(outline, list):
         # A polygon is x, y, x, y, …: three points are six numbers.
-        fine = any(isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0 for part in outline)
-        return "" if fine else "outline of fewer than three points"
+        polygons = [part for part in outline if isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0]
+        if not polygons:
+            return "outline of fewer than three points"
+        near = 10 * max(height, width)  # a line to a point far away would be drawn pixel by pixel
+        try:
+            fine = all(math.isfinite(sum(part)) and -near < min(part) <= max(part) < near for part in polygons)
+        except (TypeError, OverflowError):
+            fine = False
+        return "" if fine else "outline of something other than points near the picture"
     if isinstance(outline, dict):
-        fine = isinstance(outline.get("counts"), (list, str)) and len(outline.get("size", ())) == 2
-        return "" if fine else "run lengths that are not COCO's"
+        return "" if is_run_lengths(outline, height, width) else "run lengths that are not COCO's"
     return "no outline"
+
+
+def box_fault(box: Any) -> str:
+    """Says why a value is no box (left, top, width, height); empty if it is one."""
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
+        return "box that is not four numbers"
+    return "box without area" if box[2] <= 0 or box[3] <= 0 else ""
+
+
+def is_number(value: Any) -> bool:
+    """Says whether a value of a JSON file is a number that can be computed with in float32."""
+    return isinstance(value, (int, float)) and -1e30 < value < 1e30
+
+
+def is_run_lengths(outline: Mapping[str, Any], height: int, width: int) -> bool:
+    """Says whether COCO's run lengths, plain or compressed, are of a picture of that size: its library reads any."""
+    counts = outline.get("counts")
+    if outline.get("size") != [height, width] or not isinstance(counts, (list, str)):
+        return False
+    found: list[Any] = counts if isinstance(counts, list) else []
+    value = shift = 0
+    for letter in counts if isinstance(counts, str) else "":
+        # Six bits of a letter from "0" on: five of the number, the lowest first, and whether more follow.
+        bits = ord(letter) - 48
+        if not 0 <= bits < 64 or shift > 60:
+            return False
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (bits & 16) << (shift - 4)  # the highest bit is the sign
+            found.append(value + (found[-2] if len(found) > 2 else 0))  # but for the first three, a difference
+            value = shift = 0
+    whole = all(isinstance(run, int) and run >= 0 for run in found)
+    return whole and not shift and sum(found) == height * width
 
 
 @dataclass(frozen=True)

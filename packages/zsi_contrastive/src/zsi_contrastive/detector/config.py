@@ -55,7 +55,8 @@ class DataOptions:
     limit: CountOrZero = 0
     """Take at most this many pictures for training, and for validation and test each; 0 takes all."""
     on_bad_data: OnBadData = "error"
-    """What to do with pictures that cannot be used: stop and name them, or leave them out and count them."""
+    """What to do with pictures and annotations that cannot be used (COCO 2017 has boxes without height): stop and name
+    them, or leave them out and count them."""
 
 
 @dataclass

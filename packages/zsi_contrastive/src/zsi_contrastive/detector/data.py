@@ -142,7 +142,7 @@ def read_parts(data: DataOptions, split: Split) -> tuple[ZeroShotParts, Path]:
         raise LabError(f"--data {folder}: no such directory")
     train = data.train_annotations or instances_file(folder, "train")
     test = data.test_annotations or instances_file(folder, "val")
-    first, second = read_instances(train), read_instances(test)
+    first, second = (read_instances(file, data.on_bad_data) for file in (train, test))
     if data.data is None:  # not where this machine keeps its cache
         first, second = replace(first, source="drawn scenes, training"), replace(second, source="drawn scenes, test")
     return zero_shot_parts(first, second, split), folder

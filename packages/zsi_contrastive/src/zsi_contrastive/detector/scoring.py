@@ -12,8 +12,9 @@ import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as rle
 
-from labs_common.errors import LabError
-from zsi_contrastive.detector.annotations import Instances, read_json
+from labs_common.data.images import MOST_PIXELS
+from labs_common.errors import LabError, json_of
+from zsi_contrastive.detector.annotations import Instances, box_fault, is_number, is_run_lengths
 
 LOW = (0.4, 0.5, 0.6)  # IoU, of the zero-shot literature
 USUAL = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))  # COCO's
@@ -168,20 +169,34 @@ def read_results(path: Path) -> list[Result]:
     Raises:
         LabError: it cannot be read, or is something else.
     """
-    content = read_json(path, f"--results {path}")
+    content = json_of(path, f"--results {path}")
     if not isinstance(content, list):
         raise LabError(f"--results {path}: is not a list, as COCO's results are")
     for place, row in enumerate(content):
         if not isinstance(row, dict) or not {"image_id", "category_id", "score"} <= row.keys():
             raise LabError(f"--results {path}: [{place}] lacks image_id, category_id or score")
+        numbers = (row["image_id"], row["category_id"])
+        if not all(isinstance(number, int) and is_number(number) for number in numbers) or not is_number(row["score"]):
+            raise LabError(f"--results {path}: [{place}]: ids must be whole numbers, and the score a number")
         outline = row.get("segmentation")
-        if outline is not None and not (isinstance(outline, dict) and isinstance(outline.get("counts"), str)):
+        if outline is not None and not _is_compressed(outline):
             raise LabError(f"--results {path}: [{place}] has a segmentation that is not compressed run lengths")
+        if "bbox" in row and box_fault(row["bbox"]) == "box that is not four numbers":
+            raise LabError(f"--results {path}: [{place}] has a box that is not four numbers")
         if "bbox" not in row and outline is None:
             raise LabError(f"--results {path}: [{place}] has neither a bbox nor a segmentation")
         if "bbox" not in row:
             row["bbox"] = [float(value) for value in rle.toBbox(outline)]
     return content
+
+
+def _is_compressed(outline: Any) -> bool:
+    if not isinstance(outline, dict) or not isinstance(outline.get("counts"), str):
+        return False
+    match outline.get("size"):
+        case [int(height), int(width)] if 0 < height * width <= MOST_PIXELS:
+            return is_run_lengths(outline, height, width)
+    return False
 
 
 def _mean(values: np.ndarray) -> float:

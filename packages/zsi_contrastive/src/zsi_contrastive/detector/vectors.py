@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from labs_common.errors import LabError, reason_of
+from labs_common.errors import LabError, bytes_of, reason_of
 from labs_common.saved import load_auto, load_network
 from labs_common.scenes.world import SHAPES, TEXTURES
 from zsi_contrastive.detector.annotations import Split
@@ -80,7 +80,8 @@ def read_matrix(path: Path, split: Split) -> torch.Tensor:
         LabError: it has another number of columns than the split needs, or something that is no number.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    text = bytes_of(path, f"--word-vectors {path}").decode("utf-8", "replace")
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 rows.append([float(value) for value in line.split(",")])
@@ -93,9 +94,10 @@ def read_matrix(path: Path, split: Split) -> torch.Tensor:
                 f"--word-vectors {path}: row {number} has {len(row)} columns; the split {split.name} needs {wanted}: "
                 f"background, {len(split.seen)} seen and {len(split.unseen)} unseen classes"
             )
-    if not np.isfinite(rows).all():
-        raise LabError(f"--word-vectors {path}: holds a value that is not a number")
-    return torch.tensor(rows, dtype=torch.float32).T.contiguous()
+    matrix = torch.tensor(rows, dtype=torch.float32)
+    if not matrix.isfinite().all():
+        raise LabError(f"--word-vectors {path}: holds a value that is not a number, or too large for one")
+    return matrix.T.contiguous()
 
 
 def read_vocabulary(path: Path, length: int) -> torch.Tensor:
@@ -245,7 +247,7 @@ def _looked_up(path: Path, names: Sequence[str]) -> tuple[torch.Tensor, tuple[st
     found: dict[str, list[float]] = {}
     try:
         for word, values in _lines(path):
-            if word in wanted and word not in found:
+            if word in wanted and word not in found and any(values):  # zeros point nowhere
                 found[word] = values
     except ValueError as error:
         raise LabError(f"--word-vectors {path}: cannot be read as word vectors ({error})") from error

@@ -1,0 +1,215 @@
+"""What is broken in other ways than usual: one line, quickly, and nothing lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+
+from labs_common.cache import path_name
+from labs_common.cli import config_from_yaml, parse
+from labs_common.data.images import BadPictureError, decoded, examined, record_splits
+from labs_common.errors import LabError, RunStopped, bytes_of, json_of, text_of
+from labs_common.fitting import write_results
+from labs_common.options import RunOptions, TrainingOptions
+from labs_common.report.figures import bar_figure, curve_figure, map_figure, matrix_figure, scatter_figure
+from labs_common.report.page import Gallery, Section, Text, write_report
+from labs_common.run import Run, check_new
+
+pytestmark = pytest.mark.quick
+# Each alias stands for nine of the one before: 9**11 values.
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i}\n  <<: [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
+
+
+@dataclass
+class Config:
+    """Does nothing."""
+
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [BOMB, MERGES, "training: &a {b: *a}", "a: " + "[" * 100_000, "seed: 2020-13-45", "seed: !!int abc", "{}", "",
+     "help: true", "seed: " + "1" * 5000, "output: " + "x" * 300, "seed: 1\0", "? [a]\n: b"],
+)  # fmt: skip
+def test_configs_that_are_refused_at_once(tmp_path: Path, text: str) -> None:
+    file, start = tmp_path / "config.yaml", time.process_time()
+    file.write_text(text)
+    with pytest.raises(LabError) as error:
+        parse(Config, "test", ["--config", str(file)])
+    assert len(str(error.value).splitlines()) == 1
+    assert time.process_time() - start < 1.5
+
+
+def test_what_a_config_may_say_of_resuming(tmp_path: Path) -> None:
+    """`resume` in a file would go on with a run under another config; of two on the command line the last counts."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(f"training: {{epochs: {len(name) + (name == 'two')}}}\n")
+    (tmp_path / "config.yaml").write_text(f"run: {{resume: {tmp_path / 'one'}}}\n")
+    with pytest.raises(LabError, match=r"config\.yaml: says resume"):
+        parse(Config, "test", ["--config", str(tmp_path / "config.yaml")])
+    both = parse(Config, "test", ["--resume", str(tmp_path / "one"), "--resume", str(tmp_path / "two")])
+    assert (both.run.resume, both.training.epochs) == (tmp_path / "two", 4)
+    with pytest.raises(LabError, match="--output: has a name of more than 255 bytes"):
+        parse(Config, "test", ["--output", str(tmp_path / ("ن" * 128))])
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for path, said in ((tmp_path / "pipe.png", "pipe"), (tmp_path, "directory"), (Path("/dev/zero"), "device")):
+        for read in (bytes_of, text_of, json_of):
+            with pytest.raises(LabError, match=f"^--x: cannot be read .*{said}"):
+                read(path, "--x")
+        with pytest.raises(BadPictureError, match=said):
+            decoded(path)
+        assert said in examined([path], "", shown=False)[0][1]
+    assert [reason for _, reason in examined([Path("a\0b"), Path("\ud800")], "", shown=False)] == [
+        "has a name that no file can have"
+    ] * 2
+    with pytest.raises(LabError, match="pipe"):
+        config_from_yaml(Config, tmp_path / "pipe.png")
+    with pytest.raises(LabError, match="File name too long"):
+        text_of(tmp_path / ("x" * 300), "--x")
+    with pytest.raises(LabError, match="null"):
+        text_of(Path("a\0b"), "--x")
+    for content, said in ((b"\xff", "UTF-8"), (b"[" * 100_000, "JSON"), (b"1" * 5000, "JSON"), (b"{", "JSON")):
+        (tmp_path / "file").write_bytes(content)
+        with pytest.raises(LabError, match=said):
+            json_of(tmp_path / "file", "--x")
+
+
+def test_a_model_in_a_deep_directory_still_names_a_run() -> None:
+    name = path_name("/home/" + "نام/" * 100)
+    assert len(name.encode()) <= 120
+    assert name.endswith("-نام")
+    assert path_name("google/gemma-2-2b") == "google-gemma-2-2b"
+
+
+def test_names_survive_whatever_they_hold(tmp_path: Path) -> None:
+    """Separators of lines that JSON leaves alone; half a character, as Python reads a name that is not UTF-8."""
+    run, names = Run(tmp_path), ["a\u2028b", "c\x85d", "\udce9.png", "نام", "e\x0bf"]
+    for step, name in enumerate(names):
+        run.append("samples.jsonl", {"step": step, "picture": name})
+    run.save_json("names.json", names)
+    assert [line["picture"] for line in run.lines("samples.jsonl")] == names
+    assert run.load_json("names.json") == names
+    with (tmp_path / "samples.jsonl").open("ab") as file:
+        file.write('{"step": 9, "picture": "ن'.encode()[:-1])  # a kill in the middle of a letter
+    run.rewind(2)
+    assert [line["picture"] for line in run.lines("samples.jsonl")] == names[:3]
+    write_report(
+        run, names[2], "", [Section(names[0], [Text(names[2]), Gallery([(Image.new("RGB", (2, 2)), names[2])], "")])]
+    )
+    assert "\\udce9.png" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"[]\n", b'{"step": "1"}\n', b"\xff\n", b"[" * 100_000 + b"\n", b"1\n"]
+)
+def test_files_of_a_run_that_are_of_something_else(tmp_path: Path, content: bytes) -> None:
+    run = Run(tmp_path, resumed=True)
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    (tmp_path / "splits.json").write_bytes(content)
+    if content.endswith(b"\n"):  # else it is a line that a kill has cut
+        with pytest.raises(LabError, match=r"metrics\.jsonl:1: is no line of a run"):
+            list(run.lines("metrics.jsonl"))
+    with pytest.raises(LabError, match=r"splits\.json: .*; bring the file back"):
+        run.load_json("splits.json", "train")
+    with pytest.raises(LabError, match=r"--resume|bring the file back"):
+        record_splits(run, {"train": _Nothing()})  # type: ignore[dict-item]
+
+
+class _Nothing:
+    names = ()
+
+    def fingerprint(self) -> str:
+        return ""
+
+
+def test_a_directory_that_a_kill_left_before_its_config_is_new(tmp_path: Path) -> None:
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "environment.json").write_text("{")
+    (tmp_path / ".config.yaml.part").write_text("")
+    check_new(tmp_path)
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(LabError, match="is not empty"):
+        check_new(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a$\\frac{a$", "x\u2028y\udce9\x00<&>\\", "x" * 3000])
+def test_figures_take_any_name(name: str) -> None:
+    """As text: no formulas."""
+    for svg in (
+        bar_figure({name: {"one": 1, name + "!": 2}}, ""),
+        matrix_figure([[1, 0], [0, 1]], [name, "other"], "", ""),
+        curve_figure({name: ([1, 2], [1e-3, 1e-5]), "other": ([1], [1])}, "", "", log_up=True),
+        scatter_figure({name: (1, 1), "other": (1e5, 2)}, "", "", log_across=True),
+        map_figure([(1, 2), (2, 3)], [0, 1], [name, "other"]),
+    ):
+        said = "".join(ElementTree.fromstring(svg.encode()).itertext())
+        assert "mathdefault" not in said
+        assert "frac" not in name or name in said
+
+
+def test_a_report_that_fails_says_how_to_make_it_again(tmp_path: Path) -> None:
+    def page() -> tuple[str, list[Section]]:
+        raise KeyError("whatever")
+
+    with pytest.raises(RunStopped, match=rf"KeyError.*all else is saved.*--resume {tmp_path}"):
+        write_results(Run(tmp_path), {"cost": 1}, True, "", page)
+    assert json.loads((tmp_path / "results.json").read_text()) == {"cost": 1}
+
+
+COMMAND = """
+import os, sys, time, types
+from dataclasses import dataclass
+from labs_common.cli import run_command
+@dataclass
+class Config:
+    wait: bool = False
+def body(config):
+    print("started", flush=True)
+    if config.wait:
+        time.sleep(60)
+    for line in range(20000):
+        print("نام", line)
+        print("also", line, file=sys.stderr)
+    open("saved", "w").close()
+sys.modules["made"] = types.SimpleNamespace(body=body)
+run_command("made:body", Config)
+"""
+
+
+@pytest.mark.parametrize("shell", ["2>&1 | head -1; exit ${PIPESTATUS[0]}", ">&- 2>&- <&-", ">/dev/null 2>&1"])
+def test_nobody_has_to_listen(tmp_path: Path, shell: str) -> None:
+    """A reader that leaves, streams that are closed, an encoding that lacks the letters."""
+    (tmp_path / "command.py").write_text(COMMAND)
+    asked = f"PYTHONIOENCODING=ascii {sys.executable} command.py {shell}"
+    done = subprocess.run(["bash", "-c", asked], cwd=tmp_path, timeout=60, check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_before_anything_began_is_one_line(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "command.py").write_text(COMMAND)
+    command = [sys.executable, "command.py", "--wait"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert said.count("\n") == 1
+    assert "nothing was saved" in said
