@@ -192,7 +192,8 @@ def _damage(path: Path, accelerator: Accelerator, run: str | None) -> str | None
     for name, found in _check_sums(path, accelerator, list(written)).items():
         if found != written[name]:
             return f"{path / name}: is {'missing' if found is None else 'damaged (its check sum is another)'}"
-    if (position.get("run"), position.get("step")) != (run, _number(path)):
+    # A run whose environment.json is lost has no name to compare with.
+    if run not in (None, position.get("run")) or position.get("step") != _number(path):
         return f"{path}: is of another run or another step"
     return None
 
