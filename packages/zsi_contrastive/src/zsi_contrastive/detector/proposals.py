@@ -77,7 +77,9 @@ def surviving(boxes: torch.Tensor, scores: torch.Tensor, groups: torch.Tensor, o
     """
     real = boxes[..., 2] > boxes[..., 0]
     pictures, number = real.shape
-    if boxes.is_cuda and number:
+    if not number:
+        return real
+    if boxes.is_cuda:
         # One call for all, as the host waits in each. What must not meet is moved apart, in 64 bits, which leave every
         # box as exact as it was: 32 would round what stands thousands of pixels away.
         own = groups + (groups.amax() + 1) * torch.arange(pictures, device=boxes.device)[:, None]
