@@ -281,11 +281,12 @@ def block_mask(conversation: torch.Tensor, window: int | None) -> BlockMask:
     some = (first[:, None] == last) & (apart > 0) & (apart - FLEX_BLOCK + 1 < reach) | (apart == 0)
     every = (last[:, None] == first) & (apart > 0) & (apart + FLEX_BLOCK - 1 < reach)
     every &= ((place + 1) * FLEX_BLOCK <= row)[:, None]  # the last block of queries may not be whole
-    parts = []
+    found = []
     for chosen in (some & ~every, every):
         order = chosen.int().sort(dim=1, descending=True, stable=True).indices
-        parts += [chosen.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]]
-    return BlockMask.from_kv_blocks(*parts, FLEX_BLOCK, _sees(conversation, window), (row, row))
+        found.append((chosen.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]))
+    (partly, whole), sees = found, _sees(conversation, window)
+    return BlockMask.from_kv_blocks(*partly, *whole, BLOCK_SIZE=FLEX_BLOCK, mask_mod=sees, seq_lengths=(row, row))
 
 
 def _sees(conversation: torch.Tensor, window: int | None) -> Callable[..., torch.Tensor]:
