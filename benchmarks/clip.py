@@ -283,7 +283,7 @@ def sweep(options: Options) -> dict[str, float]:
 
 def features(options: Options) -> dict[str, Any]:
     """Pictures a second: the tower on tensors that are there, decoding and keeping included, and read again."""
-    encoder = load_encoder(f"timm:{options.image},random", DEVICE)
+    encoder = load_encoder(f"timm:{options.image},random")
     count = options.batch * 16
     levels = np.random.default_rng(0).integers(0, 255, (count, 256, 256, 3), dtype=np.uint8)
     noise = LabelledPictures(

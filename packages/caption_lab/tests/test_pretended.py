@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from labs_testing.pretended import pretended_gpu
-from labs_testing.pretended_runs import Asked, on_pretended_gpu
+from labs_testing.pretended_runs import Asked, assert_in_bf16, on_pretended_gpu
 
 from caption_lab.config import DecoderOptions
 from caption_lab.decoder import CAPTIONERS, Sizes
@@ -22,7 +22,7 @@ def test_every_captioner_and_every_command(scenes: Path, tmp_path: Path) -> None
              "--no-report")  # fmt: skip
     own = ("--no-pretrained", "--width", "32", *train)
     run = folder / "transformer-no-pretrained-width=32" / "seed-0"
-    on_pretended_gpu(
+    *_, measured, described, drawn = on_pretended_gpu(
         ["caption_lab.compare"],
         tmp_path / "said",
         Asked("caption_lab.compare", (*small, "--models", ",".join(f"{name}:no-pretrained:width=32" for name in MODELS),
@@ -33,10 +33,12 @@ def test_every_captioner_and_every_command(scenes: Path, tmp_path: Path) -> None
         Asked("caption_lab.train", ("--model", "show_attend_tell", *own, "--unfreeze", "1", "--scheduled-sampling", "0.5",
                                     "--output", tmp_path / "unfrozen")),
         Asked("caption_lab.evaluate", ("--checkpoint", run, "--beams", "1,3", "--output", tmp_path / "again")),
-        Asked("caption_lab.caption", (next(scenes.rglob("*.jpg")), "--checkpoint", run, "--beam", "2")),
+        Asked("caption_lab.caption", (next(scenes.rglob("*.jpg")), "--checkpoint", run, "--beam", "2",
+                                       "--heatmap", tmp_path / "looks.png")),
         Asked("caption_lab.caption", (next(scenes.rglob("*.jpg")), "--checkpoint", run, "--top-p", "0.9")),
     )  # fmt: skip
     assert (folder / "comparison.json").exists()
+    assert_in_bf16(measured, described, drawn)
 
 
 def test_an_lstm_stays_in_float32_under_autocast() -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from labs_testing.pretended_runs import Asked, on_pretended_gpu
+from labs_testing.pretended_runs import Asked, assert_in_bf16, on_pretended_gpu
 
 pytestmark = pytest.mark.pretended
 
@@ -14,7 +14,7 @@ def test_every_objective_and_every_command(scenes: Path, things: Path, tmp_path:
              "--epochs", "1", "--max-steps", "2", "--batch-size", "16")  # fmt: skip
     run = folder / "clip" / "seed-0"
     classes = ("--checkpoint", run, "--data", things)
-    on_pretended_gpu(
+    _, _, retrieved, named, *_ = on_pretended_gpu(
         ["clip_lab.compare"],
         tmp_path / "said",
         Asked("clip_lab.compare", (*small, "--objectives", "clip,siglip,coca,simvlm", "--classes", things, "--ranked",
@@ -30,3 +30,5 @@ def test_every_objective_and_every_command(scenes: Path, things: Path, tmp_path:
         Asked("clip_lab.export", ("--checkpoint", run, "--output", tmp_path / "exported")),
     )  # fmt: skip
     assert (folder / "comparison.json").exists()
+    assert_in_bf16(retrieved)
+    assert named.products["torch.bfloat16"] > 10, "the sentences; the probe beside it is fitted in float32"

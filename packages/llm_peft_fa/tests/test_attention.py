@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.nn.attention import flex_attention as flex
 
 from llm_peft_fa import attention
-from llm_peft_fa.attention import agrees, blocks_of, fastest
+from llm_peft_fa.attention import agrees, block_mask, blocks_of, fastest
 from llm_peft_fa.base import load_model
 from llm_peft_fa.model import PackedCausalLM
 from llm_peft_fa.packing import packed_row
@@ -76,6 +76,21 @@ def test_kernels_give_the_loss_and_gradients_of_blocks(model: str, kernel: str, 
         scale = theirs[name].abs().max()
         torch.testing.assert_close(gradient / scale, theirs[name] / scale, atol=1e-5, rtol=0)
     assert set(row.blocks.masks) == (set() if kernel != "flex" else {None, 16} if model == "gemma" else {None})
+
+
+@pytest.mark.parametrize("lengths", [[300], [128, 256], [100, 28, 1, 500], [5] * 80, [127, 2, 255]])
+@pytest.mark.parametrize("window", [None, 1, 16, 128, 129, 130, 255, 256, 400])
+def test_the_mask_of_blocks_is_that_of_all_positions(lengths: list[int], window: int | None) -> None:
+    conversation = blocks_of(lengths).conversation
+    row = len(conversation)
+    found = block_mask(conversation, window)
+    expected = flex.create_block_mask(attention._sees(conversation, window), None, None, row, row, "cpu")
+    assert found.shape == expected.shape
+    for name in ("kv", "full_kv", "q", "full_q"):
+        counts, order = (getattr(found, f"{name}_{what}") for what in ("num_blocks", "indices"))
+        assert torch.equal(counts, getattr(expected, f"{name}_num_blocks")), name
+        used = torch.arange(order.shape[-1]) < counts[..., None]
+        assert torch.equal(order[used], getattr(expected, f"{name}_indices")[used]), name
 
 
 def test_a_kernel_is_taken_when_it_agrees_with_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

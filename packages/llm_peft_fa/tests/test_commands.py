@@ -60,7 +60,7 @@ class TestPromises(TrainingPromises):
             launch=LAUNCH,
             zero=Otherwise(losses=1e-4),
             sharded=Otherwise(losses=1e-4),
-            gpu=Budget(operators=1800, syncs=3, copies=20),
+            gpu=Budget(operators=1800, syncs=2, copies=20),
         )
 
 

@@ -94,7 +94,7 @@ class TestPromises(TrainingPromises):
             zero=Otherwise(losses=1e-3, weights=2e-3),
             zero_stage=3,
             sharded=Otherwise(losses=1e-3, weights=2e-3),
-            gpu=Budget(operators=165, syncs=3, copies=3),
+            gpu=Budget(operators=165, syncs=2, copies=3),
         )
 
 

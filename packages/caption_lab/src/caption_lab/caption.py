@@ -14,6 +14,7 @@ from labs_common.data.images import picture_files, readable
 from labs_common.errors import LabError
 from labs_common.progress import console, tracked
 from labs_common.run import newest_run
+from labs_common.training import inference_accelerator
 
 
 def caption(config: CaptionConfig) -> None:
@@ -29,20 +30,22 @@ def caption(config: CaptionConfig) -> None:
     captioner = load_captioner(checkpoint)
     if config.heatmap is not None and captioner.model.encoder.pool:
         raise LabError(f"--heatmap: {captioner.kind} does not look at places; take show_attend_tell or transformer")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    captioner.model.to(device)
+    accelerator = inference_accelerator()
+    captioner.model.to(accelerator.device)
     images = readable(files, config.on_bad_data)
-    generator = torch.Generator(device).manual_seed(config.seed)
+    generator = torch.Generator(accelerator.device).manual_seed(config.seed)
     starts = range(0, len(images), config.batch_size)
     for first in tracked(starts, "describing", len(starts), len(starts) > 1):
         part = images[first : first + config.batch_size]
-        written = captioner.describe([image for _, image in part], config.decoding, generator)
+        with accelerator.autocast():
+            written = captioner.describe([image for _, image in part], config.decoding, generator)
         for (file, _), words in zip(part, written.words, strict=True):
             print(f"{file}\t{captioner.vocabulary.decode(words)}", flush=True)
     if config.heatmap is None:
         return
     for number, (_, image) in enumerate(images, 1):
         target = config.heatmap if len(images) == 1 else config.heatmap.with_stem(f"{config.heatmap.stem}-{number}")
-        ((said, attention),) = attention_maps(captioner, [image], config.decoding)
+        with accelerator.autocast():
+            ((said, attention),) = attention_maps(captioner, [image], config.decoding)
         save_heatmap(image, said, attention, target)
         console.print(f"heat-map: {target}")

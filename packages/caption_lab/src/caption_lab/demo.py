@@ -14,6 +14,7 @@ from caption_lab.report import attention_maps, word_tiles
 from caption_lab.saved import load_captioner
 from labs_common.pages import check_page, serve
 from labs_common.run import newest_run
+from labs_common.training import inference_accelerator
 
 
 def demo(config: DemoConfig) -> None:
@@ -31,17 +32,19 @@ def caption_page(checkpoint: Path, decoding: DecodingOptions) -> Any:
     """Makes the page: a picture in, its caption and where the captioner looked out."""
     import gradio  # an extra, which may be missing
 
-    captioner = load_captioner(checkpoint)
+    captioner, accelerator = load_captioner(checkpoint), inference_accelerator()
+    captioner.model.to(accelerator.device)
 
     def describe(image: Any, beam: float) -> tuple[str, list[Any]]:
         if image is None:
             return "", []
         options = replace(decoding, beam=int(beam))
         image = image.convert("RGB")
-        if maps := attention_maps(captioner, [image], options):
-            ((words, attention),) = maps
-            return " ".join(words), word_tiles(image, words, attention)
-        (numbers,) = captioner.describe([image], options).words
+        with accelerator.autocast():
+            if maps := attention_maps(captioner, [image], options):
+                ((words, attention),) = maps
+                return " ".join(words), word_tiles(image, words, attention)
+            (numbers,) = captioner.describe([image], options).words
         return captioner.vocabulary.decode(numbers), []
 
     with gradio.Blocks(title="caption_lab") as page:

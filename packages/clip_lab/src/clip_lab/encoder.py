@@ -8,13 +8,14 @@ encoder.image(pictures), encoder.text(["a dog"])   # where pictures and captions
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
@@ -29,6 +30,7 @@ from labs_common.errors import LabError
 from labs_common.frozen.cache import front_key
 from labs_common.run import newest_run
 from labs_common.saved import load_auto, load_network, reading_model
+from labs_common.training import inference_accelerator
 
 TEXTS = 256  # sentences through a text tower at once
 
@@ -66,6 +68,7 @@ class Encoder:
         text: maps sentences to embeddings of length 1; None where it has none.
         scale: factor of the cosines.
         ours: the model, where it is one of this lab.
+        accelerator: its device, and the precision in which `embedded`, `read` and rows of features are computed.
     """
 
     name: str
@@ -76,11 +79,12 @@ class Encoder:
     text: Callable[[Sequence[str]], torch.Tensor] | None
     scale: float
     ours: Loaded | None = None
+    accelerator: Accelerator = field(default_factory=inference_accelerator)
 
     @property
     def device(self) -> torch.device:
         """The device that its weights are on."""
-        return next(self.module.parameters()).device
+        return self.accelerator.device
 
     @torch.no_grad()
     def embedded(self, pictures: torch.Tensor) -> torch.Tensor:
@@ -95,7 +99,8 @@ class Encoder:
                 f"--checkpoint {self.name}: has no embeddings of pictures that captions could be compared with; take a "
                 f"model that was trained with an --objective that makes them: {able}"
             )
-        return self.image(pictures.to(self.device)).float().cpu()
+        with self.accelerator.autocast():
+            return self.image(pictures.to(self.device)).float().cpu()
 
     @torch.no_grad()
     def read(self, sentences: Sequence[str]) -> torch.Tensor:
@@ -106,15 +111,16 @@ class Encoder:
         """
         if self.text is None:
             raise LabError(f"--checkpoint {self.name}: reads no text; name a model with a text tower")
-        parts = [self.text(sentences[at : at + TEXTS]).float().cpu() for at in range(0, len(sentences), TEXTS)]
+        with self.accelerator.autocast():
+            parts = [self.text(sentences[at : at + TEXTS]).float().cpu() for at in range(0, len(sentences), TEXTS)]
         return torch.cat(parts)
 
     def recipe(self) -> dict[str, Any]:
         """Returns all that its output for a picture depends on, as JSON values."""
-        return front_key(self.module) | {"view": asdict(self.view)}
+        return front_key(self.module, self.accelerator) | {"view": asdict(self.view)}
 
 
-def load_encoder(spec: str, device: torch.device | None = None) -> Encoder:
+def load_encoder(spec: str) -> Encoder:
     """Loads the model that `--checkpoint` names, frozen, in evaluation mode.
 
     A finished run of ours or its `model/` (by default the newest under runs/); `MODEL:PRETRAINED` of open_clip, such as
@@ -124,25 +130,24 @@ def load_encoder(spec: str, device: torch.device | None = None) -> Encoder:
     Raises:
         LabError: it cannot be had.
     """
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = Path(spec) if spec else newest_run(FINISHED, TRAIN)
     if is_ours(path) or (spec and path.is_dir() and not (path / "config.json").is_file()):
         if (path / "open_clip_config.json").is_file():
-            return frozen(_open_clip(spec, f"local-dir:{path}", None), device)
-        return frozen(of_ours(load_model(path), spec or str(path)), device)
+            return frozen(_open_clip(spec, f"local-dir:{path}", None))
+        return frozen(of_ours(load_model(path), spec or str(path)))
     if spec.startswith("hf-hub:"):
-        return frozen(_open_clip(spec, spec, None), device)
+        return frozen(_open_clip(spec, spec, None))
     if spec.startswith("timm:"):
-        return frozen(_timm(spec), device)
+        return frozen(_timm(spec))
     if path.is_dir():
-        return frozen(_transformers(spec), device)
+        return frozen(_transformers(spec))
     name, colon, pretrained = spec.partition(":")
-    return frozen(_open_clip(spec, name, pretrained) if colon else _transformers(spec), device)
+    return frozen(_open_clip(spec, name, pretrained) if colon else _transformers(spec))
 
 
-def frozen(encoder: Encoder, device: torch.device) -> Encoder:
+def frozen(encoder: Encoder) -> Encoder:
     """Puts the encoder on its device, in evaluation mode, without gradients."""
-    encoder.module.to(device).eval().requires_grad_(False)
+    encoder.module.to(encoder.device).eval().requires_grad_(False)
     return encoder
 
 

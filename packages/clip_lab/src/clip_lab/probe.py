@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from clip_lab.config import FrozenOptions, ProbeConfig
@@ -182,7 +181,7 @@ class Study:
         chosen = {part: splits[part] for part in wanted}
         features = features_of(encoder, chosen, what, config.batch_size, config.cache)
         audit.check()
-        run = Run.start(config, RunOptions(output=config.output, track="none"), name, Accelerator())
+        run = Run.start(config, RunOptions(output=config.output, track="none"), name, encoder.accelerator)
         record_splits(run, splits)
         return cls(config, run, encoder, splits, audit, features)
 
@@ -244,7 +243,9 @@ def _split_features(
         width = compute(0, [0]).shape[1]
     recipe = {"pictures": pictures.fingerprint(), "view": asdict(encoder.view), "what": what}
     title, options, count = f"{encoder.name}-{name}", CacheOptions(cache=cache), len(pictures)
-    rows = front_rows(title, encoder.module, compute, count, width, recipe, options, Accelerator(), batch=batch_size)
+    rows = front_rows(
+        title, encoder.module, compute, count, width, recipe, options, encoder.accelerator, batch=batch_size
+    )
     parts = torch.arange(count).split(AT_ONCE)
     shown = tracked(parts, f"features of the {name} pictures", len(parts), not cache)
     values = torch.cat([rows.rows(0, part.tolist()).float().cpu() for part in shown])

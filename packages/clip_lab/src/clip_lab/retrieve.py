@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from matplotlib.figure import Figure as Canvas
 
 from clip_lab.config import RetrieveConfig, TrainConfig
@@ -71,7 +70,7 @@ def retrieve(config: RetrieveConfig) -> None:
         print(one.asked)
         for result in one.results:
             print(f"  {result.score:.3f}  {result.said}")
-    run = Run.start(config, options, "retrieve", Accelerator())
+    run = Run.start(config, options, "retrieve", encoder.accelerator)
     write_found(run, config, found)
 
 

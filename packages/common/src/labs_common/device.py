@@ -112,6 +112,7 @@ class Later:
         """Returns the tensor on the CPU."""
         if self._there is not None:
             self._there.synchronize()
+            self._there = None
         return self._values
 
 

@@ -36,6 +36,8 @@ FREE = {
     aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default,
     aten.new_empty_strided.default, aten._unsafe_view.default, aten._reshape_alias.default, aten.lift_fresh.default,
 }  # fmt: skip
+# Operators whose precision is that in which a network computes.
+PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.convolution.default}
 # Beside pointwise and _foreach operators, those that take a number as a tensor of the CPU without dimensions.
 NUMBERS = {aten.masked_fill.Tensor, aten.masked_fill_.Tensor, aten.index_fill.int_Tensor, aten.index_fill_.int_Tensor,
            aten.fill.Tensor, aten.fill_.Tensor, aten._fused_adamw_.default, aten._fused_adam_.default}  # fmt: skip
@@ -55,6 +57,8 @@ class Gpu:
     """By line: the host waited for the device."""
     copies: Counter[str] = field(default_factory=Counter)
     """By line: transfers between host and device, in either direction."""
+    products: Counter[str] = field(default_factory=Counter)
+    """Matrix products and convolutions by their precision."""
     allocated: int = 0
     """Bytes alive, as CUDA's allocator rounds them."""
     peak: int = 0
@@ -228,6 +232,8 @@ class Kernels(TorchDispatchMode):
         if func.is_view or func in FREE or (LOCAL.quiet and func in CHECKING):
             return
         gpu.note(gpu.operators, func._schema.name)
+        if func in PRODUCTS:
+            gpu.note(gpu.products, str(args[0].dtype))
         counted = func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None
         if func in SYNCING or counted or func._schema.name == "torchvision::nms":
             gpu.note(gpu.syncs)

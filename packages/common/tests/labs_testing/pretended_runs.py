@@ -60,6 +60,8 @@ class Ran:
     """Bytes."""
     seconds: float = 0.0
     """Of one core."""
+    products: dict[str, int] = field(default_factory=dict)
+    """Matrix products and convolutions by their precision."""
     steps: list[dict[str, dict[str, int]]] = field(default_factory=list)
     """Of each optimizer step but the first and those after an evaluation or a checkpoint: operators by name, syncs and
     copies by line."""
@@ -73,6 +75,13 @@ def assert_within(ran: Ran, budget: Budget) -> None:
         total, most = sum(worst.values()), getattr(budget, name)
         lines = "\n".join(f"{count:6} {line}" for line, count in Counter(worst).most_common(30))
         assert total <= most, f"{total} {name} in a step; the budget is {most}:\n{lines}"
+
+
+def assert_in_bf16(*ran: Ran) -> None:
+    """Most products of each command are computed in bf16: not the scores of a detector, nor the state of an LSTM."""
+    for one in ran:
+        total = sum(one.products.values())
+        assert one.products.get("torch.bfloat16", 0) > 0.75 * total > 0, one.products
 
 
 def on_pretended_gpu(libraries: list[str], folder: Path, *asked: Asked) -> list[Ran]:
@@ -105,6 +114,7 @@ def _run(asked: tuple[Asked, ...], folder: Path) -> None:
             out, errors = sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
             sys.argv, sys.stdin = [one.module, *map(str, one.arguments)], io.StringIO(one.typed)
             gpu.peak, start = gpu.allocated, time.process_time()
+            gpu.products.clear()
             try:
                 with counted_steps(gpu) as steps:
                     command_of(one.module)()
@@ -114,7 +124,7 @@ def _run(asked: tuple[Asked, ...], folder: Path) -> None:
                 raise
             AcceleratorState._reset_state(reset_partial_state=True)
             seconds = time.process_time() - start
-            ran.append(asdict(Ran(out.getvalue(), errors.getvalue(), gpu.peak, seconds, steps)))
+            ran.append(asdict(Ran(out.getvalue(), errors.getvalue(), gpu.peak, seconds, dict(gpu.products), steps)))
     (folder / "ran.json").write_text(json.dumps(ran))
 
 

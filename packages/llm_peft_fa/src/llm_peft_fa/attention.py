@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
@@ -31,6 +31,7 @@ NAME = "labs_packed"  # for `attn_implementation`
 SMALLEST_BLOCK = 32
 # Scores of blocks this long are made again in the backward pass: they are as large as the length squared.
 RECOMPUTED_FROM = 256
+FLEX_BLOCK = 128  # positions to a side of the blocks in which FlexAttention skips what is hidden: its own size
 
 Prefix = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values by layer, (1, key heads, virtual tokens, head width)
 
@@ -251,10 +252,8 @@ def _flex(
     softcap: float | None, window: int | None,
 ) -> torch.Tensor:  # fmt: skip
     """Runs FlexAttention (Dong et al. 2024), compiled on a GPU: no scores of a row in memory, soft-cap or not."""
-    row = query.shape[2]
     if window not in blocks.masks:
-        sees = _sees(blocks.conversation, window)
-        blocks.masks[window] = create_block_mask(sees, None, None, row, row, device=query.device)
+        blocks.masks[window] = block_mask(blocks.conversation, window)
     run = _compiled_flex() if query.device.type == "cuda" else cast(Callable[..., torch.Tensor], flex_attention)
     out = run(
         query, key, value, score_mod=_capped(softcap), block_mask=blocks.masks[window], scale=scale,
@@ -266,6 +265,28 @@ def _flex(
 @cache
 def _compiled_flex() -> Callable[..., torch.Tensor]:
     return cast(Callable[..., torch.Tensor], torch.compile(flex_attention, dynamic=True))  # rows have many lengths
+
+
+def block_mask(conversation: torch.Tensor, window: int | None) -> BlockMask:
+    """Makes FlexAttention's mask of a row from the numbers of its positions' conversations (row,), which rise.
+
+    torch's own way would hold a yes or no for every pair of positions; here only pairs of blocks are looked at.
+    """
+    row = len(conversation)
+    first = conversation[::FLEX_BLOCK]  # (blocks,), the conversation of each block's first position
+    last = torch.cat([conversation[FLEX_BLOCK - 1 :: FLEX_BLOCK], conversation[-1:]])[: len(first)]
+    place = torch.arange(len(first), device=conversation.device)
+    apart = (place[:, None] - place) * FLEX_BLOCK  # of a block of queries from one of keys
+    reach = row if window is None else window
+    some = (first[:, None] == last) & (apart > 0) & (apart - FLEX_BLOCK + 1 < reach) | (apart == 0)
+    every = (last[:, None] == first) & (apart > 0) & (apart + FLEX_BLOCK - 1 < reach)
+    every &= ((place + 1) * FLEX_BLOCK <= row)[:, None]  # the last block of queries may not be whole
+    found = []
+    for chosen in (some & ~every, every):
+        order = chosen.int().sort(dim=1, descending=True, stable=True).indices
+        found.append((chosen.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]))
+    (partly, whole), sees = found, _sees(conversation, window)
+    return BlockMask.from_kv_blocks(*partly, *whole, BLOCK_SIZE=FLEX_BLOCK, mask_mod=sees, seq_lengths=(row, row))
 
 
 def _sees(conversation: torch.Tensor, window: int | None) -> Callable[..., torch.Tensor]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from labs_testing.pretended import pretended_gpu
 from safetensors.torch import save_file
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import box_iou
@@ -123,6 +124,30 @@ def test_a_model_scores_words_that_it_was_never_given() -> None:
     other = make()
     other.load_state_dict(model.state_dict())
     assert not any(tensor.shape[:1] == (11,) for tensor in other.state_dict().values()), "no class count is baked in"
+
+
+def test_a_gpu_finds_the_same_and_is_waited_for_a_few_times() -> None:
+    model = make().eval()
+    model.regions.keep(0.05, 0.5, 10)
+    pictures = [sample(1)[0], torch.rand(3, 40, 40), torch.rand(3, 48, 48)]
+    queries = [Query(model.seen, (3, 1)), Query(torch.randn(11, D), (4, 7))]
+    expected = model.detect(pictures, queries)
+    with pretended_gpu() as gpu:
+        model, pictures = model.cuda(), [picture.cuda() for picture in pictures]
+        queries = [query.to(pictures[0].device) for query in queries]
+        model.detect(pictures, queries)  # constants are sent once
+        before = gpu.totals()["syncs"]
+        found = model.detect(pictures, queries)
+        # Proposals, their levels and candidates (4); each of 4 groups twice; each query's masks by level.
+        assert gpu.totals()["syncs"] - before <= 4 + 4 * 2 + 2
+        found = [[Detections(*(part.cpu() for part in one)) for one in of_query] for of_query in found]
+    for of_query, others in zip(found, expected, strict=True):
+        for one, other in zip(of_query, others, strict=True):
+            assert len(other.boxes) > 5
+            torch.testing.assert_close(one, other)
+    model.regions.keep(2.0, 0.5, 10)
+    with pretended_gpu():
+        assert all(len(one.boxes) == 0 for of_query in model.cuda().detect(pictures, queries) for one in of_query)
 
 
 def test_half_precision() -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from labs_testing.pretended_runs import Asked, on_pretended_gpu
+from labs_testing.pretended_runs import Asked, assert_in_bf16, on_pretended_gpu
 
 from zsi_contrastive.detector.compare import LIBRARIES
 
@@ -15,7 +15,7 @@ def test_every_command(scenes: Path, tmp_path: Path) -> None:
              "4", "--max-steps", "2", "--controls", "1")  # fmt: skip
     rows = tmp_path / "rows"
     run = rows / "both" / "seed-0"
-    on_pretended_gpu(
+    _, evaluated, predicted = on_pretended_gpu(
         LIBRARIES,
         tmp_path / "said",
         Asked("zsi_contrastive.ablate", (*small, "--rows", "both", "--output", rows)),
@@ -23,3 +23,4 @@ def test_every_command(scenes: Path, tmp_path: Path) -> None:
         Asked("zsi_contrastive.predict", ("--checkpoint", run, "--output", tmp_path / "usual")),
     )  # fmt: skip
     assert (rows / "comparison.json").exists()
+    assert_in_bf16(evaluated, predicted)

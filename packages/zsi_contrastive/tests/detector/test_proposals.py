@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from labs_testing.pretended import pretended_gpu
 from torch import nn
 from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -107,6 +108,26 @@ def test_proposals_are_torchvisions() -> None:
         torch.testing.assert_close(one, two)
 
 
+def test_on_a_gpu_suppression_is_one_call_and_proposals_are_filled_up() -> None:
+    ours, theirs = stages(64)
+    batch = ImageList(torch.zeros(2, 3, 64, 128), [(64, 128), (40, 90)])
+    theirs._pre_nms_top_n = {"testing": 200}
+    theirs._post_nms_top_n = ours._post_nms_top_n = {"training": ALL, "testing": ALL}
+    expected, _ = theirs.eval()(batch, features())
+    with pretended_gpu() as gpu:
+        there = {name: level.cuda() for name, level in features().items()}
+        ours.cuda()(ImageList(batch.tensors.cuda(), batch.image_sizes), there)
+        before = gpu.totals()["syncs"]
+        found, _ = ours.train()(ImageList(batch.tensors.cuda(), batch.image_sizes), there)
+        assert gpu.totals()["syncs"] - before == 2, "the picture's copy and suppression"
+        found = [part.cpu() for part in found]
+    assert len({part.shape for part in found}) == 1
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one[: len(two)], two)
+        assert len(two) < len(one)
+        assert not one[len(two) :].any(), "fillers have no area"
+
+
 def test_losses_of_proposals_are_torchvisions_if_all_anchors_are_drawn() -> None:
     ours, theirs = (stage.train() for stage in stages(ALL))
     batch = ImageList(torch.zeros(2, 3, 64, 128), [(64, 128), (64, 128)])
@@ -161,6 +182,17 @@ def test_regions_that_are_drawn_are_what_they_are_called() -> None:
             assert torch.equal(regions.wanted[0, slot], target["boxes"][overlaps.argmax()])
     assert int((regions.labels[0] > 0).sum()) >= 3, "an object's own box is a region too"
     assert int(regions.labels[1].sum()) == 0
+
+
+def test_fillers_are_never_drawn() -> None:
+    stage = ZeroShotRegions(
+        ("0",), SemanticBoxHead(CHANNELS, 16, D, decoder=False), None, Sampling(ALL, 1.0), (5, 7), 1
+    )
+    proposals = list(torch.rand(2, 10, 4) * 40 + torch.tensor([0.0, 0, 45, 45]))
+    for fillers in (0, 5):
+        regions = stage._drawn([F.pad(part, (0, 0, 0, fillers)) for part in proposals], objects())
+        assert regions.filled.sum(1).tolist() == [13, 10]
+        assert bool((regions.boxes[regions.filled] > 0).any(1).all())
 
 
 def autocast(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -83,7 +83,7 @@ class TestPromises(TrainingPromises):
             launch=LAUNCH,
             zero=Otherwise(("--max-steps", 2), first=1e-3, weights=None),
             sharded=Otherwise(("--frozen-stages", 1), first=0.2, weights=None),  # as in test_two_processes
-            gpu=Budget(operators=1200, syncs=17, copies=13),
+            gpu=Budget(operators=1200, syncs=4, copies=4),
         )
 
     def test_two_processes(self, training: Training, tmp_path: Path) -> None:

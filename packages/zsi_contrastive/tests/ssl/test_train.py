@@ -28,8 +28,8 @@ SMALL = ("--side", "16", "--batch-size", "32", "--epochs", "1", "--hidden", "16"
          "--track", "none")  # fmt: skip
 
 BUDGETS = {
-    "moco": Budget(operators=800, syncs=3, copies=3),
-    "dino": Budget(operators=1480, syncs=3, copies=3),
+    "moco": Budget(operators=800, syncs=2, copies=3),
+    "dino": Budget(operators=1480, syncs=2, copies=3),
 }
 
 

@@ -18,6 +18,7 @@ from labs_common.report.figures import COLOURS
 from labs_common.report.page import shown
 from labs_common.run import check_new, new_folder, write_atomically
 from labs_common.steps import read_ahead
+from labs_common.training import inference_accelerator
 from zsi_contrastive.detector.annotations import read_split
 from zsi_contrastive.detector.config import DataOptions, DetectionOptions, PredictConfig
 from zsi_contrastive.detector.data import read_pictures
@@ -45,18 +46,19 @@ def predict(config: PredictConfig) -> None:
     names, vectors = wanted_words(config, loaded)
     detection = changed(loaded.detection, config.detection)
     images = chosen_pictures(config, checkpoint)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded.model.to(device)
+    accelerator = inference_accelerator()
+    loaded.model.to(accelerator.device)
     loaded.model.regions.keep(detection.score_threshold, detection.nms_threshold, detection.kept)
     # One group: all words compete.
-    query = Query(vectors.to(device), (len(names),), detection.temperature, detection.transfer == "paper")
+    query = Query(vectors.to(accelerator.device), (len(names),), detection.temperature, detection.transfer == "paper")
     output.mkdir(parents=True, exist_ok=True)
     everything: list[Result] = []
     starts = range(0, len(images), config.at_once)
     for first in tracked(starts, "detecting", len(starts), len(starts) > 1):
         part = images[first : first + config.at_once]
-        levels = packed([levels_of(image) for _, image in part]).to(device)
-        (found,) = on_host(loaded.model.detect([one.float() / 255 for one in levels], [query]))
+        levels = packed([levels_of(image) for _, image in part]).to(accelerator.device)
+        with accelerator.autocast():
+            (found,) = on_host(loaded.model.detect([one.float() / 255 for one in levels], [query]))
         for number, ((file, image), one) in enumerate(zip(part, found, strict=True), first + 1):
             row = {"id": file.name, "width": image.width, "height": image.height}
             results = sorted(as_results(one, row, names), key=lambda result: -result["score"])

@@ -2,7 +2,8 @@
 
 torchvision's own code asks the device about ten times a picture how many boxes are left, and computes boxes in the
 precision of the features: in bfloat16 a coordinate of 800 pixels is off by up to 2. Here shapes are known beforehand,
-boxes are 32 bits, and the host reads once a batch, beside what non-maximum suppression reads by itself.
+boxes are 32 bits, and on a GPU the host waits twice in a step: in non-maximum suppression, which is one call for all
+pictures, and for the numbers of regions by level and of things.
 """
 
 import math
@@ -10,17 +11,21 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torchvision.models.detection._utils import encode_boxes
+from torchvision.models.detection._utils import BoxCoder, encode_boxes
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
-from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, roi_align
+from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, nms, roi_align
 from torchvision.ops.poolers import LevelMapper
 
+from labs_common.device import constant
 from zsi_contrastive.detector.heads import Levels, Target
 
 BACKGROUND, NEITHER = -1, -2  # what a box is that is no object's
 BETA = 1 / 9  # of the smooth L1 loss of shifts: torchvision's, in both stages
+LARGEST_GROWTH = BoxCoder((1.0, 1.0, 1.0, 1.0)).bbox_xform_clip  # of a side, as a logarithm
+
+Weights = tuple[float, float, float, float]  # shifts are multiplied by them, so that their deviations are about 1
 
 
 def matched(overlaps: torch.Tensor, low: float, high: float, forced: bool = False) -> torch.Tensor:
@@ -55,8 +60,44 @@ def drawn(labels: torch.Tensor, count: int, share: float) -> tuple[torch.Tensor,
     return torch.cat([things, others], 1).gather(1, order[:, :slots]), filled[:, :slots]
 
 
-def shift_loss(shifts: torch.Tensor, boxes: torch.Tensor, wanted: torch.Tensor, things: torch.Tensor,
-               weights: tuple[float, float, float, float]) -> torch.Tensor:  # fmt: skip
+def shifted(boxes: torch.Tensor, shifts: torch.Tensor, weights: Weights) -> torch.Tensor:
+    """Moves boxes (…, 4) by shifts (…, 4): torchvision's `BoxCoder.decode`, which copies numbers to the device."""
+    sides = boxes[..., 2:] - boxes[..., :2]
+    moves, growth = (shifts / constant(weights, shifts.device)).split(2, -1)
+    centres = moves * sides + (boxes[..., :2] + 0.5 * sides)
+    half = 0.5 * (growth.clamp(max=LARGEST_GROWTH).exp() * sides)
+    return torch.cat([centres - half, centres + half], -1)
+
+
+def surviving(boxes: torch.Tensor, scores: torch.Tensor, groups: torch.Tensor, overlap: float) -> torch.Tensor:
+    """Says which boxes (pictures, n, 4) non-maximum suppression leaves, within groups of a picture.
+
+    Takes `scores`, `groups` and returns as (pictures, n). Boxes without area are fillers: they neither suppress nor
+    survive.
+    """
+    real = boxes[..., 2] > boxes[..., 0]
+    pictures, number = real.shape
+    if not number:
+        return real
+    if boxes.is_cuda:
+        # One call for all, as the host waits in each. What must not meet is moved apart, in 64 bits, which leave every
+        # box as exact as it was: 32 would round what stands thousands of pixels away.
+        own = groups + (groups.amax() + 1) * torch.arange(pictures, device=boxes.device)[:, None]
+        apart = boxes.double() + (own * (boxes.amax().double() + 1))[..., None]
+        keep = nms(apart.flatten(0, 1), scores.double().flatten(), overlap)
+    else:  # work grows with the square of the number: picture by picture, as torchvision does
+        parts = []
+        for place in range(pictures):
+            mine = real[place].nonzero()[:, 0]
+            kept = batched_nms(boxes[place, mine], scores[place, mine], groups[place, mine], overlap)
+            parts.append(mine[kept] + place * number)
+        keep = torch.cat(parts)
+    return real & torch.zeros_like(real).flatten().index_fill_(0, keep, True).view_as(real)
+
+
+def shift_loss(
+    shifts: torch.Tensor, boxes: torch.Tensor, wanted: torch.Tensor, things: torch.Tensor, weights: Weights
+) -> torch.Tensor:
     """Sums the smooth L1 loss of shifts (…, 4) that should turn `boxes` into `wanted` ones, where `things` (…) says."""
     right = encode_boxes(wanted.reshape(-1, 4), boxes.reshape(-1, 4), weights).view_as(boxes)
     # What is no thing has no shift: it may be infinite there, and infinity times zero is no number.
@@ -64,23 +105,33 @@ def shift_loss(shifts: torch.Tensor, boxes: torch.Tensor, wanted: torch.Tensor, 
     return F.smooth_l1_loss(off, torch.zeros_like(off), beta=BETA, reduction="sum")
 
 
-def pooled(levels: Sequence[torch.Tensor], regions: torch.Tensor, height: int, side: int, points: int) -> torch.Tensor:
+def levels_of(levels: Sequence[torch.Tensor], boxes: torch.Tensor, height: int) -> torch.Tensor:
+    """Says from which of the levels each of the boxes (n, 4) is pooled (n,); see `pooled`."""
+    finest, coarsest = (round(math.log2(height / level.shape[-2])) for level in (levels[0], levels[-1]))
+    return LevelMapper(finest, coarsest)([boxes])
+
+
+def counted(level_of: torch.Tensor, levels: int) -> torch.Tensor:
+    """Counts boxes by their level: (n,) to (levels,); a level below 0 is none."""
+    return (level_of[:, None] == torch.arange(levels, device=level_of.device)).sum(0)
+
+
+def pooled(
+    levels: Sequence[torch.Tensor], regions: torch.Tensor, height: int, side: int, points: int,
+    counts: list[int] | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Pools regions (n, 5), each a picture's number and a box, from the levels that fit: (n, channels, side, side).
 
     `height` is that of the batch in pixels. The same as torchvision's `MultiScaleRoIAlign`, which reads every level's
-    number of regions on its own.
+    number of regions on its own; who knows the `counts` gives them.
     """
     scales = [level.shape[-2] / height for level in levels]  # 1/4, 1/8, …: the batch is padded so that they are exact
-    if len(levels) == 1:
-        found: torch.Tensor = roi_align(levels[0], regions, side, scales[0], points)
-        return found
-    finest, coarsest = (round(-math.log2(scale)) for scale in (scales[0], scales[-1]))
-    level_of, order = LevelMapper(finest, coarsest)([regions[:, 1:]]).sort(stable=True)
-    numbers = torch.arange(len(levels), device=regions.device)
-    counts = (level_of[:, None] == numbers).sum(0).tolist()
+    level_of, order = levels_of(levels, regions[:, 1:], height).sort(stable=True)
     parts = [
         roi_align(level, part, side, scale, points)
-        for level, part, scale in zip(levels, regions[order].split(counts), scales, strict=True)
+        for level, part, scale in zip(
+            levels, regions[order].split(counts or counted(level_of, len(levels)).tolist()), scales, strict=True
+        )
     ]
     everything = torch.cat([part.to(levels[0].dtype) for part in parts])
     return torch.zeros_like(everything).index_copy(0, order, everything)
@@ -105,7 +156,10 @@ class Proposals(RegionProposalNetwork):
     def forward(
         self, batch: ImageList, features: Levels, targets: list[Target] | None = None
     ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-        """Returns each picture's proposals (n, 4), best first, and in training the losses by name."""
+        """Returns each picture's proposals (n, 4), best first, and in training the losses by name.
+
+        In a training on a GPU they are filled up with boxes without area, so that nobody has to wait for their number.
+        """
         levels = list(features.values())
         scores, shifts = self.head(levels)
         counts = [level[0].numel() for level in scores]  # anchors of each level
@@ -114,8 +168,7 @@ class Proposals(RegionProposalNetwork):
         flat, shifts = concat_box_prediction_layers(scores, shifts)
         objectness, shifts = flat.float().view(pictures, -1), shifts.float().view(pictures, -1, 4)
         with torch.no_grad():
-            boxes = self.box_coder.decode(shifts.detach().reshape(-1, 4), [anchors] * pictures)
-            boxes = boxes.view(pictures, -1, 4)
+            boxes = shifted(anchors, shifts.detach(), self.box_coder.weights)
             proposals = self._best(boxes, objectness.detach(), batch.image_sizes, counts)
         if targets is None:
             return proposals, {}
@@ -131,14 +184,14 @@ class Proposals(RegionProposalNetwork):
         boxes = boxes.gather(1, top[..., None].expand(-1, -1, 4))
         boxes = torch.stack([clip_boxes_to_image(part, size) for part, size in zip(boxes, sizes, strict=True)])
         big = (boxes[..., 2:] - boxes[..., :2] >= self.min_size).all(2)
-        order = big.sort(dim=1, descending=True, stable=True).indices  # those first that have an area
-        kept = []
-        for place, count in enumerate(big.sum(1).tolist()):
-            chosen = order[place, :count]
-            part = boxes[place, chosen]
-            keep = batched_nms(part, probability[place, chosen], level[place, chosen], self.nms_thresh)
-            kept.append(part[keep[: self.post_nms_top_n()]])
-        return kept
+        boxes = torch.where(big[..., None], boxes, 0)
+        kept = surviving(boxes, probability, level, self.nms_thresh)
+        best, order = probability.masked_fill(~kept, -1).sort(dim=1, descending=True, stable=True)
+        best, order = best[:, : self.post_nms_top_n()], order[:, : self.post_nms_top_n()]
+        boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4)).masked_fill(best[..., None] < 0, 0)
+        if self.training and boxes.is_cuda:
+            return list(boxes)
+        return [part[:count] for part, count in zip(boxes, (best >= 0).sum(1).tolist(), strict=True)]
 
     def _losses(
         self, objectness: torch.Tensor, shifts: torch.Tensor, anchors: torch.Tensor, targets: list[Target]

@@ -1,6 +1,6 @@
 """The second stage: regions sampled, scored against class vectors, boxed and masked.
 
-Boxes are decoded and cut by torchvision; how regions are matched, drawn and pooled is in `proposals`.
+How regions are matched, drawn, pooled and suppressed is in `proposals`.
 """
 
 from collections.abc import Sequence
@@ -11,12 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
-from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
+from torchvision.ops import box_iou, clip_boxes_to_image
 
 from zsi_contrastive.detector.heads import Levels, SemanticBoxHead, SemanticMaskHead, Target, mask_logits, transferred
-from zsi_contrastive.detector.proposals import BACKGROUND, drawn, matched, numbered, pooled, shift_loss
+from zsi_contrastive.detector.proposals import (
+    BACKGROUND,
+    counted,
+    drawn,
+    levels_of,
+    matched,
+    numbered,
+    pooled,
+    shift_loss,
+    shifted,
+    surviving,
+)
 
 # torchvision's, as in Faster R-CNN: shifts of boxes are scaled so that their deviations are about 1.
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
@@ -106,7 +116,6 @@ class ZeroShotRegions(nn.Module):
         """Reads `levels` of the pyramid; RoIAlign gives `sides` for boxes and masks, of `points`² samples a cell."""
         super().__init__()
         self.levels, self.sampling, self.sides, self.points = tuple(levels), sampling, sides, points
-        self.box_coder = BoxCoder(BOX_WEIGHTS)
         self.box_head = box_head
         self.semantic_masks = mask_head
         self.keep(0.05, 0.5, 100)  # torchvision's
@@ -129,13 +138,18 @@ class ZeroShotRegions(nn.Module):
         """
         regions = self._drawn(proposals, targets)
         filled, label = regions.filled.flatten(), regions.labels.flatten()  # (regions,) of all pictures
-        vectors, shifts, seen = self.box_head(self._pooled(features, list(regions.boxes), height, 0))
+        boxes, things = regions.boxes.flatten(0, 1), filled & (label > 0)
+        # Masks are of things alone, and they are few: the host reads once how many, with the numbers of each level.
+        level_of = levels_of([features[name] for name in self.levels], boxes, height)
+        of_things = counted(level_of.masked_fill(~things, -1), len(self.levels))
+        numbers = counted(level_of, len(self.levels)), of_things, things.view_as(regions.filled).sum(1)
+        of_levels, of_things, counts = (
+            part.tolist() for part in torch.cat(numbers).cpu().split([len(n) for n in numbers])
+        )
+        vectors, shifts, seen = self.box_head(self._pooled(features, list(regions.boxes), height, 0, of_levels))
         logits = _in_full(vectors, classes)
         number = filled.sum().clamp(min=1)
-        things = filled & (label > 0)
-        of_boxes = shift_loss(
-            shifts, regions.boxes.flatten(0, 1), regions.wanted.flatten(0, 1), things, self.box_coder.weights
-        )
+        of_boxes = shift_loss(shifts, boxes, regions.wanted.flatten(0, 1), things, BOX_WEIGHTS)
         losses = {
             "classes": F.cross_entropy(logits, label.masked_fill(~filled, IGNORED), ignore_index=IGNORED),
             "box": of_boxes / number,  # torchvision's mean: over all regions, also those of background
@@ -145,13 +159,11 @@ class ZeroShotRegions(nn.Module):
             losses["box_reconstruction"] = torch.where(filled, error, 0).sum() / number
         if self.semantic_masks is None:
             return losses
-        # Masks are of things alone, and they are few: the host reads how many.
-        counts = things.view_as(regions.filled).sum(1).tolist()
         inside, owners, labels = (
             [part[:count] for part, count in zip(rows, counts, strict=True)]
             for rows in (regions.boxes, regions.owners, regions.labels)
         )
-        pixels, mask_features = self.semantic_masks(self._pooled(features, inside, height, 1))
+        pixels, mask_features = self.semantic_masks(self._pooled(features, inside, height, 1, of_things))
         of_masks = mask_logits(pixels, classes[torch.cat(labels)]).float()
         side = of_masks.shape[-1]
         masks = [
@@ -183,10 +195,12 @@ class ZeroShotRegions(nn.Module):
             else:
                 labels.append(torch.zeros(len(part), dtype=torch.int64, device=part.device))
                 owners.append(labels[-1])
-        # Pictures have different numbers of boxes and objects: the rest is filled up with what is never drawn.
+        # Pictures have different numbers of boxes and objects: the rest is filled up with what is never drawn, as the
+        # proposals may be already.
         label = pad_sequence(labels, batch_first=True, padding_value=-1)  # (pictures, most boxes)
         owner, box = pad_sequence(owners, batch_first=True), pad_sequence(boxes, batch_first=True)
         own = pad_sequence([F.pad(target["boxes"], (0, 0, 0, 1)) for target in targets], batch_first=True)
+        label = label.masked_fill(box[..., 2] <= box[..., 0], -1)
         places, filled = drawn(label, self.sampling.per_picture, self.sampling.thing_share)
         owner = owner.gather(1, places)
         return Regions(
@@ -197,10 +211,12 @@ class ZeroShotRegions(nn.Module):
             filled,
         )
 
-    def _pooled(self, features: Levels, boxes: Sequence[torch.Tensor], height: int, kind: int) -> torch.Tensor:
-        """Pools the boxes of each picture (n, 4), for the head of boxes (0) or of masks (1)."""
+    def _pooled(
+        self, features: Levels, boxes: Sequence[torch.Tensor], height: int, kind: int, counts: list[int] | None = None
+    ) -> torch.Tensor:
+        """Pools the boxes of each picture (n, 4), for the head of boxes (0) or of masks (1); see `pooled`."""
         levels = [features[name] for name in self.levels]
-        return pooled(levels, numbered(boxes), height, self.sides[kind], self.points)
+        return pooled(levels, numbered(boxes), height, self.sides[kind], self.points, counts)
 
     def detections(
         self,
@@ -214,11 +230,11 @@ class ZeroShotRegions(nn.Module):
         """Answers each query for every picture; `known` (1 + seen, d) are the classes trained on.
 
         The proposals go through the box head once, whatever the number of queries. The host reads once how many
-        detections score enough, and then what non-maximum suppression leaves of them.
+        detections score enough, and for each group twice: what suppression leaves of all pictures' and of each.
         """
         vectors, shifts, _ = self.box_head(self._pooled(features, proposals, height, 0))
         counts = [len(part) for part in proposals]
-        decoded = self.box_coder.decode(shifts.float(), proposals).reshape(-1, 4).split(counts)
+        decoded = shifted(torch.cat(proposals), shifts.float(), BOX_WEIGHTS).split(counts)
         clipped = [clip_boxes_to_image(part, size) for part, size in zip(decoded, sizes, strict=True)]
         boxes = pad_sequence(clipped, batch_first=True)  # (pictures, most proposals, 4); those filled in have no area
         big = (boxes[..., 2:] - boxes[..., :2] >= NARROW).all(2)
@@ -253,14 +269,19 @@ class ZeroShotRegions(nn.Module):
     ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Keeps the best of a group in each picture, after non-maximum suppression within each class.
 
-        The first `counts` of its candidates score enough; they are `rows` of the picture's boxes.
+        The first `counts` of a picture's candidates score enough; they are `rows` of its boxes.
         """
-        parts = []
-        for place, count in enumerate(counts):
-            box, score, label = boxes[place, rows[place, :count]], scores[place, :count], labels[place, :count]
-            keep = batched_nms(box, score, label, self.nms_thresh)[: self.detections_per_img]
-            parts.append((box[keep], score[keep], label[keep]))
-        return parts
+        most = max(counts)
+        rows, scores, labels = rows[:, :most], scores[:, :most], labels[:, :most]
+        boxes = boxes.gather(1, rows[..., None].expand(-1, -1, 4))
+        boxes = boxes.masked_fill(~(scores > self.score_thresh)[..., None], 0)
+        kept = surviving(boxes, scores, labels, self.nms_thresh)
+        order = kept.sort(dim=1, descending=True, stable=True).indices
+        numbers = kept.sum(1).clamp(max=self.detections_per_img).tolist()
+        return [
+            (boxes[place, own], scores[place, own], labels[place, own])
+            for place, own in enumerate(part[:number] for part, number in zip(order, numbers, strict=True))
+        ]
 
     def _masked(self, features: Levels, height: int, found: list[Detections], query: Query) -> list[Detections]:
         assert self.semantic_masks is not None
