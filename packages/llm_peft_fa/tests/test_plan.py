@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from labs_common.memory import Cost
+from labs_common.plan import USABLE, Held, Machine, Sharing, held_by, sharing_of
 from llm_peft_fa import plan as module
 from llm_peft_fa.attention import NAME
 from llm_peft_fa.config import MethodOptions, ModelOptions, TrainConfig
@@ -22,7 +23,7 @@ from llm_peft_fa.losses import chunk_positions
 from llm_peft_fa.methods import METHODS, Setting, apply_method, complete
 from llm_peft_fa.model import PackedCausalLM, base_of, virtual_tokens
 from llm_peft_fa.packing import packed_row
-from llm_peft_fa.plan import Machine, Plan, fitted, plan_of, shared, useful_rows
+from llm_peft_fa.plan import Plan, fitted, plan_of, useful_rows
 from llm_peft_fa.templates import Encoded
 
 CPU = Machine(False, 10**10, 10**10, "no", False)
@@ -104,7 +105,7 @@ def test_figures_of_llama_3_2_3b(tmp_path: Path) -> None:
     """As measured for all 28 layers at once on shapes: 15.4 GB for 2,048 tokens, 24.3 GB for 4,096, 27.8 TFLOP."""
     config = config_of(tmp_path, LLAMA_3B, "lora")
     plan = plan_of(config, Machine(True, 24 * 10**9, 23 * 10**9, "bf16", True))
-    assert plan.parameters - plan.trained == 3_212_749_824, "as its model card has it"
+    assert plan.held.parameters - plan.held.trained == 3_212_749_824, "as its model card has it"
     assert plan.peak(2048, False) == pytest.approx(15.4e9, rel=0.15)
     assert plan.peak(4096, False) == pytest.approx(24.3e9, rel=0.15)
     assert plan.flops(2048, False) == pytest.approx(27.8e12, rel=0.02)
@@ -128,17 +129,17 @@ def test_what_is_counted(tmp_path: Path) -> None:
         num_key_value_heads=4, head_dim=256,
     )  # fmt: skip
     plan = plan_of(config_of(tmp_path / "gemma", gemma, "full"), gpu)
-    assert plan.parameters == plan.trained == 2_614_341_888, "as its model card has it"
+    assert plan.held.parameters == plan.held.trained == 2_614_341_888, "as its model card has it"
     # Trained weights and their gradients are in float32, and AdamW has two moments of each.
-    assert (plan.gradients, plan.optimizer) == (4 * plan.trained, 8 * plan.trained)
-    assert plan.weights == pytest.approx(4 * plan.parameters, rel=1e-4)
+    assert (plan.held.gradients, plan.held.optimizer) == (4 * plan.held.trained, 8 * plan.held.trained)
+    assert plan.held.weights == pytest.approx(4 * plan.held.parameters, rel=1e-4)
     assert plan.chunk == chunk_positions(256000, 80 * 10**9) == 1220
 
     lora, qlora = (plan_of(config_of(tmp_path / name, LLAMA_3B, name), gpu) for name in ("lora", "qlora"))
     linear = 28 * (2 * 3072 * 3072 + 2 * 3072 * 1024 + 3 * 3072 * 8192)
-    assert lora.trained == qlora.trained
+    assert lora.held.trained == qlora.held.trained
     # Dettmers et al. 2023: double quantisation takes 0.127 bits more than four for a weight.
-    assert lora.weights - qlora.weights == pytest.approx(linear * (16 - 4.127) / 8, rel=1e-3)
+    assert lora.held.weights - qlora.held.weights == pytest.approx(linear * (16 - 4.127) / 8, rel=1e-3)
     assert qlora.extra == 2 * 3072 * 8192
 
 
@@ -146,11 +147,11 @@ def test_what_is_counted(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("unmeasured")
 def test_every_method_has_a_plan(tmp_path: Path, method: str) -> None:
     plan = plan_of(config_of(tmp_path, SMALL, method), CPU)
-    assert 0 < plan.trained <= plan.parameters
+    assert 0 < plan.held.trained <= plan.held.parameters
 
 
 LINE = Plan(
-    parameters=10, trained=2, weights=600, gradients=100, optimizer=200, chunk=8,
+    Held(parameters=10, trained=2, weights=600, gradients=100, optimizer=200, outside=50, layer=30), chunk=8,
     short=(1000, Cost(1000, 900, 5), Cost(100, 200, 6)), long=(2000, Cost(2000, 1900, 10), Cost(200, 300, 12)),
 )  # fmt: skip
 
@@ -164,38 +165,11 @@ def test_the_choice_prefers_what_is_fast() -> None:
     assert useful_rows(1900) == [512, 1024, 2048], "none longer than a step needs"
 
 
-def test_processes_share_what_they_shard() -> None:
-    def parts(kind: DistributedType, count: int, stage: int = 0) -> tuple[int, int, int]:
-        plan = shared(LINE, SimpleNamespace(
-            distributed_type=kind, num_processes=count, deepspeed_plugin=SimpleNamespace(zero_stage=stage)
-        ))  # fmt: skip
-        return plan.weights, plan.gradients, plan.optimizer
-
-    assert parts(DistributedType.NO, 1) == (600, 100, 200)
-    assert parts(DistributedType.MULTI_GPU, 2) == (600, 200, 200), "buckets of gradients"
-    assert parts(DistributedType.FSDP, 2) == parts(DistributedType.DEEPSPEED, 2, 3) == (300, 50, 100)
-    assert parts(DistributedType.DEEPSPEED, 2, 2) == (600, 50, 100)
-
-
-@pytest.mark.usefixtures("unmeasured")
-def test_what_fsdp_keeps_whole(tmp_path: Path) -> None:
-    """Embeddings, which are the head too, and the last norm; with `full` their gradients; and two layers at a time."""
-    gpu = Machine(True, 80 * 10**9, 79 * 10**9, "bf16", True)
-    lora, full = (plan_of(config_of(tmp_path / name, LLAMA_3B, name), gpu) for name in ("lora", "full"))
-    outside = 128256 * 3072 + 3072
-    layer = 2 * 3072 * 3072 + 2 * 3072 * 1024 + 3 * 3072 * 8192 + 2 * 3072
-    assert lora.outside == pytest.approx(2 * outside, rel=1e-4)
-    assert full.outside == pytest.approx(8 * outside, rel=1e-4)
-    assert full.layer == 4 * layer
-    eight = shared(full, SimpleNamespace(distributed_type=DistributedType.FSDP, num_processes=8))
-    assert eight.weights == full.weights // 8 + full.outside + 2 * full.layer
-
-
 def test_a_gpu_gets_what_fits_and_a_cpu_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, accelerator = config_of(tmp_path, SMALL, "lora"), Accelerator()
     here_ = fitted(config, accelerator, [30] * 100)
     assert (here_.data.tokens_per_batch, here_.model.gradient_checkpointing) == (2048, False)
-    monkeypatch.setattr(module, "plan_of", lambda *_: dataclasses.replace(LINE, weights=10**6))
+    monkeypatch.setattr(module, "plan_of", lambda *_: dataclasses.replace(LINE, held=dataclasses.replace(LINE.held, weights=10**6)))
     gpu = Machine(True, 10**9, 10**9, "bf16", True)
     assert module._choice(config, accelerator, gpu, [30] * 100) == (2048, False), "too small to be measured"
     for free, lengths, chosen in (
@@ -206,7 +180,7 @@ def test_a_gpu_gets_what_fits_and_a_cpu_what_it_had(tmp_path: Path, monkeypatch:
         (1_000_100, [30] * 100, (512, True)),  # nothing fits: the least, and a line says so
         (1_003_000, [30] * 99 + [3000], (2048, True)),  # one is longer than any row
     ):
-        machine = dataclasses.replace(gpu, free=free / module.USABLE)
+        machine = dataclasses.replace(gpu, free=free / USABLE)
         assert module._choice(config, accelerator, machine, lengths) == chosen, (free, lengths[-1])
 
 

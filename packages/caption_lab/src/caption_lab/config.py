@@ -15,6 +15,7 @@ from labs_common.options import (
     ComparisonOptions,
     OnBadData,
     PageOptions,
+    PlanOptions,
     RunOptions,
     TrainingOptions,
     names_in,
@@ -155,6 +156,7 @@ class TrainConfig:
     cache: CacheOptions = field(default_factory=CacheOptions)
     training: CaptionTrainingOptions = field(default_factory=CaptionTrainingOptions)
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
+    plan: PlanOptions = field(default_factory=PlanOptions)
     run: RunOptions = field(default_factory=RunOptions)
     objective: Objective = "cross-entropy"
     """cross-entropy: the next word of the training captions. scst: more CIDEr in the captions that the model itself

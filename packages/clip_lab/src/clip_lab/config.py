@@ -17,6 +17,7 @@ from labs_common.options import (
     ComparisonOptions,
     OnBadData,
     PageOptions,
+    PlanOptions,
     RunOptions,
     TrainingOptions,
     one_of,
@@ -155,6 +156,7 @@ class TrainConfig:
     batch: BatchOptions = field(default_factory=BatchOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     training: ClipTrainingOptions = field(default_factory=ClipTrainingOptions)
+    plan: PlanOptions = field(default_factory=PlanOptions)
     run: RunOptions = field(default_factory=RunOptions)
 
 

@@ -19,7 +19,7 @@ from labs_common.device import mixed_precision
 from labs_common.errors import LabError, reason_of
 from labs_common.frozen.cache import HELD_SHARE
 from labs_common.memory import Cost, step_cost
-from labs_common.options import PlanOptions, TrainingOptions
+from labs_common.options import PlanOptions, TrainingOptions, check_training_options
 from labs_common.sharding import COMPUTED_IN, RUNNING, repeated_layers
 
 # The share of free memory that is counted on, since blocks of freed memory do not always fit what comes next.
@@ -275,6 +275,7 @@ def print_plan(
     Raises:
         LabError: the options contradict each other, or the network cannot be measured on shapes.
     """
+    check_training_options(config.training)
     machine, sharing = machine_of(config.plan, config.training), sharing_asked(config.plan)
     if os.environ.get("RANK", "0") != "0":
         return

@@ -11,6 +11,7 @@ from labs_common.options import (
     ClassDataOptions,
     CommandOptions,
     ComparisonOptions,
+    PlanOptions,
     RunOptions,
     TrainingOptions,
     names_in,
@@ -90,6 +91,7 @@ class TrainConfig:
     data: DataOptions = field(default_factory=DataOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     training: PictureTrainingOptions = field(default_factory=PictureTrainingOptions)
+    plan: PlanOptions = field(default_factory=PlanOptions)
     run: RunOptions = field(default_factory=RunOptions)
     baselines: Asked = "auto"
     """Also train the head alone, and the whole network from scratch, on the same pictures for as many epochs; auto does

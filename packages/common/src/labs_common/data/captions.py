@@ -112,12 +112,7 @@ def read_captioned(data: str | Path, on_bad_data: OnBadData = "error", shown: bo
         LabError: there is no such directory or caption file; or some of it cannot be used and `on_bad_data` is
             "error" (the first five are named), or nothing can.
     """
-    folder = Path(data)
-    if not folder.is_dir():
-        raise LabError(f"--data {data}: no such directory")
-    file = next((folder / name for name in CAPTION_FILES if (folder / name).is_file()), None)
-    if file is None:
-        raise LabError(f"--data {data}: has neither captions.txt nor Flickr8k.token.txt")
+    folder, file = Path(data), _caption_file(data)
     pictures = next((folder / name for name in PICTURE_FOLDERS if (folder / name).is_dir()), folder)
     faults: list[tuple[str, str]] = []  # what is bad, and why
     captions: dict[str, list[str]] = {}
@@ -149,6 +144,29 @@ def read_captioned(data: str | Path, on_bad_data: OnBadData = "error", shown: bo
         left_out=Counter(reason for _, reason in faults),
         examples=examples,
     )
+
+
+def _caption_file(data: str | Path) -> Path:
+    folder = Path(data)
+    if not folder.is_dir():
+        raise LabError(f"--data {data}: no such directory")
+    file = next((folder / name for name in CAPTION_FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise LabError(f"--data {data}: has neither captions.txt nor Flickr8k.token.txt")
+    return file
+
+
+def captions_alone(options: CaptionDataOptions, drawn: Callable[[], Path]) -> dict[str, list[str]]:
+    """Reads the captions of each picture by its name, of all splits; no picture is opened. See `read_captions`.
+
+    Raises:
+        LabError: there is no such directory or caption file.
+    """
+    found: dict[str, list[str]] = {}
+    for _, name, caption in caption_lines(_caption_file(options.data or drawn())):
+        if name is not None and caption.strip():
+            found.setdefault(name, []).append(caption.strip())
+    return found
 
 
 def caption_lines(file: Path) -> Iterator[tuple[int, str | None, str]]:

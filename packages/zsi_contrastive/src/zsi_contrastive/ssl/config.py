@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from labs_common.errors import LabError
-from labs_common.options import ClassDataOptions, ComparisonOptions, RunOptions, TrainingOptions, one_of
+from labs_common.options import ClassDataOptions, ComparisonOptions, PlanOptions, RunOptions, TrainingOptions, one_of
 from zsi_contrastive import TINY
 
 MethodName = Annotated[str, one_of("zsi_contrastive.ssl.methods:METHODS")]
@@ -159,6 +159,7 @@ class PretrainConfig:
     own: MethodOptions = field(default_factory=MethodOptions)
     training: PretrainTrainingOptions = field(default_factory=PretrainTrainingOptions)
     measure: MeasureOptions = field(default_factory=MeasureOptions)
+    plan: PlanOptions = field(default_factory=PlanOptions)
     run: RunOptions = field(default_factory=RunOptions)
 
 
