@@ -80,6 +80,7 @@ class TestPromises(TrainingPromises):
             zero=Otherwise(("--watch-pictures", 1), losses=1e-3, weights=3e-3),
             zero_stage=3,
             sharded=Otherwise(losses=1e-3, weights=3e-3),
+            planned=True,
             gpu=Budget(operators=1550, syncs=3, copies=4),
         )
 

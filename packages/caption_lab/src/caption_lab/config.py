@@ -156,8 +156,8 @@ class TrainConfig:
     cache: CacheOptions = field(default_factory=CacheOptions)
     training: CaptionTrainingOptions = field(default_factory=CaptionTrainingOptions)
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
-    plan: PlanOptions = field(default_factory=PlanOptions)
     run: RunOptions = field(default_factory=RunOptions)
+    plan: PlanOptions = field(default_factory=PlanOptions)
     objective: Objective = "cross-entropy"
     """cross-entropy: the next word of the training captions. scst: more CIDEr in the captions that the model itself
     writes (self-critical, Rennie et al. 2017); needs --start."""

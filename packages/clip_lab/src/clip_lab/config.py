@@ -156,8 +156,8 @@ class TrainConfig:
     batch: BatchOptions = field(default_factory=BatchOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     training: ClipTrainingOptions = field(default_factory=ClipTrainingOptions)
-    plan: PlanOptions = field(default_factory=PlanOptions)
     run: RunOptions = field(default_factory=RunOptions)
+    plan: PlanOptions = field(default_factory=PlanOptions)
 
 
 @dataclass

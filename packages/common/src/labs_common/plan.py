@@ -117,7 +117,7 @@ class Held:
     Attributes:
         parameters, trained: how many, of the whole model.
         weights, gradients, optimizer: bytes.
-        outside: bytes of weights that belong to no layer, and of their gradients: FSDP2 keeps them whole during a step.
+        outside: bytes of weights that belong to no layer: FSDP2 keeps them whole during a step.
         layer: bytes of the largest layer as it is gathered: the largest unit, of which FSDP2 has two at a time.
         buffers: bytes that a launch of several needs besides.
         rows: bytes of data that stay on the GPU.
@@ -186,10 +186,9 @@ def held_by(model: torch.nn.Module, precision: str, moments: int = 2) -> Held:
         stored += byte_count(own)
         dtype = gathered_dtype(layer, precision)
         largest = max(largest, sum(one.numel() * (dtype or one.dtype).itemsize for one in own))
-    outside = weights - stored + byte_count(one for one in trained if id(one) not in inside)
     return Held(
         sum(parameter.numel() for parameter in model.parameters()), sum(parameter.numel() for parameter in trained),
-        weights, gradients, moments * gradients, outside, largest,
+        weights, gradients, moments * gradients, weights - stored, largest,
     )  # fmt: skip
 
 
@@ -198,12 +197,23 @@ def gathered_dtype(layer: torch.nn.Module, precision: str) -> torch.dtype | None
     return None if any(isinstance(part, RUNNING) for part in layer.modules()) else COMPUTED_IN.get(precision)
 
 
-def gather(model: torch.nn.Module, precision: str) -> None:
-    """Makes the parameters of a model on the meta device what they are while a layer is gathered under FSDP2."""
-    for layer in repeated_layers(model):
-        if (dtype := gathered_dtype(layer, precision)) is not None:
-            for parameter in layer.parameters():
-                parameter.data = parameter.data.to(dtype)
+def before_step(model: torch.nn.Module, precision: str, sharing: Sharing, accumulating: bool) -> None:
+    """Lets a model on the meta device have what it has when a backward pass begins.
+
+    Where micro-batches are `accumulating` that is all gradients. Gradients that are spread leave whenever a layer is
+    done, which is measured as if they were there; but FSDP2 keeps those outside of layers whole to the end. Under it
+    layers are gathered in another type.
+    """
+    fsdp = sharing.fsdp and sharing.gpus > 1
+    there = set(model.parameters()) if not fsdp and (sharing.spreads or accumulating) else set()
+    for layer in repeated_layers(model) if fsdp else ():
+        dtype = gathered_dtype(layer, precision)
+        for parameter in layer.parameters():
+            parameter.data = parameter.data.to(dtype or parameter.dtype)
+            there.add(parameter)
+    for parameter in model.parameters():
+        kept = parameter.requires_grad and parameter in there
+        parameter.grad = torch.empty_like(parameter) if kept else None
 
 
 def byte_count(tensors: Iterable[torch.Tensor]) -> int:
@@ -282,13 +292,12 @@ def print_plan(
     held = held_by(model, machine.precision, moments).shared(sharing)
     kept = sum(size for size in rows if size <= HELD_SHARE * machine.free) if machine.gpu else 0
     held = dataclasses.replace(held, rows=kept)
-    if sharing.fsdp and sharing.gpus > 1:
-        gather(model, machine.precision)
     count = at_once or -(-config.training.batch_size // sharing.gpus)
     dtype = COMPUTED_IN.get(machine.precision, torch.float32)
 
     def cost(of: int) -> Cost:
-        return step_cost(model, lambda: loss(of), dtype, machine.gpu, sharing.spreads)
+        before_step(model, machine.precision, sharing, accumulating=False)
+        return step_cost(model, lambda: loss(of), dtype, machine.gpu)
 
     try:
         one, other = (count, cost(count)), (2 * count, cost(2 * count))

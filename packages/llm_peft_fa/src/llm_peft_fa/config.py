@@ -163,8 +163,8 @@ class TrainConfig:
     method: MethodOptions = field(default_factory=MethodOptions)
     training: LanguageTrainingOptions = field(default_factory=LanguageTrainingOptions)
     generation: GenerationOptions = field(default_factory=GenerationOptions)
-    plan: PlanOptions = field(default_factory=PlanOptions)
     run: RunOptions = field(default_factory=RunOptions)
+    plan: PlanOptions = field(default_factory=PlanOptions)
     merge: bool = False
     """Also write the base with the update merged in, as a model that transformers loads."""
     show_batch: bool = False

@@ -26,9 +26,9 @@ from labs_common.plan import (
     Held,
     Machine,
     Sharing,
+    before_step,
     between,
     byte_count,
-    gather,
     gigabytes,
     held_by,
     machine_here,
@@ -176,8 +176,7 @@ def _cost(
             adapted.prompt_tokens[name] = torch.zeros_like(numbers, device="cpu")
         packed = PackedCausalLM(adapted, kernel, chunk).train()
         virtual = virtual_tokens(adapted)
-        if sharing.fsdp and sharing.gpus > 1:
-            gather(packed, machine.precision)
+        before_step(packed, machine.precision, sharing, accumulating=True)
         tokens = max(2, length - virtual)
         row = packed_row([Encoded([1] * tokens, [True] * tokens, "")] * count, virtual=virtual)
         found.append((layers, step_cost(packed, partial(packed, row), dtype, machine.gpu)))

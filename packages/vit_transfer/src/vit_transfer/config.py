@@ -91,8 +91,8 @@ class TrainConfig:
     data: DataOptions = field(default_factory=DataOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     training: PictureTrainingOptions = field(default_factory=PictureTrainingOptions)
-    plan: PlanOptions = field(default_factory=PlanOptions)
     run: RunOptions = field(default_factory=RunOptions)
+    plan: PlanOptions = field(default_factory=PlanOptions)
     baselines: Asked = "auto"
     """Also train the head alone, and the whole network from scratch, on the same pictures for as many epochs; auto does
     for a tiny model."""

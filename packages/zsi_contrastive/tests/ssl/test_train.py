@@ -110,6 +110,7 @@ class TestPromises(TrainingPromises):
             whole,
             "model/encoder.safetensors",
             frozen=None,
+            planned=True,
             gpu=BUDGETS[method],
         )
 

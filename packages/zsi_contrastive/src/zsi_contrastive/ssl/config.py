@@ -159,8 +159,8 @@ class PretrainConfig:
     own: MethodOptions = field(default_factory=MethodOptions)
     training: PretrainTrainingOptions = field(default_factory=PretrainTrainingOptions)
     measure: MeasureOptions = field(default_factory=MeasureOptions)
-    plan: PlanOptions = field(default_factory=PlanOptions)
     run: RunOptions = field(default_factory=RunOptions)
+    plan: PlanOptions = field(default_factory=PlanOptions)
 
 
 def check_ranges(config: PretrainConfig) -> None:
