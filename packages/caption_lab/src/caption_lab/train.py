@@ -74,7 +74,7 @@ def print_needs(config: TrainConfig) -> None:
         raise LabError(f"--plan: --objective {config.objective} learns from captions that it writes, whose lengths are "
                        "not known; leave it out")  # fmt: skip
     captions = captions_alone(config.data, drawn_scenes)
-    vocabulary = build_vocabulary((one for of_picture in captions.values() for one in of_picture), config.vocabulary)
+    vocabulary = build_vocabulary((one for of_picture in captions for one in of_picture), config.vocabulary)
     with torch.device("meta"):
         encoder = make_encoder(replace(config.encoder, pretrained=False, weights=None))
         model = make_model(config.model, encoder, config.decoder, vocabulary).train()
@@ -90,8 +90,8 @@ def print_needs(config: TrainConfig) -> None:
         rows = torch.empty(count, 3, side, side) if rows is None else rows
         return next_word(learner, Batch(rows, torch.arange(count), words, [], 1.0, 1.0), 0.0)[0]
 
-    kept = encoder.has_front and config.cache.cache
-    sizes = [round(part * len(captions)) * encoder.row_width * dtype.itemsize for part in (0.8, 0.1)] if kept else []
+    kept = [len(captions), len(captions) // 8] if encoder.has_front and config.cache.cache else []
+    sizes = [count * encoder.row_width * dtype.itemsize for count in kept]
     print_plan(f"{config.model} behind {config.encoder.encoder}", "captions", config, whole, loss, sizes)
 
 

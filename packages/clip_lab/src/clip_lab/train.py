@@ -76,7 +76,7 @@ def print_needs(config: TrainConfig) -> None:
     text = dataclasses.replace(config.text, text_pretrained=False)
     with torch.device("meta"):
         bare = dataclasses.replace(config, image=image, text=text)
-        model, words = make_model(bare, [caption for of_picture in captions.values() for caption in of_picture])
+        model, words = make_model(bare, [caption for of_picture in captions for caption in of_picture])
     training_mode(model, model)
     tower, frozen, side, share = model.image, image.freeze_image, model.image.size, OBJECTIVES[config.objective].share
     width = tower.width * (1 if model.reads == "feature" else tower.count)
@@ -94,7 +94,7 @@ def print_needs(config: TrainConfig) -> None:
         return share(fitting, config, Step([Part(pictures, crops, read, ids, prefix, 1.0)]), 0)[0]
 
     row = width * DTYPES[config.cache.boundary_precision][0].itemsize * image.views if frozen else 3 * side**2
-    rows = [round(part * len(captions)) * row for part in (0.8, 0.1)] if config.cache.cache else []
+    rows = [len(captions) * row, len(captions) // 8 * row] if config.cache.cache else []
     print_plan(f"{config.objective} of {image.image}", "pictures", config, model, loss, rows, batch.chunk)
 
 

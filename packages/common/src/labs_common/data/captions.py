@@ -156,8 +156,8 @@ def _caption_file(data: str | Path) -> Path:
     return file
 
 
-def captions_alone(options: CaptionDataOptions, drawn: Callable[[], Path]) -> dict[str, list[str]]:
-    """Reads the captions of each picture by its name, of all splits; no picture is opened. See `read_captions`.
+def captions_alone(options: CaptionDataOptions, drawn: Callable[[], Path]) -> list[list[str]]:
+    """Reads the captions of as many pictures as training has, opening none: for sizes, as which they are is not asked.
 
     Raises:
         LabError: there is no such directory or caption file.
@@ -166,7 +166,7 @@ def captions_alone(options: CaptionDataOptions, drawn: Callable[[], Path]) -> di
     for _, name, caption in caption_lines(_caption_file(options.data or drawn())):
         if name is not None and caption.strip():
             found.setdefault(name, []).append(caption.strip())
-    return found
+    return list(found.values())[: options.limit or round(0.8 * len(found))]  # the share that `caption_splits` draws
 
 
 def caption_lines(file: Path) -> Iterator[tuple[int, str | None, str]]:
