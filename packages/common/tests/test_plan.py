@@ -37,7 +37,7 @@ def test_gpus_share_what_they_spread() -> None:
 )  # fmt: skip
 def test_a_launch_that_is_not_under_way(file: str | None, gpus: int, wanted: Sharing) -> None:
     launch = None if file is None else LAUNCH / f"{file}.yaml"
-    assert sharing_asked(PlanOptions(gpus=gpus, launch=launch)) == wanted
+    assert sharing_asked(PlanOptions(gpus=gpus, plan_launch=launch)) == wanted
 
 
 def test_a_launch_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,8 +54,8 @@ def test_a_launch_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_no_launch(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1\n")
     for file in (tmp_path / "list.yaml", tmp_path / "none.yaml", tmp_path):
-        with pytest.raises(LabError, match=f"--launch {file}: is no configuration of Accelerate"):
-            sharing_asked(PlanOptions(launch=file))
+        with pytest.raises(LabError, match=f"--plan-launch {file}: is no configuration of Accelerate"):
+            sharing_asked(PlanOptions(plan_launch=file))
     with pytest.raises(LabError, match="must not be negative"):
         sharing_asked(PlanOptions(gpus=-1))
 

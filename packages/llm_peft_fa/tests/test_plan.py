@@ -107,9 +107,9 @@ def test_the_plan_is_the_peak_on_a_pretended_gpu(tmp_path: Path) -> None:
     plan = plan_of(config, Machine(True, 10**10, 10**10, "bf16", False), LENGTH)
     for checkpointing in (False, True):
         with pretended_gpu() as gpu:
-            two_steps(config, 1024, checkpointing, "cuda", bf16=True)
+            two_steps(config, 2048, checkpointing, "cuda", bf16=True)
             peak = gpu.peak
-        assert plan.peak(1024, checkpointing) == pytest.approx(peak, rel=0.15), checkpointing
+        assert plan.peak(2048, checkpointing) == pytest.approx(peak, rel=0.15), checkpointing
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -123,7 +123,7 @@ def test_the_plan_of_eight_gpus_is_what_torch_counts(
     model = PackedCausalLM(outline(config.model.model, config.method, torch.bfloat16), "shapes", plan.chunk).train()
     with fake_group():
         mesh = init_device_mesh("cpu", (8,))  # a process finds its place in it by values, which shapes do not have
-        monkeypatch.setattr("torch.distributed.fsdp._fully_shard._fully_shard._init_default_mesh", lambda _: mesh)
+        monkeypatch.setattr("torch.distributed.fsdp._fully_shard._fully_shard._init_default_mesh", lambda *_, **__: mesh)
         with FakeTensorMode(allow_non_fake_inputs=True):
             for part in model.modules():
                 for own in (part._parameters, part._buffers):

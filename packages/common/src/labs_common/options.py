@@ -164,8 +164,8 @@ class PlanOptions:
     gpu_memory: float = 0.0
     """--plan for a GPU of this many GB, such as 24; 0 is the machine that is here."""
     gpus: int = 0
-    """--plan for so many GPUs; 0 takes the number of --launch, or of the launch under way."""
-    launch: Path | None = None
+    """--plan for so many GPUs; 0 takes the number of --plan-launch, or of the launch under way."""
+    plan_launch: Path | None = None
     """--plan under this Accelerate configuration, such as launch/fsdp.yaml; no process is started."""
 
 

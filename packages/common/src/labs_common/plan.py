@@ -91,23 +91,23 @@ def sharing_of(accelerator: Accelerator) -> Sharing:
 
 
 def sharing_asked(options: PlanOptions) -> Sharing:
-    """Returns that of --launch and --gpus, or of the launch in which this process is.
+    """Returns that of --plan-launch and --gpus, or of the launch in which this process is.
 
     Raises:
         LabError: the configuration cannot be read, or says something else than a plan can be made of.
     """
     if options.gpus < 0 or options.gpu_memory < 0:
         raise LabError("--gpus and --gpu-memory must not be negative")
-    if options.launch is None:  # as `accelerate launch` and torchrun tell their processes
+    if options.plan_launch is None:  # as `accelerate launch` and torchrun tell their processes
         stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0"))
         fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP")
         return Sharing(options.gpus or int(os.environ.get("WORLD_SIZE", "1")), stage, fsdp)
     try:
-        said = yaml.safe_load(options.launch.read_text(encoding="utf-8"))
+        said = yaml.safe_load(options.plan_launch.read_text(encoding="utf-8"))
         kind, stage = said["distributed_type"], int((said.get("deepspeed_config") or {}).get("zero_stage", 0))
         return Sharing(options.gpus or int(said["num_processes"]), stage, kind == "FSDP")
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise LabError(f"--launch {options.launch}: is no configuration of Accelerate ({reason_of(error)})") from error
+        raise LabError(f"--plan-launch {options.plan_launch}: is no configuration of Accelerate ({reason_of(error)})") from error
 
 
 @dataclass(frozen=True)
