@@ -52,13 +52,20 @@ def config_of(folder: Path, config: LlamaConfig, method: str, **options: object)
     return complete(TrainConfig(model=model, method=MethodOptions(method=method, **options)))
 
 
-def two_steps(config: TrainConfig, tokens: int, checkpointing: bool, device: str = "cpu", bf16: bool = False) -> None:
+def two_steps(
+    config: TrainConfig,
+    tokens: int,
+    checkpointing: bool,
+    device: str = "cpu",
+    bf16: bool = False,
+    chunk: int | None = None,
+) -> None:
     """Makes the model and takes steps with a row of so many tokens."""
     torch.manual_seed(0)
     method = dataclasses.replace(config.method, prompt_init="random" if config.method.prompt_init else None)
     base = AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(config.model.model), attn_implementation=NAME)
     base = base.bfloat16() if bf16 else base.float()
-    model = PackedCausalLM(apply_method(base, method, Setting(None, 100)), "blocks").train().to(device)
+    model = PackedCausalLM(apply_method(base, method, Setting(None, 100)), "blocks", chunk).train().to(device)
     if checkpointing:
         base_of(model.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     virtual = virtual_tokens(model.model)
@@ -86,30 +93,30 @@ def allocated(config: TrainConfig, tokens: int, checkpointing: bool) -> int:
 
 @pytest.mark.parametrize(
     ("method", "options", "rows"),
-    [("lora", {"rank": 4}, (3072,)), ("layers", {"layers": 1, "which": "last"}, (1024,)),
-     ("prompt_tuning", {}, (1024,))],
-)  # fmt: skip
+    [("lora", {"rank": 4}, 1536), ("layers", {"layers": 1, "which": "last"}, 1024), ("prompt_tuning", {}, 1024)],
+)
 def test_the_plan_is_what_the_allocator_gives(
-    tmp_path: Path, method: str, options: dict[str, object], rows: tuple[int, ...]
+    tmp_path: Path, method: str, options: dict[str, object], rows: int
 ) -> None:
+    """For rows that are not those (2048 and 4096 tokens) from which it is made."""
     config = config_of(tmp_path, SMALL, method, **options)
     plan = plan_of(config, CPU, LENGTH)
-    for tokens in rows:
-        for checkpointing in (False, True):
-            real = allocated(config, tokens, checkpointing)
-            assert plan.peak(tokens, checkpointing) == pytest.approx(real, rel=0.15), (tokens, checkpointing)
+    for checkpointing in (False, True):
+        real = allocated(config, rows, checkpointing)
+        assert plan.peak(rows, checkpointing) == pytest.approx(real, rel=0.15), checkpointing
 
 
 @pytest.mark.pretended
 def test_the_plan_is_the_peak_on_a_pretended_gpu(tmp_path: Path) -> None:
-    """In bf16; the same without a GPU and in float32 is compared above."""
-    config = config_of(tmp_path, SMALL, "lora", rank=4)
-    plan = plan_of(config, Machine(True, 10**10, 10**10, "bf16", False), LENGTH)
+    """In bf16, with few layers and words; the same without a GPU, in float32 and with more layers is compared above."""
+    shallow = LlamaConfig.from_dict(SMALL.to_dict() | {"num_hidden_layers": 2, "vocab_size": 1000})
+    config = config_of(tmp_path, shallow, "lora", rank=4)
+    plan = plan_of(config, Machine(True, 10**7, 10**7, "bf16", False), LENGTH)
     for checkpointing in (False, True):
         with pretended_gpu() as gpu:
-            two_steps(config, 2048, checkpointing, "cuda", bf16=True)
+            two_steps(config, 1024, checkpointing, "cuda", bf16=True, chunk=plan.chunk)
             peak = gpu.peak
-        assert plan.peak(2048, checkpointing) == pytest.approx(peak, rel=0.15), checkpointing
+        assert plan.peak(1024, checkpointing) == pytest.approx(peak, rel=0.15), checkpointing
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -119,11 +126,13 @@ def test_the_plan_of_eight_gpus_is_what_torch_counts(
     """PyTorch's own account of a step under FSDP2, on shapes, by the first of eight processes."""
     config = config_of(tmp_path, WIDE, method)
     plan = plan_of(config, Machine(False, 10**10, 10**10, "bf16", True), 512, Sharing(8, fsdp=True))
-    row = packed_row([Encoded([1] * 512, [True] * 512, "")] * 4)
+    row = packed_row([Encoded([1] * 512, [True] * 512, "")])
     model = PackedCausalLM(outline(config.model.model, config.method, torch.bfloat16), "shapes", plan.chunk).train()
     with fake_group():
         mesh = init_device_mesh("cpu", (8,))  # a process finds its place in it by values, which shapes do not have
-        monkeypatch.setattr("torch.distributed.fsdp._fully_shard._fully_shard._init_default_mesh", lambda *_, **__: mesh)
+        monkeypatch.setattr(
+            "torch.distributed.fsdp._fully_shard._fully_shard._init_default_mesh", lambda *_, **__: mesh
+        )
         with FakeTensorMode(allow_non_fake_inputs=True):
             for part in model.modules():
                 for own in (part._parameters, part._buffers):
@@ -146,9 +155,7 @@ def test_the_plan_of_eight_gpus_is_what_torch_counts(
                 loss.backward()
                 optimizer.step()
     counted = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-    assert plan.peak(2048, False) == pytest.approx(counted, rel=0.15)
-    held = plan.held
-    assert held.weights + held.gradients + held.optimizer + held.buffers > counted / 5, "what is spread is seen in it"
+    assert plan.peak(512, False) == pytest.approx(counted, rel=0.15)
 
 
 def test_figures_of_llama_3_2_3b(tmp_path: Path) -> None:
