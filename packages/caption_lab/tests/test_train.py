@@ -145,6 +145,10 @@ def test_real_photographs(model: str, real_pictures: Path, tmp_path: Path) -> No
         (("--mask-words", "0.1", "--model", "show_tell"), "--mask-words"),
         (("--scheduled-sampling", "1.5"), "--scheduled-sampling"),
         (("--objective", "scst"), "--start"),
+        (
+            ("--objective", "scst", "--start", "runs/none", "--plan"),
+            "--plan: --objective scst learns from captions that it writes",
+        ),
         (("--beam", "0"), "--beam"),
         (("--top-p", "2"), "--top-p"),
         (("--min-count", "10000"), "--min-count"),

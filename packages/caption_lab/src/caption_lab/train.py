@@ -82,7 +82,7 @@ def print_needs(config: TrainConfig) -> None:
     learner, side = Learner(config, model, model, vocabulary, None), encoder.transform.size
     dtype = DTYPES[config.cache.boundary_precision][0]
     # The cut's back holds some parameters by itself.
-    whole = torch.nn.ModuleList([model, *(cut.back for cut in encoder._cut)])
+    whole = torch.nn.ModuleList([model, *(cut.back for cut in encoder.cuts)])
 
     def loss(count: int) -> torch.Tensor:
         rows = torch.empty(count, encoder.row_width, dtype=dtype) if encoder.has_front else None

@@ -7,7 +7,6 @@ cost = step_cost(model, lambda: model(batch), torch.bfloat16)
 ```
 """
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +14,9 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-
-# What CUDA's autocast computes in float32 and a CPU's leaves in 16 bits, of what keeps large tensors (torch's "CUDA Ops
-# that can autocast to float32").
-IN_FLOAT32 = """layer_norm group_norm softmax log_softmax cross_entropy_loss nll_loss kl_div mse_loss exp expm1 log
-log1p pow rsqrt sum prod cumsum norm logsumexp softplus cosine_similarity""".split()  # noqa: SIM905
 
 
 @dataclass(frozen=True)
@@ -89,35 +82,15 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self._living.pop(key, (None, 0))[1]
 
 
-class _CudaAutocast(TorchFunctionMode):
-    """Lets autocast on a CPU cast as CUDA's does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        places = (torch, torch.Tensor, torch._C._nn)
-        self.wide = {getattr(place, name) for place in places for name in IN_FLOAT32 if hasattr(place, name)}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in self.wide or not torch.is_autocast_enabled("cpu"):
-            return func(*args, **kwargs)
-        with torch.autocast("cpu", enabled=False):
-            wide = tree_map_only(torch.Tensor, lambda x: x.float() if x.is_floating_point() else x, (args, kwargs))
-            return func(*wide[0], **wide[1])
-
-
-def step_cost(
-    model: torch.nn.Module, loss: Callable[[], torch.Tensor], precision: torch.dtype, gpu: bool = False
-) -> Cost:
-    """Measures forward and backward of `loss` under autocast to `precision`, on a GPU as CUDA's casts.
+def step_cost(model: torch.nn.Module, loss: Callable[[], torch.Tensor], precision: torch.dtype) -> Cost:
+    """Measures forward and backward of `loss` under autocast to `precision`.
 
     `model` was made on the meta device; its tensors are put into a mode in which operators compute shapes only, as are
     those that `loss` makes. It can only be measured again afterwards. The kernels are a CPU's, whose outputs are
     those of a GPU in shape; float32 is no autocast. Gradients that parameters have are there already; others count when
     they come.
     """
-    casts = _CudaAutocast() if gpu else contextlib.nullcontext()
-    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, casts:
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         _fake(model)
         live.collect()
         before = live.peak = live.now

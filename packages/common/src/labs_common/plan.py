@@ -107,7 +107,8 @@ def sharing_asked(options: PlanOptions) -> Sharing:
         kind, stage = said["distributed_type"], int((said.get("deepspeed_config") or {}).get("zero_stage", 0))
         return Sharing(options.gpus or int(said["num_processes"]), stage, kind == "FSDP")
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise LabError(f"--plan-launch {options.plan_launch}: is no configuration of Accelerate ({reason_of(error)})") from error
+        said = f"is no configuration of Accelerate ({reason_of(error)})"
+        raise LabError(f"--plan-launch {options.plan_launch}: {said}") from error
 
 
 @dataclass(frozen=True)
@@ -297,7 +298,7 @@ def print_plan(
 
     def cost(of: int) -> Cost:
         before_step(model, machine.precision, sharing, accumulating=False)
-        return step_cost(model, lambda: loss(of), dtype, machine.gpu)
+        return step_cost(model, lambda: loss(of), dtype)
 
     try:
         one, other = (count, cost(count)), (2 * count, cost(2 * count))

@@ -179,7 +179,7 @@ def _cost(
         before_step(packed, machine.precision, sharing, accumulating=True)
         tokens = max(2, length - virtual)
         row = packed_row([Encoded([1] * tokens, [True] * tokens, "")] * count, virtual=virtual)
-        found.append((layers, step_cost(packed, partial(packed, row), dtype, machine.gpu)))
+        found.append((layers, step_cost(packed, partial(packed, row), dtype)))
     return found[0][1] if len(found) == 1 else between(found[0], found[1], depth)
 
 
