@@ -80,6 +80,7 @@ class TestPromises(TrainingPromises):
             zero=Otherwise(("--watch-pictures", 1), losses=1e-3, weights=3e-3),
             zero_stage=3,
             sharded=Otherwise(losses=1e-3, weights=3e-3),
+            planned=True,
             gpu=Budget(operators=1550, syncs=2, copies=4),
         )
 
@@ -166,6 +167,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert names in done.errors[0]
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_captions_that_it_writes_have_no_plan(tmp_path: Path) -> None:
+    done = here("--objective", "scst", "--start", tmp_path, "--plan", code=2)
+    assert "--plan: --objective scst learns from captions that it writes" in done.errors[0]
 
 
 def test_bad_pictures_and_captions_are_named_counted_and_left_out(scenes: Path, tmp_path: Path) -> None:

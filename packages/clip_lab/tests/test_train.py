@@ -102,6 +102,7 @@ class TestPromises(TrainingPromises):
             launch=LAUNCH,
             zero=Otherwise(("--chunk", 5), losses=1e-2, weights=None),
             sharded=Otherwise(("--no-cache", "--chunk", 3, "--loss-chunk", 5), losses=1e-3, weights=5e-3),
+            planned=True,
             gpu=Budget(operators=640, syncs=2, copies=5),
         )
 

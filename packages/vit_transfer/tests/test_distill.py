@@ -124,7 +124,7 @@ class TestPromises(TrainingPromises):
         lab_commands.here("vit_transfer.distill", *options, "--output", whole)
         return Training("vit_transfer.distill", LIBRARIES, options, whole, "model/model.safetensors",
                         ("predictions.json",), frozen=("--unfreeze", "block"),
-                        gpu=Budget(operators=325, syncs=2, copies=4))  # fmt: skip
+                        planned=True, gpu=Budget(operators=325, syncs=2, copies=4))  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,7 @@ class TestPromises(TrainingPromises):
             zero=Otherwise(losses=1e-3, weights=2e-3),
             zero_stage=3,
             sharded=Otherwise(losses=1e-3, weights=2e-3),
+            planned=True,
             gpu=Budget(operators=165, syncs=2, copies=3),
         )
 

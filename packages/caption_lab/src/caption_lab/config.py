@@ -18,6 +18,7 @@ from labs_common.options import (
     NotNegative,
     OnBadData,
     PageOptions,
+    PlanOptions,
     Positive,
     RunOptions,
     Share,
@@ -163,6 +164,7 @@ class TrainConfig:
     training: CaptionTrainingOptions = field(default_factory=CaptionTrainingOptions)
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
     run: RunOptions = field(default_factory=RunOptions)
+    plan: PlanOptions = field(default_factory=PlanOptions)
     objective: Objective = "cross-entropy"
     """cross-entropy: the next word of the training captions. scst: more CIDEr in the captions that the model itself
     writes (self-critical, Rennie et al. 2017); needs --start."""

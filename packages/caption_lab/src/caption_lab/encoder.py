@@ -44,7 +44,7 @@ class Encoder(nn.Module):
         size = size or int(known["input_size"][-1])
         self.transform = Transform(size, tuple(known["mean"]), tuple(known["std"]), str(known["interpolation"]))
         self.stages: tuple[str, ...] = ()
-        self._cut: tuple[Cut, ...] = ()  # not a submodule: its modules are the network's
+        self.cuts: tuple[Cut, ...] = ()  # not a submodule: its modules are the network's
         self._skip: int = int(getattr(self.network, "num_prefix_tokens", 0))
         with torch.no_grad():
             try:
@@ -94,40 +94,40 @@ class Encoder(nn.Module):
         Raises:
             LabError: it has fewer stages, or cannot be cut there.
         """
-        self._cut = ()
+        self.cuts = ()
         self.stages = tuple(f"network.{name}" for name in last_stages(self.network, count))
         trained = tuple(f"{stage}." for stage in self.stages)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith(trained))
         if self.stages and frozen_is_kept:
-            self._cut = (Cut(self, self.stages, self._example()),)
+            self.cuts = (Cut(self, self.stages, self._example()),)
 
     @property
     def row_width(self) -> int:
         """The number of values in a row of `front`."""
-        return self._cut[0].width if self._cut else self.places * self.width
+        return self.cuts[0].width if self.cuts else self.places * self.width
 
     @property
     def has_front(self) -> bool:
         """True if a part of it gives the same for a picture all the time."""
-        return bool(self._cut) or not self.stages
+        return bool(self.cuts) or not self.stages
 
     def front(self, pictures: torch.Tensor) -> torch.Tensor:
         """Runs the part that does not train: pictures (batch, 3, size, size) to rows (batch, row_width)."""
-        rows: torch.Tensor = self._cut[0].front(pictures) if self._cut else self(pictures).flatten(1)
+        rows: torch.Tensor = self.cuts[0].front(pictures) if self.cuts else self(pictures).flatten(1)
         return rows
 
     @property
     def front_module(self) -> nn.Module:
         """The module that decides by its weights and code what `front` gives."""
-        return self._cut[0].front if self._cut else self
+        return self.cuts[0].front if self.cuts else self
 
     def back(self, rows: torch.Tensor) -> torch.Tensor:
         """Runs the part that trains: rows (pictures, where nothing is frozen) to features as `forward` gives them."""
         if not self.has_front:
             return self(rows)
-        if self._cut:
-            return self._cut[0].back(rows.float())
+        if self.cuts:
+            return self.cuts[0].back(rows.float())
         return rows.float() if self.pool else rows.float().unflatten(1, (self.places, self.width))
 
     def train(self, mode: bool = True) -> "Encoder":

@@ -15,22 +15,24 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 
 from caption_lab.config import TrainConfig
-from caption_lab.data import CaptionRows, caption_rows, caption_steps, read_data
+from caption_lab.data import Batch, CaptionRows, caption_rows, caption_steps, drawn_scenes, read_data
 from caption_lab.decoding import GREEDY, written_captions
 from caption_lab.encoder import make_encoder
 from caption_lab.evaluate import evaluate_captioner
-from caption_lab.losses import OBJECTIVES, Learner, SelfCritic, next_word_loss
+from caption_lab.losses import OBJECTIVES, Learner, SelfCritic, next_word, next_word_loss
 from caption_lab.metrics import caption_metrics, references_of
 from caption_lab.model import ImageCaptioningModel, complete, make_model
 from caption_lab.report import finish_report
 from caption_lab.saved import Captioner, load_captioner, save_captioner
 from caption_lab.vocabulary import PAD, build_vocabulary, padded
 from labs_common.checkpoint import SHARDED
-from labs_common.data.captions import Captions
+from labs_common.data.captions import Captions, captions_alone
 from labs_common.data.images import record_splits
 from labs_common.device import expect_fixed_shapes, to_device, widest_float
 from labs_common.errors import LabError
 from labs_common.fitting import Fitted, Fitting, begin, channels_last
+from labs_common.frozen.cache import DTYPES
+from labs_common.plan import print_plan
 from labs_common.progress import console
 from labs_common.run import Run, training_means
 from labs_common.saved import FOLDER
@@ -40,6 +42,9 @@ def train(config: TrainConfig) -> None:
     """Walks the road: pictures and captions, captioner, training, evaluation of what was saved, report."""
     clock = {"start": time.perf_counter()}
     config = complete(config)
+    if config.plan.plan:
+        print_needs(config)
+        return
     accelerator = begin(config.run, config.training)
     with accelerator.main_process_first():
         data = read_data(config.data, config.run.seed, accelerator.is_main_process)
@@ -57,6 +62,37 @@ def train(config: TrainConfig) -> None:
     if accelerator.is_main_process:
         finish_report(run, config, data, captioner, fitted, found, clock)
     accelerator.end_training()
+
+
+def print_needs(config: TrainConfig) -> None:
+    """Prints the memory that the training needs; of the data it reads the captions.
+
+    Raises:
+        LabError: there is no such data or encoder, or the objective writes captions.
+    """
+    if OBJECTIVES[config.objective].writes:
+        raise LabError(f"--plan: --objective {config.objective} learns from captions that it writes, whose lengths are "
+                       "not known; leave it out")  # fmt: skip
+    captions = captions_alone(config.data, drawn_scenes)
+    vocabulary = build_vocabulary((one for of_picture in captions for one in of_picture), config.vocabulary)
+    with torch.device("meta"):
+        encoder = make_encoder(replace(config.encoder, pretrained=False, weights=None))
+        model = make_model(config.model, encoder, config.decoder, vocabulary).train()
+        encoder.train_last(config.encoder.unfreeze, config.cache.cache)
+    learner, side = Learner(config, model, model, vocabulary, None), encoder.transform.size
+    dtype = DTYPES[config.cache.boundary_precision][0]
+    # The cut's back holds some parameters by itself.
+    whole = torch.nn.ModuleList([model, *(cut.back for cut in encoder.cuts)])
+
+    def loss(count: int) -> torch.Tensor:
+        rows = torch.empty(count, encoder.row_width, dtype=dtype) if encoder.has_front else None
+        words = torch.zeros(count, vocabulary.length + 2, dtype=torch.long)
+        rows = torch.empty(count, 3, side, side) if rows is None else rows
+        return next_word(learner, Batch(rows, torch.arange(count), words, [], 1.0, 1.0), 0.0)[0]
+
+    kept = [len(captions), len(captions) // 8] if encoder.has_front and config.cache.cache else []
+    sizes = [count * encoder.row_width * dtype.itemsize for count in kept]
+    print_plan(f"{config.model} behind {config.encoder.encoder}", "captions", config, whole, loss, sizes)
 
 
 def make(config: TrainConfig, data: Captions, accelerator: Accelerator) -> Captioner:

@@ -19,6 +19,7 @@ from labs_common.options import (
     NotNegative,
     OnBadData,
     PageOptions,
+    PlanOptions,
     Positive,
     RunOptions,
     Share,
@@ -159,6 +160,7 @@ class TrainConfig:
     cache: CacheOptions = field(default_factory=CacheOptions)
     training: ClipTrainingOptions = field(default_factory=ClipTrainingOptions)
     run: RunOptions = field(default_factory=RunOptions)
+    plan: PlanOptions = field(default_factory=PlanOptions)
 
 
 @dataclass

@@ -5,15 +5,18 @@ from clip_lab import commands
 if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
     commands.train()
 
+import dataclasses
 import time
-from typing import Any
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
 from clip_lab.config import OWN, TrainConfig, complete
-from clip_lab.data import Batches, read_data, read_pairs
+from clip_lab.data import Batches, Part, Step, drawn_scenes, normalised, read_data, read_pairs
 from clip_lab.evaluate import evaluate, scores
 from clip_lab.image import make_image_tower
 from clip_lab.losses import OBJECTIVES, check_objective
@@ -22,11 +25,13 @@ from clip_lab.report import finish_report
 from clip_lab.saved import load_model, save_model
 from clip_lab.text import PretrainedText, TextTower, pretrained_text
 from clip_lab.tokens import Words, make_words
-from labs_common.data.captions import Captions
+from labs_common.data.captions import Captions, captions_alone
 from labs_common.data.images import record_splits
-from labs_common.device import expect_fixed_shapes
+from labs_common.device import CPU, expect_fixed_shapes
 from labs_common.errors import LabError
 from labs_common.fitting import Fitted, Fitting, begin, channels_last, share_batch_norms
+from labs_common.frozen.cache import DTYPES
+from labs_common.plan import print_plan
 from labs_common.run import Run
 
 
@@ -35,10 +40,16 @@ def train(config: TrainConfig) -> None:
     clock = {"start": time.perf_counter()}
     config = complete(config)
     check_objective(config)
+    if config.plan.plan:
+        print_needs(config)
+        return
     accelerator = begin(config.run, config.training)
     with accelerator.main_process_first():
         data = read_data(config.data, config.run.seed, accelerator.is_main_process)
-    model, words = make_model(config, data, accelerator)
+    with accelerator.main_process_first():  # weights are downloaded on their first use
+        set_seed(config.run.seed)
+        captions = [caption for of_picture in data.splits["train"].captions for caption in of_picture]
+        model, words = make_model(config, captions)
     run = Run.start(config, config.run, config.objective, accelerator)
     record_splits(run, data.splits)
     fitted = fit(config, model, words, run, accelerator, data)
@@ -54,25 +65,55 @@ def train(config: TrainConfig) -> None:
     accelerator.end_training()
 
 
-def make_model(config: TrainConfig, data: Captions, accelerator: Accelerator) -> tuple[Model, Words]:
-    """Makes the model that `config` describes, with its towers' weights, and its tokenizer.
+def print_needs(config: TrainConfig) -> None:
+    """Prints the memory that the training needs; of the data it reads the captions.
+
+    Raises:
+        LabError: there is no such data, tower or tokenizer.
+    """
+    captions, batch = captions_alone(config.data, drawn_scenes), config.batch
+    image = dataclasses.replace(config.image, image_pretrained=False, image_weights=None)
+    text = dataclasses.replace(config.text, text_pretrained=False)
+    with torch.device("meta"):
+        bare = dataclasses.replace(config, image=image, text=text)
+        model, words = make_model(bare, [caption for of_picture in captions for caption in of_picture])
+    training_mode(model, model)
+    tower, frozen, side, share = model.image, image.freeze_image, model.image.size, OBJECTIVES[config.objective].share
+    width = tower.width * (1 if model.reads == "feature" else tower.count)
+    fitting: Any = SimpleNamespace(model=model, plain=model, accelerator=SimpleNamespace(device=CPU, process_index=0))
+    normalised(torch.zeros(1, 3, 1, 1), tower)  # its constants are kept: they have to be made with values
+
+    def loss(count: int) -> torch.Tensor:
+        pictures = torch.empty(count, width) if frozen else torch.empty(count, 3, side, side, dtype=torch.uint8)
+        crops = None if frozen or batch.augment == "none" else torch.empty(count, 5)
+        each = count * batch.captions_per_picture
+        read = torch.zeros(each, words.length, dtype=torch.long)
+        if text.freeze_text:
+            read = torch.empty(each, cast(Any, model).text.width)
+        ids, prefix = torch.arange(count), torch.ones(each, dtype=torch.long)
+        return share(fitting, config, Step([Part(pictures, crops, read, ids, prefix, 1.0)]), 0)[0]
+
+    row = width * DTYPES[config.cache.boundary_precision][0].itemsize * image.views if frozen else 3 * side**2
+    rows = [len(captions) * row, len(captions) // 8 * row] if config.cache.cache else []
+    print_plan(f"{config.objective} of {image.image}", "pictures", config, model, loss, rows, batch.chunk)
+
+
+def make_model(config: TrainConfig, captions: Sequence[str]) -> tuple[Model, Words]:
+    """Makes the model that `config` describes, with its towers' weights, and its tokenizer; set the seed first.
 
     Raises:
         LabError: a tower or tokenizer cannot be had.
     """
     text = config.text
-    with accelerator.main_process_first():  # weights are downloaded on their first use
-        set_seed(config.run.seed)
-        captions = [caption for of_picture in data.splits["train"].captions for caption in of_picture]
-        option = "--tokenizer" if text.text == OWN else "--text"
-        words = make_words(text.tokenizer, captions, text.vocabulary, text.max_length, option)
-        tower = make_image_tower(config.image)
-        reader: TextTower | PretrainedText
-        if text.text == OWN:
-            reader = TextTower(len(words), text.text_width, text.text_layers, text.text_heads, words.length, words.end)
-        else:
-            reader = pretrained_text(text.text, text.text_pretrained, words.length, words.end, text.freeze_text)
-        model: Model = OBJECTIVES[config.objective].model(tower, reader, config.head)
+    option = "--tokenizer" if text.text == OWN else "--text"
+    words = make_words(text.tokenizer, captions, text.vocabulary, text.max_length, option)
+    tower = make_image_tower(config.image)
+    reader: TextTower | PretrainedText
+    if text.text == OWN:
+        reader = TextTower(len(words), text.text_width, text.text_layers, text.text_heads, words.length, words.end)
+    else:
+        reader = pretrained_text(text.text, text.text_pretrained, words.length, words.end, text.freeze_text)
+    model: Model = OBJECTIVES[config.objective].model(tower, reader, config.head)
     if config.image.freeze_image:
         tower.requires_grad_(False)
     if text.freeze_text:

@@ -83,17 +83,15 @@ class LiveBytes(TorchDispatchMode):
 
 
 def step_cost(model: torch.nn.Module, loss: Callable[[], torch.Tensor], precision: torch.dtype) -> Cost:
-    """Measures forward and backward of `loss` under autocast to `precision`; gradients are there already.
+    """Measures forward and backward of `loss` under autocast to `precision`.
 
     `model` was made on the meta device; its tensors are put into a mode in which operators compute shapes only, as are
-    those that `loss` makes. It cannot be used for anything else afterwards. The kernels are a CPU's, whose outputs are
-    those of a GPU in shape; float32 is no autocast.
+    those that `loss` makes. It can only be measured again afterwards. The kernels are a CPU's, whose outputs are
+    those of a GPU in shape; float32 is no autocast. Gradients that parameters have are there already; others count when
+    they come.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         _fake(model)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.empty_like(parameter)
         live.collect()
         before = live.peak = live.now
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
@@ -118,5 +116,6 @@ def _fake(model: torch.nn.Module) -> None:
                     new = torch.empty(tensor.shape, dtype=tensor.dtype)
                     if isinstance(tensor, torch.nn.Parameter):
                         new = torch.nn.Parameter(new, tensor.requires_grad)
+                        new.grad = None if tensor.grad is None else torch.empty_like(new)
                     old[id(tensor)], made[id(tensor)] = tensor, new
                 tensors[name] = made[id(tensor)]  # type: ignore[assignment]

@@ -210,6 +210,20 @@ class TrainingOptions:
 
 
 @dataclass
+class PlanOptions:
+    """The memory that a training would need."""
+
+    plan: bool = False
+    """Print what the training needs of memory and arithmetic and what fits, and stop; no weights are loaded."""
+    gpu_memory: NotNegative = 0.0
+    """--plan for a GPU of this many GB, such as 24; 0 is the machine that is here."""
+    gpus: CountOrZero = 0
+    """--plan for so many GPUs; 0 takes the number of --plan-launch, or of the launch under way."""
+    plan_launch: Path | None = None
+    """--plan under this Accelerate configuration, such as launch/fsdp.yaml; no process is started."""
+
+
+@dataclass
 class CacheOptions:
     """The cache of what the frozen part computes."""
 

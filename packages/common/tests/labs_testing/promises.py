@@ -12,6 +12,7 @@ class TestPromises(TrainingPromises):
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -86,6 +87,8 @@ class Training:
     zero_stage: int = 2
     sharded: Otherwise | None = None
     """Under launch/fsdp.yaml."""
+    planned: bool = False
+    """Whether the command has --plan and prints the peak of its batch."""
     gpu: Budget = field(kw_only=True)
     """The most that a step may do on a GPU."""
 
@@ -297,6 +300,11 @@ class TrainingPromises:
         (ran,) = on_pretended_gpu(training.libraries, tmp_path / "said", asked)
         assert_within(ran, training.gpu)
         assert losses(run)[0] == pytest.approx(losses(training.whole)[0], rel=0.1), "on a CPU, in float32"
+        if training.planned:  # without a weight, within 15 % of what the training held at most
+            said = training.here(*training.options, "--precision", "bf16", "--plan", "--gpu-memory", 80).stdout
+            (peak,) = re.findall(r"peak ([\d.]+) GB", said)
+            real = max(line["peak_memory"] for line in Run(run).lines("timing.jsonl"))
+            assert float(peak) * 1e9 == pytest.approx(real, rel=0.15), said
         shutil.copytree(run, again)
         shutil.rmtree((again / training.weights).parent)
         for checkpoint in checkpoints(again / "checkpoints"):

@@ -15,6 +15,7 @@ from labs_common.options import (
     NotNegative,
     OnBadData,
     PageOptions,
+    PlanOptions,
     RunOptions,
     TrainingOptions,
     number,
@@ -168,14 +169,11 @@ class TrainConfig:
     training: LanguageTrainingOptions = field(default_factory=LanguageTrainingOptions)
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     run: RunOptions = field(default_factory=RunOptions)
+    plan: PlanOptions = field(default_factory=PlanOptions)
     merge: bool = False
     """Also write the base with the update merged in, as a model that transformers loads."""
     show_batch: bool = False
     """Print the first batch with the learnt tokens in colour, and stop."""
-    plan: bool = False
-    """Print what the training needs of memory and arithmetic and which settings fit, and stop; nothing is loaded."""
-    gpu_memory: NotNegative = 0.0
-    """--plan for a GPU of this many GB, such as 24; 0 is the machine that is here."""
 
 
 @dataclass

@@ -39,7 +39,7 @@ def train(config: TrainConfig) -> None:
     """Walks the road: data, model, method, training, evaluation of what was written, report."""
     clock = {"start": time.perf_counter()}
     config = complete(config)
-    if config.plan:
+    if config.plan.plan:
         print_plan(config)
         return
     options, name = config.training, config.model.model

@@ -14,6 +14,7 @@ from labs_common.options import (
     Count,
     CountOrZero,
     NotNegative,
+    PlanOptions,
     Positive,
     RunOptions,
     Share,
@@ -98,6 +99,7 @@ class TrainConfig:
     cache: CacheOptions = field(default_factory=CacheOptions)
     training: PictureTrainingOptions = field(default_factory=PictureTrainingOptions)
     run: RunOptions = field(default_factory=RunOptions)
+    plan: PlanOptions = field(default_factory=PlanOptions)
     baselines: Asked = "auto"
     """Also train the head alone, and the whole network from scratch, on the same pictures for as many epochs; auto does
     for a tiny model."""

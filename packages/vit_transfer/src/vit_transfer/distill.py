@@ -13,6 +13,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from labs_common.data.images import record_splits
 from labs_common.device import to_device
 from labs_common.errors import LabError
 from labs_common.fitting import begin
-from labs_common.frozen.cache import Rows, front_rows
+from labs_common.frozen.cache import ComputedRows, Rows, front_rows
 from labs_common.report.classes import Predictions, wilson_interval
 from labs_common.report.figures import curve_figure
 from labs_common.report.page import Figure, Section, Table, save_figure
@@ -36,13 +37,16 @@ from vit_transfer.data import Batch, Tensors, read_splits, saved_transform
 from vit_transfer.evaluate import predictions_of
 from vit_transfer.report import finish_report
 from vit_transfer.saved import FOLDER, load_model, saved_model
-from vit_transfer.train import Loss, check_network, fit, fit_beside, named_config
+from vit_transfer.train import Loss, check_network, fit, fit_beside, named_config, print_needs
 
 
 def distill(config: DistillConfig) -> None:
     """Walks the road: pictures, teacher, student, the student without a teacher, evaluation, report."""
     clock = {"start": time.perf_counter()}
     config = complete_distillation(config)
+    if config.plan.plan:
+        print_needs(config, partial(distillation_on_shapes, config), by_head=True)
+        return
     accelerator = begin(config.run, config.training)
     with accelerator.main_process_first():
         splits = read_splits(config.data, config.run.seed, accelerator.is_main_process)
@@ -144,6 +148,11 @@ def distillation_loss(config: DistillConfig, teacher: Rows) -> Loss:
         return loss, {"accuracy": right.float().mean(), "agreement": agreed.float().mean()}
 
     return loss_of
+
+
+def distillation_on_shapes(config: DistillConfig, classes: int) -> Loss:
+    """Returns the loss of the distillation from a teacher of so many classes that says nothing: for `--plan`."""
+    return distillation_loss(config, ComputedRows(lambda _, places: torch.empty(len(places), classes), "fp32"))
 
 
 def alone(config: DistillConfig) -> TrainConfig:

@@ -19,14 +19,26 @@ from accelerate.utils import set_seed
 
 from labs_common.cache import path_name
 from labs_common.data.images import record_splits
+from labs_common.data.readers import read_pictures
 from labs_common.device import expect_fixed_shapes
 from labs_common.errors import Interrupted
 from labs_common.fitting import Fitted, Fitting, begin, channels_last
+from labs_common.frozen.cache import DTYPES
+from labs_common.plan import print_plan
 from labs_common.progress import console
 from labs_common.run import Run, training_means
 from labs_common.steps import ShuffledSteps
 from vit_transfer.config import AttackConfig, DistillConfig, ModelOptions, TrainConfig, complete
-from vit_transfer.data import Batch, Splits, Tensors, boundary_rows, read_splits, training_batches, transform_of
+from vit_transfer.data import (
+    Batch,
+    Splits,
+    Tensors,
+    boundary_rows,
+    drawn_scenes,
+    read_splits,
+    training_batches,
+    transform_of,
+)
 from vit_transfer.evaluate import predictions_of, scores
 from vit_transfer.model import create, transfer
 from vit_transfer.report import finish_report
@@ -40,6 +52,9 @@ def train(config: TrainConfig) -> None:
     """Walks the road: pictures, network, training, baselines, evaluation of what was written, report."""
     clock = {"start": time.perf_counter()}
     config = complete(config)
+    if config.plan.plan:
+        print_needs(config, lambda _: label_loss(config.training.label_smoothing))
+        return
     accelerator = begin(config.run, config.training)
     with accelerator.main_process_first():
         splits = read_splits(config.data, config.run.seed, accelerator.is_main_process)
@@ -75,6 +90,36 @@ def check_network(options: ModelOptions, classes: int, cached: bool, by_head: bo
     with torch.device("meta"):  # shapes without weights
         network = create(dataclasses.replace(options, pretrained=False), classes)
         transfer(network, options, cached, by_head=by_head)
+
+
+def print_needs(config: TrainConfig, loss_for: Callable[[int], Loss], by_head: bool = False) -> None:
+    """Prints the memory that the training needs; of the data it reads how many pictures and classes there are.
+
+    `loss_for` gives the loss for so many classes.
+
+    Raises:
+        LabError: there is no such data or network.
+    """
+    found = read_pictures(config.data.data or str(drawn_scenes()))
+    classes, pictures = len(found.train.classes), len(found.train)
+    validation = (
+        round(pictures * config.data.validation_fraction) if found.validation is None else len(found.validation)
+    )
+    with torch.device("meta"):
+        network = create(dataclasses.replace(config.model, pretrained=False, weights=None), classes)
+        model = transfer(network, config.model, config.cache.cache, by_head=by_head).train()
+    cut, loss_of, dtype = model.cut, loss_for(classes), DTYPES[config.cache.boundary_precision][0]
+    # The back holds some parameters by itself.
+    whole = model if cut is None else torch.nn.ModuleList([model, cut.back])
+
+    def loss(count: int) -> torch.Tensor:
+        side = model.size
+        inputs = torch.empty(count, 3, side, side) if cut is None else torch.empty(count, cut.width, dtype=dtype)
+        return loss_of(model, Batch(inputs, torch.zeros(count, dtype=torch.long), 0, range(count), 1.0))[0]
+
+    kept = [] if cut is None or not config.cache.cache else [pictures * config.data.views, validation]
+    rows = [min(size, config.data.limit or size) * cut.width * dtype.itemsize for size in kept if cut is not None]
+    print_plan(f"{config.model.model}, {config.model.unfreeze}", "pictures", config, whole, loss, rows)
 
 
 def fit(

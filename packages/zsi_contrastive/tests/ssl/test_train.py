@@ -108,6 +108,7 @@ class TestPromises(TrainingPromises):
             whole,
             "model/encoder.safetensors",
             frozen=None,
+            planned=True,
             gpu=BUDGETS[method],
         )
 

@@ -118,12 +118,7 @@ def read_captioned(data: str | Path, on_bad_data: OnBadData = "error", shown: bo
         LabError: there is no such directory or caption file; or some of it cannot be used and `on_bad_data` is
             "error" (the first five are named), or nothing can.
     """
-    folder = Path(data)
-    if not folder.is_dir():
-        raise LabError(f"--data {data}: no such directory")
-    file = next((folder / name for name in CAPTION_FILES if (folder / name).is_file()), None)
-    if file is None:
-        raise LabError(f"--data {data}: has neither captions.txt nor Flickr8k.token.txt")
+    folder, file = Path(data), _caption_file(data)
     pictures = next((folder / name for name in PICTURE_FOLDERS if (folder / name).is_dir()), folder)
     faults: list[tuple[str, str]] = []  # what is bad, and why
     captions: dict[str, list[str]] = {}
@@ -167,6 +162,29 @@ def _caption_fault(caption: str) -> str:
     if len(caption) > LONGEST:
         return f"caption of more than {LONGEST:,} characters"
     return "quote that is not closed" if SWALLOWED.search(caption) else "" if caption.strip() else "empty caption"
+
+
+def _caption_file(data: str | Path) -> Path:
+    folder = Path(data)
+    if not folder.is_dir():
+        raise LabError(f"--data {data}: no such directory")
+    file = next((folder / name for name in CAPTION_FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise LabError(f"--data {data}: has neither captions.txt nor Flickr8k.token.txt")
+    return file
+
+
+def captions_alone(options: CaptionDataOptions, drawn: Callable[[], Path]) -> list[list[str]]:
+    """Reads the captions of as many pictures as training has, opening none: for sizes, as which they are is not asked.
+
+    Raises:
+        LabError: there is no such directory or caption file.
+    """
+    found: dict[str, list[str]] = {}
+    for _, name, caption in caption_lines(_caption_file(options.data or drawn())):
+        if name is not None and caption.strip():
+            found.setdefault(name, []).append(caption.strip())
+    return list(found.values())[: options.limit or round(0.8 * len(found))]  # the share that `caption_splits` draws
 
 
 def caption_lines(file: Path) -> Iterator[tuple[int, str | None, str]]:

@@ -10,6 +10,7 @@ from labs_common.options import (
     Count,
     CountOrZero,
     NotNegative,
+    PlanOptions,
     Positive,
     RunOptions,
     Share,
@@ -173,6 +174,7 @@ class PretrainConfig:
     training: PretrainTrainingOptions = field(default_factory=PretrainTrainingOptions)
     measure: MeasureOptions = field(default_factory=MeasureOptions)
     run: RunOptions = field(default_factory=RunOptions)
+    plan: PlanOptions = field(default_factory=PlanOptions)
 
 
 def check_ranges(config: PretrainConfig) -> None:

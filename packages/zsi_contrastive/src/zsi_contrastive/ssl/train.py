@@ -4,6 +4,9 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +19,7 @@ from labs_common.data.images import record_splits
 from labs_common.device import expect_fixed_shapes
 from labs_common.errors import LabError, reason_of
 from labs_common.fitting import Fitted, Fitting, begin, channels_last, share_batch_norms
+from labs_common.plan import print_plan
 from labs_common.progress import console
 from labs_common.run import Run
 from labs_common.training import Loop, total_steps
@@ -35,6 +39,9 @@ def train(config: PretrainConfig) -> None:
     """Walks the road: pictures, network, training, what its features are worth, report."""
     clock = {"start": time.perf_counter()}
     config = complete(config)
+    if config.plan.plan:
+        print_needs(config)
+        return
     accelerator = begin(config.run, config.training)
     main = accelerator.is_main_process
     network = make_network(config, accelerator)
@@ -106,6 +113,32 @@ def fit(
             loop.evaluated(evaluation(), "validation/knn", higher_is_better=True)
     teacher_tensors = memory.check_teacher(fitting.optimizer)
     return encoder, fitting.finish(lambda _: save_encoder(config, encoder, run.path)), teacher_tensors
+
+
+def print_needs(config: PretrainConfig) -> None:
+    """Prints the memory that the training needs; of the data it reads nothing.
+
+    Raises:
+        LabError: there is no such network.
+    """
+    method, views = METHODS[config.method], config.views
+    with torch.device("meta"):
+        network = method.network(config).train()
+    memory = Memory(config, network, torch.device("meta"))
+    sides = [config.encoder.side] * method.full_views + [views.local_side] * (views.local_crops * method.small_views)
+    whole = network if memory.teacher is None else torch.nn.ModuleList([network, memory.teacher])
+    accelerator: Any = SimpleNamespace(autocast=nullcontext)
+
+    def loss(count: int) -> torch.Tensor:
+        for name in ("queue", "centre"):
+            if (tensor := getattr(memory, name)) is not None:
+                setattr(memory, name, torch.empty(tensor.shape))
+        pictures = [torch.empty(count, 3, side, side) for side in sides]
+        return method.loss(Step(network, memory, config.own, accelerator, pictures))
+
+    title = f"{config.method} of {config.encoder.backbone}"
+    moments = 2 if config.training.optimizer == "adamw" else 1
+    print_plan(title, "pictures", config, whole, loss, moments=moments)
 
 
 def make_network(config: PretrainConfig, accelerator: Accelerator) -> torch.nn.Module:

@@ -1,0 +1,320 @@
+"""Says before any weight is loaded what a training needs of a GPU's memory, alone or beside others.
+
+Weights, gradients and the optimizer's moments are counted; what a batch adds is measured on shapes alone
+(`labs_common.memory`). It is affine in the batch, so two batches are measured and the rest is arithmetic.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, parse_flag_from_env
+
+from labs_common.device import mixed_precision
+from labs_common.errors import LabError, reason_of
+from labs_common.frozen.cache import HELD_SHARE
+from labs_common.memory import Cost, step_cost
+from labs_common.options import PlanOptions, TrainingOptions
+from labs_common.sharding import COMPUTED_IN, RUNNING, repeated_layers, zero_stage
+
+# The share of free memory that is counted on, since blocks of freed memory do not always fit what comes next.
+USABLE = 0.9
+CONTEXT = 600_000_000  # bytes that CUDA and its libraries take on a GPU for themselves
+# DeepSpeed's defaults, in values: its bucket of gradients, which is there whole, and the weights that stay gathered.
+BUCKET, LIVE = 500_000_000, 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The memory that a training may use.
+
+    Attributes:
+        gpu: whether it is a GPU's.
+        total, free: bytes.
+        precision: Accelerate's name.
+        fused: whether kernels attend without scores in memory; older GPUs use blocks.
+    """
+
+    gpu: bool
+    total: int
+    free: int
+    precision: str
+    fused: bool
+
+    @property
+    def usable(self) -> float:
+        """The bytes that are counted on."""
+        return USABLE * self.free
+
+    def __str__(self) -> str:
+        of = "a GPU" if self.gpu else "this CPU"
+        precision = "fp32" if self.precision == "no" else self.precision
+        return f"{of} with {gigabytes(self.total)}, {gigabytes(self.usable)} counted on; precision {precision}"
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """The GPUs of a launch. Each has a copy of the model, or its part of what they spread.
+
+    Attributes:
+        stage: of ZeRO: from 1 on the optimizer is spread, from 2 on gradients, with 3 weights; 0 spreads nothing.
+        fsdp: whether FSDP2 spreads all three.
+    """
+
+    gpus: int = 1
+    stage: int = 0
+    fsdp: bool = False
+
+    @property
+    def spreads(self) -> bool:
+        """Whether gradients are of one GPU only in part."""
+        return self.gpus > 1 and (self.fsdp or self.stage > 1)
+
+    def __str__(self) -> str:
+        kind = "FSDP" if self.fsdp else f"ZeRO-{self.stage}" if self.stage else "a whole model on each"
+        return f"{self.gpus} GPUs, {kind}" if self.gpus > 1 else "one GPU"
+
+
+ALONE = Sharing()
+
+
+def sharing_of(accelerator: Accelerator) -> Sharing:
+    """Returns that of a launch under way."""
+    fsdp = accelerator.distributed_type == DistributedType.FSDP
+    return Sharing(accelerator.num_processes, zero_stage(accelerator), fsdp)
+
+
+def sharing_asked(options: PlanOptions) -> Sharing:
+    """Returns that of --plan-launch and --gpus, or of the launch in which this process is.
+
+    Raises:
+        LabError: the configuration cannot be read, or says something else than a plan can be made of.
+    """
+    if options.plan_launch is None:  # as `accelerate launch` and torchrun tell their processes
+        stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0"))
+        fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP")
+        return Sharing(options.gpus or int(os.environ.get("WORLD_SIZE", "1")), stage, fsdp)
+    try:
+        said = yaml.safe_load(options.plan_launch.read_text(encoding="utf-8"))
+        kind, stage = said["distributed_type"], int((said.get("deepspeed_config") or {}).get("zero_stage", 0))
+        return Sharing(options.gpus or int(said["num_processes"]), stage, kind == "FSDP")
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+        said = f"is no configuration of Accelerate ({reason_of(error)})"
+        raise LabError(f"--plan-launch {options.plan_launch}: {said}") from error
+
+
+@dataclass(frozen=True)
+class Held:
+    """The needs of a process whatever the batch.
+
+    Attributes:
+        parameters, trained: how many, of the whole model.
+        weights, gradients, optimizer: bytes.
+        outside: bytes of weights that belong to no layer: FSDP2 keeps them whole during a step.
+        layer: bytes of the largest layer as it is gathered: the largest unit, of which FSDP2 has two at a time.
+        buffers: bytes that a launch of several needs besides.
+        rows: bytes of data that stay on the GPU.
+    """
+
+    parameters: int
+    trained: int
+    weights: int
+    gradients: int
+    optimizer: int
+    outside: int = 0
+    layer: int = 0
+    buffers: int = 0
+    rows: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it in bytes."""
+        return self.weights + self.gradients + self.optimizer + self.buffers + self.rows
+
+    def shared(self, sharing: Sharing) -> "Held":
+        """Returns the needs of one of several GPUs (Rajbhandari et al. 2020 for ZeRO's stages)."""
+        gpus, stage = sharing.gpus, 3 if sharing.fsdp else sharing.stage
+        if gpus == 1:
+            return self
+        if sharing.fsdp:
+            buffers = self.outside + 2 * self.layer
+        elif stage:
+            # DeepSpeed reduces gradients in one bucket of this size, and keeps gathered weights up to a limit.
+            each = self.weights / self.parameters
+            buffers = 4 * BUCKET + (round(min(self.weights, LIVE * each)) if stage == 3 else 0)
+        else:
+            buffers = self.gradients  # DistributedDataParallel's buckets
+        return dataclasses.replace(
+            self,
+            weights=self.weights // (gpus if stage == 3 else 1),
+            gradients=self.gradients // (gpus if stage >= 2 else 1),
+            optimizer=self.optimizer // (gpus if stage >= 1 else 1),
+            buffers=buffers,
+        )
+
+    def lines(self, sharing: Sharing) -> list[str]:
+        """Describes them."""
+        parts = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
+        said = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
+        if self.rows:
+            said += f", data that stays there {gigabytes(self.rows)}"
+        if sharing.gpus == 1:
+            return [said]
+        more = f"; the largest gathered layer {gigabytes(self.layer)}" if sharing.fsdp else ""
+        return [f"{sharing}; on each: {said}, buffers {gigabytes(self.buffers)}{more}"]
+
+
+def held_by(model: torch.nn.Module, precision: str, moments: int = 2) -> Held:
+    """Counts what a training of `model` (on the meta device, frozen as it will be) holds.
+
+    `precision` is Accelerate's name; `moments` are those that the optimizer keeps of each trained value.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights, gradients = byte_count(tensors_of(model)), byte_count(trained)
+    inside: set[int] = set()
+    largest = stored = 0
+    for layer in repeated_layers(model):  # inner ones first
+        own = [parameter for parameter in layer.parameters() if id(parameter) not in inside]
+        inside |= set(map(id, own))
+        stored += byte_count(own)
+        dtype = gathered_dtype(layer, precision)
+        largest = max(largest, sum(one.numel() * (dtype or one.dtype).itemsize for one in own))
+    return Held(
+        sum(parameter.numel() for parameter in model.parameters()), sum(parameter.numel() for parameter in trained),
+        weights, gradients, moments * gradients, weights - stored, largest,
+    )  # fmt: skip
+
+
+def gathered_dtype(layer: torch.nn.Module, precision: str) -> torch.dtype | None:
+    """Returns the type in which FSDP2 gathers a layer, see `labs_common.sharding.shard`; None is as it is stored."""
+    return None if any(isinstance(part, RUNNING) for part in layer.modules()) else COMPUTED_IN.get(precision)
+
+
+def before_step(model: torch.nn.Module, precision: str, sharing: Sharing, accumulating: bool) -> None:
+    """Lets a model on the meta device have what it has when a backward pass begins.
+
+    Where micro-batches are `accumulating` that is all gradients. Gradients that are spread leave whenever a layer is
+    done, which is measured as if they were there; but FSDP2 keeps those outside of layers whole to the end. Under it
+    layers are gathered in another type.
+    """
+    fsdp = sharing.fsdp and sharing.gpus > 1
+    there = set(model.parameters()) if not fsdp and (sharing.spreads or accumulating) else set()
+    for layer in repeated_layers(model) if fsdp else ():
+        dtype = gathered_dtype(layer, precision)
+        for parameter in layer.parameters():
+            parameter.data = parameter.data.to(dtype or parameter.dtype)
+            there.add(parameter)
+    for parameter in model.parameters():
+        kept = parameter.requires_grad and parameter in there
+        parameter.grad = torch.empty_like(parameter) if kept else None
+
+
+def byte_count(tensors: Iterable[torch.Tensor]) -> int:
+    """Adds up bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def tensors_of(model: torch.nn.Module) -> Iterable[torch.Tensor]:
+    """Yields parameters and buffers."""
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def between(one: tuple[int, Cost], other: tuple[int, Cost], at: int) -> Cost:
+    """Returns the cost at a place on the line through two (place, cost).
+
+    Forward and backward each have one moment at which most exists, at every length and depth; together they have two.
+    """
+    share = (at - one[0]) / (other[0] - one[0])
+    pairs = zip(dataclasses.astuple(one[1]), dataclasses.astuple(other[1]), strict=True)
+    return Cost(*(round(first + (last - first) * share) for first, last in pairs))
+
+
+def machine_here(precision: str) -> Machine:
+    """Asks the GPU that this process would use, or the operating system."""
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return Machine(True, total, free, precision, precision != "no" and torch.cuda.get_device_capability()[0] >= 8)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Machine(False, total, total, precision, False)
+
+
+def machine_of(options: PlanOptions, training: TrainingOptions) -> Machine:
+    """Describes the machine that `--plan` is for: the one that is here, or a GPU with --gpu-memory."""
+    asked, memory = training.precision, int(options.gpu_memory * 1e9)
+    if not memory:
+        return machine_here(mixed_precision(asked))
+    precision = "bf16" if asked == "auto" else mixed_precision(asked)
+    return Machine(True, memory, memory - CONTEXT, precision, precision == "bf16")
+
+
+def gigabytes(count: float) -> str:
+    """Writes bytes in GB (10^9)."""
+    return f"{count / 1e9:.3g} GB" if count < 1e9 else f"{count / 1e9:.1f} GB"
+
+
+def print_plan(
+    title: str,
+    unit: str,
+    config: Any,
+    model: torch.nn.Module,
+    loss: Callable[[int], torch.Tensor],
+    rows: Sequence[int] = (),
+    at_once: int = 0,
+    moments: int = 2,
+) -> None:
+    """Prints what a step needs and what fits the machine.
+
+    Args:
+        title: names what trains.
+        unit: names what a batch has many of.
+        config: of the command, with `plan` and `training`.
+        model: on the meta device, in training mode, frozen as it will be.
+        loss: computes the loss of so many on shapes.
+        rows: bytes of each split that a GPU keeps where they fit, see `labs_common.frozen.cache`.
+        at_once: how many go through the network at once if not a process's whole part of a batch.
+        moments: that the optimizer keeps of each trained value.
+
+    Raises:
+        LabError: the options contradict each other, or the network cannot be measured on shapes.
+    """
+    machine, sharing = machine_of(config.plan, config.training), sharing_asked(config.plan)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    held = held_by(model, machine.precision, moments).shared(sharing)
+    kept = sum(size for size in rows if size <= HELD_SHARE * machine.free) if machine.gpu else 0
+    held = dataclasses.replace(held, rows=kept)
+    count = at_once or -(-config.training.batch_size // sharing.gpus)
+    dtype = COMPUTED_IN.get(machine.precision, torch.float32)
+
+    def cost(of: int) -> Cost:
+        before_step(model, machine.precision, sharing, accumulating=False)
+        return step_cost(model, lambda: loss(of), dtype)
+
+    try:
+        one, other = (count, cost(count)), (2 * count, cost(2 * count))
+    except LabError:
+        raise
+    except Exception as error:  # a network that computes with values cannot be measured on shapes
+        raise LabError(f"--plan: the step cannot be measured on shapes ({reason_of(error)})") from error
+    # A step that is not accumulated has no gradients before its backward pass, whose peak counts those that come.
+    fixed = held.total - (0 if sharing.spreads else held.gradients)
+    print(f"{title}: {held.parameters:,} parameters, {held.trained:,} train; {machine}")
+    print(*held.lines(sharing), sep="\n")
+    peak = fixed + one[1].peak
+    said = "fits" if peak <= machine.usable else "too much"
+    print(
+        f"{count:,} {unit} at once: activations {gigabytes(one[1].peak)}, peak {gigabytes(peak)}: {said}; "
+        f"{one[1].flops / 1e12:,.3g} TFLOP"
+    )
+    most = count
+    while fixed + between(one, other, 2 * most).peak <= machine.usable:
+        most *= 2
+    while most and fixed + between(one, other, most).peak > machine.usable:
+        most //= 2
+    print(f"fits: {most:,} {unit} at once on each GPU" if most else "nothing fits: several GPUs, or a smaller network")
