@@ -144,7 +144,7 @@ def rows_then(end: str) -> Iterator[Row]:
 def test_however_it_ends_its_rows_are_kept(
     end: str, state: str, said: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(running, "LAST_SECONDS", 0.5)
+    monkeypatch.setattr(running, "LAST_SECONDS", 0.5 if end == "hangs" else 30)
     monkeypatch.setattr(sharding, "launched", lambda setting, folder: rows_then(end))
     measurement = Measurement("it", "sharding:launched")
     one = running.Planned("sharding", measurement, tmp_path / "rows" / "sharding" / "it.json", None)
