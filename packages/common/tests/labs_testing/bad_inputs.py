@@ -6,6 +6,7 @@ a command take some seconds.
 """
 
 import io
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +85,10 @@ CONFIGS: Rows = {
     "--config {files}/text.yaml": "text.yaml: --epochs: must be",
     "--config {files}/choice.yaml": "--precision",
     "--config {files}/group.yaml": "training",
+    "--config {files}/bomb.yaml": "bomb.yaml",
+    "--config {files}/resume.yaml": "resume",
+    "--config {files}/pipe": "pipe",
+    "--config /dev/zero": "/dev/zero",
 }
 RUNS: Rows = {
     "--resume": "--resume",
@@ -100,6 +105,9 @@ RUNS: Rows = {
     "--output {whole}/config.yaml/run": "--output",
     "--output /proc/run": "--output",
     "--output /dev/null/run": "--output",
+    f"--output {300 * 'a'}": "--output",
+    "--resume {files}/pipe": "pipe",
+    "--resume {files}/pipe-run": "pipe-run",
 }
 CACHES: Rows = {
     "XDG_CACHE_HOME={files}/list.yaml": "set XDG_CACHE_HOME",
@@ -112,6 +120,8 @@ DATA: dict[str, Rows] = {
         "--data {files}/no-pictures": "cut.png",
         "--data {files}/cut-captions": "cut.png",
         "--data {files}/latin": "latin",
+        "--data {files}/endless-captions": "endless-captions",
+        "--data {files}/pipe-captions": "pipe-captions",
         "--splits {files}/nowhere": "--splits",
         "--limit -1": "--limit: must be a whole number at least 0",
     },
@@ -131,6 +141,11 @@ DATA: dict[str, Rows] = {
         "--data {files}/numbers.jsonl": "numbers.jsonl:1",
         "--data {files}/roles.jsonl": "roles.jsonl:1",
         "--data {files}/latin.jsonl": "latin.jsonl",
+        "--data {files}/half.jsonl": "half.jsonl:1",
+        "--data {files}/digits.jsonl": "digits.jsonl:1",
+        "--data {files}/deep.jsonl": "deep.jsonl:1",
+        "--data {files}/pipe.jsonl": "pipe.jsonl",
+        "--model {files}/code": "code",
         "--conversations 0": "--conversations: must be a whole number at least 1",
         "--rank 0": "--rank: must be a whole number at least 1",
         "--dropout 1": "--dropout: must be a number at least 0 and below 1",
@@ -140,6 +155,8 @@ DATA: dict[str, Rows] = {
         "--data {files}/coco-open": "instances_train2017.json",
         "--data {files}/coco-list": "instances_train2017.json",
         "--data {files}/coco-empty": "instances_train2017.json",
+        "--data {files}/coco-pipe": "instances_train2017.json",
+        "--data {files}/coco-deep": "instances_train2017.json",
         "--split {files}/list.yaml": "list.yaml",
         "--split 50_10": "50_10",
         "--word-vectors {files}/list.yaml": "list.yaml",
@@ -148,6 +165,8 @@ DATA: dict[str, Rows] = {
     },
 }
 COCO = "annotations/instances_{}2017.json"
+PIPES = ("pipe", "pipe.jsonl", "pipe-run/config.yaml", "pipe-captions/captions.txt",
+         *(f"coco-pipe/{COCO.format(part)}" for part in ("train", "val")))  # fmt: skip
 FILES = {
     "empty.yaml": b"", "list.yaml": b"- 1\n", "open.yaml": b"a: [", "bytes.yaml": b"epochs: \xff\xfe",
     "null.yaml": b"epochs: \0", "object.yaml": b"epochs: !!python/object/apply:os.getcwd []", "group.yaml": b"training: 3",
@@ -157,10 +176,17 @@ FILES = {
     "no-header/captions.txt": b"one line\n", "no-pictures/captions.txt": b"image,caption\ncut.png,a thing\n",
     "latin/captions.txt": b"image,caption\ncut.png,caf\xe9\n", "cut-captions/captions.txt": b"image,caption\ncut.png,a\n",
     "pickled/data_batch_1": b"\x80\x04cos\ngetcwd\n(tR.", "pickled/test_batch": b"\x80\x04cos\ngetcwd\n(tR.",
+    "bomb.yaml": b"a: &a [1, 1]\n" + b"".join(b"%c: &%c [*%c, *%c]\n" % (n + 1, n + 1, n, n) for n in range(97, 121)),
+    "resume.yaml": b"resume: elsewhere",
+    "endless-captions/captions.txt": b"image,caption\ncut.png," + 200_000 * b"a",
+    "half.jsonl": b'{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "a"}]}\n',
+    "digits.jsonl": b'{"messages": ' + 5_000 * b"9" + b"}\n", "deep.jsonl": 100_000 * b"[" + b"\n",
+    "code/config.json": b'{"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}',
+    "code/own.py": b"raise SystemExit('this code was run')",
     "empty.jsonl": b"", "open.jsonl": b'{"messages": [', "numbers.jsonl": b"1\n",
     "roles.jsonl": b'{"messages": [{"role": "king", "content": "a"}]}\n', "latin.jsonl": b'{"messages": "caf\xe9"}\n',
     **{f"coco-{kind}/{COCO.format(part)}": text for part in ("train", "val")
-       for kind, text in {"open": b"{", "list": b"[]", "empty": b"{}"}.items()},
+       for kind, text in {"open": b"{", "list": b"[]", "empty": b"{}", "deep": 100_000 * b"["}.items()},
 }  # fmt: skip
 
 
@@ -174,6 +200,9 @@ def write_bad_files(folder: Path) -> Path:
     for name, content in (FILES | cut).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
+    for name in PIPES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.mkfifo(folder / name)
     parquet.write_table(pa.table({"number": [1, 2]}), folder / "numbers.parquet")
     return folder
 
