@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 from labs_common.cache import SUMS, file_sum, files_in
-from labs_common.errors import LabError, reason_of
+from labs_common.errors import LabError, json_of, reason_of
 from labs_common.progress import console
 from labs_common.sharding import part_like, reshard, whole, zero_stage
 
@@ -179,7 +179,7 @@ def _check_sums(folder: Path, accelerator: Accelerator, names: list[str] | None 
     mine: list[tuple[str, int | None]] = []
     for name in names[accelerator.process_index :: accelerator.num_processes]:
         try:
-            mine.append((name, file_sum(folder / name)))
+            mine.append((name, file_sum(folder / name) if (folder / name).is_file() else None))  # a pipe never ends
         except OSError:
             mine.append((name, None))
     return dict(sorted(gather_object(mine)))
@@ -206,8 +206,8 @@ def _damage(path: Path, accelerator: Accelerator, run: str | None) -> str | None
 def _json(file: Path) -> Any:
     """Reads a dictionary; an empty one if there is none to be read."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json_of(file, str(file))
+    except LabError:
         return {}
     return found if isinstance(found, dict) else {}
 
