@@ -69,6 +69,12 @@ def flipped(file: Path) -> None:
     file.write_bytes(content)
 
 
+def piped(file: Path) -> None:
+    """A pipe takes its place."""
+    file.unlink()
+    os.mkfifo(file)
+
+
 def test_sums_are_of_every_file(whole: Path) -> None:
     for checkpoint in checkpoints(whole / "checkpoints"):
         sums = json.loads((checkpoint / SUMS).read_text())
@@ -80,11 +86,12 @@ def test_sums_are_of_every_file(whole: Path) -> None:
 def test_any_damaged_file_is_named_and_the_checkpoint_before_is_offered(run: Path) -> None:
     for file in sorted(newest(run).iterdir()):
         content = file.read_bytes()
-        for damage in (flipped, lambda file: file.write_bytes(file.read_bytes()[:-1]), Path.unlink):
+        for damage in (flipped, lambda file: file.write_bytes(file.read_bytes()[:-1]), Path.unlink, piped):
             damage(file)
             said = refusal(run)
             assert str(file if file.name != SUMS else file.parent) in said
             assert said.endswith(f"; delete step-00000009 in {run / 'checkpoints'} to go on from step-00000006")
+            file.unlink(missing_ok=True)
             file.write_bytes(content)
     check_resumed(run / "checkpoints", Accelerator(), {"run": Run(run).id, "steps": 9, "epoch": 10})
 
@@ -109,6 +116,7 @@ def test_after_the_damaged_ones_are_deleted_it_goes_on(whole: Path, run: Path) -
 
 
 def test_best_weights_that_are_damaged_are_named(run: Path) -> None:
+    shutil.copytree(newest(run), run / "checkpoints" / "best-of-all")  # somebody keeps it: it is none of the run's
     best = shutil.copytree(checkpoints(run / "checkpoints")[1], run / "checkpoints" / "best-00000006")
     flipped(best / "trainable.safetensors")
     assert re.search(r"best-00000006/trainable\S+: is damaged.*delete best-00000006, step-00000006, step-00000009 in "

@@ -1,5 +1,6 @@
 """What several GPUs hold each, and the option that asks for it; the labs compare whole plans with what was measured."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -53,11 +54,21 @@ def test_a_launch_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_no_launch(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1\n")
-    for file in (tmp_path / "list.yaml", tmp_path / "none.yaml", tmp_path):
-        with pytest.raises(LabError, match=f"--plan-launch {file}: is no configuration of Accelerate"):
+    common = "num_processes: 2\ndistributed_type: "
+    (tmp_path / "elsewhere.yaml").write_text(
+        f"{common}DEEPSPEED\ndeepspeed_config: {{deepspeed_config_file: x.json}}\n"
+    )
+    offload = "{zero_stage: 2, offload_optimizer_device: cpu}"
+    (tmp_path / "host.yaml").write_text(f"{common}DEEPSPEED\ndeepspeed_config: {offload}\n")
+    (tmp_path / "parts.yaml").write_text(f"{common}FSDP\nfsdp_config: {{fsdp_offload_params: true}}\n")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for name, said in (
+        ("list", "is no configuration of Accelerate"), ("none", "cannot be read"), ("pipe", "cannot be read"),
+        ("elsewhere", "does not say zero_stage"), ("host", "the host's memory"), ("parts", "the host's memory"),
+    ):  # fmt: skip
+        file = tmp_path / f"{name}.yaml"
+        with pytest.raises(LabError, match=f"--plan-launch {file}: .*{said}"):
             sharing_asked(PlanOptions(plan_launch=file))
-    with pytest.raises(LabError, match="must not be negative"):
-        sharing_asked(PlanOptions(gpus=-1))
 
 
 def test_units_and_what_is_there_before_a_step() -> None:

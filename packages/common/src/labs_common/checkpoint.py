@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 from labs_common.cache import SUMS, file_sum, files_in
-from labs_common.errors import LabError, reason_of
+from labs_common.errors import LabError, json_of, reason_of
 from labs_common.progress import console
-from labs_common.sharding import part_like, reshard, whole
+from labs_common.sharding import part_like, reshard, whole, zero_stage
 
 SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
 KERNELS = ("fused", "foreach")  # how an optimizer computes, not what
@@ -92,6 +92,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-" + 8 * "[0-9]"))
 
 
+def best_checkpoints(folder: Path) -> list[Path]:
+    """Finds those of the best weights, `best-N`, under `folder`, oldest first."""
+    return sorted(folder.glob("best-" + 8 * "[0-9]"))
+
+
 def check_resumed(folder: Path, accelerator: Accelerator, identity: dict[str, Any]) -> None:
     """Makes sure that a run can go on from its newest checkpoint under `folder` as it began; called by all processes.
 
@@ -103,7 +108,7 @@ def check_resumed(folder: Path, accelerator: Accelerator, identity: dict[str, An
             or data.
     """
     saved = checkpoints(folder)
-    for path in [*saved[-1:], *sorted(folder.glob("best-*"))]:
+    for path in [*saved[-1:], *best_checkpoints(folder)]:
         if damage := _damage(path, accelerator, identity["run"]):
             older = [one for one in saved if _number(one) < _number(path)]
             while older and _damage(older[-1], accelerator, identity["run"]):
@@ -120,7 +125,7 @@ def check_resumed(folder: Path, accelerator: Accelerator, identity: dict[str, An
         try:
             before = json.loads((path / "position.json").read_text(encoding="utf-8"))
             _compare(path, before, json.loads(json.dumps(identity)) | _surroundings(accelerator), accelerator)
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, LookupError, TypeError):
             return  # of an earlier version, without check sums: `load_checkpoint` says what is wrong
 
 
@@ -152,7 +157,7 @@ def _surroundings(accelerator: Accelerator) -> dict[str, Any]:
     kind = accelerator.distributed_type
     launch = kind.value if kind in SHARDED else "no sharding"
     if kind == DistributedType.DEEPSPEED:
-        launch += f" ZeRO-{accelerator.deepspeed_plugin.zero_stage}"
+        launch += f" ZeRO-{zero_stage(accelerator)}"
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
     return {"launch": launch, "precision": accelerator.mixed_precision, "device": device, "torch": torch.__version__}
 
@@ -174,7 +179,7 @@ def _check_sums(folder: Path, accelerator: Accelerator, names: list[str] | None 
     mine: list[tuple[str, int | None]] = []
     for name in names[accelerator.process_index :: accelerator.num_processes]:
         try:
-            mine.append((name, file_sum(folder / name)))
+            mine.append((name, file_sum(folder / name) if (folder / name).is_file() else None))  # a pipe never ends
         except OSError:
             mine.append((name, None))
     return dict(sorted(gather_object(mine)))
@@ -201,8 +206,8 @@ def _damage(path: Path, accelerator: Accelerator, run: str | None) -> str | None
 def _json(file: Path) -> Any:
     """Reads a dictionary; an empty one if there is none to be read."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json_of(file, str(file))
+    except LabError:
         return {}
     return found if isinstance(found, dict) else {}
 

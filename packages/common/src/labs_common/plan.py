@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env
 
 from labs_common.device import mixed_precision
-from labs_common.errors import LabError, reason_of
+from labs_common.errors import LabError, reason_of, text_of
 from labs_common.frozen.cache import HELD_SHARE
 from labs_common.memory import Cost, step_cost
 from labs_common.options import PlanOptions, TrainingOptions
@@ -27,6 +27,7 @@ USABLE = 0.9
 CONTEXT = 600_000_000  # bytes that CUDA and its libraries take on a GPU for themselves
 # DeepSpeed's defaults, in values: its bucket of gradients, which is there whole, and the weights that stay gathered.
 BUCKET, LIVE = 500_000_000, 1_000_000_000
+FAR, MOST = 64, 2**30  # times the batch: the largest that is measured; the largest number that is tried
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,21 @@ def sharing_asked(options: PlanOptions) -> Sharing:
         stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0"))
         fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP")
         return Sharing(options.gpus or int(os.environ.get("WORLD_SIZE", "1")), stage, fsdp)
+    named = f"--plan-launch {options.plan_launch}"
+    text = text_of(options.plan_launch, named)
     try:
-        said = yaml.safe_load(options.plan_launch.read_text(encoding="utf-8"))
-        kind, stage = said["distributed_type"], int((said.get("deepspeed_config") or {}).get("zero_stage", 0))
-        return Sharing(options.gpus or int(said["num_processes"]), stage, kind == "FSDP")
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
-        said = f"is no configuration of Accelerate ({reason_of(error)})"
-        raise LabError(f"--plan-launch {options.plan_launch}: {said}") from error
+        said = yaml.safe_load(text)
+        deepspeed, fsdp = (said.get(part) or {} for part in ("deepspeed_config", "fsdp_config"))
+        kind, stage = said["distributed_type"], int(deepspeed["zero_stage"]) if "zero_stage" in deepspeed else 0
+        asked = Sharing(options.gpus or int(said["num_processes"]), stage, kind == "FSDP")
+        devices = {deepspeed.get(f"offload_{part}_device") or "none" for part in ("optimizer", "param")}
+    except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise LabError(f"{named}: is no configuration of Accelerate ({reason_of(error)})") from error
+    if kind == "DEEPSPEED" and "zero_stage" not in deepspeed:
+        raise LabError(f"{named}: does not say zero_stage itself; name a configuration that does")
+    if devices != {"none"} or fsdp.get("fsdp_offload_params"):
+        raise LabError(f"{named}: keeps a part in the host's memory, for which there is no plan")
+    return asked
 
 
 @dataclass(frozen=True)
@@ -289,7 +298,8 @@ def print_plan(
     held = held_by(model, machine.precision, moments).shared(sharing)
     kept = sum(size for size in rows if size <= HELD_SHARE * machine.free) if machine.gpu else 0
     held = dataclasses.replace(held, rows=kept)
-    count = at_once or -(-config.training.batch_size // sharing.gpus)
+    part = -(-config.training.batch_size // sharing.gpus)
+    count = min(at_once or part, part)
     dtype = COMPUTED_IN.get(machine.precision, torch.float32)
 
     def cost(of: int) -> Cost:
@@ -312,9 +322,17 @@ def print_plan(
         f"{count:,} {unit} at once: activations {gigabytes(one[1].peak)}, peak {gigabytes(peak)}: {said}; "
         f"{one[1].flops / 1e12:,.3g} TFLOP"
     )
-    most = count
-    while fixed + between(one, other, 2 * most).peak <= machine.usable:
-        most *= 2
-    while most and fixed + between(one, other, most).peak > machine.usable:
-        most //= 2
+
+    def largest(far: tuple[int, Cost]) -> int:
+        most = count
+        while most < MOST and fixed + between(one, far, 2 * most).peak <= machine.usable:
+            most *= 2
+        while most and fixed + between(one, far, most).peak > machine.usable:
+            most //= 2
+        return most
+
+    # What a batch adds may be less than how exactly peaks are measured: a larger one then says more.
+    if (most := largest(other)) > other[0]:
+        far = min(most, FAR * count)
+        most = largest((far, cost(far)))
     print(f"fits: {most:,} {unit} at once on each GPU" if most else "nothing fits: several GPUs, or a smaller network")

@@ -27,7 +27,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 
-from labs_common.checkpoint import Stateful, checkpoints, load_checkpoint, save_checkpoint
+from labs_common.checkpoint import Stateful, best_checkpoints, checkpoints, load_checkpoint, save_checkpoint
 from labs_common.cli import STOPPING, is_ignored
 from labs_common.device import (
     Later,
@@ -178,7 +178,7 @@ class Loop:
             if saved := checkpoints(run.path / "checkpoints"):
                 position = load_checkpoint(saved[-1], accelerator, model, optimizer, also)
                 self.step_number, self.count, self._best = position["step"], position["count"], position["best"]
-                for file in ("metrics.jsonl", "timing.jsonl") if run.is_main else ():
+                for file in ("metrics.jsonl", "timing.jsonl"):  # in all processes: none is left waiting
                     if all(line["step"] != self.step_number for line in run.lines(file)):
                         raise LabError(f"{run.path / file}: ends before step {self.step_number}, from which the run "
                                        "goes on; bring it back, or begin a new run")  # fmt: skip
@@ -355,7 +355,7 @@ class Loop:
         position = {"step": self.step_number, "count": self.count, "best": self._best, **self._identity}
         save_checkpoint(path, self.accelerator, self.model, self.optimizer, position, self.also)
         if self.accelerator.is_main_process:
-            old_best = [best for best in path.parent.glob("best-*") if best != self._best_path()]
+            old_best = [best for best in best_checkpoints(path.parent) if best != self._best_path()]
             for old in [*checkpoints(path.parent)[: -self.options.keep], *old_best]:
                 shutil.rmtree(old)
 

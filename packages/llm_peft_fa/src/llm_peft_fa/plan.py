@@ -206,8 +206,14 @@ def fitted(config: TrainConfig, accelerator: Accelerator, lengths: Sequence[int]
         choice: list[Any] = [None]
         if accelerator.is_main_process:
             here = dataclasses.replace(here, total=total, free=total - CONTEXT)
-            choice = [_choice(config, accelerator, here, lengths)]
-        tokens, needed = broadcast_object_list(choice)[0]
+            try:
+                choice = [_choice(config, accelerator, here, lengths)]
+            except LabError as error:  # the others wait for an answer
+                choice = [str(error)]
+        found = broadcast_object_list(choice)[0]
+        if isinstance(found, str):
+            raise LabError(found)
+        tokens, needed = found
         checkpointing = checkpointing or needed
     return dataclasses.replace(
         config, model=dataclasses.replace(config.model, gradient_checkpointing=checkpointing),

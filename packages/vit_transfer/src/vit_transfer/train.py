@@ -117,8 +117,10 @@ def print_needs(config: TrainConfig, loss_for: Callable[[int], Loss], by_head: b
         inputs = torch.empty(count, 3, side, side) if cut is None else torch.empty(count, cut.width, dtype=dtype)
         return loss_of(model, Batch(inputs, torch.zeros(count, dtype=torch.long), 0, range(count), 1.0))[0]
 
-    kept = [] if cut is None or not config.cache.cache else [pictures * config.data.views, validation]
-    rows = [min(size, config.data.limit or size) * cut.width * dtype.itemsize for size in kept if cut is not None]
+    limit, rows = config.data.limit or pictures, []
+    if cut is not None and config.cache.cache:
+        kept = (min(pictures, limit) * config.data.views, min(validation, limit))
+        rows = [size * cut.width * dtype.itemsize for size in kept]
     print_plan(f"{config.model.model}, {config.model.unfreeze}", "pictures", config, whole, loss, rows)
 
 

@@ -3,7 +3,7 @@
 torchvision's own code asks the device about ten times a picture how many boxes are left, and computes boxes in the
 precision of the features: in bfloat16 a coordinate of 800 pixels is off by up to 2. Here shapes are known beforehand,
 boxes are 32 bits, and on a GPU the host waits twice in a step: in non-maximum suppression, which is one call for all
-pictures, and for the numbers of regions by level and of things.
+pictures (of at most 65,536 boxes), and for the numbers of regions by level and of things.
 """
 
 import math
@@ -22,6 +22,8 @@ from labs_common.device import constant
 from zsi_contrastive.detector.heads import Levels, Target
 
 BACKGROUND, NEITHER = -1, -2  # what a box is that is no object's
+# Boxes in one call of suppression on a GPU: memory and work grow with the square (a bit for each pair: 0.5 GB).
+TOGETHER = 65_536
 BETA = 1 / 9  # of the smooth L1 loss of shifts: torchvision's, in both stages
 LARGEST_GROWTH = BoxCoder((1.0, 1.0, 1.0, 1.0)).bbox_xform_clip  # of a side, as a logarithm
 
@@ -80,6 +82,9 @@ def surviving(boxes: torch.Tensor, scores: torch.Tensor, groups: torch.Tensor, o
     if not number:
         return real
     if boxes.is_cuda:
+        if pictures > (most := max(1, TOGETHER // number)):
+            parts_of = zip(boxes.split(most), scores.split(most), groups.split(most), strict=True)
+            return torch.cat([surviving(box, score, group, overlap) for box, score, group in parts_of])
         # One call for all, as the host waits in each. What must not meet is moved apart, in 64 bits, which leave every
         # box as exact as it was: 32 would round what stands thousands of pixels away.
         own = groups + (groups.amax() + 1) * torch.arange(pictures, device=boxes.device)[:, None]
