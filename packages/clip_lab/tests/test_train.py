@@ -100,7 +100,7 @@ class TestPromises(TrainingPromises):
             frozen=("--freeze-image", "--image-weights", tower),
             two=Otherwise(("--no-cache", "--chunk", 3, "--loss-chunk", 5), losses=1e-3, weights=5e-3),
             launch=LAUNCH,
-            zero=Otherwise(("--chunk", 5), losses=1e-2, weights=None),
+            zero=("--chunk", 5),
             sharded=Otherwise(("--no-cache", "--chunk", 3, "--loss-chunk", 5), losses=1e-3, weights=5e-3),
             planned=True,
             gpu=Budget(operators=640, syncs=2, copies=5),

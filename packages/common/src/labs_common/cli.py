@@ -205,7 +205,7 @@ def parse(config_type: type[Config], prog: str, arguments: Sequence[str], defaul
     usual = flat_options(config_type())
     for name, value in flat_options(config).items():
         option = f"--{name.replace('_', '-')}"
-        if value == "" != usual[name]:  # --data "$DATA" of a variable that is not set
+        if value == "" and usual[name] is None:  # --data "$DATA" of a variable that is not set
             raise LabError(f"{option}: is empty; name something, or drop the option")
         if isinstance(value, Path) and any(len(os.fsencode(part)) > LONGEST_NAME for part in value.parts):
             raise LabError(f"{option}: has a name of more than {LONGEST_NAME} bytes; take a shorter one")

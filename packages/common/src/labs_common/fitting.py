@@ -30,7 +30,7 @@ from labs_common.options import RunOptions, TrainingOptions
 from labs_common.progress import console
 from labs_common.report.page import Section, making_report, write_report
 from labs_common.run import Run, check_run_options, cost_of, lock, machine_of
-from labs_common.sharding import partition, prepare_sharded, spreads_weights, whole_state
+from labs_common.sharding import kept_weights, partition, prepare_sharded, spreads_weights, whole_state
 from labs_common.steps import Source
 from labs_common.training import Loop, identity, make_accelerator
 
@@ -106,9 +106,10 @@ class Fitting:
         if accelerator.distributed_type == DistributedType.FSDP:
             prepared, optimizer = prepare_sharded(accelerator, model, optimizer)
         else:
-            if spreads_weights(accelerator):
-                partition(accelerator, model, optimizer)
-            prepared, optimizer = accelerator.prepare(model, optimizer)
+            with kept_weights(model, accelerator):
+                if spreads_weights(accelerator):
+                    partition(accelerator, model, optimizer)
+                prepared, optimizer = accelerator.prepare(model, optimizer)
         audit = FrozenAudit.start(run, accelerator, prepared)
         loop = Loop(run, accelerator, prepared, optimizer, source, options, seed, unit, also)
         prepared.train()

@@ -175,6 +175,44 @@ def _from_main(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor
 
 
+def autocast_forward(model: torch.nn.Module, accelerator: Accelerator) -> None:
+    """Lets a model compute in the run's precision, as Accelerate does by itself but under FSDP2 and DeepSpeed."""
+    plain, kind, dtype = model.forward, accelerator.device.type, COMPUTED_IN.get(accelerator.mixed_precision)
+
+    @wraps(plain)
+    def forward(*arguments: Any, **options: Any) -> Any:
+        with torch.autocast(kind, dtype, enabled=dtype is not None):
+            return plain(*arguments, **options)
+
+    model.forward = forward
+
+
+@contextmanager
+def kept_weights(model: torch.nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """Lets DeepSpeed leave weights in float32 when it prepares a model, which computes under autocast as elsewhere.
+
+    DeepSpeed casts all weights to 16 bits and no data, so that pictures in float32 would not fit them. A model that is
+    in 16 bits already, such as a frozen base of an LLM, is left to it.
+
+    Raises:
+        LabError: in float16 DeepSpeed scales the losses only of what it casts.
+    """
+    dtype, plugin = COMPUTED_IN.get(accelerator.mixed_precision), accelerator.state.deepspeed_plugin
+    if plugin is None or dtype is None or any(parameter.dtype == dtype for parameter in model.parameters()):
+        yield
+        return
+    if dtype == torch.float16:
+        raise LabError("--precision fp16: DeepSpeed has no autocast in float16; take --precision fp32, or "
+                       "launch/multi_gpu.yaml or launch/fsdp.yaml")  # fmt: skip
+    autocast_forward(model, accelerator)
+    configs = plugin.deepspeed_config, plugin.dschf.config
+    for config in configs:
+        config["bf16"] = {"enabled": False}
+    yield
+    for config in configs:  # Accelerate reads here which precision the run has
+        config["bf16"] = {"enabled": True}
+
+
 def prepare_sharded(
     accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -185,14 +223,7 @@ def prepare_sharded(
     plugin = accelerator.state.fsdp_plugin
     offload = plugin.cpu_offload or OffloadPolicy()
     shard(model, accelerator.device, accelerator.mixed_precision, plugin.reshard_after_forward, offload, optimizer)
-    plain = model.forward
-
-    @wraps(plain)
-    def forward(*arguments: Any, **options: Any) -> Any:
-        with accelerator.autocast():
-            return plain(*arguments, **options)
-
-    model.forward = forward
+    autocast_forward(model, accelerator)
     prepared: torch.optim.Optimizer = accelerator.prepare_optimizer(optimizer)
     return model, prepared
 
@@ -206,7 +237,9 @@ def partition(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch
     init = importlib.import_module("deepspeed").zero.Init  # of an extra
     config = accelerator.deepspeed_plugin.dschf.config  # with its batch sizes filled in
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    dtype = COMPUTED_IN.get(accelerator.mixed_precision, torch.float32)  # the optimizer keeps what trains in float32
+    # The optimizer keeps what trains in float32; see also `kept_weights`.
+    cast = [dtype for name, dtype in COMPUTED_IN.items() if config.get(name, {}).get("enabled") is True]
+    dtype = cast[0] if cast else torch.float32
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     for layer in (*repeated_layers(model), model):

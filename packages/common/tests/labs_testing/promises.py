@@ -83,7 +83,8 @@ class Training:
     two: Otherwise = field(default_factory=Otherwise)
     launch: Path | None = None
     """The directory of launch configurations."""
-    zero: Otherwise | None = None
+    zero: tuple[object, ...] | None = None
+    """More options under a ZeRO configuration."""
     zero_stage: int = 2
     sharded: Otherwise | None = None
     """Under launch/fsdp.yaml."""
@@ -334,10 +335,15 @@ class TrainingPromises:
         with_deepspeed(
             training.launch / f"deepspeed_zero{training.zero_stage}.yaml",
             tmp_path, training.module, training.libraries,
-            *training.options, "--save-every", 4, "--no-report", "--output", run, *training.zero.options,
+            *training.options, "--save-every", 4, "--no-report", "--output", run, *training.zero,
+            "--precision", "bf16",
         )  # fmt: skip
         assert list(run.glob("checkpoints/*/sharded")), "DeepSpeed took part"
-        training.assert_near(run, training.zero)
+        # In bf16, which DeepSpeed does in a way of its own; that it is exact otherwise is for the core's tests.
+        first, expected = losses(run)[0], losses(training.whole)[0]
+        assert first != expected
+        assert first == pytest.approx(expected, rel=0.01)
+        assert step_of(run) > 1
 
 
 def killed_and_resumed(training: Training, folder: Path, kills: int) -> Path:

@@ -81,7 +81,7 @@ class TestPromises(TrainingPromises):
             ("detections.json",),
             frozen=("--frozen-stages", 1),
             launch=LAUNCH,
-            zero=Otherwise(("--max-steps", 2), first=1e-3, weights=None),
+            zero=("--max-steps", 2),
             sharded=Otherwise(("--frozen-stages", 1), first=0.2, weights=None),  # as in test_two_processes
             gpu=Budget(operators=1200, syncs=4, copies=4),
         )
