@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 from labs_common.cache import SUMS, file_sum, files_in
-from labs_common.errors import LabError, reason_of
+from labs_common.errors import LabError, json_of, reason_of
 from labs_common.progress import console
 from labs_common.sharding import part_like, reshard, whole
 
@@ -92,6 +92,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-" + 8 * "[0-9]"))
 
 
+def best_checkpoints(folder: Path) -> list[Path]:
+    """Finds the checkpoints `best-N` of the best weights under `folder`; copies under longer names are the user's."""
+    return sorted(folder.glob("best-" + 8 * "[0-9]"))
+
+
 def check_resumed(folder: Path, accelerator: Accelerator, identity: dict[str, Any]) -> None:
     """Makes sure that a run can go on from its newest checkpoint under `folder` as it began; called by all processes.
 
@@ -103,7 +108,7 @@ def check_resumed(folder: Path, accelerator: Accelerator, identity: dict[str, An
             or data.
     """
     saved = checkpoints(folder)
-    for path in [*saved[-1:], *sorted(folder.glob("best-*"))]:
+    for path in [*saved[-1:], *best_checkpoints(folder)]:
         if damage := _damage(path, accelerator, identity["run"]):
             older = [one for one in saved if _number(one) < _number(path)]
             while older and _damage(older[-1], accelerator, identity["run"]):
@@ -120,8 +125,17 @@ def check_resumed(folder: Path, accelerator: Accelerator, identity: dict[str, An
         try:
             before = json.loads((path / "position.json").read_text(encoding="utf-8"))
             _compare(path, before, json.loads(json.dumps(identity)) | _surroundings(accelerator), accelerator)
+            _check_best(path, before)
         except (OSError, ValueError, AttributeError):
             return  # of an earlier version, without check sums: `load_checkpoint` says what is wrong
+
+
+def _check_best(path: Path, position: dict[str, Any]) -> None:
+    """Makes sure that the best weights so far are there, or those of a later step, which comes again."""
+    best, there = position.get("best", {}).get("step"), [_number(one) for one in best_checkpoints(path.parent)]
+    if best is not None and best not in there and max(there, default=0) <= position["step"]:
+        raise LabError(f"{path.with_name(f'best-{best:08d}')}: the best weights so far are missing; bring them back, "
+                       "or begin a new run")  # fmt: skip
 
 
 def _compare(path: Path, before: dict[str, Any], now: dict[str, Any], accelerator: Accelerator) -> None:
@@ -175,7 +189,7 @@ def _check_sums(folder: Path, accelerator: Accelerator, names: list[str] | None 
     for name in names[accelerator.process_index :: accelerator.num_processes]:
         try:
             mine.append((name, file_sum(folder / name)))
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a NUL in the name
             mine.append((name, None))
     return dict(sorted(gather_object(mine)))
 
@@ -201,8 +215,8 @@ def _damage(path: Path, accelerator: Accelerator, run: str | None) -> str | None
 def _json(file: Path) -> Any:
     """Reads a dictionary; an empty one if there is none to be read."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json_of(file, str(file))
+    except LabError:
         return {}
     return found if isinstance(found, dict) else {}
 

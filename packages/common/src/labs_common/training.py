@@ -27,7 +27,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 
-from labs_common.checkpoint import Stateful, checkpoints, load_checkpoint, save_checkpoint
+from labs_common.checkpoint import Stateful, best_checkpoints, checkpoints, load_checkpoint, save_checkpoint
 from labs_common.cli import STOPPING, is_ignored
 from labs_common.device import (
     Later,
@@ -355,7 +355,7 @@ class Loop:
         position = {"step": self.step_number, "count": self.count, "best": self._best, **self._identity}
         save_checkpoint(path, self.accelerator, self.model, self.optimizer, position, self.also)
         if self.accelerator.is_main_process:
-            old_best = [best for best in path.parent.glob("best-*") if best != self._best_path()]
+            old_best = [best for best in best_checkpoints(path.parent) if best != self._best_path()]
             for old in [*checkpoints(path.parent)[: -self.options.keep], *old_best]:
                 shutil.rmtree(old)
 
