@@ -263,3 +263,31 @@ def test_a_file_system_without_locks_is_said(run: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr("fcntl.lockf", none)
     assert "has no locks (No locks available)" in finish("--resume", run)
+
+
+def test_copies_of_the_best_stay(run: Path) -> None:
+    shutil.copytree(newest(run), run / "checkpoints" / "best-00000006.bak")
+    check_resumed(run / "checkpoints", Accelerator(), {"run": Run(run).id, "steps": 9})
+
+
+def test_the_best_weights_are_missed_before_training(run: Path) -> None:
+    file = newest(run) / "position.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"best": {"step": 6, "score": 1.0, "waited": 0}}))
+    (newest(run) / SUMS).write_text(json.dumps(json.loads((newest(run) / SUMS).read_text())
+                                               | {"position.json": zlib.crc32(file.read_bytes())}))  # fmt: skip
+    with pytest.raises(LabError, match="best-00000006: the best weights so far are missing"):
+        check_resumed(run / "checkpoints", Accelerator(), {"run": Run(run).id, "steps": 9})
+
+
+@pytest.mark.parametrize("name", [SUMS, "position.json", "optimizer.pt"])
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(run: Path, name: str) -> None:
+    (newest(run) / name).unlink()
+    os.mkfifo(newest(run) / name)
+    assert name in refusal(run)
+
+
+def test_sums_that_no_file_can_have(run: Path) -> None:
+    (newest(run) / SUMS).write_text('{"a\\u0000b": 1}')
+    assert "missing" in refusal(run)
+    (newest(run) / SUMS).write_text("[" * 100_000)
+    assert "missing or damaged" in refusal(run)

@@ -11,6 +11,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from accelerate import Accelerator
 from PIL import Image
 
 from labs_common.cache import path_name
@@ -21,7 +22,7 @@ from labs_common.fitting import write_results
 from labs_common.options import RunOptions, TrainingOptions
 from labs_common.report.figures import bar_figure, curve_figure, map_figure, matrix_figure, scatter_figure
 from labs_common.report.page import Gallery, Section, Text, write_report
-from labs_common.run import Run, check_new
+from labs_common.run import LOCK, Run, check_new, cost_of, lock, training_means
 
 pytestmark = pytest.mark.quick
 # Each alias stands for nine of the one before: 9**11 values.
@@ -40,7 +41,7 @@ class Config:
 @pytest.mark.parametrize(
     "text",
     [BOMB, MERGES, "training: &a {b: *a}", "a: " + "[" * 100_000, "seed: 2020-13-45", "seed: !!int abc", "{}", "",
-     "help: true", "seed: " + "1" * 5000, "output: " + "x" * 300, "seed: 1\0", "? [a]\n: b"],
+     "help: true", "tyro_write_completion: [bash, written]", "seed: [1, --help]", "seed: " + "1" * 5000, "output: " + "x" * 300, "seed: 1\0", "? [a]\n: b"],
 )  # fmt: skip
 def test_configs_that_are_refused_at_once(tmp_path: Path, text: str) -> None:
     file, start = tmp_path / "config.yaml", time.process_time()
@@ -139,7 +140,7 @@ class _Nothing:
 
 def test_a_directory_that_a_kill_left_before_its_config_is_new(tmp_path: Path) -> None:
     (tmp_path / "figures").mkdir()
-    (tmp_path / "environment.json").write_text("{")
+    (tmp_path / "environment.json").write_text('{"run": "a", "command": "b"}')
     (tmp_path / ".config.yaml.part").write_text("")
     check_new(tmp_path)
     (tmp_path / "config.yaml").write_text("")
@@ -213,3 +214,60 @@ def test_a_signal_before_anything_began_is_one_line(tmp_path: Path, number: sign
     assert process.returncode == 130
     assert said.count("\n") == 1
     assert "nothing was saved" in said
+
+
+@pytest.mark.parametrize("content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"])
+def test_no_picture_is_a_program(content: bytes) -> None:
+    with pytest.raises(BadPictureError, match="PostScript"):
+        decoded(content)
+
+
+def test_whatever_a_decoder_raises_is_a_bad_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "open", lambda source: [].pop())
+    with pytest.raises(BadPictureError, match="truncated or broken"):
+        decoded(b"picture")
+
+
+def test_a_picture_with_too_long_a_name_is_one_of_the_bad(tmp_path: Path) -> None:
+    assert "too long" in examined([tmp_path / f"{'a' * 300}.png"], "checking", shown=False)[0][1]
+
+
+def test_what_others_call_as_a_run_does_stays(tmp_path: Path) -> None:
+    (tmp_path / "environment.json").write_text("{}")
+    with pytest.raises(LabError, match="not empty"):
+        check_new(tmp_path)
+    (tmp_path / "environment.json").write_text('{"run": "a", "command": "b"}')
+    (tmp_path / "figures").mkdir()
+    check_new(tmp_path)
+    (tmp_path / "figures" / "own.svg").touch()
+    with pytest.raises(LabError, match="not empty"):
+        check_new(tmp_path)
+
+
+def test_a_lock_is_not_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("all of it")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK).symlink_to(tmp_path / "precious")
+    with pytest.raises(LabError, match="is a link"):
+        lock(tmp_path / "run", is_main=True)
+    assert (tmp_path / "precious").read_text() == "all of it"
+
+
+def test_a_run_that_ended_meanwhile_is_not_written_over(tmp_path: Path) -> None:
+    """Both were started with one --output, and passed the first look at it; the other was quicker."""
+    options = RunOptions(output=tmp_path, track="none")
+    (tmp_path / "config.yaml").write_text("seed: 1")
+    with pytest.raises(LabError, match="not empty"):
+        Run.start(Config(run=options), options, "test", Accelerator(cpu=True))
+    assert (tmp_path / "config.yaml").read_text() == "seed: 1"
+
+
+@pytest.mark.parametrize("line", [{}, {"seconds": "a", "samples": 1, "peak_memory": 1}])
+def test_lines_without_what_a_step_took(tmp_path: Path, line: dict[str, object]) -> None:
+    run = Run(tmp_path)
+    run.append("timing.jsonl", {"step": 1, **line})
+    with pytest.raises(LabError, match=r"timing\.jsonl"):
+        cost_of(run, "samples")
+    run.append("metrics.jsonl", {"step": 1, "loss": 1, "samples": 1, "accuracy": "a"})
+    with pytest.raises(LabError, match=r"metrics\.jsonl"):
+        training_means(run, "samples", ["accuracy"])

@@ -93,7 +93,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def best_checkpoints(folder: Path) -> list[Path]:
-    """Finds those of the best weights, `best-N`, under `folder`, oldest first."""
+    """Finds the checkpoints `best-N` of the best weights under `folder`; copies under longer names are the user's."""
     return sorted(folder.glob("best-" + 8 * "[0-9]"))
 
 
@@ -125,8 +125,17 @@ def check_resumed(folder: Path, accelerator: Accelerator, identity: dict[str, An
         try:
             before = json.loads((path / "position.json").read_text(encoding="utf-8"))
             _compare(path, before, json.loads(json.dumps(identity)) | _surroundings(accelerator), accelerator)
+            _check_best(path, before)
         except (OSError, ValueError, AttributeError, LookupError, TypeError):
             return  # of an earlier version, without check sums: `load_checkpoint` says what is wrong
+
+
+def _check_best(path: Path, position: dict[str, Any]) -> None:
+    """Makes sure that the best weights so far are there, or those of a later step, which comes again."""
+    best, there = position.get("best", {}).get("step"), [_number(one) for one in best_checkpoints(path.parent)]
+    if best is not None and best not in there and max(there, default=0) <= position["step"]:
+        raise LabError(f"{path.with_name(f'best-{best:08d}')}: the best weights so far are missing; bring them back, "
+                       "or begin a new run")  # fmt: skip
 
 
 def _compare(path: Path, before: dict[str, Any], now: dict[str, Any], accelerator: Accelerator) -> None:
@@ -180,7 +189,7 @@ def _check_sums(folder: Path, accelerator: Accelerator, names: list[str] | None 
     for name in names[accelerator.process_index :: accelerator.num_processes]:
         try:
             mine.append((name, file_sum(folder / name) if (folder / name).is_file() else None))  # a pipe never ends
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a NUL in the name
             mine.append((name, None))
     return dict(sorted(gather_object(mine)))
 

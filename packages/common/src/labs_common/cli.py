@@ -299,14 +299,17 @@ def _flags_of(values: dict[str, Any]) -> list[str]:
     flags: list[str] = []
     for name, value in values.items():
         flag = "--" + str(name).replace("_", "-")
-        if flag == "--help":
-            raise LabError("help is no option of a file")
+        if flag == "--help" or flag.startswith("--tyro-"):  # one of tyro's own writes to any file
+            raise LabError(f"{name} is no option of a file")
         if isinstance(value, dict):
             flags += _flags_of(value)
         elif isinstance(value, bool):
             flags.append(flag if value else flag.replace("--", "--no-", 1))
         elif isinstance(value, list):
-            flags += [flag, *map(str, value)]
+            words = list(map(str, value))
+            if further := [word for word in words if word.startswith("--") or word == "-h"]:
+                raise LabError(f"{name} cannot be {further[0]}, which is an option")
+            flags += [flag, *words]
         else:
             flags.append(f"{flag}={value}")
     return flags

@@ -26,7 +26,7 @@ from accelerate.tracking import filter_trackers
 from accelerate.utils import broadcast_object_list
 
 from labs_common.cli import begun, chosen, config_to_yaml, flat_options, held, to_plain
-from labs_common.errors import LabError, bytes_of, json_of
+from labs_common.errors import LabError, bytes_of, json_of, reason_of
 from labs_common.options import RESUME_MAY_CHANGE, RunOptions
 
 LOCK = ".lock"
@@ -161,13 +161,18 @@ class Run:
 def cost_of(run: Run, unit: str) -> dict[str, Any]:
     """Adds up what all steps of a run took, from timing.jsonl: seconds, steps, `unit`s and their rate, bytes."""
     timing = list(run.lines("timing.jsonl"))
-    seconds, count = (sum(line[key] for line in timing) for key in ("seconds", unit))
+    try:
+        seconds, count = (sum(line[key] for line in timing) for key in ("seconds", unit))
+        memory = max((line["peak_memory"] + 0 for line in timing), default=0)
+    except (KeyError, TypeError) as error:
+        raise LabError(f"{run.path / 'timing.jsonl'}: lacks what a step took ({reason_of(error)}); bring the file "
+                       "back, or begin a new run") from error  # fmt: skip
     return {
         "seconds": seconds,
         "steps": len(timing),
         unit: count,
         f"{unit} per second": count / seconds if seconds else 0.0,
-        "peak memory": max((line["peak_memory"] for line in timing), default=0),
+        "peak memory": memory,
     }
 
 
@@ -183,8 +188,12 @@ def training_means(run: Run, unit: str, names: Sequence[str]) -> dict[str, float
         if "loss" not in line:
             counts, values = [], []
         else:
-            counts.append(line[unit] - before)
-            values.append([line[name] for name in names])
+            try:
+                counts.append(line[unit] - before)
+                values.append([line[name] + 0 for name in names])
+            except (KeyError, TypeError) as error:
+                raise LabError(f"{run.path / 'metrics.jsonl'}: lacks figures of step {line['step']} "
+                               f"({reason_of(error)}); bring the file back, or begin a new run") from error  # fmt: skip
             before = line[unit]
     if not sum(counts):
         return {}
@@ -240,7 +249,9 @@ def lock(folder: Path, is_main: bool) -> None:
 
 def _locked(folder: Path) -> str | None:
     try:
-        file = held.enter_context((folder / LOCK).open("a+"))
+        if (folder / LOCK).is_symlink():
+            return f"{folder / LOCK}: is a link, and what it leads to would be emptied; delete it"
+        file = held.enter_context((folder / LOCK).open("a+", errors="replace"))
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -254,7 +265,7 @@ def _locked(folder: Path) -> str | None:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
     except OSError as error:
-        return f"{folder}: cannot be written ({error.strerror})"
+        return f"{folder / LOCK}: cannot be written ({error.strerror or 'is no file'})"
     return None
 
 
@@ -269,11 +280,21 @@ def check_new(output: Path | None) -> None:
     if not output.is_dir():
         raise LabError(f"--output {output}: is a file; name a directory")
     # What a kill leaves of a run before its config.yaml is written holds nothing that could be lost.
-    if any(
-        file.name not in ("figures", "environment.json", LOCK) and file.suffix != ".part" for file in output.iterdir()
-    ):
+    if not all(map(_left_by_a_kill, output.iterdir())):
         unfinished = f", or go on with it by --resume {output}" if (output / "checkpoints").exists() else ""
         raise LabError(f"--output {output}: is not empty; name another{unfinished}")
+
+
+def _left_by_a_kill(file: Path) -> bool:
+    if file.name == "figures" and file.is_dir():
+        return not any(file.iterdir())
+    if file.name == "environment.json":  # others have files of that name too
+        try:
+            found = json_of(file, str(file))
+        except LabError:
+            return False
+        return isinstance(found, dict) and {"run", "command"} <= found.keys()
+    return file.name == LOCK or file.suffix == ".part"
 
 
 def new_folder(output: Path | None, default: Path) -> Path:
@@ -374,11 +395,14 @@ def _make_directory(path: Path, config: Any) -> str | None:
         (path / "figures").mkdir(exist_ok=True)
         if trouble := _locked(path):
             return trouble
+        check_new(path)  # again: another process may have begun and ended there since
         about = {"run": uuid.uuid4().hex} | environment() | {"chosen": chosen(config)}
         write_atomically(path / "environment.json", json.dumps(about, indent=1) + "\n")
         write_atomically(path / "config.yaml", config_to_yaml(config))
     except OSError as error:
         return f"--output {path}: cannot be written ({error.strerror})"
+    except LabError as error:
+        return str(error)
     return None
 
 
