@@ -114,8 +114,7 @@ class Encoder(nn.Module):
 
     def front(self, pictures: torch.Tensor) -> torch.Tensor:
         """Runs the part that does not train: pictures (batch, 3, size, size) to rows (batch, row_width)."""
-        rows: torch.Tensor = self.cuts[0].front(pictures) if self.cuts else self(pictures).flatten(1)
-        return rows
+        return self.cuts[0].front(pictures) if self.cuts else self(pictures).flatten(1)
 
     @property
     def front_module(self) -> nn.Module:

@@ -216,8 +216,7 @@ def pictures_of(fitting: Fitting, part: Part) -> torch.Tensor:
 
 def embedded(fitting: Fitting, part: Part) -> Embedded:
     """Returns the prepared model's output for a part, on its device."""
-    found: Embedded = fitting.model(pictures_of(fitting, part), to_device(part.words, fitting.accelerator.device))
-    return found
+    return fitting.model(pictures_of(fitting, part), to_device(part.words, fitting.accelerator.device))
 
 
 def contrastive_loss(fitting: Fitting, config: TrainConfig, found: Embedded, ids: torch.Tensor) -> torch.Tensor:

@@ -168,8 +168,7 @@ def _warnings_interrupt() -> Iterator[None]:
 def command_of(module: str) -> Callable[[], None]:
     """Returns the command that `python -m MODULE` runs: an entry of its package's `commands`."""
     package, _, name = module.rpartition(".")
-    command: Callable[[], None] = getattr(importlib.import_module(f"{package}.commands"), name)
-    return command
+    return getattr(importlib.import_module(f"{package}.commands"), name)
 
 
 def begun(run: Path | None) -> None:

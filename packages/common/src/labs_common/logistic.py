@@ -32,8 +32,7 @@ class Layer:
 
     def probabilities(self, features: torch.Tensor) -> np.ndarray:
         """Returns the probability of each class (pictures, classes)."""
-        found: np.ndarray = self.logits(features).cpu().double().softmax(1).numpy()
-        return found
+        return self.logits(features).cpu().double().softmax(1).numpy()
 
 
 def fitted_layers(

@@ -322,8 +322,7 @@ class Loop:
             norm = self.accelerator.clip_grad_norm_(self._trained, limit)
         if norm is None:  # DeepSpeed has clipped already, inside its own step
             return 0.0
-        found: torch.Tensor | float = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP: a DTensor
-        return found
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP: a DTensor
 
     def _is_evaluation_step(self) -> bool:
         every = self.options.evaluate_every or len(self.source)

@@ -49,8 +49,7 @@ def computed_prompt(model: Adapted) -> torch.Tensor | None:
     """
     if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning:
         return None
-    prompt: torch.Tensor = model.get_prompt_embedding_to_save("default").contiguous()
-    return prompt
+    return model.get_prompt_embedding_to_save("default").contiguous()
 
 
 def save_tuned(
@@ -149,10 +148,9 @@ def adapter_config(folder: Path, said: str) -> PeftConfig:
     Raises:
         LabError: there is none, or its configuration is broken.
     """
-    found: PeftConfig = load_auto(
+    return load_auto(
         PeftConfig.from_pretrained, str(folder), said=said, remedy="name the directory of an adapter of PEFT"
     )
-    return found
 
 
 def placed(tuned: Adapted, accelerator: Accelerator) -> Adapted:

@@ -49,8 +49,7 @@ class Evaluation:
     def plain(self) -> dict[str, Any]:
         """Returns JSON values, without the results; what could not be computed is null."""
         said = {name: value for name, value in vars(self).items() if name not in ("results", "others")}
-        plain: dict[str, Any] = _without_nan({**said, "other rules": self.others})
-        return plain
+        return _without_nan({**said, "other rules": self.others})
 
 
 def evaluated(
