@@ -116,11 +116,6 @@ class Encoder(nn.Module):
         """Runs the part that does not train: pictures (batch, 3, size, size) to rows (batch, row_width)."""
         return self.cuts[0].front(pictures) if self.cuts else self(pictures).flatten(1)
 
-    @property
-    def front_module(self) -> nn.Module:
-        """The module that decides by its weights and code what `front` gives."""
-        return self.cuts[0].front if self.cuts else self
-
     def back(self, rows: torch.Tensor) -> torch.Tensor:
         """Runs the part that trains: rows (pictures, where nothing is frozen) to features as `forward` gives them."""
         if not self.has_front:

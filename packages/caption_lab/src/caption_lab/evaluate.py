@@ -88,12 +88,11 @@ def evaluate_captioner(
     options: DecodingOptions,
     accelerator: Accelerator,
     batch_size: int = 64,
-    seed: int = 0,
     kept: dict[int, torch.Tensor] | None = None,
 ) -> Evaluation:
     """Runs the whole captioner on the pictures and scores its captions; the processes share them.
 
-    Sampling begins with `seed`. Several calls for the same pictures that get the same `kept` run the encoder once.
+    Several calls for the same pictures that get the same `kept` run the encoder once.
     """
     tensors = PictureTensors(pictures, captioner.model.encoder.transform)
     model, vocabulary = captioner.model.to(accelerator.device), captioner.vocabulary
@@ -111,7 +110,7 @@ def evaluate_captioner(
         return torch.stack([kept[place] for place in places])
 
     def write(by: DecodingOptions, task: str, number: int = 0) -> list[str]:
-        set_seed(seed + number, device_specific=True)
+        set_seed(number, device_specific=True)
         return written_captions(model.decoder, features, len(pictures), vocabulary, by, accelerator, batch_size, task)
 
     captions, others = write(options, "writing captions"), captions_of_others(pictures, vocabulary.cleaning)

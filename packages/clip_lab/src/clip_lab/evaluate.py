@@ -201,14 +201,8 @@ def log_likelihoods(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes the log-probability of each caption with its picture, and its number of words, the end among them.
 
-    Args:
-        loaded: a model that writes.
-        rows: of the image tower (pictures, width).
-        words: captions as numbers (captions, length).
-        of_picture: the row of each one's picture (captions,).
-
-    Returns:
-        Both (captions,).
+    The model writes; `rows` (pictures, width) are of its image tower, `words` (captions, length) captions as numbers,
+    and `of_picture` (captions,) says which row is each one's picture. Both results are (captions,).
     """
     model: Any = loaded.model
     assert model.writes

@@ -135,9 +135,9 @@ def scores_of(
     for name, number in zip(split.classes, [*seen, *unseen], strict=True):
         line: dict[str, Any] = {"class": name, "seen": number in seen, "objects": objects[number]}
         for kind, (one, two) in by_class.items():
-            line[f"{kind} gzsi"] = two.of_class(number)
+            line[f"{kind} gzsi"] = two.means([number])
             if number in unseen:
-                line[f"{kind} zsi"] = one.of_class(number)
+                line[f"{kind} zsi"] = one.means([number])
         classes.append(line)
     return Evaluation(list(results), zsi, gzsi, classes, bias=bias)
 
