@@ -238,8 +238,6 @@ def load_checkpoint(
             also.load_state_dict(torch.load(path / "also.pt", weights_only=True, map_location="cpu"))
         random_file = path / f"random-{accelerator.process_index}.pt"
         _set_random_state(torch.load(random_file, weights_only=True, map_location="cpu"))
-    except LabError:
-        raise
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError) as error:
         raise LabError(
             f"{path}: the checkpoint cannot be read ({reason_of(error)}); "

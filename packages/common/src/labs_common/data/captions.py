@@ -89,7 +89,7 @@ def read_captions(options: CaptionDataOptions, seed: int, shown: bool, drawn: Ca
     splits = caption_splits(pictures, options.splits or folder, seed=seed)
     if options.limit:
         most = {"train": options.limit, "validation": -(-options.limit // 8), "test": -(-options.limit // 8)}
-        splits = {name: at_most(part, most[name], seed) for name, part in splits.items()}
+        splits = {name: part.at_most(most[name], seed) for name, part in splits.items()}
     if shown:
         print_refused(splits)
     return Captions(splits, truth_of(folder, list(splits.values())))
@@ -99,13 +99,6 @@ def truth_of(folder: Path, parts: Sequence[CaptionedPictures]) -> dict[str, Scen
     """Returns the scene that each picture shows, by its name, where that is known."""
     known = read_truth(folder)
     return {name: known[name] for part in parts for name in part.names if name in known}
-
-
-def at_most(pictures: CaptionedPictures, count: int, seed: int) -> CaptionedPictures:
-    """Takes `count` of the pictures by chance, in their order, or all if there are no more."""
-    if len(pictures) <= count:
-        return pictures
-    return pictures.subset(np.sort(np.random.default_rng([seed, 3]).permutation(len(pictures))[:count]))
 
 
 def read_captioned(data: str | Path, on_bad_data: OnBadData = "error", shown: bool = True) -> CaptionedPictures:

@@ -91,6 +91,12 @@ class Pictures:
             digests=tuple(self.digests[place] for place in places) if self.digests else (),
         )
 
+    def at_most(self, count: int, seed: int) -> Self:
+        """Takes `count` of the pictures by chance, in their order, or all if there are no more."""
+        if len(self) <= count:
+            return self
+        return self.subset(np.sort(np.random.default_rng([seed, 3]).permutation(len(self))[:count]))
+
     def fingerprint(self) -> str:
         """Returns 24 hexadecimal digits that change with any picture or their order, but not with labels or captions.
 
