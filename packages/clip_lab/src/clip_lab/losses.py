@@ -174,9 +174,7 @@ def _logistic(
 def caption_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Computes the mean cross-entropy of the next word over all words to be predicted (Yu et al. 2022, eq. 3).
 
-    Args:
-        logits: (captions, length, vocabulary).
-        targets: (captions, length); `PADDED` where nothing is to be predicted.
+    Of logits (captions, length, vocabulary) and targets (captions, length), `PADDED` where nothing is to be predicted.
     """
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PADDED)
 

@@ -117,11 +117,9 @@ def check_resumed(folder: Path, accelerator: Accelerator, identity: dict[str, An
         wrote, now = len(list(path.glob("random-*.pt"))), accelerator.num_processes
         if wrote != now:
             raise LabError(f"{path}: was written by {wrote} processes, not {now}; resume with as many as the run had")
-        try:
-            before = json.loads((path / "position.json").read_text(encoding="utf-8"))
+        # A damaged one of an earlier version, without check sums: `load_checkpoint` says what is wrong.
+        if before := _json(path / "position.json"):
             _compare(path, before, json.loads(json.dumps(identity)) | _surroundings(accelerator), accelerator)
-        except (OSError, ValueError, AttributeError):
-            return  # of an earlier version, without check sums: `load_checkpoint` says what is wrong
 
 
 def _compare(path: Path, before: dict[str, Any], now: dict[str, Any], accelerator: Accelerator) -> None:

@@ -127,11 +127,9 @@ def adapted_model(folder: Path, model: str, quantized: bool = False, read: bool 
     base = load_model(model, quantized=quantized, read=read)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")  # PEFT goes on with random ones
+        remedy = f"is it an adapter of {model}?"
         adapted: PeftModel = load_auto(
-            partial(PeftModel.from_pretrained, base),
-            str(folder),
-            said=str(folder),
-            remedy=f"is it an adapter of {model}?",
+            partial(PeftModel.from_pretrained, base), str(folder), said=str(folder), remedy=remedy
         )
     if file.is_file():  # PEFT also passes over what the base has no place for
         with safe_open(file, "pt") as tensors:

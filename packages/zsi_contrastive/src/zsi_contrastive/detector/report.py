@@ -261,9 +261,9 @@ def confusion_section(run: Run, named: Sequence[Named], split: Split, bias: floa
             right_seen += said == thing.truth
     figure = save_figure(run, "confusion", matrix_figure(counts, names, "said", "is"))
     rows = []
-    for name, said in taken.items():
-        most = ", ".join(f"{other} {count}" for other, count in said.most_common(4))
-        rows.append((name, said.total(), said[name] / max(1, said.total()), most))
+    for name, names_said in taken.items():
+        total, most = names_said.total(), ", ".join(f"{other} {count}" for other, count in names_said.most_common(4))
+        rows.append((name, total, names_said[name] / max(1, total), most))
     text = f"Of {seen} objects of seen classes {right_seen / max(1, seen):.1%} get their own class." if seen else ""
     blocks: list[Any] = [
         Text(f"For every object the class of the best detection on it (IoU of at least {ON_IT}). {text}"),
