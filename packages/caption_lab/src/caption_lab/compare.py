@@ -8,6 +8,7 @@ if __name__ == "__main__":  # before the imports below: --help and a wrong optio
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from operator import methodcaller
 from typing import Any
 
 import numpy as np
@@ -92,8 +93,8 @@ def findings(
         for name, entry in entries.items()
     }
     ordered = sorted(entries.values(), key=lambda entry: -_cider(entry))
-    metrics: dict[str, Measure] = {name: partial(_metric, key) for key, name in METRICS.items()}
-    measures = metrics | (TRUTH if ordered[0].values("claims", "written", "whole") else {}) | COSTS
+    metrics = {name: methodcaller("values", "test", "metrics", key) for key, name in METRICS.items()}
+    measures: dict[str, Measure] = metrics | (TRUTH if ordered[0].values("claims", "written", "whole") else {}) | COSTS
     rows = rows_of("model", ordered, measures)
     best = ordered[0].name
     equal = equal_to(best, captions, test, config)
@@ -228,10 +229,6 @@ def curves_section(run: Run, entries: Mapping[str, Entry]) -> Section:
     ]  # fmt: skip
     note = "show_attend_tell's training loss contains its attention penalty; validation losses are of the words alone."
     return Section("Curves", [*figures, Text(note)])
-
-
-def _metric(key: str, entry: Entry) -> list[float]:
-    return entry.values("test", "metrics", key)
 
 
 def _cider(entry: Entry) -> float:

@@ -159,6 +159,7 @@ def caption_rows(
         return encoder.front(tensors.batch(places).to(accelerator.device))
 
     recipe = {"tensors": tensors.recipe(), "pool": encoder.pool}
-    rows = front_rows(f"{encoder.architecture}-{name}", encoder.front_module, compute, len(pictures),
+    front = encoder.cuts[0].front if encoder.cuts else encoder
+    rows = front_rows(f"{encoder.architecture}-{name}", front, compute, len(pictures),
                       encoder.row_width, recipe, options, accelerator)  # fmt: skip
     return CaptionRows(rows, pairs)

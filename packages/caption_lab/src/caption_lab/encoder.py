@@ -114,13 +114,7 @@ class Encoder(nn.Module):
 
     def front(self, pictures: torch.Tensor) -> torch.Tensor:
         """Runs the part that does not train: pictures (batch, 3, size, size) to rows (batch, row_width)."""
-        rows: torch.Tensor = self.cuts[0].front(pictures) if self.cuts else self(pictures).flatten(1)
-        return rows
-
-    @property
-    def front_module(self) -> nn.Module:
-        """The module that decides by its weights and code what `front` gives."""
-        return self.cuts[0].front if self.cuts else self
+        return self.cuts[0].front(pictures) if self.cuts else self(pictures).flatten(1)
 
     def back(self, rows: torch.Tensor) -> torch.Tensor:
         """Runs the part that trains: rows (pictures, where nothing is frozen) to features as `forward` gives them."""

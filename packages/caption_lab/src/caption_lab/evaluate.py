@@ -22,7 +22,7 @@ from caption_lab.report import METRICS, captions_json, evaluation_sections, prin
 from caption_lab.saved import Captioner, load_captioner
 from caption_lab.vocabulary import Cleaning
 from labs_common.cli import config_from_yaml, to_plain
-from labs_common.data.captions import CaptionedPictures, PictureTensors, at_most, read_captioned, truth_of
+from labs_common.data.captions import CaptionedPictures, PictureTensors, read_captioned, truth_of
 from labs_common.data.images import print_refused
 from labs_common.errors import LabError
 from labs_common.progress import console
@@ -88,12 +88,11 @@ def evaluate_captioner(
     options: DecodingOptions,
     accelerator: Accelerator,
     batch_size: int = 64,
-    seed: int = 0,
     kept: dict[int, torch.Tensor] | None = None,
 ) -> Evaluation:
     """Runs the whole captioner on the pictures and scores its captions; the processes share them.
 
-    Sampling begins with `seed`. Several calls for the same pictures that get the same `kept` run the encoder once.
+    Several calls for the same pictures that get the same `kept` run the encoder once.
     """
     tensors = PictureTensors(pictures, captioner.model.encoder.transform)
     model, vocabulary = captioner.model.to(accelerator.device), captioner.vocabulary
@@ -111,7 +110,7 @@ def evaluate_captioner(
         return torch.stack([kept[place] for place in places])
 
     def write(by: DecodingOptions, task: str, number: int = 0) -> list[str]:
-        set_seed(seed + number, device_specific=True)
+        set_seed(number, device_specific=True)
         return written_captions(model.decoder, features, len(pictures), vocabulary, by, accelerator, batch_size, task)
 
     captions, others = write(options, "writing captions"), captions_of_others(pictures, vocabulary.cleaning)
@@ -155,7 +154,7 @@ def chosen_pictures(config: EvaluateConfig, checkpoint: Path) -> tuple[Captioned
         folder = Path(options.data) if options.data else drawn_scenes()
         pictures = read_captioned(folder, options.on_bad_data)
         print_refused({"all": pictures})
-        pictures = at_most(pictures, options.limit, seed) if options.limit else pictures
+        pictures = pictures.at_most(options.limit, seed) if options.limit else pictures
         return pictures, truth_of(folder, [pictures]), options.data
     data = read_data(options, seed, shown=True)
     return data.splits[config.split], data.truth, options.data

@@ -12,7 +12,7 @@ from caption_lab.data import Batch
 from caption_lab.decoder import Output
 from caption_lab.decoding import GREEDY, log_probabilities, roll_out, sampled_places
 from caption_lab.metrics import CiderD
-from caption_lab.vocabulary import END, PAD, START, Vocabulary
+from caption_lab.vocabulary import END, PAD, START, Vocabulary, padded
 
 # A part's shares of further means to log; on the device where they are computed there.
 Metrics = dict[str, torch.Tensor | float]
@@ -49,8 +49,7 @@ class SelfCritic:
             self.cider.scores([self.vocabulary.decode(caption).split() for caption in captions], pictures)
             for captions in (sampled, greedy)
         )
-        longest = max(map(len, sampled))
-        words = torch.tensor([[START, *caption] + [PAD] * (longest - len(caption)) for caption in sampled])
+        words, _ = padded([[START, *caption] for caption in sampled])
         advantages = torch.from_numpy(reward - baseline).float()
         return words.to(rows.device), advantages.to(rows.device), float(reward.mean())
 

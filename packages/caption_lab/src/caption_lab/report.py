@@ -20,16 +20,16 @@ from labs_common.data.captions import CaptionedPictures, Captions
 from labs_common.fitting import Fitted, results_of, write_results
 from labs_common.progress import console
 from labs_common.report.captions import captioned_data_section
-from labs_common.report.figures import architecture_figure, bar_figure, curve_figure, under_map
+from labs_common.report.figures import bar_figure, curve_figure, under_map
 from labs_common.report.page import Figure, Gallery, Section, Table, Text, save_figure, shown
 from labs_common.report.sections import (
     asked_section,
     cost_section,
     curves_section,
+    drawn_section,
     evaluations_table,
     rerun_section,
     structure_of,
-    trained_section,
 )
 from labs_common.run import Run, seconds_between
 from labs_common.saved import FOLDER
@@ -194,30 +194,24 @@ def save_heatmap(image: Image.Image, words: Sequence[str], attention: torch.Tens
 
 
 def _structure_section(run: Run, config: TrainConfig, captioner: Captioner, fitted: Fitted) -> Section:
-    section = trained_section(fitted.audit)
     encoder, decoder = captioner.model.encoder, captioner.model.decoder
     # Nothing of what was read back trains: the figure shows what did.
     encoder.train_last(config.encoder.unfreeze, frozen_is_kept=False)
     decoder.requires_grad_(True)
     rows = [*structure_of(encoder.network).rows, *structure_of(decoder).rows]
-    drawing = save_figure(run, "architecture", architecture_figure(rows))
     places = f"{encoder.places} {'vector' if encoder.pool else 'places'}"
     caption = (
         f"Encoder below, decoder above: {CAPTIONERS[config.model].description}. The encoder gives {places} of "
         f"{encoder.width} values; {fitted.trained:,} of {fitted.parameters:,} parameters learnt to "
         f"{OBJECTIVES[config.objective].description}; the vocabulary has {len(captioner.vocabulary):,} words."
     )
-    section.blocks.insert(1, Figure(drawing, caption))
-    return section
+    return drawn_section(run, fitted.audit, rows, caption)
 
 
 def _curves(run: Run, validation: CaptionedPictures) -> Section:
     section = curves_section(run, ("training/loss", "validation/loss"))
-    lines = [line for line in run.lines("metrics.jsonl") if "validation/cider" in line]
-    steps = [line["step"] for line in lines]
     for key, name in (("cider", "CIDEr-D"), ("bleu-4", "BLEU-4")):
-        curve = {name: (steps, [line[f"validation/{key}"] for line in lines])}
-        svg = save_figure(run, key, curve_figure(curve, "optimizer step", name))
+        svg = save_figure(run, key, curve_figure({name: run.curve(f"validation/{key}")}, "optimizer step", name))
         section.blocks.append(Figure(svg, f"{name} of greedy captions of the validation pictures."))
     keys = ("training/loss", "validation/loss", "validation/bleu-4", "validation/cider")
     section.blocks.append(evaluations_table(run, keys))

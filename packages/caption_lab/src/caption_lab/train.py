@@ -157,10 +157,8 @@ def fit(config: TrainConfig, captioner: Captioner, run: Run, accelerator: Accele
             found = scores(fitting, learner, rows["validation"], references, watched.names[0])
             loop.evaluated(found, f"validation/{options.watch}", higher_is_better=options.watch != "loss")
 
-    def save(state: dict[str, torch.Tensor]) -> None:
-        save_captioner(run.path / FOLDER, captioner, state)
-
-    return fitting.finish(save, [part.rows for part in rows.values()])
+    kept = [part.rows for part in rows.values()]
+    return fitting.finish(lambda state: save_captioner(run.path / FOLDER, captioner, state), kept)
 
 
 def scores(

@@ -159,10 +159,10 @@ def build_vocabulary(captions: Iterable[str], options: VocabularyOptions) -> Voc
     return Vocabulary((*SPECIAL, *kept), cleaning, length)
 
 
-def covering_length(lengths: Sequence[int], share: float = COVERED) -> int:
-    """Returns the smallest length that `share` of the captions do not exceed."""
+def covering_length(lengths: Sequence[int]) -> int:
+    """Returns the smallest length that `COVERED` of the captions do not exceed."""
     ordered = sorted(lengths)
-    return max(1, ordered[math.ceil(share * len(ordered)) - 1])
+    return max(1, ordered[math.ceil(COVERED * len(ordered)) - 1])
 
 
 def padded(captions: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -312,8 +312,7 @@ def _frozen_text_rows(
 
     def compute(_: int, places: Sequence[int]) -> torch.Tensor:
         read = words.together([rows[place] for place in places])
-        found: torch.Tensor = tower(read.to(accelerator.device)).feature.float()
-        return found
+        return tower(read.to(accelerator.device)).feature.float()
 
     captions = hashlib.blake2b(repr([list(row) for row in rows]).encode(), digest_size=16).hexdigest()
     recipe = {"captions": captions, "end": words.end, "pad": words.pad}

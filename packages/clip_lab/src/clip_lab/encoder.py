@@ -159,12 +159,10 @@ def of_ours(loaded: Loaded, name: str) -> Encoder:
         return Encoder(name, model, view, lambda x: model.image(x).feature, None, None, 1.0, loaded)
 
     def features(pictures: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = model.pooled(tower_rows(model, pictures))
-        return found
+        return model.pooled(tower_rows(model, pictures))
 
     def text(sentences: Sequence[str]) -> torch.Tensor:
-        found: torch.Tensor = model.embed_texts(loaded.words(sentences).to(next(model.parameters()).device))
-        return found
+        return model.embed_texts(loaded.words(sentences).to(next(model.parameters()).device))
 
     scale = float(model.scale().detach())
     return Encoder(name, model, view, features, lambda x: model.embedded(tower_rows(model, x)), text, scale, loaded)

@@ -146,11 +146,8 @@ def retrieval_metrics(similarity: torch.Tensor, of_picture: Sequence[int] | np.n
 
     The usual protocol with several captions per picture: a caption has found its picture if that is among the first k;
     a picture has found its captions if any of them is. Things of the same score share their places, so that a model
-    that tells nothing apart is not rewarded.
-
-    Args:
-        similarity: (captions, pictures).
-        of_picture: the picture of each caption (captions,).
+    that tells nothing apart is not rewarded. `similarity` is (captions, pictures), `of_picture` the picture of each
+    caption (captions,).
 
     Returns:
         `text_to_image/recall@1` and so on, `.../median rank` (1 is best), and `mean recall` over both ways and all k.
@@ -201,14 +198,8 @@ def log_likelihoods(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes the log-probability of each caption with its picture, and its number of words, the end among them.
 
-    Args:
-        loaded: a model that writes.
-        rows: of the image tower (pictures, width).
-        words: captions as numbers (captions, length).
-        of_picture: the row of each one's picture (captions,).
-
-    Returns:
-        Both (captions,).
+    The model writes; `rows` (pictures, width) are of its image tower, `words` (captions, length) captions as numbers,
+    and `of_picture` (captions,) says which row is each one's picture. Both results are (captions,).
     """
     model: Any = loaded.model
     assert model.writes

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from clip_lab.encoder import Encoder
 from labs_common.cache import cache_directory, check_cache, recipe_key
-from labs_common.data.images import SUFFIXES, BadPictureError, decoded, decoding_threads
+from labs_common.data.images import SUFFIXES, BadPictureError, decoded, decoding_threads, first_of
 from labs_common.errors import LabError, json_of, reason_of
 from labs_common.options import OnBadData
 from labs_common.progress import console, tracked
@@ -25,7 +25,6 @@ from labs_common.run import written_whole
 # Of an inverted file: lists per root of the pictures, of which FAISS's guide gives 4 as the least; how many of them are
 # searched; pictures that FAISS wants to learn a list from, else it warns.
 LISTS, PROBES, PER_LIST = 4, 32, 39
-NAMED = 5  # pictures that cannot be read, in a message
 
 
 @dataclass(frozen=True)
@@ -144,8 +143,7 @@ def _embedded(files: Sequence[Path], encoder: Encoder, batch_size: int) -> tuple
 
 
 def _say_bad(name: str, bad: Sequence[str], on_bad_data: OnBadData, all_of_them: bool) -> None:
-    more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
-    said = "; ".join(bad[:NAMED]) + more
+    said = first_of(bad)
     if on_bad_data == "error" or all_of_them:
         raise LabError(f"--data {name}: {said}; --on-bad-data skip leaves out what cannot be read")
     console.print(f"left out {len(bad)} pictures that cannot be read: {said}")

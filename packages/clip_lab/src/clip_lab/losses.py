@@ -174,9 +174,7 @@ def _logistic(
 def caption_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Computes the mean cross-entropy of the next word over all words to be predicted (Yu et al. 2022, eq. 3).
 
-    Args:
-        logits: (captions, length, vocabulary).
-        targets: (captions, length); `PADDED` where nothing is to be predicted.
+    Of logits (captions, length, vocabulary) and targets (captions, length), `PADDED` where nothing is to be predicted.
     """
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PADDED)
 
@@ -216,8 +214,7 @@ def pictures_of(fitting: Fitting, part: Part) -> torch.Tensor:
 
 def embedded(fitting: Fitting, part: Part) -> Embedded:
     """Returns the prepared model's output for a part, on its device."""
-    found: Embedded = fitting.model(pictures_of(fitting, part), to_device(part.words, fitting.accelerator.device))
-    return found
+    return fitting.model(pictures_of(fitting, part), to_device(part.words, fitting.accelerator.device))
 
 
 def contrastive_loss(fitting: Fitting, config: TrainConfig, found: Embedded, ids: torch.Tensor) -> torch.Tensor:

@@ -14,16 +14,16 @@ from labs_common.data.captions import CaptionedPictures, Captions
 from labs_common.fitting import Fitted, results_of, write_results
 from labs_common.progress import console
 from labs_common.report.captions import captioned_data_section
-from labs_common.report.figures import architecture_figure, curve_figure, heat_figure
+from labs_common.report.figures import curve_figure, heat_figure
 from labs_common.report.page import Figure, Gallery, Section, Table, Text, save_figure, shown
 from labs_common.report.sections import (
     asked_section,
     cost_section,
     curves_section,
+    drawn_section,
     evaluations_table,
     rerun_section,
     structure_of,
-    trained_section,
 )
 from labs_common.run import Run, seconds_between
 from labs_common.saved import FOLDER
@@ -106,7 +106,6 @@ def print_scores(found: Evaluation) -> None:
 
 def _structure_section(run: Run, loaded: Loaded, fitted: Fitted) -> Section:
     """Draws the network and tells what trained."""
-    section = trained_section(fitted.audit)
     model = loaded.model
     frozen = set(fitted.audit.before)
     for name, parameter in model.named_parameters():  # read back, nothing of it trains
@@ -115,32 +114,26 @@ def _structure_section(run: Run, loaded: Loaded, fitted: Fitted) -> Section:
     if text := getattr(model, "text", None):
         rows += structure_of(text).rows
     rows += [row for row in structure_of(model).rows if not row.name.startswith(("image", "text"))]
-    drawing = save_figure(run, "architecture", architecture_figure(rows))
     model.requires_grad_(False)
     caption = (
         f"From below: image tower, text tower, what joins them. {fitted.trained:,} of "
         f"{fitted.parameters:,} parameters train; captions have at most {loaded.words.length} pieces of "
         f"{len(loaded.words):,}."
     )
-    section.blocks.insert(1, Figure(drawing, caption))
-    return section
+    return drawn_section(run, fitted.audit, rows, caption)
 
 
 def _curves(run: Run) -> Section:
     """Draws loss, recall and temperature by step, and lists every evaluation."""
     section = curves_section(run, ("training/loss", "validation/loss"))
-    every = list(run.lines("metrics.jsonl"))
-    if lines := [line for line in every if "validation/recall" in line]:
-        epochs = [line["step"] for line in lines]
-        curves = {
-            f"R@{k}, {said}": (epochs, [line[f"validation/{way}/recall@{k}"] for line in lines])
-            for way, said in WAYS.items()
-            for k in (1, 10)
-        }
+    ways = [(way, said, k) for way, said in WAYS.items() for k in (1, 10)]
+    curves = {f"R@{k}, {said}": run.curve(f"validation/{way}/recall@{k}") for way, said, k in ways}
+    if all(steps for steps, _ in curves.values()):
         svg = save_figure(run, "recall", curve_figure(curves, "optimizer step", "recall"))
         section.blocks.append(Figure(svg, "Recall among the validation pictures after each epoch."))
-    if scales := [line for line in every if "logit_scale" in line]:
-        curve = {"temperature": ([line["step"] for line in scales], [1 / line["logit_scale"] for line in scales])}
+    steps, scales = run.curve("logit_scale")
+    if steps:
+        curve = {"temperature": (steps, [1 / scale for scale in scales])}
         svg = save_figure(run, "temperature", curve_figure(curve, "optimizer step", "temperature"))
         section.blocks.append(Figure(svg, "The learnt temperature: cosines are divided by it."))
     section.blocks.append(evaluations_table(run))

@@ -85,8 +85,7 @@ def _build(said: Mapping[str, Any], _: Mapping[str, torch.Tensor]) -> torch.nn.M
     else:
         sizes = (text["width"], text["layers"], text["heads"])
         reader = TextTower(said["vocabulary"], *sizes, said["length"], said["end"])
-    model: torch.nn.Module = OBJECTIVES[said["objective"]].model(tower, reader, HeadOptions(**said["head"]))
-    return model
+    return OBJECTIVES[said["objective"]].model(tower, reader, HeadOptions(**said["head"]))
 
 
 def to_transformers(loaded: Loaded, folder: Path) -> None:

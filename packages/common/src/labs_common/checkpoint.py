@@ -1,5 +1,6 @@
 """Checkpoints: written whole or not at all, read without running anything that they contain."""
 
+import contextlib
 import json
 import os
 import random
@@ -122,12 +123,11 @@ def check_resumed(folder: Path, accelerator: Accelerator, identity: dict[str, An
         wrote, now = len(list(path.glob("random-*.pt"))), accelerator.num_processes
         if wrote != now:
             raise LabError(f"{path}: was written by {wrote} processes, not {now}; resume with as many as the run had")
-        try:
-            before = json.loads((path / "position.json").read_text(encoding="utf-8"))
+        # One of an earlier version, without check sums, may be damaged: `load_checkpoint` says what is wrong.
+        with contextlib.suppress(LookupError, TypeError, AttributeError):
+            before = _json(path / "position.json")
             _compare(path, before, json.loads(json.dumps(identity)) | _surroundings(accelerator), accelerator)
             _check_best(path, before)
-        except (OSError, ValueError, AttributeError, LookupError, TypeError):
-            return  # of an earlier version, without check sums: `load_checkpoint` says what is wrong
 
 
 def _check_best(path: Path, position: dict[str, Any]) -> None:
@@ -252,8 +252,6 @@ def load_checkpoint(
             also.load_state_dict(torch.load(path / "also.pt", weights_only=True, map_location="cpu"))
         random_file = path / f"random-{accelerator.process_index}.pt"
         _set_random_state(torch.load(random_file, weights_only=True, map_location="cpu"))
-    except LabError:
-        raise
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError) as error:
         raise LabError(
             f"{path}: the checkpoint cannot be read ({reason_of(error)}); "

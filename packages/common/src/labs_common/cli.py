@@ -168,8 +168,7 @@ def _warnings_interrupt() -> Iterator[None]:
 def command_of(module: str) -> Callable[[], None]:
     """Returns the command that `python -m MODULE` runs: an entry of its package's `commands`."""
     package, _, name = module.rpartition(".")
-    command: Callable[[], None] = getattr(importlib.import_module(f"{package}.commands"), name)
-    return command
+    return getattr(importlib.import_module(f"{package}.commands"), name)
 
 
 def begun(run: Path | None) -> None:
@@ -226,13 +225,9 @@ def config_from_yaml(config_type: type[Config], path: Path) -> Config:
         values = yaml.safe_load(text)
         if not isinstance(values, dict) or not values:
             raise LabError("expected options as 'name: value'")
-        flags = _flags_of(values)
+        return _parse_flags(config_type, config_type(), f"--config {path}", _flags_of(values))
     except (ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: a date or number that there is not
         raise LabError(f"--config {path}: cannot be read ({reason_of(error)})") from error
-    except LabError as error:
-        raise LabError(f"--config {path}: {error}") from None
-    try:
-        return _parse_flags(config_type, config_type(), f"--config {path}", flags)
     except LabError as error:
         raise LabError(f"--config {path}: {error}") from None
 

@@ -23,8 +23,7 @@ def gathered(own: torch.Tensor) -> torch.Tensor:
     """
     if not several_processes():
         return own
-    rows: torch.Tensor = _Gathered.apply(own) if own.is_floating_point() else _all_rows(own)
-    return rows
+    return _Gathered.apply(own) if own.is_floating_point() else _all_rows(own)
 
 
 def mean_over_processes(own: torch.Tensor) -> torch.Tensor:

@@ -32,20 +32,15 @@ class Layer:
 
     def probabilities(self, features: torch.Tensor) -> np.ndarray:
         """Returns the probability of each class (pictures, classes)."""
-        found: np.ndarray = self.logits(features).cpu().double().softmax(1).numpy()
-        return found
+        return self.logits(features).cpu().double().softmax(1).numpy()
 
 
 def fitted_layers(
     features: torch.Tensor, labels: torch.Tensor, classes: int, penalties: Sequence[float]
 ) -> list[Layer]:
-    """Returns the best layer for each penalty; on a GPU all in one solve.
+    """Returns the best layer for each penalty, of features (pictures, width) and labels (pictures,).
 
-    Args:
-        features: (pictures, width).
-        labels: (pictures,).
-        classes: how many there are; one without a picture is never predicted.
-        penalties: weights of the squared weights beside the mean loss.
+    On a GPU all come from one solve. A class without a picture is never predicted.
     """
     if features.device.type == "cpu":
         return [_by_scikit_learn(features, labels, classes, penalty) for penalty in penalties]

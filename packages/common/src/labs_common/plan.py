@@ -20,7 +20,7 @@ from labs_common.errors import LabError, reason_of, text_of
 from labs_common.frozen.cache import HELD_SHARE
 from labs_common.memory import Cost, step_cost
 from labs_common.options import PlanOptions, TrainingOptions
-from labs_common.sharding import COMPUTED_IN, RUNNING, repeated_layers, zero_stage
+from labs_common.sharding import COMPUTED_IN, gathered_dtype, repeated_layers, zero_stage
 
 # The share of free memory that is counted on, since blocks of freed memory do not always fit what comes next.
 USABLE = 0.9
@@ -197,11 +197,6 @@ def held_by(model: torch.nn.Module, precision: str, moments: int = 2) -> Held:
         sum(parameter.numel() for parameter in model.parameters()), sum(parameter.numel() for parameter in trained),
         weights, gradients, moments * gradients, weights - stored, largest,
     )  # fmt: skip
-
-
-def gathered_dtype(layer: torch.nn.Module, precision: str) -> torch.dtype | None:
-    """Returns the type in which FSDP2 gathers a layer, see `labs_common.sharding.shard`; None is as it is stored."""
-    return None if any(isinstance(part, RUNNING) for part in layer.modules()) else COMPUTED_IN.get(precision)
 
 
 def before_step(model: torch.nn.Module, precision: str, sharing: Sharing, accumulating: bool) -> None:

@@ -79,14 +79,15 @@ class Run:
             trouble = [_make_directory(run.path, config) if run.is_main else None]
             if (message := broadcast_object_list(trouble)[0]) is not None:
                 raise LabError(message)
-        asked = {name: value for name, value in flat_options(config).items() if name not in RESUME_MAY_CHANGE}
-        run.options = to_plain(asked)
-        if "resume" in flat_options(config):  # not of commands that write a directory and cannot go on with it
+        every = flat_options(config)
+        run.options = to_plain({name: value for name, value in every.items() if name not in RESUME_MAY_CHANGE})
+        if "resume" in every:  # not of commands that write a directory and cannot go on with it
             begun(run.path)
         if options.track != "none":
             accelerator.project_configuration.set_directories(str(run.path))
             accelerator.log_with = filter_trackers([options.track], str(run.path))
-            accelerator.init_trackers("tracking", config=_scalars(flat_options(config)))
+            scalars = {key: one if isinstance(one, (int, float, str)) else str(one) for key, one in every.items()}
+            accelerator.init_trackers("tracking", config=scalars)
         return run
 
     @property
@@ -119,6 +120,11 @@ class Run:
                 if not isinstance(found, dict) or not isinstance(found.get("step"), int):
                     raise LabError(f"{path}:{number}: is no line of a run; bring the file back, or begin a new run")
                 yield found
+
+    def curve(self, name: str) -> tuple[list[int], list[Any]]:
+        """Reads a metric from metrics.jsonl: optimizer steps and values."""
+        lines = [line for line in self.lines("metrics.jsonl") if name in line]
+        return [line["step"] for line in lines], [line[name] for line in lines]
 
     def rewind(self, step: int) -> None:
         """Drops the lines after `step`: they belong to steps that a killed process did and that come again."""
@@ -404,12 +410,6 @@ def _make_directory(path: Path, config: Any) -> str | None:
     except LabError as error:
         return str(error)
     return None
-
-
-def _scalars(options: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in options.items()
-    }
 
 
 def _git_commit() -> str | None:

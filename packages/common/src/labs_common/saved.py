@@ -115,13 +115,13 @@ def load_exactly(network: torch.nn.Module, state: Mapping[str, torch.Tensor], sa
     network.load_state_dict({name: state[name] for name in own})
 
 
-def saved_folder(path: Path, names: Sequence[str], option: str, inner: str = "model") -> Path:
+def saved_folder(path: Path, names: Sequence[str], option: str) -> Path:
     """Finds the files `names` of a saved model: under `model/` of a finished run, or in the directory itself.
 
     Raises:
         LabError: they are not there; the message names `option`.
     """
-    for folder in (path / inner, path):
+    for folder in (path / FOLDER, path):
         if all((folder / name).is_file() for name in names):
             return folder
     there = "holds no trained model; name a finished run" if path.is_dir() else "no such directory"

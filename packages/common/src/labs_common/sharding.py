@@ -87,14 +87,18 @@ def shard(
         if parameter.requires_grad and parameter.dtype in COMPUTED_IN.values():
             parameter.data = parameter.data.float()
     for layer in repeated_layers(model):
-        dtype = None if any(isinstance(part, RUNNING) for part in layer.modules()) else COMPUTED_IN.get(precision)
         take_over(layer, device)
-        _unit(layer, dtype, reshard, offload)
+        _unit(layer, gathered_dtype(layer, precision), reshard, offload)
     # What remains is used at the beginning and at the end: it stays whole between forward and backward pass.
     take_over(model, device)
     _unit(model, None, None, offload)
     if optimizer is not None:
         _tell(optimizer, model, names)
+
+
+def gathered_dtype(layer: torch.nn.Module, precision: str) -> torch.dtype | None:
+    """Returns the type in which FSDP2 gathers a layer, see `shard`; None is as it is stored."""
+    return None if any(isinstance(part, RUNNING) for part in layer.modules()) else COMPUTED_IN.get(precision)
 
 
 def _tell(optimizer: torch.optim.Optimizer, model: torch.nn.Module, names: dict[int, str]) -> None:

@@ -35,8 +35,7 @@ class Source(Protocol):
 
 def shuffled(seed: int, epoch: int, count: int) -> list[int]:
     """Returns the numbers below `count` in the order of this epoch: a function of seed and epoch alone."""
-    order: list[int] = np.random.default_rng([seed, epoch]).permutation(count).tolist()
-    return order
+    return np.random.default_rng([seed, epoch]).permutation(count).tolist()
 
 
 @dataclass

@@ -38,14 +38,8 @@ def train_tiny(
 ) -> None:
     """Trains `parameters` by AdamW (decay 0.05) with warm-up and cosine; call it inside of `reproducible`.
 
-    Args:
-        parameters: what trains.
-        loss_of: gives the loss of the samples with these numbers (batch,).
-        samples: how many there are; each epoch takes them in another order.
-        steps: of the optimizer.
-        batch: samples in a step.
-        learning_rate: the highest.
-        task: is shown while it goes on.
+    `loss_of` gives the loss of the samples with these numbers (batch,); each epoch takes them in another order. `task`
+    is shown while it goes on.
     """
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.05, fused=True)
     order = torch.cat([torch.randperm(samples) for _ in range(-(-steps * batch // samples))])

@@ -232,7 +232,8 @@ class Loop:
         self.optimizer.zero_grad()
         self.step_number += 1
         self._send(rate, norm)
-        self.evaluation_due = self._is_evaluation_step()
+        every = self.options.evaluate_every or len(self.source)
+        self.evaluation_due = self.step_number % every == 0 or self.step_number == self.total
         if self.evaluation_due:
             self._read_figures(kept=0)
         elif self.step_number % self.options.log_every == 0:
@@ -322,22 +323,13 @@ class Loop:
             norm = self.accelerator.clip_grad_norm_(self._trained, limit)
         if norm is None:  # DeepSpeed has clipped already, inside its own step
             return 0.0
-        found: torch.Tensor | float = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP: a DTensor
-        return found
-
-    def _is_evaluation_step(self) -> bool:
-        every = self.options.evaluate_every or len(self.source)
-        return self.step_number % every == 0 or self.step_number == self.total
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP: a DTensor
 
     def _log(self, sent: "_Sent", means: dict[str, float], norm: float, count: int, seconds: float) -> None:
         finite_norm = norm if math.isfinite(norm) else None  # fp16: the step was skipped and the scale halved
         metrics = {**means, "learning_rate": sent.rate, "gradient_norm": finite_norm, self.unit: self.count}
         self.run.append("metrics.jsonl", {"step": sent.step, "epoch": sent.step / len(self.source), **metrics})
-        timing = {
-            "seconds": seconds,
-            f"{self.unit}_per_second": count / seconds,
-            "peak_memory": peak_memory(),
-        }
+        timing = {"seconds": seconds, f"{self.unit}_per_second": count / seconds, "peak_memory": peak_memory()}
         self.run.append("timing.jsonl", {"step": sent.step, self.unit: count, **timing})
         shown = {name: value for name, value in (metrics | timing).items() if value is not None}
         self.accelerator.log(shown, step=sent.step)

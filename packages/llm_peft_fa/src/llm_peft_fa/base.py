@@ -60,10 +60,7 @@ def own_template(model: str) -> bool:
 
 
 def _tokenizer(model: str) -> PreTrainedTokenizerBase:
-    found: PreTrainedTokenizerBase = load_auto(
-        AutoTokenizer.from_pretrained, model_path(model), said=f"--model {model}", remedy=REMEDY
-    )
-    return found
+    return load_auto(AutoTokenizer.from_pretrained, model_path(model), said=f"--model {model}", remedy=REMEDY)
 
 
 def load_model(model: str, precision: str | None = None, quantized: bool = False, read: bool = True) -> PreTrainedModel:
@@ -111,10 +108,7 @@ def base_config(model: str) -> PretrainedConfig:
     Raises:
         LabError: there is no such model.
     """
-    config: PretrainedConfig = load_auto(
-        AutoConfig.from_pretrained, model_path(model), said=f"--model {model}", remedy=REMEDY
-    )
-    return config
+    return load_auto(AutoConfig.from_pretrained, model_path(model), said=f"--model {model}", remedy=REMEDY)
 
 
 def unloaded_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -10,6 +10,7 @@ import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,7 @@ def findings(config: CompareConfig, run: Run, entries: dict[str, Entry], failed:
         "peak memory, MiB": (COSTS["peak MiB"], False),
     }
     if all(entry.values("after", "plain text loss") for entry in entries.values()):
-        against["loss on plain text"] = (partial(_after, "plain text loss"), False)
+        against["loss on plain text"] = (methodcaller("values", "after", "plain text loss"), False)
     curves = {name: entry.curve("loss") for name, entry in entries.items()}
     caption = "Training loss, averaged over a few steps; first seed."
     figure = curves_of(run, curves, "optimizer step", "training loss", caption, log_up=True)
@@ -215,17 +216,13 @@ def table_rows(entries: Mapping[str, Entry], base: Sequence[Mapping[str, float]]
     `base` has the scores of the base's answers by seed; its losses are those that the runs measured before training.
     """
     rates = {"learning rate": lambda entry: entry.values("config", "training", "learning_rate")[:1]}
-    measures = {name: partial(_after, name) for name in SCORES}
+    measures = {name: methodcaller("values", "after", name) for name in SCORES}
     rows = rows_of("method", sorted(entries.values(), key=quality, reverse=True), rates | measures | COSTS)
     last: dict[str, Any] = {"method": BASE}
     for name in SCORES:
         values = [scores[name] for scores in base if name in scores]
         last |= mean_and_spread(name, values or next(iter(entries.values())).values("before", name))
     return [*rows, last]
-
-
-def _after(score: str, entry: Entry) -> list[float]:
-    return entry.values("after", score)
 
 
 def prompt_scores(answers: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -331,7 +328,7 @@ def numbers_section(rows: Sequence[Mapping[str, Any]], config: CompareConfig, fa
 
 def strengths_section(entries: Mapping[str, Entry]) -> Section:
     """Lists what each method is best and worst at, from the numbers alone."""
-    measures = {name: partial(_after, name) for name in SCORES} | COSTS
+    measures = {name: methodcaller("values", "after", name) for name in SCORES} | COSTS
     means = {
         measure: {name: statistics.fmean(values) for name, entry in entries.items() if (values := of(entry))}
         for measure, of in measures.items()

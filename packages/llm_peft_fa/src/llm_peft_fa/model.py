@@ -41,7 +41,8 @@ def in_text(model: PreTrainedModel, settings: dict[str, Any]) -> dict[str, Any]:
     The vision tower's adapters would get no gradient from text, which DistributedDataParallel takes for an error at the
     second step. Settings of other bases, and those without targets, are returned as they are.
     """
-    if "target_modules" not in settings or not sees_pictures(model):
+    every = {id(parameter) for parameter in model.parameters()}
+    if "target_modules" not in settings or text_parameters(model).keys() == every:
         return settings
     decoder, targets = model.get_decoder(), settings["target_modules"]
     if isinstance(targets, str):  # all-linear
@@ -50,11 +51,6 @@ def in_text(model: PreTrainedModel, settings: dict[str, Any]) -> dict[str, Any]:
     place = next(name for name, module in model.named_modules() if module is decoder)
     # An expression that must fit the whole name of a layer.
     return settings | {"target_modules": rf"{re.escape(place)}\.(.*\.)?({'|'.join(map(re.escape, targets))})"}
-
-
-def sees_pictures(model: PreTrainedModel) -> bool:
-    """Tells whether the model has parameters that text does not go through, as Gemma 3's vision tower."""
-    return text_parameters(model).keys() != {id(parameter) for parameter in model.parameters()}
 
 
 class PackedCausalLM(torch.nn.Module):

@@ -10,15 +10,15 @@ from transformers import PreTrainedTokenizerBase
 from labs_common.fitting import Fitted, results_of, write_results
 from labs_common.frozen.audit import FrozenAudit
 from labs_common.progress import console, print_left_out
-from labs_common.report.figures import architecture_figure, histogram_figure
+from labs_common.report.figures import histogram_figure
 from labs_common.report.page import Figure, Section, Table, Text, save_figure
 from labs_common.report.sections import (
     Structure,
     asked_section,
     cost_section,
     curves_section,
+    drawn_section,
     rerun_section,
-    trained_section,
 )
 from labs_common.run import Run, seconds_between
 from llm_peft_fa.answers import BeforeAndAfter, Scores
@@ -72,14 +72,12 @@ def print_refused(readings: Iterable[Reading]) -> None:
 
 def structure_section(run: Run, structure: Structure, audit: FrozenAudit, options: MethodOptions) -> Section:
     """Tells what trained: the method, the audit's verdict and table, and the network drawn with its trained parts."""
-    section = trained_section(audit)
-    drawing = save_figure(run, "architecture", architecture_figure(structure.rows))
     caption = (
         f"{structure.name}, input below: {structure.trainable:,} of {structure.parameters:,} parameters train. A strip "
         "is a small update beside fixed weights."
     )
+    section = drawn_section(run, audit, structure.rows, caption)
     section.blocks.insert(0, Text(f"{options.method}: {METHODS[options.method].description}."))
-    section.blocks.insert(2, Figure(drawing, caption))
     return section
 
 

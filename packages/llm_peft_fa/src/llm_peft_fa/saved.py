@@ -49,8 +49,7 @@ def computed_prompt(model: Adapted) -> torch.Tensor | None:
     """
     if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning:
         return None
-    prompt: torch.Tensor = model.get_prompt_embedding_to_save("default").contiguous()
-    return prompt
+    return model.get_prompt_embedding_to_save("default").contiguous()
 
 
 def save_tuned(
@@ -128,11 +127,9 @@ def adapted_model(folder: Path, model: str, quantized: bool = False, read: bool 
     base = load_model(model, quantized=quantized, read=read)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")  # PEFT goes on with random ones
+        remedy = f"is it an adapter of {model}?"
         adapted: PeftModel = load_auto(
-            partial(PeftModel.from_pretrained, base),
-            str(folder),
-            said=str(folder),
-            remedy=f"is it an adapter of {model}?",
+            partial(PeftModel.from_pretrained, base), str(folder), said=str(folder), remedy=remedy
         )
     if file.is_file():  # PEFT also passes over what the base has no place for
         with safe_open(file, "pt") as tensors:
@@ -149,10 +146,9 @@ def adapter_config(folder: Path, said: str) -> PeftConfig:
     Raises:
         LabError: there is none, or its configuration is broken.
     """
-    found: PeftConfig = load_auto(
+    return load_auto(
         PeftConfig.from_pretrained, str(folder), said=said, remedy="name the directory of an adapter of PEFT"
     )
-    return found
 
 
 def placed(tuned: Adapted, accelerator: Accelerator) -> Adapted:

@@ -312,11 +312,8 @@ def pictures_section(name: str, victim: Victim, test: LabelledPictures) -> Secti
         counts = torch.bincount(after[places], minlength=len(test.classes))
         most = counts.argsort(descending=True)[:3].tolist()
         listed = ", ".join(f"{test.classes[place]} {int(counts[place])}" for place in most if counts[place])
-        blocks.append(
-            Text(
-                f"{len(places)} of {len(test)} test pictures are fooled; the most frequent predictions then: {listed}."
-            )
-        )
+        said = f"{len(places)} of {len(test)} test pictures are fooled; the most frequent predictions then: {listed}."
+        blocks.append(Text(said))
     return Section(f"What fools {name}", blocks)
 
 

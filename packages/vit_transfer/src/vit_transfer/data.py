@@ -182,8 +182,7 @@ def boundary_rows(
         return PictureRows(ComputedRows(tensors.batch, "fp32"), tensors.labels)
 
     def compute(view: int, places: Sequence[int]) -> torch.Tensor:
-        rows: torch.Tensor = cut.front(tensors.batch(view, places).to(accelerator.device))
-        return rows
+        return cut.front(tensors.batch(view, places).to(accelerator.device))
 
     rows = front_rows(f"{model.name}-{name}", cut.front, compute, len(tensors), cut.width, tensors.recipe(views),
                       options, accelerator, views)  # fmt: skip

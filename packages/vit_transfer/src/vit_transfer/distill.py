@@ -216,8 +216,7 @@ def distillation_section(run: Run, scored: Mapping[str, Predictions], by_head: M
         rows.append((name, found.accuracy, interval, float((found.said == teacher.said).mean())))
     columns = ("", "test accuracy", "95 % interval", "predicts what the teacher predicts")
     table = Table(columns, rows, "The two heads by themselves; in use the mean of their logits is taken.")
-    lines = [line for line in run.lines("metrics.jsonl") if "agreement" in line]
-    steps = ([line["step"] for line in lines], [line["agreement"] for line in lines])
-    figure = save_figure(run, "agreement", curve_figure({"agreement": steps}, "optimizer step", "agreement"))
+    curves = {"agreement": run.curve("agreement")}
+    figure = save_figure(run, "agreement", curve_figure(curves, "optimizer step", "agreement"))
     caption = "Share of each batch of which the distillation head predicts what the teacher predicts."
     return Section("Student and teacher", [table, Figure(figure, caption)])

@@ -11,7 +11,7 @@ from timm.data import resolve_model_data_config
 from timm.models import load_pretrained, register_model, resolve_pretrained_cfg
 
 from labs_common.checkpoint import SHARDED
-from labs_common.errors import LabError
+from labs_common.errors import LabError, reason_of
 from labs_common.fitting import share_batch_norms
 from labs_common.frozen.audit import train_only
 from labs_common.frozen.cut import Cut
@@ -60,9 +60,9 @@ def _from_timm(name: str, classes: int, pretrained: bool, image_size: int) -> to
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=classes, **size)
     except Exception as error:  # downloads fail in many ways; everything else about the name has been checked
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise LabError(
-            f"--model {name}: cannot be made ({reason}); check the network, or give --weights FILE or --no-pretrained"
+            f"--model {name}: cannot be made ({reason_of(error)}); check the network, or give --weights FILE or "
+            "--no-pretrained"
         ) from error
 
 

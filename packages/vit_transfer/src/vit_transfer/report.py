@@ -12,16 +12,16 @@ from labs_common.data.classes import LabelledPictures
 from labs_common.fitting import Fitted, results_of, write_results
 from labs_common.progress import console
 from labs_common.report.classes import Predictions, class_data_section, class_sections, said_line, wilson_interval
-from labs_common.report.figures import architecture_figure, bar_figure, curve_figure
+from labs_common.report.figures import bar_figure, curve_figure
 from labs_common.report.page import Figure, Gallery, Section, Table, Text, save_figure
 from labs_common.report.sections import (
     asked_section,
     cost_section,
     curves_section,
+    drawn_section,
     evaluations_table,
     rerun_section,
     structure_of,
-    trained_section,
 )
 from labs_common.run import Run, seconds_between
 from vit_transfer.config import TrainConfig
@@ -106,16 +106,13 @@ def test_scores(scored: Mapping[str, Predictions]) -> dict[str, dict[str, Any]]:
 
 def structure_section(run: Run, config: TrainConfig, fitted: Fitted, network: torch.nn.Module) -> Section:
     """Shows what trained: the audit's verdict and table, and the saved network drawn with its fixed and free parts."""
-    section = trained_section(fitted.audit)
     unfreeze(network, config.model.unfreeze, config.model.block)
     structure = structure_of(network)
-    drawing = save_figure(run, "architecture", architecture_figure(structure.rows))
     caption = (
         f"{structure.name}, input below: {fitted.trained:,} of {fitted.parameters:,} parameters train. The "
         "statistics of a fixed batch normalisation stay fixed too: they are among the verified tensors."
     )
-    section.blocks.insert(1, Figure(drawing, caption))
-    return section
+    return drawn_section(run, fitted.audit, structure.rows, caption)
 
 
 def numbers_section(run: Run, scores: Mapping[str, Mapping[str, Any]], compared: str) -> Section:
@@ -156,9 +153,7 @@ def heat_map_section(network: Any, test: LabelledPictures, found: Predictions) -
 def _curves(run: Run) -> Section:
     """Adds accuracies, and the numbers of every evaluation, to the curves that every lab shows."""
     section = curves_section(run, ("training/loss", "validation/loss"))
-    lines = [line for line in run.lines("metrics.jsonl") if "validation/accuracy" in line]
-    epochs = [line["step"] for line in lines]
-    accuracies = {name: (epochs, [line[f"{name}/accuracy"] for line in lines]) for name in ("training", "validation")}
+    accuracies = {name: run.curve(f"{name}/accuracy") for name in ("training", "validation")}
     svg = save_figure(run, "accuracy", curve_figure(accuracies, "optimizer step", "accuracy"))
     caption = (
         "Accuracy by epoch: on the training pictures as they were trained on, and on the validation pictures after it."

@@ -63,8 +63,7 @@ class Entry:
 
     def curve(self, key: str) -> tuple[list[int], list[float]]:
         """Reads a metric of the first seed from metrics.jsonl: optimizer steps and values."""
-        lines = [line for line in self.run.lines("metrics.jsonl") if key in line]
-        return [line["step"] for line in lines], [line[key] for line in lines]
+        return self.run.curve(key)
 
     def epochs(self, key: str) -> tuple[list[float], list[float]]:
         """Reads the same with epochs in place of steps."""

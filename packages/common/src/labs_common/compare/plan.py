@@ -1,8 +1,7 @@
 """Plans a comparison: entries of a list with options after colons, one run each, in a directory of its own."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,10 +35,12 @@ def plan_runs(
     planned = {}
     for spec in entries_of(option, text):
         name, flags = name_and_flags(spec)
-        with reading_entry(option, spec):
+        try:
             if known is not None and name not in known:
                 raise LabError(f"no such {what}; there are {', '.join(known)}")
             planned[spec] = make(name, flags)
+        except LabError as error:
+            raise LabError(f"{option} {spec}: {error}") from None
     return planned
 
 
@@ -110,15 +111,6 @@ def seeds_of(options: ComparisonOptions) -> range:
 def seeds_text(options: ComparisonOptions) -> str:
     """Says with how many seeds each entry is run."""
     return "one seed" if options.seeds == 1 else f"{options.seeds} seeds"
-
-
-@contextmanager
-def reading_entry(flag: str, spec: str) -> Iterator[None]:
-    """Puts the entry of `flag` before what is wrong with it."""
-    try:
-        yield
-    except LabError as error:
-        raise LabError(f"{flag} {spec}: {error}") from None
 
 
 def check_comparison(folder: Path, config: object) -> None:

@@ -29,11 +29,7 @@ from labs_common.errors import Interrupted, LabError, RunStopped
 from labs_common.options import ComparisonOptions, RunOptions
 from labs_common.progress import console
 from labs_common.report.page import making_report
-from labs_common.run import Run
-
-INTERRUPTED = 130
-WRONG_INPUT = 2
-LOCK = ".lock"
+from labs_common.run import LOCK, Run
 
 
 def compare_runs(
@@ -111,9 +107,9 @@ def finished_run(module: str, config: object, path: Path, folder: Path, launch: 
         arguments = ["--config", str(asked)]
     lock = folder / LOCK
     code = _forked(module, arguments, lock) if launch is None else _launched(module, arguments, lock, launch)
-    if code == INTERRUPTED:
+    if code == Interrupted.exit_code:
         raise Interrupted(f"stopped in {path}; the same command goes on from there")
-    if code == WRONG_INPUT:
+    if code == LabError.exit_code:
         raise LabError(f"{path}: could not be run, see the line above; mend it and start the same command again")
     return code
 
@@ -168,7 +164,7 @@ def _forked(module: str, arguments: list[str], lock: Path) -> int:
     with _stopping(process) as stopped:
         process.join()
     assert process.exitcode is not None
-    return INTERRUPTED if stopped else process.exitcode
+    return Interrupted.exit_code if stopped else process.exitcode
 
 
 def _run(module: str, arguments: list[str], lock: str) -> None:
@@ -191,7 +187,7 @@ def _launched(module: str, arguments: list[str], lock: Path, launch: Path) -> in
         )
         with _stopping(process) as stopped:
             code = process.wait()
-    return INTERRUPTED if stopped else code
+    return Interrupted.exit_code if stopped else code
 
 
 @contextmanager

@@ -63,11 +63,10 @@ def table_of(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], caption:
 
 def notes_on(options: ComparisonOptions, failed: Mapping[str, int]) -> list[Text]:
     """Says how many seeds the figures are of, and which runs are missing from them."""
-    notes = []
-    if options.seeds > 1:
-        notes.append(Text(f"Mean ± standard deviation over {options.seeds} seeds."))
-    else:
-        notes.append(Text("One run of each says little about small differences: see --seeds."))
+    said = f"Mean ± standard deviation over {options.seeds} seeds."
+    if options.seeds == 1:
+        said = "One run of each says little about small differences: see --seeds."
+    notes = [Text(said)]
     if failed:
         said = ", ".join(f"{name} (exit code {code})" for name, code in failed.items())
         notes.append(Text(f"Not finished, and not in the tables: {said}."))

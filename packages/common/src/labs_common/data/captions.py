@@ -36,6 +36,7 @@ CAPTION_FILES = ("captions.txt", "Flickr8k.token.txt", "Flickr8k_text/Flickr8k.t
 LONGEST = csv.field_size_limit()  # characters of a caption: 131,072
 # Within a caption: a quote before it was never closed, and what followed was swallowed.
 SWALLOWED = re.compile(rf"\n[^\n,]+(?:{'|'.join(map(re.escape, sorted(SUFFIXES)))}),", re.IGNORECASE)
+ASIDE = 0.1  # share of the pictures that is drawn for validation, and again for the test
 LISTS = {
     "train": "Flickr_8k.trainImages.txt",
     "validation": "Flickr_8k.devImages.txt",
@@ -88,7 +89,7 @@ def read_captions(options: CaptionDataOptions, seed: int, shown: bool, drawn: Ca
     splits = caption_splits(pictures, options.splits or folder, seed=seed)
     if options.limit:
         most = {"train": options.limit, "validation": -(-options.limit // 8), "test": -(-options.limit // 8)}
-        splits = {name: at_most(part, most[name], seed) for name, part in splits.items()}
+        splits = {name: part.at_most(most[name], seed) for name, part in splits.items()}
     if shown:
         print_refused(splits)
     return Captions(splits, truth_of(folder, list(splits.values())))
@@ -98,13 +99,6 @@ def truth_of(folder: Path, parts: Sequence[CaptionedPictures]) -> dict[str, Scen
     """Returns the scene that each picture shows, by its name, where that is known."""
     known = read_truth(folder)
     return {name: known[name] for part in parts for name in part.names if name in known}
-
-
-def at_most(pictures: CaptionedPictures, count: int, seed: int) -> CaptionedPictures:
-    """Takes `count` of the pictures by chance, in their order, or all if there are no more."""
-    if len(pictures) <= count:
-        return pictures
-    return pictures.subset(np.sort(np.random.default_rng([seed, 3]).permutation(len(pictures))[:count]))
 
 
 def read_captioned(data: str | Path, on_bad_data: OnBadData = "error", shown: bool = True) -> CaptionedPictures:
@@ -184,7 +178,7 @@ def captions_alone(options: CaptionDataOptions, drawn: Callable[[], Path]) -> li
     for _, name, caption in caption_lines(_caption_file(options.data or drawn())):
         if name is not None and caption.strip():
             found.setdefault(name, []).append(caption.strip())
-    return list(found.values())[: options.limit or round(0.8 * len(found))]  # the share that `caption_splits` draws
+    return list(found.values())[: options.limit or round((1 - 2 * ASIDE) * len(found))]
 
 
 def caption_lines(file: Path) -> Iterator[tuple[int, str | None, str]]:
@@ -227,33 +221,32 @@ def caption_lines(file: Path) -> Iterator[tuple[int, str | None, str]]:
 
 
 def caption_splits(
-    pictures: CaptionedPictures, folder: Path | None = None, shares: tuple[float, float] = (0.1, 0.1), seed: int = 0
+    pictures: CaptionedPictures, folder: Path | None = None, seed: int = 0
 ) -> dict[str, CaptionedPictures]:
     """Divides into training, validation and test: by the official lists if they lie in `folder`, else by the seed.
 
-    `shares` are those of validation and test. No picture is in two splits, neither by name nor by content: drawn, all
-    copies of a picture go to one split; with lists, a copy is left out of the split that comes earlier in the order
-    training, validation, test, and counted.
+    No picture is in two splits, neither by name nor by content: drawn, all copies of a picture go to one split; with
+    lists, a copy is left out of the split that comes earlier in the order training, validation, test, and counted.
 
     Raises:
         LabError: a list names nothing that is there, or a split would be empty.
     """
     lists = _official(folder) if folder is not None else {}
-    parts = _listed(pictures, lists) if lists else _drawn(pictures, shares, seed)
+    parts = _listed(pictures, lists) if lists else _drawn(pictures, seed)
     for name, part in parts.items():
         if not len(part):
             raise LabError(f"--data {pictures.source}: {len(pictures)} pictures leave the {name} split empty")
     return parts
 
 
-def _drawn(pictures: CaptionedPictures, shares: tuple[float, float], seed: int) -> dict[str, CaptionedPictures]:
+def _drawn(pictures: CaptionedPictures, seed: int) -> dict[str, CaptionedPictures]:
     copies: dict[bytes, list[int]] = {}
     for place, digest in enumerate(pictures.digests):
         copies.setdefault(digest, []).append(place)
     groups = list(copies.values())
     order = np.random.default_rng([seed, 2]).permutation(len(groups))
-    first, second = (max(1, round(share * len(groups))) for share in shares)
-    parts = {"train": order[first + second :], "validation": order[:first], "test": order[first : first + second]}
+    count = max(1, round(ASIDE * len(groups)))
+    parts = {"train": order[2 * count :], "validation": order[:count], "test": order[count : 2 * count]}
     return {
         name: pictures.subset(sorted(place for group in part for place in groups[group]))
         for name, part in parts.items()

@@ -90,6 +90,12 @@ class Pictures:
             digests=tuple(self.digests[place] for place in places) if self.digests else (),
         )
 
+    def at_most(self, count: int, seed: int) -> Self:
+        """Takes `count` of the pictures by chance, in their order, or all if there are no more."""
+        if len(self) <= count:
+            return self
+        return self.subset(np.sort(np.random.default_rng([seed, 3]).permutation(len(self))[:count]))
+
     def fingerprint(self) -> str:
         """Returns 24 hexadecimal digits that change with any picture or their order, but not with labels or captions.
 
@@ -178,10 +184,14 @@ def _is_special(path: Path) -> bool:
 
 def refusal(source: str, faults: Sequence[tuple[str, str]], remedy: str, total: int = 0) -> str:
     """Writes the line that names the first of the faults, each a name and a reason, and the remedy."""
-    named = "; ".join(f"{name}: {reason}" for name, reason in faults[:NAMED])
-    more = f" and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
+    named = first_of([f"{name}: {reason}" for name, reason in faults])
     of = f"{len(faults)} of {total} pictures" if total else f"{len(faults)} captions or pictures"
-    return f"--data {source}: {of} cannot be used: {named}{more}; {remedy}"
+    return f"--data {source}: {of} cannot be used: {named}; {remedy}"
+
+
+def first_of(faults: Sequence[str]) -> str:
+    """Joins the first faults, and says how many more there are."""
+    return "; ".join(faults[:NAMED]) + (f" and {len(faults) - NAMED} more" if len(faults) > NAMED else "")
 
 
 def digests_of(digests: Sequence[bytes]) -> str:
@@ -269,8 +279,7 @@ def readable(files: Sequence[Path], on_bad_data: OnBadData) -> list[tuple[Path, 
         except BadPictureError as error:
             faults.append(f"{file}: {error}")
     if faults and (on_bad_data == "error" or not images):
-        more = f" and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
-        raise LabError(f"{'; '.join(faults[:NAMED])}{more}; add --on-bad-data skip to leave out what cannot be read")
+        raise LabError(f"{first_of(faults)}; add --on-bad-data skip to leave out what cannot be read")
     for fault in faults:
         console.print(f"left out {fault}")
     return images

@@ -188,14 +188,12 @@ def _label_names(data: str, file: Path) -> list[str]:
 class _ArraysOnly(pickle.Unpickler):
     """Makes numpy arrays and plain values; any other name in the pickle is refused before it is looked up."""
 
-    ALLOWED = frozenset(
-        {
-            "numpy.core.multiarray._reconstruct",
-            "numpy._core.multiarray._reconstruct",
-            "numpy.ndarray",
-            "numpy.dtype",
-            "_codecs.encode",
-        }
+    ALLOWED = (
+        "numpy.core.multiarray._reconstruct",
+        "numpy._core.multiarray._reconstruct",
+        "numpy.ndarray",
+        "numpy.dtype",
+        "_codecs.encode",
     )
 
     def find_class(self, module: str, name: str) -> Any:

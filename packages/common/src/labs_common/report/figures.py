@@ -56,15 +56,8 @@ def curve_figure(
     """Draws lines by name, each the positions and values of its points; few points are marked. Returns SVG."""
     canvas, axes = _canvas(across, up)
     for colour, (name, (xs, ys)) in zip(_colours(len(curves)), curves.items(), strict=True):
-        axes.plot(
-            xs,
-            ys,
-            label=printable(name),
-            color=colour,
-            linewidth=1.6,
-            marker="o" if len(xs) <= 20 else "",
-            markersize=4,
-        )
+        marker = "o" if len(xs) <= 20 else ""
+        axes.plot(xs, ys, label=printable(name), color=colour, linewidth=1.6, marker=marker, markersize=4)
     if log_up:
         axes.set_yscale("log")
         _plain_powers(axes.yaxis)

@@ -14,9 +14,9 @@ import torch
 
 from labs_common.cli import chosen, flat_options, to_plain
 from labs_common.frozen.audit import FrozenAudit
-from labs_common.report.figures import Cell, Row, curve_figure
+from labs_common.report.figures import Cell, Row, architecture_figure, curve_figure
 from labs_common.report.page import Code, Figure, Section, Table, Text, save_figure
-from labs_common.run import Run
+from labs_common.run import Run, cost_of
 
 
 def asked_section(config: Any) -> Section:
@@ -45,17 +45,18 @@ def trained_section(audit: FrozenAudit) -> Section:
     return Section("What trained", [Text(verdict), Table(("module", "trained", "frozen", "verified tensors"), body)])
 
 
+def drawn_section(run: Run, audit: FrozenAudit, rows: Sequence[Row], caption: str) -> Section:
+    """Lists the same, and draws the network from the `rows` of its parts (see `structure_of`)."""
+    section = trained_section(audit)
+    section.blocks.insert(1, Figure(save_figure(run, "architecture", architecture_figure(rows)), caption))
+    return section
+
+
 def curves_section(run: Run, evaluations: Sequence[str] = ("validation/loss",)) -> Section:
     """Draws loss and learning rate by step; `evaluations` are drawn into the figure of the loss."""
-    lines = list(run.lines("metrics.jsonl"))
-
-    def curve(name: str) -> tuple[list[float], list[float]]:
-        there = [line for line in lines if name in line]
-        return [line["step"] for line in there], [line[name] for line in there]
-
-    losses = {"training": curve("loss")} | {name.replace("/", " "): curve(name) for name in evaluations}
+    losses = {"training": run.curve("loss")} | {name.replace("/", " "): run.curve(name) for name in evaluations}
     loss = save_figure(run, "loss", curve_figure(losses, "optimizer step", "loss"))
-    rates = {"learning rate": curve("learning_rate")}
+    rates = {"learning rate": run.curve("learning_rate")}
     rate = save_figure(run, "learning_rate", curve_figure(rates, "optimizer step", "learning rate"))
     return Section("Curves", [Figure(loss, "Loss by step."), Figure(rate, "Learning rate by step.")])
 
@@ -71,16 +72,14 @@ def evaluations_table(run: Run, keys: Sequence[str] = ()) -> Table:
 
 def cost_section(run: Run, unit: str, seconds: Mapping[str, float]) -> Section:
     """Lists time, throughput and memory, from timing.jsonl; `seconds` are the parts of this start of the run."""
-    timing = list(run.lines("timing.jsonl"))
-    spent = sum(line["seconds"] for line in timing)
-    count = sum(line[unit] for line in timing)
+    cost = cost_of(run, unit)
     rows: list[tuple[str, Any]] = [(f"seconds: {part}", value) for part, value in seconds.items()]
     rows += [
-        ("seconds: all optimizer steps", spent),
-        ("optimizer steps", len(timing)),
-        (f"{unit} trained on", count),
-        (f"{unit} per second in training", count / spent if spent else 0.0),
-        ("peak memory, MiB", max((line["peak_memory"] for line in timing), default=0) / 2**20),
+        ("seconds: all optimizer steps", cost["seconds"]),
+        ("optimizer steps", cost["steps"]),
+        (f"{unit} trained on", cost[unit]),
+        (f"{unit} per second in training", cost[f"{unit} per second"]),
+        ("peak memory, MiB", cost["peak memory"] / 2**20),
     ]
     return Section("Cost", [Table(("", ""), rows)])
 

@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from labs_common.data.images import MOST_PIXELS, NAMED
+from labs_common.data.images import MOST_PIXELS, first_of
 from labs_common.errors import LabError, json_of
 from labs_common.options import OnBadData
 from labs_common.scenes.world import SHAPES, TEXTURES
@@ -156,10 +156,7 @@ def read_instances(path: Path, on_bad_data: OnBadData = "skip") -> Instances:
             usual = {"iscrowd": 0, "area": row["bbox"][2] * row["bbox"][3], "id": place + 1}
             kept.append({**usual, **row} | ({"id": place + 1} if renumber else {}))
     if named and on_bad_data == "error":
-        more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
-        raise LabError(
-            f"{path}: {'; '.join(named[:NAMED])}{more}; mend them, or leave them out with --on-bad-data skip"
-        )
+        raise LabError(f"{path}: {first_of(named)}; mend them, or leave them out with --on-bad-data skip")
     return Instances(str(path), categories, images, kept, left_out, unusable)
 
 

@@ -42,8 +42,7 @@ class Pyramid(nn.Module):
     def forward(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
         """Returns the levels by name, finest first."""
         maps = OrderedDict((str(place), found) for place, found in enumerate(self.body(pictures)))
-        levels: dict[str, torch.Tensor] = self.fpn(maps)
-        return levels
+        return self.fpn(maps)
 
 
 def make_backbone(name: str, pretrained: bool, weights: Path | None, frozen_stages: int, channels: int) -> nn.Module:

@@ -114,6 +114,7 @@ def findings(config: AblateConfig, run: Run, entries: Mapping[str, Entry], faile
     shown = {"unseen alone": ZSI, "seen": "GZSI box seen", "both": GZSI}
     bars = {row["description"]: {said: row.get(name, 0.0) for said, name in shown.items()} for row in rows}
     curves = {VARIANTS[name].said: entry.curve("validation/unseen_ap50") for name, entry in entries.items()}
+    caption = "Unseen classes alone, on validation pictures, first seed."
     note = (
         f"Every variant has the same pictures, steps and {seeds_text(config.comparison)}. Up to the synchronised "
         "background each adds one part; contrastive heads are added to all of them."
@@ -123,13 +124,7 @@ def findings(config: AblateConfig, run: Run, entries: Mapping[str, Entry], faile
         *notes_on(config.comparison, failed),
         *tables,
         Figure(save_figure(run, "variants", bar_figure(bars, "AP at 0.5")), "Boxes; both: harmonic mean."),
-        curves_of(
-            run,
-            curves,
-            "optimizer step",
-            "AP at 0.5, unseen boxes",
-            "Unseen classes alone, on validation pictures, first seed.",
-        ),
+        curves_of(run, curves, "optimizer step", "AP at 0.5, unseen boxes", caption),
     ]
     best = max(rows, key=lambda row: row.get(ZSI, 0.0))
     summary = f"{best['description']} has the best unseen boxes: AP at 0.5 {best.get(ZSI, 0.0):.3f}."

@@ -106,13 +106,12 @@ def read_pictures(
     both = found_pictures(parts.both, folders, split.classes, data.on_bad_data, shown)
     order = np.random.default_rng([seed, 1]).permutation(len(both))
     first = round(data.validation_fraction * len(both))
-    pictures = {
-        "validation": _limited(both, sorted(order[:first].tolist()), data.limit, seed),
-        "test": _limited(both, sorted(order[first:].tolist()), data.limit, seed),
-    }
+    pictures = {"validation": both.subset(np.sort(order[:first])), "test": both.subset(np.sort(order[first:]))}
     if training:
         train = found_pictures(parts.train, folders, split.seen, data.on_bad_data, shown)
-        pictures = {"train": _limited(train, range(len(train)), data.limit, seed), **pictures}
+        pictures = {"train": train, **pictures}
+    if data.limit:
+        pictures = {name: part.at_most(data.limit, seed) for name, part in pictures.items()}
     return pictures, parts.counts()
 
 
@@ -187,13 +186,6 @@ def picture_folders(folder: Path) -> list[Path]:
     """Lists the directories in which pictures may lie, under a directory of COCO."""
     inner = [path for parent in (folder, folder / "images") if parent.is_dir() for path in sorted(parent.iterdir())]
     return [folder, *(path for path in inner if path.is_dir() and path.name != "annotations")]
-
-
-def _limited(pictures: InstancePictures, places: Sequence[int], limit: int, seed: int) -> InstancePictures:
-    if limit and len(places) > limit:
-        order = np.random.default_rng([seed, 3]).permutation(len(places))[:limit]
-        places = [places[place] for place in sorted(order.tolist())]
-    return pictures.subset(places)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from labs_common.cli import to_plain
 from labs_common.data.images import print_refused
 from labs_common.report.page import write_report
 from labs_common.report.sections import asked_section
-from labs_common.run import Run, check_new, new_folder
+from labs_common.run import Run, check_new, new_folder, newest_run
 from labs_common.training import inference_accelerator
 from zsi_contrastive.detector.annotations import Split, read_split
 from zsi_contrastive.detector.config import DataOptions, EvaluateConfig, default_split
@@ -15,7 +15,7 @@ from zsi_contrastive.detector.data import from_main_process, read_parts, read_pi
 from zsi_contrastive.detector.pictures import InstancePictures, instance_pictures
 from zsi_contrastive.detector.protocol import Evaluation, evaluated, scores_of
 from zsi_contrastive.detector.report import finding_sections, measured_sections, print_scores, summary_of
-from zsi_contrastive.detector.saved import Loaded, changed, chosen_data, chosen_run, load_detector
+from zsi_contrastive.detector.saved import FILE, Loaded, changed, chosen_data, load_detector
 from zsi_contrastive.detector.scoring import read_results
 from zsi_contrastive.detector.vectors import ClassVectors, check_same_space, scaled_like
 
@@ -39,7 +39,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
     Raises:
         LabError: no detector is there, or no such pictures or words.
     """
-    checkpoint = chosen_run(config.checkpoint)
+    checkpoint = config.checkpoint or newest_run(FILE, "zsi_contrastive.train")
     loaded = load_detector(checkpoint)
     output = new_folder(config.output, checkpoint / "evaluation")
     data, seed = chosen_data(config.data, checkpoint)

@@ -246,11 +246,7 @@ def make_model(config: TrainConfig, vectors: ClassVectors, words: torch.Tensor |
         options.backbone, options.backbone_pretrained, options.backbone_weights, options.frozen_stages, channels
     )
     parts = Parts(
-        options.mask_head,
-        options.decoders,
-        options.background_rpn,
-        options.sync_background,
-        contrastive_of(options),
+        options.mask_head, options.decoders, options.background_rpn, options.sync_background, contrastive_of(options)
     )
     model = ZeroShotMaskRCNN(backbone, vectors.background, vectors.seen, parts, *sizes_of(config), words)
     for name, head in model.contrastive().items():

@@ -150,8 +150,7 @@ def mask_of(outline: list[list[float]] | Json, height: int, width: int) -> np.nd
         found = rle.frPyObjects(outline, height, width)
     else:
         found = outline
-    pixels: np.ndarray = rle.decode(found)
-    return pixels
+    return rle.decode(found)
 
 
 def run_lengths(masks: torch.Tensor, boxes: torch.Tensor, height: int, width: int) -> list[Json]:

@@ -16,7 +16,7 @@ from labs_common.errors import LabError
 from labs_common.progress import tracked
 from labs_common.report.figures import COLOURS
 from labs_common.report.page import shown
-from labs_common.run import check_new, new_folder, write_atomically
+from labs_common.run import check_new, new_folder, newest_run, write_atomically
 from labs_common.steps import read_ahead
 from labs_common.training import inference_accelerator
 from zsi_contrastive.detector.annotations import read_split
@@ -25,7 +25,7 @@ from zsi_contrastive.detector.data import read_pictures
 from zsi_contrastive.detector.heads import Samples
 from zsi_contrastive.detector.pictures import InstancePictures, Packed, levels_of, mask_of, packed, run_lengths
 from zsi_contrastive.detector.regions import Detections, Query
-from zsi_contrastive.detector.saved import Loaded, changed, chosen_data, chosen_run, load_detector
+from zsi_contrastive.detector.saved import FILE, Loaded, changed, chosen_data, load_detector
 from zsi_contrastive.detector.vectors import ClassVectors, check_same_space, of_length, refined, word_vectors
 
 OF_THE_TEST = 8  # pictures of the run's test that are taken where none is named
@@ -40,7 +40,7 @@ def predict(config: PredictConfig) -> None:
         LabError: no picture or no detector is there, a picture cannot be read, or a word has no vector.
     """
     check_new(config.output)
-    checkpoint = chosen_run(config.checkpoint)
+    checkpoint = config.checkpoint or newest_run(FILE, "zsi_contrastive.train")
     output = new_folder(config.output, checkpoint / "predictions")
     loaded = load_detector(checkpoint)
     names, vectors = wanted_words(config, loaded)

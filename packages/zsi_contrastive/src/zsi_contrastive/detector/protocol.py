@@ -49,8 +49,7 @@ class Evaluation:
     def plain(self) -> dict[str, Any]:
         """Returns JSON values, without the results; what could not be computed is null."""
         said = {name: value for name, value in vars(self).items() if name not in ("results", "others")}
-        plain: dict[str, Any] = _without_nan({**said, "other rules": self.others})
-        return plain
+        return _without_nan({**said, "other rules": self.others})
 
 
 def evaluated(
@@ -136,9 +135,9 @@ def scores_of(
     for name, number in zip(split.classes, [*seen, *unseen], strict=True):
         line: dict[str, Any] = {"class": name, "seen": number in seen, "objects": objects[number]}
         for kind, (one, two) in by_class.items():
-            line[f"{kind} gzsi"] = two.of_class(number)
+            line[f"{kind} gzsi"] = two.means([number])
             if number in unseen:
-                line[f"{kind} zsi"] = one.of_class(number)
+                line[f"{kind} zsi"] = one.means([number])
         classes.append(line)
     return Evaluation(list(results), zsi, gzsi, classes, bias=bias)
 

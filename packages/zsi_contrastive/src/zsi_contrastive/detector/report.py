@@ -9,15 +9,15 @@ from PIL import Image
 
 from labs_common.fitting import Fitted
 from labs_common.progress import console
-from labs_common.report.figures import architecture_figure, curve_figure, matrix_figure
+from labs_common.report.figures import curve_figure, matrix_figure
 from labs_common.report.page import Figure, Gallery, Section, Table, Text, save_figure
 from labs_common.report.sections import (
     asked_section,
     cost_section,
     curves_section,
+    drawn_section,
     rerun_section,
     structure_of,
-    trained_section,
 )
 from labs_common.run import Run
 from zsi_contrastive.detector.annotations import Split
@@ -62,15 +62,13 @@ def training_sections(
     spent.blocks.append(Table(("", ""), list(results["cost"].items())))
     for name, parameter in model.named_parameters():  # read back, nothing of it trains
         parameter.requires_grad_(name not in fitted.audit.before)
-    trained = trained_section(fitted.audit)
-    drawn = save_figure(run, "architecture", architecture_figure(structure_of(model).rows))
-    trained.blocks.insert(1, Figure(drawn, "From below: backbone with its pyramid, proposals, regions."))
+    parts = structure_of(model).rows
     test = data.pictures["test"]
     return [
         asked_section(config),
         data_section(data),
         words_section(data),
-        trained,
+        drawn_section(run, fitted.audit, parts, "From below: backbone with its pyramid, proposals, regions."),
         _curves(run),
         *measured_sections(run, found, data.split, test),
         *finding_sections(run, found, data.split, test),
@@ -206,18 +204,12 @@ def _class_section(found: Evaluation) -> Section:
 
 def _curves(run: Run) -> Section:
     section = curves_section(run, ())
-    lines = list(run.lines("metrics.jsonl"))
-    names = [name for name in next((line for line in lines if "loss" in line), {}) if name.endswith("_loss")]
-    training = [line for line in lines if "loss" in line]
-    steps = [line["step"] for line in training]
-    parts = {name.removesuffix("_loss").replace("_", " "): (steps, [line[name] for line in training]) for name in names}
+    first = next((line for line in run.lines("metrics.jsonl") if "loss" in line), {})
+    names = [name for name in first if name.endswith("_loss")]
+    parts = {name.removesuffix("_loss").replace("_", " "): run.curve(name) for name in names}
     drawn = save_figure(run, "losses", curve_figure(parts, "optimizer step", "loss", log_up=True))
     section.blocks.insert(1, Figure(drawn, "The parts of the loss."))
-    points = [line for line in lines if "validation/seen_ap50" in line]
-    found = {
-        name: ([line["step"] for line in points], [line[f"validation/{key}"] for line in points])
-        for name, key in (("seen", "seen_ap50"), ("unseen", "unseen_ap50"))
-    }
+    found = {name: run.curve(f"validation/{name}_ap50") for name in ("seen", "unseen")}
     drawn = save_figure(run, "validation", curve_figure(found, "optimizer step", "AP at 0.5, boxes"))
     section.blocks.insert(0, Figure(drawn, "Boxes on validation pictures, each kind of class looked for alone."))
     return section
@@ -268,7 +260,10 @@ def confusion_section(run: Run, named: Sequence[Named], split: Split, bias: floa
             seen += 1
             right_seen += said == thing.truth
     figure = save_figure(run, "confusion", matrix_figure(counts, names, "said", "is"))
-    rows = [(name, said.total(), said[name] / max(1, said.total()), _most_common(said)) for name, said in taken.items()]
+    rows = []
+    for name, names_said in taken.items():
+        total, most = names_said.total(), ", ".join(f"{other} {count}" for other, count in names_said.most_common(4))
+        rows.append((name, total, names_said[name] / max(1, total), most))
     text = f"Of {seen} objects of seen classes {right_seen / max(1, seen):.1%} get their own class." if seen else ""
     blocks: list[Any] = [
         Text(f"For every object the class of the best detection on it (IoU of at least {ON_IT}). {text}"),
@@ -276,10 +271,6 @@ def confusion_section(run: Run, named: Sequence[Named], split: Split, bias: floa
         Table(("unseen class", "objects", "right", "said most often"), rows),
     ]
     return Section("Confusions", blocks)
-
-
-def _most_common(said: Counter[str]) -> str:
-    return ", ".join(f"{other} {count}" for other, count in said.most_common(4))
 
 
 def _best_of_unseen(

@@ -10,7 +10,6 @@ import torch
 
 from labs_common.cli import config_from_yaml
 from labs_common.errors import LabError
-from labs_common.run import newest_run
 from labs_common.saved import load_model, save_model
 from zsi_contrastive.detector.annotations import Split
 from zsi_contrastive.detector.backbone import make_backbone
@@ -89,15 +88,6 @@ def load_detector(path: Path) -> Loaded:
 
     model, _, _ = load_model(path, FILE, "--checkpoint", build)
     return Loaded(model, **known)
-
-
-def chosen_run(checkpoint: Path | None) -> Path:
-    """Returns the run that `--checkpoint` names, or the newest finished one under runs/.
-
-    Raises:
-        LabError: there is none.
-    """
-    return checkpoint or newest_run(FILE, "zsi_contrastive.train")
 
 
 def chosen_data(asked: DataOptions, checkpoint: Path) -> tuple[DataOptions, int]:

@@ -49,10 +49,6 @@ class ClassScores:
         found["ap"] = _mean(self.precision[np.ix_(rows, places)])
         return found
 
-    def of_class(self, number: int) -> dict[str, float]:
-        """Returns one category's `means`."""
-        return self.means([number])
-
 
 def scored(truth: Instances, results: Sequence[Mapping[str, Any]], categories: Sequence[int], kind: str) -> ClassScores:
     """Scores results of these `categories` with faster-coco-eval; `kind` is box or mask.

@@ -111,10 +111,8 @@ def fit(config: TrainConfig, model: ZeroShotMaskRCNN, run: Run, accelerator: Acc
             found = scores(fitting, data, config.detection, options.validation_pictures)
             loop.evaluated(found, "validation/harmonic_mean", higher_is_better=True)
 
-    def save(state: dict[str, torch.Tensor]) -> None:
-        save_detector(config, model, state, data.split, data.vectors, run.path / FOLDER)
-
-    return fitting.finish(save)
+    folder = run.path / FOLDER
+    return fitting.finish(lambda state: save_detector(config, model, state, data.split, data.vectors, folder))
 
 
 def contrastive_share(training: DetectorTrainingOptions, name: str, usual: float) -> float:

@@ -318,8 +318,7 @@ def _encoded(name: str, texts: Sequence[str]) -> torch.Tensor:
         batch = tokenizer(list(texts), padding=True, return_tensors="pt")
         states = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
         weights = batch["attention_mask"][..., None].float()  # (texts, tokens, 1)
-        mean: torch.Tensor = (states * weights).sum(1) / weights.sum(1)
-        return mean
+        return (states * weights).sum(1) / weights.sum(1)
 
 
 def _unit(rows: torch.Tensor) -> torch.Tensor:

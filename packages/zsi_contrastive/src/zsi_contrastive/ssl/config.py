@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from labs_common.errors import LabError
 from labs_common.options import (
     ClassDataOptions,
     ComparisonOptions,
@@ -175,20 +174,6 @@ class PretrainConfig:
     measure: MeasureOptions = field(default_factory=MeasureOptions)
     run: RunOptions = field(default_factory=RunOptions)
     plan: PlanOptions = field(default_factory=PlanOptions)
-
-
-def check_ranges(config: PretrainConfig) -> None:
-    """Refuses values that make no sense, whatever the method.
-
-    Raises:
-        LabError: one is out of range, or does not fit the encoder.
-    """
-    encoder, views = config.encoder, config.views
-    if encoder.stem == "small" and not encoder.backbone.startswith(RESNETS):
-        raise LabError("--stem small: is for ResNets of torchvision")
-    for name, (low, high) in (("crop-scale", views.crop_scale), ("local-scale", views.local_scale)):
-        if not low <= high or not high:
-            raise LabError(f"--{name}: must be two shares of the area, the smaller first, not both 0")
 
 
 @dataclass

@@ -173,15 +173,10 @@ def recipes_of(encoder: EncoderOptions, views: ViewOptions, full_views: int) -> 
 def views_of(
     pixels: torch.Tensor, aspects: torch.Tensor, recipes: Sequence[Recipe], seed: int, step: int, own: slice
 ) -> list[torch.Tensor]:
-    """Makes one batch of normalised views (own, 3, side, side) by each recipe.
+    """Makes one batch of normalised views (own, 3, side, side) by each recipe, from the run's `seed` and the `step`.
 
-    Args:
-        pixels: this process's part of the step's batch (own, 3, s, s), from 0 to 255.
-        aspects: width by height of every picture of the whole batch (n,), on the CPU.
-        recipes: one for each view.
-        seed: of the run.
-        step: number of the optimizer step.
-        own: this process's part of the whole batch.
+    `pixels` (own, 3, s, s), from 0 to 255, are this process's part `own` of the step's batch; `aspects` (n,), on the
+    CPU, are width by height of every picture of the whole batch.
     """
     generator = torch.Generator().manual_seed(((seed << 32) + step) % 2**63)
     views, drawn = [], [sample(recipe, aspects, generator) for recipe in recipes]

@@ -140,10 +140,8 @@ def moco_loss(
 def dino_loss(student: torch.Tensor, targets: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
     """Compares the teacher's views with all other views of the student, by cross-entropy (Caron et al. 2021, eq. 3).
 
-    Args:
-        student: logits (views, n, k); the first of them are the views that the teacher saw.
-        targets: the teacher's distributions (full views, n, k), from `sharpened` or `sinkhorn_knopp`; without gradient.
-        temperature: the student's.
+    `student` are logits (views, n, k), first those of the views that the teacher saw, and `temperature` is theirs;
+    `targets` the teacher's distributions (full views, n, k), from `sharpened` or `sinkhorn_knopp`, without gradient.
     """
     logs = (full_precision(student) / temperature).log_softmax(-1)
     with exact_float32(logs.device):

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from labs_common.errors import LabError, RunStopped
 from labs_common.gathering import gathered
 from zsi_contrastive import TINY
-from zsi_contrastive.ssl.config import RESNET50_V2, RESNETS, MethodOptions, PretrainConfig, check_ranges
+from zsi_contrastive.ssl.config import RESNET50_V2, RESNETS, MethodOptions, PretrainConfig
 from zsi_contrastive.ssl.losses import (
     byol_loss,
     debiased_loss,
@@ -261,8 +261,7 @@ def complete(config: PretrainConfig) -> PretrainConfig:
     Raises:
         LabError: options contradict each other, or are out of range.
     """
-    check_ranges(config)
-    _check_method(config)
+    _check(config)
     method, tiny = METHODS[config.method], config.encoder.backbone == TINY
     convolutional = config.encoder.backbone.startswith(RESNETS)
     defaults = {"optimizer": "sgd" if convolutional else "adamw", **DEFAULTS, **method.defaults}
@@ -303,9 +302,14 @@ def _filled(options: Any, defaults: Mapping[str, Any]) -> Any:
     return dataclasses.replace(options, **{name: defaults[name] for name in left if name in defaults})
 
 
-def _check_method(config: PretrainConfig) -> None:
-    """Refuses an encoder or views that are not for the method."""
+def _check(config: PretrainConfig) -> None:
+    """Refuses an encoder or views that make no sense, or are not for the method."""
     method, backbone, side = METHODS[config.method], config.encoder.backbone, config.encoder.side
+    if config.encoder.stem == "small" and not backbone.startswith(RESNETS):
+        raise LabError("--stem small: is for ResNets of torchvision")
+    for name, (low, high) in (("crop-scale", config.views.crop_scale), ("local-scale", config.views.local_scale)):
+        if not low <= high or not high:
+            raise LabError(f"--{name}: must be two shares of the area, the smaller first, not both 0")
     if method.on_patches and backbone not in (TINY, RESNET50_V2):
         raise LabError(f"--backbone {backbone}: {config.method} has networks of its own: take {TINY} or {RESNET50_V2}")
     if not method.on_patches and backbone == RESNET50_V2:

@@ -148,5 +148,4 @@ def encoder_of(network: nn.Module) -> nn.Module:
 
 def features_of(encoder: nn.Module, pictures: torch.Tensor) -> torch.Tensor:
     """Computes features (n, width) of normalised pictures."""
-    features: torch.Tensor = encoder.features(pictures) if isinstance(encoder, PatchModules) else encoder(pictures)
-    return features
+    return encoder.features(pictures) if isinstance(encoder, PatchModules) else encoder(pictures)

@@ -21,18 +21,18 @@ def save_encoder(config: PretrainConfig, encoder: torch.nn.Module, path: Path) -
     save_model(path / FOLDER, DESCRIPTION, description, network.state_dict(), weights=WEIGHTS)
 
 
-def load_encoder(path: Path, option: str = "--checkpoint") -> torch.nn.Module:
+def load_encoder(path: Path) -> torch.nn.Module:
     """Loads the encoder of a finished run, in evaluation mode and without gradients.
 
     Raises:
         LabError: none is there, or it is broken.
     """
-    folder = saved_folder(path, (DESCRIPTION, WEIGHTS), option)
-    with reading_model(path, option):
+    folder = saved_folder(path, (DESCRIPTION, WEIGHTS), "--checkpoint")
+    with reading_model(path, "--checkpoint"):
         said = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         config = PretrainConfig(said["method"], own=MethodOptions(ahead=said["ahead"]),
                                 encoder=EncoderOptions(said["backbone"], said["stem"], said["side"]))  # fmt: skip
         encoder = encoder_of(METHODS[said["method"]].network(complete(config)))
     network = encoder.network if isinstance(encoder, Encoder) else encoder
-    load_exactly(network, read_weights(folder / WEIGHTS, option), f"{option} {path}")
+    load_exactly(network, read_weights(folder / WEIGHTS, "--checkpoint"), f"--checkpoint {path}")
     return encoder.requires_grad_(False).eval()
