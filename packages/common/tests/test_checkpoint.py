@@ -291,3 +291,10 @@ def test_sums_that_no_file_can_have(run: Path) -> None:
     assert "missing" in refusal(run)
     (newest(run) / SUMS).write_text("[" * 100_000)
     assert "missing or damaged" in refusal(run)
+
+
+def test_a_file_whose_sum_was_taken_out(run: Path) -> None:
+    sums = json.loads((newest(run) / SUMS).read_text())
+    del sums["optimizer.pt"]
+    (newest(run) / SUMS).write_text(json.dumps(sums))
+    assert "optimizer.pt: has no check sum" in refusal(run)

@@ -196,7 +196,9 @@ def _check_sums(folder: Path, accelerator: Accelerator, names: list[str] | None 
 
 def _damage(path: Path, accelerator: Accelerator, run: str | None) -> str | None:
     """Says what is wrong with a checkpoint of `run`, in all processes; nothing of one that has no check sums yet."""
-    written, position = broadcast_object_list([_json(path / SUMS), _json(path / "position.json")])
+    written, position, there = broadcast_object_list(
+        [_json(path / SUMS), _json(path / "position.json"), files_in(path)]
+    )
     if not written:
         if run is None and not (path / SUMS).exists():  # of a run that began before there were any
             if accelerator.is_main_process:
@@ -206,6 +208,8 @@ def _damage(path: Path, accelerator: Accelerator, run: str | None) -> str | None
     for name, found in _check_sums(path, accelerator, list(written)).items():
         if found != written[name]:
             return f"{path / name}: is {'missing' if found is None else 'damaged (its check sum is another)'}"
+    if more := set(there) - written.keys():
+        return f"{path / min(more)}: has no check sum"
     # A run whose environment.json is lost has no name to compare with.
     if run not in (None, position.get("run")) or position.get("step") != _number(path):
         return f"{path}: is of another run or another step"

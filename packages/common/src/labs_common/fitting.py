@@ -26,10 +26,11 @@ from labs_common.device import mixed_precision, state_bytes
 from labs_common.frozen.audit import FrozenAudit
 from labs_common.frozen.cache import Rows, disk_bytes
 from labs_common.launch import check_launch
+from labs_common.lock import lock
 from labs_common.options import RunOptions, TrainingOptions
 from labs_common.progress import console
 from labs_common.report.page import Section, making_report, write_report
-from labs_common.run import Run, check_run_options, cost_of, lock, machine_of
+from labs_common.run import Run, check_run_options, cost_of, machine_of
 from labs_common.sharding import kept_weights, partition, prepare_sharded, spreads_weights, whole_state
 from labs_common.steps import Source
 from labs_common.training import Loop, identity, make_accelerator

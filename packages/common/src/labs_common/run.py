@@ -2,8 +2,6 @@
 
 import contextlib
 import datetime
-import errno
-import fcntl
 import functools
 import importlib.util
 import itertools
@@ -11,7 +9,6 @@ import json
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 import uuid
@@ -25,11 +22,10 @@ from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 from accelerate.utils import broadcast_object_list
 
-from labs_common.cli import begun, chosen, config_to_yaml, flat_options, held, to_plain
+from labs_common.cli import begun, chosen, config_to_yaml, flat_options, to_plain
 from labs_common.errors import LabError, bytes_of, json_of, reason_of
+from labs_common.lock import LOCK, locked
 from labs_common.options import RESUME_MAY_CHANGE, RunOptions
-
-LOCK = ".lock"
 
 ESCAPED = "backslashreplace"  # half a character of a file's name that is not UTF-8: as JSON itself writes it
 MACHINE = ("git_commit", "python", "platform", "cpu_count", "gpus")  # of environment.json, for tables
@@ -238,43 +234,6 @@ def check_run_options(options: RunOptions) -> None:
     check_writable(options.output or Path("runs"))
 
 
-def lock(folder: Path, is_main: bool) -> None:
-    """Keeps every other process out of a run's directory until this command ends, in whatever way.
-
-    Called by all processes of a launch together; the main one holds it for all. It is a record lock of POSIX: the
-    system gives it back when the process is gone, processes that this one forks do not have it, and on a network file
-    system that has locks it holds between machines.
-
-    Raises:
-        LabError: another process works there.
-    """
-    trouble = [_locked(folder) if is_main else None]
-    if (message := broadcast_object_list(trouble)[0]) is not None:
-        raise LabError(message)
-
-
-def _locked(folder: Path) -> str | None:
-    try:
-        if (folder / LOCK).is_symlink():
-            return f"{folder / LOCK}: is a link, and what it leads to would be emptied; delete it"
-        file = held.enter_context((folder / LOCK).open("a+", errors="replace"))
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                file.seek(0)
-                who = file.read().strip() or "another process"
-                return f"{folder}: {who} is at work on this run; wait for its end, or stop it first"
-            print(f"{folder}: its file system has no locks ({error.strerror}): make sure that nothing else works there",
-                  file=sys.stderr, flush=True)  # fmt: skip
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-    except OSError as error:
-        return f"{folder / LOCK}: cannot be written ({error.strerror or 'is no file'})"
-    return None
-
-
 def check_new(output: Path | None) -> None:
     """Refuses an `--output` that holds something already.
 
@@ -399,7 +358,7 @@ def _make_directory(path: Path, config: Any) -> str | None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         (path / "figures").mkdir(exist_ok=True)
-        if trouble := _locked(path):
+        if trouble := locked(path):
             return trouble
         check_new(path)  # again: another process may have begun and ended there since
         about = {"run": uuid.uuid4().hex} | environment() | {"chosen": chosen(config)}

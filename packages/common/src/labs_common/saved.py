@@ -97,6 +97,8 @@ def read_weights(file: Path, option: str) -> dict[str, torch.Tensor]:
         LabError: the file cannot be read.
     """
     try:
+        if file.exists() and not file.is_file():  # a pipe would be waited for
+            raise OSError("is no file")
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise LabError(f"{option} {file}: cannot be read ({reason_of(error)})") from error
@@ -210,7 +212,10 @@ def _refused(*given: Any, **more: Any) -> str:
 
 
 def _check_shards(folder: Path, said: str, remedy: str) -> None:
-    """Refuses a directory whose index of weights names files that are missing or lie elsewhere."""
+    """Refuses a directory with pipes, or whose index of weights names files that are missing or lie elsewhere."""
+    for file in folder.glob("*"):
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise LabError(f"{said}: {file.name} is a pipe or device; {remedy}")
     for index in sorted(folder.glob("*.index.json")):
         try:
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())

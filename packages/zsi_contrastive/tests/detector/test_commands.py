@@ -12,7 +12,6 @@ from labs_testing import commands as lab_commands
 from PIL import Image
 
 from labs_common.cli import config_to_yaml, parse
-from labs_common.errors import LabError
 from zsi_contrastive.detector.annotations import scenes_split
 from zsi_contrastive.detector.compare import PARTS, VARIANTS, plan
 from zsi_contrastive.detector.config import (
@@ -259,8 +258,6 @@ def test_weights_of_contrastive_losses() -> None:
     assert contrastive_share(training, "patch_infonce", 0.2) == 0.1
     assert contrastive_share(training, "another", 0.2) == 0.3
     assert contrastive_share(DetectorTrainingOptions(), "another", 0.2) == 0.2
-    with pytest.raises(LabError, match="--patch-share"):
-        complete(TrainConfig(training=DetectorTrainingOptions(patch_share=-0.5)))
 
 
 @pytest.mark.long

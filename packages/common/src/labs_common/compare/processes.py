@@ -26,10 +26,11 @@ from labs_common.compare.collect import Entry, collect
 from labs_common.compare.plan import claim, seeds_of, slug
 from labs_common.compare.report import Findings, write_comparison
 from labs_common.errors import Interrupted, LabError, RunStopped
+from labs_common.lock import LOCK
 from labs_common.options import ComparisonOptions, RunOptions
 from labs_common.progress import console
 from labs_common.report.page import making_report
-from labs_common.run import LOCK, Run
+from labs_common.run import Run
 
 
 def compare_runs(

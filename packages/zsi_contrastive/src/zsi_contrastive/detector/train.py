@@ -1,12 +1,15 @@
 """Trains a zero-shot detector: `accelerate launch -m zsi_contrastive.train --data coco --split 48_17 …`."""
 
 import time
+import zlib
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from labs_common.cache import file_sum
 from labs_common.checkpoint import SHARDED
 from labs_common.data.images import record_splits
 from labs_common.errors import LabError
@@ -39,6 +42,9 @@ def train(config: TrainConfig) -> None:
     model = untrained_model(config, data, accelerator)
     run = Run.start(config, config.run, f"zsi-{data.split.name}", accelerator)
     record_splits(run, data.pictures)
+    # Of boxes and masks: an annotation that was changed since is other data.
+    sources = {Path(part.part.source) for part in data.pictures.values()}
+    run.data = zlib.crc32(repr([file_sum(file) for file in sorted(sources) if file.is_file()]).encode())
     fitted = fit(config, model, run, accelerator, data)
     clock |= fitted.clock
 
