@@ -6,13 +6,13 @@ be beginnings of the whole. Nothing is searched for in the text.
 """
 
 import zlib
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from labs_common.errors import LabError, text_of
@@ -51,7 +51,7 @@ def text_sum(texts: Iterable[Sequence[Encoded]]) -> int:
     """Returns a CRC-32 of all tokens and of which are learnt: another one if data, template or tokenizer are others."""
     crc = 0
     for item in (item for text in texts for item in text):
-        crc = zlib.crc32(bytes(item.learnt), zlib.crc32(np.asarray(item.ids, np.int32).tobytes(), crc))
+        crc = zlib.crc32(bytes(item.learnt), zlib.crc32(array("i", item.ids).tobytes(), crc))
     return crc
 
 

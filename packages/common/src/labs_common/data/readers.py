@@ -1,6 +1,7 @@
 """Labelled pictures in each published layout: `read_pictures` finds out which one a path or name is."""
 
 import json
+import os
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -259,7 +260,6 @@ def _from_datasets(data: str, path: Path) -> PictureSplits:
     if not path.exists() and (path.is_absolute() or data.startswith((".", "~")) or data.count("/") > 1):
         raise LabError(f"--data {data}: no such file or directory")
     import datasets  # takes over a second, and is wanted for saved data sets and ids only
-    from huggingface_hub.constants import HF_HUB_CACHE
 
     try:
         loaded = datasets.load_from_disk(str(path)) if path.exists() else datasets.load_dataset(data)
@@ -269,8 +269,9 @@ def _from_datasets(data: str, path: Path) -> PictureSplits:
             "name and the network, or name a directory"
         ) from error
     whole = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
-    # What was downloaded lies in the caches.
-    folders = [path] if path.exists() else [Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
+    # What was downloaded lies in the caches: of data sets, and of the hub, which is under the home of both.
+    hub = os.environ.get("HF_HUB_CACHE", datasets.config.HF_CACHE_HOME)
+    folders = [path] if path.exists() else [Path(datasets.config.HF_DATASETS_CACHE), Path(hub)]
     found = {}
     for name, table in whole.items():
         if split := _split_of(name):
