@@ -13,7 +13,8 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "torc
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-# Tests hang up on trainings, which ignore it where they were started with nohup, as these tests may be.
+# Tests hang up on and interrupt trainings, which ignore it where these tests were started with nohup or by a script.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ("labs_testing.fixtures",)

@@ -349,5 +349,5 @@ def test_options_that_do_not_fit_the_model_are_named(options: dict[str, Any], sa
 
 
 def test_a_missing_adapter_is_named(model_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(LabError, match="no adapter"):
+    with pytest.raises(LabError, match=r"adapter_config\.json"):
         adapted_model(tmp_path / "nothing", str(model_dir))

@@ -134,7 +134,7 @@ class TestPromises(TrainingPromises):
         (("--teacher", "runs/missing"), "runs/missing"),
         (("--teacher", "resnt18"), "resnt18"),
         (("--teacher", "{empty}"), "--teacher"),
-        (("--teacher", "{cut}"), "config.json: the model cannot be read"),
+        (("--teacher", "{cut}"), "config.json: is not JSON"),
         (("--weight", "2"), "--weight"),
         (("--temperature", "2"), "--distillation soft"),
     ],
