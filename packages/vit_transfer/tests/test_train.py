@@ -80,6 +80,8 @@ def test_a_run_leaves_everything_that_it_promises(finished: Path, scenes: Path) 
 
 
 class TestPromises(TrainingPromises):
+    killed_sharded = True
+
     @pytest.fixture(scope="class")
     def training(self, finished: Path, options: tuple[object, ...]) -> Training:
         return Training(

@@ -42,6 +42,7 @@ from labs_testing.commands import (
     in_two_processes,
     launch_values,
     losses,
+    two_processes,
     with_deepspeed,
 )
 from labs_testing.pretended_runs import Asked, Budget, assert_within, on_pretended_gpu
@@ -119,6 +120,8 @@ class Training:
 class TrainingPromises:
     """The tests; a lab's subclass has a fixture `training`."""
 
+    killed_sharded = False
+
     @pytest.mark.kills
     def test_killed_at_any_moment_it_resumes_to_the_same_bytes(self, training: Training, tmp_path: Path) -> None:
         training.assert_same(killed_and_resumed(training, tmp_path, KILLS))
@@ -127,13 +130,24 @@ class TrainingPromises:
     def test_sharded_over_two_processes(self, training: Training, tmp_path: Path) -> None:
         """FSDP2: each process has a part of the frozen weights too, and hashes of its own to compare with.
 
-        That such a run is killed and goes on to the same bytes is for the core's own tests.
+        Where `killed_sharded` says so it is killed and resumed; that it goes on to the same bytes is for the core's tests.
         """
         if training.sharded is None or training.launch is None:
             pytest.skip("not said to be sharded")
         run, variables = tmp_path / "run", fsdp_variables(training.launch / "fsdp.yaml")
-        options = (*training.options, *training.sharded.options, "--output", run, "--no-report")
-        in_two_processes(training.module, training.libraries, *options, **variables)
+        options = (*training.options, *training.sharded.options, "--save-every", 2, "--output", run, "--no-report")
+        if self.killed_sharded:
+            both = two_processes(training.module, training.libraries, *options, **variables)
+            assert reaches(both[0], run, 3)
+            for process in both:
+                process.kill()
+                process.join()
+            assert newest(run) is not None
+            before = (run / "frozen.json").read_text()
+            in_two_processes(training.module, training.libraries, "--resume", run, **variables)
+            assert (run / "frozen.json").read_text() == before
+        else:
+            in_two_processes(training.module, training.libraries, *options, **variables)
         training.assert_near(run, training.sharded)
         kept = json.loads((run / "frozen.json").read_text())
         if kept:  # something is frozen
