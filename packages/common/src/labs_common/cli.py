@@ -207,9 +207,9 @@ def parse(config_type: type[Config], prog: str, arguments: Sequence[str], defaul
         if value == "" and usual[name] is None:  # --data "$DATA" of a variable that is not set
             raise LabError(f"{option}: is empty; name something, or drop the option")
         # A text may be a sentence; these name a place, or what may be one.
-        named = isinstance(value, Path) or (isinstance(value, str) and name in ("checkpoint", "data", "model"))
-        place = Path(value) if named else Path()
-        if any(len(os.fsencode(part)) > LONGEST_NAME for part in place.parts):
+        texts = value if isinstance(value, (list, tuple)) else [value]
+        named = [one for one in texts if isinstance(one, Path) or (isinstance(one, str) and name == "checkpoint")]
+        if any(len(os.fsencode(part)) > LONGEST_NAME for one in named for part in Path(one).parts):
             raise LabError(f"{option}: has a name of more than {LONGEST_NAME} bytes; take a shorter one")
     if resume is not None:
         _refuse_other_run(default, config, resume)
