@@ -101,11 +101,11 @@ READERS: dict[str, Callable[[Path], object]] = {
         ("open_clip", lambda folder: (folder / "open_clip_model.safetensors").unlink(), "weights"),
         ("clip", cut("model.safetensors"), "model.safetensors is truncated"),
         ("open_clip", cut("open_clip_model.safetensors"), "open_clip_model.safetensors is truncated"),
-        ("open_clip", cut("open_clip_config.json"), "open_clip_config.json is not JSON"),
-        ("clip", cut("preprocessor_config.json"), "preprocessor_config.json is not JSON"),
-        ("bert's words", cut("tokenizer.json"), "tokenizer.json is not JSON"),
-        ("own words", cut("tokenizer.json"), "tokenizer.json is not JSON"),
-        ("bert", cut("config.json"), "config.json is not JSON"),
+        ("open_clip", cut("open_clip_config.json"), "open_clip_config.json: is not JSON"),
+        ("clip", cut("preprocessor_config.json"), "preprocessor_config.json: is not JSON"),
+        ("bert's words", cut("tokenizer.json"), "tokenizer.json: is not JSON"),
+        ("own words", cut("tokenizer.json"), "tokenizer.json: is not JSON"),
+        ("bert", cut("config.json"), "config.json: is not JSON"),
     ],
 )  # fmt: skip
 def test_a_released_model_runs_no_code_and_has_all_its_weights(

@@ -9,7 +9,8 @@ import torch
 from labs_testing import commands as lab_commands
 from labs_testing.commands import losses
 from labs_testing.pretended_runs import Budget
-from labs_testing.promises import Otherwise, Training, TrainingPromises
+from labs_testing.promises import TrainingPromises
+from labs_testing.trainings import Otherwise, Training
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from labs_testing.promises import newest, step_of
+from labs_testing.trainings import newest, step_of
 
 HERE = Path(__file__).parent
 

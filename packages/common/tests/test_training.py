@@ -22,7 +22,8 @@ import toy.training
 from accelerate import Accelerator
 from labs_testing.commands import in_two_processes
 from labs_testing.pretended_runs import Budget
-from labs_testing.promises import KILLS, Training, killed_and_resumed
+from labs_testing.promises import KILLS
+from labs_testing.trainings import Training, killed_and_resumed
 from safetensors.torch import load_file
 from toy import commands
 

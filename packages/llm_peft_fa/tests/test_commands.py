@@ -9,7 +9,8 @@ import torch
 from commands import LAUNCH, LIBRARIES, SMALL, here, trained, without_rank
 from labs_testing.commands import command
 from labs_testing.pretended_runs import Budget
-from labs_testing.promises import Otherwise, Training, TrainingPromises
+from labs_testing.promises import TrainingPromises
+from labs_testing.trainings import Otherwise, Training
 from transformers import AutoModelForCausalLM
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from labs_common.errors import LabError, reason_of
+from labs_common.errors import LabError, json_of, reason_of
 from labs_common.run import written_whole
 
 FOLDER, WEIGHTS = "model", "model.safetensors"  # of a run's result, and in it
@@ -218,9 +218,9 @@ def _check_shards(folder: Path, said: str, remedy: str) -> None:
             raise LabError(f"{said}: {file.name} is a pipe or device; {remedy}")
     for index in sorted(folder.glob("*.index.json")):
         try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            shards = set(json_of(index, index.name)["weight_map"].values())
             there = {name for name in shards if PureWindowsPath(name).name == name and (folder / name).is_file()}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (LabError, LookupError, TypeError, AttributeError) as error:
             raise LabError(f"{said}: {index.name} is no index of weights ({reason_of(error)}); {remedy}") from error
         if shards > there:
             what = f"{index.name} names {named(sorted(shards - there))}, which is not in that directory"
@@ -231,9 +231,9 @@ def _broken_file(folder: Path) -> str:
     """Says which file of a model's directory is broken; empty if all can be read."""
     for file in sorted(folder.glob("*.json")):
         try:
-            json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            return f"{file.name} is not JSON: {reason_of(error)}"
+            json_of(file, file.name)
+        except LabError as error:
+            return str(error)
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, "pt"):

@@ -56,12 +56,26 @@ def check(rank: int, port: str) -> None:
     torch.manual_seed(0)
     plain = Tied()
     ids, weight = torch.randint(13, (2, 40)), torch.tensor(1.2345)
-    model = copy.deepcopy(plain) if rank == 0 else copy.deepcopy(plain).to("meta")
-    model.head.weight = model.words.weight  # `to` has cut the tie
+    model = read_by_one(plain, rank)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     shard(model, CPU, "bf16", optimizer=optimizer)
+    check_weights(model, plain, optimizer)
+    check_step(model, plain, rank, ids, weight)
+    check_small_gradients(model, plain, rank, ids[0])
+    check_kept(model, plain, rank)
+    check_answers(plain, accelerator, rank, ids[rank], weight)
+    dist.destroy_process_group()
 
-    # Process 1 had nothing, and both have all now; what is tied stays tied.
+
+def read_by_one(plain: Tied, rank: int) -> Tied:
+    """The network as a launch has it that spreads weights: process 1 has none."""
+    model = copy.deepcopy(plain) if rank == 0 else copy.deepcopy(plain).to("meta")
+    model.head.weight = model.words.weight  # `to` has cut the tie
+    return model
+
+
+def check_weights(model: Tied, plain: Tied, optimizer: torch.optim.Optimizer) -> None:
+    """Process 1 had nothing, and both have all now; what is tied stays tied."""
     state = plain.state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(whole(tensor), state[name]), name
@@ -70,7 +84,9 @@ def check(rank: int, port: str) -> None:
         id(p) for p in model.parameters() if p.requires_grad
     }
 
-    # Layers compute in bfloat16, the rest and the loss do not; gradients are summed in float32.
+
+def check_step(model: Tied, plain: Tied, rank: int, ids: torch.Tensor, weight: torch.Tensor) -> None:
+    """Layers compute in bfloat16, the rest and the loss do not; gradients are summed in float32."""
     seen = {}
     model.layers[1].linear.register_forward_hook(lambda linear, _i, _o: seen.update(layer=linear.weight.dtype))
     with torch.autocast("cpu", torch.bfloat16):
@@ -94,24 +110,29 @@ def check(rank: int, port: str) -> None:
                 whole(parameter.grad), expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max())
             )
 
-    # One big gradient and one small: in bfloat16 the small one would be lost.
+
+def check_small_gradients(model: Tied, plain: Tied, rank: int, ids: torch.Tensor) -> None:
+    """One big gradient and one small: in bfloat16 the small one would be lost."""
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
-        once = model(ids[0], torch.tensor(1.0 if rank else 2.0**-12))
+        once = model(ids, torch.tensor(1.0 if rank else 2.0**-12))
         once.backward()
         with torch.no_grad():
-            gradient = model(ids[0], torch.tensor(1.0)) / float(plain.scale.detach())
+            gradient = model(ids, torch.tensor(1.0)) / float(plain.scale.detach())
     reshard(model)  # the last pass has left what is outside of layers whole
     assert model.scale.grad is not None
     exact = gradient * (1 + 2.0**-12) / 2
     assert not torch.equal(exact.bfloat16(), exact)
     torch.testing.assert_close(whole(model.scale.grad), exact[None], rtol=2e-5, atol=0)
 
-    # What checkpoints hold is whole, in the main process alone, and comes back into the parts.
+
+def check_kept(model: Tied, plain: Tied, rank: int) -> None:
+    """What checkpoints hold is whole, in the main process alone, and comes back into the parts."""
+    state = plain.state_dict()
     kept = changing_tensors(model, rank == 0)
     assert bool(kept) == (rank == 0)
     assert not any(name.startswith("layers.0") for name in kept)
-    before = {name: tensor for name, tensor in plain.state_dict().items() if not name.startswith("layers.0")}
+    before = {name: tensor for name, tensor in state.items() if not name.startswith("layers.0")}
     del before["head.weight"]
     with torch.no_grad():
         for parameter in model.parameters():
@@ -120,12 +141,12 @@ def check(rank: int, port: str) -> None:
     for name, tensor in model.state_dict().items():
         assert torch.equal(whole(tensor), torch.zeros_like(state[name]) if "layers.0" in name else state[name]), name
 
-    # A model that only answers is spread too, and answers the same.
-    answers = copy.deepcopy(plain) if rank == 0 else copy.deepcopy(plain).to("meta")
-    answers.head.weight = answers.words.weight
+
+def check_answers(plain: Tied, accelerator: Accelerator, rank: int, ids: torch.Tensor, weight: torch.Tensor) -> None:
+    """A model that only answers is spread too, and answers the same."""
+    answers = read_by_one(plain, rank)
     assert place(answers, accelerator)
     assert isinstance(answers.layers[2].linear.weight, DTensor)
     assert not isinstance(answers.words.weight, DTensor)
     with torch.no_grad():
-        torch.testing.assert_close(answers(ids[rank], weight), plain(ids[rank], weight))
-    dist.destroy_process_group()
+        torch.testing.assert_close(answers(ids, weight), plain(ids, weight))

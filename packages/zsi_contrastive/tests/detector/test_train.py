@@ -10,8 +10,9 @@ import torch
 from labs_testing import commands as lab_commands
 from labs_testing.commands import in_two_processes, losses
 from labs_testing.pretended_runs import Budget
-from labs_testing.promises import Otherwise, Training, TrainingPromises
+from labs_testing.promises import TrainingPromises
 from labs_testing.sharded import fsdp_variables
+from labs_testing.trainings import Otherwise, Training
 from safetensors.torch import load_file
 
 from zsi_contrastive.detector.compare import LIBRARIES

@@ -135,8 +135,8 @@ def test_a_text_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
             (without(weights, "pooler"), None),
             (without(weights, "key.weight"), "lack encoder.layer.0.attention.self.key.weight"),
             (cut(weights), "model.safetensors is truncated"),
-            (cut("tokenizer.json"), "tokenizer.json is not JSON"),
-            (cut("config.json"), "config.json is not JSON"),
+            (cut("tokenizer.json"), "tokenizer.json: is not JSON"),
+            (cut("config.json"), "config.json: is not JSON"),
         )
     ):
         folder = tmp_path / str(place) / "model"

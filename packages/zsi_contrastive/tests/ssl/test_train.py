@@ -12,7 +12,8 @@ from accelerate.utils import DistributedType
 from labs_testing import commands as lab_commands
 from labs_testing.commands import in_two_processes, losses, real_data
 from labs_testing.pretended_runs import Budget
-from labs_testing.promises import Training, TrainingPromises
+from labs_testing.promises import TrainingPromises
+from labs_testing.trainings import Training
 from PIL import Image
 from safetensors.torch import load_file
 

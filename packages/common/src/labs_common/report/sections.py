@@ -7,7 +7,6 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +22,10 @@ def asked_section(config: Any) -> Section:
     """Lists the options that differ from their defaults, apart what was chosen for them, and all behind a fold."""
     usual, options = flat_options(type(config)()), flat_options(config)
     # A resumed run has read what was chosen from its config, as if it had been asked for.
-    before = Path(options["resume"], "environment.json") if options.get("resume") else None
-    ours = chosen(config) if before is None else json.loads(before.read_text(encoding="utf-8")).get("chosen", [])
+    ours = chosen(config)
+    if resumed := options.get("resume"):
+        before = Run(resumed).load_json("environment.json") or {}
+        ours = [name for name in before.get("chosen", []) if name in options]
     every = {name: ("--" + name.replace("_", "-"), _said(value)) for name, value in options.items()}
     asked = [every[name] for name, value in options.items() if value != usual[name] and name not in ours]
     shown = Table(("option", "value"), asked) if asked else Text("All options had their defaults.")
