@@ -132,6 +132,17 @@ def test_every_package_is_typed_and_ships_no_tests() -> None:
     assert not {name for name in shipped if name.startswith(("test", "conftest"))}
 
 
+def test_what_runs_with_a_package_alone_needs_nothing_else() -> None:
+    """A test with this mark that is skipped where an extra or a peer is missing would never run."""
+    marked = 0
+    for file in sorted(ROOT.glob("packages/*/tests/**/test_*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and any("mark.alone" in ast.unparse(one) for one in node.decorator_list):
+                assert "importorskip" not in ast.unparse(node), f"{file}: {node.name}"
+                marked += 1
+    assert marked > 20
+
+
 # What loads models that others made, by name; their Python code must not run.
 LOADERS = (
     "from_pretrained",

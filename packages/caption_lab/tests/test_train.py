@@ -86,6 +86,7 @@ class TestPromises(TrainingPromises):
         )
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("model", ["show_tell", "transformer"])
 def test_unfrozen_stages_train_and_nothing_else(model: str, scenes: Path, tmp_path: Path) -> None:
     shared = ("--model", model, "--data", scenes, *SMALL, "--epochs", "1", "--unfreeze", "1", "--no-report",
@@ -102,6 +103,7 @@ def test_unfrozen_stages_train_and_nothing_else(model: str, scenes: Path, tmp_pa
     assert not any("running" in name for name in moved)
 
 
+@pytest.mark.alone
 def test_early_stopping_self_critical_training_and_captions(finished: Path, scenes: Path, tmp_path: Path) -> None:
     run = tmp_path / "scst"
     shared = ("--data", scenes, "--objective", "scst", "--batch-size", "16", "--track", "none")
@@ -175,6 +177,7 @@ def test_captions_that_it_writes_have_no_plan(tmp_path: Path) -> None:
     assert "--plan: --objective scst learns from captions that it writes" in done.errors[0]
 
 
+@pytest.mark.alone
 def test_bad_pictures_and_captions_are_named_counted_and_left_out(scenes: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(scenes, data)
@@ -202,6 +205,7 @@ def test_bad_pictures_and_captions_are_named_counted_and_left_out(scenes: Path, 
     assert kept == set(names[3:])
 
 
+@pytest.mark.alone
 def test_resume_with_other_options_or_pictures(options: tuple[object, ...], scenes: Path, tmp_path: Path) -> None:
     run, data = tmp_path / "run", tmp_path / "data"
     shutil.copytree(scenes, data)

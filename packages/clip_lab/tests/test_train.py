@@ -117,6 +117,7 @@ def test_in_parts_it_is_the_same(finished: Path, options: tuple[object, ...], tm
     assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-5)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("objective", ["siglip", "coca", "simvlm"])
 def test_the_other_objectives_train(objective: str, options: tuple[object, ...], tmp_path: Path) -> None:
     done = here(*options, "--objective", objective, "--output", tmp_path / "run", "--epochs", "4", "--patience", "3",
@@ -132,6 +133,7 @@ def test_the_other_objectives_train(objective: str, options: tuple[object, ...],
         assert line["loss"] == pytest.approx(line["contrastive_loss"] + 2 * line["caption_loss"], rel=1e-5)
 
 
+@pytest.mark.alone
 def test_frozen_towers_are_computed_once_and_do_not_move(scenes: Path, finished: Path, tmp_path: Path) -> None:
     """Both towers frozen; cached and computed each time give the same."""
     weights = load_file(tower_of(finished, tmp_path / "tower.safetensors"))
@@ -200,6 +202,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.alone
 def test_bad_pictures_and_captions_are_named_counted_and_left_out(scenes: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(scenes, data)
@@ -217,6 +220,7 @@ def test_bad_pictures_and_captions_are_named_counted_and_left_out(scenes: Path, 
     assert "left out because" in (tmp_path / "run" / "report.html").read_text()
 
 
+@pytest.mark.alone
 def test_resume_with_other_options_or_pictures(options: tuple[object, ...], scenes: Path, tmp_path: Path) -> None:
     run, data = tmp_path / "run", tmp_path / "data"
     shutil.copytree(scenes, data)

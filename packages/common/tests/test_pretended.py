@@ -219,6 +219,7 @@ def toy(folder: Path, *more: object) -> Ran:
     return on_pretended_gpu(["labs_common.fitting"], folder, asked)[0]
 
 
+@pytest.mark.alone
 def test_a_training_is_counted_by_its_lines(tmp_path: Path) -> None:
     ran = toy(tmp_path)
     assert_within(ran, TOY)
@@ -242,6 +243,7 @@ def test_a_budget_that_is_too_small_names_the_lines(counted: str) -> None:
         assert_within(Ran("", "", 0), TOY)
 
 
+@pytest.mark.alone
 def test_a_tensor_left_on_the_cpu_is_found(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=MIXED):
         toy(tmp_path, "--seeded-bug", "left on the CPU")

@@ -308,6 +308,7 @@ def test_the_compiled_network_trains_and_the_plain_one_is_saved(
     assert all(torch.equal(tensor, same[name]) for name, tensor in weights(run).items())
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
 def test_another_number_of_processes_is_refused_in_all(tmp_path: Path, first: int, then: int) -> None:
     """Each has generators of its own; and none may wait for one that has stopped."""
@@ -479,6 +480,7 @@ def test_auto_is_the_precision_that_the_gpu_computes_in(
     assert (mixed_precision("fp32"), mixed_precision("bf16"), mixed_precision("fp16")) == ("no", "bf16", "fp16")
 
 
+@pytest.mark.alone
 def test_memory() -> None:
     # In a process of its own: another test may have held more before.
     code = """import torch

@@ -99,6 +99,7 @@ def test_inspect_counts_and_reports(gemma_dir: Path, tmp_path: Path) -> None:
     assert "<svg" in html
 
 
+@pytest.mark.alone
 def test_layers_leave_a_model_that_is_evaluated_and_forgetting_is_measured(gemma_dir: Path, tmp_path: Path) -> None:
     text = tmp_path / "plain.txt"
     text.write_text("پایتخت ایران تهران است.\n\nپایتخت فرانسه پاریس است.\n", encoding="utf-8")
@@ -125,6 +126,7 @@ def test_layers_leave_a_model_that_is_evaluated_and_forgetting_is_measured(gemma
     assert "input below" in html, "the drawing of what trains"
 
 
+@pytest.mark.alone
 def test_adalora_killed_and_resumed_gives_the_same_bytes(gemma_dir: Path, tmp_path: Path) -> None:
     options = [
         *SMALL,

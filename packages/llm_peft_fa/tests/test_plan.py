@@ -91,6 +91,7 @@ def allocated(config: TrainConfig, tokens: int, checkpointing: bool) -> int:
     return most
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("method", "options", "rows"),
     [("lora", {"rank": 4}, 1536), ("layers", {"layers": 1, "which": "last"}, 1024), ("prompt_tuning", {}, 1024)],
@@ -119,6 +120,7 @@ def test_the_plan_is_the_peak_on_a_pretended_gpu(tmp_path: Path) -> None:
         assert plan.peak(1024, checkpointing) == pytest.approx(peak, rel=0.15), checkpointing
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_plan_of_eight_gpus_is_what_torch_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
@@ -200,6 +202,7 @@ def test_what_is_counted(tmp_path: Path) -> None:
     assert qlora.extra == 2 * 3072 * 8192
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.usefixtures("unmeasured")
 def test_every_method_has_a_plan(tmp_path: Path, method: str) -> None:

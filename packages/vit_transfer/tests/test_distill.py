@@ -65,6 +65,7 @@ def teacher(shared: tuple[object, ...], cnn_file: Path, tmp_path_factory: pytest
     return run
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("distillation", ["hard", "soft"])
 def test_the_command(distillation: str, shared: tuple[object, ...], teacher: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
@@ -101,6 +102,7 @@ def test_the_command(distillation: str, shared: tuple[object, ...], teacher: Pat
         torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=0)
 
 
+@pytest.mark.alone
 def test_resumed_it_gives_the_same_bytes(shared: tuple[object, ...], teacher: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     lab_commands.here(

@@ -108,6 +108,7 @@ def test_only_what_should_move_has_moved(finished: Path, vit_file: Path) -> None
     assert moved == {name for name in after if name.startswith(("blocks.3.", "head."))}
 
 
+@pytest.mark.alone
 def test_baselines_and_views(cnn_file: Path, scenes: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     here("--model", "tiny-cnn", "--weights", cnn_file, "--data", scenes, *SMALL, "--epochs", "2", "--views", "2",
@@ -212,6 +213,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert "Traceback" in here(*filled, "--debug", code=2).stderr
 
 
+@pytest.mark.alone
 def test_resume_with_other_options_pictures_or_a_broken_checkpoint(
     options: tuple[object, ...], scenes: Path, tmp_path: Path
 ) -> None:

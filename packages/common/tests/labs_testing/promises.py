@@ -50,6 +50,7 @@ KILLS = int(os.environ.get("LABS_KILLS", "1"))
 TRIED: set[str] = set()  # commands whose bad inputs this process has tried
 
 
+@pytest.mark.alone
 class TrainingPromises:
     """The tests; a lab's subclass has a fixture `training`."""
 

@@ -80,6 +80,7 @@ def test_results_that_are_none(scenes: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "never").exists()
 
 
+@pytest.mark.alone
 def test_options_of_detection_take_effect(run: Path, tmp_path: Path) -> None:
     found = {}
     for name, options in {
@@ -113,6 +114,7 @@ def test_options_of_detection_take_effect(run: Path, tmp_path: Path) -> None:
     assert at["named unseen"] >= sweep[0]["named unseen"]
 
 
+@pytest.mark.alone
 def test_a_split_of_ones_own(run: Path, scenes: Path, tmp_path: Path) -> None:
     split = scenes_split()
     swapped = {"seen": [*split.seen[1:], split.unseen[0]], "unseen": [split.seen[0], *split.unseen[1:]]}
@@ -155,6 +157,7 @@ def test_predict(run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "never").exists()
 
 
+@pytest.mark.alone
 def test_predict_with_words_of_a_file(scenes: Path, tmp_path: Path) -> None:
     """A model that knows a matrix takes new words from the file that the matrix was made of, and from no other."""
     split, generator = scenes_split(), np.random.default_rng(0)
@@ -180,6 +183,7 @@ def test_predict_with_words_of_a_file(scenes: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "out").glob("*.png"))
 
 
+@pytest.mark.alone
 def test_prepare(scenes: Path, tmp_path: Path) -> None:
     done = here("prepare", "--data", scenes, "--split", "scenes", "--output", tmp_path / "parts")
     assert "no training picture has an unseen object" in done.stdout

@@ -135,6 +135,7 @@ def test_what_the_main_process_cannot_read_stops_both(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.alone
 def test_parts_of_a_step_are_the_step(options: tuple[object, ...], tmp_path: Path) -> None:
     here(*options, "--output", tmp_path / "parts", "--at-once", "2", "--max-steps", "2", "--no-report")
     here(*options, "--output", tmp_path / "sgd", "--optimizer", "sgd", "--schedule", "steps", "--max-steps", "2",
@@ -215,6 +216,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.alone
 def test_a_broken_picture_is_named_or_left_out(scenes: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(scenes, data)
@@ -233,6 +235,7 @@ def test_a_broken_picture_is_named_or_left_out(scenes: Path, tmp_path: Path) -> 
     assert "left out 1 × box without area" in done.stderr
 
 
+@pytest.mark.alone
 def test_resume_with_other_options(options: tuple[object, ...], tmp_path: Path) -> None:
     run = tmp_path / "run"
     here(*options, "--output", run, "--max-steps", "2", "--no-report")

@@ -83,6 +83,7 @@ def test_the_report_shows_what_was_learnt(finished: dict[str, Path]) -> None:
     assert (finished["simclr"] / "figures" / "knn.svg").exists()
 
 
+@pytest.mark.alone
 def test_same_seed_same_bytes(looks: Path, finished: dict[str, Path], tmp_path: Path) -> None:
     here("--method", "gim", "--data", looks, *SMALL, "--no-report", "--output", tmp_path / "again")
     one, two = (run / "model" / "encoder.safetensors" for run in (finished["gim"], tmp_path / "again"))
@@ -114,6 +115,7 @@ class TestPromises(TrainingPromises):
         )
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("method", ["simclr", "moco", "dino"])
 def test_two_processes_equal_one(method: str, looks: Path, tmp_path: Path) -> None:
     """With an encoder and heads whose outputs do not depend on the batch."""
@@ -132,6 +134,7 @@ def test_two_processes_equal_one(method: str, looks: Path, tmp_path: Path) -> No
     assert moved < 2e-4  # AdamW's first steps are as long as the learning rate, whatever the slope
 
 
+@pytest.mark.alone
 def test_pictures_without_classes(tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -179,6 +182,7 @@ def test_broken_encoders_are_refused(finished: dict[str, Path], tmp_path: Path) 
         load_encoder(tmp_path)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("name", ["resnet18", "test_vit", "test_convnext"])
 def test_weights_start_the_same_network_of_timm_or_torchvision(name: str, looks: Path, tmp_path: Path) -> None:
     """As the detector, vit_transfer and clip_lab load them: by timm's names, or torchvision's for its ResNets."""
@@ -201,6 +205,7 @@ def test_weights_start_the_same_network_of_timm_or_torchvision(name: str, looks:
         assert torch.equal(backbone.get_parameter(of_detector), network.get_parameter(own))
 
 
+@pytest.mark.alone
 def test_greedy_modules_start_the_detectors_head(finished: dict[str, Path], scenes: Path, tmp_path: Path) -> None:
     options = ("--split", "scenes", "--data", scenes, "--min-side", "48", "--max-side", "64", "--batch-size", "4",
                "--max-steps", "2", "--controls", "0", "--track", "none", "--no-report", "--greedy-weights",
