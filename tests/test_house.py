@@ -137,7 +137,9 @@ def test_what_runs_with_a_package_alone_needs_nothing_else() -> None:
     marked = 0
     for file in sorted(ROOT.glob("packages/*/tests/**/test_*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef) and any("mark.alone" in ast.unparse(one) for one in node.decorator_list):
+            if isinstance(node, ast.FunctionDef) and any(
+                "mark.alone" in ast.unparse(one) for one in node.decorator_list
+            ):
                 assert "importorskip" not in ast.unparse(node), f"{file}: {node.name}"
                 marked += 1
     assert marked > 20

@@ -16,6 +16,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from open_clip.pretrained import get_pretrained_cfg
 from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
@@ -179,19 +180,27 @@ def _transformers(spec: str) -> Encoder:
     model = load_network(kinds.get(config.model_type, AutoModel), spec, said, remedy)
     tokenizer = load_auto(AutoTokenizer.from_pretrained, spec, said=said, remedy=remedy)
     processor = load_auto(AutoImageProcessor.from_pretrained, spec, said=said, remedy=remedy)
+    kind = type(model).__name__
+    if config.model_type in ("siglip2", "flava"):
+        raise LabError(
+            f"--checkpoint {spec}: {kind} takes more than pictures of one size; take a CLIP or SigLIP that does"
+        )
     if not hasattr(model, "get_image_features"):
-        kind = type(model).__name__
         raise LabError(f"--checkpoint {spec}: {kind} is no CLIP; for an image tower alone write timm:NAME")
     with reading_model(Path(spec), "--checkpoint"):
         view = _processor_view(processor)
+        places = getattr(config.text_config, "max_position_embeddings", tokenizer.model_max_length)
+        most = min(tokenizer.model_max_length, places)
+    # SigLIP has no mask: it was trained on texts that are filled up to its full length, and reads no others rightly.
+    filled = "max_length" if "siglip" in config.model_type else True
 
     def pooled(output: Any) -> torch.Tensor:
-        return output if isinstance(output, torch.Tensor) else output.pooler_output
+        found: torch.Tensor = output if isinstance(output, torch.Tensor) else output.pooler_output
+        return found.flatten(1)  # ALIGN's is (pictures, width, 1, 1)
 
     def text(sentences: Sequence[str]) -> torch.Tensor:
-        siglip = {"padding": "max_length"} if "siglip" in config.model_type else {"padding": True}
-        read = tokenizer(list(sentences), truncation=True, return_tensors="pt", **siglip).to(model.device)
-        return F.normalize(pooled(model.get_text_features(**read)), dim=-1)
+        read = tokenizer(list(sentences), truncation=True, max_length=most, padding=filled, return_tensors="pt")
+        return F.normalize(pooled(model.get_text_features(**read.to(model.device))), dim=-1)
 
     def features(pictures: torch.Tensor) -> torch.Tensor:
         return pooled(model.vision_model(pixel_values=pictures))
@@ -199,7 +208,9 @@ def _transformers(spec: str) -> Encoder:
     def image(pictures: torch.Tensor) -> torch.Tensor:
         return F.normalize(pooled(model.get_image_features(pixel_values=pictures)), dim=-1)
 
-    return Encoder(spec, model, view, features, image, text, float(model.logit_scale.detach().exp()))
+    # ALIGN divides by what the others multiply by the exponential of.
+    scale = 1 / model.temperature if config.model_type == "align" else model.logit_scale.exp()
+    return Encoder(spec, model, view, features, image, text, float(scale.detach()))
 
 
 def _processor_view(known: Any) -> View:
@@ -217,9 +228,12 @@ def _open_clip(spec: str, name: str, pretrained: str | None) -> Encoder:
         known = "RN50:openai or ViT-B-32:laion2b_s34b_b79k"
         raise LabError(f"--checkpoint {spec}: open_clip has no model {architecture}; as in {known}")
     said, remedy = f"--checkpoint {spec}", "check the name and the network"
+    # OpenAI's weights, and some others', were trained with another activation than their network's description has;
+    # open_clip says so in a warning and computes with the wrong one.
+    tag = get_pretrained_cfg(architecture, pretrained) if pretrained else {}
     model = load_auto(
         open_clip.create_model, name, said=said, remedy=remedy, pretrained=pretrained or None, weights_only=True,
-        require_pretrained=True,
+        require_pretrained=True, force_quick_gelu=tag.get("quick_gelu", False),
     )  # fmt: skip
     tokenizer = load_auto(open_clip.get_tokenizer, name, said=said, remedy=remedy)
     shape = open_clip.get_model_preprocess_cfg(model)
@@ -243,16 +257,16 @@ def _before_projection(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     visual = model.visual
     if hasattr(visual, "trunk"):  # a timm tower
         return lambda x: visual.trunk(x)
-    if getattr(visual, "proj", None) is None:
+    if not hasattr(visual, "proj"):  # a ResNet
         return lambda x: visual(x)
 
     def pooled(pictures: torch.Tensor) -> torch.Tensor:
         kept, visual.proj = visual.proj, None
         try:
-            found: torch.Tensor = visual(pictures)
+            found = visual(pictures)
         finally:
             visual.proj = kept
-        return found
+        return found[0] if isinstance(found, tuple) else found  # CoCa's has what its decoder reads beside it
 
     return pooled
 
