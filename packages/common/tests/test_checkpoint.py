@@ -229,8 +229,8 @@ def test_a_run_that_is_worked_on_is_not_resumed(run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     with locked(run):
         said = finish("--resume", run, code=2)
-        assert said == (f"error: {run}: process 1 on another-machine is at work on this run; wait for its end, or stop "
-                        "it first\n")  # fmt: skip
+        assert said == (f"error: {run}: process 1 on another-machine is at work there; wait for its end, or stop it "
+                        "first\n")  # fmt: skip
         in_two_processes("toy.training", ["toy.training"], "--resume", run, codes=(2, 2))
         now = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
     assert {path: moment for path, moment in now.items() if path != run} == {

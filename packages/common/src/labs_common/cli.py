@@ -8,6 +8,7 @@ import inspect
 import io
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -34,6 +35,7 @@ MOST_NESTED = 20  # aliases of a config, or levels: a few more may stand for a b
 LONGEST_NAME = 255  # bytes, of a file in every usual file system
 _given: Any = None  # the config of the command line, before anything is chosen for it
 _run: Path | None = None  # that this process works on
+_command = ""  # as it is typed
 held = contextlib.ExitStack()  # what this process gives back when its command ends: its run's lock
 
 
@@ -110,8 +112,9 @@ def run_command(
     begun(None)
     try:
         with _warnings_interrupt():
-            global _given
-            config = _given = parse(config_type, f"python -m {module or home}", arguments)
+            global _given, _command
+            _command = f"python -m {module or home}"
+            config = _given = parse(config_type, _command, arguments)
             check_cache()
             getattr(importlib.import_module(home), function)(config)
             sys.stdout.flush()  # here a full disk is still one line
@@ -359,6 +362,14 @@ def _refuse_other_run(saved: Any, asked: Any, resume: str) -> None:
 
 def _how_to_go_on() -> str:
     return "" if _run is None else f"; go on with --resume {_run}"
+
+
+def making_again() -> str:
+    """Says by which command a report is made that is missing, although all else is there."""
+    if _run is None:
+        return "the same command with another --output makes it again"
+    start = _command if os.environ.get("WORLD_SIZE", "1") == "1" else f"launched as before, {_command}"
+    return f"{start} --resume {shlex.quote(str(_run))} --report makes it again, without training"
 
 
 def _full_disk(error: BaseException | None) -> BaseException | None:
