@@ -73,8 +73,8 @@ class Run:
             about = run.load_json("environment.json", *MACHINE, "packages", "command")
             if about is None:
                 run.save_json("environment.json", environment())
-            elif not isinstance(about["packages"], dict) or not isinstance(about["command"], str):
-                raise LabError(f"{run.path / 'environment.json'}: {GIVE_BACK}")
+            elif [type(about.get(key, [])) for key in ("packages", "command", "chosen")] != [dict, str, list]:
+                raise LabError(f"{run.path / 'environment.json'}: is no file of this run; {GIVE_BACK}")
         else:
             made = _make_directory(options.output, name, config) if accelerator.is_main_process else None
             path, message = broadcast_object_list([made])[0]
@@ -126,7 +126,7 @@ class Run:
                 yield found
 
     def sum_of(self, file: str, size: int | None = None) -> list[int]:
-        """Returns the length and the check sum of `file`, or of its first `size` bytes; of one that is not there too."""
+        """Returns the length and the check sum of `file`, or of its first `size` bytes; a missing one is empty."""
         path = self.path / file
         content = bytes_of(path, str(path))[:size] if path.exists() else b""
         return [len(content), zlib.crc32(content)]
@@ -180,7 +180,7 @@ def cost_of(run: Run, unit: str) -> dict[str, Any]:
     try:
         seconds, count = (sum(line[key] for line in timing) for key in ("seconds", unit))
         memory = max((line["peak_memory"] + 0 for line in timing), default=0)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, OverflowError) as error:
         raise LabError(
             f"{run.path / 'timing.jsonl'}: lacks what a step took ({reason_of(error)}); {GIVE_BACK}"
         ) from error
@@ -208,7 +208,7 @@ def training_means(run: Run, unit: str, names: Sequence[str]) -> dict[str, float
             try:
                 counts.append(line[unit] - before)
                 values.append([line[name] + 0 for name in names])
-            except (KeyError, TypeError) as error:
+            except (KeyError, TypeError, OverflowError) as error:
                 raise LabError(f"{run.path / 'metrics.jsonl'}: lacks figures of step {line['step']} "
                                f"({reason_of(error)}); {GIVE_BACK}") from error  # fmt: skip
             before = line[unit]
