@@ -66,6 +66,8 @@ def test_what_a_config_may_say_of_resuming(tmp_path: Path) -> None:
     assert (both.run.resume, both.training.epochs) == (tmp_path / "two", 4)
     with pytest.raises(LabError, match="--output: has a name of more than 255 bytes"):
         parse(Config, "test", ["--output", str(tmp_path / ("ن" * 128))])
+    with pytest.raises(LabError, match="--output: has a name that is not UTF-8"):
+        parse(Config, "test", ["--output", os.fsdecode(b"caf\xe9")])
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:

@@ -214,6 +214,8 @@ def parse(config_type: type[Config], prog: str, arguments: Sequence[str], defaul
         named = [one for one in texts if isinstance(one, Path) or (isinstance(one, str) and name == "checkpoint")]
         if any(len(os.fsencode(part)) > LONGEST_NAME for one in named for part in Path(one).parts):
             raise LabError(f"{option}: has a name of more than {LONGEST_NAME} bytes; take a shorter one")
+        if any("\udc80" <= letter <= "\udcff" for one in named for letter in str(one)):  # a byte, as Python reads it
+            raise LabError(f"{option}: has a name that is not UTF-8, in which no weights can be kept; take another")
     if resume is not None:
         _refuse_other_run(default, config, resume)
     return config
