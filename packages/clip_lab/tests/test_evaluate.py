@@ -5,11 +5,21 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from clip_lab.evaluate import chance_metrics, likelihood_matrix, log_likelihoods, retrieval_metrics
+from clip_lab.report import RIGHT, framed
 from clip_lab.saved import load_model
 
 SENTENCES = ["a red circle to the left of a blue square", "one triangle"]
+
+
+@pytest.mark.parametrize("size", [(200, 1), (1, 200), (5, 5), (40, 30)])
+def test_any_picture_gets_a_frame(size: tuple[int, int]) -> None:
+    found = framed(Image.new("RGB", size), right=True)
+    assert found.size == size
+    assert found.getpixel((0, 0)) == tuple(bytes.fromhex(RIGHT[1:]))
+    assert found.getpixel((size[0] // 2, size[1] // 2)) == ((0, 0, 0) if min(size) > 8 else found.getpixel((0, 0)))
 
 
 def test_recall_is_scikit_learns() -> None:

@@ -69,3 +69,12 @@ def test_what_is_wrong_is_said() -> None:
         make_words("no-such-tokenizer", SENTENCES, 300, 0)
     with pytest.raises(LabError, match="--tokenizer sentencepiece"):
         make_words("sentencepiece", [], 300, 0)
+
+
+def test_a_saved_tokenizer_without_its_end_is_refused(tmp_path: Path) -> None:
+    """The library reads tokenizer.json alone too, and then knows of no special token."""
+    make_words("sentencepiece", SENTENCES, 300, 0).save(tmp_path)
+    assert load_words(tmp_path, 9).numbers("one")
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(LabError, match=r"tokenizer_config\.json names no token that ends"):
+        load_words(tmp_path, 9)

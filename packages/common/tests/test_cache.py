@@ -50,6 +50,16 @@ def test_what_changes_is_not_checked_and_an_interrupted_one_leaves_nothing(
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
+@pytest.mark.parametrize("name", ["HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "TORCH_HOME"])
+def test_other_libraries_caches_are_looked_at_too(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(name, str(tmp_path / "file" / "below"))
+    with pytest.raises(LabError, match=rf"^{name}=.*file/below: cannot be used \(Not a directory\): set it to"):
+        check_cache()
+    monkeypatch.setenv(name, str(tmp_path / "new"))
+    check_cache()
+
+
 def test_a_cache_that_cannot_be_used_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No home, a file in its place, a directory that may not be written; what is there already can still be read."""
     file = tmp_path / "file"

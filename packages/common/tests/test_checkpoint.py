@@ -8,13 +8,14 @@ import socket
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import toy.training
 from accelerate import Accelerator
 from labs_testing.commands import in_two_processes
@@ -156,12 +157,64 @@ def test_what_would_go_on_with_other_numbers_is_refused(run: Path, other: dict[s
     assert str(newest(run)) in found[0]
 
 
+def lines_of(run: Path, file: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / file).read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("metrics.jsonl", lambda lines: lines[0].update(loss=1.0), "was changed since step 9"),
+        ("metrics.jsonl", lambda lines: lines[0].update(step=True), "metrics.jsonl:1: is no line of a run"),
+        ("metrics.jsonl", lambda lines: lines.insert(5, lines[1]), "metrics.jsonl:6: is no line of a run, or not in"),
+        ("metrics.jsonl", lambda lines: lines.pop(2), "was changed since step 9"),
+        ("timing.jsonl", lambda lines: lines[0].update(seconds=None), "lacks what a step took"),
+        ("timing.jsonl", lambda lines: lines[0].update(seconds=10**400), "lacks what a step took"),
+        ("timing.jsonl", lambda lines: lines.reverse(), "timing.jsonl:2: is no line of a run, or not in its place"),
+    ],
+)
+def test_lines_that_somebody_changed_are_refused(
+    run: Path, file: str, change: Callable[[list[dict[str, Any]]], object], said: str
+) -> None:
+    lines = lines_of(run, file)
+    change(lines)
+    (run / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = finish("--resume", run, code=2).splitlines()
+    assert len(found) == 1
+    assert f"{run / file}" in found[0]
+    assert said in found[0]
+
+
+def test_lines_after_the_checkpoint_may_be_anything_that_a_kill_leaves(whole: Path, run: Path) -> None:
+    shutil.rmtree(newest(run))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')
+    finish("--resume", run)
+    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("frozen.json", "null"), ("frozen.json", '{"0.weight": 1}'), ("frozen.json", '[{"0.weight": "a"}, null]'),
+     ("environment.json", "null"), ("environment.json", {"packages": 3}), ("environment.json", {"chosen": 3})],
+)  # fmt: skip
+def test_records_that_hold_something_else_are_refused(run: Path, file: str, content: Any) -> None:
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((run / file).read_text()) | content)
+    (run / file).write_text(content)
+    found = finish("--resume", run, code=2).splitlines()
+    assert len(found) == 1
+    assert f"{run / file}" in found[0]
+
+
 def test_another_device_or_torch_is_said(whole: Path, run: Path) -> None:
-    rewritten(newest(run), device="NVIDIA X", torch="1.0", options={"an_option_of_another_version": 1})
+    options = {"an_option_of_another_version": 1}
+    rewritten(newest(run), **{"device": "NVIDIA X", "torch": "1.0", "CPU threads": 64}, options=options)
     (run / "model.safetensors").unlink()
     said = " ".join(finish("--resume", run).split())
     assert "device NVIDIA X, and goes on with cpu: numbers may differ" in said
     assert "torch 1.0, and goes on with" in said
+    assert f"CPU threads 64, and goes on with {torch.get_num_threads()}: numbers may differ" in said
     assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
@@ -213,6 +266,7 @@ with open(sys.argv[1], "a+") as file:
 @contextmanager
 def locked(run: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process works on the run, until it is killed."""
+    run.mkdir(exist_ok=True)
     process = subprocess.Popen([sys.executable, "-S", "-c", LOCKING, str(run / ".lock")],
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
     assert process.stdout is not None
@@ -229,8 +283,8 @@ def test_a_run_that_is_worked_on_is_not_resumed(run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     with locked(run):
         said = finish("--resume", run, code=2)
-        assert said == (f"error: {run}: process 1 on another-machine is at work on this run; wait for its end, or stop "
-                        "it first\n")  # fmt: skip
+        assert said == (f"error: {run}: process 1 on another-machine is at work there; wait for its end, or stop it "
+                        "first\n")  # fmt: skip
         in_two_processes("toy.training", ["toy.training"], "--resume", run, codes=(2, 2))
         now = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
     assert {path: moment for path, moment in now.items() if path != run} == {

@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from test_checkpoint import locked
+from toy.training import ToyConfig
 
+from labs_common.cli import held
 from labs_common.compare import processes
 from labs_common.compare.collect import (
     Entry,
@@ -18,7 +21,7 @@ from labs_common.compare.collect import (
     rows_of,
     within_one_error,
 )
-from labs_common.compare.plan import comparison_folder, entries_of, name_and_flags, plan_runs
+from labs_common.compare.plan import claim, comparison_folder, entries_of, name_and_flags, plan_runs
 from labs_common.compare.processes import compare_runs
 from labs_common.compare.report import (
     Findings,
@@ -116,6 +119,24 @@ def test_a_comparison_in_which_nothing_finished_has_failed(tmp_path: Path, monke
     monkeypatch.setattr(processes, "finished_runs", lambda *_: {"a, seed 0": 1})
     with pytest.raises(RunStopped, match="no run finished"):
         compare_runs(tmp_path / "all", Config(), "toy.training", {"a": None}, lambda *_: pytest.fail("a report"))
+
+
+def test_a_comparison_that_another_process_works_on_is_refused(tmp_path: Path) -> None:
+    """So is one of which a run outlived its own comparison; nothing of it is taken away, and nobody waits."""
+    run = tmp_path / "all" / "a" / "seed-0"
+    planned = {"a": ToyConfig()}
+    for busy in (tmp_path / "all", run):
+        busy.mkdir(parents=True, exist_ok=True)
+        claim(tmp_path / "all", Config())
+        (busy / "half").touch()
+        with (
+            held,
+            locked(busy),
+            pytest.raises(LabError, match=f"^{busy}: process 1 on another-machine is at work there"),
+        ):
+            compare_runs(tmp_path / "all", Config(), "toy.training", planned, lambda *_: pytest.fail("a report"))
+        assert (busy / "half").exists()
+        (busy / "half").unlink()
 
 
 def test_rows_have_means_and_spreads(entries: dict[str, Entry]) -> None:

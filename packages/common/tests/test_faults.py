@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -15,9 +16,9 @@ from accelerate import Accelerator
 from PIL import Image
 
 from labs_common.cache import path_name
-from labs_common.cli import config_from_yaml, parse
+from labs_common.cli import config_from_yaml, parse, run_command
 from labs_common.data.images import BadPictureError, decoded, examined, record_splits
-from labs_common.errors import LabError, RunStopped, bytes_of, json_of, text_of
+from labs_common.errors import LabError, bytes_of, json_of, text_of
 from labs_common.fitting import write_results
 from labs_common.lock import LOCK, lock
 from labs_common.options import RunOptions, TrainingOptions
@@ -65,6 +66,8 @@ def test_what_a_config_may_say_of_resuming(tmp_path: Path) -> None:
     assert (both.run.resume, both.training.epochs) == (tmp_path / "two", 4)
     with pytest.raises(LabError, match="--output: has a name of more than 255 bytes"):
         parse(Config, "test", ["--output", str(tmp_path / ("ن" * 128))])
+    with pytest.raises(LabError, match="--output: has a name that is not UTF-8"):
+        parse(Config, "test", ["--output", os.fsdecode(b"caf\xe9")])
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
@@ -117,7 +120,7 @@ def test_names_survive_whatever_they_hold(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{}", b"[]\n", b'{"step": "1"}\n', b"\xff\n", b"[" * 100_000 + b"\n", b"1\n"]
+    "content", [b"", b"{}", b"null\n", b"[]\n", b'{"step": "1"}\n', b"\xff\n", b"[" * 100_000 + b"\n", b"1\n"]
 )
 def test_files_of_a_run_that_are_of_something_else(tmp_path: Path, content: bytes) -> None:
     run = Run(tmp_path, resumed=True)
@@ -164,13 +167,42 @@ def test_figures_take_any_name(name: str) -> None:
         assert "frac" not in name or name in said
 
 
-def test_a_report_that_fails_says_how_to_make_it_again(tmp_path: Path) -> None:
+@dataclass
+class OutputConfig:
+    """Goes on with nothing."""
+
+    output: Path | None = None
+
+
+@pytest.mark.parametrize(("config_type", "processes"), [(Config, 1), (Config, 2), (OutputConfig, 1)])
+def test_a_report_that_fails_says_which_command_makes_it_again(
+    config_type: type,
+    processes: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def page() -> tuple[str, list[Section]]:
         raise KeyError("whatever")
 
-    with pytest.raises(RunStopped, match=rf"KeyError.*all else is saved.*--resume {tmp_path}"):
-        write_results(Run(tmp_path), {"cost": 1}, True, "", page)
-    assert json.loads((tmp_path / "results.json").read_text()) == {"cost": 1}
+    def body(config: Config | OutputConfig) -> None:
+        options = config.run if isinstance(config, Config) else RunOptions(output=config.output, track="none")
+        run = Run.start(config, options, "test", Accelerator(cpu=True))
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        write_results(run, {"cost": 1}, True, "", page)
+
+    monkeypatch.setitem(sys.modules, "made", SimpleNamespace(body=body))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    output = tmp_path / "a run"
+    track = ["--track", "none"] if config_type is Config else []
+    with pytest.raises(SystemExit) as stop:
+        run_command("made:body", config_type, "lab.train", ["--output", str(output), *track])
+    assert stop.value.code == 1
+    said = capsys.readouterr().err
+    start = "python -m lab.train" if processes == 1 else "launched as before, python -m lab.train"
+    again = f"{start} --resume '{output}' --report" if track else "the same command with another --output"
+    assert f"KeyError: 'whatever'); all else is saved: {again} makes it again" in said
+    assert json.loads((output / "results.json").read_text()) == {"cost": 1}
 
 
 COMMAND = """

@@ -1,16 +1,18 @@
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
+from test_checkpoint import locked as locked_elsewhere
 
 from labs_common.cache import cached_directory
-from labs_common.cli import config_from_yaml
+from labs_common.cli import config_from_yaml, held
 from labs_common.errors import LabError
 from labs_common.options import RunOptions
-from labs_common.run import Run, check_run_options, write_atomically
+from labs_common.run import Run, _new_directory, check_run_options, new_folder, write_atomically
 
 pytestmark = pytest.mark.quick
 
@@ -59,6 +61,34 @@ def test_only_the_main_process_writes(tmp_path: Path) -> None:
     run.append("metrics.jsonl", {"step": 1})
     run.save_json("results.json", {})
     assert not list(tmp_path.iterdir())
+
+
+def test_runs_of_one_second_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where another process makes its directory between the look and the making: here all look before any makes."""
+    monkeypatch.chdir(tmp_path)
+    made = set()
+    with ThreadPoolExecutor(8) as pool:
+        for path in pool.map(lambda _: _new_directory(Path("runs/name")), range(8)):
+            made.add(path.name)
+    assert made == {"name", *(f"name-{number}" for number in range(2, 9))}
+    (tmp_path / "runs" / "link").symlink_to("nowhere")
+    assert _new_directory(Path("runs/link")) == Path("runs/link-2")
+    options, stamps = RunOptions(track="none"), set()
+    for _ in range(2):
+        with held:
+            stamps.add(Run.start(Config(5, options), options, "test", Accelerator(cpu=True)).path)
+    assert len(stamps) == 2
+
+
+def test_what_is_evaluated_twice_at_once_has_two_directories(tmp_path: Path) -> None:
+    """An unused one goes again; one that the user names is for one process alone."""
+    with held:
+        first, second = (new_folder(None, tmp_path / "evaluation") for _ in range(2))
+        assert [first.name, second.name] == ["evaluation", "evaluation-2"]
+        (second / "evaluation.json").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation-2"]
+    with locked_elsewhere(tmp_path / "named"), pytest.raises(LabError, match="at work there"):
+        new_folder(tmp_path / "named", tmp_path)
 
 
 def test_output_must_be_new(tmp_path: Path) -> None:

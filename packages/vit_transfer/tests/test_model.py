@@ -68,3 +68,10 @@ def test_by_head_gives_both_in_training_and_their_mean_otherwise() -> None:
     network, options, size = made("tiny-vit")
     with pytest.raises(LabError, match="no distillation token"):
         transfer(network, options, cached=True, by_head=True)
+
+
+@pytest.mark.parametrize("unfreeze", ["block", "all"])
+def test_pictures_that_are_too_small_are_named_before_a_run_begins(unfreeze: str) -> None:
+    options = ModelOptions(model="tiny-vit", pretrained=False, image_size=7, unfreeze=unfreeze)
+    with torch.device("meta"), pytest.raises(LabError, match=r"^--image-size 7: tiny-vit takes no such pictures"):
+        transfer(create(options, 10), options, cached=False)

@@ -26,7 +26,7 @@ from labs_common.data.captions import CaptionedPictures, PictureTensors, read_ca
 from labs_common.data.images import print_refused
 from labs_common.errors import LabError
 from labs_common.progress import console
-from labs_common.report.page import Section, Table, write_report
+from labs_common.report.page import Section, Table, making_report, write_report
 from labs_common.report.sections import asked_section
 from labs_common.run import Run, check_new, new_folder, newest_run
 from labs_common.scenes.world import Scene
@@ -70,15 +70,16 @@ def evaluate(config: EvaluateConfig) -> None:
         print_scores(found[beam])
     rows = [(beam, *(found[beam].metrics[key] for key in METRICS)) for beam in beams]
     caption = f"What follows is of beam {best}, with the highest CIDEr-D."
-    sections = [
-        asked_section(config),
-        Section("Beam widths", [Table(("beam", *METRICS.values()), rows, caption)]),
-        *evaluation_sections(run, found[best], pictures, truth, captioner, replace(config.decoding, beam=best)),
-        published_section({captioner.kind: metrics}, source),
-    ]
-    said = ", ".join(f"{METRICS[key]} {metrics[key]:.3g}" for key in ("bleu-1", "bleu-4", "cider"))
-    summary = f"{len(pictures)} pictures, beam {best}: {said}."
-    print(f"report: {write_report(run, f'Evaluation of {checkpoint.name}', summary, sections)}")
+    with making_report():
+        sections = [
+            asked_section(config),
+            Section("Beam widths", [Table(("beam", *METRICS.values()), rows, caption)]),
+            *evaluation_sections(run, found[best], pictures, truth, captioner, replace(config.decoding, beam=best)),
+            published_section({captioner.kind: metrics}, source),
+        ]
+        said = ", ".join(f"{METRICS[key]} {metrics[key]:.3g}" for key in ("bleu-1", "bleu-4", "cider"))
+        summary = f"{len(pictures)} pictures, beam {best}: {said}."
+        print(f"report: {write_report(run, f'Evaluation of {checkpoint.name}', summary, sections)}")
 
 
 def evaluate_captioner(

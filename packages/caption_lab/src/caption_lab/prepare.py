@@ -19,7 +19,7 @@ from labs_common.options import RunOptions
 from labs_common.progress import console
 from labs_common.report.captions import captioned_data_section
 from labs_common.report.figures import bar_figure, count_scatter_figure
-from labs_common.report.page import Figure, Section, Table, Text, save_figure, write_report
+from labs_common.report.page import Figure, Section, Table, Text, making_report, save_figure, write_report
 from labs_common.report.sections import asked_section, rerun_section
 from labs_common.run import Run, check_run_options
 
@@ -40,17 +40,18 @@ def prepare(config: PrepareConfig) -> None:
     run.save_json("statistics.json", found)
     for name, value in found.items():
         console.print(f"{name}: {value:,.4g}")
-    sections = [
-        asked_section(config),
-        captioned_data_section(data),
-        *word_sections(run, data, vocabulary, found),
-        rerun_section(run),
-    ]
-    summary = (
-        f"{found['pictures']:,} pictures, {found['captions']:,} captions; {len(vocabulary):,} words; "
-        f"{found['unknown words, test']:.2%} of the words of the test captions are not among them."
-    )
-    path = write_report(run, "Captions", summary, sections)
+    with making_report():
+        sections = [
+            asked_section(config),
+            captioned_data_section(data),
+            *word_sections(run, data, vocabulary, found),
+            rerun_section(run),
+        ]
+        summary = (
+            f"{found['pictures']:,} pictures, {found['captions']:,} captions; {len(vocabulary):,} words; "
+            f"{found['unknown words, test']:.2%} of the words of the test captions are not among them."
+        )
+        path = write_report(run, "Captions", summary, sections)
     print(f"vocabulary: {run.path / 'vocabulary.json'}")
     print(f"report: {path}")
 

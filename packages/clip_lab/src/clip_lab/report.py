@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw
 
 from clip_lab.config import TrainConfig
 from clip_lab.evaluate import AMONG, Evaluation, captions_of
@@ -236,8 +236,12 @@ def summary_of(found: Evaluation) -> str:
 
 
 def framed(image: Image.Image, right: bool) -> Image.Image:
-    """Frames the picture in the colour for right or wrong."""
-    return ImageOps.expand(ImageOps.crop(image, 4), 4, RIGHT if right else WRONG)
+    """Frames the picture, of any size, in the colour for right or wrong."""
+    copy = image.copy()
+    ImageDraw.Draw(copy).rectangle(
+        (0, 0, image.width - 1, image.height - 1), outline=RIGHT if right else WRONG, width=4
+    )
+    return copy
 
 
 def published_section(ours: Mapping[str, float], checkpoint: str, data: str | None) -> Section:

@@ -23,7 +23,7 @@ from labs_common.data.images import BadPictureError, decoded, picture_files
 from labs_common.errors import LabError
 from labs_common.options import OnBadData, RunOptions
 from labs_common.report.figures import printable
-from labs_common.report.page import Gallery, Section, Table, Text, shown, write_report
+from labs_common.report.page import Gallery, Section, Table, Text, making_report, shown, write_report
 from labs_common.report.sections import asked_section, rerun_section
 from labs_common.run import Run, check_run_options
 
@@ -164,15 +164,16 @@ def nearest_captions(
 
 def write_found(run: Run, config: RetrieveConfig, found: Sequence[Found]) -> None:
     """Writes results.json, grid.png and report.html into the run's directory, and prints where they are."""
-    grid = run.path / "grid.png"
-    grid_figure(found).savefig(grid)
     run.save_json(
         "results.json",
         [{"asked": one.asked, "results": [{"found": r.said, "score": r.score} for r in one.results]} for one in found],
     )
-    sections = [Section(one.asked, _blocks(one)) for one in found]
-    summary = f"{len(found)} searches; scores are cosines."
-    page = write_report(run, "Search", summary, [*sections, asked_section(config), rerun_section(run)])
+    grid = run.path / "grid.png"
+    with making_report():
+        grid_figure(found).savefig(grid)
+        sections = [Section(one.asked, _blocks(one)) for one in found]
+        summary = f"{len(found)} searches; scores are cosines."
+        page = write_report(run, "Search", summary, [*sections, asked_section(config), rerun_section(run)])
     print(f"grid: {grid}")
     print(f"page: {page}")
 

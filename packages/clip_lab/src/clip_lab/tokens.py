@@ -150,4 +150,8 @@ def load_words(folder: Path, length: int) -> Words:
     backend = load_auto(
         PreTrainedTokenizerFast.from_pretrained, folder, said=f"{folder}: its tokenizer", remedy="train the model again"
     )
+    if backend.eos_token_id is None and backend.sep_token_id is None:  # the library does without tokenizer_config.json
+        raise LabError(
+            f"{folder}: its tokenizer_config.json names no token that ends a sentence; train the model again"
+        )
     return Words(backend, length)

@@ -46,6 +46,13 @@ def check_cache(writes: bool = False) -> None:
             raise PermissionError(errno.EACCES, "it cannot be written")
     except OSError as error:
         raise LabError(f"the cache {folder} cannot be used ({error.strerror}): {REMEDY}") from error
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "TORCH_HOME"):
+        try:
+            if os.environ.get(name):
+                Path(os.environ[name]).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LabError(f"{name}={os.environ[name]}: cannot be used ({error.strerror}): set it to a directory that "
+                           "can be written, or unset it") from error  # fmt: skip
 
 
 def path_name(model: str) -> str:

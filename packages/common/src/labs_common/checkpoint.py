@@ -156,7 +156,7 @@ def _compare(path: Path, before: dict[str, Any], now: dict[str, Any], accelerato
     if {"data", "steps", "epoch"} & unlike.keys() or before["step"] > now["steps"]:
         raise LabError(f"{path}: the data have changed since ({before.get('steps', before['step'])} steps then, "
                        f"{now['steps']} now); bring them back, or begin a new run")  # fmt: skip
-    for name in unlike.keys() & {"device", "torch"} if accelerator.is_main_process else ():
+    for name in sorted(unlike.keys() & {"device", "torch", "CPU threads"}) if accelerator.is_main_process else ():
         console.print("{}: was written with {} {}, and goes on with {}: numbers may differ in their last digits".format(
             path, name, *unlike[name]))  # fmt: skip
 
@@ -168,7 +168,9 @@ def _surroundings(accelerator: Accelerator) -> dict[str, Any]:
     if kind == DistributedType.DEEPSPEED:
         launch += f" ZeRO-{zero_stage(accelerator)}"
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
-    return {"launch": launch, "precision": accelerator.mixed_precision, "device": device, "torch": torch.__version__}
+    here = {"launch": launch, "precision": accelerator.mixed_precision, "device": device, "torch": torch.__version__}
+    # Sums are split among threads; a GPU's are not.
+    return here | ({} if device != "cpu" else {"CPU threads": torch.get_num_threads()})
 
 
 def _said(precision: str) -> str:

@@ -8,6 +8,7 @@ import inspect
 import io
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -34,6 +35,7 @@ MOST_NESTED = 20  # aliases of a config, or levels: a few more may stand for a b
 LONGEST_NAME = 255  # bytes, of a file in every usual file system
 _given: Any = None  # the config of the command line, before anything is chosen for it
 _run: Path | None = None  # that this process works on
+_command = ""  # as it is typed
 held = contextlib.ExitStack()  # what this process gives back when its command ends: its run's lock
 
 
@@ -110,8 +112,9 @@ def run_command(
     begun(None)
     try:
         with _warnings_interrupt():
-            global _given
-            config = _given = parse(config_type, f"python -m {module or home}", arguments)
+            global _given, _command
+            _command = f"python -m {module or home}"
+            config = _given = parse(config_type, _command, arguments)
             check_cache()
             getattr(importlib.import_module(home), function)(config)
             sys.stdout.flush()  # here a full disk is still one line
@@ -211,6 +214,8 @@ def parse(config_type: type[Config], prog: str, arguments: Sequence[str], defaul
         named = [one for one in texts if isinstance(one, Path) or (isinstance(one, str) and name == "checkpoint")]
         if any(len(os.fsencode(part)) > LONGEST_NAME for one in named for part in Path(one).parts):
             raise LabError(f"{option}: has a name of more than {LONGEST_NAME} bytes; take a shorter one")
+        if any("\udc80" <= letter <= "\udcff" for one in named for letter in str(one)):  # a byte, as Python reads it
+            raise LabError(f"{option}: has a name that is not UTF-8, in which no weights can be kept; take another")
     if resume is not None:
         _refuse_other_run(default, config, resume)
     return config
@@ -359,6 +364,14 @@ def _refuse_other_run(saved: Any, asked: Any, resume: str) -> None:
 
 def _how_to_go_on() -> str:
     return "" if _run is None else f"; go on with --resume {_run}"
+
+
+def making_again() -> str:
+    """Says by which command a report is made that is missing, although all else is there."""
+    if _run is None:
+        return "the same command with another --output makes it again"
+    start = _command if os.environ.get("WORLD_SIZE", "1") == "1" else f"launched as before, {_command}"
+    return f"{start} --resume {shlex.quote(str(_run))} --report makes it again, without training"
 
 
 def _full_disk(error: BaseException | None) -> BaseException | None:

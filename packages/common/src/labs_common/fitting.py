@@ -228,6 +228,6 @@ def write_results(
     """
     run.save_json("results.json", results)
     if report:
-        with making_report(f"the same command with --resume {run.path} makes it again, without training"):
+        with making_report():
             summary, sections = page()
             print(f"report: {write_report(run, title, summary, sections)}")

@@ -1,5 +1,6 @@
 """One process at a time works on a run."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -30,19 +31,19 @@ def lock(folder: Path, is_main: bool) -> None:
         raise LabError(message)
 
 
-def locked(folder: Path) -> str | None:
-    """Takes the lock of a directory for this process; says what is in its way."""
+def locked(folder: Path, until: contextlib.ExitStack = held) -> str | None:
+    """Takes the lock of a directory for this process, until this command, or `until`, ends; says what is in its way."""
     try:
         if (folder / LOCK).is_symlink():
             return f"{folder / LOCK}: is a link, and what it leads to would be emptied; delete it"
-        file = held.enter_context((folder / LOCK).open("a+", errors="replace"))
+        file = until.enter_context((folder / LOCK).open("a+", errors="replace"))
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.seek(0)
                 who = file.read().strip() or "another process"
-                return f"{folder}: {who} is at work on this run; wait for its end, or stop it first"
+                return f"{folder}: {who} is at work there; wait for its end, or stop it first"
             print(f"{folder}: its file system has no locks ({error.strerror}): make sure that nothing else works there",
                   file=sys.stderr, flush=True)  # fmt: skip
         file.truncate(0)
@@ -51,3 +52,9 @@ def locked(folder: Path) -> str | None:
     except OSError as error:
         return f"{folder / LOCK}: cannot be written ({error.strerror or 'is no file'})"
     return None
+
+
+def in_use(folder: Path) -> str | None:
+    """Says who works in a directory; nothing if nobody does, or if it is not there."""
+    with contextlib.ExitStack() as moment:
+        return locked(folder, moment) if (folder / LOCK).exists() else None

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import uuid
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
@@ -22,12 +23,13 @@ from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 from accelerate.utils import broadcast_object_list
 
-from labs_common.cli import begun, chosen, config_to_yaml, flat_options, to_plain
+from labs_common.cli import begun, chosen, config_to_yaml, flat_options, held, to_plain
 from labs_common.errors import LabError, bytes_of, json_of, reason_of
 from labs_common.lock import LOCK, locked
 from labs_common.options import RESUME_MAY_CHANGE, RunOptions
 
 ESCAPED = "backslashreplace"  # half a character of a file's name that is not UTF-8: as JSON itself writes it
+GIVE_BACK = "bring the file back, or begin a new run"  # the remedy for a run's file that somebody changed
 MACHINE = ("git_commit", "python", "platform", "cpu_count", "gpus")  # of environment.json, for tables
 
 
@@ -68,13 +70,17 @@ class Run:
         """
         if options.resume is not None:
             run = cls(options.resume, accelerator.is_main_process, resumed=True)
-            if run.load_json("environment.json", *MACHINE, "packages", "command") is None:
+            about = run.load_json("environment.json", *MACHINE, "packages", "command")
+            if about is None:
                 run.save_json("environment.json", environment())
+            elif [type(about.get(key, [])) for key in ("packages", "command", "chosen")] != [dict, str, list]:
+                raise LabError(f"{run.path / 'environment.json'}: is no file of this run; {GIVE_BACK}")
         else:
-            run = cls(_agreed_path(options, name), accelerator.is_main_process)
-            trouble = [_make_directory(run.path, config) if run.is_main else None]
-            if (message := broadcast_object_list(trouble)[0]) is not None:
+            made = _make_directory(options.output, name, config) if accelerator.is_main_process else None
+            path, message = broadcast_object_list([made])[0]
+            if message is not None:
                 raise LabError(message)
+            run = cls(Path(path), accelerator.is_main_process)
         every = flat_options(config)
         run.options = to_plain({name: value for name, value in every.items() if name not in RESUME_MAY_CHANGE})
         if "resume" in every:  # not of commands that write a directory and cannot go on with it
@@ -104,18 +110,26 @@ class Run:
         """Yields the JSON lines of `file`; nothing if it does not exist. A last line cut by a kill is left out.
 
         Raises:
-            LabError: a line is not what `append` writes; it is named.
+            LabError: a line is not what `append` writes, or its step is before the last one's; it is named.
         """
-        path = self.path / file
+        path, last = self.path / file, -1
         if path.exists():
             for number, line in enumerate(bytes_of(path, str(path)).split(b"\n")[:-1], 1):
                 try:
                     found = json.loads(line)
                 except (ValueError, RecursionError):
                     found = None
-                if not isinstance(found, dict) or not isinstance(found.get("step"), int):
-                    raise LabError(f"{path}:{number}: is no line of a run; bring the file back, or begin a new run")
+                step = found.get("step") if isinstance(found, dict) else None
+                if type(step) is not int or step < last:
+                    raise LabError(f"{path}:{number}: is no line of a run, or not in its place; {GIVE_BACK}")
+                last = step
                 yield found
+
+    def sum_of(self, file: str, size: int | None = None) -> list[int]:
+        """Returns the length and the check sum of `file`, or of its first `size` bytes; a missing one is empty."""
+        path = self.path / file
+        content = bytes_of(path, str(path))[:size] if path.exists() else b""
+        return [len(content), zlib.crc32(content)]
 
     def curve(self, name: str) -> tuple[list[int], list[Any]]:
         """Reads a metric from metrics.jsonl: optimizer steps and values."""
@@ -152,11 +166,11 @@ class Run:
         try:
             found = json_of(path, str(path))
         except LabError as error:
-            raise LabError(f"{error}; bring the file back, or begin a new run") from error
+            raise LabError(f"{error}; {GIVE_BACK}") from error
+        if found is None:  # no run writes that, and it would be taken for a file that is missing
+            raise LabError(f"{path}: holds nothing; {GIVE_BACK}")
         if keys and not (isinstance(found, dict) and found.keys() >= set(keys)):
-            raise LabError(
-                f"{path}: is no file of this run (lacks {', '.join(keys)}); bring the file back, or begin a new run"
-            )
+            raise LabError(f"{path}: is no file of this run (lacks {', '.join(keys)}); {GIVE_BACK}")
         return found
 
 
@@ -166,9 +180,10 @@ def cost_of(run: Run, unit: str) -> dict[str, Any]:
     try:
         seconds, count = (sum(line[key] for line in timing) for key in ("seconds", unit))
         memory = max((line["peak_memory"] + 0 for line in timing), default=0)
-    except (KeyError, TypeError) as error:
-        raise LabError(f"{run.path / 'timing.jsonl'}: lacks what a step took ({reason_of(error)}); bring the file "
-                       "back, or begin a new run") from error  # fmt: skip
+    except (KeyError, TypeError, OverflowError) as error:
+        raise LabError(
+            f"{run.path / 'timing.jsonl'}: lacks what a step took ({reason_of(error)}); {GIVE_BACK}"
+        ) from error
     return {
         "seconds": seconds,
         "steps": len(timing),
@@ -193,9 +208,9 @@ def training_means(run: Run, unit: str, names: Sequence[str]) -> dict[str, float
             try:
                 counts.append(line[unit] - before)
                 values.append([line[name] + 0 for name in names])
-            except (KeyError, TypeError) as error:
+            except (KeyError, TypeError, OverflowError) as error:
                 raise LabError(f"{run.path / 'metrics.jsonl'}: lacks figures of step {line['step']} "
-                               f"({reason_of(error)}); bring the file back, or begin a new run") from error  # fmt: skip
+                               f"({reason_of(error)}); {GIVE_BACK}") from error  # fmt: skip
             before = line[unit]
     if not sum(counts):
         return {}
@@ -263,17 +278,31 @@ def _left_by_a_kill(file: Path) -> bool:
 
 
 def new_folder(output: Path | None, default: Path) -> Path:
-    """Returns `--output`, or `default`, or the first of default-2, default-3, … that holds nothing yet.
+    """Makes and locks `--output`, or `default`, or the first of default-2, default-3, … that is not there yet.
+
+    If nothing is written there it goes again. Processes beside the main one make nothing and write nothing.
 
     Raises:
-        LabError: `--output` holds something, or the directory cannot be written.
+        LabError: `--output` holds something, another process works there, or the directory cannot be written.
     """
     check_new(output)
-    folder, number = output or default, 2
-    while output is None and folder.exists():
-        folder, number = default.with_name(f"{default.name}-{number}"), number + 1
+    folder = output or default
     check_writable(folder)
+    if os.environ.get("RANK", "0") == "0":
+        if not folder.exists():
+            held.callback(_remove_unused, folder)
+        if output is None:
+            folder = _new_directory(default)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+        if trouble := locked(folder):
+            raise LabError(trouble)
     return folder
+
+
+def _remove_unused(folder: Path) -> None:
+    if all(map(_left_by_a_kill, folder.iterdir())):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_writable(path: Path) -> None:
@@ -341,34 +370,34 @@ def command_line() -> str:
     return " ".join([start, *sys.argv[1:]])
 
 
-def _agreed_path(options: RunOptions, name: str) -> Path:
-    """Returns `--output`, or a new name under runs/; all processes get the main one's."""
-    if options.output is not None:
-        return options.output
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    path = Path("runs") / f"{name}-{stamp}"
-    number = 2
-    while path.exists():
-        path = Path("runs") / f"{name}-{stamp}-{number}"
-        number += 1
-    return Path(broadcast_object_list([str(path)])[0])
+def _new_directory(default: Path) -> Path:
+    """Makes `default`, or the first of default-2, default-3, … that nobody else has made, in one move."""
+    for number in itertools.count(1):
+        path = default if number == 1 else default.with_name(f"{default.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)
+            break
+    return path
 
 
-def _make_directory(path: Path, config: Any) -> str | None:
+def _make_directory(output: Path | None, name: str, config: Any) -> tuple[str, str | None]:
+    """Makes `--output`, or a directory under runs/, and begins the run in it; returns it and what is in the way."""
+    path = output or Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "figures").mkdir(exist_ok=True)
+        if output is None:
+            path = _new_directory(path)
+        (path / "figures").mkdir(parents=True, exist_ok=True)
         if trouble := locked(path):
-            return trouble
+            return str(path), trouble
         check_new(path)  # again: another process may have begun and ended there since
         about = {"run": uuid.uuid4().hex} | environment() | {"chosen": chosen(config)}
         write_atomically(path / "environment.json", json.dumps(about, indent=1) + "\n")
         write_atomically(path / "config.yaml", config_to_yaml(config))
     except OSError as error:
-        return f"--output {path}: cannot be written ({error.strerror})"
+        return str(path), f"--output {path}: cannot be written ({error.strerror})"
     except LabError as error:
-        return str(error)
-    return None
+        return str(path), str(error)
+    return str(path), None
 
 
 def _git_commit() -> str | None:

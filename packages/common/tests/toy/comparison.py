@@ -1,6 +1,8 @@
 """Two small training runs in processes of their own, started by the tests so that the whole can be stopped."""
 
-from labs_common.compare.processes import claimed, finished_runs, start_server
+from labs_common.compare.plan import claim
+from labs_common.compare.processes import finished_runs, start_server
+from labs_common.lock import locked
 from labs_common.options import ComparisonOptions
 
 
@@ -9,8 +11,9 @@ def compare(options: ComparisonOptions) -> None:
 
     assert options.output is not None
     planned = {name: ToyConfig(seconds_per_step=0.05) for name in ("first", "second")}
-    with claimed(options.output, options):
-        finished_runs("toy.training", planned, options.output, options)
+    claim(options.output, options)
+    assert locked(options.output) is None
+    finished_runs("toy.training", planned, options.output, options)
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ def _searched(config: CompareConfig, run: TrainConfig, folder: Path, name: str, 
         )
         path = folder / "search" / name / f"rate-{rate:.2g}"
         wanted = _at(short, config.comparison.seed, path)
-        if finished_run(COMMAND, wanted, path, folder, config.comparison.launch) == 0:
+        if finished_run(COMMAND, wanted, path, config.comparison.launch) == 0:
             tried[rate] = float(Run(path).load_json("results.json")["after"]["validation loss"])
     if not tried:
         return run

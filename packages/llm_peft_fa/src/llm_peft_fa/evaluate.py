@@ -23,7 +23,7 @@ from labs_common.cache import path_name
 from labs_common.cli import to_plain
 from labs_common.errors import LabError
 from labs_common.progress import console
-from labs_common.report.page import Section, Table, write_report
+from labs_common.report.page import Section, Table, making_report, write_report
 from labs_common.run import Run, check_new, new_folder, write_atomically
 from llm_peft_fa.answers import BeforeAndAfter, before_and_after, collected_prompts
 from llm_peft_fa.base import load_tokenizer
@@ -75,12 +75,13 @@ def evaluate(config: EvaluateConfig) -> None:
     run.save_json("evaluation.json", results)
     if config.judge_file is not None:
         write_judge_file(config.judge_file, both, subject.name, seed)
-    sections = [
-        Section("Data", [Table(("source", "conversations"), [(reading.source, len(reading.conversations))])]),
-        numbers_section(both.scores),
-        answers_section(both),
-    ]
-    path = write_report(run, f"Evaluation of {subject.name}", f"Base: {subject.base or 'none'}", sections)
+    with making_report():
+        sections = [
+            Section("Data", [Table(("source", "conversations"), [(reading.source, len(reading.conversations))])]),
+            numbers_section(both.scores),
+            answers_section(both),
+        ]
+        path = write_report(run, f"Evaluation of {subject.name}", f"Base: {subject.base or 'none'}", sections)
     for name, values in both.scores.items():
         console.print(f"{name}: " + "  ".join(f"{key} {value:.3f}" for key, value in values.items()))
     print(f"report: {path}")

@@ -196,7 +196,7 @@ def transfer(
 
     Raises:
         LabError: there is no such block; the network cannot be cut and should be `cached`; or it has no distillation
-            token and should train `by_head`.
+            token and should train `by_head`; or it takes no pictures of that size.
     """
     trained = unfreeze(model, options.unfreeze, options.block)
     sharded = accelerator is not None and accelerator.distributed_type in SHARDED
@@ -215,6 +215,12 @@ def transfer(
         model.set_distilled_training(True)
         model.training = True  # for the cut, which records what the forward does now
     cut, size = None, input_size(model, options.image_size)
+    if next(model.parameters()).is_meta:  # it is only being checked, before a run begins
+        try:
+            model(torch.zeros(2, 3, size, size, device="meta"))
+        except (AssertionError, RuntimeError) as error:
+            said = f"{options.model} takes no such pictures ({reason_of(error)})"
+            raise LabError(f"--image-size {size}: {said}") from error
     if trained != ("",) and (cached or not sharded):
         try:
             cut = Cut(model, trained, torch.zeros(2, 3, size, size, device=next(model.parameters()).device))

@@ -5,7 +5,6 @@ configuration they are launched by Accelerate instead.
 """
 
 import dataclasses
-import fcntl
 import gc
 import multiprocessing
 import os
@@ -26,7 +25,7 @@ from labs_common.compare.collect import Entry, collect
 from labs_common.compare.plan import claim, seeds_of, slug
 from labs_common.compare.report import Findings, write_comparison
 from labs_common.errors import Interrupted, LabError, RunStopped
-from labs_common.lock import LOCK
+from labs_common.lock import in_use, locked
 from labs_common.options import ComparisonOptions, RunOptions
 from labs_common.progress import console
 from labs_common.report.page import making_report
@@ -49,20 +48,23 @@ def compare_runs(
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; the run under way was saved, and the same command goes on from there.
-        LabError: the directory is of something else, or a run says that its input is wrong.
+        LabError: the directory is of something else, another process works there, or a run says that its input is
+            wrong.
         RunStopped: no run finished.
     """
     options: ComparisonOptions = config.comparison
-    with claimed(folder, config):
-        if prepare is not None:
-            planned = prepare(folder, planned)
-        failed = finished_runs(module, planned, folder, options)
-        entries = collect(folder, planned, seeds_of(options))
-        if not entries:
-            raise RunStopped("no run finished: there is nothing to report; the lines above say why")
-        run = Run(folder)
-        with making_report(f"start the same command again; delete runs in {folder} that are of something else"):
-            write_comparison(run, config, report(run, entries, failed), failed)
+    claim(folder, config)
+    if trouble := locked(folder):
+        raise LabError(trouble)
+    if prepare is not None:
+        planned = prepare(folder, planned)
+    failed = finished_runs(module, planned, folder, options)
+    entries = collect(folder, planned, seeds_of(options))
+    if not entries:
+        raise RunStopped("no run finished: there is nothing to report; the lines above say why")
+    run = Run(folder)
+    with making_report(f"start the same command again; delete runs in {folder} that are of something else"):
+        write_comparison(run, config, report(run, entries, failed), failed)
 
 
 def start_server(launch: Path | None, libraries: Sequence[str]) -> None:
@@ -86,18 +88,19 @@ def stop_as_usual() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
-def finished_run(module: str, config: object, path: Path, folder: Path, launch: Path | None = None) -> int:
+def finished_run(module: str, config: object, path: Path, launch: Path | None = None) -> int:
     """Does the run that `config` describes, or the rest of it, unless it is there; returns the exit code.
 
-    `module` has the command (`llm_peft_fa.train`), `path` is the --output that `config` names, and `folder` that of the
-    comparison.
+    `module` has the command (`llm_peft_fa.train`), `path` is the --output that `config` names.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; the run was saved.
-        LabError: the run says that its input is wrong.
+        LabError: the run says that its input is wrong, or it outlived a comparison that was killed, and goes on.
     """
     if (path / "results.json").exists():
         return 0
+    if trouble := in_use(path):
+        raise LabError(trouble)
     if (path / "config.yaml").exists():
         arguments = ["--resume", str(path)]
     else:
@@ -106,8 +109,7 @@ def finished_run(module: str, config: object, path: Path, folder: Path, launch: 
         asked.parent.mkdir(parents=True, exist_ok=True)
         asked.write_text(config_to_yaml(config), encoding="utf-8")
         arguments = ["--config", str(asked)]
-    lock = folder / LOCK
-    code = _forked(module, arguments, lock) if launch is None else _launched(module, arguments, lock, launch)
+    code = _forked(module, arguments) if launch is None else _launched(module, arguments, launch)
     if code == Interrupted.exit_code:
         raise Interrupted(f"stopped in {path}; the same command goes on from there")
     if code == LabError.exit_code:
@@ -131,36 +133,15 @@ def finished_runs(module: str, planned: Mapping[str, Any], folder: Path, options
         there = ": there already" if (path / "results.json").exists() else ""
         console.print(f"[{number}/{len(jobs)}] {name}, seed {seed}{there}")
         wanted = dataclasses.replace(planned[name], run=RunOptions(output=path, seed=seed, track="none"))
-        code = finished_run(module, wanted, path, folder, options.launch)
+        code = finished_run(module, wanted, path, options.launch)
         if code:
             failed[f"{name}, seed {seed}"] = code
             console.print(f"{name}, seed {seed}: stopped with exit code {code}; the others go on")
     return failed
 
 
-@contextmanager
-def claimed(folder: Path, config: object) -> Iterator[None]:
-    """Makes the comparison's directory, or finds it; waits until nobody works in it, then holds its lock.
-
-    The runs that are started meanwhile hold it too: one that outlives a killed comparison keeps it, so that no second
-    process writes into the same directory.
-
-    Raises:
-        LabError: the directory is of another comparison, or of something else.
-    """
-    claim(folder, config)
-    with (folder / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{folder}: a run is still going on there; waiting for it to end", file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        fcntl.flock(file, fcntl.LOCK_SH)
-        yield
-
-
-def _forked(module: str, arguments: list[str], lock: Path) -> int:
-    process = multiprocessing.get_context("forkserver").Process(target=_run, args=(module, arguments, str(lock)))
+def _forked(module: str, arguments: list[str]) -> int:
+    process = multiprocessing.get_context("forkserver").Process(target=_run, args=(module, arguments))
     process.start()
     with _stopping(process) as stopped:
         process.join()
@@ -168,26 +149,21 @@ def _forked(module: str, arguments: list[str], lock: Path) -> int:
     return Interrupted.exit_code if stopped else process.exitcode
 
 
-def _run(module: str, arguments: list[str], lock: str) -> None:
+def _run(module: str, arguments: list[str]) -> None:
     """Runs the command in the forked process."""
     gc.freeze()  # to collect what the server imported would take a second, and copy its memory
     stop_as_usual()
     sys.argv = [f"python -m {module}", *arguments]
-    with Path(lock).open() as file, Path(os.devnull).open("w") as nothing:
-        fcntl.flock(file, fcntl.LOCK_SH)
+    with Path(os.devnull).open("w") as nothing:
         sys.stdout = nothing
         command_of(module)()
 
 
-def _launched(module: str, arguments: list[str], lock: Path, launch: Path) -> int:
+def _launched(module: str, arguments: list[str], launch: Path) -> int:
     start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launch)]
-    with lock.open() as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
-        process = subprocess.Popen(
-            [*start, "-m", module, *arguments], stdout=subprocess.DEVNULL, pass_fds=[file.fileno()]
-        )
-        with _stopping(process) as stopped:
-            code = process.wait()
+    process = subprocess.Popen([*start, "-m", module, *arguments], stdout=subprocess.DEVNULL)
+    with _stopping(process) as stopped:
+        code = process.wait()
     return Interrupted.exit_code if stopped else code
 
 

@@ -299,6 +299,8 @@ def record_splits(run: Run, splits: Splits) -> None:
     run.data = zlib.crc32(repr(said).encode())
     before = run.load_json("splits.json") if run.resumed else None
     if before is None:
+        if (run.path / "checkpoints").exists() and run.is_main:
+            console.print(f"{run.path / 'splits.json'} is missing: the pictures are taken as they are now")
         run.save_json("splits.json", now)
     elif before != now:
         known = before if isinstance(before, dict) else {}

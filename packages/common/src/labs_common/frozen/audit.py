@@ -206,7 +206,9 @@ def _kept(run: Run) -> tuple[Any, str | None]:
     except LabError as error:
         return None, str(error)
     every = kept if isinstance(kept, list) and kept else [kept]
-    if kept is not None and not all(isinstance(hashes, dict) for hashes in every):
+    if kept is not None and not all(
+        isinstance(hashes, dict) and all(isinstance(one, str) for one in hashes.values()) for hashes in every
+    ):
         return None, f"{run.path / HASHES}: holds no hashes; bring it back from a copy of the run"
     return kept, None
 

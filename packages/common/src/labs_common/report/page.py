@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 from PIL import Image
 
+from labs_common.cli import making_again
 from labs_common.errors import LabError, RunStopped, reason_of
 from labs_common.run import Run, write_atomically
 
@@ -64,8 +65,10 @@ class Section:
 
 
 @contextmanager
-def making_report(again: str) -> Iterator[None]:
+def making_report(again: str | None = None) -> Iterator[None]:
     """Turns whatever goes wrong with a report into one line: the results are on disk, and `again` says what to do.
+
+    Without it, the command is named that makes the report again.
 
     Raises:
         RunStopped: instead of any other error.
@@ -74,7 +77,7 @@ def making_report(again: str) -> Iterator[None]:
         yield
     except Exception as error:  # of a picture, a name, a font: nothing of it may look as if the work were lost
         said = reason_of(error) if isinstance(error, LabError) else f"{type(error).__name__}: {reason_of(error)}"
-        raise RunStopped(f"the report cannot be made ({said}); all else is saved: {again}") from error
+        raise RunStopped(f"the report cannot be made ({said}); all else is saved: {again or making_again()}") from error
 
 
 def write_report(run: Run, title: str, summary: str, sections: Sequence[Section]) -> str:

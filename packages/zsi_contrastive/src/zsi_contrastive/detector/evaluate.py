@@ -5,7 +5,7 @@ from pathlib import Path
 
 from labs_common.cli import to_plain
 from labs_common.data.images import print_refused
-from labs_common.report.page import write_report
+from labs_common.report.page import making_report, write_report
 from labs_common.report.sections import asked_section
 from labs_common.run import Run, check_new, new_folder, newest_run
 from labs_common.training import inference_accelerator
@@ -90,9 +90,10 @@ def finish(
         run.save_json("detections.json", found.results)
     print_scores(found)
     if config.report:
-        measured = measured_sections(run, found, split, test)
-        sections = [asked_section(config), *measured, *finding_sections(run, found, split, test)]
-        print(f"report: {write_report(run, title, summary_of(found), sections)}")
+        with making_report():
+            measured = measured_sections(run, found, split, test)
+            sections = [asked_section(config), *measured, *finding_sections(run, found, split, test)]
+            print(f"report: {write_report(run, title, summary_of(found), sections)}")
 
 
 def chosen_words(config: EvaluateConfig, loaded: Loaded, data: DataOptions) -> tuple[Split, ClassVectors]:
