@@ -15,7 +15,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env
 
-from labs_common.device import mixed_precision
+from labs_common.device import constant, mixed_precision
 from labs_common.errors import LabError, reason_of, text_of
 from labs_common.frozen.cache import HELD_SHARE
 from labs_common.memory import Cost, step_cost
@@ -27,7 +27,7 @@ USABLE = 0.9
 CONTEXT = 600_000_000  # bytes that CUDA and its libraries take on a GPU for themselves
 # DeepSpeed's defaults, in values: its bucket of gradients, which is there whole, and the weights that stay gathered.
 BUCKET, LIVE = 500_000_000, 1_000_000_000
-FAR, MOST = 64, 2**30  # times the batch: the largest that is measured; the largest number that is tried
+FAR, MOST = 64, 2**30  # times the batch: the largest that is measured, usually; the largest number that is tried
 
 
 @dataclass(frozen=True)
@@ -280,6 +280,7 @@ def print_plan(
     rows: Sequence[int] = (),
     at_once: int = 0,
     moments: int = 2,
+    far: int = FAR,
 ) -> None:
     """Prints what a step needs and what fits the machine.
 
@@ -292,6 +293,7 @@ def print_plan(
         rows: bytes of each split that a GPU keeps where they fit, see `labs_common.frozen.cache`.
         at_once: how many go through the network at once if not a process's whole part of a batch.
         moments: that the optimizer keeps of each trained value.
+        far: times the batch, the largest that is measured.
 
     Raises:
         LabError: the options contradict each other, or the network cannot be measured on shapes.
@@ -308,7 +310,10 @@ def print_plan(
 
     def cost(of: int) -> Cost:
         before_step(model, machine.precision, sharing, accumulating=False)
-        return step_cost(model, lambda: loss(of), dtype)
+        try:
+            return step_cost(model, lambda: loss(of), dtype)
+        finally:
+            constant.cache_clear()  # they are shapes now
 
     try:
         one, other = (count, cost(count)), (2 * count, cost(2 * count))
@@ -336,7 +341,7 @@ def print_plan(
         return most
 
     # What a batch adds may be less than how exactly peaks are measured: a larger one then says more.
-    if (most := largest(other)) > other[0]:
-        far = min(most, FAR * count)
-        most = largest((far, cost(far)))
+    if (most := min(largest(other), far * count)) > other[0]:
+        other = most, cost(most)
+    most = largest(other)
     print(f"fits: {most:,} {unit} at once on each GPU" if most else "nothing fits: several GPUs, or a smaller network")
