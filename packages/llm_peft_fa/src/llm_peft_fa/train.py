@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from labs_common.cache import path_name
 from labs_common.errors import LabError
 from labs_common.fitting import Fitted, Fitting, begin
+from labs_common.launch import main_process_first
 from labs_common.run import Run
 from labs_common.sharding import reads_weights, whole_outside_layers, zero_stage
 from labs_common.training import total_steps
@@ -48,7 +49,7 @@ def train(config: TrainConfig) -> None:
     readings = dict(zip(("training", "validation"), training_and_validation(config.data, config.run.seed), strict=True))
     prompts = collected_prompts(readings["validation"], config.generation, config.run.seed)
     paragraphs = plain_paragraphs(config)
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         model_path(name)  # makes the tiny base model if this is its first use
     tokenizer = load_tokenizer(name, config.model.template)
     texts = {

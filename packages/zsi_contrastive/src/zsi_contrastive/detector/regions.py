@@ -142,8 +142,8 @@ class ZeroShotRegions(nn.Module):
         boxes, things = regions.boxes.flatten(0, 1), filled & (label > 0)
         # Masks are of things alone, and they are few: the host reads once how many, with the numbers of each level.
         level_of = levels_of([features[name] for name in self.levels], boxes, height)
-        of_things = counted(level_of.masked_fill(~things, -1), len(self.levels))
-        numbers = counted(level_of, len(self.levels)), of_things, things.view_as(regions.filled).sum(1)
+        thing_levels = counted(level_of.masked_fill(~things, -1), len(self.levels))
+        numbers = counted(level_of, len(self.levels)), thing_levels, things.view_as(regions.filled).sum(1)
         of_levels, of_things, counts = (
             self._most(*regions.filled.shape)
             if isinstance(boxes, FakeTensor)

@@ -15,6 +15,7 @@ from labs_common.checkpoint import SHARDED
 from labs_common.data.images import record_splits
 from labs_common.errors import LabError
 from labs_common.fitting import Fitted, Fitting, begin, channels_last, results_of, write_results
+from labs_common.launch import main_process_first
 from labs_common.plan import print_plan
 from labs_common.report.page import Section
 from labs_common.run import Run, seconds_between
@@ -51,7 +52,7 @@ def train(config: TrainConfig) -> None:
         return
     accelerator = begin(config.run, config.training)
     data = from_main_process(accelerator, lambda: read_data(config.data, config.words, config.run.seed, shown=True))
-    with accelerator.main_process_first():  # weights are downloaded on their first use
+    with main_process_first(accelerator):  # weights are downloaded on their first use
         set_seed(config.run.seed)  # the same model in every process
         model = make_model(config, data.vectors)
     run = Run.start(config, config.run, f"zsi-{data.split.name}", accelerator)
