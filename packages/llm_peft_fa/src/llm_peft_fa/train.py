@@ -111,6 +111,10 @@ def check_machine(config: TrainConfig, accelerator: Accelerator) -> None:
         raise LabError(f"--attention {kernel}: needs a GPU; take auto")
     if kernel == "flash" and importlib.util.find_spec("flash_attn") is None:
         raise LabError("--attention flash: needs the package flash_attn, which is not installed; take auto")
+    if config.training.compile and (kernel == "blocks" or accelerator.device.type != "cuda"):
+        # Another graph for each number of blocks: after eight torch gives up, and three tiny steps have taken minutes.
+        raise LabError("--compile: attention in blocks would be compiled for row after row; drop it, or take a GPU and "
+                       "another --attention")  # fmt: skip
     stage_3 = zero_stage(accelerator) == 3
     if method.whole_gradients and kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         raise LabError(
