@@ -1,4 +1,4 @@
-"""What several processes of a launch have to agree on: GPUs and precision, and errors of one of them."""
+"""Lets the processes of a launch agree: on GPUs and precision, and on errors of one of them."""
 
 import os
 from collections.abc import Iterator
