@@ -175,6 +175,7 @@ def test_show_batch_writes_nothing(gemma_dir: Path, tmp_path: Path) -> None:
         (("--output", "/proc/run"), "--output"),
         (("--resume", "{nothing}"), "--resume"),
         (("--precision", "fp16"), "--precision"),
+        (("--compile",), "--compile: attention in blocks"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(

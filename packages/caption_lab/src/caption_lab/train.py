@@ -32,6 +32,7 @@ from labs_common.device import expect_fixed_shapes, to_device, widest_float
 from labs_common.errors import LabError
 from labs_common.fitting import Fitted, Fitting, begin, channels_last
 from labs_common.frozen.cache import DTYPES
+from labs_common.launch import main_process_first
 from labs_common.plan import print_plan
 from labs_common.progress import console
 from labs_common.run import Run, training_means
@@ -46,7 +47,7 @@ def train(config: TrainConfig) -> None:
         print_needs(config)
         return
     accelerator = begin(config.run, config.training)
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         data = read_data(config.data, config.run.seed, accelerator.is_main_process)
     captioner = make(config, data, accelerator)
     run = Run.start(config, config.run, config.model.replace("_", "-"), accelerator)
@@ -101,7 +102,7 @@ def make(config: TrainConfig, data: Captions, accelerator: Accelerator) -> Capti
     Raises:
         LabError: the encoder or the start cannot be had, or the start is of another kind.
     """
-    with accelerator.main_process_first():  # the tiny encoder is made, others are downloaded on their first use
+    with main_process_first(accelerator):  # the tiny encoder is made, others are downloaded on their first use
         set_seed(config.run.seed)
         if config.start is not None:
             captioner = load_captioner(config.start, "--start")

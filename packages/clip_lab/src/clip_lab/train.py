@@ -31,6 +31,7 @@ from labs_common.device import CPU, expect_fixed_shapes
 from labs_common.errors import LabError
 from labs_common.fitting import Fitted, Fitting, begin, channels_last, share_batch_norms
 from labs_common.frozen.cache import DTYPES
+from labs_common.launch import main_process_first
 from labs_common.plan import print_plan
 from labs_common.run import Run
 
@@ -44,9 +45,9 @@ def train(config: TrainConfig) -> None:
         print_needs(config)
         return
     accelerator = begin(config.run, config.training)
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         data = read_data(config.data, config.run.seed, accelerator.is_main_process)
-    with accelerator.main_process_first():  # weights are downloaded on their first use
+    with main_process_first(accelerator):  # weights are downloaded on their first use
         set_seed(config.run.seed)
         captions = [caption for of_picture in data.splits["train"].captions for caption in of_picture]
         model, words = make_model(config, captions)

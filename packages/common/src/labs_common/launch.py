@@ -1,11 +1,14 @@
-"""Compares what a launcher set up with the GPUs of this machine and with the precision that was asked for."""
+"""Lets the processes of a launch agree: on GPUs and precision, and on errors of one of them."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from accelerate.utils import get_int_from_env, parse_flag_from_env
+from accelerate import Accelerator
+from accelerate.utils import gather_object, get_int_from_env, parse_flag_from_env
 
-from labs_common.errors import LabError
+from labs_common.errors import LabError, reason_of
 from labs_common.progress import console
 
 
@@ -44,6 +47,37 @@ def check_launch(precision: str) -> None:
     if processes < gpus:
         _say(f"{processes} of {of} is used, the others stay idle: as many processes on each machine (--num_processes) "
              "take all")  # fmt: skip
+
+
+@contextmanager
+def main_process_first(accelerator: Accelerator) -> Iterator[None]:
+    """Lets the main process through before the others, as Accelerate's own does; an error in one is one in all.
+
+    With Accelerate's the others would wait for hours for one that has ended.
+
+    Raises:
+        LabError: another process failed; what it said.
+    """
+    if not accelerator.is_main_process:
+        _share(None)  # waits for the main process
+    failed: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    _share(failed)
+    if accelerator.is_main_process:
+        _share(None)  # waits for the others
+
+
+def _share(failed: Exception | None) -> None:
+    """Raises in all processes what went wrong in any; each calls it."""
+    said = failed and (str(failed) if isinstance(failed, LabError) else reason_of(failed))
+    others = [one for one in gather_object([said]) if one is not None]
+    if failed is not None:
+        raise failed
+    if others:
+        raise LabError(others[0])
 
 
 def _say(line: str) -> None:

@@ -15,7 +15,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env
 
-from labs_common.device import mixed_precision
+from labs_common.device import constant, mixed_precision
 from labs_common.errors import LabError, reason_of, text_of
 from labs_common.frozen.cache import HELD_SHARE
 from labs_common.memory import Cost, step_cost
@@ -27,7 +27,7 @@ USABLE = 0.9
 CONTEXT = 600_000_000  # bytes that CUDA and its libraries take on a GPU for themselves
 # DeepSpeed's defaults, in values: its bucket of gradients, which is there whole, and the weights that stay gathered.
 BUCKET, LIVE = 500_000_000, 1_000_000_000
-FAR, MOST = 64, 2**30  # times the batch: the largest that is measured; the largest number that is tried
+FAR, MOST = 64, 2**30  # times the batch: the largest that is measured, usually; the largest number that is tried
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,12 @@ class Sharing:
 
     @property
     def spreads(self) -> bool:
-        """Whether gradients are of one GPU only in part."""
-        return self.gpus > 1 and (self.fsdp or self.stage > 1)
+        """Whether gradients leave while others are computed."""
+        return (self.gpus > 1 and self.fsdp) or self.stage > 1
 
     def __str__(self) -> str:
         kind = "FSDP" if self.fsdp else f"ZeRO-{self.stage}" if self.stage else "a whole model on each"
-        return f"{self.gpus} GPUs, {kind}" if self.gpus > 1 else "one GPU"
+        return f"{self.gpus} GPUs, {kind}" if self.gpus > 1 else f"one GPU, {kind}"
 
 
 ALONE = Sharing()
@@ -126,6 +126,7 @@ class Held:
         weights, gradients, optimizer: bytes.
         outside: bytes of weights that belong to no layer: FSDP2 keeps them whole during a step.
         layer: bytes of the largest layer as it is gathered: the largest unit, of which FSDP2 has two at a time.
+        itemsize: bytes of a trained weight as DeepSpeed holds it, see `labs_common.sharding.kept_weights`.
         buffers: bytes that a launch of several needs besides.
         rows: bytes of data that stay on the GPU.
     """
@@ -137,6 +138,7 @@ class Held:
     optimizer: int
     outside: int = 0
     layer: int = 0
+    itemsize: int = 4
     buffers: int = 0
     rows: int = 0
 
@@ -148,21 +150,26 @@ class Held:
     def shared(self, sharing: Sharing) -> "Held":
         """Returns the needs of one of several GPUs (Rajbhandari et al. 2020 for ZeRO's stages)."""
         gpus, stage = sharing.gpus, 3 if sharing.fsdp else sharing.stage
-        if gpus == 1:
+        if gpus == 1 and not sharing.stage:
             return self
+        weights, gradients, optimizer = self.weights, self.gradients, self.optimizer
         if sharing.fsdp:
             buffers = self.outside + 2 * self.layer
         elif stage:
-            # DeepSpeed reduces gradients in one bucket of this size, and keeps gathered weights up to a limit.
-            each = self.weights / self.parameters
-            buffers = 4 * BUCKET + (round(min(self.weights, LIVE * each)) if stage == 3 else 0)
+            # What trains is in DeepSpeed's type, and so are its gradients. Its optimizer has all in float32: moments,
+            # weights, and in its step gradients. Those are reduced in one bucket; gathered weights stay up to a limit.
+            weights += self.trained * self.itemsize - gradients
+            optimizer = self.trained * 4 * (optimizer // max(1, gradients) + 2)
+            gradients = self.trained * self.itemsize
+            each = weights / self.parameters
+            buffers = self.itemsize * BUCKET + (round(min(weights, LIVE * each)) if stage == 3 and gpus > 1 else 0)
         else:
-            buffers = self.gradients  # DistributedDataParallel's buckets
+            buffers = gradients  # DistributedDataParallel's buckets
         return dataclasses.replace(
             self,
-            weights=self.weights // (gpus if stage == 3 else 1),
-            gradients=self.gradients // (gpus if stage >= 2 else 1),
-            optimizer=self.optimizer // (gpus if stage >= 1 else 1),
+            weights=weights // (gpus if stage == 3 else 1),
+            gradients=gradients // (gpus if stage >= 2 else 1),
+            optimizer=optimizer // (gpus if stage >= 1 else 1),
             buffers=buffers,
         )
 
@@ -172,7 +179,7 @@ class Held:
         said = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
         if self.rows:
             said += f", data that stays there {gigabytes(self.rows)}"
-        if sharing.gpus == 1:
+        if not self.buffers:
             return [said]
         more = f"; the largest gathered layer {gigabytes(self.layer)}" if sharing.fsdp else ""
         return [f"{sharing}; on each: {said}, buffers {gigabytes(self.buffers)}{more}"]
@@ -193,9 +200,11 @@ def held_by(model: torch.nn.Module, precision: str, moments: int = 2) -> Held:
         stored += byte_count(own)
         dtype = gathered_dtype(layer, precision)
         largest = max(largest, sum(one.numel() * (dtype or one.dtype).itemsize for one in own))
+    cast = COMPUTED_IN.get(precision)
+    itemsize = 2 if any(parameter.dtype == cast for parameter in model.parameters()) else 4
     return Held(
         sum(parameter.numel() for parameter in model.parameters()), sum(parameter.numel() for parameter in trained),
-        weights, gradients, moments * gradients, weights - stored, largest,
+        weights, gradients, moments * gradients, weights - stored, largest, itemsize,
     )  # fmt: skip
 
 
@@ -271,6 +280,7 @@ def print_plan(
     rows: Sequence[int] = (),
     at_once: int = 0,
     moments: int = 2,
+    far: int = FAR,
 ) -> None:
     """Prints what a step needs and what fits the machine.
 
@@ -283,6 +293,7 @@ def print_plan(
         rows: bytes of each split that a GPU keeps where they fit, see `labs_common.frozen.cache`.
         at_once: how many go through the network at once if not a process's whole part of a batch.
         moments: that the optimizer keeps of each trained value.
+        far: times the batch, the largest that is measured.
 
     Raises:
         LabError: the options contradict each other, or the network cannot be measured on shapes.
@@ -299,7 +310,10 @@ def print_plan(
 
     def cost(of: int) -> Cost:
         before_step(model, machine.precision, sharing, accumulating=False)
-        return step_cost(model, lambda: loss(of), dtype)
+        try:
+            return step_cost(model, lambda: loss(of), dtype)
+        finally:
+            constant.cache_clear()  # they are shapes now
 
     try:
         one, other = (count, cost(count)), (2 * count, cost(2 * count))
@@ -327,7 +341,7 @@ def print_plan(
         return most
 
     # What a batch adds may be less than how exactly peaks are measured: a larger one then says more.
-    if (most := largest(other)) > other[0]:
-        far = min(most, FAR * count)
-        most = largest((far, cost(far)))
+    if (most := min(largest(other), far * count)) > other[0]:
+        other = most, cost(most)
+    most = largest(other)
     print(f"fits: {most:,} {unit} at once on each GPU" if most else "nothing fits: several GPUs, or a smaller network")

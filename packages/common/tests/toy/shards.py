@@ -2,14 +2,19 @@
 
 import copy
 import os
+import time
 
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from labs_testing.sharded import force_fsdp
 from torch.distributed.tensor import DTensor
 
 from labs_common.checkpoint import changing_tensors, restore_tensors
+from labs_common.errors import LabError
+from labs_common.launch import main_process_first
 from labs_common.sharding import place, reshard, shard, whole
 
 CPU = torch.device("cpu")
@@ -64,7 +69,26 @@ def check(rank: int, port: str) -> None:
     check_small_gradients(model, plain, rank, ids[0])
     check_kept(model, plain, rank)
     check_answers(plain, accelerator, rank, ids[rank], weight)
+    check_errors(accelerator, rank)
     dist.destroy_process_group()
+
+
+def check_errors(accelerator: Accelerator, rank: int) -> None:
+    """An error of either process is one of both, and nobody waits; what goes well goes on, the main process first."""
+    for fails, error in ((0, LabError("no such data")), (1, LabError("no such data")), (1, OSError("no such data"))):
+        begun = False
+        expected = pytest.raises(type(error) if rank == fails else LabError, match="no such data")
+        with expected, main_process_first(accelerator):
+            begun = True
+            if rank == fails:
+                raise error
+        assert begun == (rank <= fails)
+    times = [0.0, 0.0]
+    with main_process_first(accelerator):
+        times[rank] = time.monotonic()
+        time.sleep(0.01)
+    first, second = (sum(pair) for pair in zip(*gather_object([times]), strict=True))
+    assert second - first >= 0.01
 
 
 def read_by_one(plain: Tied, rank: int) -> Tied:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from labs_common.cache import path_name
 from labs_common.errors import LabError
 from labs_common.fitting import Fitted, Fitting, begin
+from labs_common.launch import main_process_first
 from labs_common.run import Run
 from labs_common.sharding import reads_weights, whole_outside_layers, zero_stage
 from labs_common.training import total_steps
@@ -48,7 +49,7 @@ def train(config: TrainConfig) -> None:
     readings = dict(zip(("training", "validation"), training_and_validation(config.data, config.run.seed), strict=True))
     prompts = collected_prompts(readings["validation"], config.generation, config.run.seed)
     paragraphs = plain_paragraphs(config)
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         model_path(name)  # makes the tiny base model if this is its first use
     tokenizer = load_tokenizer(name, config.model.template)
     texts = {
@@ -110,6 +111,10 @@ def check_machine(config: TrainConfig, accelerator: Accelerator) -> None:
         raise LabError(f"--attention {kernel}: needs a GPU; take auto")
     if kernel == "flash" and importlib.util.find_spec("flash_attn") is None:
         raise LabError("--attention flash: needs the package flash_attn, which is not installed; take auto")
+    if config.training.compile and (kernel == "blocks" or accelerator.device.type != "cuda"):
+        # Another graph for each number of blocks: after eight torch gives up, and three tiny steps have taken minutes.
+        raise LabError("--compile: attention in blocks would be compiled for row after row; drop it, or take a GPU and "
+                       "another --attention")  # fmt: skip
     stage_3 = zero_stage(accelerator) == 3
     if method.whole_gradients and kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         raise LabError(

@@ -28,6 +28,7 @@ from labs_common.device import to_device
 from labs_common.errors import LabError
 from labs_common.fitting import begin
 from labs_common.frozen.cache import ComputedRows, Rows, front_rows
+from labs_common.launch import main_process_first
 from labs_common.report.classes import Predictions, wilson_interval
 from labs_common.report.figures import curve_figure
 from labs_common.report.page import Figure, Section, Table, save_figure
@@ -48,7 +49,7 @@ def distill(config: DistillConfig) -> None:
         print_needs(config, partial(distillation_on_shapes, config), by_head=True)
         return
     accelerator = begin(config.run, config.training)
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         splits = read_splits(config.data, config.run.seed, accelerator.is_main_process)
     classes, cached = splits["train"].classes, config.cache.cache
     check_network(config.model, len(classes), cached, by_head=True)

@@ -24,6 +24,7 @@ from labs_common.device import expect_fixed_shapes
 from labs_common.errors import Interrupted
 from labs_common.fitting import Fitted, Fitting, begin, channels_last
 from labs_common.frozen.cache import DTYPES
+from labs_common.launch import main_process_first
 from labs_common.plan import print_plan
 from labs_common.progress import console
 from labs_common.run import Run, training_means
@@ -56,7 +57,7 @@ def train(config: TrainConfig) -> None:
         print_needs(config, lambda _: label_loss(config.training.label_smoothing))
         return
     accelerator = begin(config.run, config.training)
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         splits = read_splits(config.data, config.run.seed, accelerator.is_main_process)
     check_network(config.model, len(splits["train"].classes), config.cache.cache)
     run = Run.start(config, config.run, f"{config.model.unfreeze}-{path_name(config.model.model)}", accelerator)
@@ -142,7 +143,7 @@ def fit(
         Interrupted: Ctrl-C; the run can be resumed.
     """
     options, data = config.training, config.data
-    with accelerator.main_process_first():  # a tiny model is made, others are downloaded on their first use
+    with main_process_first(accelerator):  # a tiny model is made, others are downloaded on their first use
         set_seed(config.run.seed)
         network = create(config.model, len(splits["train"].classes)).to(accelerator.device)
     if accelerator.device.type == "cuda":  # on a CPU only small networks are faster so

@@ -15,7 +15,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign, box_iou
 
 from zsi_contrastive.detector.heads import SemanticBoxHead
-from zsi_contrastive.detector.proposals import Anchors, Proposals, drawn, matched, numbered, pooled
+from zsi_contrastive.detector.proposals import Anchors, Proposals, drawn, matched, numbered, pooled, surviving
 from zsi_contrastive.detector.regions import BOX_WEIGHTS, Sampling, ZeroShotRegions
 
 pytestmark = pytest.mark.quick
@@ -126,6 +126,24 @@ def test_on_a_gpu_suppression_is_one_call_and_proposals_are_filled_up() -> None:
         torch.testing.assert_close(one[: len(two)], two)
         assert len(two) < len(one)
         assert not one[len(two) :].any(), "fillers have no area"
+
+
+def test_suppression_on_a_gpu_is_exact_where_boxes_nearly_tie() -> None:
+    """Pairs whose overlap is at the threshold, to a part in a million: as each pair alone in 64 bits."""
+    torch.manual_seed(0)
+    corner, sides = torch.rand(2, 200, 2) * 1000, torch.rand(2, 200, 2) * 90 + 10
+    one = torch.cat([corner, corner + sides], 2)
+    two = one.clone()
+    two[..., 2] = one[..., 0] + sides[..., 0] * 0.7 * (1 + (torch.rand(2, 200) - 0.5) * 2e-6)
+    boxes, scores = torch.cat([one, two], 1), torch.tensor([0.9, 0.5]).repeat_interleave(200).expand(2, -1)
+    pairs = torch.stack([one, two], 2).flatten(0, 1).double()  # (400, 2, 4)
+    apart = torch.stack([box_iou(pair[:1], pair[1:])[0, 0] <= 0.7 for pair in pairs]).view(2, 200)
+    assert 50 < int(apart.sum()) < 350
+    with pretended_gpu():
+        groups = torch.arange(200).repeat(2, 2).cuda()
+        kept = surviving(boxes.cuda(), scores.cuda(), groups, 0.7).cpu()
+    assert bool(kept[:, :200].all())
+    assert torch.equal(kept[:, 200:], apart)
 
 
 def test_losses_of_proposals_are_torchvisions_if_all_anchors_are_drawn() -> None:

@@ -84,6 +84,7 @@ class TestPromises(TrainingPromises):
             launch=LAUNCH,
             zero=("--max-steps", 2),
             sharded=Otherwise(("--frozen-stages", 1), first=0.2, weights=None),  # as in test_two_processes
+            planned=True,
             gpu=Budget(operators=1200, syncs=4, copies=4),
         )
 

@@ -15,6 +15,7 @@ from labs_common.options import (
     CountOrZero,
     NotNegative,
     OnBadData,
+    PlanOptions,
     RunOptions,
     Share,
     ShareBelowOne,
@@ -185,6 +186,7 @@ class TrainConfig:
     model: ModelOptions = field(default_factory=ModelOptions)
     detection: DetectionOptions = field(default_factory=DetectionOptions)
     training: DetectorTrainingOptions = field(default_factory=DetectorTrainingOptions)
+    plan: PlanOptions = field(default_factory=PlanOptions)
     run: RunOptions = field(default_factory=RunOptions)
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from labs_common.device import constant
 from zsi_contrastive import TINY
 from zsi_contrastive.detector.backbone import make_backbone
 from zsi_contrastive.detector.config import TrainConfig, contrastive_of
@@ -26,7 +26,7 @@ from zsi_contrastive.detector.heads import (
 )
 from zsi_contrastive.detector.proposals import Anchors, Proposals
 from zsi_contrastive.detector.regions import Detections, Query, Sampling, ZeroShotRegions
-from zsi_contrastive.detector.vectors import ClassVectors
+from zsi_contrastive.detector.vectors import ClassVectors, read_vocabulary
 
 RATIOS = (0.5, 1.0, 2.0)  # of anchors: height to width
 MEAN, STD = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)  # the backbones were trained with them
@@ -95,8 +95,8 @@ class Transform(GeneralizedRCNNTransform):
 
     def normalize(self, image: torch.Tensor) -> torch.Tensor:
         """Takes the mean from a picture (3, height, width) and divides by the standard deviation."""
-        mean, std = (_of_channels(tuple(values), image.device) for values in (self.image_mean, self.image_std))
-        return (image - mean) / std
+        mean, std = (constant(tuple(values), image.device) for values in (self.image_mean, self.image_std))
+        return (image - mean[:, None, None]) / std[:, None, None]
 
     def resize(self, image: torch.Tensor, target: Target | None = None) -> tuple[torch.Tensor, Target | None]:
         """Scales a picture, and the boxes and masks of its objects with it."""
@@ -107,12 +107,6 @@ class Transform(GeneralizedRCNNTransform):
         size = tuple(image.shape[-2:])
         masks = F.interpolate(target["masks"][:, None], size)[:, 0] if size != before else target["masks"]
         return image, {**target, "boxes": scaled(target["boxes"], before, size), "masks": masks}
-
-
-@cache
-def _of_channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """Puts a value for each channel (3, 1, 1) on a device, once for all pictures."""
-    return torch.tensor(values, device=device)[:, None, None]
 
 
 def scaled(boxes: torch.Tensor, before: Sequence[int], after: Sequence[int]) -> torch.Tensor:
@@ -234,13 +228,15 @@ class ZeroShotMaskRCNN(nn.Module):
         ]
 
 
-def make_model(config: TrainConfig, vectors: ClassVectors, words: torch.Tensor | None) -> ZeroShotMaskRCNN:
+def make_model(config: TrainConfig, vectors: ClassVectors) -> ZeroShotMaskRCNN:
     """Makes the untrained detector that a completed config describes.
 
     Raises:
-        LabError: the backbone cannot be had, or weights do not fit.
+        LabError: the backbone or the vocabulary cannot be had, or weights do not fit.
     """
-    options = config.model
+    options, words = config.model, None
+    if config.words.vocabulary is not None:
+        words = read_vocabulary(config.words.vocabulary, vectors.seen.shape[1])
     channels = channels_of(options.backbone)
     backbone = make_backbone(
         options.backbone, options.backbone_pretrained, options.backbone_weights, options.frozen_stages, channels

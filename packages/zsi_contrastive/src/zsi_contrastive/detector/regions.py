@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
 from torchvision.ops import box_iou, clip_boxes_to_image
@@ -141,10 +142,12 @@ class ZeroShotRegions(nn.Module):
         boxes, things = regions.boxes.flatten(0, 1), filled & (label > 0)
         # Masks are of things alone, and they are few: the host reads once how many, with the numbers of each level.
         level_of = levels_of([features[name] for name in self.levels], boxes, height)
-        of_things = counted(level_of.masked_fill(~things, -1), len(self.levels))
-        numbers = counted(level_of, len(self.levels)), of_things, things.view_as(regions.filled).sum(1)
+        thing_levels = counted(level_of.masked_fill(~things, -1), len(self.levels))
+        numbers = counted(level_of, len(self.levels)), thing_levels, things.view_as(regions.filled).sum(1)
         of_levels, of_things, counts = (
-            part.tolist() for part in torch.cat(numbers).cpu().split([len(n) for n in numbers])
+            self._most(*regions.filled.shape)
+            if isinstance(boxes, FakeTensor)
+            else (part.tolist() for part in torch.cat(numbers).cpu().split([len(n) for n in numbers]))
         )
         vectors, shifts, seen = self.box_head(self._pooled(features, list(regions.boxes), height, 0, of_levels))
         logits = _in_full(vectors, classes)
@@ -181,6 +184,12 @@ class ZeroShotRegions(nn.Module):
                 else self.semantic_masks.decoder(pixels).sum() * 0
             )
         return losses
+
+    def _most(self, pictures: int, slots: int) -> tuple[list[int], list[int], list[int]]:
+        """Returns what `losses` reads where values are not known: all that may be things are, of the finest level."""
+        things = min(int(self.sampling.per_picture * self.sampling.thing_share), slots)
+        none = [0] * (len(self.levels) - 1)
+        return [pictures * slots, *none], [pictures * things, *none], [things] * pictures
 
     @torch.no_grad()
     def _drawn(self, proposals: list[torch.Tensor], targets: list[Target]) -> Regions:

@@ -2,6 +2,7 @@
 
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,29 @@ from labs_common.checkpoint import SHARDED
 from labs_common.data.images import record_splits
 from labs_common.errors import LabError
 from labs_common.fitting import Fitted, Fitting, begin, channels_last, results_of, write_results
+from labs_common.launch import main_process_first
+from labs_common.plan import print_plan
 from labs_common.report.page import Section
 from labs_common.run import Run, seconds_between
 from labs_common.saved import FOLDER
 from labs_common.steps import ShuffledSteps
+from zsi_contrastive.detector.annotations import read_split
 from zsi_contrastive.detector.config import OWN_SHARES, DetectionOptions, DetectorTrainingOptions, TrainConfig, complete
-from zsi_contrastive.detector.data import PictureBatches, ZeroShotData, from_main_process, read_data
-from zsi_contrastive.detector.heads import CONTRASTIVE
+from zsi_contrastive.detector.data import (
+    PictureBatches,
+    ZeroShotData,
+    from_main_process,
+    read_data,
+    read_parts,
+    read_vectors,
+)
+from zsi_contrastive.detector.heads import CONTRASTIVE, Samples, Target
 from zsi_contrastive.detector.model import ZeroShotMaskRCNN, make_model
 from zsi_contrastive.detector.predict import predictions, query_of
 from zsi_contrastive.detector.protocol import AT_ONCE, evaluated
 from zsi_contrastive.detector.report import print_scores, summary_of, training_sections
 from zsi_contrastive.detector.saved import load_detector, save_detector
 from zsi_contrastive.detector.scoring import harmonic_mean, of_classes, scored
-from zsi_contrastive.detector.vectors import read_vocabulary
 
 MOMENTUM = 0.9  # of SGD, as in the paper
 PACKAGES = ("torch", "torchvision", "timm", "accelerate")  # whose versions results.json has
@@ -37,9 +47,14 @@ def train(config: TrainConfig) -> None:
     """Walks the road: pictures, words, model, training, evaluation of what was written, report."""
     clock = {"start": time.perf_counter()}
     config = complete(config)
+    if config.plan.plan:
+        print_needs(config)
+        return
     accelerator = begin(config.run, config.training)
     data = from_main_process(accelerator, lambda: read_data(config.data, config.words, config.run.seed, shown=True))
-    model = untrained_model(config, data, accelerator)
+    with main_process_first(accelerator):  # weights are downloaded on their first use
+        set_seed(config.run.seed)  # the same model in every process
+        model = make_model(config, data.vectors)
     run = Run.start(config, config.run, f"zsi-{data.split.name}", accelerator)
     record_splits(run, data.pictures)
     # Of boxes and masks: an annotation that was changed since is other data.
@@ -70,18 +85,47 @@ def train(config: TrainConfig) -> None:
     accelerator.end_training()
 
 
-def untrained_model(config: TrainConfig, data: ZeroShotData, accelerator: Accelerator) -> ZeroShotMaskRCNN:
-    """Makes the untrained model, the same in every process.
+def print_needs(config: TrainConfig) -> None:
+    """Prints the memory that the training needs; of the data it reads annotations and class vectors.
+
+    A picture of the batch is as wide and as high as the widest and the highest one, as a batch is padded, and as
+    many of its regions show things as may.
 
     Raises:
-        LabError: the backbone or the vocabulary cannot be had.
+        LabError: there is no such data or backbone, or a part of the network depends on what pictures show.
     """
-    words = None
-    if config.words.vocabulary is not None:
-        words = read_vocabulary(config.words.vocabulary, data.vectors.seen.shape[1])
-    with accelerator.main_process_first():  # weights are downloaded on their first use
-        set_seed(config.run.seed)
-        return make_model(config, data.vectors, words)
+    split, options = read_split(config.data.split), config.training
+    parts, _ = read_parts(config.data, split)
+    rows, model_options = parts.train.images, config.model
+    if not rows:
+        raise LabError(f"--data: no training picture shows only seen classes of {split.name}")
+    scales = [
+        min(model_options.min_side / min(sides), model_options.max_side / max(sides))
+        for sides in ((row["height"], row["width"]) for row in rows)
+    ]
+    height, width = (
+        max(int(row[side] * scale) for row, scale in zip(rows, scales, strict=True)) for side in ("height", "width")
+    )
+    things = -(-len(parts.train.annotations) // len(rows))
+    plain = replace(model_options, backbone_pretrained=False, backbone_weights=None, greedy_weights=None)
+    model = make_model(replace(config, model=plain), read_vectors(config.words, split, shown=False)).train()
+    model.transform._skip_resize = True  # the pictures below are scaled
+
+    def loss(count: int) -> torch.Tensor:
+        def target() -> Target:
+            return {
+                "boxes": torch.zeros(things, 4),
+                "labels": torch.ones(things, dtype=torch.long),
+                "masks": torch.zeros(things, height, width, dtype=torch.uint8),
+            }
+
+        pictures = [torch.empty(3, height, width) for _ in range(count)]
+        return sum(model(Samples(pictures, [target() for _ in range(count)])).values(), torch.zeros(()))
+
+    moments = 1 if options.optimizer == "sgd" else 2
+    title = f"{model_options.backbone} and {len(split.seen)} classes, pictures of {height} × {width} pixels"
+    # Each picture adds the same, and its many operators take their time also on shapes.
+    print_plan(title, "pictures", config, model, loss, at_once=options.at_once, moments=moments, far=2)
 
 
 def fit(config: TrainConfig, model: ZeroShotMaskRCNN, run: Run, accelerator: Accelerator, data: ZeroShotData) -> Fitted:

@@ -19,6 +19,7 @@ from labs_common.data.images import record_splits
 from labs_common.device import expect_fixed_shapes
 from labs_common.errors import LabError, reason_of
 from labs_common.fitting import Fitted, Fitting, begin, channels_last, share_batch_norms
+from labs_common.launch import main_process_first
 from labs_common.plan import print_plan
 from labs_common.progress import console
 from labs_common.run import Run
@@ -45,7 +46,7 @@ def train(config: PretrainConfig) -> None:
     accelerator = begin(config.run, config.training)
     main = accelerator.is_main_process
     network = make_network(config, accelerator)
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         splits = read_splits(config.data, config.run.seed, main)
     check_pictures(config, splits)
     run = Run.start(config, config.run, f"{config.method}-{config.encoder.backbone}", accelerator)
@@ -153,7 +154,7 @@ def make_network(config: PretrainConfig, accelerator: Accelerator) -> torch.nn.M
     if accelerator.distributed_type in SHARDED:
         raise LabError(f"pretrain: a teacher is a copy of whole weights, and {accelerator.distributed_type.value} "
                        "spreads them out; launch with launch/multi_gpu.yaml or multi_node.yaml")  # fmt: skip
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         set_seed(config.run.seed)
         network = METHODS[config.method].network(config)
     encoder = encoder_of(network).eval()
