@@ -5,11 +5,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llm_peft_fa.attention import NAME
 from llm_peft_fa.base import load_model, load_tokenizer
 from llm_peft_fa.config import MethodOptions
 from llm_peft_fa.methods import Setting, apply_method, resolved
-from llm_peft_fa.model import Adapted, PackedCausalLM, check_packed_loss, virtual_tokens
+from llm_peft_fa.model import Adapted, PackedCausalLM, virtual_tokens
 from llm_peft_fa.packing import Packing, learnt_tokens, packed_row, spread
 from llm_peft_fa.templates import Encoded
 
@@ -109,24 +108,6 @@ def test_generation_is_that_of_transformers(model_dir: Path) -> None:
     one, two = ours.generate(ids, **options), theirs.generate(ids, **options)
     assert torch.equal(one.sequences, two.sequences)
     torch.testing.assert_close(torch.stack(one.logits), torch.stack(two.logits), atol=1e-4, rtol=1e-4)
-
-
-def test_check_packed_loss_refuses_a_model_that_scales_its_logits(
-    model_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from labs_common.errors import LabError
-
-    model = load_model(str(model_dir))
-    check_packed_loss(model)
-    forward = type(model).forward
-
-    def scaled(self: torch.nn.Module, *arguments: object, **named: object) -> object:
-        out = forward(self, *arguments, **named)
-        return type(out)(loss=out.loss * 1.5, logits=out.logits)
-
-    monkeypatch.setattr(type(model), "forward", scaled)
-    with pytest.raises(LabError, match="cannot be trained packed"):
-        check_packed_loss(model)
 
 
 @pytest.mark.parametrize(
@@ -275,16 +256,3 @@ def test_the_first_token_of_a_conversation_is_never_a_target() -> None:
     item = Encoded([7, 8], [True, True], "")
     row = packed_row([item, item])
     assert (row.predicting.tolist(), row.targets.tolist()) == ([0, 2], [8, 8])
-
-
-def test_the_check_runs_the_first_layers_alone(model_dir: Path) -> None:
-    """A large base is not run through on every process's CPU; afterwards it is whole again."""
-    config = AutoModelForCausalLM.from_pretrained(model_dir).config
-    config.num_hidden_layers, config.layer_types = 5, ["sliding_attention"] * 2 + ["full_attention"] * 3
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval()
-    ran = set()
-    for number, layer in enumerate(model.get_decoder().layers):
-        layer.register_forward_hook(lambda *_, number=number: ran.add(number))
-    check_packed_loss(model)
-    assert ran == {0, 1, 2}, "a layer of each kind"
-    assert len(model.get_decoder().layers) == 5
