@@ -127,17 +127,24 @@ def _reference(model: PreTrainedModel, adapt: Adapt | None) -> tuple[_Alone, Pre
         try:
             small = _cut(model, layers)
             _attend_by(small, "eager")
-            adapted = small if adapt is None else adapt(small).eval()
-            return _alone(adapted, small, ids, draw), small, adapted
+            plain = _alone(small, small, ids)
+            if adapt is None:
+                return plain, small, small
+            adapted = adapt(small).eval()
+            alone = _alone(adapted, small, ids)
+            if torch.equal(alone.states, plain.states):
+                raise LabError(f"--method: a soft prompt changes nothing in {type(model).__name__}; take lora")
+            return alone, small, adapted
         except LabError:
             raise
         except Exception as error:  # what a model lacks shows in its own way
             failed = error
-    what = "--model" if adapt is None else "--method: a soft prompt before"
-    raise LabError(f"{what} {type(model).__name__}: cannot be computed ({reason_of(failed)})") from failed
+    what, remedy = ("--model", "another") if adapt is None else ("--method: a soft prompt before", "lora")
+    raise LabError(f"{what} {type(model).__name__} cannot be computed ({reason_of(failed)}); take {remedy}") from failed
 
 
-def _alone(adapted: Adapted, small: PreTrainedModel, ids: list[list[int]], draw: torch.Generator) -> _Alone:
+def _alone(adapted: Adapted, small: PreTrainedModel, ids: list[list[int]]) -> _Alone:
+    draw = torch.Generator().manual_seed(1)
     states, losses, learnt, seen = [], [], [], []
     hook = small.get_decoder().register_forward_hook(lambda module, given, out: seen.append(out.last_hidden_state))
     rows = small.get_output_embeddings().weight.shape[0]
