@@ -49,12 +49,10 @@ def conversations() -> list[Encoded]:
     return made
 
 
-def options(method: str) -> MethodOptions:
-    return resolved(MethodOptions(method=method, **METHODS[method]))
-
-
 def adapted(base: PreTrainedModel, method: str) -> Adapted:
-    return apply_method(base, options(method), Setting(None, 10))
+    # PEFT adapts no other layer of Mamba's.
+    more = {"target_modules": ("in_proj",)} if method == "lora" and base.config.model_type == "mamba2" else {}
+    return apply_method(base, resolved(MethodOptions(method=method, **METHODS[method], **more)), Setting(None, 10))
 
 
 def prompt(method: str) -> Callable[[PreTrainedModel], Adapted] | None:

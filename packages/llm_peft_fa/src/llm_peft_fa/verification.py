@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
+from labs_common.device import exact_float32
 from labs_common.errors import LabError, reason_of
 from llm_peft_fa.attention import NAME
 from llm_peft_fa.model import Adapted, PackedCausalLM, decoder_layers, virtual_tokens
@@ -95,18 +96,19 @@ def choice(model: PreTrainedModel, asked: str = "auto", adapt: Adapt | None = No
         LabError: the model is to be packed and cannot; or nothing agrees, as of a scale of logits that is not known; or
             the model, or PEFT's soft prompt for it, does not run.
     """
-    alone, small, adapted = _reference(model, adapt)
-    ways = {"auto": (NAME, "sdpa", "eager"), "always": (NAME,), "never": ("sdpa", "eager")}[asked]
-    why = "--packing never" if asked == "never" else ""
-    for attention in ways:
-        try:
-            _attend_by(small, attention)
-            _compare(adapted, alone, packed_row if attention == NAME else padded_row)
-        except Exception as error:  # each architecture that does not fit fails in its own way
-            last = reason_of(error)
-            why = why or last
-            continue
-        return Choice(small.config._attn_implementation, why)
+    with exact_float32(model.device), torch.backends.cudnn.flags(allow_tf32=False):
+        alone, small, adapted = _reference(model, adapt)
+        ways = {"auto": (NAME, "sdpa", "eager"), "always": (NAME,), "never": ("sdpa", "eager")}[asked]
+        why = "--packing never" if asked == "never" else ""
+        for attention in ways:
+            try:
+                _attend_by(small, attention)
+                _compare(adapted, alone, packed_row if attention == NAME else padded_row)
+            except Exception as error:  # each architecture that does not fit fails in its own way
+                last = reason_of(error)
+                why = why or last
+                continue
+            return Choice(small.config._attn_implementation, why)
     name = type(model).__name__
     raise LabError(
         f"--packing always: {name} cannot be packed ({why}); take --packing auto" if asked == "always"
