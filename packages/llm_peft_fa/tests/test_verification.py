@@ -1,6 +1,8 @@
 """Architectures of real models: packed or padded, what is trained is what each model computes itself, or it is refused."""
 
+import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, random_model
-from commands import save
+from commands import here, save
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -17,7 +19,7 @@ from labs_common.errors import LabError
 from llm_peft_fa import attention, packing, verification
 from llm_peft_fa import model as model_module
 from llm_peft_fa.attention import NAME
-from llm_peft_fa.base import _attending, load_model
+from llm_peft_fa.base import _attending, load_model, load_tokenizer
 from llm_peft_fa.config import MethodOptions
 from llm_peft_fa.methods import Setting, apply_method, resolved
 from llm_peft_fa.model import Adapted, PackedCausalLM, decoder_layers, virtual_tokens
@@ -221,3 +223,26 @@ def test_generation_keeps_what_packed_attention_does_not_have() -> None:
     ids = torch.tensor([conversations()[3].ids])
     with torch.no_grad():
         torch.testing.assert_close(ours(ids).logits, own(ids).logits)
+
+
+@pytest.mark.long
+def test_a_model_that_cannot_be_packed_trains_and_is_measured(gemma_dir: Path, tmp_path: Path) -> None:
+    """From the command to the evaluation of what was written, which is the run's own."""
+    tokenizer = load_tokenizer(str(gemma_dir))
+    stops = [1, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
+    base = random_model("lfm2", vocab_size=len(tokenizer), max_position_embeddings=4096, eos_token_id=stops)
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    few = ("--test-prompts", 1, "--max-new-tokens", 1)
+    settings = ("--model", tmp_path / "base", "--output", tmp_path / "run", "--conversations", 20, "--max-steps", 2)
+    more = ("--batch-size", 8, "--rank", 2, "--track", "none", "--no-answer-base", "--tokens-per-batch", 400)
+    done = here("train", *settings, *more, *few)
+    said = re.search(r"conversations are padded, not packed \((.*?)\): (\d+)% of what is computed", done.stderr)
+    assert "hidden states differ" in said[1]
+    assert 0 < int(said[2]) < 50
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [line["validation/loss"] for line in lines if "validation/loss" in line]
+    here("evaluate", "--checkpoint", tmp_path / "run", *few)
+    found = json.loads((tmp_path / "run/evaluation/evaluation.json").read_text())
+    assert losses[0] != losses[-1]
+    assert json.dumps(found["scores"]).count(str(losses[-1])[:7]) >= 1, found["scores"]
