@@ -8,11 +8,11 @@ from llm_peft_fa.losses import chunk_positions, chunked_cross_entropy
 pytestmark = pytest.mark.quick
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (2.0, 1.0), (None, 0.25), (2.0, 3.0)])
 @pytest.mark.parametrize("trained_head", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_equals_transformers_loss_on_all_logits(
-    softcap: float | None, trained_head: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
+    softcap: float | None, scale: float, trained_head: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "CHUNK_LOGITS", 7 * 50)  # chunks of 7, with a rest
     torch.manual_seed(0)
@@ -25,9 +25,9 @@ def test_equals_transformers_loss_on_all_logits(
         if bias:
             head.bias.grad = None
         if ours:
-            value = chunked_cross_entropy(hidden, head, targets, softcap) / 24
+            value = chunked_cross_entropy(hidden, head, targets, softcap, scale=scale) / 24
         else:
-            logits = head(hidden)
+            logits = scale * head(hidden)
             logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
             value = ForCausalLMLoss(logits[None], labels=None, vocab_size=50, shift_labels=targets[None])
         (3 * value).backward()

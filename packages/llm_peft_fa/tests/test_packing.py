@@ -5,12 +5,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llm_peft_fa.attention import NAME
 from llm_peft_fa.base import load_model, load_tokenizer
 from llm_peft_fa.config import MethodOptions
 from llm_peft_fa.methods import Setting, apply_method, resolved
-from llm_peft_fa.model import Adapted, PackedCausalLM, check_packed_loss, virtual_tokens
-from llm_peft_fa.packing import Packing, learnt_tokens, packed_row, spread
+from llm_peft_fa.model import Adapted, PackedCausalLM, virtual_tokens
+from llm_peft_fa.packing import Packing, bucketed, learnt_tokens, packed_row, spread
 from llm_peft_fa.templates import Encoded
 
 pytestmark = pytest.mark.quick
@@ -109,24 +108,6 @@ def test_generation_is_that_of_transformers(model_dir: Path) -> None:
     one, two = ours.generate(ids, **options), theirs.generate(ids, **options)
     assert torch.equal(one.sequences, two.sequences)
     torch.testing.assert_close(torch.stack(one.logits), torch.stack(two.logits), atol=1e-4, rtol=1e-4)
-
-
-def test_check_packed_loss_refuses_a_model_that_scales_its_logits(
-    model_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from labs_common.errors import LabError
-
-    model = load_model(str(model_dir))
-    check_packed_loss(model)
-    forward = type(model).forward
-
-    def scaled(self: torch.nn.Module, *arguments: object, **named: object) -> object:
-        out = forward(self, *arguments, **named)
-        return type(out)(loss=out.loss * 1.5, logits=out.logits)
-
-    monkeypatch.setattr(type(model), "forward", scaled)
-    with pytest.raises(LabError, match="cannot be trained packed"):
-        check_packed_loss(model)
 
 
 @pytest.mark.parametrize(
@@ -247,16 +228,39 @@ def test_spread_keeps_every_conversation_once_and_the_limit() -> None:
     assert max(len(item.ids) for row in spread(items, 10) for item in row) == max(len(item.ids) for item in items)
 
 
+def test_batches_are_of_like_length_and_keep_the_limit() -> None:
+    items = conversations(50)
+    for multiple, virtual in ((1, 0), (3, 10), (64, 0)):
+        rows = bucketed(items, 200, multiple, virtual)
+        assert sorted(item.where for row in rows for item in row) == sorted(item.where for item in items)
+        assert len(rows) % multiple == 0
+        for row in filter(None, rows):
+            sizes = [virtual + len(item.ids) for item in row]
+            assert len(row) * max(sizes) <= 200 or len(row) == 1
+            assert sum(sizes) > len(row) * max(sizes) / 2, "less than half is padding"
+    assert [len(row) for row in bucketed([items[0]] * 8, 10_000, 4)] == [2] * 4, "every process gets its part"
+
+
+def test_the_padding_that_is_told_is_what_is_made() -> None:
+    items, packing = conversations(23), Packing(150, padded=True)
+    rows = [row for step in packing.steps(items, 8, seed=5).steps(0, 0) for row in step]
+    padding = sum(int((row.input_ids == 0).sum()) for row in rows)
+    assert packing.padding(items, 8, seed=5) == pytest.approx(padding / sum(row.input_ids.numel() for row in rows))
+    assert padding > 0
+    assert Packing(150).padding(items, 8, seed=5) == 0
+
+
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_an_epoch_sees_each_conversation_once_whatever_the_processes(processes: int) -> None:
+def test_an_epoch_sees_each_conversation_once_whatever_the_processes(processes: int, padded: bool) -> None:
     items = conversations(23)
-    sources = [Packing(150, rank, processes).steps(items, 8, seed=5) for rank in range(processes)]
+    sources = [Packing(150, rank, processes, padded=padded).steps(items, 8, seed=5) for rank in range(processes)]
     assert {len(source) for source in sources} == {3}
     tokens = []
     for parts in zip(*(source.steps(0, 0) for source in sources), strict=True):
         assert len({len(part) for part in parts}) == 1, "processes pass in step"
         for part in parts:
-            tokens += [token for row in part if row.tokens for token in row.input_ids[0].tolist()]
+            tokens += [token for row in part if row.tokens for token in row.input_ids.flatten().tolist() if token]
         learnt = sum(len(row.targets) for part in parts for row in part)
         assert all(row.weight in (0.0, pytest.approx(processes / learnt)) for part in parts for row in part)
     assert sorted(tokens) == sorted(token for item in items for token in item.ids)
@@ -275,16 +279,3 @@ def test_the_first_token_of_a_conversation_is_never_a_target() -> None:
     item = Encoded([7, 8], [True, True], "")
     row = packed_row([item, item])
     assert (row.predicting.tolist(), row.targets.tolist()) == ([0, 2], [8, 8])
-
-
-def test_the_check_runs_the_first_layers_alone(model_dir: Path) -> None:
-    """A large base is not run through on every process's CPU; afterwards it is whole again."""
-    config = AutoModelForCausalLM.from_pretrained(model_dir).config
-    config.num_hidden_layers, config.layer_types = 5, ["sliding_attention"] * 2 + ["full_attention"] * 3
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval()
-    ran = set()
-    for number, layer in enumerate(model.get_decoder().layers):
-        layer.register_forward_hook(lambda *_, number=number: ran.add(number))
-    check_packed_loss(model)
-    assert ran == {0, 1, 2}, "a layer of each kind"
-    assert len(model.get_decoder().layers) == 5

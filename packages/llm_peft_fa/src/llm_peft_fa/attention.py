@@ -9,6 +9,7 @@ row's. The others are kernels for GPUs that know where conversations begin, or w
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple, cast
@@ -22,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from labs_common.errors import reason_of
+from labs_common.errors import LabError, reason_of
 from labs_common.progress import console
 
 NAME = "labs_packed"  # for `attn_implementation`
@@ -31,6 +32,9 @@ NAME = "labs_packed"  # for `attn_implementation`
 SMALLEST_BLOCK = 32
 # Scores of blocks this long are made again in the backward pass: they are as large as the length squared.
 RECOMPUTED_FROM = 256
+# What decoders hand down to attention that changes nothing in it.
+PASSED_ON = {"position_ids", "cache_position", "use_cache", "return_dict", "output_attentions", "output_hidden_states",
+             "output_router_logits"}  # fmt: skip
 FLEX_BLOCK = 128  # positions to a side of the blocks in which FlexAttention skips what is hidden: its own size
 
 Prefix = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values by layer, (1, key heads, virtual tokens, head width)
@@ -92,8 +96,9 @@ def packed_attention(
     softcap: float | None = None,
     sliding_window: int | None = None,
     dropout: float = 0.0,
+    is_causal: bool | None = None,
     **others: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Computes attention as transformers calls it; `blocks` of `blocks_of` make it packed.
 
     `query` is (1, heads, row, head width); key and value have a divisor of its heads. `softcap` is Gemma 2's
@@ -101,8 +106,22 @@ def packed_attention(
     each conversation (prefix tuning) and counts as positions. Returns (1, row, heads, head width) and no weights.
 
     Without `blocks` (generation) it is the ordinary masked attention of transformers.
+
+    Raises:
+        LabError: the model asks for more than this, such as sinks or a bias of positions.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    unknown = sorted(name for name, value in others.items() if value is not None and name not in PASSED_ON)
+    if is_causal is False:
+        unknown.append("is_causal")
+    if blocks is None and unknown:
+        own = sys.modules[type(module).__module__].eager_attention_forward
+        return own(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, softcap=softcap,
+            sliding_window=sliding_window, **others,
+        )  # fmt: skip
+    if unknown:
+        raise LabError(f"{type(module).__name__} takes {', '.join(unknown)}, which packed attention does not have")
     if blocks is None:
         return _attend(query, key, value, attention_mask, scale, softcap, dropout).transpose(1, 2).contiguous(), None
     if prefix is not None or dropout:  # which only the blocks have

@@ -85,14 +85,20 @@ def load_model(model: str, precision: str | None = None, quantized: bool = False
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     loaded: PreTrainedModel = load_network(
-        AutoModelForCausalLM, model_path(model), f"--model {model}", REMEDY, dtype=dtype, attn_implementation=NAME,
-        **more,
-    )  # fmt: skip
+        AutoModelForCausalLM, model_path(model), f"--model {model}", REMEDY, dtype=dtype, **more
+    )
     for layer in loaded.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             # On such a CPU bitsandbytes would repack the weights in place when they are first used for inference.
             layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-    return _adding_in_float32(loaded).eval()
+    return _adding_in_float32(_attending(loaded)).eval()
+
+
+def _attending(model: PreTrainedModel) -> PreTrainedModel:
+    """Gives a model our attention, which can be packed; one that has its attention built in keeps it."""
+    if model._supports_attention_backend:
+        model.set_attn_implementation(NAME)
+    return model
 
 
 def _adding_in_float32(model: PreTrainedModel) -> PreTrainedModel:
@@ -115,11 +121,10 @@ def unloaded_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32)
     """Builds the model without its weights, on PyTorch's meta device: its parts and their shapes."""
     with torch.device("meta"):
         made: PreTrainedModel = load_auto(
-            AutoModelForCausalLM.from_config, config, said=f"--model {config.name_or_path}", remedy=REMEDY,
-            attn_implementation=NAME, dtype=dtype,
+            AutoModelForCausalLM.from_config, config, said=f"--model {config.name_or_path}", remedy=REMEDY, dtype=dtype,
         )  # fmt: skip
     made.tie_weights()
-    return _adding_in_float32(made)
+    return _adding_in_float32(_attending(made))
 
 
 def device() -> str:

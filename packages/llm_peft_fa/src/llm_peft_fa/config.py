@@ -25,6 +25,7 @@ from labs_common.options import (
 Method = Annotated[str, one_of("llm_peft_fa.methods:METHODS")]
 PromptInit = Literal["random", "text", "vocabulary"]
 Attention = Literal["auto", "blocks", "flash", "varlen", "flex"]
+Packing = Literal["auto", "always", "never"]
 Which = Literal["first", "last", "both"]
 OnTooLong = Literal["error", "truncate", "skip"]
 
@@ -42,6 +43,9 @@ class ModelOptions:
     fit_memory: bool = True
     """On a GPU: turn --gradient-checkpointing on if a row would not fit without it, and choose --tokens-per-batch if it
     is not given; --plan shows how. On a CPU nothing is chosen."""
+    packing: Packing = "auto"
+    """Rows of many conversations without padding, which see nothing of each other: auto if they are shown to compute
+    what the model's own attention computes for each alone, else padded batches; always stops then; never pads."""
     attention: Attention = "auto"
     """How packed conversations attend: blocks (anywhere), flash (the package flash_attn), varlen (PyTorch's own), flex
     (compiled; soft-caps and windows); auto takes the first that works on the GPU and agrees with blocks, and says

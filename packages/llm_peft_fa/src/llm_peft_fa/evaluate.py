@@ -29,11 +29,12 @@ from llm_peft_fa.answers import BeforeAndAfter, before_and_after, collected_prom
 from llm_peft_fa.base import load_tokenizer
 from llm_peft_fa.config import EvaluateConfig, TrainConfig
 from llm_peft_fa.data import Reading, read_conversations, training_and_validation
-from llm_peft_fa.model import Adapted, PackedCausalLM, arithmetic, base_of, check_packed_loss, mean_loss, virtual_tokens
+from llm_peft_fa.model import Adapted, PackedCausalLM, arithmetic, base_of, mean_loss, virtual_tokens
 from llm_peft_fa.packing import Packing
 from llm_peft_fa.report import answers_section, numbers_section, saved_answers
 from llm_peft_fa.saved import Subject, plain_base, subject_of
 from llm_peft_fa.templates import Encoded, encode_all
+from llm_peft_fa.verification import like_prompt, settle
 
 JUDGE_COLUMNS = ("number", "prompt", "answer A", "answer B", "better (A, B or =)")
 TOKENS_PER_ROW = 2048  # as --tokens-per-batch has it in training
@@ -88,17 +89,18 @@ def evaluate(config: EvaluateConfig) -> None:
 
 
 def loss_of(model: Adapted, encoded: list[Encoded], accelerator: Accelerator, adapted: bool = True) -> float | None:
-    """Averages the loss, in nats, over the learnt tokens; None for an architecture that cannot be packed.
+    """Averages the loss, in nats, over the learnt tokens; None for an architecture that computes something unknown.
 
     `adapted=False` is the base inside a model whose adapter is switched off.
     """
     try:
-        check_packed_loss(base_of(model))
+        chosen = settle(base_of(model), accelerator, adapt=like_prompt(model) if adapted else None)
     except LabError as error:
         console.print(f"no validation loss: {error}")
         return None
     subject = model if adapted else base_of(model)
-    packing = Packing(TOKENS_PER_ROW, accelerator.process_index, accelerator.num_processes, virtual_tokens(subject))
+    packing = Packing(TOKENS_PER_ROW, accelerator.process_index, accelerator.num_processes)
+    packing.virtual, packing.padded = virtual_tokens(subject), chosen.padded
     with arithmetic(base_of(model)):
         return mean_loss(PackedCausalLM(subject), packing.rows(encoded), accelerator)
 

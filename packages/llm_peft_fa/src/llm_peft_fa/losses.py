@@ -35,8 +35,9 @@ def chunked_cross_entropy(
     targets: torch.Tensor,
     softcap: float | None = None,
     chunk: int | None = None,
+    scale: float = 1.0,
 ) -> torch.Tensor:
-    """Sums -log softmax(cap(hidden @ W^T + b))[target] over positions.
+    """Sums -log softmax(cap(s (hidden @ W^T + b)))[target] over positions.
 
     Args:
         hidden: (positions, width), only the positions that predict a learnt token.
@@ -44,6 +45,7 @@ def chunked_cross_entropy(
         targets: (positions,) the learnt tokens.
         softcap: Gemma 2's final soft-cap c (arXiv 2408.00118, section 2): z becomes c tanh(z / c).
         chunk: positions whose logits exist at once; None takes what suits the device.
+        scale: the factor s of the logits, see `model.logit_scale`.
 
     Returns:
         A float32 scalar. Gradients flow to `hidden`, and to the head where it trains; they are computed
@@ -51,7 +53,7 @@ def chunked_cross_entropy(
     """
     with _gathered(head):
         rows = chunk or chunk_positions(head.weight.shape[0], device_memory(hidden.device))
-        return _ChunkedCrossEntropy.apply(hidden, head.weight, head.bias, targets, softcap, rows)
+        return _ChunkedCrossEntropy.apply(hidden, head.weight, head.bias, targets, softcap, scale, rows)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -63,6 +65,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         softcap: float | None,
+        scale: float,
         rows: int,
     ) -> torch.Tensor:
         if torch.is_autocast_enabled(hidden.device.type):
@@ -76,6 +79,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             piece = slice(start, start + rows)
             z, y = hidden[piece] @ weight_.T, targets[piece, None]  # (rows, vocabulary), (rows, 1)
             z = (z if bias is None else z + bias).float()
+            if scale != 1:
+                z = z.mul_(scale)
             capped = None
             if softcap is not None:
                 capped = z.div_(softcap).tanh_()
@@ -88,6 +93,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             d_z = log_p.exp_().scatter_add_(1, y, torch.full_like(y, -1, dtype=log_p.dtype))  # softmax - one-hot
             if capped is not None:
                 d_z *= 1 - capped.square_()
+            if scale != 1:
+                d_z *= scale
             d_z = d_z.to(hidden.dtype)
             if d_hidden is not None:
                 torch.mm(d_z, weight_, out=d_hidden[piece])
@@ -101,7 +108,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        return *(None if saved is None else saved * gradients[0] for saved in ctx.saved_tensors), None, None, None
+        return *(None if saved is None else saved * gradients[0] for saved in ctx.saved_tensors), None, None, None, None
 
 
 def _gathered(head: torch.nn.Linear) -> contextlib.AbstractContextManager[Any]:

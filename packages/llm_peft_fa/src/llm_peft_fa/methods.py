@@ -20,7 +20,7 @@ from labs_common.errors import LabError, reason_of
 from labs_common.frozen.audit import train_only
 from llm_peft_fa.adalora import RankBudget
 from llm_peft_fa.config import MethodOptions, TrainConfig
-from llm_peft_fa.model import Adapted, arithmetic, in_text, text_parameters
+from llm_peft_fa.model import Adapted, arithmetic, decoder_layers, final_norm, in_text, text_parameters
 
 
 @dataclass(frozen=True)
@@ -247,22 +247,22 @@ def layers(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> 
 
     Below the first layer that trains nothing asks for a gradient, so autograd records nothing there.
     """
-    decoder = model.get_decoder()
-    count, total = _set(options.layers), len(decoder.layers)
+    decoder = decoder_layers(model)
+    count, total = _set(options.layers), len(decoder)
     if count > total:
         raise LabError(f"--layers {count}: the model has {total} decoder layers")
     chosen: list[torch.nn.Module] = []
     if options.which in ("first", "both"):
-        chosen += decoder.layers[:count]
+        chosen += decoder[:count]
     if options.which in ("last", "both"):
-        chosen += decoder.layers[-count:]
+        chosen += decoder[-count:]
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if head.weight is embeddings.weight and options.train_embeddings != options.train_head:
         raise LabError("this model's embeddings are its head: give --train-embeddings and --train-head, or neither")
     if options.train_embeddings:
         chosen.append(embeddings)
     if options.train_final_norm:
-        chosen.append(decoder.norm)
+        chosen.append(final_norm(model))
     if options.train_head:
         chosen.append(head)
     return _with_weights(model, {id(parameter) for module in chosen for parameter in module.parameters()})

@@ -1,7 +1,8 @@
-"""Conversations into rows without padding, and rows into optimizer steps.
+"""Conversations into rows without padding, or into padded batches, and these into optimizer steps.
 
 An optimizer step is `batch_size` conversations, whatever the number of processes. They are spread over rows
-of about equal length, as many rows as the processes can share evenly.
+of about equal length, as many rows as the processes can share evenly. Of a model that cannot be packed, conversations
+of like length are padded to batches: what is said of rows holds for them.
 """
 
 import heapq
@@ -22,9 +23,11 @@ from llm_peft_fa.templates import Encoded
 class PackedRow:
     """Conversations in one row, ready for `PackedCausalLM`.
 
+    Padded, it is (conversations, longest) in the place of (1, tokens): positions are numbered as if it were flattened.
+
     Attributes:
         input_ids, position_ids: (1, tokens); positions restart with each conversation.
-        blocks: the gathering by which attention finds the conversations, see `blocks_of`.
+        blocks: the gathering by which attention finds the conversations, see `blocks_of`; None if they are padded.
         predicting: (learnt,) the positions whose next token is learnt.
         targets: (learnt,) those next tokens.
         weight: the factor that makes of the row's summed loss its share of the step's mean.
@@ -35,7 +38,7 @@ class PackedRow:
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    blocks: Blocks
+    blocks: Blocks | None
     predicting: torch.Tensor
     targets: torch.Tensor
     weight: float
@@ -67,6 +70,21 @@ def packed_row(conversations: Sequence[Encoded], weight: float = 1.0, virtual: i
         weight=weight,
         tokens=sum(len(item.ids) for item in conversations),
         slots=starts[:, None] + torch.arange(virtual) if virtual else None,
+    )
+
+
+def padded_row(conversations: Sequence[Encoded], weight: float = 1.0, virtual: int = 0) -> PackedRow:
+    """Pads conversations, in this order, on the right, where no token looks: a mask is not needed."""
+    longest = max(len(item.ids) for item in conversations)
+    padded = []
+    for item in conversations:
+        rest = longest - len(item.ids)
+        padded.append(replace(item, ids=[*item.ids, *[0] * rest], learnt=[*item.learnt, *[False] * rest]))
+    row = packed_row(padded, weight, virtual)
+    shape = len(padded), virtual + longest
+    tokens = sum(len(item.ids) for item in conversations)
+    return replace(
+        row, input_ids=row.input_ids.view(shape), position_ids=row.position_ids.view(shape), blocks=None, tokens=tokens
     )
 
 
@@ -111,35 +129,76 @@ def _filled(longest_first: Sequence[Encoded], count: int, limit: int, virtual: i
     return rows
 
 
+def bucketed(conversations: Sequence[Encoded], tokens: int, multiple: int = 1, virtual: int = 0) -> list[list[Encoded]]:
+    """Cuts conversations, longest first, into batches of at most `tokens` positions, padding and virtual tokens too.
+
+    Less than half of a batch is padding. The number of batches is a `multiple`: the largest are halved, and some stay
+    empty where there are too few conversations.
+    """
+    rows: list[list[Encoded]] = []
+    for item in sorted(conversations, key=lambda item: -len(item.ids)):
+        longest = virtual + len(rows[-1][0].ids) if rows else 0
+        if rows and (len(rows[-1]) + 1) * longest <= tokens and 2 * (virtual + len(item.ids)) > longest:
+            rows[-1].append(item)
+        else:
+            rows.append([item])
+    while len(rows) % multiple:
+        sizes = [len(row) * len(row[0].ids) if len(row) > 1 else 0 for row in rows]
+        place = sizes.index(max(sizes))
+        half = -(-len(rows[place]) // 2)
+        if not sizes[place]:
+            return rows + [[]] * (-len(rows) % multiple)
+        rows[place : place + 1] = rows[place][:half], rows[place][half:]
+    return rows
+
+
 @dataclass
 class Packing:
     """The way in which the conversations of a step become rows: of every `processes`-th, from `rank` on, this one's.
 
-    `virtual` is the number of virtual tokens that a soft prompt puts before each conversation.
+    `virtual` is the number of virtual tokens that a soft prompt puts before each conversation; with `padded` rows are
+    padded batches.
     """
 
     tokens: int
     rank: int = 0
     processes: int = 1
     virtual: int = 0
+    padded: bool = False
 
     def rows(self, conversations: Sequence[Encoded]) -> list[PackedRow]:
         """Packs this process's rows of one step; their weighted losses add up to the mean over learnt tokens."""
-        rows = spread(conversations, self.tokens, self.processes, self.virtual)
+        rows = self._cut(conversations)
         assert sum(map(learnt_tokens, rows)) == learnt_tokens(conversations), "packing lost tokens to learn"
         weight = self.processes / max(1, learnt_tokens(conversations))
         # Every process must take part in every pass: one without a conversation repeats one at no weight.
         shortest = min(conversations, key=lambda item: len(item.ids))
         idle = replace(shortest, learnt=[False] * len(shortest.ids))
+        made = padded_row if self.padded else packed_row
         return [
-            packed_row(row, weight, self.virtual) if row else replace(packed_row([idle], 0.0, self.virtual), tokens=0)
+            made(row, weight, self.virtual) if row else replace(made([idle], 0.0, self.virtual), tokens=0)
             for row in rows[self.rank :: self.processes]
         ]
+
+    def padding(self, conversations: Sequence[Encoded], batch_size: int, seed: int) -> float:
+        """Tells which share of the positions of an epoch's batches is padding."""
+        places = _order(len(conversations), seed, 0)
+        steps = [places[start : start + batch_size] for start in range(0, len(places), batch_size)]
+        rows = [row for step in steps for row in self._cut([conversations[place] for place in step]) if row]
+        positions = sum(len(row) * max(len(item.ids) for item in row) for row in rows) if self.padded else 0
+        return 1 - sum(len(item.ids) for item in conversations) / positions if positions else 0.0
+
+    def _cut(self, conversations: Sequence[Encoded]) -> list[list[Encoded]]:
+        return (bucketed if self.padded else spread)(conversations, self.tokens, self.processes, self.virtual)
 
     def steps(self, conversations: Sequence[Encoded], batch_size: int, seed: int) -> ShuffledSteps:
         """Makes training data of conversations, shuffled every epoch by the seed: a step is `batch_size` of them."""
         count = len(conversations)
         return ShuffledSteps(
             count, batch_size, seed, lambda places, epoch, step: self.rows([conversations[place] for place in places]),
-            lambda epoch: random.Random(f"{seed} {epoch}").sample(range(count), count),
+            lambda epoch: _order(count, seed, epoch),
         )  # fmt: skip
+
+
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    return random.Random(f"{seed} {epoch}").sample(range(count), count)

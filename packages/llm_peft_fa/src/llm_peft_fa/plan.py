@@ -38,12 +38,13 @@ from labs_common.plan import (
     tensors_of,
 )
 from labs_common.progress import console
+from llm_peft_fa.attention import NAME
 from llm_peft_fa.base import DTYPES, base_config, unloaded_model
 from llm_peft_fa.config import MethodOptions, TrainConfig
 from llm_peft_fa.losses import chunk_positions
 from llm_peft_fa.methods import METHODS, Setting, apply_method
 from llm_peft_fa.model import Adapted, PackedCausalLM, base_of, virtual_tokens
-from llm_peft_fa.packing import packed_row
+from llm_peft_fa.packing import packed_row, padded_row
 from llm_peft_fa.templates import Encoded
 
 ROW = 2048  # tokens in a row where nothing is chosen
@@ -178,9 +179,21 @@ def _cost(
         virtual = virtual_tokens(adapted)
         before_step(packed, machine.precision, sharing, accumulating=True)
         tokens = max(2, length - virtual)
-        row = packed_row([Encoded([1] * tokens, [True] * tokens, "")] * count, virtual=virtual)
-        found.append((layers, step_cost(packed, partial(packed, row), dtype)))
+        items = [Encoded([1] * tokens, [True] * tokens, "")] * count
+        padded = config.model.packing == "never" or base_of(adapted).config._attn_implementation != NAME
+        cost = _row_cost(packed, items, virtual, dtype, padded)
+        found.append((layers, cost))
     return found[0][1] if len(found) == 1 else between(found[0], found[1], depth)
+
+
+def _row_cost(packed: PackedCausalLM, items: list[Encoded], virtual: int, dtype: torch.dtype, padded: bool) -> Cost:
+    row = (padded_row if padded else packed_row)(items, virtual=virtual)
+    try:
+        return step_cost(packed, partial(packed, row), dtype)
+    except LabError:  # its attention cannot be packed
+        if padded:
+            raise
+        return _row_cost(packed, items, virtual, dtype, True)
 
 
 def _quantized(base: PreTrainedModel) -> list[torch.nn.Linear]:

@@ -9,31 +9,35 @@ import dataclasses
 import importlib.util
 import math
 import time
+from functools import partial
 from typing import cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from labs_common.cache import path_name
 from labs_common.errors import LabError
 from labs_common.fitting import Fitted, Fitting, begin
 from labs_common.launch import main_process_first
+from labs_common.progress import console
 from labs_common.run import Run
 from labs_common.sharding import reads_weights, whole_outside_layers, zero_stage
 from labs_common.training import total_steps
 from llm_peft_fa.answers import before_and_after, collected_prompts
+from llm_peft_fa.attention import NAME
 from llm_peft_fa.base import check_quantization, load_model, load_tokenizer, model_path, stop_ids
 from llm_peft_fa.config import TrainConfig
 from llm_peft_fa.data import plain_paragraphs, training_and_validation
 from llm_peft_fa.methods import METHODS, Setting, apply_method, complete
-from llm_peft_fa.model import PackedCausalLM, check_packed_loss, mean_loss, structure_of, virtual_tokens
+from llm_peft_fa.model import PackedCausalLM, mean_loss, structure_of, virtual_tokens
 from llm_peft_fa.packing import Packing
 from llm_peft_fa.plan import fitted, print_plan
 from llm_peft_fa.report import costs_of, data_section, finish_report, print_refused, show_learnt, structure_section
 from llm_peft_fa.saved import computed_prompt, initial_update, load_tuned, placed, plain_base, save_merged, save_tuned
 from llm_peft_fa.templates import Encoded, check_before_training, encode_all, encode_plain, text_sum
+from llm_peft_fa.verification import FEW, settle
 
 
 def train(config: TrainConfig) -> None:
@@ -66,12 +70,10 @@ def train(config: TrainConfig) -> None:
     if config.show_batch:
         show_learnt(tokenizer, texts["training"][: options.batch_size])
         return
-    if read:
-        check_packed_loss(base)
+    packing = packing_of(config, base, accelerator, texts["training"])
     texts["plain text"] = encode_plain(tokenizer, paragraphs, config.data.max_length)
 
     set_seed(config.run.seed)
-    packing = Packing(config.data.tokens_per_batch, accelerator.process_index, accelerator.num_processes)
     steps = total_steps(options, packing.steps(texts["training"], options.batch_size, config.run.seed))
     adapted = apply_method(base, config.method, Setting(tokenizer, steps))
     if config.model.gradient_checkpointing:
@@ -97,6 +99,31 @@ def train(config: TrainConfig) -> None:
         clock["evaluated"] = time.perf_counter()
         finish_report(run, config, sections, both, results, clock)
     accelerator.end_training()
+
+
+def packing_of(
+    config: TrainConfig, base: PreTrainedModel, accelerator: Accelerator, training: list[Encoded]
+) -> Packing:
+    """Settles whether conversations are packed, or padded because the model cannot be packed: then it says so.
+
+    Raises:
+        LabError: the model can be trained in neither way, or not as the options ask.
+    """
+    options = config.method
+    packing = Packing(config.data.tokens_per_batch, accelerator.process_index, accelerator.num_processes)
+    adapt = None
+    if METHODS[options.method].kind == "soft prompt":
+        few = dataclasses.replace(options, prompt_init="random", prompt_text=None, virtual_tokens=FEW)
+        adapt = partial(apply_method, options=few, setting=Setting(cast(PreTrainedTokenizerBase, None), 1))
+    attention, why = settle(base, accelerator, config.model.packing, adapt)
+    packing.padded = attention != NAME
+    if packing.padded and options.method == "prefix_tuning" and config.model.gradient_checkpointing:
+        raise LabError(f"--gradient-checkpointing: keeps no prefix of conversations that are padded ({why}); take "
+                       "--no-gradient-checkpointing --no-fit-memory, or --method prompt_tuning")  # fmt: skip
+    if packing.padded and accelerator.is_main_process:
+        share = packing.padding(training, config.training.batch_size, config.run.seed)
+        console.print(f"conversations are padded, not packed ({why}): {share:.0%} of what is computed is padding")
+    return packing
 
 
 def check_machine(config: TrainConfig, accelerator: Accelerator) -> None:
