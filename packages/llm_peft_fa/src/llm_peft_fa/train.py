@@ -50,7 +50,7 @@ def train(config: TrainConfig) -> None:
     paragraphs = plain_paragraphs(config)
     with accelerator.main_process_first():
         model_path(name)  # makes the tiny base model if this is its first use
-    tokenizer = load_tokenizer(name, config.model.template)
+    tokenizer = load_tokenizer(name, config.model.template, config.model.thinking)
     texts = {
         side: encode_all(tokenizer, reading, config.data.max_length, config.data.on_too_long)
         for side, reading in readings.items()
