@@ -274,3 +274,55 @@ def test_of_each_template_the_answers_are_learnt_behind_the_prompts_of_inference
                 end = next((at for at in range(start, len(row.ids)) if not row.learnt[at]), len(row.ids))
                 found.append((tokenizer.decode(row.ids[:start]), tokenizer.decode(row.ids[start:end])))
         assert found == expected
+
+
+ASK = {"role": "user", "content": "۲+۲؟"}
+THOUGHT = {"role": "assistant", "content": "<think>\nجمع است.\n</think>\n\n۴"}
+PLAIN_ANSWER = {"role": "assistant", "content": "۴"}
+
+
+@pytest.mark.skipif(TRL is None, reason="needs trl, of the development's dependencies")
+@pytest.mark.parametrize(
+    ("name", "answer", "prompt", "learnt"),
+    [
+        ("qwen3", THOUGHT, "assistant\n", "<think>\nجمع است.\n</think>\n\n۴<|im_end|>"),
+        ("qwen3_5_think", THOUGHT, "assistant\n<think>\n", "جمع است.\n</think>\n\n۴<|im_end|>"),
+        ("qwen3_5_think", PLAIN_ANSWER, "assistant\n<think>\n", "\n</think>\n\n۴<|im_end|>"),
+        ("deepseek_r1_distill", THOUGHT, "<think>\n", "جمع است.\n</think>\n\n۴<｜end▁of▁sentence｜>"),
+        ("deepseek_r1_distill", PLAIN_ANSWER, "<think>\n", "\n</think>\n\n۴<｜end▁of▁sentence｜>"),
+        ("deepseek_r1_distill_training", THOUGHT, "<think>\n", "جمع است.\n</think>\n\n۴<｜end▁of▁sentence｜>"),
+        ("llama3", THOUGHT, "assistant<|end_header_id|>\n\n", "<think>\nجمع است.\n</think>\n\n۴<|eot_id|>"),
+    ],
+)
+def test_thinking_is_learnt_if_it_is_kept_and_else_refused_where_it_would_be_lost(
+    name: str, answer: Message, prompt: str, learnt: str, bytes_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer = bytes_tokenizer
+    tokenizer.chat_template = TEMPLATES[name]
+    talk = [ASK, answer, ASK, answer]
+    set_template(tokenizer, "auto", "keep")
+    rows = encode(tokenizer, Conversation(talk, "here"))
+    assert learnt_text(tokenizer, talk) == [learnt] * 2
+    last = rows[-1]
+    asked = encode_prompt(tokenizer, talk[:3])
+    assert last.ids[: len(asked)] == asked
+    assert tokenizer.decode(asked).endswith(prompt)
+    set_template(tokenizer, "auto", "off")
+    if answer is THOUGHT and name != "llama3":
+        with pytest.raises(LabError, match=r"^here: an answer thinks .* take --thinking keep"):
+            encode(tokenizer, Conversation(talk, "here"))
+    else:
+        assert learnt_text(tokenizer, talk)[-1] == learnt.removeprefix("\n</think>\n\n")
+
+
+def test_thinking_is_saved_with_the_tokenizer(llama_dir: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(llama_dir), "auto", "keep")
+    tokenizer.chat_template += "{% if enable_thinking is defined %}off{% endif %}"
+    tokenizer.save_pretrained(tmp_path)
+    ends = [
+        tokenizer.decode(encode_prompt(load_tokenizer(str(tmp_path), "auto", thinking), [ASK])).endswith("off")
+        for thinking in (None, "off", "keep")
+    ]
+    assert ends == [False, True, False]
+    load_tokenizer(str(tmp_path), "auto", "off").save_pretrained(tmp_path / "again")
+    assert "thinking" not in json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())
