@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -109,7 +109,7 @@ def _rendered(
     if "strftime_now" in template:
         template = TODAY + template
     try:
-        texts, blocks = render_jinja_template(
+        texts, blocks = cast(Any, render_jinja_template)(  # it is annotated as if it gave one text
             [list(messages)], chat_template=template, add_generation_prompt=prompt,
             return_assistant_tokens_mask=marked, **{**tokenizer.special_tokens_map, **options},
         )  # fmt: skip
@@ -180,10 +180,8 @@ def _answered(
     # The prompt has a block of thinking which the template leaves out of answers, with all that stands before its end.
     keep = _keeps_thinking(tokenizer)
     if keep:
-        *earlier, answer = messages
-        text, blocks = _rendered(
-            tokenizer, [*earlier, answer | {"content": answer["content"].replace("</think>", HIDDEN)}]
-        )
+        *earlier, last = messages
+        text, blocks = _rendered(tokenizer, [*earlier, last | {"content": last["content"].replace("</think>", HIDDEN)}])
         text = text.replace(HIDDEN, "</think>")
     answer = text[len(before) :]
     if text.startswith(prompt) or not text.startswith(before) or (not keep and "</think>" in answer):

@@ -170,7 +170,7 @@ def fit(
         model.prompted = False
         loop.evaluated(held_out_losses(fitting, dataclasses.replace(packing, virtual=0), texts))
         model.prompted = True
-    first, timed = loop.step_number + 1, []
+    first, timed = loop.step_number + 1, list[float]()
     for row in loop.batches():
         loss = fitting.model(row.to(accelerator.device)) * row.weight
         loop.step(loss, row.tokens)
