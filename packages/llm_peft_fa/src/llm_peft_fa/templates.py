@@ -179,7 +179,7 @@ def _answered(
         return text, blocks
     # The prompt has a block of thinking which the template leaves out of answers, with all that stands before its end.
     keep = _keeps_thinking(tokenizer)
-    if keep:
+    if keep and isinstance(messages[-1]["content"], str):
         *earlier, last = messages
         text, blocks = _rendered(tokenizer, [*earlier, last | {"content": last["content"].replace("</think>", HIDDEN)}])
         text = text.replace(HIDDEN, "</think>")
