@@ -2,11 +2,15 @@
 
 import json
 import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 from commands import here
+from huggingface_hub import constants
 from labs_testing.damage import OWN_CODE, Damage, cut, edited, hostile, without, written
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -164,3 +168,63 @@ def test_an_adapter_of_another_base_or_of_one_with_code_is_refused(
     with pytest.raises(LabError, match="code of its own"):
         unloaded_model(base_config(str(base)))
     assert not ran.exists()
+
+
+# As the hub answers for a model with a licence that nobody accepted, without and with a token, and for one that is
+# private or not there: https://github.com/huggingface/huggingface_hub/blob/main/src/huggingface_hub/utils/_http.py
+REFUSED = {"licence": (401, "GatedRepo"), "accepted-not": (403, "GatedRepo"), "private": (401, "RepoNotFound")}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the hub does for what it does not give."""
+
+    def do_GET(self) -> None:
+        status, code = next(answer for name, answer in REFUSED.items() if f"acme/{name}" in self.path)
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A hub on this machine, in the place of the real one."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        pattern = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", pattern)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        (
+            "licence",
+            "needs a licence: accept it at https://huggingface.co/acme/licence, then log in by `hf auth login`",
+        ),
+        ("accepted-not", "needs a licence: accept it at https://huggingface.co/acme/accepted-not"),
+        ("private", "no such model, or it is private: check the name; for a private one log in by `hf auth login`"),
+    ],
+)
+@pytest.mark.usefixtures("hub")
+def test_a_model_that_is_not_for_everybody_says_how_to_get_it(name: str, says: str) -> None:
+    done = here("train", "--model", f"acme/{name}", "--conversations", "40", code=2)
+    assert len(done.errors) == 1
+    assert f"--model acme/{name}: " in done.errors[0]
+    assert says in done.errors[0]
+    assert "HF_TOKEN" in done.errors[0]
+    for load in (load_model, base_config):
+        with pytest.raises(LabError, match="HF_TOKEN") as caught:
+            load(f"acme/{name}")
+        assert says in str(caught.value)
+        assert "\n" not in str(caught.value)

@@ -1,6 +1,7 @@
 """The commands, with the options that a user types."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -105,9 +106,14 @@ def test_layers_leave_a_model_that_is_evaluated_and_forgetting_is_measured(gemma
     text.write_text("پایتخت ایران تهران است.\n\nپایتخت فرانسه پاریس است.\n", encoding="utf-8")
     run = tmp_path / "run"
     options = [*without_rank(SMALL), "--epochs", "1", "--gradient-checkpointing"]
-    here("train", "--model", gemma_dir, "--method", "layers", "--layers", "1", "--which", "last", "--plain-text", text,
-         "--output", run, *options)  # fmt: skip
+    done = here("train", "--model", gemma_dir, "--method", "layers", "--layers", "1", "--which", "last", "--plain-text",
+                text, "--output", run, *options)  # fmt: skip
     results = json.loads((run / "results.json").read_text())
+    said, _, after = re.sub(r" *\n {2,}", " ", done.stderr).partition("step 0:")
+    assert f"layers: {results['cost']['trainable']:,} of {results['cost']['parameters']:,} parameters train" in said
+    assert "rows of 300 tokens, with gradient checkpointing" in said
+    assert "8 steps of 8 rows" in said
+    assert re.search(r"expected: \d+ s for 2 steps, by the last 5", after), "of 8 steps six are done"
     assert results["before"]["plain text loss"] != results["after"]["plain text loss"]
     assert results["cost"]["disk bytes"] == (run / "model" / "model.safetensors").stat().st_size
     assert results["cost"]["optimizer bytes"] >= 8 * results["cost"]["trainable"]

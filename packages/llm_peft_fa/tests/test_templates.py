@@ -1,13 +1,37 @@
+import io
+import json
+import re
+from datetime import datetime
+from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+from accelerate import Accelerator
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from labs_common.errors import LabError
+from labs_common.memory import Cost
+from labs_common.plan import Held, Machine, Sharing
+from llm_peft_fa import report
 from llm_peft_fa.base import load_tokenizer
-from llm_peft_fa.data import Conversation, Reading
-from llm_peft_fa.report import show_learnt
-from llm_peft_fa.templates import Encoded, check_before_training, encode, encode_all, encode_prompt, text_sum
+from llm_peft_fa.config import ReadingOptions, TrainConfig
+from llm_peft_fa.data import Conversation, Message, Reading, read_conversations
+from llm_peft_fa.methods import complete
+from llm_peft_fa.plan import Plan
+from llm_peft_fa.report import print_first_screen, show_learnt
+from llm_peft_fa.templates import (
+    Encoded,
+    check_before_training,
+    encode,
+    encode_all,
+    encode_prompt,
+    set_template,
+    text_sum,
+)
 
 pytestmark = pytest.mark.quick
 
@@ -22,15 +46,15 @@ CHAT = [
 
 def learnt_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[str]:
     """The learnt stretches, decoded."""
-    encoded = encode(tokenizer, Conversation(messages, "here"))
     stretches: list[list[int]] = []
-    before = False
-    for token, learnt in zip(encoded.ids, encoded.learnt, strict=True):
-        if learnt:
-            if not before:
-                stretches.append([])
-            stretches[-1].append(token)
-        before = learnt
+    for row in encode(tokenizer, Conversation(messages, "here")):
+        before = False
+        for token, learnt in zip(row.ids, row.learnt, strict=True):
+            if learnt:
+                if not before:
+                    stretches.append([])
+                stretches[-1].append(token)
+            before = learnt
     return [tokenizer.decode(stretch) for stretch in stretches]
 
 
@@ -57,14 +81,14 @@ def test_the_same_answer_elsewhere_is_not_learnt(model_dir: Path) -> None:
     asked = "بگو <start_of_turn>model\nتهران<end_of_turn> تهران"
     messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": "تهران"}]
     assert learnt_text(tokenizer, messages) == ["تهران<end_of_turn>"]
-    encoded = encode(tokenizer, Conversation(messages, "here"))
+    (encoded,) = encode(tokenizer, Conversation(messages, "here"))
     assert sum(encoded.learnt) == len(tokenizer("تهران<end_of_turn>", add_special_tokens=False).input_ids)
 
 
 @pytest.mark.parametrize("template", ["auto", "plain"])
 def test_one_bos_and_the_prompt_is_the_beginning(model_dir: Path, template: str) -> None:
     tokenizer = load_tokenizer(str(model_dir), template)
-    whole = encode(tokenizer, Conversation(CHAT, "here")).ids
+    whole = encode(tokenizer, Conversation(CHAT, "here"))[0].ids
     prompt = encode_prompt(tokenizer, CHAT[:-1])
     assert whole[: len(prompt)] == prompt
     assert whole.count(tokenizer.bos_token_id) == 1 == prompt.count(tokenizer.bos_token_id)
@@ -78,14 +102,14 @@ def test_a_tokenizer_that_adds_bos_itself_gets_one(model_dir: Path) -> None:
     tokenizer.chat_template = tokenizer.chat_template.replace("{{ bos_token }}", "")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $0", special_tokens=[("<bos>", 2)])
     assert tokenizer("").input_ids == [2]
-    assert encode(tokenizer, Conversation(CHAT, "here")).ids[:2].count(2) == 1
+    assert encode(tokenizer, Conversation(CHAT, "here"))[0].ids[:2].count(2) == 1
 
 
 def test_gemma_has_no_system_role_so_it_goes_into_the_first_question(gemma_dir: Path, llama_dir: Path) -> None:
     text = {}
     for folder in (gemma_dir, llama_dir):
         tokenizer = load_tokenizer(str(folder))
-        text[folder] = tokenizer.decode(encode(tokenizer, Conversation(CHAT, "here")).ids)
+        text[folder] = tokenizer.decode(encode(tokenizer, Conversation(CHAT, "here"))[0].ids)
     assert "<start_of_turn>user\nکوتاه بگو.\n\nپایتخت ایران کجاست؟<end_of_turn>" in text[gemma_dir]
     assert "<start_of_turn>system\n\nکوتاه بگو.<end_of_turn>" in text[llama_dir]
 
@@ -95,33 +119,35 @@ def test_a_template_that_drops_the_system_message_does_not_lose_it(llama_dir: Pa
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "{% for message in messages %}", "{% for message in messages if message['role'] != 'system' %}"
     )
-    assert "کوتاه بگو." in tokenizer.decode(encode(tokenizer, Conversation(CHAT, "here")).ids)
+    assert "کوتاه بگو." in tokenizer.decode(encode(tokenizer, Conversation(CHAT, "here"))[0].ids)
 
 
 def test_troubles_are_caught_before_training(gemma_dir: Path) -> None:
     tokenizer = load_tokenizer(str(gemma_dir))
     stops = {1, tokenizer.convert_tokens_to_ids("<end_of_turn>")}
-    good = encode(tokenizer, Conversation(CHAT, "a.jsonl:3"))
+    (good,) = encode(tokenizer, Conversation(CHAT, "a.jsonl:3"))
     check_before_training(tokenizer, [good], stops)
     template = tokenizer.chat_template
 
     tokenizer.chat_template = template.replace("<end_of_turn>", "")
     with pytest.raises(LabError, match="never lets the model learn to stop"):
-        check_before_training(tokenizer, [encode(tokenizer, Conversation(CHAT, "a"))], stops)
+        check_before_training(tokenizer, encode(tokenizer, Conversation(CHAT, "a")), stops)
 
     tokenizer.chat_template = template.replace("{{ bos_token }}", "{{ bos_token }}{{ bos_token }}")
     with pytest.raises(LabError, match="<bos> twice"):
-        check_before_training(tokenizer, [encode(tokenizer, Conversation(CHAT, "a"))], stops)
+        check_before_training(tokenizer, encode(tokenizer, Conversation(CHAT, "a")), stops)
 
-    tokenizer.chat_template = (
-        "{{ bos_token }}{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
-    )
+    tokenizer.chat_template = template + "{% generation %}{% endgeneration %}"
     with pytest.raises(LabError, match=r"a\.jsonl:3.*nothing in it to learn"):
-        check_before_training(tokenizer, [good, encode(tokenizer, Conversation(CHAT[1:], "a.jsonl:3"))], stops)
+        check_before_training(tokenizer, [good, *encode(tokenizer, Conversation(CHAT, "a.jsonl:3"))], stops)
 
-    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(LabError, match="rewrites earlier turns"):
-        encode(tokenizer, Conversation(CHAT, "a"))
+    for impossible in (
+        "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}",
+        "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}",
+    ):
+        tokenizer.chat_template = impossible
+        with pytest.raises(LabError, match=r"^a: the chat template does not put the whole answer .*--template plain$"):
+            encode(tokenizer, Conversation(CHAT, "a"))
 
 
 def test_too_long(gemma_dir: Path) -> None:
@@ -146,7 +172,223 @@ def test_too_long(gemma_dir: Path) -> None:
 
 def test_show_batch_marks_what_is_learnt(gemma_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = load_tokenizer(str(gemma_dir))
-    show_learnt(tokenizer, [encode(tokenizer, Conversation(CHAT, "a.jsonl:3"))])
+    show_learnt(tokenizer, encode(tokenizer, Conversation(CHAT, "a.jsonl:3")))
     said = capsys.readouterr().out
     assert "a.jsonl:3" in said
     assert "<start_of_turn>model\n⟦تهران<end_of_turn>⟧\n<start_of_turn>user\nو ژاپن؟<end_of_turn>" in said
+
+
+# Of Mistral 7B Instruct v0.1: it refuses a system turn.
+MISTRAL = """\
+{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}\
+{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}\
+{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}\
+{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"""
+TRL = resources.files("trl") / "chat_templates" if find_spec("trl") else None
+TEMPLATES = {"mistral": MISTRAL} | {
+    file.name.removesuffix(".jinja"): file.read_text(encoding="utf-8")
+    for file in sorted(TRL.iterdir() if TRL else (), key=lambda file: file.name)
+    if file.name.endswith(".jinja")
+}
+# What is known of the templates without our code: they refuse system turns, read texts in parts, leave thinking open
+# whatever they are told; render earlier answers in another way than the last.
+NO_SYSTEM = ("mistral", "gemma", "gemma_training")
+PARTS = ("idefics3", "llava_next", "smolvlm")
+OPEN = ("deepseek_r1_distill", "deepseekv3")
+REWRITING = {"gptoss", "phi3", "phi3_5", "qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6", *OPEN}
+REWRITING |= {f"{name}_training" for name in ("gptoss", "phi3", "phi3_5", *OPEN)}
+# Written by hand: what is learnt of two answers, the ends of the template's own making.
+EXACT = {
+    "mistral": ["تهران</s>", "توکیو\nدر شرق</s>"],
+    "gemma": ["تهران<end_of_turn>", "توکیو\nدر شرق<end_of_turn>"],
+    "llama3_1": ["تهران<|eot_id|>", "توکیو\nدر شرق<|eot_id|>"],
+    "phi3": ["تهران<|end|>\n</s>", "توکیو\nدر شرق<|end|>\n</s>"],
+    "qwen3": ["تهران<|im_end|>", "توکیو\nدر شرق<|im_end|>"],
+    "qwen3_6": ["تهران<|im_end|>", "توکیو\nدر شرق<|im_end|>"],
+    "deepseek_r1_distill": ["تهران<｜end▁of▁sentence｜>", "توکیو\nدر شرق<｜end▁of▁sentence｜>"],
+    "gptoss": [
+        "<|channel|>final<|message|>تهران<|return|>", "<|channel|>final<|message|>توکیو\nدر شرق<|return|>",
+    ],
+    "llava_next": [" تهران</s>", " توکیو\nدر شرق</s>"],
+}  # fmt: skip
+
+
+class FixedDate:
+    """The clock of transformers, stopped at the date that we give to templates which write today's."""
+
+    @staticmethod
+    def now() -> datetime:
+        return datetime(2024, 7, 26)
+
+
+@pytest.fixture(scope="module")
+def bytes_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of which each byte is a token, so that no token lies on both sides of an answer's start."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={letter: place for place, letter in enumerate(alphabet)}, merges=[]))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, name: str, messages: list[Message], prompt: bool) -> str:
+    """What transformers renders of a template at inference, for messages that were put as the template wants them."""
+    if messages[0]["role"] == "system" and name in NO_SYSTEM:
+        system, first, *rest = messages
+        messages = [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+    turns: list[dict[str, Any]] = list(messages)
+    if name.startswith(PARTS):
+        turns = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.utils.chat_template_utils.datetime", FixedDate)
+        text = str(tokenizer.apply_chat_template(
+            turns, chat_template=TEMPLATES[name], tokenize=False, add_generation_prompt=prompt, enable_thinking=False,
+        ))  # fmt: skip
+    return f"{text}\n</think>\n\n" if prompt and name.startswith(OPEN) else text
+
+
+@pytest.mark.skipif(TRL is None, reason="needs trl, of the development's dependencies")
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_of_each_template_the_answers_are_learnt_behind_the_prompts_of_inference(
+    name: str, bytes_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    tokenizer = bytes_tokenizer
+    set_template(tokenizer, "auto", "off")
+    tokenizer.chat_template = TEMPLATES[name]
+    file = tmp_path / "chats.jsonl"
+    tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}]
+    talks = (CHAT[1:3], CHAT[1:], CHAT, [{"role": "system", "content": " "}, *CHAT[1:]])
+    rows = [{"messages": talk} for talk in talks] + [{"messages": CHAT, "tools": tools}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    read = read_conversations(str(file), "train", ReadingOptions()).conversations
+    assert len(read) == len(rows)
+    for talk, conversation in zip((*talks[:3], CHAT[1:], CHAT), read, strict=True):
+        expected = []
+        for place, message in enumerate(talk):
+            if message["role"] == "assistant":
+                prompt = rendered(tokenizer, name, talk[:place], True)
+                # A text that nobody says stands in the answer's place: what is around it is the template's.
+                whole = rendered(tokenizer, name, [*talk[:place], {"role": "assistant", "content": "☃"}], False)
+                if name.startswith(OPEN):
+                    whole = whole.replace("☃", "<think>\n\n</think>\n\n☃")
+                assert whole.startswith(prompt)
+                expected.append((prompt, whole[len(prompt) :].rstrip().replace("☃", message["content"])))
+                assert tokenizer.decode(encode_prompt(tokenizer, talk[:place])) == prompt
+        if name in EXACT:
+            assert [learnt for _, learnt in expected] == EXACT[name][: len(expected)]
+        encoded = encode(tokenizer, conversation)
+        assert len(encoded) == (len(expected) if name in REWRITING else 1)
+        found = []
+        for row in encoded:
+            starts = [at for at, learnt in enumerate(row.learnt) if learnt and not row.learnt[at - 1]]
+            for start in starts:
+                end = next((at for at in range(start, len(row.ids)) if not row.learnt[at]), len(row.ids))
+                found.append((tokenizer.decode(row.ids[:start]), tokenizer.decode(row.ids[start:end])))
+        assert found == expected
+
+
+ASK = {"role": "user", "content": "۲+۲؟"}
+THOUGHT = {"role": "assistant", "content": "<think>\nجمع است.\n</think>\n\n۴"}
+PLAIN_ANSWER = {"role": "assistant", "content": "۴"}
+
+
+@pytest.mark.skipif(TRL is None, reason="needs trl, of the development's dependencies")
+@pytest.mark.parametrize(
+    ("name", "answer", "prompt", "learnt"),
+    [
+        ("qwen3", THOUGHT, "assistant\n", "<think>\nجمع است.\n</think>\n\n۴<|im_end|>"),
+        ("qwen3_5_think", THOUGHT, "assistant\n<think>\n", "جمع است.\n</think>\n\n۴<|im_end|>"),
+        ("qwen3_5_think", PLAIN_ANSWER, "assistant\n<think>\n", "\n</think>\n\n۴<|im_end|>"),
+        ("deepseek_r1_distill", THOUGHT, "<think>\n", "جمع است.\n</think>\n\n۴<｜end▁of▁sentence｜>"),
+        ("deepseek_r1_distill", PLAIN_ANSWER, "<think>\n", "\n</think>\n\n۴<｜end▁of▁sentence｜>"),
+        ("deepseek_r1_distill_training", THOUGHT, "<think>\n", "جمع است.\n</think>\n\n۴<｜end▁of▁sentence｜>"),
+        ("llama3", THOUGHT, "assistant<|end_header_id|>\n\n", "<think>\nجمع است.\n</think>\n\n۴<|eot_id|>"),
+    ],
+)
+def test_thinking_is_learnt_if_it_is_kept_and_else_refused_where_it_would_be_lost(
+    name: str, answer: Message, prompt: str, learnt: str, bytes_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer = bytes_tokenizer
+    tokenizer.chat_template = TEMPLATES[name]
+    talk = [ASK, answer, ASK, answer]
+    set_template(tokenizer, "auto", "keep")
+    rows = encode(tokenizer, Conversation(talk, "here"))
+    assert learnt_text(tokenizer, talk) == [learnt] * 2
+    last = rows[-1]
+    asked = encode_prompt(tokenizer, talk[:3])
+    assert last.ids[: len(asked)] == asked
+    assert tokenizer.decode(asked).endswith(prompt)
+    set_template(tokenizer, "auto", "off")
+    if answer is THOUGHT and name != "llama3":
+        with pytest.raises(LabError, match=r"^here: an answer thinks .* take --thinking keep"):
+            encode(tokenizer, Conversation(talk, "here"))
+    else:
+        assert learnt_text(tokenizer, talk)[-1] == learnt.removeprefix("\n</think>\n\n")
+
+
+def test_thinking_is_saved_with_the_tokenizer(llama_dir: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(llama_dir), "auto", "keep")
+    tokenizer.chat_template += "{% if enable_thinking is defined %}off{% endif %}"
+    tokenizer.save_pretrained(tmp_path)
+    ends = [
+        tokenizer.decode(encode_prompt(load_tokenizer(str(tmp_path), "auto", thinking), [ASK])).endswith("off")
+        for thinking in (None, "off", "keep")
+    ]
+    assert ends == [False, True, False]
+    load_tokenizer(str(tmp_path), "auto", "off").save_pretrained(tmp_path / "again")
+    assert "thinking" not in json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())
+
+
+@pytest.mark.parametrize(("terminal", "colours"), [(True, True), (True, False), (False, False)])
+def test_the_first_screen_fits_a_terminal_and_marks_what_is_learnt(
+    terminal: bool, colours: bool, llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = io.StringIO()
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    screen = Console(file=said, force_terminal=terminal, no_color=not colours, width=80, highlight=False)
+    monkeypatch.setattr(report, "console", screen)
+    config = TrainConfig()
+    config.model.model, config.method.method, config.training.batch_size = str(llama_dir), "lora", 2
+    tokenizer = load_tokenizer(str(llama_dir), "auto", "off")
+    long = [{"role": "user", "content": "کتاب " * 200}, {"role": "assistant", "content": "نان " * 200}]
+    reading = Reading("chats.jsonl", [Conversation(CHAT, "chats.jsonl:1"), Conversation(long, "chats.jsonl:2")])
+    texts = {"training": encode_all(tokenizer, reading, 4096, "error"), "validation": []}
+    print_first_screen(complete(config), Accelerator(cpu=True), {"training": reading}, texts, tokenizer)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue())
+    assert all(len(line.rstrip()) <= 80 for line in plain.splitlines())
+    assert len(plain.splitlines()) <= 20
+    words = " ".join(message["content"] for message in CHAT + long).split()
+    pieces = sum(len(tokenizer.encode(message["content"], add_special_tokens=False)) for message in CHAT + long)
+    tokens, learnt = (
+        sum(map(size, texts["training"])) for size in (lambda row: len(row.ids), lambda row: sum(row.learnt))
+    )
+    unfolded = re.sub(r" *\n {2,}", " ", plain)
+    assert f"tokens   {tokens:,}, {learnt / tokens:.0%} of them learnt; {pieces / len(words):.2f} per word" in unfolded
+    assert "2 steps of 2 rows" in unfolded
+    assert ("⟦تهران<end_of_turn>⟧" in unfolded) is not colours
+    assert ("\x1b[1;32m" in said.getvalue()) is colours
+
+
+def test_on_a_gpu_the_first_screen_has_the_peak_of_the_plan(llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A plan whose numbers are known; that those of real plans are right is shown where plans are tested.
+    held = Held(parameters=100, trained=10, weights=4 * 10**9, gradients=10**9, optimizer=2 * 10**9)
+    costs = [(tokens, Cost(0, tokens * 10**7, 0), Cost(0, tokens * 10**6, 0)) for tokens in (1000, 2000)]
+    asked = []
+
+    def plan_of(config: TrainConfig, machine: Machine, length: int, sharing: Sharing) -> Plan:
+        asked.append((config.model.model, length, sharing.gpus))
+        return Plan(held, 16, *costs, extra=5 * 10**8)
+
+    said = io.StringIO()
+    monkeypatch.setattr(report, "console", Console(file=said, width=300))
+    monkeypatch.setattr(report, "machine_here", lambda precision: Machine(True, 10**7, 10**7, precision, False))
+    monkeypatch.setattr(report, "plan_of", plan_of)
+    config = TrainConfig()
+    config.model.model, config.model.gradient_checkpointing = str(llama_dir), True
+    config.data.tokens_per_batch = 3000
+    tokenizer = load_tokenizer(str(llama_dir))
+    reading = Reading("chats.jsonl", [Conversation(CHAT, "chats.jsonl:1")])
+    texts = {"training": encode_all(tokenizer, reading, 4096, "error"), "validation": []}
+    print_first_screen(complete(config), Accelerator(cpu=True), {"training": reading}, texts, tokenizer)
+    assert "at most 10.5 GB of 0.009 GB: rows of 3,000 tokens, with gradient checkpointing; " in said.getvalue()
+    assert "weights 4.0 GB, gradients 1.0 GB, optimizer 2.0 GB" in said.getvalue()
+    assert asked == [(str(llama_dir), len(texts["training"][0].ids), 1)]

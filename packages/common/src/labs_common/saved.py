@@ -171,6 +171,8 @@ def load_auto(load: Callable[..., Any], *given: Any, said: str, remedy: str, **m
         try:
             return load(*given, **more)
         except Exception as error:  # damaged files can fail anywhere in the code that builds from them
+            if closed := _closed(error, source):
+                raise LabError(f"{said}: {closed}") from error
             if "trust_remote_code" in str(error):
                 reason = "needs Python code of its own, which is never run"
             else:
@@ -209,6 +211,19 @@ def named(tensors: Sequence[str]) -> str:
 
 def _refused(*given: Any, **more: Any) -> str:
     raise ValueError("trust_remote_code: a model's code is never run")
+
+
+def _closed(error: BaseException | None, source: str | None) -> str:
+    """Says how to get what the hub does not give; empty if the error is of something else."""
+    while error is not None:
+        kind = type(error).__name__  # of huggingface_hub, which comes with transformers
+        login = "log in by `hf auth login`, or set HF_TOKEN"
+        if kind == "GatedRepoError":
+            return f"needs a licence: accept it at https://huggingface.co/{source}, then {login}"
+        if kind == "RepositoryNotFoundError":
+            return f"the hub has no such model, or it is private: check the name; for a private one {login}"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def _check_shards(folder: Path, said: str, remedy: str) -> None:

@@ -22,6 +22,7 @@ from labs_common.device import mixed_precision
 from labs_common.errors import LabError, reason_of
 from labs_common.saved import load_auto, load_network
 from llm_peft_fa.attention import NAME
+from llm_peft_fa.config import Thinking
 from llm_peft_fa.templates import set_template
 from llm_peft_fa.tiny import tiny_base
 
@@ -38,8 +39,8 @@ def model_path(model: str) -> str:
     return str(tiny_base()) if model == "tiny" else model
 
 
-def load_tokenizer(model: str, template: str = "auto") -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a model, with the chat template that `--template` names.
+def load_tokenizer(model: str, template: str = "auto", thinking: Thinking | None = None) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a model, with what `--template` and `--thinking` say of its chats, see `set_template`.
 
     Raises:
         LabError: there is no such model, or its tokenizer cannot tell which characters a token covers.
@@ -47,7 +48,7 @@ def load_tokenizer(model: str, template: str = "auto") -> PreTrainedTokenizerBas
     tokenizer = _tokenizer(model)
     if not tokenizer.is_fast:
         raise LabError(f"--model {model}: its tokenizer has no fast version, which maps tokens to characters")
-    set_template(tokenizer, template)
+    set_template(tokenizer, template, thinking)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:  # only generation pads, and there a mask hides it
         tokenizer.pad_token = tokenizer.eos_token

@@ -131,7 +131,7 @@ def save_base_answers(kept: Run, run: TrainConfig) -> None:
         return
     _, validation = training_and_validation(run.data, run.run.seed)
     prompts = collected_prompts(validation, run.generation, run.run.seed)
-    tokenizer = load_tokenizer(run.model.model, run.model.template)
+    tokenizer = load_tokenizer(run.model.model, run.model.template, run.model.thinking)
     base = load_model(run.model.model)
     torch.nn.Module.to(base, device())
     said = answers(base, tokenizer, prompts, run.generation, Accelerator(), "answering, base")

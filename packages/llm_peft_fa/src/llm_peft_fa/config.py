@@ -28,6 +28,7 @@ Attention = Literal["auto", "blocks", "flash", "varlen", "flex"]
 Packing = Literal["auto", "always", "never"]
 Which = Literal["first", "last", "both"]
 OnTooLong = Literal["error", "truncate", "skip"]
+Thinking = Literal["off", "keep"]
 
 
 @dataclass
@@ -38,6 +39,9 @@ class ModelOptions:
     """tiny (made on first use, offline), a Hugging Face id such as google/gemma-2-2b, or a directory."""
     template: str = "auto"
     """Chat template: auto is the tokenizer's own, or plain if it has none; plain; or a file with a Jinja template."""
+    thinking: Thinking = "off"
+    """Of models that think before they answer: off answers at once (Qwen's enable_thinking=False); keep leaves it to
+    the model, and the <think>…</think> of the data's answers is learnt. Saved with the result, for its answers too."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     fit_memory: bool = True
@@ -270,6 +274,8 @@ class InspectConfig:
     reading: ReadingOptions = field(default_factory=ReadingOptions)
     template: str = "auto"
     """Chat template, as in training."""
+    thinking: Thinking = "off"
+    """Thinking of models that think, as in training."""
     samples: CountOrZero = 5
     """Number of conversations that are shown."""
     output: Path | None = None

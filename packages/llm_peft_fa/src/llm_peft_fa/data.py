@@ -207,12 +207,12 @@ def messages_of(row: Any) -> list[Message]:
     elif "instruction" in row and "output" in row:
         parts = [row["instruction"], row.get("input")]
         asked = "\n\n".join(str(part).strip() for part in parts if part)
-        said = [("system", row.get("system")), ("user", asked), ("assistant", row["output"])]
-        if not row.get("system"):
-            said = said[1:]
+        said = [("system", row.get("system") or ""), ("user", asked), ("assistant", row["output"])]
         turns = [_turn({"role": role, "content": text}, "role", "content") for role, text in said]
     else:
         raise UnusableRowError(f"unknown columns: {', '.join(map(str, list(row)[:5]))}")
+    if turns[0]["role"] == "system" and not turns[0]["content"].strip():  # says nothing, and some templates refuse it
+        turns = turns[1:]
     _check_order(turns)
     return turns
 
@@ -235,17 +235,15 @@ def _turn(turn: Any, role_key: str, content_key: str) -> Message:
     content = turn.get(content_key)
     if not isinstance(content, str):
         raise UnusableRowError(f"not text: {role} holds {type(content).__name__}")
-    if not content.strip():
-        raise UnusableRowError(
-            {"assistant": "empty answer", "user": "empty question"}.get(role, "empty system message")
-        )
+    if not content.strip() and role != "system":
+        raise UnusableRowError({"assistant": "empty answer", "user": "empty question"}[role])
     if LONE_SURROGATE.search(content):
         raise UnusableRowError(f"half a character: {role} holds a lone surrogate, which no tokenizer reads")
     return {"role": role, "content": content}
 
 
 def _check_order(messages: list[Message]) -> None:
-    talk = messages[1:] if messages[0]["role"] == "system" else messages
+    talk = messages[1:] if messages and messages[0]["role"] == "system" else messages
     for place, message in enumerate(talk):
         expected = ("user", "assistant")[place % 2]
         if message["role"] != expected:

@@ -24,7 +24,7 @@ from llm_peft_fa.methods import METHODS, resolved
 from llm_peft_fa.model import structure_of
 from llm_peft_fa.plan import outline
 from llm_peft_fa.report import print_refused, refused_blocks
-from llm_peft_fa.templates import encode, render, without_system
+from llm_peft_fa.templates import encode, render, takes
 
 
 def inspect(config: InspectConfig) -> None:
@@ -38,7 +38,7 @@ def inspect(config: InspectConfig) -> None:
         reading, _ = training_and_validation(DataOptions(), config.seed)
     else:
         reading = read_conversations(config.reading.data, config.reading.split, lenient)
-    tokenizer = load_tokenizer(config.model, config.template)
+    tokenizer = load_tokenizer(config.model, config.template, config.thinking)
     run = Run.start(config, options, "inspect", Accelerator())
     sections = [
         _model_section(run, config.model, method),
@@ -79,9 +79,8 @@ def _model_section(run: Run, model: str, method: MethodOptions) -> Section:
 
 def _template_section(config: InspectConfig, tokenizer: PreTrainedTokenizerBase) -> Section:
     """Tells base from instruct, and what that means for templates."""
-    system = {"role": "system", "content": "پاسخ کوتاه بده."}
     talk = [{"role": "user", "content": "سلام"}, {"role": "assistant", "content": "سلام!"}]
-    takes_system = without_system(tokenizer, [system, *talk])[0]["role"] == "system"
+    _, takes_system = takes(tokenizer, tokenizer.get_chat_template())
     if own_template(config.model):
         kind = (
             "Instruct, or made ready for it: the tokenizer has a chat template. --template auto uses it, so that "
@@ -108,9 +107,9 @@ def _data_sections(
     found = reading.conversations
     lengths, learnt = [], 0
     for conversation in tracked(found, "counting tokens", len(found)):
-        encoded = encode(tokenizer, conversation)
-        lengths.append(len(encoded.ids))
-        learnt += sum(encoded.learnt)
+        for row in encode(tokenizer, conversation):
+            lengths.append(len(row.ids))
+            learnt += sum(row.learnt)
     ordered = sorted(lengths)
     texts = Counter(str(conversation.messages) for conversation in found)
     roles = Counter(message["role"] for conversation in found for message in conversation.messages)

@@ -3,12 +3,16 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from accelerate import Accelerator
 from rich.console import Console
+from rich.table import Table as Grid
 from rich.text import Text as ColouredText
 from transformers import PreTrainedTokenizerBase
 
+from labs_common.errors import reason_of
 from labs_common.fitting import Fitted, results_of, write_results
 from labs_common.frozen.audit import FrozenAudit
+from labs_common.plan import Held, gigabytes, held_by, machine_here, sharing_of
 from labs_common.progress import console, print_left_out
 from labs_common.report.figures import histogram_figure
 from labs_common.report.page import Figure, Section, Table, Text, save_figure
@@ -21,17 +25,25 @@ from labs_common.report.sections import (
     rerun_section,
 )
 from labs_common.run import Run, seconds_between
+from labs_common.steps import ShuffledSteps
+from labs_common.training import total_steps
 from llm_peft_fa.answers import BeforeAndAfter, Scores
+from llm_peft_fa.base import DTYPES
 from llm_peft_fa.config import MethodOptions, TrainConfig
 from llm_peft_fa.data import Reading
 from llm_peft_fa.methods import METHODS
+from llm_peft_fa.model import base_of
+from llm_peft_fa.plan import ROW, SMALL, outline, plan_of
 from llm_peft_fa.saved import result_folder
-from llm_peft_fa.templates import Encoded
+from llm_peft_fa.templates import PLAIN, Encoded
 
 Cells = tuple[Any, ...]
 PACKAGES = ("torch", "transformers", "peft", "accelerate")  # whose versions go into results.json
 COSTS = ("trainable", "parameters", "optimizer bytes", "disk bytes")  # in the report, of results.json
 SHOWN = 40  # answers before the fold: a screen or two
+SAMPLED = 200  # conversations of which words and tokens are counted, and the shortest is the example
+SHOWN_TEXT = 150  # characters of the example's texts: two lines of a terminal
+TIMED = 5  # steps that are timed after the first, which is slower
 
 
 def data_section(run: Run, readings: dict[str, Reading], encoded: Mapping[str, Sequence[Encoded]]) -> Section:
@@ -214,15 +226,103 @@ def show_learnt(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Enco
     """
     console = Console(highlight=False, soft_wrap=True)
     for item in conversations:
-        text = ColouredText()
-        for start, end in _stretches(item.learnt):
-            piece = str(tokenizer.decode(item.ids[start:end]))
-            if not item.learnt[start]:
-                text.append(piece, "bright_black")
-            else:
-                text.append(piece if console.is_terminal else f"⟦{piece}⟧", "bold green")
         console.rule(f"{item.where}: {len(item.ids)} tokens, {sum(item.learnt)} learnt", align="left")
-        console.print(text)
+        console.print(_coloured(tokenizer, item, console))
+
+
+def _coloured(
+    tokenizer: PreTrainedTokenizerBase, item: Encoded, console: Console, most: int | None = None
+) -> ColouredText:
+    """Marks what is learnt of a row, by colours if the console has them; in one line of two turns if `most` is given.
+
+    `most` is then the number of characters of each of their texts.
+    """
+    text = ColouredText()
+    for start, end in _stretches(item.learnt)[: None if most is None else 4]:
+        learnt, piece = item.learnt[start], str(tokenizer.decode(item.ids[start:end]))
+        if most is not None:
+            piece = piece.replace("\n", "↵")
+            if len(piece) > most:  # an answer's beginning, and of the question that which it answers
+                piece = f"{piece[:most]} …" if learnt else f"… {piece[-most:]}"
+        marked = learnt and (console.no_color or not console.is_terminal)
+        text.append(f"⟦{piece}⟧" if marked else piece, "bold green" if learnt else "bright_black")
+    return text
+
+
+def print_first_screen(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    readings: Mapping[str, Reading],
+    texts: Mapping[str, Sequence[Encoded]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Prints before any weight is read what will be trained on what, and what that needs, on one screen.
+
+    `texts` are rows by "training" and "validation"; `config` is of `plan.fitted`.
+
+    Raises:
+        LabError: the method does not fit the model.
+    """
+    model, options, rows = config.model, config.method, texts["training"]
+    precision = accelerator.mixed_precision
+    whole = outline(model.model, options, DTYPES[precision])
+    held, tokens = held_by(whole, precision), sum(len(row.ids) for row in rows)
+    share = held.trained / held.parameters
+    quantized = METHODS[options.method].quantized
+    held_in = "4 bits" if quantized else str(DTYPES[precision]).removeprefix("torch.")
+    talks = readings["training"].conversations
+    split = f" in {len(rows):,} rows, one per answer: its template rewrites earlier turns" * (len(rows) > len(talks))
+    said = [message["content"] for talk in talks[:SAMPLED] for message in talk.messages]
+    pieces = sum(map(len, tokenizer(said, add_special_tokens=False).input_ids))
+    per_word = pieces / max(1, sum(len(text.split()) for text in said))
+    own = "the tokenizer's own" if model.template == "auto" else model.template
+    thinking = f"; thinking: {model.thinking}" * ("think" in tokenizer.get_chat_template())
+    row = config.data.tokens_per_batch or ROW
+    count = total_steps(config.training, ShuffledSteps(len(rows), config.training.batch_size, 0, lambda *_: []))
+    example = min(rows[:SAMPLED], key=lambda row: len(row.ids))
+    lines: dict[str, str | ColouredText] = {
+        "model": f"{model.model}, {type(base_of(whole)).__name__} in {held_in}",
+        "method": f"{options.method}: {held.trained:,} of {held.parameters:,} parameters train ({share:.2%})",
+        "data": f"{len(talks):,} conversations{split}; {len(texts['validation']):,} rows to validate",
+        "tokens": f"{tokens:,}, {sum(sum(row.learnt) for row in rows) / tokens:.0%} of them learnt; {per_word:.2f} per "
+        "word of this data",
+        "template": f"{'plain' if tokenizer.chat_template == PLAIN else own}{thinking}",
+        "memory": _memory(config, accelerator, quantized, held, row, tokens // len(rows)),
+        "work": f"{count:,} steps of {config.training.batch_size} rows; after {TIMED + 1} of them the time is told",
+        "example": ColouredText(f"{example.where}: ") + _coloured(tokenizer, example, console, SHOWN_TEXT),
+    }
+    console.rule(f"{options.method} on {model.model}", align="left")
+    grid = Grid.grid(padding=(0, 1))
+    for name, line in lines.items():
+        grid.add_row(name, line if isinstance(line, ColouredText) else ColouredText(line))
+    console.print(grid, soft_wrap=False)
+    console.rule()
+
+
+def print_expected_time(seconds: float, left: int) -> None:
+    """Prints how long the steps that are left take at so many seconds a step."""
+    if left:
+        time = seconds * left
+        said = f"{time:.0f} s" if time < 120 else f"{time / 60:.0f} min" if time < 7200 else f"{time / 3600:.1f} h"
+        console.print(f"expected: {said} for {left:,} steps, by the last {TIMED}; evaluations and answers come on top")
+
+
+def _memory(config: TrainConfig, accelerator: Accelerator, quantized: bool, held: Held, row: int, length: int) -> str:
+    """Says what --plan would say of the memory; on a CPU, and of small models, only what is held whatever the row."""
+    machine = machine_here(accelerator.mixed_precision)
+    checkpointing = config.model.gradient_checkpointing
+    how = f"rows of {row:,} tokens, {'with' if checkpointing else 'without'} gradient checkpointing"
+    peak = None
+    if machine.gpu and held.total >= SMALL * machine.usable:
+        try:
+            plan = plan_of(config, machine, min(max(2, length), ROW), sharing_of(accelerator))
+            held, peak = plan.held, plan.peak(row, checkpointing)
+        except Exception as error:  # as in `plan.fitted`: what cannot be measured on shapes is trained all the same
+            how += f" (activations could not be measured: {reason_of(error)})"
+    if peak is not None:
+        parts = held.lines(sharing_of(accelerator))[0]
+        return f"at most {gigabytes(peak)} of {gigabytes(machine.usable)}: {how}; {parts}"
+    return how if quantized else f"{held.total / 1e6:,.3g} MB for weights, gradients and optimizer; {how}"
 
 
 def _stretches(flags: Sequence[bool]) -> list[tuple[int, int]]:

@@ -1,23 +1,30 @@
 """Conversations to tokens, with a mark on the tokens that are learnt.
 
 A conversation is rendered by a chat template, the tokenizer's own or the plain one. What the assistant says
-is found by construction: the text up to an answer and the text up to its end are rendered too, and both must
-be beginnings of the whole. Nothing is searched for in the text.
+is found by construction: the text up to an answer, as inference renders it, and the text up to its end are rendered
+too, and the first must be the beginning of the second. If each is also a beginning of the whole, all answers are
+learnt in one row; if the template rewrites earlier turns (thinking, another end), each answer is a row of its own,
+after what a model will see before it. Nothing is searched for in the text.
 """
 
+import re
 import zlib
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from labs_common.errors import LabError, text_of
-from llm_peft_fa.config import OnTooLong
+from llm_peft_fa.config import OnTooLong, Thinking
 from llm_peft_fa.data import Conversation, Message, Reading
+
+Spans = list[tuple[int, int]]  # of characters
 
 # For base models without a chat template:
 #
@@ -30,9 +37,16 @@ PLAIN = """\
 {% endfor %}{% if add_generation_prompt %}### Assistant:
 {% endif %}"""
 
-# Llama's template writes today's date otherwise, and a run would not be the same tomorrow. The date is the one that
-# Llama 3's own template falls back on.
+# Templates write today's date (Llama 3, gpt-oss), and a run would not be the same tomorrow. The date is the one that
+# Llama 3's own template falls back on, in the two formats that are in use.
 FIXED: dict[str, Any] = {"date_string": "26 Jul 2024"}
+TODAY = "{% macro strftime_now(format) %}{{ '2024-07-26' if format == '%Y-%m-%d' else '26 Jul 2024' }}{% endmacro %}"
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# DeepSeek's generation prompt opens the thinking whatever it is told; Qwen's templates close it so where it is off.
+OPENED, CLOSED = re.compile(r"<think>\s*\Z"), "<think>\n\n</think>\n\n"
+THOUGHT = re.compile(r"<think>\s*(</think>\s*)?\Z")
+HIDDEN = "\ue000" * len("</think>")  # of the private use area: no template looks for it
+THINKING = "labs_thinking"  # the key of tokenizer_config.json that takes --thinking to chat and evaluate
 
 
 @dataclass(frozen=True)
@@ -55,12 +69,18 @@ def text_sum(texts: Iterable[Sequence[Encoded]]) -> int:
     return crc
 
 
-def set_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-    """Gives the tokenizer the chat template that `--template` names: auto, plain, or a file.
+def set_template(tokenizer: PreTrainedTokenizerBase, template: str, thinking: Thinking | None = None) -> None:
+    """Gives the tokenizer the chat template that `--template` names (auto, plain, or a file), and `--thinking`.
+
+    Without `thinking` it stays as it was saved with the tokenizer; else it is off.
 
     Raises:
         LabError: the file cannot be read, or the tokenizer has no end-of-sequence token for the plain one.
     """
+    if thinking is not None:
+        tokenizer.init_kwargs.pop(THINKING, None)
+        if thinking != "off":
+            tokenizer.init_kwargs[THINKING] = thinking
     if template not in ("auto", "plain"):
         tokenizer.chat_template = text_of(Path(template), f"--template {template} (a file, auto or plain)")
     elif template == "plain" or not tokenizer.chat_template:
@@ -69,87 +89,188 @@ def set_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
         tokenizer.chat_template = PLAIN
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: bool = False) -> str:
-    """Renders the messages as text, with the opening of an answer at the end if `prompt`.
+def _keeps_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return bool(tokenizer.init_kwargs.get(THINKING) == "keep")
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], prompt: bool = False
+) -> tuple[str, Spans | None]:
+    """Renders the messages, with the opening of an answer at the end if `prompt`.
+
+    Returns the text and what of it is in `{% generation %}` blocks; None if the template has none.
 
     Raises:
         LabError: the template does not accept such messages.
     """
+    template = tokenizer.get_chat_template()
+    marked = GENERATION.search(template) is not None
+    options = FIXED if _keeps_thinking(tokenizer) else FIXED | {"enable_thinking": False}
+    if "strftime_now" in template:
+        template = TODAY + template
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt, **FIXED))
+        texts, blocks = cast(Any, render_jinja_template)(  # it is annotated as if it gave one text
+            [list(messages)], chat_template=template, add_generation_prompt=prompt,
+            return_assistant_tokens_mask=marked, **{**tokenizer.special_tokens_map, **options},
+        )  # fmt: skip
     except jinja2.TemplateError as error:
         raise LabError(f"the chat template cannot be used ({error}); try --template plain") from error
+    return texts[0], blocks[0] if marked else None
 
 
-def without_system(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Message]:
-    """Puts the system message into the first question where the template has no system role, or drops it silently."""
-    if messages[0]["role"] != "system":
-        return list(messages)
-    try:
-        if messages[0]["content"].strip() in render(tokenizer, messages[:2]):
-            return list(messages)
-    except LabError:
-        pass
-    system, question, *rest = messages
-    return [{"role": "user", "content": f"{system['content'].strip()}\n\n{question['content']}"}, *rest]
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> Encoded:
-    """Tokenizes a whole conversation; answers and the tokens that end them are learnt.
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    """Renders the messages as text.
 
     Raises:
-        LabError: the template changes what came before when a turn is added.
+        LabError: the template does not accept such messages.
     """
-    messages = without_system(tokenizer, conversation.messages)
-    text = render(tokenizer, messages)
-    spans = []
-    for place, message in enumerate(messages):
+    return _rendered(tokenizer, prepared(tokenizer, messages))[0]
+
+
+@lru_cache(maxsize=4)
+def takes(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[bool, bool]:
+    """Tells whether the template wants texts in parts, as of models that see, and whether it has a system turn.
+
+    `template` is the tokenizer's own: another one is asked anew.
+    """
+    mark = "a text that no template has"
+
+    def shown(parts: bool, *roles: str) -> bool:
+        turns = [{"role": role, "content": mark if role == roles[0] else "?"} for role in roles]
+        try:
+            return mark in _rendered(tokenizer, _in_parts(turns) if parts else turns)[0]
+        except LabError:
+            return False
+
+    parts = not shown(False, "user") and shown(True, "user")
+    return parts, shown(parts, "system", "user")
+
+
+def _in_parts(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+
+
+def prepared(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Puts messages as the template takes them.
+
+    A system message goes before the first question where the template refuses or drops it.
+    """
+    parts, system = takes(tokenizer, tokenizer.get_chat_template())
+    messages = list(messages)
+    if messages[0]["role"] == "system" and not system:
+        said, question, *rest = messages
+        messages = [{"role": "user", "content": f"{said['content'].strip()}\n\n{question['content']}"}, *rest]
+    return _in_parts(messages) if parts else messages
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]]) -> str:
+    """Renders prepared messages up to where the answer to them begins, the same in training and inference."""
+    text = _rendered(tokenizer, messages, prompt=True)[0]
+    return text if _keeps_thinking(tokenizer) else OPENED.sub(CLOSED, text)
+
+
+def _answered(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], prompt: str
+) -> tuple[str, Spans | None]:
+    """Renders prepared messages that end with an answer; the text begins with `prompt` if the template allows it."""
+    text, blocks = _rendered(tokenizer, messages)
+    before = THOUGHT.sub("", prompt)
+    if text.startswith(prompt) or before == prompt:
+        return text, blocks
+    # The prompt has a block of thinking which the template leaves out of answers, with all that stands before its end.
+    keep = _keeps_thinking(tokenizer)
+    if keep and isinstance(messages[-1]["content"], str):
+        *earlier, last = messages
+        text, blocks = _rendered(tokenizer, [*earlier, last | {"content": last["content"].replace("</think>", HIDDEN)}])
+        text = text.replace(HIDDEN, "</think>")
+    answer = text[len(before) :]
+    if text.startswith(prompt) or not text.startswith(before) or (not keep and "</think>" in answer):
+        return text, blocks
+    thought = re.match(r"\s*<think>\s*", answer) if keep else None
+    whole = prompt + answer[thought.end() :] if thought else before + CLOSED + answer
+    longer = len(whole) - len(text)
+    return whole, blocks and [(start, end + longer) for start, end in blocks if end > len(before)]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[Encoded]:
+    """Tokenizes a conversation into one row, or a row for each answer; answers and the tokens that end them are learnt.
+
+    Where the template has `{% generation %}` blocks, only what is in them.
+
+    Raises:
+        LabError: what the template makes of an answer does not continue the prompt, or lacks a part of the answer.
+    """
+    messages = prepared(tokenizer, conversation.messages)
+    rows: list[tuple[str, Spans, Spans | None]] = []
+    for place, message in enumerate(conversation.messages, len(messages) - len(conversation.messages)):
         if message["role"] == "assistant":
-            before = render(tokenizer, messages[:place], prompt=True)
-            until = render(tokenizer, messages[: place + 1])
-            if not (text.startswith(before) and text.startswith(until)):
-                raise LabError(
-                    f"{conversation.where}: the chat template rewrites earlier turns when one is added, so the "
-                    "answers cannot be told from the questions; try --template plain"
-                )
+            prompt = _prompt(tokenizer, messages[:place])
+            text, blocks = _answered(tokenizer, messages[: place + 1], prompt)
             # White space after the token that ends the turn is never generated.
-            spans.append((len(before), len(until.rstrip())))
+            start, end = len(prompt), len(text.rstrip())
+            wanted = "".join(message["content"].split()).removeprefix("<think>")
+            if not text.startswith(prompt) or wanted not in "".join(text[start:end].split()):
+                raise LabError(f"{conversation.where}: {_reason(tokenizer, message['content'])}")
+            rows.append((text, [(start, end)], blocks))
+    whole, _, blocks = rows[-1]
+    if all(whole.startswith(text) for text, _, _ in rows):
+        return [_encoded(tokenizer, whole, [span for _, (span,), _ in rows], blocks, conversation.where)]
+    return [
+        _encoded(tokenizer, text, spans, blocks, f"{conversation.where}, answer {number}")
+        for number, (text, spans, blocks) in enumerate(rows, 1)
+    ]
+
+
+def _reason(tokenizer: PreTrainedTokenizerBase, answer: str) -> str:
+    """Says why an answer cannot be learnt with this template."""
+    if "</think>" in answer and not _keeps_thinking(tokenizer):
+        return "an answer thinks (<think>…</think>), and --thinking is off; take --thinking keep, or leave it out"
+    return (
+        "the chat template does not put the whole answer behind its own generation prompt, so what is learnt would not "
+        "be what is asked for later; try --template plain"
+    )
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, spans: Spans, blocks: Spans | None, where: str) -> Encoded:
+    """Tokenizes a row; tokens of the spans are learnt, of several `blocks` only what is in one of them too."""
+    if blocks is not None:
+        pairs = ((max(a, c), min(b, d)) for a, b in spans for c, d in blocks)
+        spans = [(start, end) for start, end in pairs if start < end]
     ids, offsets = _tokens(tokenizer, text)
     learnt, spans_left = [], list(spans)
     for start, end in offsets:
         while spans_left and start >= spans_left[0][1]:
             spans_left.pop(0)
         learnt.append(bool(spans_left) and end > spans_left[0][0])
-    return Encoded(ids, learnt, conversation.where)
+    return Encoded(ids, learnt, where)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
     """Tokenizes the messages up to where the assistant's answer begins."""
-    return _tokens(tokenizer, render(tokenizer, without_system(tokenizer, messages), prompt=True))[0]
+    return _tokens(tokenizer, _prompt(tokenizer, prepared(tokenizer, messages)))[0]
 
 
 def encode_all(
     tokenizer: PreTrainedTokenizerBase, reading: Reading, max_length: int, on_too_long: OnTooLong
 ) -> list[Encoded]:
-    """Encodes what was read; conversations that are left out are counted in `reading`.
+    """Encodes what was read, see `encode`; rows that are left out are counted in `reading`.
 
     Raises:
         LabError: one is longer than `max_length` and `on_too_long` is error; or nothing is left.
     """
     kept = []
-    for conversation in reading.conversations:
-        encoded = encode(tokenizer, conversation)
+    for encoded in (row for conversation in reading.conversations for row in encode(tokenizer, conversation)):
         length = len(encoded.ids)
         if length > max_length:
             reason = f"too long: {length} tokens, --max-length is {max_length}"
             if on_too_long == "error":
-                raise LabError(f"{conversation.where}: {reason}; raise it, or choose --on-too-long truncate or skip")
+                raise LabError(f"{encoded.where}: {reason}; raise it, or choose --on-too-long truncate or skip")
             if on_too_long == "skip":
-                reading.refuse(conversation.where, reason)
+                reading.refuse(encoded.where, reason)
                 continue
             encoded = Encoded(encoded.ids[:max_length], encoded.learnt[:max_length], encoded.where)
             if not any(encoded.learnt):
-                reading.refuse(conversation.where, "answer truncated away: nothing is left to learn")
+                reading.refuse(encoded.where, "answer truncated away: nothing is left to learn")
                 continue
         kept.append(encoded)
     if not kept:

@@ -34,7 +34,17 @@ from llm_peft_fa.methods import METHODS, Setting, apply_method, complete
 from llm_peft_fa.model import PackedCausalLM, mean_loss, structure_of, virtual_tokens
 from llm_peft_fa.packing import Packing
 from llm_peft_fa.plan import fitted, print_plan
-from llm_peft_fa.report import costs_of, data_section, finish_report, print_refused, show_learnt, structure_section
+from llm_peft_fa.report import (
+    TIMED,
+    costs_of,
+    data_section,
+    finish_report,
+    print_expected_time,
+    print_first_screen,
+    print_refused,
+    show_learnt,
+    structure_section,
+)
 from llm_peft_fa.saved import computed_prompt, initial_update, load_tuned, placed, plain_base, save_merged, save_tuned
 from llm_peft_fa.templates import Encoded, check_before_training, encode_all, encode_plain, text_sum
 from llm_peft_fa.verification import FEW, settle
@@ -55,7 +65,7 @@ def train(config: TrainConfig) -> None:
     paragraphs = plain_paragraphs(config)
     with main_process_first(accelerator):
         model_path(name)  # makes the tiny base model if this is its first use
-    tokenizer = load_tokenizer(name, config.model.template)
+    tokenizer = load_tokenizer(name, config.model.template, config.model.thinking)
     texts = {
         side: encode_all(tokenizer, reading, config.data.max_length, config.data.on_too_long)
         for side, reading in readings.items()
@@ -63,6 +73,8 @@ def train(config: TrainConfig) -> None:
     if accelerator.is_main_process:
         print_refused(readings.values())
     config = fitted(config, accelerator, [len(item.ids) for item in texts["training"]])
+    if accelerator.is_main_process and not config.show_batch:
+        print_first_screen(config, accelerator, readings, texts, tokenizer)
     quantized = METHODS[config.method.method].quantized
     read = reads_weights(accelerator)
     base = load_model(name, accelerator.mixed_precision, quantized, read)
@@ -190,9 +202,14 @@ def fit(
         model.prompted = False
         loop.evaluated(held_out_losses(fitting, dataclasses.replace(packing, virtual=0), texts))
         model.prompted = True
+    first, timed = loop.step_number + 1, list[float]()
     for row in loop.batches():
         loss = fitting.model(row.to(accelerator.device)) * row.weight
         loop.step(loss, row.tokens)
+        if len(timed) < 2 and loop.step_number == first + TIMED * len(timed):
+            timed.append(time.perf_counter())
+            if len(timed) == 2 and accelerator.is_main_process:
+                print_expected_time((timed[1] - timed[0]) / TIMED, loop.total - loop.step_number)
         if loop.evaluation_due:
             loop.evaluated(held_out_losses(fitting, packing, texts), watch="validation/loss")
     tuned = cast(PackedCausalLM, fitting.plain).model
