@@ -21,6 +21,7 @@ from labs_common.frozen.audit import train_only
 from llm_peft_fa.adalora import RankBudget
 from llm_peft_fa.config import MethodOptions, TrainConfig
 from llm_peft_fa.model import Adapted, arithmetic, in_text, text_parameters
+from llm_peft_fa.pissa import start_from_leading_part
 
 
 @dataclass(frozen=True)
@@ -176,11 +177,18 @@ def p_tuning(model: PreTrainedModel, options: MethodOptions, setting: Setting) -
 
 
 def low_rank(model: PreTrainedModel, options: MethodOptions, setting: Setting, **more: Any) -> PeftModel:
-    """Adapts the model with LoRA; `more` of PEFT's options make it rsLoRA, DoRA, PiSSA or OLoRA."""
+    """Adapts the model with LoRA; `more` of PEFT's options make it rsLoRA, DoRA or OLoRA."""
     return _with_adapter(
         model, options, peft.LoraConfig, (".lora_",), r=options.rank, lora_alpha=options.alpha,
         lora_dropout=options.dropout, target_modules=_targets(options), **more,
     )  # fmt: skip
+
+
+def pissa(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> PeftModel:
+    """Adapts the model with LoRA that starts as the largest singular part of each weight."""
+    adapted = low_rank(model, options, setting)
+    start_from_leading_part(adapted)
+    return adapted
 
 
 def low_rank_product(
@@ -349,7 +357,7 @@ METHODS: dict[str, Method] = {
         "m (W + B A) / |W + B A| by columns, with the magnitudes m training too (Liu et al. 2024, eq. 5)",
     ),
     "pissa": Method(
-        partial(low_rank, init_lora_weights="pissa"), "update", LOW_RANK, (1e-3, 1e-4),
+        pissa, "update", LOW_RANK, (1e-3, 1e-4),
         "B A starts as the largest singular part of W, which W then lacks (Meng et al. 2024, eq. 2)", counts_as="lora",
     ),
     "olora": Method(
