@@ -23,6 +23,7 @@ from labs_common.options import (
 )
 
 Method = Annotated[str, one_of("llm_peft_fa.methods:METHODS")]
+Optimizer = Annotated[str, one_of("llm_peft_fa.optimizers:OPTIMIZERS")]
 PromptInit = Literal["random", "text", "vocabulary"]
 Attention = Literal["auto", "blocks", "flash", "varlen", "flex"]
 Which = Literal["first", "last", "both"]
@@ -125,6 +126,9 @@ class MethodOptions:
     """layers: train the final norm too."""
     train_head: bool = False
     """layers: train the vocabulary projection too."""
+    pure_bf16: bool = False
+    """layers, full: keep what trains in bf16 instead of float32, rounded at random after each step so that small steps
+    are not lost; with --optimizer adamw_8bit or paged_adamw_8bit a third of the memory."""
 
 
 @dataclass
@@ -147,6 +151,9 @@ class GenerationOptions:
 class LanguageTrainingOptions(TrainingOptions):
     """Optimizer, schedule and checkpoints."""
 
+    optimizer: Optimizer = "adamw"
+    """adamw; adamw_8bit keeps its moments in 8 bits, a quarter of their memory (extra quantization); paged_adamw_8bit
+    keeps them in the host's memory too, from which a GPU fetches them, slower."""
     epochs: Count = 2
     """Passes over the training data."""
     learning_rate: NotNegative = 0.0

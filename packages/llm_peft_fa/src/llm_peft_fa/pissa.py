@@ -1,4 +1,6 @@
-"""PiSSA's start: a low-rank update that begins as the largest singular part of each weight, which the weight then lacks."""
+"""PiSSA's start: an update that begins as the largest singular part of each weight, which the weight then lacks."""
+
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -13,7 +15,7 @@ OVERSAMPLING, POWER = 2, 8
 
 
 def leading_part(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Finds the largest singular triples of a matrix by a randomised subspace iteration (Halko et al. 2011, algorithm 4.4).
+    """Finds the largest singular triples of a matrix by a randomised subspace iteration (Halko et al. 2011, alg. 4.4).
 
     A matrix with few rows or columns is decomposed exactly, which takes no longer. Random numbers are torch's.
 
@@ -35,7 +37,7 @@ def leading_part(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.T
 
 @torch.no_grad()
 def start_from_leading_part(adapted: PeftModel) -> None:
-    """Gives the LoRA layers of a model the start of PiSSA (Meng et al. 2024, eq. 2 to 4), computed on the GPU if one is there.
+    """Gives the LoRA layers of a model the start of PiSSA (Meng et al. 2024, eq. 2 to 4), computed on the GPU if there is one.
 
     B = U sqrt(s / scale) and A = sqrt(s / scale) V^T; W loses scale B A. A model without weights stays as it is.
     """
@@ -44,8 +46,9 @@ def start_from_leading_part(adapted: PeftModel) -> None:
     for layer in adapted.modules():
         if not isinstance(layer, LoraLayer) or layer.get_base_layer().weight.is_meta:
             continue
-        base, down, up = layer.get_base_layer(), layer.lora_A["default"], layer.lora_B["default"]
-        weight = base.weight.to(device(), torch.float32)
+        base: Any = layer.get_base_layer()
+        down, up = layer.lora_A["default"], layer.lora_B["default"]
+        weight: torch.Tensor = base.weight.to(device(), torch.float32)
         with exact_float32(weight.device):
             u, s, right = leading_part(weight, config.r)
             root = (s / layer.scaling["default"]).sqrt()

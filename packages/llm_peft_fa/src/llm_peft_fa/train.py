@@ -11,7 +11,6 @@ import math
 import time
 from typing import cast
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from transformers import PreTrainedTokenizerBase
@@ -28,6 +27,7 @@ from llm_peft_fa.config import TrainConfig
 from llm_peft_fa.data import plain_paragraphs, training_and_validation
 from llm_peft_fa.methods import METHODS, Setting, apply_method, complete
 from llm_peft_fa.model import PackedCausalLM, check_packed_loss, mean_loss, structure_of, virtual_tokens
+from llm_peft_fa.optimizers import check_optimizer, optimizer_of
 from llm_peft_fa.packing import Packing
 from llm_peft_fa.plan import fitted, print_plan
 from llm_peft_fa.report import costs_of, data_section, finish_report, print_refused, show_learnt, structure_section
@@ -106,6 +106,7 @@ def check_machine(config: TrainConfig, accelerator: Accelerator) -> None:
     """
     options, kernel = config.method, config.model.attention
     kind, method = accelerator.distributed_type, METHODS[options.method]
+    check_optimizer(config, accelerator.mixed_precision, kind in (DistributedType.DEEPSPEED, DistributedType.FSDP))
     if kernel not in ("auto", "blocks") and accelerator.device.type != "cuda":
         raise LabError(f"--attention {kernel}: needs a GPU; take auto")
     if kernel == "flash" and importlib.util.find_spec("flash_attn") is None:
@@ -145,9 +146,7 @@ def fit(
         Interrupted: Ctrl-C; the run can be resumed.
     """
     options, initial = config.training, initial_update(model.model)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    fused = True if accelerator.device.type == "cuda" else None  # one kernel, and no copies of what trains
-    optimizer = torch.optim.AdamW(trainable, lr=options.learning_rate, weight_decay=options.weight_decay, fused=fused)
+    optimizer = optimizer_of(config, model.parameters())
     also = METHODS[config.method.method].also
     state = None if also is None else also(model.model, optimizer)
     source = packing.steps(texts["training"], options.batch_size, config.run.seed)
