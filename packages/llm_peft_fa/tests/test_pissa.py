@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from llm_peft_fa.pissa import leading_part, start_from_leading_part
+from llm_peft_fa.pissa import from_leading_part, leading_part
 
 pytestmark = pytest.mark.quick
 RANK = 8
@@ -40,7 +40,7 @@ def test_base_and_update_are_the_weight_and_a_seed_gives_the_same(tmp_path: Path
         model, before = made(), made().state_dict()
         adapted = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=32, target_modules="all-linear"))
         torch.manual_seed(1)
-        start_from_leading_part(adapted)
+        from_leading_part(adapted)
         layer = model.model.layers[0].mlp.up_proj
         update = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * 32 / RANK
         whole = before["model.layers.0.mlp.up_proj.weight"]

@@ -21,7 +21,7 @@ from labs_common.frozen.audit import train_only
 from llm_peft_fa.adalora import RankBudget
 from llm_peft_fa.config import MethodOptions, TrainConfig
 from llm_peft_fa.model import Adapted, arithmetic, in_text, text_parameters
-from llm_peft_fa.pissa import start_from_leading_part
+from llm_peft_fa.pissa import from_leading_part
 
 
 @dataclass(frozen=True)
@@ -182,13 +182,6 @@ def low_rank(model: PreTrainedModel, options: MethodOptions, setting: Setting, *
         model, options, peft.LoraConfig, (".lora_",), r=options.rank, lora_alpha=options.alpha,
         lora_dropout=options.dropout, target_modules=_targets(options), **more,
     )  # fmt: skip
-
-
-def pissa(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> PeftModel:
-    """Adapts the model with LoRA that starts as the largest singular part of each weight."""
-    adapted = low_rank(model, options, setting)
-    start_from_leading_part(adapted)
-    return adapted
 
 
 def low_rank_product(
@@ -358,7 +351,7 @@ METHODS: dict[str, Method] = {
         "m (W + B A) / |W + B A| by columns, with the magnitudes m training too (Liu et al. 2024, eq. 5)",
     ),
     "pissa": Method(
-        pissa, "update", LOW_RANK, (1e-3, 1e-4),
+        lambda *given: from_leading_part(low_rank(*given)), "update", LOW_RANK, (1e-3, 1e-4),
         "B A starts as the largest singular part of W, which W then lacks (Meng et al. 2024, eq. 2)", counts_as="lora",
     ),
     "olora": Method(
@@ -396,7 +389,10 @@ METHODS: dict[str, Method] = {
     ),
     "layers": Method(
         layers, "weights",
-        {"layers": 2, "which": "both", "train_embeddings": False, "train_final_norm": False, "train_head": False, **PURE},
+        {
+            "layers": 2, "which": "both", "train_embeddings": False, "train_final_norm": False, "train_head": False,
+            **PURE,
+        },
         (1e-3, 2e-5), "the first and last decoder layers of the base",
     ),
     "full": Method(full, "weights", PURE, (1e-3, 1e-5), "every weight of the base", trains_head=True),

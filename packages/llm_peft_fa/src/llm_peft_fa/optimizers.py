@@ -44,8 +44,7 @@ def check_optimizer(config: TrainConfig, precision: str, sharded: bool, planned:
     """
     name = config.training.optimizer
     if config.method.pure_bf16 and precision != "bf16":
-        raise LabError("--pure-bf16: needs --precision bf16, and a GPU that computes in it (from 2020 on); take lora or "
-                       "--method layers")  # fmt: skip
+        raise LabError("--pure-bf16: needs --precision bf16, which GPUs compute in from 2020 on; take lora or layers")
     if config.method.pure_bf16 and not OPTIMIZERS[name].eight_bit:
         raise LabError("--pure-bf16: rounds small steps at random, which --optimizer adamw does not; take adamw_8bit")
     if OPTIMIZERS[name].eight_bit and sharded:

@@ -36,8 +36,8 @@ def leading_part(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.T
 
 
 @torch.no_grad()
-def start_from_leading_part(adapted: PeftModel) -> None:
-    """Gives the LoRA layers of a model the start of PiSSA (Meng et al. 2024, eq. 2 to 4), computed on the GPU if there is one.
+def from_leading_part(adapted: PeftModel) -> PeftModel:
+    """Gives the LoRA layers of a model the start of PiSSA (Meng et al. 2024, eq. 2 to 4), on the GPU if there is one.
 
     B = U sqrt(s / scale) and A = sqrt(s / scale) V^T; W loses scale B A. A model without weights stays as it is.
     """
@@ -56,3 +56,4 @@ def start_from_leading_part(adapted: PeftModel) -> None:
             rest = weight - layer.scaling["default"] * b @ a
         down.weight.data, up.weight.data = a.to(down.weight.device), b.to(up.weight.device)
         base.weight.data = rest.to(base.weight)
+    return adapted

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from labs_common.cache import path_name
 from labs_common.errors import LabError
 from labs_common.fitting import Fitted, Fitting, begin
-from labs_common.run import Run
+from labs_common.run import Run, written_whole
 from labs_common.sharding import reads_weights, whole_outside_layers, zero_stage
 from labs_common.training import total_steps
 from llm_peft_fa.answers import before_and_after, collected_prompts
@@ -31,7 +31,7 @@ from llm_peft_fa.optimizers import check_optimizer, optimizer_of
 from llm_peft_fa.packing import Packing
 from llm_peft_fa.plan import fitted, print_plan
 from llm_peft_fa.report import costs_of, data_section, finish_report, print_refused, show_learnt, structure_section
-from llm_peft_fa.saved import computed_prompt, initial_update, load_tuned, placed, plain_base, save_merged, save_tuned
+from llm_peft_fa.saved import computed_prompt, initial_update, load_tuned, placed, plain_base, save_tuned, write_merged
 from llm_peft_fa.templates import Encoded, check_before_training, encode_all, encode_plain, text_sum
 
 
@@ -92,7 +92,8 @@ def train(config: TrainConfig) -> None:
     both = before_and_after(tuned, before, tokenizer, prompts, config.generation, accelerator)
     if accelerator.is_main_process:
         if config.merge:
-            save_merged(run.path / "adapter", name, tokenizer, run.path / "merged")
+            with written_whole(run.path / "merged") as part:
+                write_merged(run.path / "adapter", name, quantized, part)
         clock["evaluated"] = time.perf_counter()
         finish_report(run, config, sections, both, results, clock)
     accelerator.end_training()
