@@ -64,6 +64,7 @@ def test_the_merged_model_is_what_was_trained_and_has_each_tensor_once(
     config = json.loads((merged / "config.json").read_text())
     assert config["architectures"] == ["Gemma2ForCausalLM"]
     assert "quantization_config" not in config
+    assert plain.config._attn_implementation != "labs_packed"
     with safe_open(merged / "model.safetensors", "pt") as file, safe_open(gemma_dir / "model.safetensors", "pt") as of:
         assert set(file.keys()) == set(of.keys())
         assert "lm_head.weight" not in set(file.keys()), "it is the embeddings"

@@ -1,10 +1,14 @@
 """Moments in 8 bits against PyTorch's AdamW, weights in bfloat16, and checkpoints of both."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from commands import here
+from safetensors import safe_open
 
 from labs_common.checkpoint import load_checkpoint, save_checkpoint
 from labs_common.errors import LabError
@@ -12,7 +16,6 @@ from llm_peft_fa import optimizers as module
 from llm_peft_fa.config import LanguageTrainingOptions, MethodOptions, TrainConfig
 from llm_peft_fa.optimizers import OPTIMIZERS, check_optimizer, optimizer_of, rounded
 
-pytestmark = pytest.mark.quick
 EIGHT_BIT = [name for name, optimizer in OPTIMIZERS.items() if optimizer.eight_bit]
 
 
@@ -81,6 +84,23 @@ def test_a_checkpoint_goes_on_to_the_same_weights(name: str, dtype: torch.dtype,
     stepped(other, second, range(3, 6))
     assert torch.equal(other.weight, model.weight)
     assert torch.equal(other.bias, model.bias)
+
+
+def test_a_training_keeps_weights_in_bf16_and_moments_in_bytes(gemma_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs the extra llm-peft-fa[quantization]")
+    AcceleratorState._reset_state()  # of the tests before, which has another precision
+    run = tmp_path / "run"
+    here("train", "--model", gemma_dir, "--method", "full", "--pure-bf16", "--optimizer", "adamw_8bit", "--precision",
+         "bf16", "--conversations", "20", "--batch-size", "8", "--max-steps", "4", "--test-prompts", "0", "--track", "none",
+         "--no-report", "--output", run)  # fmt: skip
+    cost = json.loads((run / "results.json").read_text())["cost"]
+    assert 2 * cost["trainable"] < cost["optimizer bytes"] < 3 * cost["trainable"]
+    losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = [line["validation/loss"] for line in losses if "validation/loss" in line]
+    assert found[-1] < found[0]
+    AcceleratorState._reset_state()
+    with safe_open(run / "model" / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
 
 
 @pytest.mark.parametrize(
