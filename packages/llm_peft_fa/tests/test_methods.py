@@ -19,7 +19,7 @@ from llm_peft_fa.config import MethodOptions
 from llm_peft_fa.methods import METHODS, Setting, apply_method, resolved
 from llm_peft_fa.model import Adapted, PackedCausalLM, structure_of, virtual_tokens
 from llm_peft_fa.packing import packed_row
-from llm_peft_fa.saved import adapted_model, initial_update, load_tuned, save_merged
+from llm_peft_fa.saved import adapted_model, initial_update, load_tuned
 from llm_peft_fa.templates import Encoded
 
 LINEAR = "(q|k|v|o|gate|up|down)_proj"
@@ -279,21 +279,6 @@ def test_qlora_without_its_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
         check_quantization()
 
 
-def test_merged_model_loads_in_transformers(model_dir: Path, tmp_path: Path) -> None:
-    tokenizer = tokenizer_of(model_dir)
-    model = built("lora", model_dir)
-    save(trained(model).eval().model, tokenizer, tmp_path)
-    save_merged(tmp_path / "adapter", str(model_dir), tokenizer, tmp_path / "merged")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert merged.config._attn_implementation != "labs_packed"
-    ids = torch.randint(300, 700, (2, 24))
-    with torch.no_grad():
-        expected = model(ids).logits
-        torch.testing.assert_close(
-            merged(ids).logits / expected.abs().max(), expected / expected.abs().max(), atol=2e-5, rtol=0
-        )
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_bf16_base_trains_in_float32_under_autocast(variant: str, llama_dir: Path) -> None:
     """What a GPU run does; the CPU has the same autocast."""
@@ -316,7 +301,7 @@ def test_a_bf16_base_trains_in_float32_under_autocast(variant: str, llama_dir: P
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"method": "full", "rank": 8}, "--rank: --method full takes none"),
+        ({"method": "full", "rank": 8}, "--rank: --method full takes --pure-bf16"),
         ({"method": "prefix_tuning", "target_modules": ("q_proj",)}, "--target-modules"),
         ({"method": "lora", "virtual_tokens": 8}, "--virtual-tokens"),
         ({"method": "lora", "train_head": True}, "--train-head"),

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
+from labs_common.errors import LabError
 from labs_common.memory import Cost
 from labs_common.plan import USABLE, Held, Machine, Sharing
 from labs_common.sharding import shard
@@ -200,6 +201,27 @@ def test_what_is_counted(tmp_path: Path) -> None:
     # Dettmers et al. 2023: double quantisation takes 0.127 bits more than four for a weight.
     assert lora.held.weights - qlora.held.weights == pytest.approx(linear * (16 - 4.127) / 8, rel=1e-3)
     assert qlora.extra == 2 * 3072 * 8192
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_what_optimizers_hold(tmp_path: Path) -> None:
+    """Bytes of weights, gradients and moments for each value; bitsandbytes scales 256 moments by 4 bytes."""
+    gpu = Machine(True, 24 * 10**9, 23 * 10**9, "bf16", True)
+    scales = 2 * 4 / 256
+    for optimizer, pure, each in (
+        ("adamw", False, (4, 4, 8)),
+        ("adamw_8bit", False, (4, 4, 2 + scales)),
+        ("adamw_8bit", True, (2, 2, 2 + scales)),
+        ("paged_adamw_8bit", True, (2, 2, scales)),
+    ):
+        config = config_of(tmp_path, WIDE, "full", pure_bf16=pure)
+        config.training.optimizer = optimizer
+        held = plan_of(config, gpu).held
+        for found, expected in zip((held.weights, held.gradients, held.optimizer), each, strict=True):
+            assert found / held.trained == pytest.approx(expected, rel=0.01, abs=0.002), optimizer
+    config.training.optimizer = "adamw_8bit"
+    with pytest.raises(LabError, match="--precision bf16"):  # an older GPU
+        plan_of(config, Machine(True, 16 * 10**9, 15 * 10**9, "fp16", False))
 
 
 @pytest.mark.alone

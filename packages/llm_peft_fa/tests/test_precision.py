@@ -36,9 +36,16 @@ def test_what_trains_is_float32_and_what_answers_is_not(gemma_dir: Path, method:
         row = packed_row(ITEMS, virtual=virtual_tokens(model))
         with torch.autocast("cpu", torch.float16, enabled=precision == "fp16"):
             loss = PackedCausalLM(model).train()(row)
-        loss.backward()
         trained = [p for p in model.parameters() if p.requires_grad]
         assert {p.dtype for p in trained} == {torch.float32}
+        optimizer = torch.optim.AdamW(trained, lr=1e-6)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64, enabled=precision == "fp16")  # as it is after some halvings
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)  # which refuses gradients in float16
+        before = [p.clone() for p in trained]
+        scaler.step(optimizer)
+        # A step that float16 would lose: the next number after 0.01 is 8e-6 away.
+        assert any(not torch.equal(p, was) for p, was in zip(trained, before, strict=True))
         assert all(p.grad.isfinite().all() for p in trained)
         losses.append(loss.item())
         model.eval()

@@ -3,11 +3,20 @@
 from functools import partial
 
 from labs_common.cli import run_command
-from llm_peft_fa.config import ChatConfig, CompareConfig, DemoConfig, EvaluateConfig, InspectConfig, TrainConfig
+from llm_peft_fa.config import (
+    ChatConfig,
+    CompareConfig,
+    DemoConfig,
+    EvaluateConfig,
+    ExportConfig,
+    InspectConfig,
+    TrainConfig,
+)
 
 chat = partial(run_command, "llm_peft_fa.chat:chat", ChatConfig)
 compare = partial(run_command, "llm_peft_fa.compare:compare", CompareConfig)
 demo = partial(run_command, "llm_peft_fa.demo:demo", DemoConfig)
 evaluate = partial(run_command, "llm_peft_fa.evaluate:evaluate", EvaluateConfig)
+export = partial(run_command, "llm_peft_fa.export:export", ExportConfig)
 inspect = partial(run_command, "llm_peft_fa.inspect:inspect", InspectConfig)
 train = partial(run_command, "llm_peft_fa.train:train", TrainConfig)

@@ -23,6 +23,7 @@ from labs_common.options import (
 )
 
 Method = Annotated[str, one_of("llm_peft_fa.methods:METHODS")]
+Optimizer = Annotated[str, one_of("llm_peft_fa.optimizers:OPTIMIZERS")]
 PromptInit = Literal["random", "text", "vocabulary"]
 Attention = Literal["auto", "blocks", "flash", "varlen", "flex"]
 Packing = Literal["auto", "always", "never"]
@@ -133,6 +134,9 @@ class MethodOptions:
     """layers: train the final norm too."""
     train_head: bool = False
     """layers: train the vocabulary projection too."""
+    pure_bf16: bool = False
+    """layers, full: keep what trains in bf16 instead of float32, rounded at random after each step so that small steps
+    are not lost; with --optimizer adamw_8bit or paged_adamw_8bit a third of the memory."""
 
 
 @dataclass
@@ -155,6 +159,9 @@ class GenerationOptions:
 class LanguageTrainingOptions(TrainingOptions):
     """Optimizer, schedule and checkpoints."""
 
+    optimizer: Optimizer = "adamw"
+    """adamw; adamw_8bit keeps its moments in 8 bits, a quarter of their memory (extra quantization); paged_adamw_8bit
+    keeps them in the host's memory too, from which a GPU fetches them, slower."""
     epochs: Count = 2
     """Passes over the training data."""
     learning_rate: NotNegative = 0.0
@@ -179,7 +186,8 @@ class TrainConfig:
     run: RunOptions = field(default_factory=RunOptions)
     plan: PlanOptions = field(default_factory=PlanOptions)
     merge: bool = False
-    """Also write the base with the update merged in, as a model that transformers loads."""
+    """Also write the base with the update merged in, as a model that transformers loads; llm_peft_fa.export does so
+    later."""
     show_batch: bool = False
     """Print the first batch with the learnt tokens in colour, and stop."""
 
@@ -189,11 +197,12 @@ class SubjectOptions:
     """The model that answers: a finished run, an adapter, or any model."""
 
     checkpoint: Annotated[Path | None, tyro.conf.arg(aliases=["--run"])] = None  # as it was called before
-    """Directory of a finished run; by default the newest under runs/."""
+    """Directory of a finished run, or of an adapter or model that was exported; by default the newest run under
+    runs/."""
     adapter: Path | None = None
     """Directory of any adapter that PEFT loads, in the place of a run."""
     model: str | None = None
-    """Any model (Hugging Face id or directory), in the place of a run."""
+    """Any model or adapter (Hugging Face id or directory), in the place of a run."""
 
 
 @dataclass
@@ -251,12 +260,37 @@ class DemoConfig:
     """
 
     checkpoint: Annotated[tuple[Path, ...], tyro.conf.arg(aliases=["--run", "--runs"])] = ()  # as it was called before
-    """Directories of finished runs; by default all under runs/, newest first."""
+    """Directories of finished runs, or of exported adapters and models; by default all runs under runs/, newest
+    first."""
     models: tuple[str, ...] = ()
-    """Further models: Hugging Face ids or directories."""
+    """Further models or adapters: Hugging Face ids or directories."""
     page: PageOptions = field(default_factory=PageOptions)
     max_new_tokens: Count = 128
     """Longest answer, in tokens."""
+    command: CommandOptions = field(default_factory=CommandOptions)
+
+
+@dataclass
+class ExportConfig:
+    """Writes a finished run so that others can use it: a merged model or an adapter, with a model card, or on the hub.
+
+    `python -m llm_peft_fa.export runs/NAME --to merged`
+    `python -m llm_peft_fa.export runs/NAME --to hub --repo USER/NAME`
+    """
+
+    checkpoint: tyro.conf.Positional[Path | None] = None
+    """Directory of a finished run, or of any adapter of PEFT; by default the newest run under runs/."""
+    to: Literal["merged", "adapter", "hub"] = "merged"
+    """merged: one model that transformers, vLLM and llama.cpp load; adapter: what PEFT loads onto the base; hub: the
+    adapter, or the whole model of layers and full, also pushed to --repo with the token of `hf auth login`."""
+    merge: bool = False
+    """--to hub: push the merged model in the place of the adapter."""
+    repo: str | None = None
+    """--to hub: where to push, USER/NAME; it is made if it does not exist."""
+    private: bool = True
+    """--to hub: make a repository that others do not see; one that exists stays as it is."""
+    output: Path | None = None
+    """Directory to write, which must not exist yet; by default exported-model/ or exported-adapter/ under the run."""
     command: CommandOptions = field(default_factory=CommandOptions)
 
 

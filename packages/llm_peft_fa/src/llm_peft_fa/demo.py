@@ -43,8 +43,8 @@ def found_subjects(config: DemoConfig) -> dict[str, Subject]:
         raise LabError("no finished run under runs/; train one, or name --checkpoint or --models")
     found = [subject_of(SubjectOptions(checkpoint=run)) for run in runs]
     bases = dict.fromkeys([*(subject.base for subject in found if subject.base), *config.models])
-    found += [subject_of(SubjectOptions(model=name)) for name in bases]
-    return {f"{subject.name} (base)" if subject.trained is None else subject.name: subject for subject in found}
+    plain = [subject_of(SubjectOptions(model=name)) for name in bases]
+    return {one.name: one for one in found} | {one.name if one.adapted else f"{one.name} (base)": one for one in plain}
 
 
 def chat_page(subjects: dict[str, Subject], max_new_tokens: int) -> Any:

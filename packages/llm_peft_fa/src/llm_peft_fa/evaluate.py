@@ -153,6 +153,6 @@ def _reading(config: EvaluateConfig, subject: Subject) -> Reading:
 
 def _own_folder(config: EvaluateConfig, subject: Subject) -> Path:
     """Names the directory of the evaluation: under the run or adapter, of a plain model under runs/."""
-    if subject.trained is None and not subject.adapted:
+    if config.subject.model is not None:
         return Path("runs") / f"evaluation-{path_name(subject.name)}"
     return (config.subject.checkpoint or config.subject.adapter or Path("runs") / subject.name) / "evaluation"

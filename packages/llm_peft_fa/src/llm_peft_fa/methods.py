@@ -21,6 +21,7 @@ from labs_common.frozen.audit import train_only
 from llm_peft_fa.adalora import RankBudget
 from llm_peft_fa.config import MethodOptions, TrainConfig
 from llm_peft_fa.model import Adapted, arithmetic, decoder_layers, final_norm, in_text, text_parameters
+from llm_peft_fa.pissa import from_leading_part
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def p_tuning(model: PreTrainedModel, options: MethodOptions, setting: Setting) -
 
 
 def low_rank(model: PreTrainedModel, options: MethodOptions, setting: Setting, **more: Any) -> PeftModel:
-    """Adapts the model with LoRA; `more` of PEFT's options make it rsLoRA, DoRA, PiSSA or OLoRA."""
+    """Adapts the model with LoRA; `more` of PEFT's options make it rsLoRA, DoRA or OLoRA."""
     return _with_adapter(
         model, options, peft.LoraConfig, (".lora_",), r=options.rank, lora_alpha=options.alpha,
         lora_dropout=options.dropout, target_modules=_targets(options), **more,
@@ -265,12 +266,12 @@ def layers(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> 
         chosen.append(final_norm(model))
     if options.train_head:
         chosen.append(head)
-    return _with_weights(model, {id(parameter) for module in chosen for parameter in module.parameters()})
+    return _with_weights(model, options, {id(parameter) for module in chosen for parameter in module.parameters()})
 
 
 def full(model: PreTrainedModel, options: MethodOptions, setting: Setting) -> PreTrainedModel:
     """Lets every weight train through which text goes."""
-    return _with_weights(model, set(text_parameters(model)))
+    return _with_weights(model, options, set(text_parameters(model)))
 
 
 def _with_adapter(
@@ -292,15 +293,15 @@ def _with_adapter(
     return adapted
 
 
-def _with_weights(model: PreTrainedModel, wanted: set[int]) -> PreTrainedModel:
-    """Lets the parameters train whose id is in `wanted`, in float32 whatever the base is in.
+def _with_weights(model: PreTrainedModel, options: MethodOptions, wanted: set[int]) -> PreTrainedModel:
+    """Lets the parameters train whose id is in `wanted`, in float32 whatever the base is in, but for --pure-bf16.
 
     AdamW's small steps would be lost in bfloat16, where the next number is 1/256 to 1/128 of a weight away.
     """
     names = {name for name, parameter in model.named_parameters() if id(parameter) in wanted}
     train_only(model, lambda name: name in names)
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and not options.pure_bf16:
             parameter.data = parameter.data.float()
     return model
 
@@ -322,6 +323,7 @@ FROM_TEXT = {**SOFT, "prompt_init": "text", "prompt_text": TEXT}
 # much alpha are common practice.
 LINEAR = {"dropout": 0.0, "target_modules": ("all-linear",)}
 LOW_RANK = {"rank": 16, "alpha": 32.0, **LINEAR}
+PURE = {"pure_bf16": False}
 
 METHODS: dict[str, Method] = {
     "prompt_tuning": Method(
@@ -349,7 +351,7 @@ METHODS: dict[str, Method] = {
         "m (W + B A) / |W + B A| by columns, with the magnitudes m training too (Liu et al. 2024, eq. 5)",
     ),
     "pissa": Method(
-        partial(low_rank, init_lora_weights="pissa"), "update", LOW_RANK, (1e-3, 1e-4),
+        lambda *given: from_leading_part(low_rank(*given)), "update", LOW_RANK, (1e-3, 1e-4),
         "B A starts as the largest singular part of W, which W then lacks (Meng et al. 2024, eq. 2)", counts_as="lora",
     ),
     "olora": Method(
@@ -387,8 +389,11 @@ METHODS: dict[str, Method] = {
     ),
     "layers": Method(
         layers, "weights",
-        {"layers": 2, "which": "both", "train_embeddings": False, "train_final_norm": False, "train_head": False},
+        {
+            "layers": 2, "which": "both", "train_embeddings": False, "train_final_norm": False, "train_head": False,
+            **PURE,
+        },
         (1e-3, 2e-5), "the first and last decoder layers of the base",
     ),
-    "full": Method(full, "weights", {}, (1e-3, 1e-5), "every weight of the base", trains_head=True),
+    "full": Method(full, "weights", PURE, (1e-3, 1e-5), "every weight of the base", trains_head=True),
 }  # fmt: skip

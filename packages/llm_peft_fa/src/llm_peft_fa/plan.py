@@ -44,6 +44,7 @@ from llm_peft_fa.config import MethodOptions, TrainConfig
 from llm_peft_fa.losses import chunk_positions
 from llm_peft_fa.methods import METHODS, Setting, apply_method
 from llm_peft_fa.model import Adapted, PackedCausalLM, base_of, virtual_tokens
+from llm_peft_fa.optimizers import OPTIMIZERS, check_optimizer
 from llm_peft_fa.packing import packed_row, padded_row
 from llm_peft_fa.templates import Encoded
 
@@ -139,8 +140,12 @@ def plan_of(config: TrainConfig, machine: Machine, length: int = LENGTH, sharing
         LabError: there is no such model, or the method does not fit it.
     """
     options, dtype = config.method, DTYPES[machine.precision]
+    check_optimizer(config, machine.precision, sharing.fsdp or sharing.stage > 0, planned=True)
     whole = outline(config.model.model, options, dtype)
     held, extra = held_by(whole, machine.precision), 0
+    kept = OPTIMIZERS[config.training.optimizer].held
+    moments = sum(kept(parameter.numel()) for parameter in whole.parameters() if parameter.requires_grad)
+    held = dataclasses.replace(held, optimizer=moments)
     if METHODS[options.method].quantized:
         sizes = [layer.weight.numel() for layer in _quantized(base_of(whole))]
         held = dataclasses.replace(held, weights=held.weights - round(sum(sizes) * (dtype.itemsize - NF4)))
@@ -304,7 +309,10 @@ def print_plan(config: TrainConfig) -> None:
     else:
         found = plan.choice([asked] if asked else useful_rows(step), usable)
     if found is None:
-        print("nothing fits: take --method qlora, a smaller model, or several GPUs with launch/fsdp.yaml")
+        less = "--method qlora"
+        if held.trained == held.parameters and not options.optimizer.startswith("paged"):
+            less = "--optimizer paged_adamw_8bit --pure-bf16" if machine.precision == "bf16" else "--method layers"
+        print(f"nothing fits: take {less}, a smaller model, or several GPUs with launch/fsdp.yaml")
         return
     tokens, on = found[0], found[1] or config.model.gradient_checkpointing
     print(

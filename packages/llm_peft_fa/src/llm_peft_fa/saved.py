@@ -2,14 +2,17 @@
 
 import contextlib
 import copy
+import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from huggingface_hub import hf_hub_download, snapshot_download
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -20,11 +23,12 @@ from labs_common.errors import LabError
 from labs_common.run import written_whole
 from labs_common.saved import load_auto, named
 from labs_common.sharding import place, reads_weights, take_over
-from llm_peft_fa.base import device, load_model
+from llm_peft_fa.base import base_config, device, load_model, load_tokenizer, model_path
 from llm_peft_fa.config import SubjectOptions, TrainConfig
 from llm_peft_fa.methods import METHODS
 from llm_peft_fa.model import Adapted, base_of
 
+READ = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]  # of an adapter on the hub
 FOLDERS = ("adapter", "model")  # of a run: the result of PEFT's methods, and of layers and full
 Tensors = dict[str, torch.Tensor]
 
@@ -70,7 +74,12 @@ def save_tuned(
     with written_whole(folder) as part:
         if not isinstance(tuned, PeftModel):
             dtype = getattr(tuned.config, "dtype", None) or torch.float32
-            tuned.save_pretrained(part, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
+            tied = tuned.all_tied_weights_keys  # the embeddings themselves: another copy would be written beside them
+            kept = {name: tensor.to(dtype) for name, tensor in state.items() if name not in tied}
+            tuned.save_pretrained(part, state_dict=kept)
+            config = copy.deepcopy(tuned.config)
+            config.dtype = dtype  # that of the weights in training stands there, and others would load them so
+            config.save_pretrained(part)
         elif prompt is None and initial is None:
             tuned.save_pretrained(str(part), state_dict=state)
         else:
@@ -114,8 +123,12 @@ def load_tuned(run: Path, model: str, quantized: bool = False, read: bool = True
     return adapted_model(run / "adapter", model, quantized, read)
 
 
-def adapted_model(folder: Path, model: str, quantized: bool = False, read: bool = True) -> PeftModel:
-    """Loads the base `model` with the adapter of `folder` on it, for inference.
+def adapted_model(
+    folder: Path, model: str, quantized: bool = False, read: bool = True, merging: bool = False
+) -> PeftModel:
+    """Loads the base `model` with the adapter of `folder` on it, for inference or for `merging`: in float32.
+
+    A quantised base that is to be merged has the values of its four bits, as the adapter was trained with.
 
     Raises:
         LabError: there is no adapter, or it does not fit the base.
@@ -124,7 +137,9 @@ def adapted_model(folder: Path, model: str, quantized: bool = False, read: bool 
     file = folder / "adapter_model.safetensors"
     if folder.is_dir() and not file.is_file():
         raise LabError(f"{folder}: holds no {file.name}; save the adapter again in safetensors")
-    base = load_model(model, quantized=quantized, read=read)
+    base = load_model(model, "no" if merging else None, quantized, read)
+    if merging and quantized:
+        base.dequantize()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")  # PEFT goes on with random ones
         remedy = f"is it an adapter of {model}?"
@@ -180,12 +195,27 @@ def plain_base(tuned: Adapted, model: str, accelerator: Accelerator | None = Non
         yield base
 
 
-def save_merged(adapter: Path, model: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes the unquantised base plus its update as one model that `transformers` loads."""
-    tuned = adapted_model(adapter, model)
-    with written_whole(folder) as part:
-        tuned.merge_and_unload().save_pretrained(part)
-        tokenizer.save_pretrained(part)
+def write_merged(adapter: Path, model: str, quantized: bool, folder: Path) -> None:
+    """Writes base plus update and tokenizer to `folder` as one model that `transformers` loads.
+
+    It is added up in float32 and written in the precision of the base. llama.cpp wants SentencePiece's own file.
+    """
+    merged: Any = adapted_model(adapter, model, quantized, merging=True).merge_and_unload()
+    merged.to(getattr(base_config(model), "dtype", None) or torch.float32).save_pretrained(folder)
+    load_tokenizer(str(adapter)).save_pretrained(folder)
+    if (pieces := file_of(model, "tokenizer.model")) is not None:
+        shutil.copy(pieces, folder)
+
+
+def file_of(model: str, name: str) -> Path | None:
+    """Finds a file beside a model's weights, in its directory or on the hub; None if there is none."""
+    folder = Path(model_path(model))
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    try:
+        return Path(hf_hub_download(model, name))
+    except (OSError, ValueError):  # it is not there, or nothing of the hub is
+        return None
 
 
 def result_folder(run: Path) -> Path:
@@ -254,14 +284,21 @@ def subject_of(options: SubjectOptions, base: str | None = None) -> Subject:
     named = [f"--{name}" for name, value in vars(options).items() if value is not None]
     if len(named) > 1:
         raise LabError(f"{' and '.join(named)}: name one of them")
-    if model is not None:
+    if model is not None and file_of(model, "adapter_config.json") is None:
         return Subject(model, base, model, False, model)
+    if run is not None and not any((run / name).is_dir() for name in FOLDERS):  # what `export` wrote, perhaps
+        if (run / "adapter_config.json").is_file():
+            adapter = run
+        elif (run / "config.json").is_file():
+            return Subject(run.name, base, str(run), False, str(run))
+    if model is not None:
+        adapter = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, allow_patterns=READ))
     if adapter is not None:
         base = base or adapter_config(adapter, f"--adapter {adapter}").base_model_name_or_path
         if base is None:
             raise LabError(f"--adapter {adapter}: does not say which base it is of; name it with --base")
         own = (adapter / "tokenizer_config.json").exists()
-        return Subject(adapter.name, base, str(adapter), True, str(adapter) if own else base)
+        return Subject(model or adapter.name, base, str(adapter), True, str(adapter) if own else base)
     if run is None:
         run = next(iter(runs_with_result()), None)
         if run is None:

@@ -12,7 +12,6 @@ import time
 from functools import partial
 from typing import cast
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,7 +21,7 @@ from labs_common.errors import LabError
 from labs_common.fitting import Fitted, Fitting, begin
 from labs_common.launch import main_process_first
 from labs_common.progress import console
-from labs_common.run import Run
+from labs_common.run import Run, written_whole
 from labs_common.sharding import reads_weights, whole_outside_layers, zero_stage
 from labs_common.training import total_steps
 from llm_peft_fa.answers import before_and_after, collected_prompts
@@ -32,6 +31,7 @@ from llm_peft_fa.config import TrainConfig
 from llm_peft_fa.data import plain_paragraphs, training_and_validation
 from llm_peft_fa.methods import METHODS, Setting, apply_method, complete
 from llm_peft_fa.model import PackedCausalLM, mean_loss, structure_of, virtual_tokens
+from llm_peft_fa.optimizers import check_optimizer, optimizer_of
 from llm_peft_fa.packing import Packing
 from llm_peft_fa.plan import fitted, print_plan
 from llm_peft_fa.report import (
@@ -45,7 +45,7 @@ from llm_peft_fa.report import (
     show_learnt,
     structure_section,
 )
-from llm_peft_fa.saved import computed_prompt, initial_update, load_tuned, placed, plain_base, save_merged, save_tuned
+from llm_peft_fa.saved import computed_prompt, initial_update, load_tuned, placed, plain_base, save_tuned, write_merged
 from llm_peft_fa.templates import Encoded, check_before_training, encode_all, encode_plain, text_sum
 from llm_peft_fa.verification import FEW, settle
 
@@ -107,7 +107,8 @@ def train(config: TrainConfig) -> None:
     both = before_and_after(tuned, before, tokenizer, prompts, config.generation, accelerator)
     if accelerator.is_main_process:
         if config.merge:
-            save_merged(run.path / "adapter", name, tokenizer, run.path / "merged")
+            with written_whole(run.path / "merged") as part:
+                write_merged(run.path / "adapter", name, quantized, part)
         clock["evaluated"] = time.perf_counter()
         finish_report(run, config, sections, both, results, clock)
     accelerator.end_training()
@@ -146,6 +147,7 @@ def check_machine(config: TrainConfig, accelerator: Accelerator) -> None:
     """
     options, kernel = config.method, config.model.attention
     kind, method = accelerator.distributed_type, METHODS[options.method]
+    check_optimizer(config, accelerator.mixed_precision, kind in (DistributedType.DEEPSPEED, DistributedType.FSDP))
     if kernel not in ("auto", "blocks") and accelerator.device.type != "cuda":
         raise LabError(f"--attention {kernel}: needs a GPU; take auto")
     if kernel == "flash" and importlib.util.find_spec("flash_attn") is None:
@@ -189,9 +191,7 @@ def fit(
         Interrupted: Ctrl-C; the run can be resumed.
     """
     options, initial = config.training, initial_update(model.model)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    fused = True if accelerator.device.type == "cuda" else None  # one kernel, and no copies of what trains
-    optimizer = torch.optim.AdamW(trainable, lr=options.learning_rate, weight_decay=options.weight_decay, fused=fused)
+    optimizer = optimizer_of(config, model.parameters())
     also = METHODS[config.method.method].also
     state = None if also is None else also(model.model, optimizer)
     source = packing.steps(texts["training"], options.batch_size, config.run.seed)

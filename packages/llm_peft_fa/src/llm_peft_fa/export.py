@@ -1,0 +1,197 @@
+"""Writes a result for others: `python -m llm_peft_fa.export runs/NAME --to merged`."""
+
+from llm_peft_fa import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.export()
+
+import re
+import shutil
+from pathlib import Path
+
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, get_token
+from huggingface_hub.utils import validate_repo_id
+from peft import PeftConfig
+
+from labs_common.errors import LabError, json_of, reason_of
+from labs_common.run import written_whole
+from llm_peft_fa.config import ExportConfig, SubjectOptions
+from llm_peft_fa.methods import METHODS
+from llm_peft_fa.saved import Subject, adapter_config, file_of, subject_of, write_merged
+
+HUB_ID = r"[\w.-]+/[\w.-]+"
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank takes (its config/lora.py)
+SCORES = {"exact match": "exact_match", "chrF": "chrf", "validation loss": "loss"}  # and their names on the hub
+# The same for both languages: what it is, data, scores, use, licence.
+TEXT = """\
+# {name}
+
+{base} fine-tuned on conversations by {method} with llm_peft_fa of Foundation Labs.
+
+**Method.** {description}.
+
+**Data.** {data}.
+
+**Scores** on {validation}, before and after:
+
+{scores}
+
+**Use.** {use}
+
+**Licence.** {licence} What is made from a model is bound by its licence: read it before you pass this on.
+
+<div dir="rtl" lang="fa">
+
+# {name} به فارسی
+
+این مدل از آموزش تکمیلی <bdi>{base}</bdi> روی گفت‌وگوها به روش <bdi>{method}</bdi>
+با <bdi>llm_peft_fa</bdi> به دست آمده است.
+
+**داده.** <bdi>{data}</bdi>
+
+**نتیجه** روی دادهٔ کنار گذاشته، پیش و پس از آموزش: در جدول بالا.
+
+**کاربرد.** دستورهای بالا مدل را اجرا می‌کنند؛ گفت‌وگو را با قالب گفت‌وگوی همین توکن‌ساز بفرستید.
+
+**پروانه.** <bdi>{licence}</bdi> پروانهٔ مدل پایه بر هر چه از آن ساخته شود حاکم است؛ پیش از انتشار آن را بخوانید.
+
+</div>
+"""
+
+
+def export(config: ExportConfig) -> None:
+    """Writes the merged model or the adapter with a model card, and pushes it if asked.
+
+    Raises:
+        LabError: there is no such result, it has no such form, the directory exists, or the hub refuses.
+    """
+    subject = subject_of(SubjectOptions(checkpoint=config.checkpoint))
+    token = check_export(config, subject)
+    whole = not subject.adapted or config.merge or config.to == "merged"
+    folder = config.output or Path(subject.source).parent / f"exported-{'model' if whole else 'adapter'}"
+    if folder.exists():
+        raise LabError(f"--output {folder}: exists already; name another directory, or delete it")
+    with written_whole(folder) as part:
+        if subject.adapted and whole:
+            assert subject.base is not None
+            write_merged(Path(subject.source), subject.base, subject.quantized, part)
+        else:
+            shutil.copytree(subject.source, part, dirs_exist_ok=True)
+        card = model_card(subject, whole, config.repo or str(folder))
+        (part / "README.md").write_text(str(card), encoding="utf-8")
+    print(f"written: {folder}")
+    if token is not None:
+        assert config.repo is not None
+        print(f"pushed: {push(folder, config.repo, config.private, token)}")
+
+
+def check_export(config: ExportConfig, subject: Subject) -> str | None:
+    """Refuses what cannot be written, and returns the token for the hub if that is asked for.
+
+    Raises:
+        LabError: the result has no such form, or repository or token are missing.
+    """
+    if config.to == "adapter" and not subject.adapted:
+        raise LabError(f"--to adapter: {subject.name} is a whole model; take --to merged")
+    prompt = subject.adapted and adapter_config(Path(subject.source), subject.source).is_prompt_learning
+    if prompt and (config.to == "merged" or config.merge):
+        raise LabError("--to merged: a soft prompt is no update of weights that could be merged; take --to adapter")
+    if config.to != "hub":
+        if config.repo is not None or config.merge:
+            raise LabError(f"--{'merge' if config.merge else 'repo'}: is of --to hub")
+        return None
+    if config.repo is None or not re.fullmatch(HUB_ID, config.repo):
+        raise LabError("--repo: name where to push, as USER/NAME")
+    try:
+        validate_repo_id(config.repo)
+    except ValueError as error:
+        raise LabError(f"--repo {config.repo}: {reason_of(error)}") from error
+    if (token := get_token()) is None:
+        raise LabError("--to hub: has no token; run `hf auth login`, or set HF_TOKEN to one that may write")
+    return str(token)
+
+
+def push(folder: Path, repo: str, private: bool, token: str) -> str:
+    """Makes the repository if it does not exist, uploads the directory in one commit, and returns its address.
+
+    Raises:
+        LabError: the hub refuses, or cannot be reached.
+    """
+    api = HfApi(token=token)
+    try:
+        url = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload model with llm_peft_fa")
+    except Exception as error:  # HTTP, connection and answers that are none have no common type
+        raise LabError(f"--repo {repo}: the hub did not take it ({reason_of(error)}); {folder} is written") from error
+    return str(url)
+
+
+def model_card(subject: Subject, whole: bool, place: str) -> ModelCard:
+    """Makes the README of a result, in English and Persian; `place` is where it is found: hub id or directory."""
+    trained, base = subject.trained, subject.base or subject.source
+    known = _card_of(base)
+    method = trained.method.method if trained else str(_adapter(subject).peft_type.value).lower()
+    asked = trained.data.data if trained else None
+    data = "generated Persian tasks" if trained else "not recorded"
+    if asked is not None:
+        data = asked if _on_hub(asked) else Path(asked).name
+    file = Path(subject.source).parent / "results.json"
+    results = json_of(file, str(file)) if trained and file.is_file() else {}
+    before, after = results.get("before", {}), results.get("after", {})
+    named = Path(place).name if not _on_hub(place) else place.rpartition("/")[2]
+    scores = [EvalResult("text-generation", data, data, SCORES[name], value, metric_name=name)
+              for name, value in after.items() if name in SCORES]  # fmt: skip
+    meta = ModelCardData(
+        language="fa", license=known.license, license_name=known.get("license_name"),
+        license_link=known.get("license_link"), base_model=base if _on_hub(base) else None,
+        datasets=[data] if _on_hub(data) else None, library_name="transformers" if whole else "peft",
+        pipeline_tag="text-generation", tags=["persian", method], model_name=named, eval_results=scores or None,
+    )  # fmt: skip
+    rows = [f"| {name} | {before.get(name, float('nan')):.3f} | {value:.3f} |" for name, value in after.items()]
+    text = TEXT.format(
+        name=named, base=base if _on_hub(base) else Path(base).name, method=method, data=data,
+        description=METHODS[method].description if method in METHODS else method,
+        validation="held-out conversations", use=_use(subject, whole, place),
+        scores="\n".join(["| | before | after |", "|---|---|---|", *rows]) if rows else "not recorded",
+        licence=f"The base's: {known.license}." if known.license else "The base's, which could not be read.",
+    )  # fmt: skip
+    return ModelCard(f"---\n{meta.to_yaml()}\n---\n\n{text}")
+
+
+def _use(subject: Subject, whole: bool, place: str) -> str:
+    """Says how others run it: vLLM takes models and LoRA without DoRA, llama.cpp models."""
+    if whole:
+        return f"""`vllm serve {place}`; or for llama.cpp
+
+```sh
+python convert_hf_to_gguf.py DIRECTORY --outtype bf16 --outfile model.gguf
+llama-cli -m model.gguf
+```"""
+    config = _adapter(subject)
+    rank = getattr(config, "r", None)
+    base = config.base_model_name_or_path
+    if config.peft_type.value == "LORA" and not config.use_dora and rank <= RANKS[-1]:  # type: ignore[attr-defined]
+        least = next(size for size in RANKS if size >= rank)
+        return f"`vllm serve {base} --enable-lora --max-lora-rank {least} --lora-modules tuned={place}`"
+    return f"""```python
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{place}")
+```
+
+vLLM serves no adapters of this kind."""
+
+
+def _adapter(subject: Subject) -> PeftConfig:
+    return adapter_config(Path(subject.source), subject.source)
+
+
+def _card_of(model: str) -> ModelCardData:
+    """Reads what a model's README says of it, if it has one."""
+    file = file_of(model, "README.md")
+    try:
+        return ModelCardData() if file is None else ModelCard.load(file).data
+    except (OSError, ValueError):  # written by anybody
+        return ModelCardData()
+
+
+def _on_hub(name: str) -> bool:
+    return re.fullmatch(HUB_ID, name) is not None and not Path(name).exists()
