@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from test_training import OPTIONS, finish
 
@@ -67,3 +68,26 @@ def test_weights_that_are_sharded_stay_contiguous(sharded: bool, monkeypatch: py
     network = torch.nn.Conv2d(3, 4, 3)
     channels_last(network, accelerator)
     assert network.weight.is_contiguous() is sharded
+
+
+@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "many"}, {"LOCAL_RANK": "0"}])
+def test_variables_of_a_launcher_alone_are_one_line(
+    variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    said = finish("--output", tmp_path / "run", *OPTIONS, code=2).splitlines()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert len(said) == 1
+    assert "the processes cannot be set up" in said[0]
+    assert "unset WORLD_SIZE, RANK and LOCAL_RANK" in said[0]
+
+
+def test_a_working_directory_that_is_gone_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert finish("--output", "run", *OPTIONS, code=2) == (
+        "error: the directory in which this was started is gone; change to another\n"
+    )

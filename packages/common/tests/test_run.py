@@ -73,6 +73,8 @@ def test_runs_of_one_second_have_names_of_their_own(tmp_path: Path, monkeypatch:
     assert made == {"name", *(f"name-{number}" for number in range(2, 9))}
     (tmp_path / "runs" / "link").symlink_to("nowhere")
     assert _new_directory(Path("runs/link")) == Path("runs/link-2")
+    with pytest.raises(FileExistsError):  # and is not tried for ever
+        _new_directory(Path("runs/link/below"))
     options, stamps = RunOptions(track="none"), set()
     for _ in range(2):
         with held:

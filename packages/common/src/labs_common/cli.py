@@ -135,6 +135,8 @@ def run_command(
             _exit(1, f"error: the disk is full ({reason_of(full)}): make room{_how_to_go_on()}")
         if isinstance(error, OSError) and error.filename is not None:
             _exit(2, f"error: {os.fsdecode(error.filename)}: {error.strerror or reason_of(error)}{_how_to_go_on()}")
+        if isinstance(error, FileNotFoundError):  # without a name: of os.getcwd
+            _exit(2, "error: the directory in which this was started is gone; change to another")
         raise
     finally:
         held.close()

@@ -23,6 +23,7 @@ from accelerate.utils import DistributedType
 from labs_common.checkpoint import SHARDED, Stateful, check_resumed
 from labs_common.cli import to_plain
 from labs_common.device import mixed_precision, state_bytes
+from labs_common.errors import LabError, reason_of
 from labs_common.frozen.audit import FrozenAudit
 from labs_common.frozen.cache import Rows, disk_bytes
 from labs_common.launch import check_launch
@@ -153,8 +154,12 @@ def begin(run: RunOptions, training: TrainingOptions) -> Accelerator:
             the machine lacks the precision, or has fewer GPUs than processes.
     """
     check_run_options(run)
-    check_launch(mixed_precision(training.precision))
-    accelerator = make_accelerator(training)
+    try:
+        check_launch(mixed_precision(training.precision))
+        accelerator = make_accelerator(training)
+    except (ValueError, RuntimeError) as error:  # WORLD_SIZE without a launcher, a port that is taken
+        raise LabError(f"the processes cannot be set up ({reason_of(error)}); start with accelerate launch or "
+                       "torchrun, or unset WORLD_SIZE, RANK and LOCAL_RANK") from error  # fmt: skip
     if run.resume is not None:
         lock(run.resume, accelerator.is_main_process)
     return accelerator

@@ -374,9 +374,12 @@ def _new_directory(default: Path) -> Path:
     """Makes `default`, or the first of default-2, default-3, … that nobody else has made, in one move."""
     for number in itertools.count(1):
         path = default if number == 1 else default.with_name(f"{default.name}-{number}")
-        with contextlib.suppress(FileExistsError):
+        try:
             path.mkdir(parents=True)
             break
+        except FileExistsError:
+            if not os.path.lexists(path):  # what is in the way is above: a link to nowhere
+                raise
     return path
 
 
