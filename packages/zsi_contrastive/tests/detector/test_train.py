@@ -202,6 +202,7 @@ def test_real_pictures_and_word_vectors(coco: Path, coco_vectors: Path, tmp_path
         (("--validation-fraction", "1"), "--validation-fraction"),
         (("--validation-fraction", "0", "--patience", "2"), "--patience"),
         (("--output", "/proc/run"), "--output"),
+        (("--contrastive", "patch_infonce", "--plan"), "patch_infonce"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
