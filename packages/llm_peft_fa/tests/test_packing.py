@@ -230,14 +230,15 @@ def test_spread_keeps_every_conversation_once_and_the_limit() -> None:
 
 def test_batches_are_of_like_length_and_keep_the_limit() -> None:
     items = conversations(50)
-    for limit, multiple, virtual in ((200, 1, 0), (200, 3, 10), (200, 64, 0), (5000, 1, 0)):
-        rows = bucketed(items, limit, multiple, virtual)
+    for multiple, virtual in ((1, 0), (3, 10), (64, 0)):
+        rows = bucketed(items, 200, multiple, virtual)
         assert sorted(item.where for row in rows for item in row) == sorted(item.where for item in items)
         assert len(rows) % multiple == 0
         for row in filter(None, rows):
             sizes = [virtual + len(item.ids) for item in row]
-            assert len(row) * max(sizes) <= limit or len(row) == 1
-            assert sum(sizes) > len(row) * max(sizes) / 2, "less than half is padding"
+            assert len(row) * max(sizes) <= 200 or len(row) == 1
+    long, short = (Encoded([5] * length, [True] * length, "") for length in (40, 20))
+    assert [len(row) for row in bucketed([short, long, short, long], 10_000)] == [2, 2], "less than half is padding"
     assert [len(row) for row in bucketed([items[0]] * 8, 10_000, 4)] == [2] * 4, "every process gets its part"
 
 
