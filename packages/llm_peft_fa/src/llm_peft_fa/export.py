@@ -130,7 +130,7 @@ def model_card(subject: Subject, whole: bool, place: str) -> ModelCard:
     """Makes the README of a result, in English and Persian; `place` is where it is found: hub id or directory."""
     trained, base = subject.trained, subject.base or subject.source
     known = _card_of(base)
-    method = trained.method.method if trained else str(_adapter(subject).peft_type.value).lower()
+    method = trained.method.method if trained else _kind(_adapter(subject)).lower()
     asked = trained.data.data if trained else None
     data = "generated Persian tasks" if trained else "not recorded"
     if asked is not None:
@@ -168,9 +168,9 @@ python convert_hf_to_gguf.py DIRECTORY --outtype bf16 --outfile model.gguf
 llama-cli -m model.gguf
 ```"""
     config = _adapter(subject)
-    rank = getattr(config, "r", None)
+    rank: int = getattr(config, "r", 0)
     base = config.base_model_name_or_path
-    if config.peft_type.value == "LORA" and not config.use_dora and rank <= RANKS[-1]:  # type: ignore[attr-defined]
+    if _kind(config) == "LORA" and not getattr(config, "use_dora", False) and rank <= RANKS[-1]:
         least = next(size for size in RANKS if size >= rank)
         return f"`vllm serve {base} --enable-lora --max-lora-rank {least} --lora-modules tuned={place}`"
     return f"""```python
@@ -182,6 +182,10 @@ vLLM serves no adapters of this kind."""
 
 def _adapter(subject: Subject) -> PeftConfig:
     return adapter_config(Path(subject.source), subject.source)
+
+
+def _kind(config: PeftConfig) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 def _card_of(model: str) -> ModelCardData:
