@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig
 
 from labs_common.errors import LabError, json_of, reason_of
-from labs_common.run import written_whole
+from labs_common.run import check_new, written_whole
 from llm_peft_fa.config import ExportConfig, SubjectOptions
 from llm_peft_fa.methods import METHODS
 from llm_peft_fa.saved import Subject, adapter_config, file_of, subject_of, write_merged
@@ -65,12 +65,12 @@ def export(config: ExportConfig) -> None:
     Raises:
         LabError: there is no such result, it has no such form, the directory exists, or the hub refuses.
     """
+    check_new(config.output)
     subject = subject_of(SubjectOptions(checkpoint=config.checkpoint))
     token = check_export(config, subject)
     whole = not subject.adapted or config.merge or config.to == "merged"
     folder = config.output or Path(subject.source).parent / f"exported-{'model' if whole else 'adapter'}"
-    if folder.exists():
-        raise LabError(f"--output {folder}: exists already; name another directory, or delete it")
+    check_new(folder)
     with written_whole(folder) as part:
         if subject.adapted and whole:
             assert subject.base is not None
@@ -101,7 +101,7 @@ def check_export(config: ExportConfig, subject: Subject) -> str | None:
             raise LabError(f"--{'merge' if config.merge else 'repo'}: is of --to hub")
         return None
     if config.repo is None or not re.fullmatch(HUB_ID, config.repo):
-        raise LabError("--repo: name where to push, as USER/NAME")
+        raise LabError("--repo: name where to push, as someone/name")
     try:
         validate_repo_id(config.repo)
     except ValueError as error:
