@@ -207,7 +207,7 @@ def test_what_cannot_be_written_is_one_line(
         ("--repo: name where to push", run, "--to", "hub"),
         ("--repo: is of --to hub", run, "--repo", "someone/name"),
         ("--repo someone/a..b", run, "--to", "hub", "--repo", "someone/a..b"),
-        ("exists already", run, "--output", tmp_path),
+        ("is not empty", run, "--output", tmp_path),
         ("a soft prompt", tmp_path / "adapter", "--to", "merged"),
         ("is a whole model; take --to merged", gemma_dir, "--to", "adapter"),
         ("name the directory of a finished run", tmp_path / "adapter" / "nothing"),

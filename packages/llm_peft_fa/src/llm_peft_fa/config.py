@@ -275,7 +275,7 @@ class ExportConfig:
     """Writes a finished run so that others can use it: a merged model or an adapter, with a model card, or on the hub.
 
     `python -m llm_peft_fa.export runs/NAME --to merged`
-    `python -m llm_peft_fa.export runs/NAME --to hub --repo USER/NAME`
+    `python -m llm_peft_fa.export runs/NAME --to hub --repo someone/name`
     """
 
     checkpoint: tyro.conf.Positional[Path | None] = None
@@ -286,7 +286,7 @@ class ExportConfig:
     merge: bool = False
     """--to hub: push the merged model in the place of the adapter."""
     repo: str | None = None
-    """--to hub: where to push, USER/NAME; it is made if it does not exist."""
+    """--to hub: where to push, as someone/name; it is made if it does not exist."""
     private: bool = True
     """--to hub: make a repository that others do not see; one that exists stays as it is."""
     output: Path | None = None

@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig
 
 from labs_common.errors import LabError, json_of, reason_of
-from labs_common.run import written_whole
+from labs_common.run import check_new, written_whole
 from llm_peft_fa.config import ExportConfig, SubjectOptions
 from llm_peft_fa.methods import METHODS
 from llm_peft_fa.saved import Subject, adapter_config, file_of, subject_of, write_merged
@@ -65,12 +65,12 @@ def export(config: ExportConfig) -> None:
     Raises:
         LabError: there is no such result, it has no such form, the directory exists, or the hub refuses.
     """
+    check_new(config.output)
     subject = subject_of(SubjectOptions(checkpoint=config.checkpoint))
     token = check_export(config, subject)
     whole = not subject.adapted or config.merge or config.to == "merged"
     folder = config.output or Path(subject.source).parent / f"exported-{'model' if whole else 'adapter'}"
-    if folder.exists():
-        raise LabError(f"--output {folder}: exists already; name another directory, or delete it")
+    check_new(folder)
     with written_whole(folder) as part:
         if subject.adapted and whole:
             assert subject.base is not None
@@ -101,7 +101,7 @@ def check_export(config: ExportConfig, subject: Subject) -> str | None:
             raise LabError(f"--{'merge' if config.merge else 'repo'}: is of --to hub")
         return None
     if config.repo is None or not re.fullmatch(HUB_ID, config.repo):
-        raise LabError("--repo: name where to push, as USER/NAME")
+        raise LabError("--repo: name where to push, as someone/name")
     try:
         validate_repo_id(config.repo)
     except ValueError as error:
@@ -130,7 +130,7 @@ def model_card(subject: Subject, whole: bool, place: str) -> ModelCard:
     """Makes the README of a result, in English and Persian; `place` is where it is found: hub id or directory."""
     trained, base = subject.trained, subject.base or subject.source
     known = _card_of(base)
-    method = trained.method.method if trained else str(_adapter(subject).peft_type.value).lower()
+    method = trained.method.method if trained else _kind(_adapter(subject)).lower()
     asked = trained.data.data if trained else None
     data = "generated Persian tasks" if trained else "not recorded"
     if asked is not None:
@@ -168,9 +168,9 @@ python convert_hf_to_gguf.py DIRECTORY --outtype bf16 --outfile model.gguf
 llama-cli -m model.gguf
 ```"""
     config = _adapter(subject)
-    rank = getattr(config, "r", None)
+    rank: int = getattr(config, "r", 0)
     base = config.base_model_name_or_path
-    if config.peft_type.value == "LORA" and not config.use_dora and rank <= RANKS[-1]:  # type: ignore[attr-defined]
+    if _kind(config) == "LORA" and not getattr(config, "use_dora", False) and rank <= RANKS[-1]:
         least = next(size for size in RANKS if size >= rank)
         return f"`vllm serve {base} --enable-lora --max-lora-rank {least} --lora-modules tuned={place}`"
     return f"""```python
@@ -182,6 +182,10 @@ vLLM serves no adapters of this kind."""
 
 def _adapter(subject: Subject) -> PeftConfig:
     return adapter_config(Path(subject.source), subject.source)
+
+
+def _kind(config: PeftConfig) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 def _card_of(model: str) -> ModelCardData:

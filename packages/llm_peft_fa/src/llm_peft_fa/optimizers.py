@@ -6,6 +6,7 @@ OPTIMIZERS, at the end, is the one table in which an optimizer is registered.
 import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,13 +77,14 @@ def _adamw(parameters: list[torch.nn.Parameter], rate: float, decay: float) -> t
 def _eight_bit(parameters: list[torch.nn.Parameter], rate: float, decay: float, paged: bool) -> torch.optim.Optimizer:
     import bitsandbytes  # of an extra
 
-    class RoundedAdamW8bit(bitsandbytes.optim.AdamW8bit):  # type: ignore[misc]
+    class RoundedAdamW8bit(bitsandbytes.optim.AdamW8bit):
         """Steps in float32 also where a weight is kept in bfloat16, which then gets it by `rounded`."""
 
         def update_step(self, group: Any, p: torch.nn.Parameter, gindex: int, pindex: int) -> None:
             if p.dtype != torch.bfloat16:
                 super().update_step(group, p, gindex, pindex)
                 return
+            assert p.grad is not None
             whole, weights, gradients = self.state[p], p.data.view(-1), p.grad.reshape(-1)
             # By step and parameter: the same in all processes, and in a run that is resumed.
             generator = torch.Generator(p.device).manual_seed(1_000_003 * whole["step"] + pindex)
@@ -118,8 +120,6 @@ def _held(count: int, paged: bool) -> int:
 
 OPTIMIZERS: dict[str, Optimizer] = {
     "adamw": Optimizer(_adamw, lambda count: 8 * count),
-    "adamw_8bit": Optimizer(lambda *given: _eight_bit(*given, paged=False), lambda count: _held(count, False), True),
-    "paged_adamw_8bit": Optimizer(
-        lambda *given: _eight_bit(*given, paged=True), lambda count: _held(count, True), True
-    ),
+    "adamw_8bit": Optimizer(partial(_eight_bit, paged=False), lambda count: _held(count, False), True),
+    "paged_adamw_8bit": Optimizer(partial(_eight_bit, paged=True), lambda count: _held(count, True), True),
 }

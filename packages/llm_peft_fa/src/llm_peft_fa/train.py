@@ -133,9 +133,11 @@ def packing_of(
     if packing.padded and options.method == "prefix_tuning" and config.model.gradient_checkpointing:
         raise LabError(f"--gradient-checkpointing: keeps no prefix of conversations that are padded ({why}); take "
                        "--no-gradient-checkpointing --no-fit-memory, or --method prompt_tuning")  # fmt: skip
-    if packing.padded and accelerator.is_main_process:
+    if accelerator.is_main_process and packing.padded:
         share = packing.padding(training, config.training.batch_size, config.run.seed)
         console.print(f"conversations are padded, not packed ({why}): {share:.0%} of what is computed is padding")
+    elif accelerator.is_main_process:
+        console.print("conversations are packed: states and loss are those of the model's own attention on each alone")
     return packing
 
 
