@@ -289,19 +289,20 @@ def new_folder(output: Path | None, default: Path) -> Path:
     folder = output or default
     check_writable(folder)
     if os.environ.get("RANK", "0") == "0":
-        if not folder.exists():
-            held.callback(_remove_unused, folder)
+        there = output is not None and output.exists()
         if output is None:
             folder = _new_directory(default)
         else:
             folder.mkdir(parents=True, exist_ok=True)
+        if not there:
+            held.callback(_remove_unused, folder)
         if trouble := locked(folder):
             raise LabError(trouble)
     return folder
 
 
 def _remove_unused(folder: Path) -> None:
-    if all(map(_left_by_a_kill, folder.iterdir())):
+    if folder.is_dir() and all(map(_left_by_a_kill, folder.iterdir())):
         shutil.rmtree(folder, ignore_errors=True)
 
 
