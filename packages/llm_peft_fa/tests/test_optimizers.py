@@ -70,6 +70,19 @@ def test_small_steps_are_not_lost_in_bf16() -> None:
     assert torch.equal(rounded(found.float(), torch.Generator()), found), "what bf16 can hold stays"
 
 
+def test_a_weight_in_bf16_moves_by_steps_that_it_cannot_hold() -> None:
+    """With a gradient that stays, AdamW's step is the learning rate: a 78th of the way down to the next number."""
+    pytest.importorskip("bitsandbytes", reason="needs the extra llm-peft-fa[quantization]")
+    weight = torch.nn.Parameter(torch.ones(300, 200, dtype=torch.bfloat16))
+    config = config_of("adamw_8bit", pure=True, rate=5e-5)
+    config.training.weight_decay = 0.0
+    optimizer = optimizer_of(config, [weight])
+    for _ in range(40):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert 1 - weight.double().mean().item() == pytest.approx(40 * 5e-5, rel=0.05)
+
+
 @pytest.mark.parametrize("name", EIGHT_BIT)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_checkpoint_goes_on_to_the_same_weights(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
