@@ -76,6 +76,15 @@ def test_a_gpu_that_a_scheduler_bound_to_each_process_is_enough(
         said_of("bf16", eight, capsys, TORCHELASTIC_RUN_ID="none")
 
 
+def test_deepspeed_without_a_launcher_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(LabError, match="ACCELERATE_USE_DEEPSPEED.*unset it"):
+        check_launch("no")
+    monkeypatch.setenv("RANK", "0")
+    check_launch("no")
+
+
 def test_no_precision_of_a_gpu_where_the_cpu_is_asked_for(eight: pytest.MonkeyPatch) -> None:
     eight.setattr(torch.cuda, "is_available", lambda: True)
     eight.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)

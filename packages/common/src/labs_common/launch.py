@@ -19,12 +19,15 @@ def check_launch(precision: str) -> None:
     they meet: all of a machine count the same, so all of them stop, and none waits for another.
 
     Raises:
-        LabError: this machine has more processes than GPUs that they may use.
+        LabError: this machine has more processes than GPUs that they may use, or DeepSpeed has no launcher.
     """
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # a configuration that leaves it out says "no" too
     if asked not in ("no", precision):
         _say(f"mixed_precision {asked} of the launch configuration does not count: "
              f"--precision decides, and gives {'fp32' if precision == 'no' else precision}")  # fmt: skip
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and "RANK" not in os.environ:
+        raise LabError("ACCELERATE_USE_DEEPSPEED: is set, but no launcher started this process; unset it, or start with "
+                       "accelerate launch --config_file launch/deepspeed_zero2.yaml")  # fmt: skip
     if parse_flag_from_env("ACCELERATE_USE_CPU"):
         return
     processes = get_int_from_env(["LOCAL_WORLD_SIZE", "LOCAL_SIZE"], 1)  # of torchrun; of DeepSpeed's own launcher
