@@ -26,7 +26,7 @@ def check_launch(precision: str) -> None:
         _say(f"mixed_precision {asked} of the launch configuration does not count: "
              f"--precision decides, and gives {'fp32' if precision == 'no' else precision}")  # fmt: skip
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and "RANK" not in os.environ:
-        raise LabError("ACCELERATE_USE_DEEPSPEED: is set, but no launcher started this process; unset it, or start with "
+        raise LabError("ACCELERATE_USE_DEEPSPEED: is set, but no launcher started this; unset it, or start with "
                        "accelerate launch --config_file launch/deepspeed_zero2.yaml")  # fmt: skip
     if parse_flag_from_env("ACCELERATE_USE_CPU"):
         return
