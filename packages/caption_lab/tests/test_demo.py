@@ -2,7 +2,6 @@ import socket
 from functools import partial
 from pathlib import Path
 
-import httpx
 import pytest
 from labs_testing import commands as lab_commands
 from PIL import Image
@@ -49,6 +48,8 @@ def test_a_demo_without_a_captioner_is_one_line(tmp_path: Path, monkeypatch: pyt
 def test_a_running_page_is_this_machine_s_and_gives_no_file(finished: Path, tmp_path: Path) -> None:
     """Neither by its address nor as the picture that a browser says it has uploaded."""
     pytest.importorskip("gradio", reason="needs the extra caption-lab[demo]")
+    import httpx  # which gradio brings
+
     from caption_lab.demo import caption_page
 
     private = tmp_path / "private.png"
