@@ -58,6 +58,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "global_head_dim": 16,
     },
     "phi3": {"sliding_window": 8},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
     "olmo2": {},
     "olmo3": BOTH,
     "smollm3": {"no_rope_layers": [1, 0]},

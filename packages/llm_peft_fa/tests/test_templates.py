@@ -30,6 +30,7 @@ from llm_peft_fa.templates import (
     encode_all,
     encode_prompt,
     set_template,
+    stands_alone,
     text_sum,
 )
 
@@ -323,6 +324,23 @@ def test_thinking_is_learnt_if_it_is_kept_and_else_refused_where_it_would_be_los
             encode(tokenizer, Conversation(talk, "here"))
     else:
         assert learnt_text(tokenizer, talk)[-1] == learnt.removeprefix("\n</think>\n\n")
+
+
+@pytest.mark.skipif(TRL is None, reason="needs trl, of the development's dependencies")
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_6", "deepseek_r1_distill", "llama3"])
+def test_an_exported_template_asks_others_as_was_trained(name: str, bytes_tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer = bytes_tokenizer
+    set_template(tokenizer, "auto", "off")
+    tokenizer.chat_template = TEMPLATES[name]
+    trained = [encode_prompt(tokenizer, CHAT[:count]) for count in (2, 4)]
+    theirs = [tokenizer.apply_chat_template(CHAT[:count], add_generation_prompt=True).input_ids for count in (2, 4)]
+    tokenizer.chat_template = stands_alone(tokenizer)
+    found = [tokenizer.apply_chat_template(CHAT[:count], add_generation_prompt=True).input_ids for count in (2, 4)]
+    assert found == trained == [encode_prompt(tokenizer, CHAT[:count]) for count in (2, 4)]
+    assert (found == theirs) == (name == "llama3"), "else there was nothing to do"
+    assert stands_alone(tokenizer) == tokenizer.chat_template
+    set_template(tokenizer, "auto", "keep")
+    assert tokenizer.chat_template == TEMPLATES[name].rstrip("\n" if name != "llama3" else ""), "and back"
 
 
 def test_thinking_is_saved_with_the_tokenizer(llama_dir: Path, tmp_path: Path) -> None:

@@ -34,11 +34,11 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 # Convolutions, linear attention and state spaces go on from one conversation into the next; attention that transformers
 # has not made exchangeable, or that has more in it than ours.
-PADDED = {"qwen3_next", "qwen3_5_text", "gpt_oss", "lfm2", "falcon", "stablelm", "bloom", "mamba2"}
+PADDED = {"qwen3_next", "qwen3_5_text", "gpt_oss", "lfm2", "falcon", "stablelm", "bloom", "mamba2", "phimoe"}
 SHARED = {"gemma3n_text", "gemma4_text"}  # later layers take an earlier one's keys and values, with its prefix in them
 # PEFT has no prefix for a state, nor for the compressed keys of DeepSeek.
 NO_PREFIX = {"qwen3_next", "qwen3_5_text", "lfm2", "mamba2", "deepseek_v3"}
-QUICK = ("llama", "gemma2", "granite", "gpt_oss", "lfm2")
+QUICK = ("llama", "gemma2", "granite", "gpt_oss", "lfm2", "phimoe")
 NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in ARCHITECTURES]
 
 
@@ -52,9 +52,7 @@ def conversations() -> list[Encoded]:
 
 
 def adapted(base: PreTrainedModel, method: str) -> Adapted:
-    # PEFT adapts no other layer of Mamba's.
-    more = {"target_modules": ("in_proj",)} if method == "lora" and base.config.model_type == "mamba2" else {}
-    return apply_method(base, resolved(MethodOptions(method=method, **METHODS[method], **more)), Setting(None, 10))
+    return apply_method(base, resolved(MethodOptions(method=method, **METHODS[method])), Setting(None, 10))
 
 
 def prompt(method: str) -> Callable[[PreTrainedModel], Adapted] | None:

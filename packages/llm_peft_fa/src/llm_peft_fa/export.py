@@ -15,9 +15,11 @@ from peft import PeftConfig
 
 from labs_common.errors import LabError, json_of, reason_of
 from labs_common.run import check_new, written_whole
+from llm_peft_fa.base import load_tokenizer
 from llm_peft_fa.config import ExportConfig, SubjectOptions
 from llm_peft_fa.methods import METHODS
 from llm_peft_fa.saved import Subject, adapter_config, file_of, subject_of, write_merged
+from llm_peft_fa.templates import stands_alone
 
 HUB_ID = r"[\w.-]+/[\w.-]+"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank takes (its config/lora.py)
@@ -77,6 +79,9 @@ def export(config: ExportConfig) -> None:
             write_merged(Path(subject.source), subject.base, subject.quantized, part)
         else:
             shutil.copytree(subject.source, part, dirs_exist_ok=True)
+        if subject.trained:  # servers know nothing of --thinking
+            template = stands_alone(load_tokenizer(str(part)))
+            (part / "chat_template.jinja").write_text(template, encoding="utf-8")
         card = model_card(subject, whole, config.repo or str(folder))
         (part / "README.md").write_text(str(card), encoding="utf-8")
     print(f"written: {folder}")

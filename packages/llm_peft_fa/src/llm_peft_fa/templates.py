@@ -46,6 +46,9 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 OPENED, CLOSED = re.compile(r"<think>\s*\Z"), "<think>\n\n</think>\n\n"
 THOUGHT = re.compile(r"<think>\s*(</think>\s*)?\Z")
 HIDDEN = "\ue000" * len("</think>")  # of the private use area: no template looks for it
+# What others, who do not say that thinking is off, get before and after an exported template.
+OFF = "{%- if enable_thinking is not defined %}{% set enable_thinking = false %}{% endif -%}"
+CLOSE = "{%- if add_generation_prompt %}{{ '\\n</think>\\n\\n' }}{% endif %}"
 THINKING = "labs_thinking"  # the key of tokenizer_config.json that takes --thinking to chat and evaluate
 
 
@@ -81,6 +84,8 @@ def set_template(tokenizer: PreTrainedTokenizerBase, template: str, thinking: Th
         tokenizer.init_kwargs.pop(THINKING, None)
         if thinking != "off":
             tokenizer.init_kwargs[THINKING] = thinking
+            if isinstance(tokenizer.chat_template, str):  # of an export that answers at once
+                tokenizer.chat_template = tokenizer.chat_template.removeprefix(OFF).removesuffix(CLOSE)
     if template not in ("auto", "plain"):
         tokenizer.chat_template = text_of(Path(template), f"--template {template} (a file, auto or plain)")
     elif template == "plain" or not tokenizer.chat_template:
@@ -91,6 +96,18 @@ def set_template(tokenizer: PreTrainedTokenizerBase, template: str, thinking: Th
 
 def _keeps_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(tokenizer.init_kwargs.get(THINKING) == "keep")
+
+
+def stands_alone(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the template so that its generation prompt is the trained one without `enable_thinking=False` too."""
+    template = str(tokenizer.get_chat_template())
+    if _keeps_thinking(tokenizer) or template.startswith(OFF):
+        return template
+    asked = prepared(tokenizer, [{"role": "user", "content": "?"}])
+    opened = OPENED.search(_rendered(tokenizer, asked, prompt=True)[0])
+    if not opened and "enable_thinking" not in template:
+        return template
+    return OFF + template.rstrip("\n") + (CLOSE if opened else "")
 
 
 def _rendered(
