@@ -22,8 +22,9 @@ from benchmarks.gpu.rows import Record, figure, file_of, keep, read
 
 from labs_common.compare.processes import start_server
 from labs_common.errors import Interrupted, LabError
+from labs_common.lock import check_writable
 from labs_common.progress import console
-from labs_common.run import check_writable, write_atomically
+from labs_common.run import write_atomically
 
 # Imported once, in the server that every measurement is forked from. None of them starts CUDA when it is imported.
 LIBRARIES = (

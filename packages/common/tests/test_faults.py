@@ -20,11 +20,11 @@ from labs_common.cli import config_from_yaml, parse, run_command
 from labs_common.data.images import BadPictureError, decoded, examined, record_splits
 from labs_common.errors import LabError, bytes_of, json_of, text_of
 from labs_common.fitting import write_results
-from labs_common.lock import LOCK, lock
+from labs_common.lock import LOCK, check_new, lock
 from labs_common.options import RunOptions, TrainingOptions
 from labs_common.report.figures import bar_figure, curve_figure, map_figure, matrix_figure, scatter_figure
 from labs_common.report.page import Gallery, Section, Text, write_report
-from labs_common.run import Run, check_new, cost_of, training_means
+from labs_common.run import Run, cost_of, training_means
 
 pytestmark = pytest.mark.quick
 # Each alias stands for nine of the one before: 9**11 values.

@@ -11,8 +11,9 @@ from test_checkpoint import locked as locked_elsewhere
 from labs_common.cache import cached_directory
 from labs_common.cli import config_from_yaml, held
 from labs_common.errors import LabError
+from labs_common.lock import new_directory, new_folder
 from labs_common.options import RunOptions
-from labs_common.run import Run, _new_directory, check_run_options, new_folder, write_atomically
+from labs_common.run import Run, check_run_options, write_atomically
 
 pytestmark = pytest.mark.quick
 
@@ -68,13 +69,13 @@ def test_runs_of_one_second_have_names_of_their_own(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     made = set()
     with ThreadPoolExecutor(8) as pool:
-        for path in pool.map(lambda _: _new_directory(Path("runs/name")), range(8)):
+        for path in pool.map(lambda _: new_directory(Path("runs/name")), range(8)):
             made.add(path.name)
     assert made == {"name", *(f"name-{number}" for number in range(2, 9))}
     (tmp_path / "runs" / "link").symlink_to("nowhere")
-    assert _new_directory(Path("runs/link")) == Path("runs/link-2")
+    assert new_directory(Path("runs/link")) == Path("runs/link-2")
     with pytest.raises(FileExistsError):  # and is not tried for ever
-        _new_directory(Path("runs/link/below"))
+        new_directory(Path("runs/link/below"))
     options, stamps = RunOptions(track="none"), set()
     for _ in range(2):
         with held:

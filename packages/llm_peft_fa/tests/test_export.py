@@ -16,8 +16,9 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from labs_common.cli import config_to_yaml
 from llm_peft_fa.base import check_quantization, load_model, load_tokenizer
-from llm_peft_fa.config import DemoConfig, MethodOptions, SubjectOptions
+from llm_peft_fa.config import DemoConfig, MethodOptions, ModelOptions, SubjectOptions, TrainConfig
 from llm_peft_fa.demo import found_subjects
 from llm_peft_fa.methods import Setting, apply_method, resolved
 from llm_peft_fa.saved import subject_of, write_merged
@@ -248,3 +249,10 @@ def test_a_merged_qlora_has_the_values_of_its_four_bits(llama_dir: Path, tmp_pat
     assert (found - expected).norm() < 1e-4 * expected.norm()
     with safe_open(tmp_path / "merged" / "model.safetensors", "pt") as file:
         assert file.get_tensor("lm_head.weight").dtype == torch.float32, "as the base is; its head is not tied"
+    # The adapter alone says that its base is held in four bits, and others' files beside it stay where they are.
+    asked = TrainConfig(model=ModelOptions(model=str(llama_dir)), method=MethodOptions(method="qlora"))
+    (tmp_path / "config.yaml").write_text(config_to_yaml(asked))
+    (tmp_path / "adapter" / "optimizer.pt").write_bytes(b"of others")
+    here("export", tmp_path, "--to", "adapter", "--output", tmp_path / "out")
+    assert subject_of(SubjectOptions(checkpoint=tmp_path / "out")).quantized
+    assert not (tmp_path / "out" / "optimizer.pt").exists()

@@ -299,6 +299,7 @@ PLAIN_ANSWER = {"role": "assistant", "content": "۴"}
         ("qwen3", THOUGHT, "assistant\n", "<think>\nجمع است.\n</think>\n\n۴<|im_end|>"),
         ("qwen3_5_think", THOUGHT, "assistant\n<think>\n", "جمع است.\n</think>\n\n۴<|im_end|>"),
         ("qwen3_5_think", PLAIN_ANSWER, "assistant\n<think>\n", "\n</think>\n\n۴<|im_end|>"),
+        ("qwen3_8", THOUGHT, "assistant\n<think>\n", "جمع است.\n</think>\n\n۴<|im_end|>"),
         ("deepseek_r1_distill", THOUGHT, "<think>\n", "جمع است.\n</think>\n\n۴<｜end▁of▁sentence｜>"),
         ("deepseek_r1_distill", PLAIN_ANSWER, "<think>\n", "\n</think>\n\n۴<｜end▁of▁sentence｜>"),
         ("deepseek_r1_distill_training", THOUGHT, "<think>\n", "جمع است.\n</think>\n\n۴<｜end▁of▁sentence｜>"),
@@ -341,6 +342,25 @@ def test_an_exported_template_asks_others_as_was_trained(name: str, bytes_tokeni
     assert stands_alone(tokenizer) == tokenizer.chat_template
     set_template(tokenizer, "auto", "keep")
     assert tokenizer.chat_template == TEMPLATES[name].rstrip("\n" if name != "llama3" else ""), "and back"
+
+
+def test_the_first_token_of_an_answer_is_not_the_last_of_its_prompt() -> None:
+    """Line ends are one token in Qwen's vocabulary too, and a thought that was left out begins with one."""
+    vocabulary = {letter: place for place, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    made = Tokenizer(models.BPE(vocab=vocabulary | {"ĊĊ": len(vocabulary)}, merges=[("Ċ", "Ċ")]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.role }}\n{{ message.content }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant\n{% endif %}"
+    )
+    talk = [ASK, {"role": "assistant", "content": "\n۴"}] * 2
+    (row,) = encode(tokenizer, Conversation(talk, "here"))
+    asked = encode_prompt(tokenizer, talk[:1])
+    assert row.ids[: len(asked)] == asked
+    assert learnt_text(tokenizer, talk) == ["\n۴", "\n۴"]
+    assert tokenizer.decode(row.ids) == "user\n۲+۲؟assistant\n\n۴" * 2
 
 
 def test_thinking_is_saved_with_the_tokenizer(llama_dir: Path, tmp_path: Path) -> None:

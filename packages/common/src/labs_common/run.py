@@ -23,9 +23,9 @@ from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 from accelerate.utils import broadcast_object_list
 
-from labs_common.cli import begun, chosen, config_to_yaml, flat_options, held, to_plain
+from labs_common.cli import begun, chosen, config_to_yaml, flat_options, to_plain
 from labs_common.errors import LabError, bytes_of, json_of, reason_of
-from labs_common.lock import LOCK, locked
+from labs_common.lock import check_new, check_writable, locked, new_directory
 from labs_common.options import RESUME_MAY_CHANGE, RunOptions
 
 ESCAPED = "backslashreplace"  # half a character of a file's name that is not UTF-8: as JSON itself writes it
@@ -130,6 +130,19 @@ class Run:
         path = self.path / file
         content = bytes_of(path, str(path))[:size] if path.exists() else b""
         return [len(content), zlib.crc32(content)]
+
+    def check_records(self, step: int, wrote: list[int] | None) -> None:
+        """Compares the lines that were written until `step` with the length and sum that its checkpoint has of them.
+
+        Raises:
+            LabError: lines are missing, or are others.
+        """
+        for file in ("metrics.jsonl", "timing.jsonl"):
+            if all(line["step"] != step for line in self.lines(file)):
+                raise LabError(f"{self.path / file}: ends before step {step}, from which the run goes on; {GIVE_BACK}")
+        if wrote and self.sum_of("metrics.jsonl", wrote[0]) != wrote:
+            raise LabError(f"{self.path / 'metrics.jsonl'}: was changed since step {step}, from which the run goes on; "
+                           f"{GIVE_BACK}")  # fmt: skip
 
     def curve(self, name: str) -> tuple[list[int], list[Any]]:
         """Reads a metric from metrics.jsonl: optimizer steps and values."""
@@ -249,74 +262,6 @@ def check_run_options(options: RunOptions) -> None:
     check_writable(options.output or Path("runs"))
 
 
-def check_new(output: Path | None) -> None:
-    """Refuses an `--output` that holds something already.
-
-    Raises:
-        LabError: the directory is not empty, or it is a file.
-    """
-    if output is None or not output.exists():
-        return
-    if not output.is_dir():
-        raise LabError(f"--output {output}: is a file; name a directory")
-    # What a kill leaves of a run before its config.yaml is written holds nothing that could be lost.
-    if not all(map(_left_by_a_kill, output.iterdir())):
-        unfinished = f", or go on with it by --resume {output}" if (output / "checkpoints").exists() else ""
-        raise LabError(f"--output {output}: is not empty; name another{unfinished}")
-
-
-def _left_by_a_kill(file: Path) -> bool:
-    if file.name == "figures" and file.is_dir():
-        return not any(file.iterdir())
-    if file.name == "environment.json":  # others have files of that name too
-        try:
-            found = json_of(file, str(file))
-        except LabError:
-            return False
-        return isinstance(found, dict) and {"run", "command"} <= found.keys()
-    return file.name == LOCK or file.suffix == ".part"
-
-
-def new_folder(output: Path | None, default: Path) -> Path:
-    """Makes and locks `--output`, or `default`, or the first of default-2, default-3, … that is not there yet.
-
-    If nothing is written there it goes again. Processes beside the main one make nothing and write nothing.
-
-    Raises:
-        LabError: `--output` holds something, another process works there, or the directory cannot be written.
-    """
-    check_new(output)
-    folder = output or default
-    check_writable(folder)
-    if os.environ.get("RANK", "0") == "0":
-        there = output is not None and output.exists()
-        if output is None:
-            folder = _new_directory(default)
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-        if not there:
-            held.callback(_remove_unused, folder)
-        if trouble := locked(folder):
-            raise LabError(trouble)
-    return folder
-
-
-def _remove_unused(folder: Path) -> None:
-    if folder.is_dir() and all(map(_left_by_a_kill, folder.iterdir())):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def check_writable(path: Path) -> None:
-    """Refuses an `--output` that cannot be made or written, without making it.
-
-    Raises:
-        LabError: the user may not write there, or a file stands where a directory should.
-    """
-    parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise LabError(f"--output {path}: cannot be written (no permission in {parent})")
-
-
 def write_atomically(path: Path, text: str) -> None:
     """Replaces the file `path` by one that holds `text`, or leaves it as it was."""
     part = path.with_name(f".{path.name}.part")
@@ -371,25 +316,12 @@ def command_line() -> str:
     return " ".join([start, *sys.argv[1:]])
 
 
-def _new_directory(default: Path) -> Path:
-    """Makes `default`, or the first of default-2, default-3, … that nobody else has made, in one move."""
-    for number in itertools.count(1):
-        path = default if number == 1 else default.with_name(f"{default.name}-{number}")
-        try:
-            path.mkdir(parents=True)
-            break
-        except FileExistsError:
-            if not os.path.lexists(path):  # what is in the way is above: a link to nowhere
-                raise
-    return path
-
-
 def _make_directory(output: Path | None, name: str, config: Any) -> tuple[str, str | None]:
     """Makes `--output`, or a directory under runs/, and begins the run in it; returns it and what is in the way."""
     path = output or Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     try:
         if output is None:
-            path = _new_directory(path)
+            path = new_directory(path)
         (path / "figures").mkdir(parents=True, exist_ok=True)
         if trouble := locked(path):
             return str(path), trouble

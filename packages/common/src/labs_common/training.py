@@ -41,7 +41,7 @@ from labs_common.device import (
 from labs_common.errors import Interrupted, LabError, RunStopped
 from labs_common.options import Schedule, TrainingOptions
 from labs_common.progress import ProgressLine, console
-from labs_common.run import GIVE_BACK, Run, cost_of
+from labs_common.run import Run, cost_of
 from labs_common.sharding import check_sharding
 from labs_common.steps import Source
 
@@ -178,15 +178,9 @@ class Loop:
             if saved := checkpoints(run.path / "checkpoints"):
                 position = load_checkpoint(saved[-1], accelerator, model, optimizer, also)
                 self.step_number, self.count, self._best = position["step"], position["count"], position["best"]
-                for file in ("metrics.jsonl", "timing.jsonl"):  # in all processes: none is left waiting
-                    if all(line["step"] != self.step_number for line in run.lines(file)):
-                        raise LabError(f"{run.path / file}: ends before step {self.step_number}, from which the run "
-                                       f"goes on; {GIVE_BACK}")  # fmt: skip
-                wrote = position.get("metrics")  # not of earlier versions
-                if wrote and run.sum_of("metrics.jsonl", wrote[0]) != wrote:
-                    raise LabError(f"{run.path / 'metrics.jsonl'}: was changed since step {self.step_number}, from "
-                                   f"which the run goes on; {GIVE_BACK}")  # fmt: skip
-                cost_of(run, unit)  # now, and not after all the training
+                # In all processes, so that none is left waiting; and now, not after all the training.
+                run.check_records(self.step_number, position.get("metrics"))  # no sum in those of earlier versions
+                cost_of(run, unit)
             # Killed before its first checkpoint it starts anew, with the evaluation before the first step.
             run.rewind(self.step_number if saved else -1)
 
@@ -349,8 +343,8 @@ class Loop:
             self._stop_interrupted(self._stop)
 
     def _save(self, path: Path) -> None:
-        position = {"step": self.step_number, "count": self.count, "best": self._best, **self._identity}
-        position["metrics"] = self.run.sum_of("metrics.jsonl")
+        position = {"step": self.step_number, "count": self.count, "best": self._best,
+                    "metrics": self.run.sum_of("metrics.jsonl"), **self._identity}  # fmt: skip
         save_checkpoint(path, self.accelerator, self.model, self.optimizer, position, self.also)
         if self.accelerator.is_main_process:
             old_best = [best for best in best_checkpoints(path.parent) if best != self._best_path()]

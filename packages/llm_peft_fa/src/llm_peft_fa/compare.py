@@ -51,6 +51,7 @@ from llm_peft_fa.config import CompareConfig, ComparedOptions, TrainConfig
 from llm_peft_fa.data import plain_paragraphs, training_and_validation
 from llm_peft_fa.methods import METHODS, complete
 from llm_peft_fa.report import asked, folded_tables, shortened
+from llm_peft_fa.templates import encode_all
 
 COMMAND = "llm_peft_fa.train"
 BASE = "base"  # the directory of the base's answers, and its name in tables
@@ -120,7 +121,9 @@ def prepare(config: CompareConfig, folder: Path, planned: Mapping[str, TrainConf
     if not config.search:
         return planned
     training, _ = training_and_validation(first.data, first.run.seed)
-    source = ShuffledSteps(len(training.conversations), first.training.batch_size, 0, lambda *_: [])  # to be counted
+    tokenizer = load_tokenizer(first.model.model, first.model.template, first.model.thinking)
+    rows = encode_all(tokenizer, training, first.data.max_length, first.data.on_too_long)
+    source = ShuffledSteps(len(rows), first.training.batch_size, 0, lambda *_: [])  # to be counted
     steps = max(1, round(config.search_share * total_steps(first.training, source)))
     return {spec: _searched(config, run, folder, slug(spec), steps) for spec, run in planned.items()}
 

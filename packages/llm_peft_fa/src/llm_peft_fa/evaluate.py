@@ -22,9 +22,10 @@ from accelerate import Accelerator
 from labs_common.cache import path_name
 from labs_common.cli import to_plain
 from labs_common.errors import LabError
+from labs_common.lock import check_new, new_folder
 from labs_common.progress import console
 from labs_common.report.page import Section, Table, making_report, write_report
-from labs_common.run import Run, check_new, new_folder, write_atomically
+from labs_common.run import Run, write_atomically
 from llm_peft_fa.answers import BeforeAndAfter, before_and_after, collected_prompts
 from llm_peft_fa.base import load_tokenizer
 from llm_peft_fa.config import EvaluateConfig, TrainConfig

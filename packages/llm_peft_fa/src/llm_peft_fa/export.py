@@ -5,6 +5,7 @@ from llm_peft_fa import commands
 if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
     commands.export()
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -14,11 +15,12 @@ from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig
 
 from labs_common.errors import LabError, json_of, reason_of
-from labs_common.run import check_new, written_whole
+from labs_common.lock import check_new
+from labs_common.run import written_whole
 from llm_peft_fa.base import load_tokenizer
 from llm_peft_fa.config import ExportConfig, SubjectOptions
 from llm_peft_fa.methods import METHODS
-from llm_peft_fa.saved import Subject, adapter_config, file_of, subject_of, write_merged
+from llm_peft_fa.saved import FOUR_BITS, READ, Subject, adapter_config, file_of, subject_of, write_merged
 from llm_peft_fa.templates import stands_alone
 
 HUB_ID = r"[\w.-]+/[\w.-]+"
@@ -55,7 +57,7 @@ TEXT = """\
 
 **کاربرد.** دستورهای بالا مدل را اجرا می‌کنند؛ گفت‌وگو را با قالب گفت‌وگوی همین توکن‌ساز بفرستید.
 
-**پروانه.** <bdi>{licence}</bdi> پروانهٔ مدل پایه بر هر چه از آن ساخته شود حاکم است؛ پیش از انتشار آن را بخوانید.
+**پروانه.** {licence_fa} پروانهٔ مدل پایه بر هر چه از آن ساخته شود حاکم است؛ پیش از انتشار آن را بخوانید.
 
 </div>
 """
@@ -78,7 +80,10 @@ def export(config: ExportConfig) -> None:
             assert subject.base is not None
             write_merged(Path(subject.source), subject.base, subject.quantized, part)
         else:
-            shutil.copytree(subject.source, part, dirs_exist_ok=True)
+            for file in (file for kind in READ for file in Path(subject.source).glob(kind)):
+                shutil.copy(file, part)  # and no optimizers or pickled arguments that others keep there
+            if subject.adapted and subject.quantized:
+                (part / FOUR_BITS).write_text(json.dumps({"base_in_4_bits": True}) + "\n", encoding="utf-8")
         if subject.trained:  # servers know nothing of --thinking
             template = stands_alone(load_tokenizer(str(part)))
             (part / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -158,6 +163,7 @@ def model_card(subject: Subject, whole: bool, place: str) -> ModelCard:
         description=METHODS[method].description if method in METHODS else method,
         validation="held-out conversations", use=_use(subject, whole, place),
         scores="\n".join(["| | before | after |", "|---|---|---|", *rows]) if rows else "not recorded",
+        licence_fa=f"پروانهٔ مدل پایه: <bdi>{known.license}</bdi>." if known.license else "پروانهٔ مدل پایه پیدا نشد.",
         licence=f"The base's: {known.license}." if known.license else "The base's, which could not be read.",
     )  # fmt: skip
     return ModelCard(f"---\n{meta.to_yaml()}\n---\n\n{text}")

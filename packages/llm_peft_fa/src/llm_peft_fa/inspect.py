@@ -80,7 +80,7 @@ def _model_section(run: Run, model: str, method: MethodOptions) -> Section:
 def _template_section(config: InspectConfig, tokenizer: PreTrainedTokenizerBase) -> Section:
     """Tells base from instruct, and what that means for templates."""
     talk = [{"role": "user", "content": "سلام"}, {"role": "assistant", "content": "سلام!"}]
-    _, takes_system = takes(tokenizer, tokenizer.get_chat_template())
+    _, takes_system, _ = takes(tokenizer, tokenizer.get_chat_template())
     if own_template(config.model):
         kind = (
             "Instruct, or made ready for it: the tokenizer has a chat template. --template auto uses it, so that "

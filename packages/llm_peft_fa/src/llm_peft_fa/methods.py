@@ -283,12 +283,6 @@ def _with_adapter(
     Raises:
         LabError: PEFT refuses, for instance because no layer has a name in --target-modules, or the head is among them.
     """
-    if settings.get("target_modules") == "all-linear":
-        # Phi MoE's router returns more than a product, and PEFT refuses what Mamba's kernels read by themselves.
-        left_out = {name.rpartition(".")[2] for name, part in model.named_modules() if type(part).__name__ in ROUTERS}
-        if model.config.model_type in MAMBA:
-            left_out.add("out_proj")
-        settings["exclude_modules"] = sorted(left_out) or None
     try:
         adapted = get_peft_model(model, kind(task_type="CAUSAL_LM", **in_text(model, settings)))
     except (ValueError, ImportError, TypeError) as error:
@@ -328,8 +322,6 @@ FROM_TEXT = {**SOFT, "prompt_init": "text", "prompt_text": TEXT}
 # All linear layers, as full fine-tuning is matched only so (Dettmers et al. 2023, section 4); a rank of 16 and twice as
 # much alpha are common practice.
 LINEAR = {"dropout": 0.0, "target_modules": ("all-linear",)}
-ROUTERS = ("PhimoeTopKRouter", "Llama4Router")
-MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 LOW_RANK = {"rank": 16, "alpha": 32.0, **LINEAR}
 PURE = {"pure_bf16": False}
 

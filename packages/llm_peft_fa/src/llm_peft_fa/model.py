@@ -62,12 +62,26 @@ def text_parameters(model: PreTrainedModel) -> dict[int, torch.nn.Parameter]:
     return {id(parameter): parameter for part in parts for parameter in part.parameters()}
 
 
+def not_adapted(model: PreTrainedModel) -> list[str]:
+    """Names the linear layers beside which no update can stand.
+
+    Phi MoE's router returns more than a product, and PEFT refuses what Mamba's kernels read by themselves.
+    """
+    routers = ("PhimoeTopKRouter", "Llama4Router")
+    names = {name.rpartition(".")[2] for name, part in model.named_modules() if type(part).__name__ in routers}
+    if model.config.model_type in ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"):
+        names.add("out_proj")
+    return sorted(names)
+
+
 def in_text(model: PreTrainedModel, settings: dict[str, Any]) -> dict[str, Any]:
     """Narrows PEFT's `target_modules` down to the language model of a base that also sees pictures.
 
     The vision tower's adapters would get no gradient from text, which DistributedDataParallel takes for an error at the
     second step. Settings of other bases, and those without targets, are returned as they are.
     """
+    if settings.get("target_modules") == "all-linear" and (names := not_adapted(model)):
+        settings = settings | {"exclude_modules": names}
     every = {id(parameter) for parameter in model.parameters()}
     if "target_modules" not in settings or text_parameters(model).keys() == every:
         return settings

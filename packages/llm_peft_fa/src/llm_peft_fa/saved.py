@@ -29,6 +29,7 @@ from llm_peft_fa.methods import METHODS
 from llm_peft_fa.model import Adapted, base_of
 
 READ = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]  # of an adapter on the hub
+FOUR_BITS = "llm_peft_fa.json"  # beside an exported adapter of a base that was held in 4 bits: PEFT keeps no word of it
 FOLDERS = ("adapter", "model")  # of a run: the result of PEFT's methods, and of layers and full
 Tensors = dict[str, torch.Tensor]
 
@@ -298,7 +299,8 @@ def subject_of(options: SubjectOptions, base: str | None = None) -> Subject:
         if base is None:
             raise LabError(f"--adapter {adapter}: does not say which base it is of; name it with --base")
         own = (adapter / "tokenizer_config.json").exists()
-        return Subject(model or adapter.name, base, str(adapter), True, str(adapter) if own else base)
+        quantized = (adapter / FOUR_BITS).is_file()
+        return Subject(model or adapter.name, base, str(adapter), True, str(adapter) if own else base, quantized)
     if run is None:
         run = next(iter(runs_with_result()), None)
         if run is None:

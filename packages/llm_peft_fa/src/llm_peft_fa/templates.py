@@ -7,6 +7,7 @@ learnt in one row; if the template rewrites earlier turns (thinking, another end
 after what a model will see before it. Nothing is searched for in the text.
 """
 
+import itertools
 import re
 import zlib
 from array import array
@@ -45,6 +46,8 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # DeepSeek's generation prompt opens the thinking whatever it is told; Qwen's templates close it so where it is off.
 OPENED, CLOSED = re.compile(r"<think>\s*\Z"), "<think>\n\n</think>\n\n"
 THOUGHT = re.compile(r"<think>\s*(</think>\s*)?\Z")
+TWICE = re.compile(r"<think>\s*</think>\s*<think>")  # by a template that takes an answer's thinking apart from it
+THINKS = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 HIDDEN = "\ue000" * len("</think>")  # of the private use area: no template looks for it
 # What others, who do not say that thinking is off, get before and after an exported template.
 OFF = "{%- if enable_thinking is not defined %}{% set enable_thinking = false %}{% endif -%}"
@@ -145,22 +148,24 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> s
 
 
 @lru_cache(maxsize=4)
-def takes(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[bool, bool]:
+def takes(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[bool, bool, bool]:
     """Tells whether the template wants texts in parts, as of models that see, and whether it has a system turn.
 
+    Also whether it opens and closes thinking before an answer that thinks, and wants that apart (Qwen3.8).
     `template` is the tokenizer's own: another one is asked anew.
     """
     mark = "a text that no template has"
 
-    def shown(parts: bool, *roles: str) -> bool:
-        turns = [{"role": role, "content": mark if role == roles[0] else "?"} for role in roles]
+    def text(parts: bool, **said: str) -> str:
+        turns = [{"role": role, "content": content} for role, content in said.items()]
         try:
-            return mark in _rendered(tokenizer, _in_parts(turns) if parts else turns)[0]
+            return _rendered(tokenizer, _in_parts(turns) if parts else turns)[0]
         except LabError:
-            return False
+            return ""
 
-    parts = not shown(False, "user") and shown(True, "user")
-    return parts, shown(parts, "system", "user")
+    parts = mark not in text(False, user=mark) and mark in text(True, user=mark)
+    twice = TWICE.search(text(parts, user="?", assistant="<think>\n?\n</think>\n\n?"))
+    return parts, mark in text(parts, system=mark, user="?"), twice is not None
 
 
 def _in_parts(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -172,8 +177,13 @@ def prepared(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) ->
 
     A system message goes before the first question where the template refuses or drops it.
     """
-    parts, system = takes(tokenizer, tokenizer.get_chat_template())
+    parts, system, apart = takes(tokenizer, tokenizer.get_chat_template())
     messages = list(messages)
+    if apart and _keeps_thinking(tokenizer):
+        for place, message in enumerate(messages):
+            if message["role"] == "assistant" and (found := THINKS.fullmatch(message["content"])):
+                thought, said = (part.strip() for part in found.groups())
+                messages[place] = message | {"content": said, "reasoning_content": thought}
     if messages[0]["role"] == "system" and not system:
         said, question, *rest = messages
         messages = [{"role": "user", "content": f"{said['content'].strip()}\n\n{question['content']}"}, *rest]
@@ -226,7 +236,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> li
             # White space after the token that ends the turn is never generated.
             start, end = len(prompt), len(text.rstrip())
             wanted = "".join(message["content"].split()).removeprefix("<think>")
-            if not text.startswith(prompt) or wanted not in "".join(text[start:end].split()):
+            shown = text.startswith(prompt) and wanted in "".join(text[start:end].split())
+            if not shown or (TWICE.search(text) and not _keeps_thinking(tokenizer)):
                 raise LabError(f"{conversation.where}: {_reason(tokenizer, message['content'])}")
             rows.append((text, [(start, end)], blocks))
     whole, _, blocks = rows[-1]
@@ -240,7 +251,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> li
 
 def _reason(tokenizer: PreTrainedTokenizerBase, answer: str) -> str:
     """Says why an answer cannot be learnt with this template."""
-    if "</think>" in answer and not _keeps_thinking(tokenizer):
+    if "think>" in answer and not _keeps_thinking(tokenizer):
         return "an answer thinks (<think>…</think>), and --thinking is off; take --thinking keep, or leave it out"
     return (
         "the chat template does not put the whole answer behind its own generation prompt, so what is learnt would not "
@@ -249,11 +260,24 @@ def _reason(tokenizer: PreTrainedTokenizerBase, answer: str) -> str:
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, spans: Spans, blocks: Spans | None, where: str) -> Encoded:
-    """Tokenizes a row; tokens of the spans are learnt, of several `blocks` only what is in one of them too."""
+    """Tokenizes a row; tokens of the spans are learnt, of several `blocks` only what is in one of them too.
+
+    Where a token would be of prompt and answer, two take its place: inference begins after the prompt alone.
+    """
+    ids, offsets = _tokens(tokenizer, text)
+    begins = {first for first, _ in offsets}
+    cuts = [
+        start for start, _ in spans
+        if start not in begins and any(first < start < last for first, last in offsets)
+    ]  # fmt: skip
+    if cuts:
+        ids, offsets = _tokens(tokenizer, text[: cuts[0]])
+    for start, end in itertools.pairwise([*cuts, len(text)]):
+        rest: Any = tokenizer(text[start:end], add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = ids + rest["input_ids"], offsets + [(a + start, b + start) for a, b in rest["offset_mapping"]]
     if blocks is not None:
         pairs = ((max(a, c), min(b, d)) for a, b in spans for c, d in blocks)
         spans = [(start, end) for start, end in pairs if start < end]
-    ids, offsets = _tokens(tokenizer, text)
     learnt, spans_left = [], list(spans)
     for start, end in offsets:
         while spans_left and start >= spans_left[0][1]:

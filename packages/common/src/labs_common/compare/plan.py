@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 from labs_common.cache import recipe_key
 from labs_common.cli import config_from_yaml, config_to_yaml, flat_options, to_plain
 from labs_common.errors import LabError
+from labs_common.lock import check_writable
 from labs_common.options import ComparisonOptions
-from labs_common.run import check_writable, write_atomically
+from labs_common.run import write_atomically
 
 Config = TypeVar("Config")
 ANYWAY = ("output", "debug", "launch", "config")  # these do not make it another comparison

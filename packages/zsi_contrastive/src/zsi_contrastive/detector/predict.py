@@ -13,10 +13,11 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from labs_common.data.images import decoding_threads, picture_files, readable
 from labs_common.errors import LabError
+from labs_common.lock import check_new, new_folder
 from labs_common.progress import tracked
 from labs_common.report.figures import COLOURS
 from labs_common.report.page import shown
-from labs_common.run import check_new, new_folder, newest_run, write_atomically
+from labs_common.run import newest_run, write_atomically
 from labs_common.steps import read_ahead
 from labs_common.training import inference_accelerator
 from zsi_contrastive.detector.annotations import read_split

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 from labs_common.errors import LabError
-from labs_common.run import check_writable, write_atomically, written_whole
+from labs_common.lock import check_writable
+from labs_common.run import write_atomically, written_whole
 from zsi_contrastive.detector.annotations import read_split
 from zsi_contrastive.detector.config import PrepareConfig, default_split
 from zsi_contrastive.detector.data import read_parts
