@@ -128,7 +128,7 @@ def _run(asked: tuple[Asked, ...], folder: Path) -> None:
     (folder / "ran.json").write_text(json.dumps(ran))
 
 
-def _compared(module: str, arguments: list[str], lock: Path) -> int:
+def _compared(module: str, arguments: list[str]) -> int:
     """Does what a process of its own does, which has an Accelerator of its own."""
     AcceleratorState._reset_state(reset_partial_state=True)
     sys.argv = [f"python -m {module}", *arguments]
