@@ -176,16 +176,14 @@ def _transformers(spec: str) -> Encoder:
     said = f"--checkpoint {spec}"
     remedy = "name a run, MODEL:PRETRAINED of open_clip, timm:NAME, or a CLIP of transformers"
     config = load_auto(AutoConfig.from_pretrained, spec, said=said, remedy=remedy)
+    if config.model_type in ("siglip2", "flava"):  # NaFlex, and a model of more than pairs
+        raise LabError(f"{said}: {config.model_type} takes more than pictures of one size; take a CLIP or SigLIP")
     kinds: dict[str, Any] = {"clip": CLIPModel, "vision-text-dual-encoder": VisionTextDualEncoderModel}
     model = load_network(kinds.get(config.model_type, AutoModel), spec, said, remedy)
     tokenizer = load_auto(AutoTokenizer.from_pretrained, spec, said=said, remedy=remedy)
     processor = load_auto(AutoImageProcessor.from_pretrained, spec, said=said, remedy=remedy)
-    kind = type(model).__name__
-    if config.model_type in ("siglip2", "flava"):
-        raise LabError(
-            f"--checkpoint {spec}: {kind} takes more than pictures of one size; take a CLIP or SigLIP that does"
-        )
     if not hasattr(model, "get_image_features"):
+        kind = type(model).__name__
         raise LabError(f"--checkpoint {spec}: {kind} is no CLIP; for an image tower alone write timm:NAME")
     with reading_model(Path(spec), "--checkpoint"):
         view = _processor_view(processor)
