@@ -133,6 +133,13 @@ def shortened_config(config: PretrainedConfig, layers: int) -> PretrainedConfig:
     return config
 
 
+def held_with(model: Adapted, precision: str, optimizer: str) -> Held:
+    """Counts what is held whatever the row, with the moments of this optimizer (see `labs_common.plan.held_by`)."""
+    kept = OPTIMIZERS[optimizer].held
+    moments = sum(kept(parameter.numel()) for parameter in model.parameters() if parameter.requires_grad)
+    return dataclasses.replace(held_by(model, precision), optimizer=moments)
+
+
 def plan_of(config: TrainConfig, machine: Machine, length: int = LENGTH, sharing: Sharing = ALONE) -> Plan:
     """Measures what the training needs on a machine, for conversations of `length` tokens.
 
@@ -142,10 +149,7 @@ def plan_of(config: TrainConfig, machine: Machine, length: int = LENGTH, sharing
     options, dtype = config.method, DTYPES[machine.precision]
     check_optimizer(config, machine.precision, sharing.fsdp or sharing.stage > 0, planned=True)
     whole = outline(config.model.model, options, dtype)
-    held, extra = held_by(whole, machine.precision), 0
-    kept = OPTIMIZERS[config.training.optimizer].held
-    moments = sum(kept(parameter.numel()) for parameter in whole.parameters() if parameter.requires_grad)
-    held = dataclasses.replace(held, optimizer=moments)
+    held, extra = held_with(whole, machine.precision, config.training.optimizer), 0
     if METHODS[options.method].quantized:
         sizes = [layer.weight.numel() for layer in _quantized(base_of(whole))]
         held = dataclasses.replace(held, weights=held.weights - round(sum(sizes) * (dtype.itemsize - NF4)))

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from labs_common.errors import reason_of
 from labs_common.fitting import Fitted, results_of, write_results
 from labs_common.frozen.audit import FrozenAudit
-from labs_common.plan import Held, gigabytes, held_by, machine_here, sharing_of
+from labs_common.plan import Held, gigabytes, machine_here, sharing_of
 from labs_common.progress import console, print_left_out
 from labs_common.report.figures import histogram_figure
 from labs_common.report.page import Figure, Section, Table, Text, save_figure
@@ -33,7 +33,7 @@ from llm_peft_fa.config import MethodOptions, TrainConfig
 from llm_peft_fa.data import Reading
 from llm_peft_fa.methods import METHODS
 from llm_peft_fa.model import base_of
-from llm_peft_fa.plan import ROW, SMALL, outline, plan_of
+from llm_peft_fa.plan import ROW, SMALL, held_with, outline, plan_of
 from llm_peft_fa.saved import result_folder
 from llm_peft_fa.templates import PLAIN, Encoded
 
@@ -266,7 +266,7 @@ def print_first_screen(
     model, options, rows = config.model, config.method, texts["training"]
     precision = accelerator.mixed_precision
     whole = outline(model.model, options, DTYPES[precision])
-    held, tokens = held_by(whole, precision), sum(len(row.ids) for row in rows)
+    held, tokens = held_with(whole, precision, config.training.optimizer), sum(len(row.ids) for row in rows)
     share = held.trained / held.parameters
     quantized = METHODS[options.method].quantized
     held_in = "4 bits" if quantized else str(DTYPES[precision]).removeprefix("torch.")
