@@ -120,7 +120,7 @@ def base_config(model: str) -> PretrainedConfig:
 
 def unloaded_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Builds the model without its weights, on PyTorch's meta device: its parts and their shapes."""
-    unset_hf_deepspeed_config()  # as in `load_model`; and it would wait for the other processes, which need not build this
+    unset_hf_deepspeed_config()  # it would wait for the other processes, which need not build this
     with torch.device("meta"):
         made: PreTrainedModel = load_auto(
             AutoModelForCausalLM.from_config, config, said=f"--model {config.name_or_path}", remedy=REMEDY, dtype=dtype,
