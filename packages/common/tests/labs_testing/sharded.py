@@ -87,4 +87,4 @@ def assert_in_layers(model: torch.nn.Module, most: float = 0.4, precision: str =
         assert sum(1 for _ in model.parameters()) == count
         for parameter in model.parameters():
             assert isinstance(parameter, DTensor)
-            assert parameter.to_local().numel() <= -(-parameter.shape[0] // 8) * parameter[0].numel()
+            assert parameter.to_local().numel() <= -(-parameter.shape[0] // 8) * parameter.shape[1:].numel()
