@@ -113,7 +113,8 @@ COMMANDS = [(module_and_arguments(line), document) for document, line in SHOWN i
 RUN = {(found[0], shlex.join(found[1])): document for found, document in COMMANDS
        if found and not found[0].endswith(PARSED_ONLY)}  # fmt: skip
 # Cells of the table of memory that are computed always; LABS_FITS=all computes every one, in minutes.
-CHEAP = {("full --optimizer adamw_8bit --pure-bf16", "Gemma-2-2B, 16 GB"), ("lora", "Llama-3.2-3B, 24 GB")}
+CHEAP = {("full --optimizer adamw_8bit --pure-bf16", "Gemma-2-2B, 16 GB"), ("prompt_tuning", "Llama-3.2-3B, 24 GB"),
+         ("full --optimizer adamw_8bit", "Llama-3.2-3B, 24 GB")}  # fmt: skip
 LLAMA_3B = LlamaConfig(
     vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
     num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, max_position_embeddings=131072,
