@@ -28,10 +28,10 @@ def base_of(model: Adapted) -> PreTrainedModel:
     return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
-def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
+def decoder_of(model: PreTrainedModel) -> Any:
     """Returns the decoder; transformers gives the whole of Llama 4 for it, looking for a name that it does not have."""
-    found: torch.nn.Module = model.get_decoder()
-    return cast(torch.nn.Module, model.model) if found is model else found
+    found = model.get_decoder()
+    return model.model if found is model else found
 
 
 def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
