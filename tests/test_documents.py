@@ -14,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from labs_testing import bad_inputs
 from labs_testing.browser import faults_of
 from labs_testing.commands import here
 from PIL import Image
 from random_models import random_gemma
 from test_entry_points import MODULES, ROOT, config_type
+from transformers import Gemma2Config, LlamaConfig
 
 from labs_common.cli import parse
 from labs_common.scenes.files import write_coco, write_flickr8k, write_parquet
@@ -110,8 +112,53 @@ COMMANDS = [(module_and_arguments(line), document) for document, line in SHOWN i
 # The document in which a command is shown last, of those that are run.
 RUN = {(found[0], shlex.join(found[1])): document for found, document in COMMANDS
        if found and not found[0].endswith(PARSED_ONLY)}  # fmt: skip
+# Cells of the table of memory that are computed always; LABS_FITS=all computes every one, in minutes.
+CHEAP = {("full --optimizer adamw_8bit --pure-bf16", "Gemma-2-2B, 16 GB"), ("prompt_tuning", "Llama-3.2-3B, 24 GB"),
+         ("full --optimizer adamw_8bit", "Llama-3.2-3B, 24 GB")}  # fmt: skip
+LLAMA_3B = LlamaConfig(
+    vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+    num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, max_position_embeddings=131072,
+)  # fmt: skip
 # A report is made by the first training of each command, and looked at in a browser below.
 REPORTED = dict(reversed(RUN)).items()
+
+
+def test_the_page_of_promises_has_the_numbers_of_the_table() -> None:
+    counts = [len(bad_inputs.rows_of(command)) for command in bad_inputs.COMMANDS]
+    assert min(counts) >= 60
+    assert (
+        f"a table of {min(counts)} to {max(counts)} rows for each of the {len(counts)} training commands, {sum(counts)} "
+        "in all: options"
+    ) in (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+
+
+def what_fits() -> list[tuple[str, str, str]]:
+    """Options, column and cell of the table of what fits 24 and 16 GB."""
+    page = (ROOT / "docs" / "llm_peft_fa.md").read_text(encoding="utf-8")
+    table = page.partition("## What fits 24 and 16 GB")[2].partition("\n## ")[0]
+    lines = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")]
+    header, _, *rows = ([cell.strip() for cell in line] for line in lines)
+    return [(row[0].strip("`"), *cell) for row in rows for cell in zip(header[1:], row[1:], strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("options", "column", "cell"), [one for one in what_fits() if one[:2] in CHEAP or "LABS_FITS" in os.environ]
+)
+def test_the_table_of_what_fits_is_what_the_plan_prints(options: str, column: str, cell: str, tmp_path: Path) -> None:
+    (Gemma2Config() if "Gemma" in column else LLAMA_3B).save_pretrained(tmp_path)  # the former's defaults are the 2B
+    (memory,) = re.findall(r", (\d+) GB", column)
+    more = ("--precision", "fp16") * (memory == "16")
+    asked = ("--plan", "--model", tmp_path, "--method", *options.split(), "--gpu-memory", memory, *more)
+    if cell == "needs bf16":
+        assert "--pure-bf16: needs --precision bf16" in here("llm_peft_fa.train", *asked, code=2).stderr
+        return
+    said = here("llm_peft_fa.train", *asked).stdout
+    chosen = re.search(r"chosen: --tokens-per-batch (\d+) --(no-)?gradient", said)
+    tokens, checkpointed = (int(chosen[1]), chosen[2] is None) if chosen else (512, True)
+    (line,) = re.findall(rf"^ *{tokens:,}: .*", said, re.MULTILINE)
+    peak = re.findall(r"([\d.]+) GB", line)[3 if checkpointed else 1]
+    found = f"{tokens:,} ({peak}){', checkpointed' * checkpointed}" if chosen else f"no ({peak})"
+    assert found == cell
 
 
 def test_the_documents_have_commands() -> None:

@@ -38,6 +38,10 @@ LATENT = {
 # By transformers' model type, what differs from SIZES.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
+    "llama4_text": {
+        "intermediate_size_mlp": 48, "num_local_experts": 4, "moe_layers": [1], "no_rope_layers": [1, 0],
+        "attention_chunk_size": 8, "floor_scale": 4,
+    },
     "mistral": {"sliding_window": 8},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2": {"use_sliding_window": True, **BOTH},

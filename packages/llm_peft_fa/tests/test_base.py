@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from labs_common.errors import LabError
-from llm_peft_fa.base import base_config, load_model, load_tokenizer, own_template, unloaded_model
+from llm_peft_fa.base import base_config, load_model, load_tokenizer, model_path, own_template, unloaded_model
 from llm_peft_fa.config import SubjectOptions
 from llm_peft_fa.saved import adapted_model, subject_of
 
@@ -168,6 +168,23 @@ def test_an_adapter_of_another_base_or_of_one_with_code_is_refused(
     with pytest.raises(LabError, match="code of its own"):
         unloaded_model(base_config(str(base)))
     assert not ran.exists()
+
+
+def test_a_directory_that_is_not_there_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a hub id could be meant."""
+    (tmp_path / "runs" / "there").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("./nothing", "../nothing/there", "/nothing/there", "~/runs/nothing", "runs/nothing/there"):
+        for load in (base_config, load_tokenizer, lambda name: subject_of(SubjectOptions(model=name))):
+            with pytest.raises(LabError, match=rf"^--model {name}: no such directory; give tiny, a directory or a hub"):
+                load(name)
+    for load in (base_config, load_tokenizer):
+        with pytest.raises(LabError, match=r"^--model runs/nothing \(no such directory\): cannot be loaded"):
+            load("runs/nothing")
+    assert [model_path(name) for name in ("~/runs/there", "./runs/there", "acme/llama", "gpt2")] == [
+        str(tmp_path / "runs" / "there"), "./runs/there", "acme/llama", "gpt2",
+    ]  # fmt: skip
 
 
 # As the hub answers for a model with a licence that nobody accepted, without and with a token, and for one that is

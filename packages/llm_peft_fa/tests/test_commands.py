@@ -24,7 +24,17 @@ def finished(gemma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--model", gemma_dir, "--output", run, *SMALL, "--merge", "--save-every", "5",
     )  # fmt: skip
     assert f"report: {run / 'report.html'}" in done.stdout
+    (run.parent / "said.txt").write_text(done.stderr)
     return run
+
+
+def test_the_first_screen_is_whole_before_the_first_step(finished: Path) -> None:
+    said = (finished.parent / "said.txt").read_text()
+    (screen,) = re.findall(r"^lora on .*?─\n(.*?)^─+\n", said, re.DOTALL | re.MULTILINE)
+    names = re.findall(r"^(\w+) ", screen, re.MULTILINE)
+    assert names == ["model", "method", "data", "tokens", "template", "memory", "work", "example", "rows"]
+    assert re.search(r"^rows     packed: states and loss are those of the model's own", screen, re.MULTILINE)
+    assert re.findall(r"packed|padded", said) == ["packed"], "it is said once"
 
 
 def test_a_run_leaves_everything_that_it_promises(finished: Path) -> None:

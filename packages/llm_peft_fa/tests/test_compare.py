@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from commands import here
+from commands import LAUNCH, here
 
 from labs_common.compare.collect import Entry, recommend
 from labs_common.errors import LabError
@@ -200,6 +200,12 @@ def test_the_best_rate_of_the_search_is_taken(llama_dir: Path, tmp_path: Path) -
         (("--methods", "lora", "--data", "missing.jsonl"), "missing.jsonl"),
         (("--seeds", "0"), "--seeds"),
         (("--launch", "missing.yaml"), "--launch"),
+        (("--launch", "{full}/something"), "--launch"),
+        (
+            ("--methods", "lora,full:pure_bf16", "--optimizer", "paged_adamw_8bit"),
+            "--pure-bf16: needs --precision bf16",
+        ),
+        (("--optimizer", "adamw_8bit", "--launch", str(LAUNCH / "fsdp.yaml")), "--optimizer adamw_8bit: FSDP"),
         (("--output", "{full}"), "--output"),
     ],
 )

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from llm_peft_fa.config import DemoConfig, MethodOptions, ModelOptions, SubjectO
 from llm_peft_fa.demo import found_subjects
 from llm_peft_fa.methods import Setting, apply_method, resolved
 from llm_peft_fa.saved import subject_of, write_merged
+from llm_peft_fa.templates import encode_prompt, stands_alone
 
 IDS = torch.randint(300, 700, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -32,7 +34,8 @@ def run(gemma_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (gemma_dir / "README.md").write_text("---\nlicense: gemma\n---\n# Gemma\n")
     (gemma_dir / "tokenizer.model").write_bytes(b"pieces")
     run = tmp_path_factory.mktemp("runs") / "tuned"
-    here("train", "--model", gemma_dir, "--output", run, *SMALL, "--max-steps", "3", "--no-report")
+    here("train", "--model", gemma_dir, "--output", run, *SMALL, "--max-steps", "3", "--no-report",
+         "--template", "plain")  # fmt: skip
     yield run
     (gemma_dir / "README.md").unlink()
     (gemma_dir / "tokenizer.model").unlink()
@@ -77,7 +80,7 @@ def test_the_merged_model_is_what_was_trained_and_has_each_tensor_once(
     assert (merged / "generation_config.json").exists()
 
 
-def test_the_adapter_is_one_that_vllm_serves(adapter: Path) -> None:
+def test_the_adapter_is_one_that_vllm_serves(run: Path, adapter: Path) -> None:
     """By vllm/lora/peft_helper.py and lora_model.py: what they refuse, and the names that they parse."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
@@ -88,7 +91,26 @@ def test_the_adapter_is_one_that_vllm_serves(adapter: Path) -> None:
         assert all(re.fullmatch(name, key) for key in file.keys())  # noqa: SIM118
         assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float32}, "as it trained"  # noqa: SIM118
     text = (adapter / "README.md").read_text()
-    assert f"--enable-lora --max-lora-rank 8 --lora-modules tuned={adapter}" in text, "a rank of 4 is not among vLLM's"
+    serve = re.search(r"^vllm serve .*", text, re.MULTILINE)[0]
+    assert f"--enable-lora --max-lora-rank 8 --lora-modules tuned={adapter}" in serve, "a rank of 4 is not among vLLM's"
+    template = Path(serve.split("--chat-template ")[1])
+    assert template.parent == adapter
+    assert template.read_text(encoding="utf-8") == stands_alone(load_tokenizer(str(run / "adapter")))
+
+
+def test_the_cards_lines_of_python_ask_as_was_trained(
+    adapter: Path, gemma_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base has another template than the training had."""
+    text = (adapter / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert f'"{gemma_dir}"' in code
+    found: dict[str, Any] = {}
+    exec(code.replace("max_new_tokens=256", "max_new_tokens=2"), found)
+    trained = load_tokenizer(str(gemma_dir), "plain")
+    assert found["asked"]["input_ids"][0].tolist() == encode_prompt(trained, found["chat"])
+    assert found["model"].peft_config["default"].r == 4
+    assert capsys.readouterr().out.endswith("\n")
 
 
 def test_the_card_says_what_it_is_in_two_languages(run: Path, merged: Path) -> None:
@@ -190,6 +212,8 @@ def test_a_push_makes_a_private_repository_with_the_files(hub: type[Hub], run: P
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "pushed").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json"} <= files.keys()
     assert b"someone/name" in files["README.md"]
+    assert b"hf download someone/name chat_template.jinja --local-dir .\nvllm serve" in files["README.md"]
+    assert b" --chat-template chat_template.jinja\n" in files["README.md"]
     done = here("export", run, "--to", "hub", "--repo", "refused/x", "--output", tmp_path / "other", code=2)
     assert "--repo refused/x: the hub did not take it" in done.stderr
     assert "Traceback" not in done.stderr

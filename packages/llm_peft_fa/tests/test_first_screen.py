@@ -17,7 +17,7 @@ from llm_peft_fa.config import TrainConfig
 from llm_peft_fa.data import Conversation, Reading
 from llm_peft_fa.methods import complete
 from llm_peft_fa.plan import Plan
-from llm_peft_fa.report import print_first_screen
+from llm_peft_fa.report import print_first_screen, print_rows
 from llm_peft_fa.templates import encode_all
 
 pytestmark = pytest.mark.quick
@@ -38,6 +38,7 @@ def test_the_first_screen_fits_a_terminal_and_marks_what_is_learnt(
     reading = Reading("chats.jsonl", [Conversation(CHAT, "chats.jsonl:1"), Conversation(long, "chats.jsonl:2")])
     texts = {"training": encode_all(tokenizer, reading, 4096, "error"), "validation": []}
     print_first_screen(complete(config), Accelerator(cpu=True), {"training": reading}, texts, tokenizer)
+    print_rows("hidden states differ by 3%", "sdpa", 0.25)
     plain = re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue())
     assert all(len(line.rstrip()) <= 80 for line in plain.splitlines())
     assert len(plain.splitlines()) <= 20
@@ -49,6 +50,7 @@ def test_the_first_screen_fits_a_terminal_and_marks_what_is_learnt(
     unfolded = re.sub(r" *\n {2,}", " ", plain)
     assert f"tokens   {tokens:,}, {learnt / tokens:.0%} of them learnt; {pieces / len(words):.2f} per word" in unfolded
     assert "2 steps of 2 rows" in unfolded
+    assert "\nrows     padded, not packed (hidden states differ by 3%): 25% is padding; states and loss are" in unfolded
     assert ("⟦تهران<end_of_turn>⟧" in unfolded) is not colours
     assert ("\x1b[1;32m" in said.getvalue()) is colours
 

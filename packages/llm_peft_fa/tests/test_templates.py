@@ -189,6 +189,7 @@ PARTS = ("idefics3", "llava_next", "smolvlm")
 OPEN = ("deepseek_r1_distill", "deepseekv3")
 REWRITING = {"gptoss", "phi3", "phi3_5", "qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6", *OPEN}
 REWRITING |= {f"{name}_training" for name in ("gptoss", "phi3", "phi3_5", *OPEN)}
+CLOSING = ("qwen3_5_nothink", "qwen3_5_nothink_training")  # the generation prompt has an empty thought by itself
 # Written by hand: what is learnt of two answers, the ends of the template's own making.
 EXACT = {
     "mistral": ["تهران</s>", "توکیو\nدر شرق</s>"],
@@ -316,6 +317,22 @@ def test_thinking_is_learnt_if_it_is_kept_and_else_refused_where_it_would_be_los
             encode(tokenizer, Conversation(talk, "here"))
     else:
         assert learnt_text(tokenizer, talk)[-1] == learnt.removeprefix("\n</think>\n\n")
+
+
+@pytest.mark.skipif(TRL is None, reason="needs trl, of the development's dependencies")
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_kept_thought_stands_once_or_is_refused(name: str, bytes_tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer = bytes_tokenizer
+    tokenizer.chat_template = TEMPLATES[name]
+    set_template(tokenizer, "auto", "keep")
+    if name in CLOSING:
+        with pytest.raises(LabError, match=r"^here: an answer thinks .* closes the thinking before it begins; take"):
+            encode(tokenizer, Conversation([ASK, THOUGHT], "here"))
+        assert learnt_text(tokenizer, [ASK, PLAIN_ANSWER]) == ["۴<|im_end|>"]
+        return
+    (row,) = encode(tokenizer, Conversation([ASK, THOUGHT], "here"))
+    _, said = tokenizer.decode(row.ids).split(ASK["content"])
+    assert said.count("<think>") == said.count("</think>") == said.count("جمع است.") == 1
 
 
 @pytest.mark.skipif(TRL is None, reason="needs trl, of the development's dependencies")

@@ -22,7 +22,7 @@ from llm_peft_fa.attention import NAME
 from llm_peft_fa.base import _attending, load_model, load_tokenizer
 from llm_peft_fa.config import MethodOptions
 from llm_peft_fa.methods import Setting, apply_method, resolved
-from llm_peft_fa.model import Adapted, PackedCausalLM, decoder_layers, virtual_tokens
+from llm_peft_fa.model import Adapted, PackedCausalLM, decoder_layers, rope_boundary, virtual_tokens
 from llm_peft_fa.packing import Packing, learnt_tokens
 from llm_peft_fa.templates import Encoded
 from llm_peft_fa.verification import Choice, choice
@@ -34,7 +34,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 # Convolutions, linear attention and state spaces go on from one conversation into the next; attention that transformers
 # has not made exchangeable, or that has more in it than ours.
-PADDED = {"qwen3_next", "qwen3_5_text", "gpt_oss", "lfm2", "falcon", "stablelm", "bloom", "mamba2", "phimoe"}
+PADDED = {"qwen3_next", "qwen3_5_text", "gpt_oss", "lfm2", "falcon", "stablelm", "bloom", "mamba2", "phimoe",
+          "llama4_text"}  # fmt: skip
 SHARED = {"gemma3n_text", "gemma4_text"}  # later layers take an earlier one's keys and values, with its prefix in them
 # PEFT has no prefix for a state, nor for the compressed keys of DeepSeek.
 NO_PREFIX = {"qwen3_next", "qwen3_5_text", "lfm2", "mamba2", "deepseek_v3"}
@@ -93,11 +94,12 @@ def own_attention(model: PreTrainedModel) -> None:
         model.set_attn_implementation("eager")
 
 
-def check_trains_as_alone(base: PreTrainedModel, method: str, chosen: Choice) -> Adapted:
+def check_trains_as_alone(base: PreTrainedModel, method: str, chosen: Choice, tokens: int = 44) -> Adapted:
     if chosen.attention != base.config._attn_implementation:
         base.set_attn_implementation(chosen.attention)
     model = moved(adapted(base, method))
-    rows = Packing(44, virtual=virtual_tokens(model), padded=chosen.padded).rows(conversations())
+    packing = Packing(tokens, virtual=virtual_tokens(model), padded=chosen.padded, boundary=rope_boundary(model))
+    rows = packing.rows(conversations())
     assert len(rows) > 1
     assert any(row.input_ids.numel() > 30 for row in rows), "a row holds more than one"
     loss = sum(PackedCausalLM(model)(row) * row.weight for row in rows)
@@ -138,6 +140,20 @@ def test_loss_gradients_and_result_are_those_of_the_model_itself(name: str, meth
     with torch.no_grad():
         one, two = (it.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for it in (loaded, model))
     torch.testing.assert_close(one, two, atol=1e-5 * float(two.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize(("method", "packing"), [("lora", "auto"), ("lora", "never"), ("prefix_tuning", "auto")])
+def test_a_conversation_beyond_the_first_context_leaves_the_factors_of_others_alone(
+    method: str, packing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LongRoPE as of Phi 3: of 12, 3, 21 and 30 tokens the last is beyond, and with a prefix of 3 the last two are."""
+    monkeypatch.setattr(verification, "LENGTHS", (11, 15, 6))  # real models' first context is longer than what is tried
+    factors = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 8.0]}
+    rope = {"rope_type": "longrope", "rope_theta": 100.0, "original_max_position_embeddings": 21, **factors}
+    base = _attending(random_model("phi3", rope_parameters=rope, original_max_position_embeddings=21))
+    chosen = choice(base, packing, prompt(method))
+    assert chosen.padded == (packing == "never")
+    check_trains_as_alone(base, method, chosen, tokens=200)
 
 
 @pytest.mark.parametrize("name", ["llama", pytest.param("gpt_oss", marks=pytest.mark.long), "lfm2"])
@@ -235,7 +251,8 @@ def test_a_model_that_cannot_be_packed_trains_and_is_measured(gemma_dir: Path, t
     settings = ("--model", tmp_path / "base", "--output", tmp_path / "run", "--conversations", 20, "--max-steps", 2)
     more = ("--batch-size", 8, "--rank", 2, "--track", "none", "--no-answer-base", "--tokens-per-batch", 400)
     done = here("train", *settings, *more, *few)
-    said = re.search(r"conversations are padded, not packed \((.*?)\): (\d+)% of what is computed", done.stderr)
+    unfolded = re.sub(r" *\n {2,}", " ", done.stderr)
+    said = re.search(r"rows +padded, not packed \((.*?)\): (\d+)% is padding; states and loss are", unfolded)
     assert "hidden states differ" in said[1]
     assert 0 < int(said[2]) < 50
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]

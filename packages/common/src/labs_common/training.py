@@ -343,8 +343,9 @@ class Loop:
             self._stop_interrupted(self._stop)
 
     def _save(self, path: Path) -> None:
-        position = {"step": self.step_number, "count": self.count, "best": self._best,
-                    "metrics": self.run.sum_of("metrics.jsonl"), **self._identity}  # fmt: skip
+        wrote = self.run.sum_of("metrics.jsonl") if self.run.is_main else None  # whose position is written
+        position = {"step": self.step_number, "count": self.count, "best": self._best, "metrics": wrote,
+                    **self._identity}  # fmt: skip
         save_checkpoint(path, self.accelerator, self.model, self.optimizer, position, self.also)
         if self.accelerator.is_main_process:
             old_best = [best for best in best_checkpoints(path.parent) if best != self._best_path()]

@@ -146,6 +146,8 @@ DATA: dict[str, Rows] = {
         "--data {files}/deep.jsonl": "deep.jsonl:1",
         "--data {files}/pipe.jsonl": "pipe.jsonl",
         "--model {files}/code": "code",
+        "--model ./nothing/there": "--model ./nothing/there: no such directory",
+        "--model {files}/nothing": "/nothing: no such directory",
         "--conversations 0": "--conversations: must be a whole number at least 1",
         "--rank 0": "--rank: must be a whole number at least 1",
         "--dropout 1": "--dropout: must be a number at least 0 and below 1",

@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,8 +36,23 @@ if not sys.stderr.isatty():
 
 
 def model_path(model: str) -> str:
-    """Returns the name or path under which transformers finds `--model`; makes the tiny one on first use."""
-    return str(tiny_base()) if model == "tiny" else model
+    """Returns the name or path under which transformers finds `--model`; makes the tiny one on first use.
+
+    Raises:
+        LabError: it is written as a directory, and there is none.
+    """
+    if model == "tiny":
+        return str(tiny_base())
+    path = Path(model).expanduser()
+    # A hub id has one slash at most, and may begin with the name of a directory that happens to be here.
+    if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not path.exists():
+        raise LabError(f"--model {model}: no such directory; {REMEDY}")
+    return str(path) if model.startswith("~") else model
+
+
+def _said(model: str) -> str:
+    missing = not Path(model).exists() and Path(model).parent != Path() and Path(model).parent.is_dir()
+    return f"--model {model}{' (no such directory)' * missing}"
 
 
 def load_tokenizer(model: str, template: str = "auto", thinking: Thinking | None = None) -> PreTrainedTokenizerBase:
@@ -61,7 +77,7 @@ def own_template(model: str) -> bool:
 
 
 def _tokenizer(model: str) -> PreTrainedTokenizerBase:
-    return load_auto(AutoTokenizer.from_pretrained, model_path(model), said=f"--model {model}", remedy=REMEDY)
+    return load_auto(AutoTokenizer.from_pretrained, model_path(model), said=_said(model), remedy=REMEDY)
 
 
 def load_model(model: str, precision: str | None = None, quantized: bool = False, read: bool = True) -> PreTrainedModel:
@@ -115,7 +131,7 @@ def base_config(model: str) -> PretrainedConfig:
     Raises:
         LabError: there is no such model.
     """
-    return load_auto(AutoConfig.from_pretrained, model_path(model), said=f"--model {model}", remedy=REMEDY)
+    return load_auto(AutoConfig.from_pretrained, model_path(model), said=_said(model), remedy=REMEDY)
 
 
 def unloaded_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

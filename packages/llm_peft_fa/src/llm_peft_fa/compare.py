@@ -17,6 +17,8 @@ from typing import Any
 import sacrebleu
 import torch
 from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
 
 from labs_common.cache import path_name
 from labs_common.cli import parse
@@ -40,6 +42,8 @@ from labs_common.compare.report import (
     recommendation_section,
     table_of,
 )
+from labs_common.device import mixed_precision
+from labs_common.errors import LabError, reason_of
 from labs_common.options import RunOptions
 from labs_common.report.page import Section, Table, Text
 from labs_common.run import Run
@@ -50,6 +54,7 @@ from llm_peft_fa.base import check_quantization, device, load_model, load_tokeni
 from llm_peft_fa.config import CompareConfig, ComparedOptions, TrainConfig
 from llm_peft_fa.data import plain_paragraphs, training_and_validation
 from llm_peft_fa.methods import METHODS, complete
+from llm_peft_fa.optimizers import check_optimizer
 from llm_peft_fa.report import asked, folded_tables, shortened
 from llm_peft_fa.templates import encode_all
 
@@ -74,7 +79,7 @@ def compare(config: CompareConfig) -> None:
     files = (config.data.data, config.data.validation_data, config.data.plain_text)
     folder = comparison_folder(f"compare-{path_name(config.model.model)}", config, files)
     start_server(config.comparison.launch, [COMMAND])
-    check_plan(planned)
+    check_plan(planned, config.comparison.launch)
     compare_runs(folder, config, COMMAND, planned, partial(findings, config), partial(prepare, config))
 
 
@@ -99,12 +104,23 @@ def plan(config: CompareConfig) -> dict[str, TrainConfig]:
     return plan_runs(config.comparison, "--methods", config.methods, "method", run_of, [*METHODS])
 
 
-def check_plan(planned: Mapping[str, TrainConfig]) -> None:
+def check_plan(planned: Mapping[str, TrainConfig], launch: Path | None = None) -> None:
     """Makes sure that every planned run can start, as far as can be told without its process; writes nothing.
 
+    `launch` is the configuration of Accelerate that runs get, if any.
+
     Raises:
-        LabError: the machine, the data or the model does not allow one.
+        LabError: the machine, the launch, the data or the model does not allow one.
     """
+    kind = None
+    if launch is not None:
+        try:
+            kind = load_config_from_file(str(launch)).distributed_type
+        except Exception as error:  # written by anybody
+            raise LabError(f"--launch {launch}: is no configuration of Accelerate ({reason_of(error)})") from error
+    for run in planned.values():
+        sharded = kind in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        check_optimizer(run, mixed_precision(run.training.precision), sharded)
     if any(METHODS[run.method.method].quantized for run in planned.values()):
         check_quantization()
     first = next(iter(planned.values()))

@@ -30,7 +30,7 @@ from llm_peft_fa.answers import BeforeAndAfter, before_and_after, collected_prom
 from llm_peft_fa.base import load_tokenizer
 from llm_peft_fa.config import EvaluateConfig, TrainConfig
 from llm_peft_fa.data import Reading, read_conversations, training_and_validation
-from llm_peft_fa.model import Adapted, PackedCausalLM, arithmetic, base_of, mean_loss, virtual_tokens
+from llm_peft_fa.model import Adapted, PackedCausalLM, arithmetic, base_of, mean_loss, rope_boundary, virtual_tokens
 from llm_peft_fa.packing import Packing
 from llm_peft_fa.report import answers_section, numbers_section, saved_answers
 from llm_peft_fa.saved import Subject, plain_base, subject_of
@@ -101,7 +101,7 @@ def loss_of(model: Adapted, encoded: list[Encoded], accelerator: Accelerator, ad
         return None
     subject = model if adapted else base_of(model)
     packing = Packing(TOKENS_PER_ROW, accelerator.process_index, accelerator.num_processes)
-    packing.virtual, packing.padded = virtual_tokens(subject), chosen.padded
+    packing.virtual, packing.padded, packing.boundary = virtual_tokens(subject), chosen.padded, rope_boundary(subject)
     with arithmetic(base_of(model)):
         return mean_loss(PackedCausalLM(subject), packing.rows(encoded), accelerator)
 

@@ -23,6 +23,7 @@ from llm_peft_fa.methods import METHODS
 from llm_peft_fa.saved import FOUR_BITS, READ, Subject, adapter_config, file_of, subject_of, write_merged
 from llm_peft_fa.templates import stands_alone
 
+TEMPLATE = "chat_template.jinja"  # as transformers names it
 HUB_ID = r"[\w.-]+/[\w.-]+"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank takes (its config/lora.py)
 SCORES = {"exact match": "exact_match", "chrF": "chrf", "validation loss": "loss"}  # and their names on the hub
@@ -86,8 +87,8 @@ def export(config: ExportConfig) -> None:
                 (part / FOUR_BITS).write_text(json.dumps({"base_in_4_bits": True}) + "\n", encoding="utf-8")
         if subject.trained:  # servers know nothing of --thinking
             template = stands_alone(load_tokenizer(str(part)))
-            (part / "chat_template.jinja").write_text(template, encoding="utf-8")
-        card = model_card(subject, whole, config.repo or str(folder))
+            (part / TEMPLATE).write_text(template, encoding="utf-8")
+        card = model_card(subject, whole, config.repo or str(folder), (part / TEMPLATE).is_file())
         (part / "README.md").write_text(str(card), encoding="utf-8")
     print(f"written: {folder}")
     if token is not None:
@@ -136,8 +137,11 @@ def push(folder: Path, repo: str, private: bool, token: str) -> str:
     return str(url)
 
 
-def model_card(subject: Subject, whole: bool, place: str) -> ModelCard:
-    """Makes the README of a result, in English and Persian; `place` is where it is found: hub id or directory."""
+def model_card(subject: Subject, whole: bool, place: str, template: bool) -> ModelCard:
+    """Makes the README of a result, in English and Persian; `place` is where it is found: hub id or directory.
+
+    `template` says whether it has a chat template beside it.
+    """
     trained, base = subject.trained, subject.base or subject.source
     known = _card_of(base)
     method = trained.method.method if trained else _kind(_adapter(subject)).lower()
@@ -161,7 +165,7 @@ def model_card(subject: Subject, whole: bool, place: str) -> ModelCard:
     text = TEXT.format(
         name=named, base=base if _on_hub(base) else Path(base).name, method=method, data=data,
         description=METHODS[method].description if method in METHODS else method,
-        validation="held-out conversations", use=_use(subject, whole, place),
+        validation="held-out conversations", use=_use(subject, whole, place, template),
         scores="\n".join(["| | before | after |", "|---|---|---|", *rows]) if rows else "not recorded",
         licence_fa=f"پروانهٔ مدل پایه: <bdi>{known.license}</bdi>." if known.license else "پروانهٔ مدل پایه پیدا نشد.",
         licence=f"The base's: {known.license}." if known.license else "The base's, which could not be read.",
@@ -169,26 +173,39 @@ def model_card(subject: Subject, whole: bool, place: str) -> ModelCard:
     return ModelCard(f"---\n{meta.to_yaml()}\n---\n\n{text}")
 
 
-def _use(subject: Subject, whole: bool, place: str) -> str:
-    """Says how others run it: vLLM takes models and LoRA without DoRA, llama.cpp models."""
-    if whole:
+def _use(subject: Subject, whole: bool, place: str, template: bool) -> str:
+    """Says how others run it: vLLM takes models and LoRA without DoRA, llama.cpp models, PEFT every adapter."""
+    if whole:  # with its tokenizer, of which the template is
         return f"""`vllm serve {place}`; or for llama.cpp
 
 ```sh
 python convert_hf_to_gguf.py DIRECTORY --outtype bf16 --outfile model.gguf
-llama-cli -m model.gguf
+llama-cli -m model.gguf --jinja
 ```"""
     config = _adapter(subject)
     rank: int = getattr(config, "r", 0)
     base = config.base_model_name_or_path
-    if _kind(config) == "LORA" and not getattr(config, "use_dora", False) and rank <= RANKS[-1]:
-        least = next(size for size in RANKS if size >= rank)
-        return f"`vllm serve {base} --enable-lora --max-lora-rank {least} --lora-modules tuned={place}`"
-    return f"""```python
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{place}")
-```
+    asked = f"""```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-vLLM serves no adapters of this kind."""
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{place}")
+tokenizer = AutoTokenizer.from_pretrained("{place if template else base}")
+chat = [{{"role": "user", "content": "سلام"}}]
+asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+print(tokenizer.decode(model.generate(**asked, max_new_tokens=256)[0, asked["input_ids"].shape[1] :]))
+```"""
+    if _kind(config) != "LORA" or getattr(config, "use_dora", False) or rank > RANKS[-1]:
+        return f"{asked}\n\nvLLM serves no adapters of this kind."
+    least = next(size for size in RANKS if size >= rank)
+    serve = [f"vllm serve {base} --enable-lora --max-lora-rank {least} --lora-modules tuned={place}"]
+    if template:  # the base's tokenizer would take its own
+        file = f"{place}/{TEMPLATE}"
+        if _on_hub(place):
+            serve, file = [f"hf download {place} {TEMPLATE} --local-dir .", *serve], TEMPLATE
+        serve[-1] += f" --chat-template {file}"
+    steps, own = "\n".join(serve), ", with the chat template that it was trained with" * template
+    return f"{asked}\n\nor by vLLM{own}\n\n```sh\n{steps}\n```"
 
 
 def _adapter(subject: Subject) -> PeftConfig:
@@ -201,10 +218,10 @@ def _kind(config: PeftConfig) -> str:
 
 def _card_of(model: str) -> ModelCardData:
     """Reads what a model's README says of it, if it has one."""
-    file = file_of(model, "README.md")
     try:
+        file = file_of(model, "README.md")
         return ModelCardData() if file is None else ModelCard.load(file).data
-    except (OSError, ValueError):  # written by anybody
+    except (OSError, ValueError, LabError):  # written by anybody, or of a base that is elsewhere
         return ModelCardData()
 
 

@@ -28,13 +28,19 @@ def base_of(model: Adapted) -> PreTrainedModel:
     return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
+def decoder_of(model: PreTrainedModel) -> Any:
+    """Returns the decoder; transformers gives the whole of Llama 4 for it, looking for a name that it does not have."""
+    found = model.get_decoder()
+    return model.model if found is model else found
+
+
 def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
     """Returns the layers of the decoder, whose name differs between architectures.
 
     Raises:
         LabError: it has none.
     """
-    lists = [child for child in model.get_decoder().children() if isinstance(child, torch.nn.ModuleList)]
+    lists = [child for child in decoder_of(model).children() if isinstance(child, torch.nn.ModuleList)]
     depth = model.config.get_text_config().num_hidden_layers
     for layers in lists:
         if len(layers) == depth:
@@ -44,8 +50,23 @@ def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
 
 def final_norm(model: PreTrainedModel) -> torch.nn.Module:
     """Returns the norm after the decoder's layers, the last that it has: its name differs between architectures."""
-    parts = [(name, part) for name, part in model.get_decoder().named_children()]
+    parts = [(name, part) for name, part in decoder_of(model).named_children()]
     return [part for name, part in parts if "norm" in name or name.startswith("ln_")][-1]
+
+
+def rope_boundary(model: Adapted) -> int | None:
+    """Returns how long a conversation may be with the short factors of LongRoPE (Ding et al. 2024), as Phi 3 has them.
+
+    One that is longer, with what a soft prompt puts before it, gives the long factors to all of its row. None of models
+    without.
+    """
+    text = base_of(model).config.get_text_config()
+    rope: Any = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    soft = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+    before = model.active_peft_config.num_virtual_tokens if soft else 0
+    return int(rope["original_max_position_embeddings"]) - before
 
 
 def logit_scale(model: PreTrainedModel) -> float:
@@ -58,7 +79,7 @@ def logit_scale(model: PreTrainedModel) -> float:
 
 def text_parameters(model: PreTrainedModel) -> dict[int, torch.nn.Parameter]:
     """Collects by id the parameters through which text goes: all but the vision tower of a base that sees pictures."""
-    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    parts = (decoder_of(model), model.get_input_embeddings(), model.get_output_embeddings())
     return {id(parameter): parameter for part in parts for parameter in part.parameters()}
 
 
@@ -85,7 +106,7 @@ def in_text(model: PreTrainedModel, settings: dict[str, Any]) -> dict[str, Any]:
     every = {id(parameter) for parameter in model.parameters()}
     if "target_modules" not in settings or text_parameters(model).keys() == every:
         return settings
-    decoder, targets = model.get_decoder(), settings["target_modules"]
+    decoder, targets = decoder_of(model), settings["target_modules"]
     if isinstance(targets, str):  # all-linear
         linear = (name for name, layer in decoder.named_modules() if isinstance(layer, torch.nn.Linear))
         targets = sorted({name.rpartition(".")[2] for name in linear})
@@ -127,7 +148,7 @@ class PackedCausalLM(torch.nn.Module):
             # without restarting positions, transformers would let conversations see each other.
             mask = torch.zeros(1, 1, 1, 1, device=row.input_ids.device)
             inputs |= {"attention_mask": mask, "use_cache": False, "blocks": row.blocks, "kernel": self.kernel}
-        hidden = base.get_decoder()(**inputs).last_hidden_state
+        hidden = decoder_of(base)(**inputs).last_hidden_state
         return cast(torch.Tensor, hidden.flatten(0, 1).index_select(0, row.predicting))
 
     def loss(self, states: torch.Tensor, row: PackedRow) -> torch.Tensor:

@@ -52,6 +52,11 @@ class PackedRow:
 
 def packed_row(conversations: Sequence[Encoded], weight: float = 1.0, virtual: int = 0) -> PackedRow:
     """Puts conversations, in this order, into a row, each with room for `virtual` virtual tokens before it."""
+    blocks = blocks_of([virtual + len(item.ids) for item in conversations])
+    return replace(_row(conversations, weight, virtual), blocks=blocks)
+
+
+def _row(conversations: Sequence[Encoded], weight: float, virtual: int) -> PackedRow:
     room = [0] * virtual
     lengths = [virtual + len(item.ids) for item in conversations]
     ids = torch.tensor([token for item in conversations for token in (*room, *item.ids)])
@@ -64,7 +69,7 @@ def packed_row(conversations: Sequence[Encoded], weight: float = 1.0, virtual: i
     return PackedRow(
         input_ids=ids[None],
         position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
-        blocks=blocks_of(lengths),
+        blocks=None,
         predicting=targets_at - 1,
         targets=ids[targets_at],
         weight=weight,
@@ -80,12 +85,10 @@ def padded_row(conversations: Sequence[Encoded], weight: float = 1.0, virtual: i
     for item in conversations:
         rest = longest - len(item.ids)
         padded.append(replace(item, ids=[*item.ids, *[0] * rest], learnt=[*item.learnt, *[False] * rest]))
-    row = packed_row(padded, weight, virtual)
+    row = _row(padded, weight, virtual)
     shape = len(padded), virtual + longest
     tokens = sum(len(item.ids) for item in conversations)
-    return replace(
-        row, input_ids=row.input_ids.view(shape), position_ids=row.position_ids.view(shape), blocks=None, tokens=tokens
-    )
+    return replace(row, input_ids=row.input_ids.view(shape), position_ids=row.position_ids.view(shape), tokens=tokens)
 
 
 def learnt_tokens(conversations: Sequence[Encoded]) -> int:
@@ -157,7 +160,7 @@ class Packing:
     """The way in which the conversations of a step become rows: of every `processes`-th, from `rank` on, this one's.
 
     `virtual` is the number of virtual tokens that a soft prompt puts before each conversation; with `padded` rows are
-    padded batches.
+    padded batches. Conversations of at most `boundary` tokens share no row with longer ones, see `model.rope_boundary`.
     """
 
     tokens: int
@@ -165,6 +168,7 @@ class Packing:
     processes: int = 1
     virtual: int = 0
     padded: bool = False
+    boundary: int | None = None
 
     def rows(self, conversations: Sequence[Encoded]) -> list[PackedRow]:
         """Packs this process's rows of one step; their weighted losses add up to the mean over learnt tokens."""
@@ -189,7 +193,11 @@ class Packing:
         return 1 - sum(len(item.ids) for item in conversations) / positions if positions else 0.0
 
     def _cut(self, conversations: Sequence[Encoded]) -> list[list[Encoded]]:
-        return (bucketed if self.padded else spread)(conversations, self.tokens, self.processes, self.virtual)
+        cut = bucketed if self.padded else spread
+        sides: dict[bool, list[Encoded]] = {}
+        for item in conversations:
+            sides.setdefault(self.boundary is not None and len(item.ids) > self.boundary, []).append(item)
+        return [row for side in sides.values() for row in cut(side, self.tokens, self.processes, self.virtual)]
 
     def steps(self, conversations: Sequence[Encoded], batch_size: int, seed: int) -> ShuffledSteps:
         """Makes training data of conversations, shuffled every epoch by the seed: a step is `batch_size` of them."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from rich.console import Console
+from rich.table import Column
 from rich.table import Table as Grid
 from rich.text import Text as ColouredText
 from transformers import PreTrainedTokenizerBase
@@ -28,6 +29,7 @@ from labs_common.run import Run, seconds_between
 from labs_common.steps import ShuffledSteps
 from labs_common.training import total_steps
 from llm_peft_fa.answers import BeforeAndAfter, Scores
+from llm_peft_fa.attention import NAME
 from llm_peft_fa.base import DTYPES
 from llm_peft_fa.config import MethodOptions, TrainConfig
 from llm_peft_fa.data import Reading
@@ -42,6 +44,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate")  # whose versions go 
 COSTS = ("trainable", "parameters", "optimizer bytes", "disk bytes")  # in the report, of results.json
 SHOWN = 40  # answers before the fold: a screen or two
 SAMPLED = 200  # conversations of which words and tokens are counted, and the shortest is the example
+NAMED = 8  # characters before each line of the first screen
 SHOWN_TEXT = 150  # characters of the example's texts: two lines of a terminal
 TIMED = 5  # steps that are timed after the first, which is slower
 
@@ -258,7 +261,7 @@ def print_first_screen(
 ) -> None:
     """Prints before any weight is read what will be trained on what, and what that needs, on one screen.
 
-    `texts` are rows by "training" and "validation"; `config` is of `plan.fitted`.
+    `texts` are rows by "training" and "validation"; `config` is of `plan.fitted`. `print_rows` ends the screen.
 
     Raises:
         LabError: the method does not fit the model.
@@ -292,11 +295,25 @@ def print_first_screen(
         "example": ColouredText(f"{example.where}: ") + _coloured(tokenizer, example, console, SHOWN_TEXT),
     }
     console.rule(f"{options.method} on {model.model}", align="left")
-    grid = Grid.grid(padding=(0, 1))
+    _print_lines(lines)
+
+
+def print_rows(why: str, attention: str, padding: float) -> None:
+    """Prints the last line of the first screen: how rows are made, which is compared when the weights are there.
+
+    `attention` and `why` are of `verification.settle`, `padding` is the share of what is computed.
+    """
+    compared = "states and loss are those of the model's own attention on each conversation alone"
+    packed, padded = f"packed: {compared}", f"padded, not packed ({why}): {padding:.0%} is padding; {compared}"
+    _print_lines({"rows": packed if attention == NAME else padded})
+    console.rule()
+
+
+def _print_lines(lines: Mapping[str, str | ColouredText]) -> None:
+    grid = Grid.grid(Column(width=NAMED), Column(), padding=(0, 1))
     for name, line in lines.items():
         grid.add_row(name, line if isinstance(line, ColouredText) else ColouredText(line))
     console.print(grid, soft_wrap=False)
-    console.rule()
 
 
 def print_expected_time(seconds: float, left: int) -> None:

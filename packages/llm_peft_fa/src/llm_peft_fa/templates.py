@@ -237,7 +237,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> li
             start, end = len(prompt), len(text.rstrip())
             wanted = "".join(message["content"].split()).removeprefix("<think>")
             shown = text.startswith(prompt) and wanted in "".join(text[start:end].split())
-            if not shown or (TWICE.search(text) and not _keeps_thinking(tokenizer)):
+            if not shown or TWICE.search(text):
                 raise LabError(f"{conversation.where}: {_reason(tokenizer, message['content'])}")
             rows.append((text, [(start, end)], blocks))
     whole, _, blocks = rows[-1]
@@ -253,6 +253,11 @@ def _reason(tokenizer: PreTrainedTokenizerBase, answer: str) -> str:
     """Says why an answer cannot be learnt with this template."""
     if "think>" in answer and not _keeps_thinking(tokenizer):
         return "an answer thinks (<think>…</think>), and --thinking is off; take --thinking keep, or leave it out"
+    if "think>" in answer:
+        return (
+            "an answer thinks (<think>…</think>), and the chat template closes the thinking before it begins; take "
+            "--template with a file that leaves it open, or --thinking off and answers without it"
+        )
     return (
         "the chat template does not put the whole answer behind its own generation prompt, so what is learnt would not "
         "be what is asked for later; try --template plain"

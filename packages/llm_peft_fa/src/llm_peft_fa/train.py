@@ -20,7 +20,6 @@ from labs_common.cache import path_name
 from labs_common.errors import LabError
 from labs_common.fitting import Fitted, Fitting, begin
 from labs_common.launch import main_process_first
-from labs_common.progress import console
 from labs_common.run import Run, written_whole
 from labs_common.sharding import reads_weights, whole_outside_layers, zero_stage
 from labs_common.training import total_steps
@@ -30,7 +29,7 @@ from llm_peft_fa.base import check_quantization, load_model, load_tokenizer, mod
 from llm_peft_fa.config import TrainConfig
 from llm_peft_fa.data import plain_paragraphs, training_and_validation
 from llm_peft_fa.methods import METHODS, Setting, apply_method, complete
-from llm_peft_fa.model import PackedCausalLM, mean_loss, structure_of, virtual_tokens
+from llm_peft_fa.model import PackedCausalLM, base_of, mean_loss, rope_boundary, structure_of, virtual_tokens
 from llm_peft_fa.optimizers import check_optimizer, optimizer_of
 from llm_peft_fa.packing import Packing
 from llm_peft_fa.plan import fitted, print_plan
@@ -42,6 +41,7 @@ from llm_peft_fa.report import (
     print_expected_time,
     print_first_screen,
     print_refused,
+    print_rows,
     show_learnt,
     structure_section,
 )
@@ -90,7 +90,7 @@ def train(config: TrainConfig) -> None:
     adapted = apply_method(base, config.method, Setting(tokenizer, steps))
     if config.model.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    packing.virtual = virtual_tokens(adapted)
+    packing.virtual, packing.boundary = virtual_tokens(adapted), rope_boundary(adapted)
     structure = structure_of(adapted)
     run = Run.start(config, config.run, f"{config.method.method}-{path_name(name)}", accelerator)
     run.data = text_sum(texts.values())
@@ -123,7 +123,9 @@ def packing_of(
         LabError: the model can be trained in neither way, or not as the options ask.
     """
     options = config.method
-    packing = Packing(config.data.tokens_per_batch, accelerator.process_index, accelerator.num_processes)
+    packing = Packing(
+        config.data.tokens_per_batch, accelerator.process_index, accelerator.num_processes, boundary=rope_boundary(base)
+    )
     adapt = None
     if METHODS[options.method].kind == "soft prompt":
         few = dataclasses.replace(options, prompt_init="random", prompt_text=None, virtual_tokens=FEW)
@@ -133,11 +135,9 @@ def packing_of(
     if packing.padded and options.method == "prefix_tuning" and config.model.gradient_checkpointing:
         raise LabError(f"--gradient-checkpointing: keeps no prefix of conversations that are padded ({why}); take "
                        "--no-gradient-checkpointing --no-fit-memory, or --method prompt_tuning")  # fmt: skip
-    if accelerator.is_main_process and packing.padded:
+    if accelerator.is_main_process:
         share = packing.padding(training, config.training.batch_size, config.run.seed)
-        console.print(f"conversations are padded, not packed ({why}): {share:.0%} of what is computed is padding")
-    elif accelerator.is_main_process:
-        console.print("conversations are packed: states and loss are those of the model's own attention on each alone")
+        print_rows(why, attention, share)
     return packing
 
 
@@ -202,7 +202,8 @@ def fit(
     if loop.step_number == 0:
         # Of the base: an update starts at zero, and a soft prompt is left out.
         model.prompted = False
-        loop.evaluated(held_out_losses(fitting, dataclasses.replace(packing, virtual=0), texts))
+        plain = dataclasses.replace(packing, virtual=0, boundary=rope_boundary(base_of(model.model)))
+        loop.evaluated(held_out_losses(fitting, plain, texts))
         model.prompted = True
     first, timed = loop.step_number + 1, list[float]()
     for row in loop.batches():

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from labs_common.device import exact_float32
 from labs_common.errors import LabError, reason_of
 from llm_peft_fa.attention import NAME
-from llm_peft_fa.model import Adapted, PackedCausalLM, decoder_layers, virtual_tokens
+from llm_peft_fa.model import Adapted, PackedCausalLM, decoder_layers, decoder_of, virtual_tokens
 from llm_peft_fa.packing import PackedRow, packed_row, padded_row
 from llm_peft_fa.templates import Encoded
 
@@ -148,7 +148,7 @@ def _reference(model: PreTrainedModel, adapt: Adapt | None) -> tuple[_Alone, Pre
 def _alone(adapted: Adapted, small: PreTrainedModel, ids: list[list[int]]) -> _Alone:
     draw = torch.Generator().manual_seed(1)
     states, losses, learnt, seen = [], [], [], []
-    hook = small.get_decoder().register_forward_hook(lambda module, given, out: seen.append(out.last_hidden_state))
+    hook = decoder_of(small).register_forward_hook(lambda module, given, out: seen.append(out.last_hidden_state))
     rows = small.get_output_embeddings().weight.shape[0]
     for conversation in ids:
         batch = torch.tensor([conversation], device=small.device)
@@ -219,10 +219,10 @@ def _cut(model: PreTrainedModel, chosen: Sequence[int]) -> PreTrainedModel:
     """Copies the model with the chosen layers alone, in float32; embeddings and 4-bit weights are shared with it."""
     layers, head = decoder_layers(model), model.get_output_embeddings()
     kept = [layers[number] for number in chosen]
-    embeddings = [part for part in model.get_decoder().modules() if isinstance(part, torch.nn.Embedding)]
+    embeddings = [part for part in decoder_of(model).modules() if isinstance(part, torch.nn.Embedding)]
     shared = {id(weight) for part in embeddings for weight in part.parameters()}
     computed = {
-        id(weight) for name, part in model.get_decoder().named_children() if part is not layers
+        id(weight) for name, part in decoder_of(model).named_children() if part is not layers
         for weight in part.parameters()
     } | {id(weight) for layer in kept for weight in layer.parameters()}  # fmt: skip
     memo: dict[int, Any] = {}  # what a deep copy takes as it is
@@ -233,14 +233,14 @@ def _cut(model: PreTrainedModel, chosen: Sequence[int]) -> PreTrainedModel:
             memo[id(weight)] = weight
     with _layers(model, kept):
         small = copy.deepcopy(model, memo)
-    for part in small.get_decoder().modules():
+    for part in decoder_of(small).modules():
         if isinstance(part, torch.nn.Embedding):
             part.register_forward_hook(lambda module, given, out: out.float())
         for name in [name for name in ("sliding_window", "attention_chunk_size") if getattr(part, name, None)]:
             setattr(part, name, WINDOW)
         if hasattr(part, "compute_dtype"):  # of bitsandbytes
             part.compute_dtype = torch.float32
-    for buffer in small.get_decoder().buffers():
+    for buffer in decoder_of(small).buffers():
         if buffer.is_floating_point():
             buffer.data = buffer.data.float()
     _shorten(small, chosen, len(layers))
@@ -253,7 +253,7 @@ def _cut(model: PreTrainedModel, chosen: Sequence[int]) -> PreTrainedModel:
 
 @contextmanager
 def _layers(model: PreTrainedModel, kept: list[torch.nn.Module]) -> Iterator[None]:
-    decoder, layers = model.get_decoder(), decoder_layers(model)
+    decoder, layers = decoder_of(model), decoder_layers(model)
     name = next(name for name, child in decoder.named_children() if child is layers)
     setattr(decoder, name, torch.nn.ModuleList(kept))
     try:
@@ -264,7 +264,7 @@ def _layers(model: PreTrainedModel, kept: list[torch.nn.Module]) -> Iterator[Non
 
 def _shorten(small: PreTrainedModel, chosen: Sequence[int], depth: int) -> None:
     """Makes configuration and numbering of a model fit the layers that were left of `depth`, and its windows short."""
-    text, decoder = small.config.get_text_config(), small.get_decoder()
+    text, decoder = small.config.get_text_config(), decoder_of(small)
     for name in [name for name in ("sliding_window", "attention_chunk_size") if getattr(text, name, None)]:
         setattr(text, name, WINDOW)
     places = {number: place for place, number in enumerate(chosen)}
