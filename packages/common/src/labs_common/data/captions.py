@@ -8,17 +8,19 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from labs_common.data.caption_files import read_described
 from labs_common.data.images import NAMED, RESAMPLING, Pictures, decoding_threads, examined, print_refused, refusal
 from labs_common.errors import LabError, bytes_of
-from labs_common.options import CaptionDataOptions, OnBadData
+from labs_common.options import Augment, CaptionDataOptions, OnBadData
 from labs_common.scenes.files import read_truth
 from labs_common.scenes.world import Scene
 
 # Flickr8k has captions of a picture that was never published; more than so many are a sign that pictures are elsewhere.
 MOST_WITHOUT, WITHOUT = 0.01, "captions without a picture"
+LEAST_AREA, COLOUR = 0.7, 0.25  # of a crop, as captions speak of the whole picture; of brightness and contrast
 ASIDE = 0.1  # share of the pictures that is drawn for validation, and again for the test
 LISTS = {
     "train": "Flickr_8k.trainImages.txt",
@@ -233,8 +235,12 @@ class Transform:
 
     def normalised(self, levels: Sequence[np.ndarray]) -> torch.Tensor:
         """Stacks pictures to (batch, 3, size, size) as the encoder reads them."""
+        return self.shifted(torch.from_numpy(np.stack(levels)).permute(0, 3, 1, 2))
+
+    def shifted(self, levels: torch.Tensor) -> torch.Tensor:
+        """Turns levels of 0 to 255 (batch, 3, size, size) into what the encoder reads."""
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return (torch.from_numpy(np.stack(levels)).permute(0, 3, 1, 2).float() / 255 - mean) / std
+        return (levels.float() / 255 - mean) / std
 
 
 @dataclass(frozen=True)
@@ -248,6 +254,13 @@ class PictureTensors:
         """Reads pictures (places, 3, size, size) as the network takes them."""
         return self.transform.normalised(self._levels(places))
 
+    def view(self, number: int, places: Sequence[int], seed: int) -> torch.Tensor:
+        """Reads them so in a view: 0 is the plain one, in the others a part of each is cut out, always the same."""
+        if not number:
+            return self.batch(places)
+        draws = [drawn_crop(np.random.default_rng([seed, number, place]), "crop") for place in places]
+        return self.transform.shifted(augmented(self.levels(places), torch.from_numpy(np.stack(draws))))
+
     def levels(self, places: Sequence[int]) -> torch.Tensor:
         """Reads pictures (places, 3, size, size) of 0 to 255."""
         return torch.from_numpy(np.stack(self._levels(places))).permute(0, 3, 1, 2).contiguous()
@@ -258,3 +271,26 @@ class PictureTensors:
     def recipe(self) -> dict[str, Any]:
         """Returns all that the tensors depend on, as JSON values."""
         return asdict(self.transform) | {"pictures": self.pictures.fingerprint()}
+
+
+def drawn_crop(generator: np.random.Generator, augment: Augment | None) -> np.ndarray:
+    """Draws a row for `augmented`: side of the part, its middle across and down (-1 to 1), brightness and contrast."""
+    side = np.sqrt(generator.uniform(LEAST_AREA, 1.0)) if augment not in (None, "none") else 1.0
+    middle = generator.uniform(-1, 1, 2) * (1 - side)
+    colour = generator.uniform(1 - COLOUR, 1 + COLOUR, 2) if augment == "crop+colour" else np.ones(2)
+    return np.array([side, *middle, *colour], dtype=np.float32)
+
+
+def augmented(pictures: torch.Tensor, crops: torch.Tensor | None) -> torch.Tensor:
+    """Crops and colours pictures of 0 to 255 (pictures, 3, size, size), each as its row of `crops` says; floats."""
+    pictures = pictures.float()
+    if crops is None:
+        return pictures
+    side, across, down, brightness, contrast = crops.unbind(1)
+    zero = torch.zeros_like(side)
+    theta = torch.stack([side, zero, across, zero, side, down], 1).unflatten(1, (2, 3))
+    # The whole batch is cropped in one call, on its device: decoding threads do not draw, and the cache stays plain.
+    grid = F.affine_grid(theta, list(pictures.shape), align_corners=False)
+    found = F.grid_sample(pictures, grid, padding_mode="reflection", align_corners=False)
+    mean = found.mean((1, 2, 3), keepdim=True)
+    return ((found - mean) * contrast[:, None, None, None] + mean * brightness[:, None, None, None]).clamp(0, 255)
