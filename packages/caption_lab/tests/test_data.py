@@ -123,6 +123,6 @@ def test_views_take_turns_by_epoch(scenes: Path, tmp_path: Path, monkeypatch: py
     turns = [of_epoch(made[1], epoch) for epoch in range(4)]
     assert torch.equal(turns[0], plain)
     assert torch.equal(turns[3], plain)
-    assert min((turns[a] - turns[b]).norm() for a, b in ((0, 1), (0, 2), (1, 2))) > 0.1
+    assert min((turns[a] - turns[b]).norm() for a, b in ((0, 1), (0, 2), (1, 2))) > 0.02 * plain.norm()
     for epoch in range(3):
-        torch.testing.assert_close(of_epoch(made[2], epoch), turns[epoch], rtol=1e-2, atol=1e-2)  # bf16
+        torch.testing.assert_close(of_epoch(made[2], epoch), turns[epoch], rtol=1e-2, atol=1e-6)  # bf16

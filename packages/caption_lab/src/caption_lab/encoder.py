@@ -123,7 +123,7 @@ def make_encoder(options: EncoderOptions) -> Encoder:
     Raises:
         LabError: timm has no such network, its weights cannot be had, or the file is of another.
     """
-    tiny = options.encoder == TINY
+    tiny = options.encoder in ("", TINY)
     architecture = RECIPE["architecture"] if tiny else options.encoder
     arguments = tiny_arguments() if tiny else timm_arguments(options.encoder, options.image_size, "--encoder")
     try:

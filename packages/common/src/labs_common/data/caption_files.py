@@ -34,7 +34,7 @@ BARS = re.compile(r"([^|]+)\|\s*\d+\s*\|?(.*)", re.DOTALL)
 
 @dataclass
 class Described:
-    """What files say of pictures, before any is decoded.
+    """Pictures and what files say of them, before any is decoded.
 
     Attributes:
         contents: each picture by its name; those that nothing is said of among them.
@@ -94,9 +94,10 @@ def read_described(data: str) -> Described:
             return _of_lines(file, folder)
     if coco := [file for file in files or sorted((path / "annotations").glob("*.json")) if "captions_" in file.name]:
         return _of_coco(coco, folder.parent if files else folder)
-    if tars := files or [file for place in (path, path / "data") for file in sorted(place.glob("*.tar"))]:
+    beside = [file for place in (path, path / "data") for file in sorted(place.glob("*.tar"))]
+    if tars := [file for file in files or beside if file.suffix == ".tar"]:
         return _of_tars(data, tars)
-    if tables := read_tables(data):
+    if path.is_dir() and (tables := read_tables(data)):
         return _of_tables(data, tables)
     raise LabError(f"--data {data}: has no captions; expected {EXPECTED}")
 
@@ -285,7 +286,7 @@ def _of_tars(data: str, files: Sequence[Path]) -> Described:
                 for sample in tarfile_samples([{"url": str(file.resolve())}]):
                     _take(found, split, f"{file.name}/{sample['__key__']}", sample)
             except Exception as error:  # tars break in many ways
-                raise LabError(f"--data {file}: cannot be read ({reason_of(error)})") from error
+                raise LabError(f"--data {file}: truncated or broken ({type(error).__name__})") from error
     return _divided(found, data)
 
 
