@@ -12,7 +12,7 @@ from labs_common.errors import LabError
 
 @dataclass(frozen=True)
 class Grid:
-    """How the last grid of a network lies in what its `forward_features` gives for a square picture.
+    """The layout of a network's last grid in the output of its `forward_features` for a square picture.
 
     Attributes:
         side: its rows, and its columns.
