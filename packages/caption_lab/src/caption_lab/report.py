@@ -11,7 +11,7 @@ import torch
 from matplotlib import figure
 from PIL import Image
 
-from caption_lab.config import CaptionTrainingOptions, DecodingOptions, TrainConfig
+from caption_lab.config import DecodingOptions, TrainConfig
 from caption_lab.decoder import CAPTIONERS
 from caption_lab.losses import OBJECTIVES
 from caption_lab.metrics import Evaluation, Truthfulness, mistakes, references_of, rouge_l
@@ -86,7 +86,7 @@ def finish_report(
             asked_section(config),
             captioned_data_section(data),
             _structure_section(run, config, captioner, fitted),
-            _curves(run, data.splits["validation"], config.training),
+            _curves(run, config, data.splits["validation"]),
             *evaluation_sections(run, found, test, data.truth, captioner, config.decoding),
             published_section({config.model: found.metrics}, config.data.data),
             cost,
@@ -208,8 +208,8 @@ def _structure_section(run: Run, config: TrainConfig, captioner: Captioner, fitt
     return drawn_section(run, fitted.audit, rows, caption)
 
 
-def _curves(run: Run, validation: CaptionedPictures, options: CaptionTrainingOptions) -> Section:
-    section = curves_section(run, ("training/loss", "validation/loss"))
+def _curves(run: Run, config: TrainConfig, validation: CaptionedPictures) -> Section:
+    section, options = curves_section(run, ("training/loss", "validation/loss")), config.training
     key = f"validation/{options.watch}"
     lines = [line for line in run.lines("metrics.jsonl") if key in line]
     if options.keep_best or options.patience:

@@ -9,7 +9,6 @@ import tyro
 
 from labs_common.errors import LabError
 from labs_common.options import (
-    Augment,
     CacheOptions,
     CaptionDataOptions,
     ClassDataOptions,
@@ -30,6 +29,7 @@ from labs_common.options import (
 )
 
 Options = TypeVar("Options")
+Augment = Literal["none", "crop", "crop+colour"]
 TINY, OWN = "tiny-cnn", "own"  # the names of the towers that are not a library's
 TRAIN, FINISHED = "clip_lab.train", "clip.json"  # the command that writes a model, and the file that tells one
 MOST_SCALE = 100.0  # Radford et al. 2021, section 2.5: above it, training becomes unstable

@@ -18,7 +18,6 @@ Schedule = Literal["cosine", "linear", "constant", "steps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Tracker = Literal["tensorboard", "wandb", "none"]
 OnBadData = Literal["error", "skip"]
-Augment = Literal["none", "crop", "crop+colour"]  # of pictures with captions
 RowPrecision = Literal["bf16", "fp16", "fp32"]
 
 

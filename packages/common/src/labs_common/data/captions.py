@@ -14,7 +14,7 @@ from PIL import Image
 from labs_common.data.caption_files import read_described
 from labs_common.data.images import NAMED, RESAMPLING, Pictures, decoding_threads, examined, print_refused, refusal
 from labs_common.errors import LabError, bytes_of
-from labs_common.options import Augment, CaptionDataOptions, OnBadData
+from labs_common.options import CaptionDataOptions, OnBadData
 from labs_common.scenes.files import read_truth
 from labs_common.scenes.world import Scene
 
@@ -273,8 +273,11 @@ class PictureTensors:
         return asdict(self.transform) | {"pictures": self.pictures.fingerprint()}
 
 
-def drawn_crop(generator: np.random.Generator, augment: Augment | None) -> np.ndarray:
-    """Draws a row for `augmented`: side of the part, its middle across and down (-1 to 1), brightness and contrast."""
+def drawn_crop(generator: np.random.Generator, augment: str | None) -> np.ndarray:
+    """Draws a row for `augmented`: side of the part, its middle across and down (-1 to 1), brightness and contrast.
+
+    `augment` is "crop", "crop+colour", or "none".
+    """
     side = np.sqrt(generator.uniform(LEAST_AREA, 1.0)) if augment not in (None, "none") else 1.0
     middle = generator.uniform(-1, 1, 2) * (1 - side)
     colour = generator.uniform(1 - COLOUR, 1 + COLOUR, 2) if augment == "crop+colour" else np.ones(2)
