@@ -42,9 +42,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from labs_common.data.classes import LabelledPictures
+from labs_common.data.classes import LabelledPictures, read_pictures
 from labs_common.data.images import checked
-from labs_common.data.readers import read_pictures
 from labs_common.run import Run, write_atomically
 from labs_common.training import make_accelerator
 from zsi_contrastive.networks import GreedySizes, PatchModules

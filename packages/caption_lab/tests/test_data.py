@@ -1,13 +1,18 @@
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
-from caption_lab.config import DecoderOptions
-from caption_lab.data import Batch, CaptionRows, Order, caption_steps
+from caption_lab.config import DecoderOptions, VocabularyOptions
+from caption_lab.data import Batch, CaptionRows, Order, caption_rows, caption_steps
 from caption_lab.decoder import CAPTIONERS, Sizes
+from caption_lab.encoder import Encoder
 from caption_lab.losses import next_word_loss
-from caption_lab.vocabulary import END, START
+from caption_lab.vocabulary import END, START, build_vocabulary
+from labs_common.data.captions import read_captioned
+from labs_common.options import CacheOptions
 
 
 class Counted:
@@ -95,3 +100,29 @@ def test_a_process_without_a_part_takes_part_without_weight(data: CaptionRows) -
     steps = caption_steps(data, 16, 0, "captions", rank=4, processes=5)
     (last,) = next(iter(steps.steps(0, 2)))  # three captions are left for five processes
     assert (last.of_words, last.of_captions, len(last.pictures)) == (0, 0, 1)
+
+
+def test_views_take_turns_by_epoch(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of view 0 are those of the plain pictures; the others differ, and are the same when asked again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    pictures = read_captioned(scenes, shown=False).subset(range(6))
+    vocabulary = build_vocabulary(
+        [caption for of in pictures.captions for caption in of], VocabularyOptions(min_count=1)
+    )
+    torch.manual_seed(0)
+    encoder = Encoder("test_resnet", {}, 32, 0)
+    made = [caption_rows("train", pictures, encoder, vocabulary, CacheOptions(cache=cache), Accelerator(), views, 3)
+            for cache, views in ((True, 1), (True, 3), (False, 3))]  # fmt: skip
+
+    def of_epoch(data: CaptionRows, epoch: int) -> torch.Tensor:
+        batches = [batch for (batch,) in caption_steps(data, 64, 0).steps(epoch, 0)]
+        return batches[0].rows.float()
+
+    plain = of_epoch(made[0], 0)
+    assert plain.shape == (6, encoder.row_width)
+    turns = [of_epoch(made[1], epoch) for epoch in range(4)]
+    assert torch.equal(turns[0], plain)
+    assert torch.equal(turns[3], plain)
+    assert min((turns[a] - turns[b]).norm() for a, b in ((0, 1), (0, 2), (1, 2))) > 0.02 * plain.norm()
+    for epoch in range(3):
+        torch.testing.assert_close(of_epoch(made[2], epoch), turns[epoch], rtol=1e-2, atol=1e-6)  # bf16

@@ -9,31 +9,60 @@ from caption_lab.config import EncoderOptions
 from caption_lab.encoder import Encoder, last_stages, make_encoder
 from labs_common.errors import LabError
 
+BLOCK = {"embed_dim": 16, "depth": 1, "num_heads": 2, "img_size": 32}
+STAGES = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "img_size": 64, "window_size": 8}
+SMALL = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
+VGG = {"mlp_ratio": 0.001}  # its classifier has 100 million parameters
+# A network of each family, how it is made small, its pictures' side and its grid's, and whether its feature for its
+# classifier is the plain mean.
+FAMILIES: dict[str, tuple[dict[str, object], int, int, bool]] = {
+    "test_resnet": ({}, 128, 4, True),
+    "test_efficientnet": ({}, 128, 4, True),
+    "test_convnext": ({}, 128, 4, False),
+    "regnetx_002": ({}, 128, 4, True),
+    "densenet121": ({"block_config": (1, 1), "growth_rate": 8}, 128, 16, True),
+    "mobilenetv3_small_050": ({}, 128, 4, False),
+    "ghostnet_050": ({}, 128, 4, False),
+    "vgg11": (VGG, 128, 4, False),
+    "mambaout_femto": (SMALL, 128, 4, False),  # channels last
+    "pvt_v2_b0": ({}, 128, 4, True),
+    "swin_tiny_patch4_window7_224": (STAGES, 64, 8, True),  # channels last
+    "vit_tiny_patch16_224": (BLOCK, 32, 2, False),
+    "vit_base_patch32_clip_224": (BLOCK | {"img_size": 128}, 128, 4, False),
+    "vit_small_patch14_reg4_dinov2": (BLOCK | {"img_size": 28}, 28, 2, False),  # a class token and four registers
+    "deit_tiny_distilled_patch16_224": (BLOCK, 32, 2, False),  # two tokens before the places
+    "beit_base_patch16_224": (BLOCK, 32, 2, False),
+    "cait_xxs24_224": (BLOCK | {"depth_token_only": 1}, 32, 2, False),
+    "xcit_nano_12_p16_224": (BLOCK, 32, 2, False),
+}
 
-@pytest.mark.parametrize(
-    ("name", "size", "grid", "width"),
-    [
-        ("resnet18", 64, (2, 2), 512),
-        ("efficientnet_b0", 64, (2, 2), 1280),
-        ("vit_tiny_patch16_224", 32, (2, 2), 192),
-        ("convnext_atto", 64, (2, 2), 320),
-        ("swin_tiny_patch4_window7_224", 224, (7, 7), 768),
-    ],
-)
-def test_a_vector_for_each_place_of_any_network(name: str, size: int, grid: tuple[int, int], width: int) -> None:
-    arguments = {"img_size": size} if "vit" in name else {}
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_vector_for_each_place_of_any_network(name: str) -> None:
+    arguments, size, side, plain = FAMILIES[name]
     torch.manual_seed(0)
     encoder = Encoder(name, arguments, size, 0)
-    assert (encoder.grid, encoder.width, encoder.places) == (grid, width, grid[0] * grid[1])
-    pictures = torch.randn(2, 3, size, size)
+    assert (encoder.grid, encoder.places) == ((side, side), side**2)
+    usual, part = torch.randn(1, 3, size, size), size // side
     with torch.no_grad():
-        features = encoder(pictures)
-        raw = encoder.network.forward_features(pictures)
-    assert features.shape == (2, encoder.places, width)
-    # The second place of the first row is the second vector.
-    second = raw[:, encoder.network.num_prefix_tokens + 1] if raw.dim() == 3 else (
-        raw[:, 0, 1] if "swin" in name else raw[:, :, 0, 1])  # fmt: skip
-    torch.testing.assert_close(features[:, 1], second)
+        features = encoder(usual)
+        assert features.shape == (1, side**2, encoder.width)
+        corners, changes = ((0, side - 1), (side - 1, 0)), []
+        for row, column in corners:  # only this place is another
+            lit = usual.clone()
+            lit[:, :, row * part :, column * part :][:, :, :part, :part] = 2 * torch.randn(3, part, part)
+            changes.append((encoder(lit) - features).norm(dim=2)[0])
+        first, second = (row * side + column for row, column in corners)  # row by row
+        assert changes[0][first] > 1.1 * changes[1][first]
+        assert changes[1][second] > 1.1 * changes[0][second]
+        own = encoder.network(lit)
+        alike = own.shape[1] == encoder.width and torch.allclose(own, encoder(lit).mean(1), atol=1e-5)
+    assert alike == plain
+
+
+def test_what_gives_no_grid_is_refused() -> None:
+    with pytest.raises(LabError, match="--encoder crossvit_9_240: gives no grid of vectors"):
+        Encoder("crossvit_9_240", {"depth": ((1, 1, 0),) * 1, "embed_dim": (8, 8), "num_heads": (1, 1)}, 240, 0)
 
 
 def test_the_global_vector_is_what_timm_pools() -> None:

@@ -1,6 +1,8 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import timm
 
 from caption_lab.config import DecoderOptions, EncoderOptions, TrainConfig
 from caption_lab.model import complete
@@ -33,6 +35,13 @@ def test_defaults_are_those_that_help_names(
     assert complete(replace(config, decoder=DecoderOptions(width=64, dropout=0.5))).decoder == DecoderOptions(
         width=64, dropout=0.5
     )
+
+
+def test_photographs_are_seen_by_a_real_encoder_and_drawn_scenes_by_the_tiny_one(scenes: Path) -> None:
+    found = [complete(TrainConfig(data=CaptionDataOptions(data=data))).encoder.encoder
+             for data in (None, str(scenes), "flickr8k")]  # fmt: skip
+    assert found == ["tiny-cnn", "tiny-cnn", "vit_base_patch32_clip_quickgelu_224.openai"]
+    assert timm.get_pretrained_cfg(found[2]).has_weights
 
 
 def test_a_width_that_heads_cannot_share_is_named() -> None:

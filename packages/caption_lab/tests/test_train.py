@@ -62,6 +62,11 @@ def test_a_run_leaves_everything_that_it_promises(finished: Path, scenes: Path) 
     assert len(by_epoch) == 3
     assert by_epoch[-1]["validation/loss"] < by_epoch[0]["validation/loss"]
     assert all("penalty" in line for line in lines if "loss" in line)
+    # The best epoch is what was saved.
+    best = max(by_epoch, key=lambda line: line["validation/cider"])
+    kept = load_file(finished / "checkpoints" / f"best-{best['step']:08d}" / "trainable.safetensors")
+    assert all(torch.equal(trained(finished)[name], tensor) for name, tensor in kept.items())
+    assert f"Kept are the weights after step {best['step']:,}" in html
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     assert [line["step"] for line in samples] == [line["step"] for line in by_epoch]
 

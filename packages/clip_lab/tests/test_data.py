@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from clip_lab.config import BatchOptions
-from clip_lab.data import Batches, Pairs, augmented, drawn_crop, picture_ids, read_data
+from clip_lab.data import Batches, Pairs, picture_ids, read_data
 from clip_lab.tokens import Words
+from labs_common.data.captions import augmented, drawn_crop
 from labs_common.options import CaptionDataOptions
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import pytest
+import timm
 import torch
 from transformers import BertConfig, BertModel
 
@@ -63,6 +64,21 @@ def test_image_towers_give_a_feature_and_places(name: str, options: dict[str, in
         torch.testing.assert_close(seen.feature, seen.places.mean(1))
     else:
         torch.testing.assert_close(seen.feature, tower.network(pictures))
+
+
+@pytest.mark.parametrize(("name", "small"), [("vgg11", {"mlp_ratio": 0.001}), ("mobilenetv3_small_050", {})])
+def test_a_classifier_of_several_layers_is_read_before_them_and_left_out(name: str, small: dict[str, float]) -> None:
+    """Nothing may train that no gradient reaches: processes would wait for it."""
+    torch.manual_seed(0)
+    whole = timm.create_model(name, num_classes=0, **small).eval()
+    tower = ImageTower(name, small, 64)
+    tower.network.load_state_dict({key: whole.state_dict()[key] for key in tower.network.state_dict()})
+    pictures = torch.randn(2, 3, 64, 64)
+    seen = tower.eval()(pictures)
+    torch.testing.assert_close(seen.feature, whole.forward_features(pictures).mean((2, 3)))
+    seen.feature.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in tower.parameters())
+    assert len(list(tower.parameters())) < len(list(whole.parameters()))
 
 
 def test_unknown_towers_and_stages_are_named() -> None:

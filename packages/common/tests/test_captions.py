@@ -89,7 +89,7 @@ def test_a_link_out_of_the_directory_is_a_fault(folder: Path, tmp_path: Path) ->
     ("make", "names"),
     [
         (lambda folder: shutil.rmtree(folder), "no such directory"),
-        (lambda folder: [file.unlink() for file in folder.glob("*.txt")], "neither captions.txt"),
+        (lambda folder: [file.unlink() for file in folder.glob("*.txt")], "has no captions; expected captions.txt"),
         (lambda folder: (folder / "captions.txt").write_text("a,b\n"), "image,caption"),
         (lambda folder: (folder / "captions.txt").write_text("image,caption\n"), "no picture|cannot be used"),
     ],

@@ -12,9 +12,8 @@ from labs_testing.commands import real_data
 from PIL import Image
 from pyarrow import parquet
 
-from labs_common.data.classes import stratified_parts
+from labs_common.data.classes import read_pictures, stratified_parts
 from labs_common.data.images import BadPictureError, checked, decoded, picture_files, readable, within
-from labs_common.data.readers import read_pictures
 from labs_common.errors import LabError
 from labs_common.scenes.files import write_parquet
 

@@ -71,6 +71,18 @@ def test_rows_are_held_if_a_quarter_of_the_free_memory_is_enough(
     assert asked == ([accelerator.device] if held else [])
 
 
+def test_what_many_rows_cost_is_said_before(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for tried in range(2):  # few rows are computed at once, of many some are for the estimate
+        monkeypatch.setattr(features, "MANY", COUNT if tried else COUNT + 1)
+        clock = iter((0.0, 16 * 6.0))  # six seconds a row
+        monkeypatch.setattr(features.time, "perf_counter", lambda clock=clock: next(clock))
+        cached_rows("toy", tried, COUNT, 1, WIDTH, "bf16", front, shown=True)
+        said = capsys.readouterr().err
+        assert ("about 5.0 minutes to compute" in said) == bool(tried)
+
+
 def test_computed_once_and_a_changed_recipe_is_a_miss() -> None:
     asked: list[int] = []
 

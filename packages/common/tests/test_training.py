@@ -131,17 +131,21 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())
 
 
-def test_early_stopping_goes_back_to_the_best_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", [("--patience", 1), ("--keep-best",)])
+def test_the_best_weights_are_kept_and_early_stopping_ends_there(option: tuple[object, ...], tmp_path: Path) -> None:
     run = tmp_path / "patient"
-    finish("--output", run, "--patience", 1, "--evaluate-every", 2, "--learning-rate", "0.3", *OPTIONS[:-2])
+    finish("--output", run, *option, "--evaluate-every", 2, "--learning-rate", "0.3", *OPTIONS[:-2])
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     scores = {line["step"]: line["validation/loss"] for line in lines if "validation/loss" in line}
     best = min(scores, key=lambda step: scores[step])
-    assert max(scores) == best + 2 < 30, "stopped one evaluation after the best"
+    assert best < max(scores) == (best + 2 if "--patience" in option else 30), (
+        "one evaluation after the best, or the end"
+    )
     (kept,) = (run / "checkpoints").glob("best-*")
     assert kept.name == f"best-{best:08d}"
     weight = load_file(kept / "trainable.safetensors")["3.weight"]
     assert abs(float(weight.double().sum()) - 1) == pytest.approx(scores[best])
+    assert torch.equal(load_file(run / "model.safetensors")["3.weight"], weight)
 
 
 @pytest.fixture(params=[(0, 7), (1, 1), (1, 4)], ids=lambda value: f"{value[0]} kept, every {value[1]}")

@@ -8,9 +8,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from labs_common.data.classes import LabelledPictures
+from labs_common.data.classes import LabelledPictures, read_pictures
 from labs_common.data.images import checked
-from labs_common.data.readers import read_pictures
 from labs_common.frozen.cache import front_key
 from labs_common.steps import ShuffledSteps
 from vit_transfer.config import DataOptions, ModelOptions

@@ -78,15 +78,17 @@ class CaptionRows:
 
     Attributes:
         pairs: the picture and the words of each caption.
+        views: how many versions of the pictures there are, which take turns by epoch.
     """
 
     rows: Rows
     pairs: list[tuple[int, list[int]]]
+    views: int = 1
 
-    def of_pictures(self, places: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def of_pictures(self, places: Sequence[int], view: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the rows of the pictures that occur (pictures, row width), and the row of each place (places,)."""
         unique, where = np.unique(np.asarray(places), return_inverse=True)
-        return self.rows.rows(0, unique.tolist()), torch.from_numpy(where)
+        return self.rows.rows(view, unique.tolist()), torch.from_numpy(where)
 
 
 def caption_steps(
@@ -119,7 +121,9 @@ def caption_steps(
         predicted = sum(map(len, words)) - len(words)  # every word but <start>
         of_all = sum(len(data.pairs[number][1]) - 1 for number in numbers)
         of_words = predicted * processes / of_all if of_captions else 0.0
-        found = Batch(*data.of_pictures(pictures), padded(words)[0], pictures, of_words, of_captions)
+        found = Batch(
+            *data.of_pictures(pictures, epoch % data.views), padded(words)[0], pictures, of_words, of_captions
+        )
         return [found.pinned(device)]
 
     return ShuffledSteps(sum(map(len, parts)), batch_size, seed, batch, numbers_of)
@@ -142,10 +146,13 @@ def caption_rows(
     vocabulary: Vocabulary,
     options: CacheOptions,
     accelerator: Accelerator,
+    views: int = 1,
+    seed: int = 0,
 ) -> CaptionRows:
     """Returns a split called `name` with the front's output, of which whatever its cache lacks is computed now.
 
-    The encoder is on its device. Where nothing of it is frozen, the rows are the pictures.
+    The encoder is on its device. Where nothing of it is frozen, the rows are the pictures. There are `views` of each
+    picture; the first is plain, of the others a part is cut out by the `seed`.
 
     Raises:
         LabError: the cache's disk is full or broken.
@@ -153,13 +160,13 @@ def caption_rows(
     tensors = PictureTensors(pictures, encoder.transform)
     pairs = encoded_pairs(pictures, vocabulary)
     if not encoder.has_front:
-        return CaptionRows(ComputedRows(lambda _, places: tensors.batch(places), "fp32"), pairs)
+        return CaptionRows(ComputedRows(lambda view, places: tensors.view(view, places, seed), "fp32"), pairs, views)
 
-    def compute(_: int, places: Sequence[int]) -> torch.Tensor:
-        return encoder.front(tensors.batch(places).to(accelerator.device))
+    def compute(view: int, places: Sequence[int]) -> torch.Tensor:
+        return encoder.front(tensors.view(view, places, seed).to(accelerator.device))
 
-    recipe = {"tensors": tensors.recipe(), "pool": encoder.pool}
+    recipe = {"tensors": tensors.recipe(), "pool": encoder.pool} | ({"seed": seed} if views > 1 else {})
     front = encoder.cuts[0].front if encoder.cuts else encoder
     rows = front_rows(f"{encoder.architecture}-{name}", front, compute, len(pictures),
-                      encoder.row_width, recipe, options, accelerator)  # fmt: skip
-    return CaptionRows(rows, pairs)
+                      encoder.row_width, recipe, options, accelerator, views)  # fmt: skip
+    return CaptionRows(rows, pairs, views)

@@ -13,6 +13,7 @@ from caption_lab.tiny import RECIPE, tiny_arguments, tiny_weights
 from labs_common.data.captions import Transform
 from labs_common.errors import LabError, reason_of
 from labs_common.frozen.cut import Cut
+from labs_common.grid import grid_of
 from labs_common.saved import load_exactly, read_weights, timm_arguments
 
 
@@ -45,26 +46,14 @@ class Encoder(nn.Module):
         self.transform = Transform(size, tuple(known["mean"]), tuple(known["std"]), str(known["interpolation"]))
         self.stages: tuple[str, ...] = ()
         self.cuts: tuple[Cut, ...] = ()  # not a submodule: its modules are the network's
-        self._skip: int = int(getattr(self.network, "num_prefix_tokens", 0))
         with torch.no_grad():
             try:
                 example = network.forward_features(self._example())
             except (AssertionError, RuntimeError) as error:
                 said = f"--image-size {size}: {architecture} takes no such pictures ({reason_of(error)})"
                 raise LabError(said) from error
-        if not isinstance(example, torch.Tensor) or example.dim() not in (3, 4):
-            raise LabError(f"--encoder {architecture}: gives no grid of vectors; take another")
-        if example.dim() == 3:
-            places = example.shape[1] - self._skip
-            side = round(places**0.5)
-            self.grid = tuple(getattr(self.network.patch_embed, "grid_size", (side, side)))
-            self.width = example.shape[2]
-            self._layout = "tokens"
-        else:
-            last = example.shape[1] != self.network.num_features
-            self.grid = tuple(example.shape[1:3] if last else example.shape[2:])
-            self.width = example.shape[3] if last else example.shape[1]
-            self._layout = "channels last" if last else "channels first"
+        self._grid = grid_of(network, example, f"--encoder {architecture}")
+        self.grid, self.width = (self._grid.side, self._grid.side), self._grid.width
         if pool > min(self.grid):
             raise LabError(f"--pool {pool}: the encoder's grid is {self.grid[0]} × {self.grid[1]} only")
         self.width *= pool**2 or 1
@@ -76,13 +65,7 @@ class Encoder(nn.Module):
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         """Turns pictures (batch, 3, size, size) into (batch, places, width), or (batch, width) if it is pooled."""
-        features = self.network.forward_features(pictures)
-        if self._layout == "tokens":
-            features = features[:, self._skip :]
-        elif self._layout == "channels last":
-            features = features.flatten(1, 2)
-        else:
-            features = features.flatten(2).transpose(1, 2)
+        features = self._grid.places(self.network.forward_features(pictures))
         if not self.pool:
             return features
         grid = features.transpose(1, 2).unflatten(2, self.grid)  # (batch, width, rows, columns)
@@ -140,7 +123,7 @@ def make_encoder(options: EncoderOptions) -> Encoder:
     Raises:
         LabError: timm has no such network, its weights cannot be had, or the file is of another.
     """
-    tiny = options.encoder == TINY
+    tiny = options.encoder in ("", TINY)
     architecture = RECIPE["architecture"] if tiny else options.encoder
     arguments = tiny_arguments() if tiny else timm_arguments(options.encoder, options.image_size, "--encoder")
     try:

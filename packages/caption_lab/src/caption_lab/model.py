@@ -2,17 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from caption_lab.config import TINY, DecoderOptions, TrainConfig, check, complete_words
+from caption_lab.config import REAL, TINY, DecoderOptions, TrainConfig, check, complete_words
 from caption_lab.decoder import CAPTIONERS, Output, Sizes
 from caption_lab.encoder import Encoder
 from caption_lab.losses import OBJECTIVES
 from caption_lab.vocabulary import Vocabulary
 from labs_common.errors import LabError
+from labs_common.scenes.files import is_drawn
 
 
 class ImageCaptioningModel(nn.Module):
@@ -60,7 +62,9 @@ def complete(config: TrainConfig) -> TrainConfig:
     if config.start is not None:  # it brings all the rest
         own = replace(training, learning_rate=training.learning_rate or 5e-5, epochs=training.epochs or 5)
         return replace(config, training=own)
-    tiny, drawn = encoder.encoder == TINY, config.data.data is None
+    drawn = config.data.data is None
+    name = encoder.encoder or (TINY if drawn or is_drawn(Path(str(config.data.data))) else REAL)
+    tiny = name == TINY
     width = decoder.width or (kind.width if tiny else 512)
     if kind.words_at_once and width % decoder.heads:
         raise LabError(f"--width {width}: must be a multiple of --heads {decoder.heads}")
@@ -68,7 +72,7 @@ def complete(config: TrainConfig) -> TrainConfig:
     return replace(
         config,
         # The tiny encoder's one mean would say too little: nine parts of the picture side by side.
-        encoder=replace(encoder, pool=(encoder.pool or (3 if tiny else 1)) if kind.one_vector else 0),
+        encoder=replace(encoder, encoder=name, pool=(encoder.pool or (3 if tiny else 1)) if kind.one_vector else 0),
         decoder=replace(decoder, width=width, dropout=dropout if decoder.dropout is None else decoder.dropout),
         vocabulary=complete_words(words, drawn),
         training=replace(

@@ -86,7 +86,7 @@ def finish_report(
             asked_section(config),
             captioned_data_section(data),
             _structure_section(run, config, captioner, fitted),
-            _curves(run, data.splits["validation"]),
+            _curves(run, config, data.splits["validation"]),
             *evaluation_sections(run, found, test, data.truth, captioner, config.decoding),
             published_section({config.model: found.metrics}, config.data.data),
             cost,
@@ -208,8 +208,15 @@ def _structure_section(run: Run, config: TrainConfig, captioner: Captioner, fitt
     return drawn_section(run, fitted.audit, rows, caption)
 
 
-def _curves(run: Run, validation: CaptionedPictures) -> Section:
-    section = curves_section(run, ("training/loss", "validation/loss"))
+def _curves(run: Run, config: TrainConfig, validation: CaptionedPictures) -> Section:
+    section, options = curves_section(run, ("training/loss", "validation/loss")), config.training
+    key = f"validation/{options.watch}"
+    lines = [line for line in run.lines("metrics.jsonl") if key in line]
+    if options.keep_best or options.patience:
+        best = (min if options.watch == "loss" else max)(lines, key=lambda line: line[key])
+        section.blocks.append(Text(f"Kept are the weights after step {best['step']:,}, the best by {key}: "
+                                   f"{best[key]:.4g}. After the last step, {lines[-1]['step']:,}, it was "
+                                   f"{lines[-1][key]:.4g}."))  # fmt: skip
     for key, name in (("cider", "CIDEr-D"), ("bleu-4", "BLEU-4")):
         svg = save_figure(run, key, curve_figure({name: run.curve(f"validation/{key}")}, "optimizer step", name))
         section.blocks.append(Figure(svg, f"{name} of greedy captions of the validation pictures."))

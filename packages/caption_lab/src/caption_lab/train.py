@@ -91,8 +91,9 @@ def print_needs(config: TrainConfig) -> None:
         rows = torch.empty(count, 3, side, side) if rows is None else rows
         return next_word(learner, Batch(rows, torch.arange(count), words, [], 1.0, 1.0), 0.0)[0]
 
-    kept = [len(captions), len(captions) // 8] if encoder.has_front and config.cache.cache else []
-    sizes = [count * encoder.row_width * dtype.itemsize for count in kept]
+    kept = (config.encoder.views * len(captions), len(captions) // 8)
+    cached = encoder.has_front and config.cache.cache
+    sizes = [count * encoder.row_width * dtype.itemsize for count in kept if cached]
     print_plan(f"{config.model} behind {config.encoder.encoder}", "captions", config, whole, loss, sizes)
 
 
@@ -130,22 +131,22 @@ def fit(config: TrainConfig, captioner: Captioner, run: Run, accelerator: Accele
     if accelerator.device.type == "cuda":
         channels_last(model.encoder, accelerator)
     expect_fixed_shapes(accelerator.device)
-    options, objective, splits = config.training, OBJECTIVES[config.objective], data.splits
+    options, objective, splits, seed = config.training, OBJECTIVES[config.objective], data.splits, config.run.seed
     plain = _writer(model, config, accelerator)
     rows = {
-        name: caption_rows(name, splits[name], model.encoder, vocabulary, config.cache, accelerator)
-        for name in ("train", "validation")
+        name: caption_rows(name, splits[name], model.encoder, vocabulary, config.cache, accelerator, views, seed)
+        for name, views in (("train", config.encoder.views), ("validation", 1))
     }
     groups = [{"params": [p for p in model.decoder.parameters() if p.requires_grad], "lr": options.learning_rate}]
     if own := [p for p in model.encoder.parameters() if p.requires_grad]:
         groups.append({"params": own, "lr": options.encoder_learning_rate})
     optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay, fused=True)
     source = caption_steps(
-        rows["train"], options.batch_size, config.run.seed,
+        rows["train"], options.batch_size, seed,
         "pictures" if objective.writes else "by picture" if options.by_picture else "captions",
         accelerator.process_index, accelerator.num_processes, accelerator.device,
     )  # fmt: skip
-    fitting = Fitting.start(run, accelerator, model, optimizer, source, options, config.run.seed, "captions")
+    fitting = Fitting.start(run, accelerator, model, optimizer, source, options, seed, "captions")
     critic = SelfCritic(splits["train"].captions, vocabulary) if objective.writes else None
     learner = Learner(config, fitting.model, plain, vocabulary, critic)
     watched = splits["validation"].subset(range(min(options.watch_pictures, len(splits["validation"]))))
@@ -156,7 +157,7 @@ def fit(config: TrainConfig, captioner: Captioner, run: Run, accelerator: Accele
         loop.step(loss, len(batch.pictures) if batch.of_captions else 0, **metrics)
         if loop.evaluation_due:
             found = scores(fitting, learner, rows["validation"], references, watched.names[0])
-            loop.evaluated(found, f"validation/{options.watch}", higher_is_better=options.watch != "loss")
+            loop.evaluated(found, f"validation/{options.watch}", options.watch != "loss", options.keep_best)
 
     kept = [part.rows for part in rows.values()]
     return fitting.finish(lambda state: save_captioner(run.path / FOLDER, captioner, state), kept)

@@ -10,14 +10,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 
-from clip_lab.config import Augment, BatchOptions, CacheOptions, TrainConfig
+from clip_lab.config import BatchOptions, CacheOptions, TrainConfig
 from clip_lab.image import ImageTower
 from clip_lab.model import Model, tower_rows
 from clip_lab.tokens import Words
-from labs_common.data.captions import CaptionedPictures, Captions, PictureTensors, Transform, read_captions
+from labs_common.data.captions import (
+    CaptionedPictures,
+    Captions,
+    PictureTensors,
+    Transform,
+    augmented,
+    drawn_crop,
+    read_captions,
+)
 from labs_common.device import CPU, constant, pinned
 from labs_common.errors import LabError, text_of
 from labs_common.frozen.cache import Rows, front_rows
@@ -30,7 +37,6 @@ from labs_common.steps import ShuffledSteps
 SHAPES, COLOURS, RADII = ("circle", "square", "triangle"), ("red", "yellow", "green", "blue"), (0.15, 0.19)
 TWO = 0.85  # share of the scenes with two things, whose relation is told
 DEMO_SIDE, DEMO_COUNT = 32, 9000  # pixels; 7,200 scenes to train on are enough for relations to be learnt
-LEAST_AREA, COLOUR = 0.7, 0.25  # of a crop, as captions speak of the whole picture; of brightness and contrast
 
 
 def demo_scene(generator: np.random.Generator) -> Scene:
@@ -204,29 +210,6 @@ class _Drawn(NamedTuple):
     prefix: list[int]
     predicted: int
     crop: np.ndarray
-
-
-def drawn_crop(generator: np.random.Generator, augment: Augment | None) -> np.ndarray:
-    """Draws a row for `augmented`: side of the part, its middle across and down (-1 to 1), brightness and contrast."""
-    side = np.sqrt(generator.uniform(LEAST_AREA, 1.0)) if augment not in (None, "none") else 1.0
-    middle = generator.uniform(-1, 1, 2) * (1 - side)
-    colour = generator.uniform(1 - COLOUR, 1 + COLOUR, 2) if augment == "crop+colour" else np.ones(2)
-    return np.array([side, *middle, *colour], dtype=np.float32)
-
-
-def augmented(pictures: torch.Tensor, crops: torch.Tensor | None) -> torch.Tensor:
-    """Crops and colours pictures of 0 to 255 (pictures, 3, size, size), each as its row of `crops` says; floats."""
-    pictures = pictures.float()
-    if crops is None:
-        return pictures
-    side, across, down, brightness, contrast = crops.unbind(1)
-    zero = torch.zeros_like(side)
-    theta = torch.stack([side, zero, across, zero, side, down], 1).unflatten(1, (2, 3))
-    # The whole batch is cropped in one call, on its device: decoding threads do not draw, and the cache stays plain.
-    grid = F.affine_grid(theta, list(pictures.shape), align_corners=False)
-    found = F.grid_sample(pictures, grid, padding_mode="reflection", align_corners=False)
-    mean = found.mean((1, 2, 3), keepdim=True)
-    return ((found - mean) * contrast[:, None, None, None] + mean * brightness[:, None, None, None]).clamp(0, 255)
 
 
 def normalised(pictures: torch.Tensor, tower: ImageTower) -> torch.Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 
 from clip_lab.config import TINY, ImageOptions
 from labs_common.errors import LabError, reason_of
+from labs_common.grid import drop_unused, grid_of
 from labs_common.saved import load_exactly, read_weights, timm_arguments
 
 # Small enough for a CPU: a training of seven thousand pictures takes two minutes. A stride of 8 instead of timm's 32
@@ -30,6 +31,8 @@ class Seen(NamedTuple):
 class ImageTower(nn.Module):
     """A timm network; its feature is what its own classifier would read, its places those of its last grid.
 
+    Where a classifier has more layers than one, as VGG's and MobileNetV3's, the feature is the mean of the grid.
+
     Attributes:
         architecture: what `timm.create_model` is given, with `arguments`.
         stages: 0, or how many of a CNN's stages there are; the last of them then gives the places, and their mean is
@@ -44,7 +47,7 @@ class ImageTower(nn.Module):
         """Builds the network with random weights.
 
         Raises:
-            LabError: its output is no grid, or it takes no pictures of this size.
+            LabError: its output is no grid of vectors, or it takes no pictures of this size.
         """
         super().__init__()
         self.architecture, self.arguments, self.stages = architecture, arguments, stages
@@ -53,43 +56,45 @@ class ImageTower(nn.Module):
         self.size = size or int(known["input_size"][-1])
         self.mean, self.std = tuple(known["mean"]), tuple(known["std"])
         self.interpolation = str(known["interpolation"])
-        self._skip = int(getattr(self.network, "num_prefix_tokens", 0))
         if stages:
             self._keep_stages()
         # A picture goes through once: only so is it known for every network of timm what comes out.
         before = self.network.training
         self.network.eval()
-        with torch.no_grad():
-            try:
-                seen = self(torch.zeros(2, 3, self.size, self.size, device=next(self.parameters()).device))
-            except (AssertionError, RuntimeError) as error:
-                said = f"{architecture} takes no such pictures ({reason_of(error)})"
-                raise LabError(f"--image-size {self.size}: {said}") from error
+        pictures = torch.zeros(2, 3, self.size, self.size, device=next(self.parameters()).device)
+        try:
+            with torch.no_grad():
+                grid = self._grid_of(pictures)
+                self.grid = grid_of(self.network, grid, f"--image {architecture}")
+                self._mean = bool(stages) or not self._has_own_feature(grid)
+            if self._mean and not stages:
+                with torch.enable_grad():
+                    drop_unused(self.network, self._grid_of(pictures))
+        except (AssertionError, RuntimeError) as error:
+            said = f"{architecture} takes no such pictures ({reason_of(error)})"
+            raise LabError(f"--image-size {self.size}: {said}") from error
         self.network.train(before)
-        self.count, self.width = seen.places.shape[1:]
-        if seen.feature.dim() != 2 or seen.feature.shape[1] != self.width:
-            raise LabError(f"--image {architecture}: its feature is not as wide as its grid; take another")
+        self.count, self.width = self.grid.side**2, self.grid.width
 
     def forward(self, pictures: torch.Tensor) -> Seen:
         """Maps pictures (batch, 3, size, size) to their features."""
-        if self.stages:
-            places = self._places(
-                self.network.forward_intermediates(
-                    pictures, indices=[self.stages], intermediates_only=True, stop_early=True, output_fmt="NCHW"
-                )[0]
-            )
-            return Seen(places.mean(1), places)
-        grid = self.network.forward_features(pictures)
-        return Seen(self.network.forward_head(grid, pre_logits=True), self._places(grid))
+        grid = self._grid_of(pictures)
+        places = self.grid.places(grid)
+        return Seen(places.mean(1) if self._mean else self.network.forward_head(grid, pre_logits=True), places)
 
-    def _places(self, grid: torch.Tensor) -> torch.Tensor:
-        if grid.dim() == 3:  # a transformer's (batch, tokens, width)
-            return grid[:, self._skip :]
-        if grid.dim() != 4:
-            raise LabError(f"--image {self.architecture}: gives no grid of vectors; take another")
-        # A grid has its channels last as Swin's has (batch, height, width, width), or first as a CNN's.
-        last = grid.shape[3] == self.network.num_features and grid.shape[1] != self.network.num_features
-        return grid.flatten(1, 2) if last else grid.flatten(2).transpose(1, 2)
+    def _grid_of(self, pictures: torch.Tensor) -> torch.Tensor:
+        if not self.stages:
+            return self.network.forward_features(pictures)
+        return self.network.forward_intermediates(
+            pictures, indices=[self.stages], intermediates_only=True, stop_early=True, output_fmt="NCHW"
+        )[0]
+
+    def _has_own_feature(self, grid: torch.Tensor) -> bool:
+        """Says whether what the network's classifier would read is as wide as its grid."""
+        try:
+            return self.network.forward_head(grid, pre_logits=True).shape[1:] == (self.grid.width,)
+        except (TypeError, AttributeError):  # a few take no such argument
+            return False
 
     def _keep_stages(self) -> None:
         try:

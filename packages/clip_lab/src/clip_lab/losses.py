@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from clip_lab.config import OWN, HeadOptions, TrainConfig
-from clip_lab.data import Part, Step, augmented, normalised
+from clip_lab.data import Part, Step, normalised
 from clip_lab.model import ClipModel, CocaModel, Embedded, Model, SiglipModel, SimVlmModel, places_of_end
+from labs_common.data.captions import augmented
 from labs_common.device import to_device
 from labs_common.errors import LabError
 from labs_common.fitting import Fitting

@@ -21,9 +21,8 @@ from clip_lab.encoder import Encoder, load_encoder
 from clip_lab.report import published_section
 from labs_common.cache import cached_directory
 from labs_common.cli import to_plain
-from labs_common.data.classes import LabelledPictures
+from labs_common.data.classes import LabelledPictures, read_classes
 from labs_common.data.images import decoding_threads, record_splits
-from labs_common.data.readers import read_classes
 from labs_common.errors import LabError
 from labs_common.fitting import write_results
 from labs_common.frozen.audit import FrozenAudit

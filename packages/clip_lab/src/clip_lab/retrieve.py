@@ -90,7 +90,10 @@ def open_index(
         raise LabError(f"--checkpoint {encoder.name}: knows no pictures; name a folder of them with --data")
     trained = config_from_yaml(TrainConfig, file)
     test = read_data(trained.data, trained.run.seed, shown=False).splits["test"]
-    return build_index(test.contents, f"test {test.fingerprint()}", encoder, kept, batch_size, on_bad_data), test
+    files = [content for content in test.contents if isinstance(content, Path)]
+    if len(files) < len(test):
+        raise LabError(f"--checkpoint {encoder.name}: its pictures lie in tables; name a folder of some with --data")
+    return build_index(files, f"test {test.fingerprint()}", encoder, kept, batch_size, on_bad_data), test
 
 
 def known_captions(file: Path | None, data: Path | None, test: CaptionedPictures | None) -> list[str]:

@@ -239,16 +239,16 @@ class CaptionDataOptions:
     """The pictures with captions."""
 
     data: str | None = None
-    """Flickr8k or a directory like it: pictures with captions.txt (image,caption) or Flickr8k.token.txt. Without it,
-    drawn scenes with captions."""
+    """Pictures with captions: a directory of Flickr8k, Flickr30k, COCO (captions) or like them, Karpathy's
+    dataset_*.json, .parquet or .tar (WebDataset) files, or a Hugging Face id. Without it, drawn scenes."""
     splits: Path | None = None
     """Directory with the official lists Flickr_8k.trainImages.txt, …devImages.txt and …testImages.txt; else splits are
-    drawn by picture, 80/10/10."""
+    as the data say, or drawn by picture, 80/10/10."""
     limit: CountOrZero = 0
     """Take at most this many training pictures, and an eighth of that for validation and test each; 0 takes all."""
     on_bad_data: OnBadData = "error"
-    """What to do with pictures and captions that cannot be used: stop and name them, or leave them out and count
-    them."""
+    """What to do with pictures and captions that cannot be used: stop and name them, or leave them out and count them.
+    Captions without a picture, up to one in a hundred, are left out in any case."""
 
 
 @dataclass

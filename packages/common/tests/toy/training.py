@@ -28,6 +28,7 @@ class ToyConfig:
     move_frozen: bool = False
     micro_batches: int = 2
     remembers: bool = False
+    keep_best: bool = False
     seeded_bug: Literal["", "left on the CPU", "waits in each step"] = ""
 
 
@@ -127,7 +128,7 @@ def train(config: ToyConfig) -> None:
                 weight = model[3].weight
                 weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # sharded by FSDP
                 weight = float(weight.double().sum())
-            loop.evaluated({"validation/loss": abs(weight - 1)}, watch="validation/loss")
+            loop.evaluated({"validation/loss": abs(weight - 1)}, watch="validation/loss", keep_best=config.keep_best)
     fitted = fitting.finish(lambda state: save_file(state, run.path / "model.safetensors"))
     run.save_json("results.json", {"done": True, "trained": fitted.trained, "parameters": fitted.parameters})
 

@@ -12,9 +12,8 @@ from accelerate import Accelerator
 from PIL import Image, ImageOps
 from timm.data import resolve_model_data_config
 
-from labs_common.data.classes import LabelledPictures
+from labs_common.data.classes import LabelledPictures, read_classes
 from labs_common.data.images import RESAMPLING, decoding_threads
-from labs_common.data.readers import read_classes
 from labs_common.device import constant, pinned, to_device
 from labs_common.frozen.cache import ComputedRows, Rows, front_rows
 from labs_common.options import CacheOptions
@@ -110,7 +109,7 @@ class Tensors:
 
 
 def read_splits(options: DataOptions, seed: int, shown: bool) -> Splits:
-    """Reads the splits of --data, or of drawn scenes; see `labs_common.data.readers.read_classes`."""
+    """Reads the splits of --data, or of drawn scenes; see `labs_common.data.classes.read_classes`."""
     return read_classes(options, seed, shown, drawn_scenes)
 
 

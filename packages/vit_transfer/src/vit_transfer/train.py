@@ -18,8 +18,8 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from labs_common.cache import path_name
+from labs_common.data.classes import read_pictures
 from labs_common.data.images import record_splits
-from labs_common.data.readers import read_pictures
 from labs_common.device import expect_fixed_shapes
 from labs_common.errors import Interrupted
 from labs_common.fitting import Fitted, Fitting, begin, channels_last

@@ -1,41 +1,26 @@
-"""Pictures with captions: Flickr8k in both published forms, split by picture, and as tensors for a network."""
+"""Pictures with captions: checked, split by picture, and as tensors for a network."""
 
-import csv
-import io
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from labs_common.data.images import (
-    NAMED,
-    RESAMPLING,
-    SUFFIXES,
-    BadPictureError,
-    Pictures,
-    decoding_threads,
-    examined,
-    print_refused,
-    refusal,
-    within,
-)
+from labs_common.data.caption_files import read_described
+from labs_common.data.images import NAMED, RESAMPLING, Pictures, decoding_threads, examined, print_refused, refusal
 from labs_common.errors import LabError, bytes_of
 from labs_common.options import CaptionDataOptions, OnBadData
 from labs_common.scenes.files import read_truth
 from labs_common.scenes.world import Scene
 
-# The official archive has the misspelt one; the others are of copies in use.
-PICTURE_FOLDERS = ("Images", "Flicker8k_Dataset", "Flickr8k_Dataset", "images")
-CAPTION_FILES = ("captions.txt", "Flickr8k.token.txt", "Flickr8k_text/Flickr8k.token.txt", "captions.csv")
-LONGEST = csv.field_size_limit()  # characters of a caption: 131,072
-# Within a caption: a quote before it was never closed, and what followed was swallowed.
-SWALLOWED = re.compile(rf"\n[^\n,]+(?:{'|'.join(map(re.escape, sorted(SUFFIXES)))}),", re.IGNORECASE)
+# Flickr8k has captions of a picture that was never published; more than so many are a sign that pictures are elsewhere.
+MOST_WITHOUT, WITHOUT = 0.01, "captions without a picture"
+LEAST_AREA, COLOUR = 0.7, 0.25  # of a crop, as captions speak of the whole picture; of brightness and contrast
 ASIDE = 0.1  # share of the pictures that is drawn for validation, and again for the test
 LISTS = {
     "train": "Flickr_8k.trainImages.txt",
@@ -46,14 +31,22 @@ LISTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionedPictures(Pictures):
-    """Picture files with one or more captions each."""
+    """Pictures with one or more captions each.
 
-    contents: Sequence[Path]
+    Attributes:
+        given: the split of each picture that the data say; empty where they say none.
+        divided: who divided them so; of a split, how it came about.
+    """
+
     captions: tuple[tuple[str, ...], ...]
+    given: tuple[str, ...] = ()
+    divided: str = ""
 
     def subset(self, places: Sequence[int] | np.ndarray) -> Self:
         """Takes the pictures at these places, in this order."""
-        return replace(super().subset(places), captions=tuple(self.captions[place] for place in places))
+        captions = tuple(self.captions[place] for place in places)
+        given = tuple(self.given[place] for place in places) if self.given else ()
+        return replace(super().subset(places), captions=captions, given=given)
 
 
 @dataclass(frozen=True)
@@ -82,8 +75,9 @@ def read_captions(options: CaptionDataOptions, seed: int, shown: bool, drawn: Ca
     Raises:
         LabError: the data cannot be read, or some of it and --on-bad-data says so, or it is too small.
     """
-    folder = Path(options.data) if options.data else drawn()
-    pictures = read_captioned(folder, options.on_bad_data, shown)
+    data = options.data or str(drawn())
+    folder = Path(data).expanduser()
+    pictures = read_captioned(data, options.on_bad_data, shown)
     if options.data is None:
         pictures = replace(pictures, source="drawn scenes")
     splits = caption_splits(pictures, options.splits or folder, seed=seed)
@@ -102,40 +96,26 @@ def truth_of(folder: Path, parts: Sequence[CaptionedPictures]) -> dict[str, Scen
 
 
 def read_captioned(data: str | Path, on_bad_data: OnBadData = "error", shown: bool = True) -> CaptionedPictures:
-    """Reads a directory with pictures and `captions.txt` (CSV `image,caption`) or `Flickr8k.token.txt` (tabs).
+    """Reads pictures with captions in any layout of `read_described`; every picture is decoded once.
 
-    The pictures lie in `Images`, in `Flicker8k_Dataset` as the first form has it, or beside the file. Every picture is
-    decoded once. Captions of which the picture is missing, pictures without captions, empty captions and lines that
-    are not UTF-8 are faults of the data as broken pictures are.
+    Captions of which the picture is missing, pictures without captions, empty captions and lines that are not UTF-8
+    are faults of the data as broken pictures are. If few captions lack their picture and there is no other fault, they
+    are left out and counted without being asked.
 
     Raises:
-        LabError: there is no such directory or caption file; or some of it cannot be used and `on_bad_data` is
-            "error" (the first five are named), or nothing can.
+        LabError: there is no such data; or some of it cannot be used and `on_bad_data` is "error" (the first five are
+            named), or nothing can.
     """
-    folder, file = Path(data), _caption_file(data)
-    pictures = next((folder / name for name in PICTURE_FOLDERS if (folder / name).is_dir()), folder)
-    faults: list[tuple[str, str]] = []  # what is bad, and why
-    captions: dict[str, list[str]] = {}
-    for line, name, caption in caption_lines(file):
-        if name is None:
-            faults.append((f"{file.name}:{line}", caption))
-        elif reason := _caption_fault(caption):
-            faults.append((f"{file.name}:{line}", reason))
-        else:
-            captions.setdefault(name, []).append(caption.strip())
-    there = {path.name: path for path in sorted(pictures.iterdir()) if path.suffix.lower() in SUFFIXES}
-    for name in [name for name, path in there.items() if path.is_symlink()]:
-        try:
-            within(name, pictures, folder)
-        except BadPictureError as error:
-            faults.append((name, str(error)))
-            del there[name]
-    faults += [(name, "captions without a picture") for name in captions if name not in there]
-    faults += [(name, "picture without captions") for name in there if name not in captions]
-    names = [name for name in there if name in captions]
-    outcomes = examined([there[name] for name in names], f"checking {data}", shown)
+    found = read_described(str(data))
+    contents, captions, faults = found.contents, found.captions, found.faults
+    without = [name for name in captions if name not in contents]
+    faults += [(name, "picture without captions") for name in contents if name not in captions]
+    names = [name for name in contents if name in captions]
+    outcomes = examined([contents[name] for name in names], f"checking {data}", shown)
     faults += [(name, reason) for name, (_, reason) in zip(names, outcomes, strict=True) if reason]
-    if faults and on_bad_data == "error":
+    few = not faults and len(without) <= MOST_WITHOUT * len(captions)
+    faults += [(name, WITHOUT) for name in without]
+    if faults and on_bad_data == "error" and not few:
         raise LabError(refusal(str(data), faults, "add --on-bad-data skip to leave them out"))
     digests = {name: digest for name, (digest, reason) in zip(names, outcomes, strict=True) if not reason}
     examples = tuple(f"{what}: {why}" for what, why in faults[:NAMED])
@@ -143,110 +123,64 @@ def read_captioned(data: str | Path, on_bad_data: OnBadData = "error", shown: bo
         raise LabError(": ".join([f"--data {data}: no picture with a caption can be used", *examples[:1]]))
     return CaptionedPictures(
         source=str(data),
-        contents=tuple(there[name] for name in digests),
+        contents=tuple(contents[name] for name in digests),
         names=tuple(digests),
         captions=tuple(tuple(captions[name]) for name in digests),
         digests=tuple(digests.values()),
         left_out=Counter(reason for _, reason in faults),
         examples=examples,
+        given=tuple(found.splits.get(name, "") for name in digests) if found.splits else (),
+        divided=found.divided,
     )
-
-
-def _caption_fault(caption: str) -> str:
-    if len(caption) > LONGEST:
-        return f"caption of more than {LONGEST:,} characters"
-    return "quote that is not closed" if SWALLOWED.search(caption) else "" if caption.strip() else "empty caption"
-
-
-def _caption_file(data: str | Path) -> Path:
-    folder = Path(data)
-    if not folder.is_dir():
-        raise LabError(f"--data {data}: no such directory")
-    file = next((folder / name for name in CAPTION_FILES if (folder / name).is_file()), None)
-    if file is None:
-        raise LabError(f"--data {data}: has neither captions.txt nor Flickr8k.token.txt")
-    return file
 
 
 def captions_alone(options: CaptionDataOptions, drawn: Callable[[], Path]) -> list[list[str]]:
     """Reads the captions of as many pictures as training has, opening none: for sizes, as which they are is not asked.
 
     Raises:
-        LabError: there is no such directory or caption file.
+        LabError: there is no such data.
     """
-    found: dict[str, list[str]] = {}
-    for _, name, caption in caption_lines(_caption_file(options.data or drawn())):
-        if name is not None and caption.strip():
-            found.setdefault(name, []).append(caption.strip())
-    return list(found.values())[: options.limit or round((1 - 2 * ASIDE) * len(found))]
-
-
-def caption_lines(file: Path) -> Iterator[tuple[int, str | None, str]]:
-    """Yields the line number, picture name and text of each caption; for a bad line no name, and why it is bad.
-
-    Raises:
-        LabError: the file cannot be read, or has no columns `image` and `caption`.
-    """
-    raw = bytes_of(file, f"--data {file}").removeprefix(b"\xef\xbb\xbf")  # the mark with which Windows begins UTF-8
-    texts: list[str] = []
-    for number, line in enumerate(raw.splitlines(), 1):
-        try:
-            texts.append(line.decode("utf-8"))
-        except UnicodeDecodeError:
-            texts.append("")  # so that those after it keep their numbers
-            yield number, None, "not UTF-8"
-    if file.name.endswith("token.txt"):  # NAME#NUMBER, tab, caption
-        for number, text in enumerate(texts, 1):
-            if text:
-                name, tab, caption = text.partition("\t")
-                name = name.rpartition("#")[0] or name
-                yield (number, name, caption) if tab else (number, None, "no tab between picture and caption")
-        return
-    rows = csv.reader(io.StringIO("\n".join(texts)))
-    header = [cell.strip().lower() for cell in next(rows, [])]
-    if "image" not in header or "caption" not in header:
-        raise LabError(f"--data {file}: its first line must name the columns image,caption")
-    image, text_ = header.index("image"), header.index("caption")
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error:  # it goes on after the line
-            yield rows.line_num, None, f"caption of more than {LONGEST:,} characters"
-            continue
-        if row:
-            whole = len(row) > max(image, text_)
-            yield (rows.line_num, row[image], row[text_]) if whole else (rows.line_num, None, "too few columns")
+    found = read_described(options.data or str(drawn()))
+    count = Counter(found.splits.values())["train"] or round((1 - 2 * ASIDE) * len(found.captions))
+    return list(found.captions.values())[: options.limit or count]
 
 
 def caption_splits(
     pictures: CaptionedPictures, folder: Path | None = None, seed: int = 0
 ) -> dict[str, CaptionedPictures]:
-    """Divides into training, validation and test: by the official lists if they lie in `folder`, else by the seed.
+    """Divides into training, validation and test: by official lists in `folder`, as the data say, or by the seed.
 
     No picture is in two splits, neither by name nor by content: drawn, all copies of a picture go to one split; with
     lists, a copy is left out of the split that comes earlier in the order training, validation, test, and counted.
+    A split that the data lack is drawn from their training pictures.
 
     Raises:
         LabError: a list names nothing that is there, or a split would be empty.
     """
-    lists = _official(folder) if folder is not None else {}
-    parts = _listed(pictures, lists) if lists else _drawn(pictures, seed)
+    lists, by = _official(folder) if folder is not None else {}, "by the official lists"
+    if not lists and pictures.given:
+        by, said = pictures.divided, list(zip(pictures.names, pictures.given, strict=True))
+        lists = {split: {name for name, given in said if given == split} for split in LISTS}
+    aside = [split for split in ("validation", "test") if not lists.get(split)]
+    parts = _listed(pictures, lists) if lists else {"train": pictures}
+    if aside and (not lists or pictures.given):
+        drawn = f"{' and '.join(aside)} drawn with seed {seed}, {ASIDE:.0%} of the pictures each"
+        parts, by = parts | _drawn(parts["train"], seed, aside), "; ".join([by, drawn] if lists else [drawn])
     for name, part in parts.items():
         if not len(part):
             raise LabError(f"--data {pictures.source}: {len(pictures)} pictures leave the {name} split empty")
-    return parts
+    return {name: replace(parts[name], divided=by) for name in LISTS}
 
 
-def _drawn(pictures: CaptionedPictures, seed: int) -> dict[str, CaptionedPictures]:
+def _drawn(pictures: CaptionedPictures, seed: int, aside: Sequence[str]) -> dict[str, CaptionedPictures]:
     copies: dict[bytes, list[int]] = {}
     for place, digest in enumerate(pictures.digests):
         copies.setdefault(digest, []).append(place)
     groups = list(copies.values())
     order = np.random.default_rng([seed, 2]).permutation(len(groups))
     count = max(1, round(ASIDE * len(groups)))
-    parts = {"train": order[2 * count :], "validation": order[:count], "test": order[count : 2 * count]}
+    parts = {name: order[place * count : (place + 1) * count] for place, name in enumerate(aside)}
+    parts["train"] = order[len(aside) * count :]
     return {
         name: pictures.subset(sorted(place for group in part for place in groups[group]))
         for name, part in parts.items()
@@ -301,8 +235,12 @@ class Transform:
 
     def normalised(self, levels: Sequence[np.ndarray]) -> torch.Tensor:
         """Stacks pictures to (batch, 3, size, size) as the encoder reads them."""
+        return self.shifted(torch.from_numpy(np.stack(levels)).permute(0, 3, 1, 2))
+
+    def shifted(self, levels: torch.Tensor) -> torch.Tensor:
+        """Turns levels of 0 to 255 (batch, 3, size, size) into what the encoder reads."""
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return (torch.from_numpy(np.stack(levels)).permute(0, 3, 1, 2).float() / 255 - mean) / std
+        return (levels.float() / 255 - mean) / std
 
 
 @dataclass(frozen=True)
@@ -316,6 +254,13 @@ class PictureTensors:
         """Reads pictures (places, 3, size, size) as the network takes them."""
         return self.transform.normalised(self._levels(places))
 
+    def view(self, number: int, places: Sequence[int], seed: int) -> torch.Tensor:
+        """Reads them so in a view: 0 is the plain one, in the others a part of each is cut out, always the same."""
+        if not number:
+            return self.batch(places)
+        draws = [drawn_crop(np.random.default_rng([seed, number, place]), "crop") for place in places]
+        return self.transform.shifted(augmented(self.levels(places), torch.from_numpy(np.stack(draws))))
+
     def levels(self, places: Sequence[int]) -> torch.Tensor:
         """Reads pictures (places, 3, size, size) of 0 to 255."""
         return torch.from_numpy(np.stack(self._levels(places))).permute(0, 3, 1, 2).contiguous()
@@ -326,3 +271,29 @@ class PictureTensors:
     def recipe(self) -> dict[str, Any]:
         """Returns all that the tensors depend on, as JSON values."""
         return asdict(self.transform) | {"pictures": self.pictures.fingerprint()}
+
+
+def drawn_crop(generator: np.random.Generator, augment: str | None) -> np.ndarray:
+    """Draws a row for `augmented`: side of the part, its middle across and down (-1 to 1), brightness and contrast.
+
+    `augment` is "crop", "crop+colour", or "none".
+    """
+    side = np.sqrt(generator.uniform(LEAST_AREA, 1.0)) if augment not in (None, "none") else 1.0
+    middle = generator.uniform(-1, 1, 2) * (1 - side)
+    colour = generator.uniform(1 - COLOUR, 1 + COLOUR, 2) if augment == "crop+colour" else np.ones(2)
+    return np.array([side, *middle, *colour], dtype=np.float32)
+
+
+def augmented(pictures: torch.Tensor, crops: torch.Tensor | None) -> torch.Tensor:
+    """Crops and colours pictures of 0 to 255 (pictures, 3, size, size), each as its row of `crops` says; floats."""
+    pictures = pictures.float()
+    if crops is None:
+        return pictures
+    side, across, down, brightness, contrast = crops.unbind(1)
+    zero = torch.zeros_like(side)
+    theta = torch.stack([side, zero, across, zero, side, down], 1).unflatten(1, (2, 3))
+    # The whole batch is cropped in one call, on its device: decoding threads do not draw, and the cache stays plain.
+    grid = F.affine_grid(theta, list(pictures.shape), align_corners=False)
+    found = F.grid_sample(pictures, grid, padding_mode="reflection", align_corners=False)
+    mean = found.mean((1, 2, 3), keepdim=True)
+    return ((found - mean) * contrast[:, None, None, None] + mean * brightness[:, None, None, None]).clamp(0, 255)

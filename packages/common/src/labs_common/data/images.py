@@ -1,23 +1,28 @@
 """Pictures, decoded with Pillow, and sets of them: checked once, bad files named, splits recorded with a run."""
 
+import contextlib
 import glob
 import hashlib
 import io
+import json
 import os
 import re
+import time
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Self, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL import __version__ as PILLOW
 
+from labs_common.cache import cache_directory, recipe_key
 from labs_common.errors import LabError, reason_of
 from labs_common.options import OnBadData
 from labs_common.progress import console, print_left_out, tracked
@@ -32,6 +37,7 @@ RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+SETTLED = 2.0  # seconds after a change
 SPECIAL = "is a directory, pipe or device"
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 
@@ -155,26 +161,54 @@ def _real_path(folder: str) -> str:
 
 
 def examined(contents: Sequence[Content], task: str, shown: bool = True) -> list[tuple[bytes, str]]:
-    """Returns each content's hash, and why it cannot be used ("" if it can); decoded in threads."""
-    return list(tracked(decoding_threads().map(_examined, contents), task, len(contents), shown))
+    """Returns each content's hash, and why it cannot be used ("" if it can); decoded in threads.
+
+    What could be decoded is remembered in the cache: a file is opened again only after it changed.
+    """
+    first = [os.path.abspath(content) for content in contents[:1] if isinstance(content, Path)]
+    record = cache_directory() / "checked-pictures" / f"{recipe_key([task, *first, PILLOW])}.json"
+    known: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError):  # it is not there, or damaged
+        known = {str(key): str(bytes.fromhex(digest).hex()) for key, digest in json.loads(record.read_text()).items()}
+    work = decoding_threads().map(partial(_examined, known), contents)
+    found = list(tracked(work, task, len(contents), shown))
+    good = {key: digest.hex() for key, digest, reason in found if key and not reason}
+    if good != known:
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs the time to check again
+            record.parent.mkdir(parents=True, exist_ok=True)
+            part = record.with_suffix(f".{os.getpid()}")
+            part.write_text(json.dumps(good), encoding="ascii")
+            part.replace(record)
+    return [(digest, reason) for _, digest, reason in found]
 
 
-def _examined(content: Content) -> tuple[bytes, str]:
-    if isinstance(content, Path) and _is_special(content):
-        return b"", SPECIAL
+def _examined(known: Mapping[str, str], content: Content) -> tuple[str, bytes, str]:
+    """Returns also the key under which the content may be remembered, "" if it may not."""
+    key = ""
     try:
+        if isinstance(content, Path):
+            if _is_special(content):
+                return "", b"", SPECIAL
+            now, file = time.time(), content.stat()
+            # One that was changed just now could be changed again within the same tick of its file system's clock.
+            if now - file.st_ctime > SETTLED:
+                key = recipe_key([os.path.abspath(content), file.st_size, file.st_mtime_ns, file.st_ctime_ns])
+                if key in known:
+                    return key, bytes.fromhex(known[key]), ""
         data = content.read_bytes() if isinstance(content, Path) else content
     except OSError as error:
-        return b"", error.strerror or "cannot be read"
+        return "", b"", error.strerror or "cannot be read"
     except ValueError:  # a NUL, or half a character
-        return b"", "has a name that no file can have"
+        return "", b"", "has a name that no file can have"
     raw = np.ascontiguousarray(data).data if isinstance(data, np.ndarray) else data
     digest = hashlib.blake2b(raw, digest_size=16).digest()
+    key = digest.hex() if isinstance(content, bytes) else key
     try:
-        decoded(data)
+        if key not in known:
+            decoded(data)
     except BadPictureError as error:
-        return digest, str(error)
-    return digest, ""
+        return "", digest, str(error)
+    return key, digest, ""
 
 
 def _is_special(path: Path) -> bool:

@@ -16,6 +16,7 @@ import hashlib
 import importlib.metadata
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ CHUNK_ROWS, CHUNK_BYTES = 256, 32 * 2**20
 FRONT_BATCH = 64  # samples through the front at once: fills a GPU, and needs no memory for gradients
 # Rows are held in a GPU's memory if they take at most this share of what is free there: the rest is for training.
 HELD_SHARE = 0.25
+MANY, TRIED = 1000, 16  # samples of which the time is told before; samples that tell it
 SUM = 4  # bytes of a check sum
 VERSIONS = ("torch", "timm", "transformers", "open-clip-torch")  # libraries whose releases may compute otherwise
 # Gives the front's output (places, width) for these places of the data, in a view.
@@ -241,7 +243,7 @@ def cached_rows(
             if missing:
                 _check_disk(folder, len(missing) * chunk * row_bytes)
                 if shown:
-                    console.print(f"frozen features: {_size(need)} in {folder}")
+                    console.print(f"frozen features: {_size(need)} in {folder}{_time(compute, count, views)}")
                 _fill(rows, done.fileno(), missing, count, chunk, compute, shown)
                 # Opened anew: a network's file system then looks at what other machines wrote.
                 rows = CachedRows(folder, views, (count, width), precision)
@@ -336,6 +338,16 @@ def _check_disk(folder: Path, need: int) -> None:
             f"frozen features need {_size(need)} in {cache_directory()}, where {_size(free)} are free: make room, name "
             "a larger disk in XDG_CACHE_HOME, or add --no-cache"
         )
+
+
+def _time(compute: Compute, count: int, views: int) -> str:
+    """Says how long it will take, by some samples; nothing if there are few."""
+    if count * views < MANY:
+        return ""
+    compute(0, range(2))  # the first call is slower
+    began = time.perf_counter()
+    compute(0, range(TRIED)).cpu()
+    return f", about {(time.perf_counter() - began) / TRIED * count * views / 60:.1f} minutes to compute"
 
 
 def _size(count: int) -> str:

@@ -12,6 +12,7 @@ def captioned_data_section(data: Captions) -> Section:
         for name, part in data.splits.items()
     ]
     section = Section("Data", [Table(("split", "source", "pictures", "captions", "fingerprint"), rows)])
+    section.blocks.append(Text(f"Splits: {first.divided}."))
     if data.left_out:
         section.blocks.append(Table(("left out because", "how many"), list(data.left_out.items())))
         section.blocks.append(Text("First: " + "; ".join(first.examples)))

@@ -136,6 +136,11 @@ def write_flickr8k(
     (folder / "Flickr8k.token.txt").write_text(lines, encoding="utf-8")
 
 
+def is_drawn(folder: Path) -> bool:
+    """Says whether it is a directory of `write_flickr8k`."""
+    return (folder / TRUTH).is_file()
+
+
 def read_truth(folder: Path) -> dict[str, Scene]:
     """Reads the scene that each picture of `write_flickr8k` shows, by the picture's name; nothing for other data."""
     file = folder / TRUTH

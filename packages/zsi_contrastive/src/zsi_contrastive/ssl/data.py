@@ -20,9 +20,8 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
 from timm.data import IMAGENET_DEFAULT_STD as STD
 
-from labs_common.data.classes import LabelledPictures, stratified_parts
+from labs_common.data.classes import LabelledPictures, read_classes, stratified_parts
 from labs_common.data.images import SUFFIXES, checked, decoding_threads, print_refused
-from labs_common.data.readers import read_classes
 from labs_common.device import constant, pinned, to_device
 from labs_common.errors import LabError
 from labs_common.progress import tracked
