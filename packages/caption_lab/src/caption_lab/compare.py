@@ -18,10 +18,10 @@ from caption_lab.data import read_data
 from caption_lab.decoder import CAPTIONERS
 from caption_lab.encoder import make_encoder
 from caption_lab.model import complete
-from caption_lab.report import METRICS, attention_maps, published_section, word_tiles
+from caption_lab.report import attention_maps, published_section, word_tiles
 from caption_lab.saved import load_captioner
 from caption_lab.tiny import tiny_weights
-from labs_common.caption_metrics import SCORER, CiderD, caption_words, mistakes, references_of
+from labs_common.caption_metrics import METRICS, SCORER, CiderD, caption_words, mistakes, references_of
 from labs_common.cli import parse
 from labs_common.compare.collect import Entry, Measure, rows_of, within_one_error
 from labs_common.compare.plan import comparison_folder, plan_runs, seeds_text

@@ -15,10 +15,10 @@ from accelerate.utils import set_seed
 
 from caption_lab.config import FINISHED, TRAIN, EvaluateConfig, TrainConfig
 from caption_lab.data import drawn_scenes, read_data
-from caption_lab.report import METRICS, captions_json, evaluation_sections, print_scores, published_section
+from caption_lab.report import captions_json, evaluation_sections, print_scores, published_section
 from caption_lab.saved import Captioner, load_captioner
 from caption_lab.vocabulary import TOKENS
-from labs_common.caption_metrics import SCORER, CaptionScores, score_captions
+from labs_common.caption_metrics import METRICS, SCORER, CaptionScores, score_captions
 from labs_common.cli import config_from_yaml, to_plain
 from labs_common.data.captions import CaptionedPictures, PictureTensors, read_captioned, truth_of
 from labs_common.data.images import print_refused

@@ -16,6 +16,7 @@ from caption_lab.decoder import CAPTIONERS
 from caption_lab.losses import OBJECTIVES
 from caption_lab.saved import Captioner
 from labs_common.caption_metrics import (
+    METRICS,
     SCORER,
     CaptionScores,
     Truthfulness,
@@ -47,10 +48,6 @@ from labs_common.scenes.world import Scene
 
 SHOWN, LOOKED_AT, WORST = 10, 4, 8  # pictures in the sections on captions, on attention and on errors
 SIDE, ACROSS = 150, 6  # pixels of a word's map, and maps in a row of a heat-map's file
-METRICS = {
-    "bleu-1": "BLEU-1", "bleu-2": "BLEU-2", "bleu-3": "BLEU-3", "bleu-4": "BLEU-4", "rouge-l": "ROUGE-L",
-    "cider": "CIDEr-D", "distinct": "distinct captions", "words used": "words used", "length": "words a caption",
-}  # fmt: skip
 # BLEU-1 to BLEU-4 and METEOR in per cent, 5 references; None where the paper gives none. Figures of Xu et al. 2015,
 # table 1, which also reports those of the others.
 PUBLISHED: dict[str, tuple[float | None, ...]] = {

@@ -94,6 +94,9 @@ class HeadOptions:
     """CoCa: vectors of the picture that the decoder reads; 0 takes 256, and 16 with the tiny image tower."""
     decoder_layers: CountOrZero = 0
     """CoCa and SimVLM: layers that write words; 0 takes as many as the text tower has."""
+    encoder_layers: CountOrZero = 0
+    """SimVLM: layers of an encoder of picture and prefix, to which the layers that write attend, as in the paper; 0 has
+    one transformer for both."""
     contrastive_weight: NotNegative = 1.0
     """CoCa: weight of the contrastive loss."""
     caption_weight: NotNegative = 2.0

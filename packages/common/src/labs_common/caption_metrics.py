@@ -31,6 +31,11 @@ TOKEN = re.compile(r"n't\b|'(?:s|m|d|ll|re|ve)\b|(?:\b[^\W\d_]\.){2,}|\w+(?:[-.,
 # What coco-caption's PTBTokenizer takes out after that, as the signs are before Stanford's renames brackets and quotes.
 PUNCTUATION = frozenset("'\"`.?!,:-;")
 NOTHING = "<nothing>"  # the one word of references that have none: no caption says it
+# As tables call them, in their order.
+METRICS = {
+    "bleu-1": "BLEU-1", "bleu-2": "BLEU-2", "bleu-3": "BLEU-3", "bleu-4": "BLEU-4", "rouge-l": "ROUGE-L",
+    "cider": "CIDEr-D", "distinct": "distinct captions", "words used": "words used", "length": "words a caption",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
