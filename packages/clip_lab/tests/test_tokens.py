@@ -41,6 +41,21 @@ def test_the_trained_tokenizer_is_sentencepieces_own(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", ["sentencepiece", "clip"])
+def test_what_is_written_are_words(kind: str) -> None:
+    words = make_words(kind, SENTENCES, 300, 0)
+    special = words.special
+    assert special is not None
+    for sentence in SENTENCES[:40]:
+        numbers = words.numbers(sentence)
+        assert words.sentence(numbers) == words.sentence([*numbers, special.pad]) == sentence.lower()
+        assert numbers[0] == special.start
+        assert numbers[-1] == special.end
+        assert not {*special.never} & {*numbers[1:]}
+    nothing = Words(words.backend.__class__(tokenizer_object=words.backend.backend_tokenizer, eos_token="b"), 12)
+    assert nothing.special is None, "without a token to start from nothing can be written"
+
+
 def test_clips_tokenizer_is_open_clips() -> None:
     open_clip = pytest.importorskip("open_clip")
     words, theirs = Words(clip_bpe(), 77), open_clip.get_tokenizer("RN50")

@@ -222,7 +222,7 @@ def _numbers_section(run: Run, config: CompareConfig, rows: list[dict[str, Any]]
 
 def _captions_sections(entries: Mapping[str, Entry], test: CaptionedPictures) -> list[Section]:
     """Shows some test pictures with what each model that writes says of them; first seed."""
-    written = {name: next(iter(said.values())) for name, entry in entries.items() if (said := entry.read(WRITTEN))}
+    written = {name: said for name, entry in entries.items() if (said := entry.run.load_json(WRITTEN))}
     blocks: list[Any] = []
     for place in np.linspace(0, len(test) - 1, min(EXAMPLES, len(test))).round().astype(int).tolist():
         rows = [(name, said[place]) for name, said in written.items()]
