@@ -183,6 +183,8 @@ class SearchOptions:
     user's cache."""
     top: Count = 12
     """Results to show."""
+    search: Literal["exact", "faiss"] = "exact"
+    """exact: one matrix product. faiss (extra clip-lab[faiss]): an inverted file, for millions of pictures."""
     command: CommandOptions = field(default_factory=CommandOptions)
 
 
@@ -199,8 +201,6 @@ class RetrieveConfig(SearchOptions):
     """Sentences whose pictures are searched."""
     picture: tuple[str, ...] = ()
     """Picture files, for which captions are searched (and similar pictures)."""
-    search: Literal["exact", "faiss"] = "exact"
-    """exact: one matrix product. faiss (extra clip-lab[faiss]): an inverted file, for millions of pictures."""
     output: Path | None = None
     """Directory of the grid (PNG) and the page (HTML); by default a new one under runs/."""
     batch_size: Count = 64
