@@ -178,7 +178,9 @@ def _measure_classes(encoder: Encoder, splits: Mapping[str, LabelledPictures]) -
             seen = [model.image(part.to(encoder.device)).places.flatten(1).cpu() for part in pictures.split(64)]
         scores = likelihood_matrix(loaded, torch.cat(seen), [filled(TEMPLATE, name) for name in names])
         found["classes by likelihood"] = float(np.mean(scores.argmax(0).numpy() == few.labels))
-    tower = dataclasses.replace(encoder, module=model.image, features=lambda x: model.image(x).feature)
+    tower = encoder
+    if model.reads != "feature":
+        tower = dataclasses.replace(encoder, module=model.image, features=lambda x: model.image(x).feature)
     for name, probed in zip(PROBES, (encoder, tower), strict=True):
         features = features_of(probed, splits, "tower", BATCH, True)
         layer = fitted_layers(*features["train"].to(encoder.device), len(names), [PENALTY])[0]

@@ -135,7 +135,7 @@ def build_index(
         _say_bad(name, bad, on_bad_data, len(bad) == len(files))
     there = tuple(file for file in files if file in every)
     index = Index(there, torch.stack([every[file] for file in there]), where)
-    if done or missing or len(there) != len(known):
+    if done or len(missing) > len(bad) or len(there) != len(known):
         _write(where, recipe, [(file, stamps[file]) for file in there], index.vectors)
         shutil.rmtree(parts, ignore_errors=True)
         console.print(f"index: {len(there):,} pictures in {where} ({len(missing) - len(bad):,} computed now)")
