@@ -100,7 +100,9 @@ def test_a_kill_loses_the_last_few_pictures_only(
     assert torch.equal(
         found.vectors, build_index(pictures_in(folder), "it", encoder, tmp_path / "anew", 1, "skip").vectors
     )
+    assert seen(encoder) == 5
     assert torch.equal(build().vectors, found.vectors)
+    assert seen(encoder) == 0
 
 
 def test_pictures_that_cannot_be_read_are_left_out_or_named(folder: Path, encoder: Encoder, tmp_path: Path) -> None:

@@ -48,7 +48,9 @@ def test_what_is_written_are_words(kind: str) -> None:
     assert special is not None
     for sentence in SENTENCES[:40]:
         numbers = words.numbers(sentence)
-        assert words.sentence(numbers) == words.sentence([*numbers, special.pad]) == sentence.lower()
+        said = words.sentence(numbers).replace(" ,", ",")  # to CLIP's a comma is a word
+        assert said == sentence.lower()
+        assert words.sentence([*numbers, special.pad]) == words.sentence(numbers)
         assert numbers[0] == special.start
         assert numbers[-1] == special.end
         assert not {*special.never} & {*numbers[1:]}

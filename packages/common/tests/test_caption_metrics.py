@@ -109,11 +109,12 @@ def test_diversity() -> None:
 SENTENCES = {
     "A man's dog doesn't run .": "a man 's dog does n't run",
     "Two girls, one in red; the other (in blue) isn't.": "two girls one in red the other ( in blue ) is n't",
-    "A t-shirt with a black-and-white 'X' !!": "a t-shirt with a black-and-white x",
+    "A t-shirt with a black-and-white 'X' !": "a t-shirt with a black-and-white x",
     "They can't , cannot and won't jump - it's 3:30 p.m.": "they ca n't can not and wo n't jump it 's 3:30 p.m.",
     "A ; B : C , D . E ? F ! G -- H ... I": "a b c d e f g h i",
     'He says "hi" & pays $5 at U.S. shops': "he says hi & pays $ 5 at u.s. shops",
     "He\u2019s at the boys' party .": "he 's at the boys party",
+    "Mr. Smith's gonna wanna see 1,000 cats vs. 3/4 of a 3.5 ft. dog": "mr. smith 's gon na wan na see 1,000 cats vs. 3/4 of a 3.5 ft. dog",
     "": "",
 }
 

@@ -26,10 +26,15 @@ SIGMA = 6.0  # of CIDEr-D's Gaussian over the difference in length
 BETA = 1.2  # ROUGE-L's weight of recall, as coco-caption has it
 # Penn Treebank's words as Stanford's tokenizer splits them: the ends of contractions (do n't, man 's), then initials
 # (u.s.), words with what is inside of them (t-shirt, 3:30, 1,000), and every other sign for itself.
-SPLIT = re.compile(r"(?<=\w)(?=n't\b)|(?<=[\w.])(?='(?:s|m|d|ll|re|ve)\b)|(?<=\bcan)(?=not\b)|(?<=\bgon)(?=na\b)")
-TOKEN = re.compile(r"n't\b|'(?:s|m|d|ll|re|ve)\b|(?:\b[^\W\d_]\.){2,}|\w+(?:[-.,:/&']\w+)*|[^\w\s]")
+SPLIT = re.compile(
+    r"(?<=\w)(?=n't\b)|(?<=[\w.])(?='(?:s|m|d|ll|re|ve)\b)"
+    r"|(?<=\bcan)(?=not\b)|(?<=\b[gw][oa]n)(?=na\b)|(?<=\bgot)(?=ta\b)|(?<=\b[lg][ei]m)(?=me\b)"
+)
+TOKEN = re.compile(
+    r"n't\b|'(?:s|m|d|ll|re|ve)\b|(?:\b[^\W\d_]\.){2,}|\b(?:mr|mrs|ms|dr|jr|sr|st|ft|vs|etc)\.|\w+(?:[-/']\w+|(?<=\d)[.,:]\d+)*|[^\w\s]"
+)
 # What coco-caption's PTBTokenizer takes out after that, as the signs are before Stanford's renames brackets and quotes.
-PUNCTUATION = frozenset("'\"`.?!,:-;")
+PUNCTUATION = frozenset("'\"`“”‘.?!,:-;")
 NOTHING = "<nothing>"  # the one word of references that have none: no caption says it
 # As tables call them, in their order.
 METRICS = {
