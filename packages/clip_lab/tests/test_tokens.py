@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
@@ -54,8 +55,8 @@ def test_what_is_written_are_words(kind: str) -> None:
         assert numbers[0] == special.start
         assert numbers[-1] == special.end
         assert not {*special.never} & {*numbers[1:]}
-    nothing = Words(words.backend.__class__(tokenizer_object=words.backend.backend_tokenizer, eos_token="b"), 12)
-    assert nothing.special is None, "without a token to start from nothing can be written"
+    bare = SimpleNamespace(bos_token_id=None, cls_token_id=None, eos_token_id=3, pad_token_id=0)
+    assert Words(bare, 12).special is None, "without a token to start from nothing can be written"
 
 
 def test_clips_tokenizer_is_open_clips() -> None:

@@ -158,7 +158,7 @@ def _embedded(
         batch = files[first : first + batch_size]
         outcomes = dict(zip(batch, decoding_threads().map(seen, batch), strict=True))
         good = {file: one for file, one in outcomes.items() if isinstance(one, torch.Tensor)}
-        vectors = encoder.embedded(torch.stack([*good.values()])) if good else []
+        vectors = encoder.embedded(torch.stack([*good.values()])) if good else torch.empty(0)
         yield dict(zip(good, vectors, strict=True)), [one for one in outcomes.values() if isinstance(one, str)]
 
 
