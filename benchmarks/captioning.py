@@ -35,22 +35,21 @@ from torch.utils.data import DataLoader, Dataset
 
 from caption_lab.config import (
     CaptionTrainingOptions,
-    DecodingOptions,
     EncoderOptions,
     TrainConfig,
     VocabularyOptions,
 )
 from caption_lab.data import encoded_pairs, read_data
 from caption_lab.decoder import ShowAttendTell, ShowTell
-from caption_lab.decoding import beam_search, log_probabilities
 from caption_lab.losses import attention_penalty, next_word_loss
 from caption_lab.model import complete
 from caption_lab.saved import Captioner
 from caption_lab.train import fit, make
-from caption_lab.vocabulary import END, PAD, START
+from caption_lab.vocabulary import END, PAD, START, TOKENS
 from labs_common.data.captions import Captions, PictureTensors
+from labs_common.decoding import beam_search, log_probabilities
 from labs_common.device import peak_memory
-from labs_common.options import CaptionDataOptions, RunOptions
+from labs_common.options import CaptionDataOptions, DecodingOptions, RunOptions
 from labs_common.run import Run, write_atomically
 from labs_common.scenes.files import write_flickr8k
 from labs_common.training import make_accelerator
@@ -256,10 +255,10 @@ def beam(options: Options) -> dict[str, Any]:
         decoder.to_words.weight *= 8
         decoder.to_words.bias[END] -= 3.0
     length = 20
-    beam_search(decoder, features[:8], length, DECODING)
+    beam_search(decoder, features[:8], TOKENS, length, DECODING)
     begin = time.perf_counter()
-    batched = [words for first in range(0, len(features), 64)
-               for words in beam_search(decoder, features[first : first + 64], length, DECODING).words]  # fmt: skip
+    parts = [beam_search(decoder, part, TOKENS, length, DECODING) for part in features.split(64)]
+    batched = [words for part in parts for words in part.words]
     seconds = time.perf_counter() - begin
     few = features[: max(8, options.described // 8)]
     begin = time.perf_counter()
@@ -283,7 +282,7 @@ def usual_beam(decoder: Any, feature: torch.Tensor, length: int) -> list[int]:
     done: list[tuple[float, list[int]]] = []
     for step in range(length):
         logits, state = next_logits(decoder, features[: len(words)], words, state)
-        scores = totals[:, None] + log_probabilities(logits)
+        scores = totals[:, None] + log_probabilities(logits, TOKENS.never)
         # A finished caption keeps one of the five places.
         best, flat = scores.flatten().topk(BEAMS - len(done))
         rows, chosen = flat // scores.shape[1], flat % scores.shape[1]

@@ -7,7 +7,7 @@ Everything is measured in a process of its own. `step` is against open_clip on t
 captions, so losses are compared step by step; `loss` is the peak memory of loss and gradient; `probe` is scikit-learn
 against the batched solve, at the same objective, and `sweep` a round of the search for the penalty; `features` is the
 frozen tower's speed with decoding and keeping against the tower alone; `waiting` is the share of a training's time in
-which it waits for its next batch.
+which it waits for its next batch; `search` is one query among drawn vectors, by a matrix product and by FAISS.
 """
 
 import json
@@ -33,6 +33,7 @@ from clip_lab.config import BatchOptions, CacheOptions, HeadOptions, ImageOption
 from clip_lab.data import Batches, Pairs, picture_rows, read_data, transform_of
 from clip_lab.encoder import load_encoder
 from clip_lab.image import make_image_tower
+from clip_lab.index import Index
 from clip_lab.losses import Embeddings, clip_loss, contrastive, pictures_of
 from clip_lab.model import ClipModel, training_mode
 from clip_lab.probe import features_of
@@ -57,7 +58,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 class Options:
     """Compares clip_lab side by side with what else there is."""
 
-    parts: tuple[str, ...] = ("step", "loss", "probe", "sweep", "features", "waiting")
+    parts: tuple[str, ...] = ("step", "loss", "probe", "sweep", "features", "waiting", "search")
     """What to measure."""
     image: str = "vit_small_patch16_224"
     """Towers of `step`, `features` and `waiting`."""
@@ -69,6 +70,8 @@ class Options:
     """Batch of `loss`, for both; ours is measured at twice that as well."""
     features: int = 50_000
     """Rows of `probe` and `sweep`, of 512 values."""
+    searched: int = 100_000
+    """Pictures of `search`, with 512 values each."""
     output: Path = Path("benchmarks/results/clip.json")
     """Where the figures go."""
     worker: str | None = None
@@ -86,7 +89,7 @@ def main() -> None:
         if worker.split()[0] not in options.parts:
             continue
         given = {"image": options.image, "batch": options.batch, "steps": options.steps, "rows": options.rows,
-                 "features": options.features}  # fmt: skip
+                 "features": options.features, "searched": options.searched}  # fmt: skip
         flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
         command = [sys.executable, __file__, "--worker", worker, *flags]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -132,6 +135,10 @@ def shown(figures: dict[str, Any]) -> list[tuple[str, ...]]:
                      f"again from disk {features['again']:,.0f}"))  # fmt: skip
     if waiting := figures.get("waiting"):
         rows.append(("share of time waiting for data", f"{waiting['share']:.4f}", "", "", ""))
+    if found := figures.get("search"):
+        rows.append((f"search among {found['pictures']:,}, ms", f"FAISS {found['faiss']:.2f}",
+                     f"matrix product {found['exact']:.2f}", f"{found['exact'] / found['faiss']:.1f} x",
+                     f"{found['same']:.1%} of the first ten; FAISS's lists took {found['built']:.0f} s"))  # fmt: skip
     return rows
 
 
@@ -333,6 +340,31 @@ def waiting(options: Options) -> dict[str, Any]:
     return {"share": waited / (time.perf_counter() - start)}
 
 
+def search(options: Options) -> dict[str, Any]:
+    """Milliseconds of a query among drawn vectors in a thousand clouds, and the share of the true ten that is found."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn_vectors(count: int) -> torch.Tensor:
+        clouds = centres[torch.randint(len(centres), (count,), generator=generator)]
+        return F.normalize(clouds + torch.randn(count, WIDTH, generator=generator), dim=1)
+
+    centres = torch.randn(1000, WIDTH, generator=generator)
+    with tempfile.TemporaryDirectory() as folder:
+        names = tuple(Path(f"{number}.jpg") for number in range(options.searched))
+        index, queries = Index(names, drawn_vectors(options.searched), Path(folder)), drawn_vectors(50)
+        built, _ = timed(lambda: index.inverted)
+        seconds: dict[str, list[float]] = {}
+        found: dict[str, list[set[int]]] = {}
+        for query in queries.split(1):
+            for how in ("exact", "faiss"):
+                took, (_, places) = timed(lambda how=how, query=query: index.nearest(query, 10, how))  # type: ignore[misc]
+                seconds.setdefault(how, []).append(1000 * took)
+                found.setdefault(how, []).append({*places[0].tolist()})
+    same = np.mean([len(one & other) / 10 for one, other in zip(found["exact"], found["faiss"], strict=True)])
+    medians = {how: float(np.median(each)) for how, each in seconds.items()}
+    return {"pictures": options.searched, "built": built, "same": float(same), **medians}
+
+
 WORKERS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "step": step,
     "loss ours": lambda options: loss_memory(options.rows, False),
@@ -342,6 +374,7 @@ WORKERS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "sweep": sweep,
     "features": features,
     "waiting": waiting,
+    "search": search,
 }
 
 

@@ -6,12 +6,12 @@ import pytest
 from labs_testing import commands as lab_commands
 from PIL import Image
 
-from caption_lab.config import DecoderOptions, DecodingOptions, EncoderOptions, VocabularyOptions
+from caption_lab.config import DecoderOptions, EncoderOptions, VocabularyOptions
 from caption_lab.encoder import make_encoder
 from caption_lab.model import make_model
 from caption_lab.saved import Captioner, save_captioner
 from caption_lab.vocabulary import build_vocabulary
-from labs_common.options import PageOptions
+from labs_common.options import DecodingOptions, PageOptions
 from labs_common.pages import serve
 
 

@@ -4,6 +4,10 @@ from pathlib import Path
 import pytest
 from labs_testing import commands as lab_commands
 
+from caption_lab.compare import scorer_notes
+from labs_common.caption_metrics import SCORER
+from labs_common.compare.collect import Entry
+
 
 def test_evaluate_command(finished: Path, scenes: Path, tmp_path: Path) -> None:
     def said(*arguments: object, code: int = 0) -> lab_commands.Done:
@@ -14,6 +18,18 @@ def test_evaluate_command(finished: Path, scenes: Path, tmp_path: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
     assert found["by beam"]["3"] == pytest.approx(results["test"]["metrics"]), "the run's own test pictures again"
     assert "Beam widths" in (tmp_path / "own" / "report.html").read_text()
+    assert found["scorer"] == results["test"]["scorer"] == SCORER
     said("--beams", "1", "--data", scenes, "--split", "all", "--output", tmp_path / "all")
     assert json.loads((tmp_path / "all" / "evaluation.json").read_text())["pictures"] == 60
     assert "--beams" in said("--beams", "none", code=2).stderr
+
+
+def test_scores_of_an_earlier_version_are_marked() -> None:
+    def entry(name: str, *scorers: str | None) -> Entry:
+        results = {seed: {"test": {} if one is None else {"scorer": one}} for seed, one in enumerate(scorers)}
+        return Entry(name, {}, results)
+
+    new, old = entry("new", SCORER, SCORER), entry("old", SCORER, None)
+    assert scorer_notes({"new": new}) == []
+    (note,) = scorer_notes({"new": new, "old": old})
+    assert note.text.startswith("old: scored by an earlier version")

@@ -12,8 +12,8 @@ from caption_lab.losses import (
     policy_loss,
     with_own_guesses,
 )
-from caption_lab.metrics import CiderD
 from caption_lab.vocabulary import END, PAD, START, UNK, build_vocabulary
+from labs_common.caption_metrics import CiderD
 
 pytestmark = pytest.mark.quick
 

@@ -14,8 +14,7 @@ from labs_testing.trainings import Otherwise, Training
 from PIL import Image
 from safetensors.torch import load_file
 
-from caption_lab.metrics import caption_metrics
-from caption_lab.vocabulary import Cleaning
+from labs_common.caption_metrics import caption_metrics, caption_words
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 LIBRARIES = ["caption_lab.train"]
@@ -48,8 +47,8 @@ def test_a_run_leaves_everything_that_it_promises(finished: Path, scenes: Path) 
     references: dict[str, list[list[str]]] = {}
     for line in (scenes / "Flickr8k.token.txt").read_text().splitlines():
         name, caption = line.split("\t")
-        references.setdefault(name.split("#")[0], []).append(Cleaning().words(caption))
-    again = caption_metrics([row["caption"].split() for row in said], [references[row["image"]] for row in said])
+        references.setdefault(name.split("#")[0], []).append(caption_words(caption))
+    again = caption_metrics([caption_words(row["caption"]) for row in said], [references[row["image"]] for row in said])
     assert results["test"]["metrics"] == pytest.approx(again)
     assert results["claims"]["of another picture"]["by kind"], "drawn scenes are judged"
     html = (finished / "report.html").read_text(encoding="utf-8")

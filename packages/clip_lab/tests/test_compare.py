@@ -33,8 +33,12 @@ def test_the_comparison_goes_on_where_it_was_stopped(scenes: Path, things: Path,
     assert "perplexity" not in rows["clip"]
     assert "R@1 by embedding" not in rows["simvlm"]
     assert {"R@1 by embedding", "R@1 by likelihood", "perplexity", "linear probe"} <= rows["coca"].keys()
+    for name, writes in (("clip", False), ("coca", True), ("simvlm", True)):
+        assert ("CIDEr-D" in rows[name]) == ("BLEU-4" in rows[name]) == writes
+        assert "linear probe of the image tower" in rows[name]
+    assert rows["clip"]["linear probe"] == rows["clip"]["linear probe of the image tower"], "both read its image tower"
     html = (folder / "report.html").read_text()
-    for heading in ("Differences", "Numbers", "Curves", "Cost"):
+    for heading in ("Differences", "Numbers", "Captions", "Curves", "Cost"):
         assert f">{heading}<" in html
     results = folder / "clip" / "seed-0" / "results.json"
     before = results.stat().st_mtime_ns

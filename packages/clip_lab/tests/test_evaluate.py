@@ -1,5 +1,6 @@
 """Recall against scikit-learn and chance, probabilities of captions against their words one by one."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from clip_lab.evaluate import chance_metrics, likelihood_matrix, log_likelihoods, retrieval_metrics
+from clip_lab.evaluate import chance_metrics, likelihood_matrix, log_likelihoods, retrieval_metrics, written
 from clip_lab.report import RIGHT, framed
 from clip_lab.saved import load_model
+from labs_common.options import DecodingOptions
 
 SENTENCES = ["a red circle to the left of a blue square", "one triangle"]
 
@@ -77,3 +79,26 @@ def test_probabilities_of_captions(coca: Path) -> None:
     found = likelihood_matrix(loaded, rows, SENTENCES)
     assert found.shape == (2, 3)
     torch.testing.assert_close(found.exp().mean(1), torch.ones(2))
+
+
+def test_captions_are_the_most_probable_words_one_by_one(coca: Path) -> None:
+    """Against reading every beginning anew; and the run keeps what it wrote with its scores."""
+    loaded = load_model(coca)
+    model: Any = loaded.model
+    rows = torch.randn(3, model.image.count * model.image.width)
+    found = written(loaded, rows, DecodingOptions(beam=1))
+    start, backend = loaded.words.numbers("")[0], loaded.words.backend
+    never = [backend.pad_token_id, backend.unk_token_id, backend.bos_token_id]
+    for row, caption in zip(rows, found, strict=True):
+        numbers = [start]
+        while len(numbers) < loaded.words.length and numbers[-1] != backend.eos_token_id:
+            logits = model.next_words(row[None], torch.tensor([[*numbers, 0]]))[0, -1]
+            logits[never] = -torch.inf
+            numbers.append(int(logits.argmax()))
+        assert caption == backend.decode(numbers, skip_special_tokens=True).strip()
+    results = json.loads((coca / "results.json").read_text())
+    said = json.loads((coca / "captions.json").read_text())
+    assert len(said) == results["test"]["pictures"]
+    assert results["written"]["scorer"]
+    assert {"bleu-4", "cider", "rouge-l"} <= results["written"]["metrics"].keys()
+    assert "written" in results["written"]["right"], "drawn scenes are judged"

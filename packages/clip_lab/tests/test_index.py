@@ -73,6 +73,38 @@ def test_only_new_and_changed_pictures_are_computed(folder: Path, encoder: Encod
     assert scores[0].tolist() == sorted(scores[0].tolist(), reverse=True)
 
 
+def test_a_kill_loses_the_last_few_pictures_only(
+    folder: Path, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clip_lab.index.PART", 2)
+    module: Any = encoder.module
+    forward, kept = module.forward, tmp_path / "index"
+
+    def killed(pictures: torch.Tensor) -> torch.Tensor:
+        if module.seen >= 3:
+            raise KeyboardInterrupt
+        return forward(pictures)
+
+    def build() -> Index:
+        return build_index(pictures_in(folder), "it", encoder, kept, 1, "skip")
+
+    monkeypatch.setattr(module, "forward", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build()
+    assert seen(encoder) == 3
+    assert not kept.exists()
+    monkeypatch.setattr(module, "forward", forward)
+    found = build()
+    assert seen(encoder) == 3, "two were written before the kill"
+    assert [file.name for file in tmp_path.iterdir() if "index" in file.name] == ["index"], "and nothing is left over"
+    assert torch.equal(
+        found.vectors, build_index(pictures_in(folder), "it", encoder, tmp_path / "anew", 1, "skip").vectors
+    )
+    assert seen(encoder) == 5
+    assert torch.equal(build().vectors, found.vectors)
+    assert seen(encoder) == 0
+
+
 def test_pictures_that_cannot_be_read_are_left_out_or_named(folder: Path, encoder: Encoder, tmp_path: Path) -> None:
     (folder / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
     files = pictures_in(folder)

@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import timm
@@ -10,10 +13,12 @@ from transformers import BertConfig, BertModel
 
 from clip_lab.config import TINY, HeadOptions, ImageOptions
 from clip_lab.image import ImageTower, make_image_tower
-from clip_lab.losses import OBJECTIVES
+from clip_lab.losses import OBJECTIVES, caption_loss, suffix_targets
 from clip_lab.model import ClipModel, CocaModel, Scale, SimVlmModel, tower_rows, training_mode
-from clip_lab.text import PretrainedText, TextTower
+from clip_lab.text import PretrainedText, TextTower, last_of
+from labs_common.decoding import SpecialTokens, Tensors, beam_search, roll_out
 from labs_common.errors import LabError
+from labs_common.options import DecodingOptions
 
 pytestmark = pytest.mark.quick
 
@@ -150,6 +155,80 @@ def test_simvlm_reads_its_prefix_both_ways_and_writes_the_rest() -> None:
     assert not torch.allclose(model(pictures, later, prefix)[1, 4], logits[1, 4])
     rows = tower_rows(model, pictures)
     torch.testing.assert_close(model.next_words(rows, WORDS), model(rows, WORDS, torch.ones(2, dtype=torch.long)))
+
+
+SPECIAL = SpecialTokens(start=2, end=3, pad=0, never=(0, 1, 2))
+
+
+@pytest.fixture(params=[("coca", 0), ("simvlm", 0), ("simvlm", 2)], ids=str)
+def writer(request: pytest.FixtureRequest) -> tuple[Any, Any, torch.Tensor]:
+    """A model that writes, the same as the search sees it, and rows of four pictures' places."""
+    torch.manual_seed(1)
+    name, layers = request.param
+    model: Any = OBJECTIVES[name].model(*towers(), dataclasses.replace(HEAD, encoder_layers=layers)).eval()
+    begin = partial(model.begin, start=SPECIAL.start) if model.continues else model.begin
+    return model, SimpleNamespace(begin=begin, step=model.step), torch.randn(4, model.image.count * model.image.width)
+
+
+def test_words_one_by_one_give_what_whole_captions_give(writer: tuple[Any, Any, torch.Tensor]) -> None:
+    """Also with several beams, whose words differ."""
+    model, decoder, rows = writer
+    words = torch.randint(4, 20, (4, 3, 7), generator=torch.Generator().manual_seed(0))  # (pictures, beams, length)
+    words[:, :, 0] = SPECIAL.start
+    with torch.no_grad():
+        whole = model.next_words(rows.repeat_interleave(3, 0), words.flatten(0, 1)).unflatten(0, (4, 3))
+        fixed, moving = decoder.begin(rows)
+        moving: Tensors = {name: tensor.expand(-1, 3, *tensor.shape[2:]) for name, tensor in moving.items()}
+        for place in range(6):
+            logits, moving, _ = decoder.step(words[:, :, place], fixed, moving)
+            torch.testing.assert_close(logits, whole[:, :, place])
+
+
+def test_a_model_that_knows_its_captions_by_heart_writes_them(writer: tuple[Any, Any, torch.Tensor]) -> None:
+    model, decoder, rows = writer
+    words = torch.tensor([[2, 5, 6, 7, 3, 0], [2, 5, 8, 3, 0, 0], [2, 9, 9, 4, 11, 3], [2, 12, 3, 0, 0, 0]])
+    targets = suffix_targets(words, torch.ones(4, dtype=torch.long), last_of(words, SPECIAL.end))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        caption_loss(model.next_words(rows, words), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = [[word for word in row[1:] if word] for row in words.tolist()]
+    greedy = roll_out(decoder, rows, SPECIAL, 8, DecodingOptions(beam=1))
+    alone = beam_search(decoder, rows, SPECIAL, 8, DecodingOptions(beam=1))
+    assert greedy.words == alone.words == beam_search(decoder, rows, SPECIAL, 8, DecodingOptions(beam=4)).words
+    assert greedy.words == expected
+    assert alone.log_probabilities == pytest.approx(greedy.log_probabilities, abs=1e-4)
+
+
+def test_simvlms_encoder_reads_the_prefix_and_its_decoder_the_rest() -> None:
+    model = SimVlmModel(*towers(), dataclasses.replace(HEAD, encoder_layers=1)).eval()
+    pictures, prefix = torch.randn(2, 3, 32, 32), torch.tensor([1, 3])
+    logits = model(pictures, WORDS, prefix)
+
+    def changed(place: int) -> torch.Tensor:
+        later = WORDS.clone()
+        later[1, place] = 17
+        return model(pictures, later, prefix)[1]
+
+    assert not torch.allclose(changed(2)[0], logits[1, 0]), "the prefix is seen from everywhere, by the encoder"
+    torch.testing.assert_close(changed(4)[:4], logits[1, :4])
+    assert not torch.allclose(changed(4)[4], logits[1, 4])
+    other = pictures + 1
+    assert not torch.allclose(model(other, WORDS, prefix)[1], logits[1])
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_what_is_probed_of_simvlm_are_its_states_of_the_picture(layers: int) -> None:
+    """As the states at the places in a pass over picture and words, if the places see no word."""
+    model: Any = SimVlmModel(*towers(), dataclasses.replace(HEAD, encoder_layers=layers)).eval()
+    rows = torch.randn(2, model.image.count * model.image.width)
+    seen: list[torch.Tensor] = []
+    last, norm = ((model.encoder if layers else model.blocks)[-1], model.encoded if layers else model.norm)
+    last.register_forward_hook(lambda module, given, states: seen.append(norm(states)))
+    prefix = torch.zeros(2, dtype=torch.long)
+    model.next_words(rows, WORDS, prefix)
+    torch.testing.assert_close(model.pooled(rows), seen[0][:, : model.image.count].mean(1))
 
 
 def test_a_hugging_face_encoder_reads_with_its_pooler_or_the_mean() -> None:

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
@@ -39,6 +40,23 @@ def test_the_trained_tokenizer_is_sentencepieces_own(tmp_path: Path) -> None:
     assert [again.numbers(sentence) for sentence in [*SENTENCES[:40], *ODD]] == [
         words.numbers(sentence) for sentence in [*SENTENCES[:40], *ODD]
     ]
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "clip"])
+def test_what_is_written_are_words(kind: str) -> None:
+    words = make_words(kind, SENTENCES, 300, 0)
+    special = words.special
+    assert special is not None
+    for sentence in SENTENCES[:40]:
+        numbers = words.numbers(sentence)
+        said = words.sentence(numbers).replace(" ,", ",")  # to CLIP's a comma is a word
+        assert said == sentence.lower()
+        assert words.sentence([*numbers, special.pad]) == words.sentence(numbers)
+        assert numbers[0] == special.start
+        assert numbers[-1] == special.end
+        assert not {*special.never} & {*numbers[1:]}
+    bare = SimpleNamespace(bos_token_id=None, cls_token_id=None, eos_token_id=3, pad_token_id=0)
+    assert Words(bare, 12).special is None, "without a token to start from nothing can be written"
 
 
 def test_clips_tokenizer_is_open_clips() -> None:

@@ -17,12 +17,11 @@ from caption_lab.config import TINY, CompareConfig, ComparedOptions, TrainConfig
 from caption_lab.data import read_data
 from caption_lab.decoder import CAPTIONERS
 from caption_lab.encoder import make_encoder
-from caption_lab.metrics import CiderD, mistakes
 from caption_lab.model import complete
-from caption_lab.report import METRICS, attention_maps, published_section, word_tiles
+from caption_lab.report import attention_maps, published_section, word_tiles
 from caption_lab.saved import load_captioner
 from caption_lab.tiny import tiny_weights
-from caption_lab.vocabulary import cleaning_of
+from labs_common.caption_metrics import METRICS, SCORER, CiderD, caption_words, mistakes, references_of
 from labs_common.cli import parse
 from labs_common.compare.collect import Entry, Measure, rows_of, within_one_error
 from labs_common.compare.plan import comparison_folder, plan_runs, seeds_text
@@ -107,6 +106,7 @@ def findings(
         table_of(rows, ("model", *METRICS.values())),
         Figure(save_figure(run, "bleu", bar_figure(bars, "per cent")), "BLEU of the test captions."),
         Text(f"Each was read back from disk and described the test pictures with --beam {config.decoding.beam}."),
+        *scorer_notes(entries),
         *notes_on(config.comparison, failed),
     ]
     against = {name: (COSTS[name], False) for name in ("training seconds", "trained parameters")}
@@ -128,6 +128,16 @@ def findings(
     return Findings("Captioners compared", summary, rows, sections, printed)
 
 
+def scorer_notes(entries: Mapping[str, Entry]) -> list[Text]:
+    """Names the entries with a run of an earlier version, whose captions were cleaned as its own vocabulary is."""
+    older = [name for name, its in entries.items() if its.values("test", "scorer") != [SCORER] * len(its.results)]
+    said = (
+        f"{', '.join(older)}: scored by an earlier version, by other rules, and not to be compared with the others; "
+        "caption_lab.evaluate scores a run again."
+    )
+    return [Text(said)] if older else []
+
+
 def equal_to(
     best: str, captions: Mapping[str, Mapping[int, list[str]]], test: CaptionedPictures, config: CompareConfig
 ) -> list[str]:
@@ -135,10 +145,9 @@ def equal_to(
 
     `captions` are those of the test pictures by entry and seed.
     """
-    cleaning = cleaning_of(config.vocabulary)
-    judge = CiderD([[cleaning.words(caption) for caption in those] for those in test.captions])
+    judge = CiderD(references_of(test))
     scores = {
-        name: {seed: judge.scores([c.split() for c in said], range(len(test))) for seed, said in its.items()}
+        name: {seed: judge.scores([*map(caption_words, said)], range(len(test))) for seed, said in its.items()}
         for name, its in captions.items()
     }
     found = []

@@ -15,13 +15,12 @@ from labs_common.options import (
     ComparisonOptions,
     Count,
     CountOrZero,
+    DecodingOptions,
     NotNegative,
     OnBadData,
     PageOptions,
     PlanOptions,
-    Positive,
     RunOptions,
-    Share,
     ShareBelowOne,
     TrainingOptions,
     names_in,
@@ -101,22 +100,6 @@ class VocabularyOptions:
     max_length: CountOrZero = 0
     """Most words of a caption, longer ones are cut; 0 takes the length that 99 % of the training captions stay
     within."""
-
-
-@dataclass
-class DecodingOptions:
-    """The search for a caption by a trained model."""
-
-    beam: Count = 3
-    """Captions that are followed at once; 1 takes the most probable word each time."""
-    length_penalty: NotNegative = 0.7
-    """Beams are ranked by log-probability / words ** this; 0 prefers short captions."""
-    no_repeat: CountOrZero = 0
-    """No sequence of so many words occurs twice in a caption; 0 allows it."""
-    top_p: Share = 0.0
-    """Sample words from the most probable ones that together have this probability (nucleus); 0 does not sample."""
-    temperature: Positive = 1.0
-    """Sampling is bolder above 1, more careful below."""
 
 
 @dataclass

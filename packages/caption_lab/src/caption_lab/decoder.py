@@ -1,8 +1,7 @@
 """The decoders, one class each, and `CAPTIONERS`, the table in which a further one is registered.
 
 A decoder has `forward` for training, which reads whole captions, and `begin` and `step` for writing, which go on word
-by word with all beams of all pictures at once. What it knows while it writes lies in two dicts of tensors: `fixed`
-(pictures, …) never changes, `moving` (pictures, beams, …) does, and follows its beam when beams are re-ordered.
+by word with all beams of all pictures at once, as `labs_common.decoding` says.
 """
 
 from dataclasses import dataclass
@@ -14,8 +13,7 @@ from torch import nn
 
 from caption_lab.config import DecoderOptions
 from caption_lab.vocabulary import PAD
-
-Tensors = dict[str, torch.Tensor]
+from labs_common.decoding import NextWord, Tensors
 
 
 class Sizes(NamedTuple):
@@ -43,20 +41,6 @@ class Output(NamedTuple):
     """
 
     logits: torch.Tensor
-    attention: torch.Tensor | None
-
-
-class NextWord(NamedTuple):
-    """A decoder's answer to one more word of each beam.
-
-    Attributes:
-        logits: of the next word (pictures, beams, vocabulary).
-        moving: what the decoder knows now.
-        attention: share of each place (pictures, beams, places), if it attends.
-    """
-
-    logits: torch.Tensor
-    moving: Tensors
     attention: torch.Tensor | None
 
 

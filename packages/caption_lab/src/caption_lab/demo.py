@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from caption_lab.config import FINISHED, TRAIN, DecodingOptions, DemoConfig
+from caption_lab.config import FINISHED, TRAIN, DemoConfig
 from caption_lab.report import attention_maps, word_tiles
 from caption_lab.saved import load_captioner
+from labs_common.options import DecodingOptions
 from labs_common.pages import check_page, serve
 from labs_common.run import newest_run
 from labs_common.training import inference_accelerator

@@ -9,23 +9,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from caption_lab.config import FINISHED, TRAIN, DecodingOptions, EvaluateConfig, TrainConfig
+from caption_lab.config import FINISHED, TRAIN, EvaluateConfig, TrainConfig
 from caption_lab.data import drawn_scenes, read_data
-from caption_lab.decoding import written_captions
-from caption_lab.metrics import Evaluation, caption_metrics, references_of, truthfulness
-from caption_lab.report import METRICS, captions_json, evaluation_sections, print_scores, published_section
+from caption_lab.report import captions_json, evaluation_sections, print_scores, published_section
 from caption_lab.saved import Captioner, load_captioner
-from caption_lab.vocabulary import Cleaning
+from caption_lab.vocabulary import TOKENS
+from labs_common.caption_metrics import METRICS, SCORER, CaptionScores, score_captions
 from labs_common.cli import config_from_yaml, to_plain
 from labs_common.data.captions import CaptionedPictures, PictureTensors, read_captioned, truth_of
 from labs_common.data.images import print_refused
+from labs_common.decoding import written_captions
 from labs_common.errors import LabError
 from labs_common.lock import check_new, new_folder
+from labs_common.options import DecodingOptions
 from labs_common.progress import console
 from labs_common.report.page import Section, Table, making_report, write_report
 from labs_common.report.sections import asked_section
@@ -64,7 +64,9 @@ def evaluate(config: EvaluateConfig) -> None:
     best = max(beams, key=lambda beam: found[beam].metrics["cider"])
     metrics = found[best].metrics
     scores = {str(beam): found[beam].metrics for beam in beams}
-    run.save_json("evaluation.json", {"config": to_plain(config), "pictures": len(pictures), "by beam": scores})
+    run.save_json(
+        "evaluation.json", {"config": to_plain(config), "pictures": len(pictures), "scorer": SCORER, "by beam": scores}
+    )
     run.save_json("captions.json", captions_json(pictures, found[best].captions))
     for beam in beams:
         console.print(f"beam {beam}")
@@ -91,7 +93,7 @@ def evaluate_captioner(
     accelerator: Accelerator,
     batch_size: int = 64,
     kept: dict[int, torch.Tensor] | None = None,
-) -> Evaluation:
+) -> CaptionScores:
     """Runs the whole captioner on the pictures and scores its captions; the processes share them.
 
     Several calls for the same pictures that get the same `kept` run the encoder once.
@@ -113,26 +115,14 @@ def evaluate_captioner(
 
     def write(by: DecodingOptions, task: str, number: int = 0) -> list[str]:
         set_seed(number, device_specific=True)
-        return written_captions(model.decoder, features, len(pictures), vocabulary, by, accelerator, batch_size, task)
+        return written_captions(
+            model.decoder, features, len(pictures), TOKENS, vocabulary.length + 1, vocabulary.decode, by, accelerator,
+            batch_size, task,
+        )  # fmt: skip
 
-    captions, others = write(options, "writing captions"), captions_of_others(pictures, vocabulary.cleaning)
-    claims = {}
-    if truth:
-        scenes = [truth[name] for name in pictures.names]
-        claims["written"] = truthfulness(captions, scenes)
-        sampled = [write(SAMPLED, f"sampling captions, {n + 1} of {SAMPLES}", n) for n in range(SAMPLES)]
-        claims["drawn by chance"] = truthfulness([c for each in sampled for c in each], scenes * SAMPLES)
-        claims["of another picture"] = truthfulness(others, scenes)
-    references = references_of(pictures, vocabulary.cleaning)
-    metrics, chance = (caption_metrics([c.split() for c in those], references) for those in (captions, others))
-    return Evaluation(captions, metrics, chance, claims)
-
-
-def captions_of_others(pictures: CaptionedPictures, cleaning: Cleaning) -> list[str]:
-    """Returns for each picture a true caption of another one: what somebody would score who did not look."""
-    order = np.random.default_rng(0).permutation(len(pictures))
-    other = {int(here): int(there) for here, there in zip(order, np.roll(order, 1), strict=True)}
-    return [" ".join(cleaning.words(pictures.captions[other[place]][0])) for place in range(len(pictures))]
+    captions, times = write(options, "writing captions"), SAMPLES if truth else 0
+    sampled = [write(SAMPLED, f"sampling captions, {n + 1} of {times}", n) for n in range(times)]
+    return score_captions(captions, pictures, truth, sampled)
 
 
 def chosen_pictures(config: EvaluateConfig, checkpoint: Path) -> tuple[CaptionedPictures, dict[str, Scene], str | None]:

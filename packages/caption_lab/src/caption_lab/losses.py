@@ -7,12 +7,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from caption_lab.config import DecodingOptions, TrainConfig
+from caption_lab.config import TrainConfig
 from caption_lab.data import Batch
 from caption_lab.decoder import Output
-from caption_lab.decoding import GREEDY, log_probabilities, roll_out, sampled_places
-from caption_lab.metrics import CiderD
-from caption_lab.vocabulary import END, PAD, START, Vocabulary, padded
+from caption_lab.vocabulary import END, PAD, START, TOKENS, Vocabulary, padded
+from labs_common.caption_metrics import CiderD
+from labs_common.decoding import GREEDY, log_probabilities, roll_out, sampled_places
+from labs_common.options import DecodingOptions
 
 # A part's shares of further means to log; on the device where they are computed there.
 Metrics = dict[str, torch.Tensor | float]
@@ -42,8 +43,8 @@ class SelfCritic:
         with torch.no_grad():
             features = model.encoder.back(rows)
             length = self.vocabulary.length + 1
-            greedy = roll_out(model.decoder, features, length, GREEDY).words
-            sampled = roll_out(model.decoder, features, length, SAMPLED).words
+            greedy = roll_out(model.decoder, features, TOKENS, length, GREEDY).words
+            sampled = roll_out(model.decoder, features, TOKENS, length, SAMPLED).words
         model.train()
         reward, baseline = (
             self.cider.scores([self.vocabulary.decode(caption).split() for caption in captions], pictures)
@@ -167,5 +168,5 @@ def policy_loss(logits: torch.Tensor, targets: torch.Tensor, advantages: torch.T
     may be written.
     """
     there = targets != PAD
-    logs = log_probabilities(logits).gather(2, targets[..., None])[..., 0]
+    logs = log_probabilities(logits, TOKENS.never).gather(2, targets[..., None])[..., 0]
     return -(advantages * torch.where(there, logs, 0.0).sum(1) / there.sum(1)).mean()

@@ -11,13 +11,23 @@ import torch
 from matplotlib import figure
 from PIL import Image
 
-from caption_lab.config import DecodingOptions, TrainConfig
+from caption_lab.config import TrainConfig
 from caption_lab.decoder import CAPTIONERS
 from caption_lab.losses import OBJECTIVES
-from caption_lab.metrics import Evaluation, Truthfulness, mistakes, references_of, rouge_l
 from caption_lab.saved import Captioner
+from labs_common.caption_metrics import (
+    METRICS,
+    SCORER,
+    CaptionScores,
+    Truthfulness,
+    caption_words,
+    mistakes,
+    references_of,
+    rouge_l,
+)
 from labs_common.data.captions import CaptionedPictures, Captions
 from labs_common.fitting import Fitted, results_of, write_results
+from labs_common.options import DecodingOptions
 from labs_common.progress import console
 from labs_common.report.captions import captioned_data_section
 from labs_common.report.figures import bar_figure, curve_figure, under_map
@@ -38,10 +48,6 @@ from labs_common.scenes.world import Scene
 
 SHOWN, LOOKED_AT, WORST = 10, 4, 8  # pictures in the sections on captions, on attention and on errors
 SIDE, ACROSS = 150, 6  # pixels of a word's map, and maps in a row of a heat-map's file
-METRICS = {
-    "bleu-1": "BLEU-1", "bleu-2": "BLEU-2", "bleu-3": "BLEU-3", "bleu-4": "BLEU-4", "rouge-l": "ROUGE-L",
-    "cider": "CIDEr-D", "distinct": "distinct captions", "words used": "words used", "length": "words a caption",
-}  # fmt: skip
 # BLEU-1 to BLEU-4 and METEOR in per cent, 5 references; None where the paper gives none. Figures of Xu et al. 2015,
 # table 1, which also reports those of the others.
 PUBLISHED: dict[str, tuple[float | None, ...]] = {
@@ -59,7 +65,7 @@ def finish_report(
     data: Captions,
     captioner: Captioner,
     fitted: Fitted,
-    found: Evaluation,
+    found: CaptionScores,
     clock: Mapping[str, float],
 ) -> None:
     """Writes results.json, captions.json and the report, prints the main numbers and where the report is."""
@@ -69,7 +75,7 @@ def finish_report(
     results = results_of(run, config, fitted, "captions", seconds["prepared"]) | {
         "vocabulary": {"words": len(captioner.vocabulary), "length": captioner.vocabulary.length},
         "evaluations": [line for line in run.lines("metrics.jsonl") if "validation/loss" in line],
-        "test": {"metrics": found.metrics, "chance": found.chance, "pictures": len(found.captions)},
+        "test": {"metrics": found.metrics, "chance": found.chance, "pictures": len(found.captions), "scorer": SCORER},
         "claims": {
             name: {"whole": truth.whole, "by kind": {kind: list(pair) for kind, pair in _by_kind(truth)}}
             for name, truth in found.claims.items()
@@ -96,7 +102,7 @@ def finish_report(
     write_results(run, results, config.run.report, f"{config.model} describes pictures", page)
 
 
-def print_scores(found: Evaluation) -> None:
+def print_scores(found: CaptionScores) -> None:
     """Prints the main numbers."""
     for name, metrics in (("test captions", found.metrics), ("by chance", found.chance)):
         said = "  ".join(f"{METRICS[key]} {metrics[key]:.3g}" for key in ("bleu-1", "bleu-4", "rouge-l", "cider"))
@@ -113,7 +119,7 @@ def captions_json(pictures: CaptionedPictures, captions: Sequence[str]) -> list[
 
 def evaluation_sections(
     run: Run,
-    found: Evaluation,
+    found: CaptionScores,
     pictures: CaptionedPictures,
     truth: Mapping[str, Scene],
     captioner: Captioner,
@@ -231,7 +237,7 @@ def _curves(run: Run, config: TrainConfig, validation: CaptionedPictures) -> Sec
     return section
 
 
-def _truth_blocks(run: Run, found: Evaluation) -> list[Any]:
+def _truth_blocks(run: Run, found: CaptionScores) -> list[Any]:
     kinds = [kind for kind in (*KINDS, GRAMMAR) if any(kind in truth.by_kind for truth in found.claims.values())]
     shares = {
         name: {kind: right / there for kind, (right, there) in _by_kind(truth)} for name, truth in found.claims.items()
@@ -247,12 +253,14 @@ def _truth_blocks(run: Run, found: Evaluation) -> list[Any]:
 
 
 def _error_section(
-    found: Evaluation, pictures: CaptionedPictures, truth: Mapping[str, Scene], captioner: Captioner
+    found: CaptionScores, pictures: CaptionedPictures, truth: Mapping[str, Scene], captioner: Captioner
 ) -> Section:
     """Shows the worst captions: those with most wrong claims, or where nobody knows them, least like the true ones."""
     if not truth:
-        references = references_of(pictures, captioner.vocabulary.cleaning)
-        each = [rouge_l(caption.split(), those) for caption, those in zip(found.captions, references, strict=True)]
+        references = references_of(pictures)
+        each = [
+            rouge_l(caption_words(caption), those) for caption, those in zip(found.captions, references, strict=True)
+        ]
         least = [
             _tile(pictures, place, f"{found.captions[place]}  —  true: {pictures.captions[place][0]}")
             for place in np.argsort(each, kind="stable")[:WORST].tolist()
@@ -275,7 +283,7 @@ def _error_section(
     return Section("Errors", [Table(("wrong claims about", "how many"), counts.most_common()), Gallery(worst, said)])
 
 
-def _summary(found: Evaluation) -> str:
+def _summary(found: CaptionScores) -> str:
     ours, chance = (
         [f"{metrics['bleu-1']:.1f}", f"{metrics['bleu-4']:.1f}", f"{metrics['cider']:.2f}"]
         for metrics in (found.metrics, found.chance)

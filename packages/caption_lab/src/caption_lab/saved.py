@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from caption_lab.config import DecoderOptions, DecodingOptions
-from caption_lab.decoding import Written, write
+from caption_lab.config import DecoderOptions
 from caption_lab.encoder import Encoder
 from caption_lab.model import ImageCaptioningModel, make_model
-from caption_lab.vocabulary import Vocabulary, load_vocabulary
+from caption_lab.vocabulary import TOKENS, Vocabulary, load_vocabulary
 from labs_common.data.captions import Transform
+from labs_common.decoding import Written, write
+from labs_common.options import DecodingOptions
 from labs_common.saved import WEIGHTS, load_model, save_model, saved_folder
 
 CONFIG = "config.json"
@@ -45,7 +46,8 @@ class Captioner:
         pictures = transform.normalised([transform.levels(image) for image in images]).to(device)
         with torch.no_grad():
             features = self.model.encoder(pictures)
-        return write(self.model.decoder, features, self.vocabulary.length + 1, options, generator, attention)
+        length = self.vocabulary.length + 1
+        return write(self.model.decoder, features, TOKENS, length, options, generator, attention)
 
 
 def save_captioner(folder: Path, captioner: Captioner, state: Mapping[str, torch.Tensor]) -> None:

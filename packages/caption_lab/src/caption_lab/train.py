@@ -16,18 +16,18 @@ from accelerate.utils import broadcast_object_list, set_seed
 
 from caption_lab.config import TrainConfig
 from caption_lab.data import Batch, CaptionRows, caption_rows, caption_steps, drawn_scenes, read_data
-from caption_lab.decoding import GREEDY, written_captions
 from caption_lab.encoder import make_encoder
 from caption_lab.evaluate import evaluate_captioner
 from caption_lab.losses import OBJECTIVES, Learner, SelfCritic, next_word, next_word_loss
-from caption_lab.metrics import caption_metrics, references_of
 from caption_lab.model import ImageCaptioningModel, complete, make_model
 from caption_lab.report import finish_report
 from caption_lab.saved import Captioner, load_captioner, save_captioner
-from caption_lab.vocabulary import PAD, build_vocabulary, padded
+from caption_lab.vocabulary import PAD, TOKENS, build_vocabulary, padded
+from labs_common.caption_metrics import caption_metrics, caption_words, references_of
 from labs_common.checkpoint import SHARDED
 from labs_common.data.captions import Captions, captions_alone
 from labs_common.data.images import record_splits
+from labs_common.decoding import GREEDY, written_captions
 from labs_common.device import expect_fixed_shapes, to_device, widest_float
 from labs_common.errors import LabError
 from labs_common.fitting import Fitted, Fitting, begin, channels_last
@@ -150,7 +150,7 @@ def fit(config: TrainConfig, captioner: Captioner, run: Run, accelerator: Accele
     critic = SelfCritic(splits["train"].captions, vocabulary) if objective.writes else None
     learner = Learner(config, fitting.model, plain, vocabulary, critic)
     watched = splits["validation"].subset(range(min(options.watch_pictures, len(splits["validation"]))))
-    references = references_of(watched, vocabulary.cleaning)
+    references = references_of(watched)
     loop = fitting.loop
     for batch in loop.batches():
         loss, metrics = objective.loss(learner, batch.to(accelerator.device), loop.step_number / loop.total)
@@ -174,7 +174,7 @@ def scores(
     accelerator, run, step = fitting.accelerator, fitting.run, fitting.loop.step_number
     found = {"validation/loss": validation_loss(fitting, data)}
     captions = _captions(fitting, learner, data, len(references))
-    metrics = caption_metrics([caption.split() for caption in captions], references)
+    metrics = caption_metrics([*map(caption_words, captions)], references)
     found |= {f"validation/{name}": metrics[name] for name in ("bleu-4", "cider")}
     if step not in {line["step"] for line in run.lines("samples.jsonl")}:
         run.append("samples.jsonl", {"step": step, "picture": sample, "caption": captions[0]})
@@ -232,7 +232,10 @@ def _captions(fitting: Fitting, learner: Learner, data: CaptionRows, count: int)
 
     def write(by: Accelerator | None) -> list[str]:
         plain.eval()
-        return written_captions(plain.decoder, features, count, learner.vocabulary, GREEDY, by)
+        vocabulary = learner.vocabulary
+        return written_captions(
+            plain.decoder, features, count, TOKENS, vocabulary.length + 1, vocabulary.decode, GREEDY, by
+        )
 
     if plain is fitting.plain:
         return write(accelerator)

@@ -15,6 +15,7 @@ from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 
 from caption_lab.config import VocabularyOptions
+from labs_common.decoding import SpecialTokens
 from labs_common.errors import LabError, json_of
 from labs_common.run import write_atomically
 
@@ -27,6 +28,7 @@ PURPOSES = {
 }
 SPECIAL = tuple(PURPOSES)
 PAD, START, END, UNK = range(4)
+TOKENS = SpecialTokens(START, END, PAD, (PAD, START, UNK))
 FILE, TOKENIZER = "vocabulary.json", "tokenizer.json"
 COVERED = 0.99  # share of the training captions that are not cut; the few longest would lengthen every batch
 

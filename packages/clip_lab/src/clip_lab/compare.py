@@ -24,34 +24,39 @@ from clip_lab.evaluate import (
     perplexity,
     picture_rows_of,
     retrieval_metrics,
+    written,
 )
 from clip_lab.image import make_image_tower
 from clip_lab.losses import OBJECTIVES, check_objective
 from clip_lab.probe import accuracy, features_of, read_splits
 from clip_lab.zero_shot import class_embeddings, filled
+from labs_common.caption_metrics import METRICS, SCORER, score_captions
 from labs_common.cli import parse
 from labs_common.compare.collect import Entry, Measure, cell, rows_of
 from labs_common.compare.plan import comparison_folder, plan_runs
 from labs_common.compare.processes import compare_runs, start_server
 from labs_common.compare.report import Findings, curves_of, notes_on, table_of
-from labs_common.data.captions import Captions
+from labs_common.data.captions import CaptionedPictures, Captions
 from labs_common.data.classes import LabelledPictures
 from labs_common.logistic import fitted_layers
 from labs_common.options import ClassDataOptions
 from labs_common.report.classes import class_data_section
 from labs_common.report.figures import bar_figure
-from labs_common.report.page import Figure, Section, Table, Text, save_figure
+from labs_common.report.page import Figure, Gallery, Section, Table, Text, save_figure, shown
 from labs_common.run import Run
 
 TEMPLATE = "a {} in the picture"  # in the words of the drawn scenes' captions
 PENALTY = 1e-3  # of every model's probe: it compares them, and does not look for each one's best
 NAMED = 240  # pictures that are named by likelihood, a pass for every class
+EXAMPLES = 5  # pictures whose captions are shown
 BATCH = 256  # pictures through a frozen tower at once
-MEASURED = "measured.json"  # with each run
+MEASURED, WRITTEN = "measured.json", "written.json"  # with each run
 # What is measured of each model, as the tables call it; a model that cannot do it has an empty cell.
 CONTRASTIVE = ("R@1 by embedding", "R@5 by embedding", "classes by embedding")
 GENERATIVE = ("R@1 by likelihood", "R@5 by likelihood", "classes by likelihood", "perplexity")
-ABILITIES = (*CONTRASTIVE, *GENERATIVE, "linear probe")
+CAPTIONS = tuple(METRICS.values())
+PROBES = ("linear probe", "linear probe of the image tower")
+ABILITIES = (*CONTRASTIVE, *GENERATIVE, *PROBES, *CAPTIONS)
 COSTS: dict[str, Measure] = {
     "trained parameters": partial(Entry.cost, name="trainable"),
     "all parameters": partial(Entry.cost, name="parameters"),
@@ -115,6 +120,7 @@ def findings(
     sections = [
         _differences_section(entries, rows),
         _numbers_section(run, config, rows),
+        *_captions_sections(entries, data.splits["test"]),
         _curves_section(run, entries),
         Section("Cost", [table_of(rows, ("objective", *COSTS)), same, *notes_on(config.comparison, failed)]),
         pictures,
@@ -124,7 +130,7 @@ def findings(
 
 def measure(run: Run, config: CompareConfig, data: Captions, splits: Mapping[str, LabelledPictures]) -> None:
     """Measures everything that the model of a run can do, on the same pictures as all others; kept with the run."""
-    asked = {"ranked": config.ranked, "classes": splits["test"].fingerprint()}
+    asked = {"ranked": config.ranked, "classes": splits["test"].fingerprint(), "scorer": SCORER, "probes": [*PROBES]}
     known = run.load_json(MEASURED)
     if known is not None and known["asked"] == asked:
         return
@@ -144,28 +150,41 @@ def measure(run: Run, config: CompareConfig, data: Captions, splits: Mapping[str
     for way, values in similarity.items():
         metrics = retrieval_metrics(values, of_picture)
         found |= {f"R@{k} by {way}": metrics[f"text_to_image/recall@{k}"] for k in (1, 5)}
+    if said := written(loaded, rows):
+        found |= {METRICS[key]: value for key, value in score_captions(said, test, {}).metrics.items()}
+        run.save_json(WRITTEN, said)
     found |= _measure_classes(encoder, splits)
     run.save_json(MEASURED, {"asked": asked, "found": found})
 
 
 def _measure_classes(encoder: Encoder, splits: Mapping[str, LabelledPictures]) -> dict[str, float]:
-    """Measures the accuracy of naming test pictures in both ways, and of a linear probe."""
+    """Measures the accuracy of naming test pictures in both ways, and of linear probes.
+
+    One probe reads what each paper's does: CLIP's image tower, CoCa's pooled places, SimVLM's states of the picture.
+    The other reads the same for all, so that what differs is how the tower has learnt and not what comes after it.
+    """
     test, loaded, found = splits["test"], encoder.ours, {}
+    assert loaded is not None
+    model: Any = loaded.model
     names = list(test.classes)
     if encoder.text is not None:
         image = features_of(encoder, {"test": test}, "embedding", BATCH, True)["test"]
         said = (image.values @ class_embeddings(encoder, names, [TEMPLATE]).T).argmax(1)
         found["classes by embedding"] = float((said == image.labels).double().mean())
-    if loaded is not None and loaded.model.writes:
+    if model.writes:
         few = test.subset(np.linspace(0, len(test) - 1, min(NAMED, len(test))).round().astype(int))
         pictures = torch.stack([encoder.view(few.image(place)) for place in range(len(few))])
         with torch.no_grad():
-            seen = [loaded.model.image(part.to(encoder.device)).places.flatten(1).cpu() for part in pictures.split(64)]
+            seen = [model.image(part.to(encoder.device)).places.flatten(1).cpu() for part in pictures.split(64)]
         scores = likelihood_matrix(loaded, torch.cat(seen), [filled(TEMPLATE, name) for name in names])
         found["classes by likelihood"] = float(np.mean(scores.argmax(0).numpy() == few.labels))
-    features = features_of(encoder, splits, "tower", BATCH, True)
-    layer = fitted_layers(*features["train"].to(encoder.device), len(names), [PENALTY])[0]
-    found["linear probe"] = accuracy(layer, features["test"].to(encoder.device))
+    tower = encoder
+    if model.reads != "feature":
+        tower = dataclasses.replace(encoder, module=model.image, features=lambda x: model.image(x).feature)
+    for name, probed in zip(PROBES, (encoder, tower), strict=True):
+        features = features_of(probed, splits, "tower", BATCH, True)
+        layer = fitted_layers(*features["train"].to(encoder.device), len(names), [PENALTY])[0]
+        found[name] = accuracy(layer, features["test"].to(encoder.device))
     return found
 
 
@@ -179,7 +198,7 @@ def _differences_section(entries: Mapping[str, Entry], rows: list[dict[str, Any]
         ("writes captions", *("yes" if kind.model.writes else "no" for kind in kinds)),
         ("searches by one matrix product", *("yes" if kind.model.embeds else one_by_one for kind in kinds)),
     ]
-    measured = (CONTRASTIVE[0], GENERATIVE[0], "perplexity", "linear probe")
+    measured = (CONTRASTIVE[0], GENERATIVE[0], "perplexity", METRICS["bleu-4"], METRICS["cider"], PROBES[0])
     table += [(key, *(cell(row, key) for row in rows)) for key in measured]
     return Section("Differences", [Table(("", *entries), table)])
 
@@ -187,18 +206,31 @@ def _differences_section(entries: Mapping[str, Entry], rows: list[dict[str, Any]
 def _numbers_section(run: Run, config: CompareConfig, rows: list[dict[str, Any]]) -> Section:
     """Shows everything that was measured, a column per model."""
     table = [(key, *(cell(row, key) for row in rows)) for key in ABILITIES]
-    shares = [key for key in ABILITIES if key != "perplexity"]
+    shares = [key for key in (*CONTRASTIVE, *GENERATIVE, *PROBES) if key != "perplexity"]
     bars = {key: {row["objective"]: float(row.get(key, 0.0)) for row in rows} for key in shares}
     figure = save_figure(run, "numbers", bar_figure(bars, "share that is right", 1.0))
     note = (
         f"R@k: a test caption finds its picture among {config.ranked} (by chance {1 / config.ranked:.3f} at 1). By "
         "embedding: cosines. By likelihood: how much more probable the caption is with this picture than with any. "
         f"Classes: “{filled(TEMPLATE, '…')}” with every name; by likelihood on at most {NAMED} pictures. A bar of 0 is "
-        "what the model cannot do: its cell in the table is empty. The linear probe reads what the image tower makes "
-        f"of pictures, with a penalty of {PENALTY:g} for all."
+        "what the model cannot do: its cell in the table is empty. The linear probe reads what each paper's reads: "
+        "CLIP's image tower, CoCa's pooled picture, the mean of SimVLM's states of the picture; the second one reads "
+        f"every image tower itself. Their penalty is {PENALTY:g} for all. Captions are written by beam search of 3, "
+        "from the picture alone; BLEU and ROUGE-L in per cent."
     )
     figures = Figure(figure, "All measured on the same pictures.")
     return Section("Numbers", [Table(("", *(row["objective"] for row in rows)), table), figures, Text(note)])
+
+
+def _captions_sections(entries: Mapping[str, Entry], test: CaptionedPictures) -> list[Section]:
+    """Shows some test pictures with what each model that writes says of them; first seed."""
+    written = {name: said for name, entry in entries.items() if (said := entry.run.load_json(WRITTEN))}
+    blocks: list[Any] = []
+    for place in np.linspace(0, len(test) - 1, min(EXAMPLES, len(test))).round().astype(int).tolist():
+        rows = [(name, said[place]) for name, said in written.items()]
+        rows += [("true", caption) for caption in test.captions[place]]
+        blocks += [Gallery([(shown(test.image(place)), test.names[place])], ""), Table(("", "caption"), rows)]
+    return [Section("Captions", blocks)] if written else []
 
 
 def _curves_section(run: Run, entries: Mapping[str, Entry]) -> Section:

@@ -94,6 +94,9 @@ class HeadOptions:
     """CoCa: vectors of the picture that the decoder reads; 0 takes 256, and 16 with the tiny image tower."""
     decoder_layers: CountOrZero = 0
     """CoCa and SimVLM: layers that write words; 0 takes as many as the text tower has."""
+    encoder_layers: CountOrZero = 0
+    """SimVLM: layers of an encoder of picture and prefix, to which the layers that write attend, as in the paper; 0 has
+    one transformer for both."""
     contrastive_weight: NotNegative = 1.0
     """CoCa: weight of the contrastive loss."""
     caption_weight: NotNegative = 2.0
@@ -180,6 +183,8 @@ class SearchOptions:
     user's cache."""
     top: Count = 12
     """Results to show."""
+    search: Literal["exact", "faiss"] = "exact"
+    """exact: one matrix product. faiss (extra clip-lab[faiss]): an inverted file, for millions of pictures."""
     command: CommandOptions = field(default_factory=CommandOptions)
 
 
@@ -196,8 +201,6 @@ class RetrieveConfig(SearchOptions):
     """Sentences whose pictures are searched."""
     picture: tuple[str, ...] = ()
     """Picture files, for which captions are searched (and similar pictures)."""
-    search: Literal["exact", "faiss"] = "exact"
-    """exact: one matrix product. faiss (extra clip-lab[faiss]): an inverted file, for millions of pictures."""
     output: Path | None = None
     """Directory of the grid (PNG) and the page (HTML); by default a new one under runs/."""
     batch_size: Count = 64

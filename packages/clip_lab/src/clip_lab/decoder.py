@@ -1,8 +1,17 @@
-"""Transformer blocks: causal for the text tower, with cross-attention for CoCa, with a free mask for SimVLM."""
+"""Transformer blocks: causal for the text tower, with cross-attention for CoCa, with a free mask for SimVLM.
+
+For writing they go on word by word, with all beams of all pictures at once, as `labs_common.decoding` says: what was
+read is kept as keys and values, those of the picture once for all of its beams.
+"""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from labs_common.decoding import Tensors
 
 
 class Attention(nn.Module):
@@ -32,6 +41,24 @@ class Attention(nn.Module):
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.out(seen.transpose(1, 2).flatten(2))  # (batch, length, width)
 
+    def read(self, states: torch.Tensor) -> torch.Tensor:
+        """Returns keys and values of states (…, length, width): (…, 2, heads, length, width of a head)."""
+        parts = [layer(states).unflatten(-1, (self.heads, -1)).transpose(-2, -3) for layer in (self.k, self.v)]
+        return torch.stack(parts, -4)
+
+    def ask(self, states: torch.Tensor, *known: torch.Tensor) -> torch.Tensor:
+        """Attends from a state of each beam (pictures, beams, width) to all that `read` gave.
+
+        It is the picture's, the same for its beams (pictures, 2, …), or each beam's own (pictures, beams, 2, …).
+        """
+        q = self.q(states).unflatten(-1, (self.heads, -1))  # (pictures, beams, heads, width of a head)
+        forms = ["phkw" if one.dim() == 5 else "pbhkw" for one in known]
+        keys, values = zip(*(one.unbind(-4) for one in known), strict=True)
+        scores = [torch.einsum(f"pbhw,{form}->pbhk", q, key) for form, key in zip(forms, keys, strict=True)]
+        shares = (torch.cat(scores, -1) * q.shape[-1] ** -0.5).softmax(-1).split([key.shape[-2] for key in keys], -1)
+        seen = [torch.einsum(f"pbhk,{form}->pbhw", *pair) for form, *pair in zip(forms, shares, values, strict=True)]
+        return self.out(torch.stack(seen).sum(0).flatten(2))
+
 
 class Block(nn.Module):
     """Pre-norm transformer block; with `cross`, a second attention to a context lies between its halves."""
@@ -50,12 +77,48 @@ class Block(nn.Module):
         context: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
         causal: bool = False,
+        of_context: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Maps states (batch, length, width) to new ones of the same shape; arguments as in `Attention`."""
+        """Maps states (batch, length, width) to new ones of the same shape; arguments as in `Attention`.
+
+        `of_context` is the mask of the context.
+        """
         states = states + self.attention(self.norm1(states), mask=mask, causal=causal)
         if self.cross is not None and self.norm2 is not None:
-            states = states + self.cross(self.norm2(states), context)
+            states = states + self.cross(self.norm2(states), context, of_context)
         return states + self.narrow(F.gelu(self.wide(self.norm3(states))))
+
+    def step(
+        self, states: torch.Tensor, before: torch.Tensor, picture: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Goes on by one state of each beam (pictures, beams, width); returns the new ones, and `before` with theirs.
+
+        `before` was read of each beam's earlier states, `picture` of its picture: for the second attention where there
+        is one, else for the first, which then sees both.
+        """
+        normed = self.norm1(states)
+        before = torch.cat([before, self.attention.read(normed[:, :, None])], -2)
+        own = [part for part in (None if self.cross is not None else picture, before) if part is not None]
+        states = states + self.attention.ask(normed, *own)
+        if self.cross is not None and self.norm2 is not None and picture is not None:
+            states = states + self.cross.ask(self.norm2(states), picture)
+        return states + self.narrow(F.gelu(self.wide(self.norm3(states)))), before
+
+
+def nothing_read(blocks: Sequence[Any], rows: torch.Tensor) -> Tensors:
+    """Returns what blocks have read of the one beam of each picture before its first word: by their place."""
+    sizes = [(part.heads, part.q.out_features // part.heads) for part in (block.attention for block in blocks)]
+    return {str(place): rows.new_zeros(len(rows), 1, 2, heads, 0, width) for place, (heads, width) in enumerate(sizes)}
+
+
+def go_on(
+    blocks: Sequence[Any], states: torch.Tensor, fixed: Tensors, moving: Tensors, first: int = 0
+) -> tuple[torch.Tensor, Tensors]:
+    """Takes a state of each beam through blocks, of which the first has the place `first`: states, what was read."""
+    moved = {}
+    for place, block in enumerate(blocks, first):
+        states, moved[str(place)] = block.step(states, moving[str(place)], fixed.get(str(place)))
+    return states, moved
 
 
 class AttentionalPool(nn.Module):

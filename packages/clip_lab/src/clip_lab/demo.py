@@ -14,6 +14,7 @@ from clip_lab.encoder import load_encoder
 from clip_lab.retrieve import known_captions, nearest, nearest_captions, open_index
 from labs_common.data.images import decoded
 from labs_common.pages import check_page, serve
+from labs_common.report.page import shown
 
 BATCH = 64  # pictures through the tower at once, as in retrieve
 
@@ -34,12 +35,14 @@ def search_page(config: DemoConfig) -> Any:
 
     encoder = load_encoder(config.checkpoint)
     index, test = open_index(config.data, encoder, config.index, BATCH)
+    if config.search == "faiss":
+        _ = index.inverted  # made now, and not while somebody waits for the first search
     captions = known_captions(config.captions, config.data, test)
     read = encoder.read(captions) if captions else torch.empty(0)
 
     def tiles(queries: torch.Tensor) -> list[tuple[Any, str]]:
-        (results,) = nearest(queries, index, config.top)
-        return [(decoded(one.file), f"{one.score:.3f} {one.file.name}") for one in results if one.file]
+        (results,) = nearest(queries, index, config.top, config.search)
+        return [(shown(decoded(one.file)), f"{one.score:.3f} {one.file.name}") for one in results if one.file]
 
     def by_sentence(sentence: str) -> list[tuple[Any, str]]:
         return tiles(encoder.read([sentence])) if sentence.strip() else []

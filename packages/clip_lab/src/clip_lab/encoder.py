@@ -156,11 +156,12 @@ def of_ours(loaded: Loaded, name: str) -> Encoder:
     """Wraps a model of this lab."""
     view = View(**asdict(loaded.transform), squeezed=True)
     model: Any = loaded.model  # of any objective: its class says what it can do
-    if not model.embeds:
-        return Encoder(name, model, view, lambda x: model.image(x).feature, None, None, 1.0, loaded)
 
     def features(pictures: torch.Tensor) -> torch.Tensor:
         return model.pooled(tower_rows(model, pictures))
+
+    if not model.embeds:
+        return Encoder(name, model, view, features, None, None, 1.0, loaded)
 
     def text(sentences: Sequence[str]) -> torch.Tensor:
         return model.embed_texts(loaded.words(sentences).to(next(model.parameters()).device))

@@ -3,6 +3,8 @@
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,8 +27,11 @@ from clip_lab.losses import (
 from clip_lab.model import places_of_end, tower_rows, training_mode
 from clip_lab.saved import Loaded
 from clip_lab.tokens import Words
+from labs_common.caption_metrics import CaptionScores, score_captions
 from labs_common.data.captions import CaptionedPictures, PictureTensors
+from labs_common.decoding import written_captions
 from labs_common.fitting import Fitting
+from labs_common.options import DecodingOptions
 from labs_common.progress import tracked
 from labs_common.run import training_means
 from labs_common.scenes.captions import RELATIONS, relations
@@ -67,6 +72,7 @@ class Evaluation:
         similarity: of captions and pictures (captions, pictures), with `of_picture` each caption's picture.
         ranked: how many pictures the metrics are of.
         perplexity: of the captions, where the model writes.
+        captions: that it wrote, with their scores.
         queries: by kind, where it is known what pictures show.
     """
 
@@ -76,13 +82,14 @@ class Evaluation:
     of_picture: np.ndarray
     ranked: int
     perplexity: float | None = None
+    captions: CaptionScores | None = None
     queries: dict[str, Queries] = field(default_factory=dict)
 
 
 def evaluate(
     loaded: Loaded, pictures: CaptionedPictures, truth: Mapping[str, Scene], device: torch.device
 ) -> Evaluation:
-    """Measures retrieval, perplexity where the model writes, and searches of which the answers are known.
+    """Measures retrieval, perplexity and captions where the model writes, and searches of which the answers are known.
 
     SimVLM compares by how probable captions are, which takes a pass for every pair: only the first hundred pictures
     take part.
@@ -91,17 +98,19 @@ def evaluate(
     rows = picture_rows_of(loaded, pictures)
     count = len(pictures) if loaded.model.embeds else min(len(pictures), RANKED)
     captions, of_picture = captions_of(pictures, count)
-    queries = {}
+    queries, known = {}, all(name in truth for name in pictures.names)
     if loaded.model.embeds:
         image = embeddings_of(loaded, rows)
         similarity = embed_sentences(loaded, captions) @ image.T
-        if all(name in truth for name in pictures.names):
+        if known:
             queries = search_scenes(loaded, image, [truth[name] for name in pictures.names])
     else:
         similarity = likelihood_matrix(loaded, rows[:count], captions)
-    written = perplexity(loaded, rows, pictures) if loaded.model.writes else None
+    expected = perplexity(loaded, rows, pictures) if loaded.model.writes else None
+    said = written(loaded, rows)
+    scored = score_captions(said, pictures, truth if known else {}) if said else None
     metrics, chance = retrieval_metrics(similarity, of_picture), chance_metrics(len(captions), count)
-    return Evaluation(metrics, chance, similarity, of_picture, count, written, queries)
+    return Evaluation(metrics, chance, similarity, of_picture, count, expected, scored, queries)
 
 
 def captions_of(pictures: CaptionedPictures, count: int | None = None) -> tuple[list[str], np.ndarray]:
@@ -221,6 +230,24 @@ def perplexity(loaded: Loaded, rows: torch.Tensor, pictures: CaptionedPictures) 
     captions, of_picture = captions_of(pictures)
     sums, counts = log_likelihoods(loaded, rows, loaded.words(captions), torch.as_tensor(of_picture))
     return float((-sums.sum() / counts.sum()).exp())
+
+
+def written(loaded: Loaded, rows: torch.Tensor, options: DecodingOptions | None = None) -> list[str]:
+    """Writes a caption for each picture, of which there are rows of the image tower (pictures, width); by beam search.
+
+    None are written where the model does not write, or its tokenizer has no token to start from.
+    """
+    model: Any = loaded.model
+    words = loaded.words
+    if not model.writes or words.special is None:
+        return []
+    # SimVLM's places see the start of the caption too.
+    begin = partial(model.begin, start=words.special.start) if model.continues else model.begin
+    device = next(model.parameters()).device
+    return written_captions(
+        SimpleNamespace(begin=begin, step=model.step), lambda places: rows[list(places)].to(device), len(rows),
+        words.special, words.length - 1, words.sentence, options or DecodingOptions(), task="writing captions",
+    )  # fmt: skip
 
 
 def likelihood_matrix(loaded: Loaded, rows: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:

@@ -1,12 +1,15 @@
 """Embeddings of a folder's pictures on disk: only new and changed pictures are computed again.
 
 An index is a directory: `vectors.safetensors` (pictures, width), `pictures.json` with each one's path, size and time of
-change, and, after a search with FAISS, `inverted.faiss`. It is written in one move.
+change, and, after a search with FAISS, `inverted.faiss`. It is written in one move. While a large one is made, small
+ones beside it hold what is done so far, so that a kill loses the last few pictures only.
 """
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,8 @@ from labs_common.run import written_whole
 # Of an inverted file: lists per root of the pictures, of which FAISS's guide gives 4 as the least; how many of them are
 # searched; pictures that FAISS wants to learn a list from, else it warns.
 LISTS, PROBES, PER_LIST = 4, 32, 39
+ADDED = 8192  # vectors that FAISS sorts into lists at once, between two looks at the progress
+PART = 1024  # pictures that are embedded between two writes: a minute or so of a ViT-B on a CPU
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,11 @@ class Index:
         if search == "exact":
             scores, places = (queries @ self.vectors.T).topk(top, 1)
             return scores, places
-        found = self._inverted()
-        scores, places = found.search(queries.numpy(), top)
+        scores, places = self.inverted.search(queries.numpy(), top)
         return torch.from_numpy(scores), torch.from_numpy(places)
 
-    def _inverted(self) -> Any:
+    @cached_property
+    def inverted(self) -> Any:
         """Reads FAISS's inverted file of the vectors from disk, or makes it now."""
         try:
             import faiss  # an extra
@@ -69,7 +74,9 @@ class Index:
             lists = max(1, min(round(LISTS * count**0.5), count // PER_LIST))
             found = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, lists, faiss.METRIC_INNER_PRODUCT)
             found.train(self.vectors.numpy())
-            found.add(self.vectors.numpy())
+            parts = self.vectors.split(ADDED)
+            for vectors in tracked(parts, "sorting pictures into FAISS's lists", len(parts), len(parts) > 1):
+                found.add(vectors.numpy())
             part = file.with_suffix(".part")
             faiss.write_index(found, str(part))
             part.replace(file)
@@ -103,27 +110,42 @@ def build_index(
     """
     recipe = encoder.recipe()
     where = kept or cache_directory() / f"index-{recipe_key([recipe, name])}"
-    known, vectors = _read(where, recipe, "" if kept is None else f"--index {kept}")
+    # Of one that was not finished, with the same model.
+    parts = where.with_name(f".{where.name}-{recipe_key(recipe)}.parts")
+    done = sorted(parts.glob("[0-9]*"))
+    known: dict[str, tuple[list[int], torch.Tensor]] = {}
+    for folder in (where, *done):
+        known |= _read(folder, recipe, f"--index {kept}" if folder == kept else "")
     stamps = {file: _stamp(file) for file in files}
-    same = {file: vectors[known[str(file)][0]] for file in files if known.get(str(file), (0, None))[1] == stamps[file]}
-    if kept is None and len(same) < len(files):
+    every = {file: known[str(file)][1] for file in files if str(file) in known and known[str(file)][0] == stamps[file]}
+    missing = [file for file in files if file not in every]
+    if kept is None and missing:
         check_cache(writes=True)  # before everything is embedded in vain
-    new, bad = _embedded([file for file in files if file not in same], encoder, batch_size)
+    bad: list[str] = []
+    unwritten: dict[Path, torch.Tensor] = {}
+    for found, unreadable in _embedded(missing, encoder, batch_size):
+        every |= found
+        unwritten |= found
+        bad += unreadable
+        if len(unwritten) >= PART:
+            part, unwritten = unwritten, {}
+            done.append(parts / f"{len(done):06d}")
+            _write(done[-1], recipe, [(file, stamps[file]) for file in part], torch.stack([*part.values()]))
     if bad:
         _say_bad(name, bad, on_bad_data, len(bad) == len(files))
-    every = same | new
     there = tuple(file for file in files if file in every)
     index = Index(there, torch.stack([every[file] for file in there]), where)
-    if new or len(there) != len(known):
+    if done or len(missing) > len(bad) or len(there) != len(known):
         _write(where, recipe, [(file, stamps[file]) for file in there], index.vectors)
-        console.print(f"index: {len(there):,} pictures in {where} ({len(new):,} computed now)")
+        shutil.rmtree(parts, ignore_errors=True)
+        console.print(f"index: {len(there):,} pictures in {where} ({len(missing) - len(bad):,} computed now)")
     return index
 
 
-def _embedded(files: Sequence[Path], encoder: Encoder, batch_size: int) -> tuple[dict[Path, torch.Tensor], list[str]]:
-    """Embeds files: the vector of each, and a line on each that could not be read."""
-    found: dict[Path, torch.Tensor] = {}
-    bad = []
+def _embedded(
+    files: Sequence[Path], encoder: Encoder, batch_size: int
+) -> Iterator[tuple[dict[Path, torch.Tensor], list[str]]]:
+    """Embeds files, a batch after the other: the vector of each, and a line on each that could not be read."""
 
     def seen(file: Path) -> torch.Tensor | str:
         try:
@@ -136,10 +158,8 @@ def _embedded(files: Sequence[Path], encoder: Encoder, batch_size: int) -> tuple
         batch = files[first : first + batch_size]
         outcomes = dict(zip(batch, decoding_threads().map(seen, batch), strict=True))
         good = {file: one for file, one in outcomes.items() if isinstance(one, torch.Tensor)}
-        bad += [one for one in outcomes.values() if isinstance(one, str)]
-        if good:
-            found |= dict(zip(good, encoder.embedded(torch.stack([*good.values()])), strict=True))
-    return found, bad
+        vectors = encoder.embedded(torch.stack([*good.values()])) if good else torch.empty(0)
+        yield dict(zip(good, vectors, strict=True)), [one for one in outcomes.values() if isinstance(one, str)]
 
 
 def _say_bad(name: str, bad: Sequence[str], on_bad_data: OnBadData, all_of_them: bool) -> None:
@@ -155,15 +175,15 @@ def _stamp(file: Path) -> list[int]:
     return [known.st_size, known.st_mtime_ns]
 
 
-def _read(where: Path, recipe: dict[str, Any], option: str) -> tuple[dict[str, tuple[int, list[int]]], torch.Tensor]:
-    """Reads what is kept: place and stamp of each file, and the vectors."""
+def _read(where: Path, recipe: dict[str, Any], option: str) -> dict[str, tuple[list[int], torch.Tensor]]:
+    """Reads what is kept: stamp and vector of each file."""
     if not (where / "pictures.json").is_file():
         if option and where.exists() and any(where.iterdir()):
             raise LabError(f"{option}: is not empty and no index; name another directory")
-        return {}, torch.empty(0)
+        return {}
     try:
         known = json_of(where / "pictures.json", "pictures.json")
-        pictures = {str(file): (place, list(stamp)) for place, (file, stamp) in enumerate(known["pictures"])}
+        pictures = {str(file): list(stamp) for file, stamp in known["pictures"]}
         vectors, made_by = load_file(where / "vectors.safetensors")["vectors"], known["recipe"]
         if len(vectors) != len(pictures):
             raise LabError(f"{len(pictures)} pictures, {len(vectors)} vectors")
@@ -175,7 +195,7 @@ def _read(where: Path, recipe: dict[str, Any], option: str) -> tuple[dict[str, t
             f"{option or where}: was made by another model, or on another device or by other versions; name "
             "another directory, or delete it"
         )
-    return pictures, vectors
+    return {file: (stamp, vector) for (file, stamp), vector in zip(pictures.items(), vectors, strict=True)}
 
 
 def _write(where: Path, recipe: dict[str, Any], there: Sequence[tuple[Path, list[int]]], vectors: torch.Tensor) -> None:

@@ -79,7 +79,9 @@ OBJECTIVES = {
     "coca": Objective(
         CocaModel, coca, "as clip, and every caption is written word by word", ("contrastive_weight", "caption_weight")
     ),
-    "simvlm": Objective(SimVlmModel, simvlm, "the rest of each caption is written from its beginning"),
+    "simvlm": Objective(
+        SimVlmModel, simvlm, "the rest of each caption is written from its beginning", ("encoder_layers",)
+    ),
 }
 
 

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from clip_lab.config import MOST_SCALE, HeadOptions
-from clip_lab.decoder import AttentionalPool, Block, initialise
+from clip_lab.decoder import AttentionalPool, Block, go_on, initialise, nothing_read
 from clip_lab.image import ImageTower
 from clip_lab.text import PretrainedText, TextTower, last_of
+from labs_common.decoding import NextWord, Tensors
 
 
 class Embedded(NamedTuple):
@@ -154,6 +155,19 @@ class CocaModel(nn.Module):
         """Returns logits of the next word (captions, length - 1, vocabulary), given a row of places per caption."""
         return self._next(rows, self.text(words).states[:, :-1])
 
+    def begin(self, rows: torch.Tensor) -> tuple[Tensors, Tensors]:
+        """Returns `fixed` and `moving` of `labs_common.decoding` before the first word, given rows of places."""
+        queries, decoder = self.generative(self._places(rows)), list[Any](self.decoder)
+        fixed = {str(n): block.cross.read(queries) for n, block in enumerate(decoder, len(self.text.blocks))}
+        return fixed, nothing_read([*self.text.blocks, *decoder], queries)
+
+    def step(self, words: torch.Tensor, fixed: Tensors, moving: Tensors) -> NextWord:
+        """Reads one more word of each beam (pictures, beams)."""
+        states = self.text.words(words) + self.text.places[moving["0"].shape[-2]]
+        states, read = go_on(list(self.text.blocks), states, fixed, moving)
+        states, more = go_on(list(self.decoder), self.text.norm(states), fixed, moving, len(read))
+        return NextWord(self.vocabulary(self.norm(states)), read | more, None)
+
     def _next(self, rows: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         queries = self.generative(self._places(rows))
         for block in self.decoder:
@@ -167,11 +181,12 @@ class CocaModel(nn.Module):
 class SimVlmModel(nn.Module):
     """SimVLM (Wang et al. 2022): places of the picture and the caption's prefix see each other, the rest is written.
 
-    One transformer reads both; the paper's encoder and decoder are its prefix and its causal part. Attributes are those
-    of `ClipModel`.
+    One transformer reads both; the paper's encoder and decoder are its prefix and its causal part. With
+    `encoder_layers` there is an encoder of picture and prefix, to which the layers that write attend, as in the paper.
+    Attributes are those of `ClipModel`.
     """
 
-    made_of, reads, embeds, writes, continues = "one transformer on places and words", "places", False, True, True
+    made_of, reads, embeds, writes, continues = "a transformer on places and words", "places", False, True, True
 
     def __init__(self, image: ImageTower, text: TextTower, options: HeadOptions) -> None:
         super().__init__()
@@ -180,11 +195,15 @@ class SimVlmModel(nn.Module):
         self.places = nn.Linear(image.width, width)
         self.where = nn.Parameter(torch.randn(image.count, width) * 0.01)
         self.words, self.when = text.words, text.places
-        self.blocks = nn.ModuleList(Block(width, text.heads) for _ in range(options.decoder_layers))
+        layers, apart = options.decoder_layers, options.encoder_layers
+        self.blocks = nn.ModuleList(Block(width, text.heads, cross=bool(apart)) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.vocabulary = nn.Linear(width, text.vocabulary, bias=False)
         nn.init.normal_(self.vocabulary.weight, std=width**-0.5)
-        initialise(self.blocks, width, options.decoder_layers)
+        initialise(self.blocks, width, layers)
+        self.encoder = nn.ModuleList(Block(width, text.heads) for _ in range(apart))
+        self.encoded = nn.LayerNorm(width) if apart else None
+        initialise(self.encoder, width, apart)
 
     def forward(
         self,
@@ -201,16 +220,59 @@ class SimVlmModel(nn.Module):
 
     def next_words(self, rows: torch.Tensor, words: torch.Tensor, prefix: torch.Tensor | None = None) -> torch.Tensor:
         """Does the same given a row of places for each caption; without `prefix`, every word is to be predicted."""
-        places = self.places(rows.unflatten(1, (self.image.count, self.image.width))) + self.where
+        places = self._places(rows)
         written = self.words(words[:, :-1]) + self.when[: words.shape[1] - 1]
         states = torch.cat([places, written], 1)  # (captions, places + length - 1, width)
         known = places.shape[1] + (1 if prefix is None else prefix[:, None, None])
         at = torch.arange(states.shape[1], device=states.device)
+        if self.encoded is not None:
+            mask = (at < known).expand(len(states), 1, -1)[:, None]  # picture and prefix are seen from everywhere
+            for block in self.encoder:
+                states = block(states, mask=mask)
+            context = self.encoded(states)
+            for block in self.blocks:
+                written = block(written, context, causal=True, of_context=mask)
+            return self.vocabulary(self.norm(written))
         mask = (at < known) | (at <= at[:, None])  # (captions, 1 or length, length): the prefix is seen from everywhere
         mask = mask.expand(len(states), -1, -1)[:, None]
         for block in self.blocks:
             states = block(states, mask=mask)
         return self.vocabulary(self.norm(states[:, places.shape[1] :]))
+
+    def pooled(self, rows: torch.Tensor) -> torch.Tensor:
+        """Averages the transformer's states of the picture alone (pictures, width): what the paper probes."""
+        states, norm = self._places(rows), self.norm if self.encoded is None else self.encoded
+        for block in self.blocks if self.encoded is None else self.encoder:
+            states = block(states)
+        return norm(states).mean(1)
+
+    def begin(self, rows: torch.Tensor, start: int) -> tuple[Tensors, Tensors]:
+        """Returns `fixed` and `moving` of `labs_common.decoding` before the first word, given rows of places.
+
+        Places see the token `start` too, which is always in the prefix.
+        """
+        places, fixed = self._places(rows), {}
+        first = (self.words.weight[start] + self.when[0]).expand(len(places), 1, -1)
+        states = torch.cat([places, first], 1)
+        if self.encoded is not None:
+            for block in self.encoder:
+                states = block(states)
+            context = self.encoded(states)
+            fixed = {str(place): block.cross.read(context) for place, block in enumerate(list[Any](self.blocks))}
+        else:
+            for place, block in enumerate(list[Any](self.blocks)):
+                fixed[str(place)] = block.attention.read(block.norm1(states[:, :-1]))  # the start comes as a word
+                states = block(states)
+        return fixed, nothing_read(list(self.blocks), places)
+
+    def step(self, words: torch.Tensor, fixed: Tensors, moving: Tensors) -> NextWord:
+        """Reads one more word of each beam (pictures, beams)."""
+        states = self.words(words) + self.when[moving["0"].shape[-2]]
+        states, read = go_on(list(self.blocks), states, fixed, moving)
+        return NextWord(self.vocabulary(self.norm(states)), read, None)
+
+    def _places(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.places(rows.unflatten(1, (self.image.count, self.image.width))) + self.where
 
 
 Model = ClipModel | CocaModel | SimVlmModel

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from clip_lab.config import TrainConfig
 from clip_lab.evaluate import AMONG, Evaluation, captions_of
 from clip_lab.saved import Loaded
+from labs_common.caption_metrics import METRICS, SCORER
 from labs_common.data.captions import CaptionedPictures, Captions
 from labs_common.fitting import Fitted, results_of, write_results
 from labs_common.progress import console
@@ -66,6 +67,11 @@ def finish_report(
             for kind, queries in found.queries.items()
         },
     }  # fmt: skip
+    if found.captions is not None:
+        said = [{"image": name, "caption": one} for name, one in zip(test.names, found.captions.captions, strict=True)]
+        run.save_json("captions.json", said)
+        scored = {"metrics": found.captions.metrics, "chance": found.captions.chance, "scorer": SCORER}
+        results["written"] = scored | {"right": {k: truth.whole for k, truth in found.captions.claims.items()}}
     print_scores(found)
     print(f"model: {run.path / FOLDER}")
 
@@ -79,6 +85,7 @@ def finish_report(
             _structure_section(run, loaded, fitted),
             _curves(run),
             numbers_section(found),
+            *written_sections(found, test),
             *query_sections(found, test),
             _matrix_section(run, found),
             *retrieval_sections(found, test),
@@ -99,6 +106,10 @@ def print_scores(found: Evaluation) -> None:
         console.print(f"{said}, of {found.ranked} pictures: {ours} (by chance {chance})  {ranks}", highlight=False)
     if found.perplexity is not None:
         console.print(f"perplexity of the test captions: {found.perplexity:.2f}")
+    if found.captions is not None:
+        for name, metrics in (("written captions", found.captions.metrics), ("by chance", found.captions.chance)):
+            said = "  ".join(f"{METRICS[key]} {metrics[key]:.3g}" for key in ("bleu-1", "bleu-4", "rouge-l", "cider"))
+            console.print(f"{name}: {said}", highlight=False)
     for kind, queries in found.queries.items():
         right = f"first picture right {queries.first:.0%}, one of five {queries.among:.0%}"
         console.print(f"searches for {kind}: {right} (by chance {queries.chance:.1%})")
@@ -157,6 +168,28 @@ def numbers_section(found: Evaluation) -> Section:
     if found.perplexity is not None:
         section.blocks.append(Text(f"Perplexity of the test captions with their pictures: {found.perplexity:.2f}."))
     return section
+
+
+def written_sections(found: Evaluation, test: CaptionedPictures) -> list[Section]:
+    """Shows the captions that the model wrote, and their scores beside those of true captions of other pictures."""
+    scored = found.captions
+    if scored is None:
+        return []
+    rows = [
+        ("written captions", *scored.metrics.values()),
+        ("true captions of other pictures", *scored.chance.values()),
+    ]
+    text = (
+        "By beam search of 3, from the picture alone, scored as in caption_lab. The second row is what somebody would "
+        "score who writes good sentences without looking. BLEU and ROUGE-L in per cent."
+    )
+    blocks: list[Any] = [Table(("", *(METRICS[key] for key in scored.metrics)), rows), Text(text)]
+    if scored.claims:
+        right = [(f"captions {name}", truth.whole) for name, truth in scored.claims.items()]
+        blocks.append(Table(("", "right in everything"), right, "What is drawn is known, so claims can be judged."))
+    places = np.linspace(0, len(test) - 1, min(2 * SHOWN, len(test))).round().astype(int).tolist()
+    tiles = [(shown(test.image(at)), f"{scored.captions[at]}  —  true: {test.captions[at][0]}") for at in places]
+    return [Section("Captions that it writes", [*blocks, Gallery(tiles, "Test pictures, evenly from all of them.")])]
 
 
 def query_sections(found: Evaluation, test: CaptionedPictures) -> list[Section]:

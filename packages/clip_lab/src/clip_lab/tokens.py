@@ -16,6 +16,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerFast
 
+from labs_common.decoding import SpecialTokens
 from labs_common.errors import LabError
 from labs_common.saved import load_auto
 
@@ -48,6 +49,18 @@ class Words:
         """The number of the start token, if it has one."""
         found = self.backend.bos_token_id
         return self.backend.cls_token_id if found is None else found
+
+    @property
+    def special(self) -> SpecialTokens | None:
+        """The tokens that are no words; None where there is none to start with, and so nothing to write from."""
+        if self.start is None:
+            return None
+        never = {self.start, self.pad, self.backend.unk_token_id} - {self.end, None}
+        return SpecialTokens(self.start, self.end, self.pad, tuple(sorted(never)))
+
+    def sentence(self, numbers: Sequence[int]) -> str:
+        """Joins the pieces that are words."""
+        return self.backend.decode(list(numbers), skip_special_tokens=True).strip()
 
     def __len__(self) -> int:
         return len(self.backend)

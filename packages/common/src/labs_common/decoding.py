@@ -1,21 +1,55 @@
-"""Captions are written greedily, by beam search, or by sampling; all pictures of a batch at once."""
+"""Captions are written greedily, by beam search, or by sampling; all pictures of a batch at once.
+
+A decoder has `begin(features)`, which returns `fixed` and `moving`, and `step(words, fixed, moving)`, which reads one
+more word of each beam and returns a `NextWord`. What it knows while it writes lies in these two dicts of tensors:
+`fixed` (pictures, …) never changes, `moving` (pictures, beams, …) does, and follows its beam when beams are re-ordered.
+"""
 
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from caption_lab.config import DecodingOptions
-from caption_lab.vocabulary import END, PAD, START, UNK, Vocabulary
 from labs_common.device import constant
+from labs_common.options import DecodingOptions
 from labs_common.progress import tracked
 
-NEVER = (PAD, START, UNK)  # these are never written
+Tensors = dict[str, torch.Tensor]
 GREEDY = DecodingOptions(beam=1)
+
+
+class NextWord(NamedTuple):
+    """A decoder's answer to one more word of each beam.
+
+    Attributes:
+        logits: of the next word (pictures, beams, vocabulary).
+        moving: what the decoder knows now.
+        attention: share of each place (pictures, beams, places), if it attends.
+    """
+
+    logits: torch.Tensor
+    moving: Tensors
+    attention: torch.Tensor | None
+
+
+class SpecialTokens(NamedTuple):
+    """The numbers of a vocabulary's tokens that are no words.
+
+    Attributes:
+        start: what a decoder reads before the first word.
+        end: what it writes when the caption is over.
+        pad: what fills a caption after its end; it may be the end itself.
+        never: those that are never written.
+    """
+
+    start: int
+    end: int
+    pad: int
+    never: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -36,6 +70,7 @@ class Written:
 def write(
     decoder: Any,
     features: torch.Tensor,
+    tokens: SpecialTokens,
     length: int,
     options: DecodingOptions,
     generator: torch.Generator | None = None,
@@ -43,18 +78,20 @@ def write(
 ) -> Written:
     """Writes captions for features (pictures, …), of at most `length` words with `<end>`.
 
-    `decoder` is one of `caption_lab.decoder`, in evaluation mode; `top_p` samples from `generator`.
+    `decoder` is in evaluation mode; `top_p` samples from `generator`.
     """
     if options.top_p or options.beam == 1:
-        return roll_out(decoder, features, length, options, generator, attention)
-    return beam_search(decoder, features, length, options, attention)
+        return roll_out(decoder, features, tokens, length, options, generator, attention)
+    return beam_search(decoder, features, tokens, length, options, attention)
 
 
 def written_captions(
     decoder: Any,
     features: Callable[[Sequence[int]], torch.Tensor],
     count: int,
-    vocabulary: Vocabulary,
+    tokens: SpecialTokens,
+    length: int,
+    decode: Callable[[list[int]], str],
     options: DecodingOptions,
     accelerator: Accelerator | None = None,
     batch_size: int = 64,
@@ -62,8 +99,9 @@ def written_captions(
 ) -> list[str]:
     """Writes a caption for each of `count` pictures; `features` gives what the decoder reads for their places.
 
-    The processes of `accelerator` share the pictures; every one gets all captions. With a `task` it shows how far it
-    has come. `top_p` samples from the process's generator.
+    `length` is that of `write`; `decode` turns a caption's numbers into a sentence. The processes of `accelerator`
+    share the pictures; every one gets all captions. With a `task` it shows how far it has come. `top_p` samples from
+    the process's generator.
     """
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     mine = range(rank, count, processes)
@@ -72,8 +110,8 @@ def written_captions(
     for first in tracked(starts, task, len(starts), bool(task) and rank == 0):
         places = list(mine[first : first + batch_size])
         with accelerator.autocast() if accelerator else contextlib.nullcontext():
-            written = write(decoder, features(places), vocabulary.length + 1, options)
-        found += zip(places, map(vocabulary.decode, written.words), strict=True)
+            written = write(decoder, features(places), tokens, length, options)
+        found += zip(places, map(decode, written.words), strict=True)
     everyone = gather_object(found) if processes > 1 else found
     return [caption for _, caption in sorted(everyone)]
 
@@ -82,6 +120,7 @@ def written_captions(
 def roll_out(
     decoder: Any,
     features: torch.Tensor,
+    tokens: SpecialTokens,
     length: int,
     options: DecodingOptions,
     generator: torch.Generator | None = None,
@@ -89,27 +128,34 @@ def roll_out(
 ) -> Written:
     """Takes the most probable next word every time; with `top_p` a sampled one (Holtzman et al. 2020, eq. 2, 3)."""
     fixed, moving = decoder.begin(features)
-    words = torch.full((len(features), 1, 1), START, device=features.device)
+    words = torch.full((len(features), 1, 1), tokens.start, device=features.device)
     total = torch.zeros(len(features), device=features.device)
     over = torch.zeros(len(features), dtype=torch.bool, device=features.device)
     looked = []
     while words.shape[2] <= length and not bool(over.all()):
         logits, moving, seen = decoder.step(words[:, :, -1], fixed, moving)
-        logs = log_probabilities(logits, _banned(words, options, logits))[:, 0]  # (pictures, vocabulary)
+        logs = log_probabilities(logits, tokens.never, _banned(words, options, tokens, logits))[
+            :, 0
+        ]  # (pictures, vocabulary)
         chosen = _sampled(logs, options, generator) if options.top_p else logs.argmax(-1)
         total += torch.where(over, 0.0, logs.gather(1, chosen[:, None])[:, 0])
-        words = torch.cat([words, torch.where(over, PAD, chosen)[:, None, None]], 2)
-        over = over | (chosen == END)
+        words = torch.cat([words, torch.where(over, tokens.pad, chosen)[:, None, None]], 2)
+        over = over | (chosen == tokens.end)
         if attention and seen is not None:
             looked.append(seen[:, 0])
-    captions = [[word for word in row if word != PAD] for row in words[:, 0, 1:].tolist()]
+    captions = [_ended(row, tokens.end) for row in words[:, 0, 1:].tolist()]
     seen_of = torch.stack(looked, 1).cpu().unbind() if looked else ()  # of each picture (words, places)
     return Written(captions, total.tolist(), [seen[: len(row)] for seen, row in zip(seen_of, captions, strict=False)])
 
 
 @torch.no_grad()
 def beam_search(
-    decoder: Any, features: torch.Tensor, length: int, options: DecodingOptions, attention: bool = False
+    decoder: Any,
+    features: torch.Tensor,
+    tokens: SpecialTokens,
+    length: int,
+    options: DecodingOptions,
+    attention: bool = False,
 ) -> Written:
     """Follows `options.beam` beginnings of each picture and returns the best caption that they lead to.
 
@@ -120,7 +166,7 @@ def beam_search(
     fixed, moving = decoder.begin(features)
     moving = {name: tensor.expand(-1, beams, *tensor.shape[2:]) for name, tensor in moving.items()}
     device = features.device
-    words = torch.full((len(features), beams, 1), START, device=device)
+    words = torch.full((len(features), beams, 1), tokens.start, device=device)
     total = torch.full((len(features), beams), -torch.inf, device=device)
     total[:, 0] = 0.0  # all beams are the same at first: only one counts
     counts = torch.zeros(len(features), beams, device=device)
@@ -130,17 +176,17 @@ def beam_search(
     found: dict[int, tuple[list[int], float, list[torch.Tensor]]] = {}
     for step in range(length):
         logits, moving, seen = decoder.step(words[:, :, -1], fixed, moving)
-        logs = log_probabilities(logits, _banned(words, options, logits))
+        logs = log_probabilities(logits, tokens.never, _banned(words, options, tokens, logits))
         # A finished caption goes on as itself, and as nothing else.
         logs = logs.masked_fill(over[..., None], -torch.inf)
-        logs[..., PAD] = torch.where(over, 0.0, logs[..., PAD])
+        logs[..., tokens.pad] = torch.where(over, 0.0, logs[..., tokens.pad])
         totals, lengths = total[..., None] + logs, (counts + ~over)[..., None].expand_as(logs)
         # The beams' next words compete with each other: (pictures, beams * vocabulary)
         _, best = (totals / lengths**power).flatten(1).topk(beams)
         beam, word = best // logs.shape[-1], best % logs.shape[-1]
         total, counts = totals.flatten(1).gather(1, best), lengths.flatten(1).gather(1, best)
         words = torch.cat([_of_beams(words, beam), word[..., None]], 2)
-        over = over.gather(1, beam) | (word == END)
+        over = over.gather(1, beam) | (word == tokens.end)
         moving = {name: _of_beams(tensor, beam) for name, tensor in moving.items()}
         if attention and seen is not None:
             now = _of_beams(seen, beam)[:, :, None]
@@ -156,7 +202,7 @@ def beam_search(
         first = score.masked_fill(~over & (step < length - 1), -torch.inf).argmax(1)
         for place in done.nonzero()[:, 0].tolist():
             kept = int(first[place])
-            said = [number for number in words[place, kept, 1:].tolist() if number != PAD]
+            said = _ended(words[place, kept, 1:].tolist(), tokens.end)
             attended = [] if looked is None else [looked[place, kept, : len(said)].cpu()]
             found[int(places[place])] = (said, float(total[place, kept]), attended)
         if bool(done.all()):
@@ -169,13 +215,13 @@ def beam_search(
     return Written([said for said, _, _ in captions], [total for _, total, _ in captions], maps)
 
 
-def log_probabilities(logits: torch.Tensor, banned: torch.Tensor | None = None) -> torch.Tensor:
-    """Returns those of the next words (…, vocabulary), among the words that are ever written and not `banned`."""
-    logits = logits.float().index_fill(-1, constant(NEVER, logits.device).long(), -torch.inf)
+def log_probabilities(logits: torch.Tensor, never: tuple[int, ...], banned: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns those of the next words (…, vocabulary), among the words but those `never` written and `banned`."""
+    logits = logits.float().index_fill(-1, constant(never, logits.device).long(), -torch.inf)
     return (logits if banned is None else logits.masked_fill(banned, -torch.inf)).log_softmax(-1)
 
 
-def repeating(words: torch.Tensor, size: int, vocabulary: int) -> torch.Tensor:
+def repeating(words: torch.Tensor, size: int, vocabulary: int, tokens: SpecialTokens) -> torch.Tensor:
     """Marks the words (pictures, beams, vocabulary) that would repeat a sequence of `size` words of `words`.
 
     `words` (pictures, beams, length) are those so far; `<end>` is never marked.
@@ -186,13 +232,20 @@ def repeating(words: torch.Tensor, size: int, vocabulary: int) -> torch.Tensor:
         begun = words[:, :, None, words.shape[2] - size + 1 :]  # (pictures, beams, 1, size - 1)
         same = (windows[..., :-1] == begun).all(-1)
         # Where nothing repeats, a word that is never written anyway is banned.
-        banned.scatter_(2, torch.where(same, windows[..., -1], PAD), True)
-    banned[..., END] = False
+        banned.scatter_(2, torch.where(same, windows[..., -1], tokens.pad), True)
+    banned[..., tokens.end] = False
     return banned
 
 
-def _banned(words: torch.Tensor, options: DecodingOptions, logits: torch.Tensor) -> torch.Tensor | None:
-    return repeating(words, options.no_repeat, logits.shape[-1]) if options.no_repeat else None
+def _banned(
+    words: torch.Tensor, options: DecodingOptions, tokens: SpecialTokens, logits: torch.Tensor
+) -> torch.Tensor | None:
+    return repeating(words, options.no_repeat, logits.shape[-1], tokens) if options.no_repeat else None
+
+
+def _ended(numbers: list[int], end: int) -> list[int]:
+    """Cuts a row of numbers after its first end."""
+    return numbers[: numbers.index(end) + 1] if end in numbers else numbers
 
 
 def _sampled(logs: torch.Tensor, options: DecodingOptions, generator: torch.Generator | None) -> torch.Tensor:

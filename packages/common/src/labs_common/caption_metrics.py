@@ -1,27 +1,46 @@
 """BLEU, ROUGE-L and CIDEr-D of captions, how varied they are, and how much of what they say of a drawn scene is true.
 
-METEOR is left out: the papers used version 1.5, which is a Java program with paraphrase tables. What Python has
+Captions and references are cleaned in one way, whatever words a model knows. METEOR and SPICE are left out: those that
+papers give are Java programs, METEOR 1.5 with paraphrase tables, SPICE with Stanford's parser. What Python has
 (`nltk.translate.meteor_score`) follows an older definition and gives other numbers (nltk issue 2655).
 """
 
 import math
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from sacrebleu.metrics.bleu import BLEU
 
-from caption_lab.vocabulary import SPECIAL, UNK, Cleaning
 from labs_common.data.captions import CaptionedPictures
 from labs_common.scenes.captions import Claim, claims_of
 from labs_common.scenes.world import Scene
 
 Words = Sequence[str]
+SCORER = "ptb-1"  # how captions are cleaned and scored; with the scores, so that those of other rules are known
 ORDERS = 4  # n-grams of one to four words, in BLEU and in CIDEr
 SIGMA = 6.0  # of CIDEr-D's Gaussian over the difference in length
 BETA = 1.2  # ROUGE-L's weight of recall, as coco-caption has it
+# Penn Treebank's words as Stanford's tokenizer splits them: the ends of contractions (do n't, man 's), then initials
+# (u.s.), words with what is inside of them (t-shirt, 3:30, 1,000), and every other sign for itself.
+SPLIT = re.compile(
+    r"(?<=\w)(?=n't\b)|(?<=[\w.])(?='(?:s|m|d|ll|re|ve)\b)"
+    r"|(?<=\bcan)(?=not\b)|(?<=\b[gw][oa]n)(?=na\b)|(?<=\bgot)(?=ta\b)|(?<=\b[lg][ei]m)(?=me\b)"
+)
+TOKEN = re.compile(
+    r"n't\b|'(?:s|m|d|ll|re|ve)\b|(?:\b[^\W\d_]\.){2,}|\b(?:mr|mrs|ms|dr|jr|sr|st|ft|vs|etc)\.|\w+(?:[-/']\w+|(?<=\d)[.,:]\d+)*|[^\w\s]"
+)
+# What coco-caption's PTBTokenizer takes out after that, as the signs are before Stanford's renames brackets and quotes.
+PUNCTUATION = frozenset("'\"`“”‘.?!,:-;")
+NOTHING = "<nothing>"  # the one word of references that have none: no caption says it
+# As tables call them, in their order.
+METRICS = {
+    "bleu-1": "BLEU-1", "bleu-2": "BLEU-2", "bleu-3": "BLEU-3", "bleu-4": "BLEU-4", "rouge-l": "ROUGE-L",
+    "cider": "CIDEr-D", "distinct": "distinct captions", "words used": "words used", "length": "words a caption",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,7 +57,7 @@ class Truthfulness:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class CaptionScores:
     """The captions of a split, and their scores.
 
     Attributes:
@@ -55,10 +74,47 @@ class Evaluation:
     claims: dict[str, Truthfulness]
 
 
-def references_of(pictures: CaptionedPictures, cleaning: Cleaning) -> list[list[list[str]]]:
-    """Returns the words of every true caption of every picture, cleaned as the model's own are."""
-    cleaned = [[cleaning.words(caption) for caption in captions] for captions in pictures.captions]
-    return [[words for words in captions if words] or [[SPECIAL[UNK]]] for captions in cleaned]
+def caption_words(caption: str) -> list[str]:
+    """Splits a caption into words as coco-caption does: in small letters, by Penn Treebank's rules, no punctuation."""
+    spaced = SPLIT.sub(" ", caption.lower().replace("’", "'"))
+    return [word for word in TOKEN.findall(spaced) if word not in PUNCTUATION]
+
+
+def references_of(pictures: CaptionedPictures) -> list[list[list[str]]]:
+    """Returns the words of every true caption of every picture."""
+    found = [[*filter(None, map(caption_words, captions))] for captions in pictures.captions]
+    return [captions or [[NOTHING]] for captions in found]
+
+
+def captions_of_others(pictures: CaptionedPictures) -> list[str]:
+    """Returns for each picture a true caption of another one: what somebody would score who did not look."""
+    order = np.random.default_rng(0).permutation(len(pictures))
+    other = {int(here): int(there) for here, there in zip(order, np.roll(order, 1), strict=True)}
+    return [pictures.captions[other[place]][0] for place in range(len(pictures))]
+
+
+def score_captions(
+    captions: Sequence[str],
+    pictures: CaptionedPictures,
+    truth: Mapping[str, Scene],
+    sampled: Sequence[Sequence[str]] = (),
+) -> CaptionScores:
+    """Scores captions, one for each picture, and judges their claims where `truth` knows what the pictures show.
+
+    Then also those of captions that were `sampled`, some for all pictures.
+    """
+    others = captions_of_others(pictures)
+    claims = {}
+    if truth:
+        scenes = [truth[name] for name in pictures.names]
+        claims["written"] = truthfulness(captions, scenes)
+        if sampled:
+            every = [caption for each in sampled for caption in each]
+            claims["drawn by chance"] = truthfulness(every, scenes * len(sampled))
+        claims["of another picture"] = truthfulness(others, scenes)
+    references = references_of(pictures)
+    metrics, chance = (caption_metrics([*map(caption_words, those)], references) for those in (captions, others))
+    return CaptionScores([*captions], metrics, chance, claims)
 
 
 def caption_metrics(captions: Sequence[Words], references: Sequence[Sequence[Words]]) -> dict[str, float]:

@@ -1,7 +1,25 @@
+"""Metrics of captions against coco-caption's own code and nltk's."""
+
+import shutil
+from typing import Any
+
 import numpy as np
 import pytest
 
-from caption_lab.metrics import CiderD, bleu, caption_metrics, diversity, longest_common, rouge_l
+pytest.importorskip("sacrebleu", reason="the labs that write captions have sacrebleu")
+
+from labs_common.caption_metrics import (
+    CiderD,
+    bleu,
+    caption_metrics,
+    caption_words,
+    captions_of_others,
+    diversity,
+    longest_common,
+    references_of,
+    rouge_l,
+    score_captions,
+)
 
 pytestmark = pytest.mark.quick
 
@@ -86,3 +104,56 @@ def test_longest_common_sequence() -> None:
 def test_diversity() -> None:
     found = diversity([["a", "dog"], ["a", "dog"], ["a", "cat", "sits"]])
     assert found == {"distinct": 2 / 3, "words used": 4, "length": pytest.approx(7 / 3)}
+
+
+SENTENCES = {
+    "A man's dog doesn't run .": "a man 's dog does n't run",
+    "Two girls, one in red; the other (in blue) isn't.": "two girls one in red the other ( in blue ) is n't",
+    "A t-shirt with a black-and-white 'X' !": "a t-shirt with a black-and-white x",
+    "They can't , cannot and won't jump - it's 3:30 p.m.": "they ca n't can not and wo n't jump it 's 3:30 p.m.",
+    "A ; B : C , D . E ? F ! G -- H ... I": "a b c d e f g h i",
+    'He says "hi" & pays $5 at U.S. shops': "he says hi & pays $ 5 at u.s. shops",
+    "He\u2019s at the boys' party .": "he 's at the boys party",
+    "Mr. Smith's gonna wanna see 1,000 cats vs. 3/4 of a 3.5 ft. dog": "mr. smith 's gon na wan na see 1,000 cats vs. 3/4 of a 3.5 ft. dog",
+    "": "",
+}
+
+
+def test_captions_are_split_as_penn_treebank_does() -> None:
+    for sentence, words in SENTENCES.items():
+        assert caption_words(sentence) == words.split(), sentence
+
+
+def test_captions_are_split_as_coco_caption_splits_them() -> None:
+    peer = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer", reason="coco-caption's own tokenizer")
+    if shutil.which("java") is None:
+        pytest.skip("no Java on this machine")
+    said = [sentence for sentence in SENTENCES if sentence]
+    found = peer.PTBTokenizer().tokenize({place: [{"caption": one}] for place, one in enumerate(said)})
+    brackets = {"-lrb-": "(", "-rrb-": ")"}
+    for place, sentence in enumerate(said):
+        theirs = [brackets.get(word, word) for word in found[place][0].split()]
+        assert caption_words(sentence) == theirs, sentence
+
+
+class Pictures:
+    """Of the pictures only the captions are read."""
+
+    captions = (("A dog runs .", "A dog, running!"), ("...",), ("Two cats sit on the grass.", "Cats"))
+    names = ("a", "b", "c")
+
+    def __len__(self) -> int:
+        return 3
+
+
+def test_marks_and_capitals_do_not_count() -> None:
+    pictures: Any = Pictures()
+    assert references_of(pictures)[0] == [["a", "dog", "runs"], ["a", "dog", "running"]]
+    assert len(references_of(pictures)[1]) == 1, "a picture always has a reference"
+    plain = score_captions(["a dog runs", "two", "two cats sit on the grass"], pictures, {})
+    marked = score_captions(["A dog runs .", "two , ", "Two cats sit on the grass !"], pictures, {})
+    assert plain.metrics == marked.metrics
+    assert plain.metrics["cider"] > plain.chance["cider"]
+    others = captions_of_others(pictures)
+    assert sorted(others) == sorted(captions[0] for captions in Pictures.captions)
+    assert all(other not in own for other, own in zip(others, Pictures.captions, strict=True))
