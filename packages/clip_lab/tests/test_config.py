@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from clip_lab.config import HeadOptions, ImageOptions, TextOptions, TrainConfig, complete
+from clip_lab.config import HeadOptions, ImageOptions, TextOptions, TrainConfig
+from clip_lab.defaults import complete
 from clip_lab.losses import check_objective
 from labs_common.errors import LabError
 

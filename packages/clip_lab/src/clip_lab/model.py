@@ -39,7 +39,12 @@ class Scale(nn.Module):
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor([bias]))
 
     def forward(self) -> torch.Tensor:
-        """Returns the factor, never above 100; there its gradient goes on, so that it can come down again."""
+        """Returns the factor, never above 100 without a bias; there its gradient goes on, and it can come down again.
+
+        With one it has no bound: SigLIP's own was learnt above 100.
+        """
+        if self.logit_bias is not None:
+            return self.logit_scale.exp()[0]
         clipped = self.logit_scale.clamp(max=math.log(MOST_SCALE))
         return (self.logit_scale + (clipped - self.logit_scale).detach()).exp()[0]
 

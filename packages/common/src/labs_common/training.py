@@ -238,14 +238,23 @@ class Loop:
         elif self.step_number % self.options.log_every == 0:
             self._read_figures(self._kept)
 
-    def evaluated(self, metrics: dict[str, float], watch: str | None = None, higher_is_better: bool = False) -> None:
-        """Logs an evaluation and, with `--patience`, keeps the weights if `watch` is the best so far."""
+    def evaluated(
+        self,
+        metrics: dict[str, float],
+        watch: str | None = None,
+        higher_is_better: bool = False,
+        keep_best: bool = False,
+    ) -> None:
+        """Logs an evaluation and, with `--patience` or `keep_best`, keeps the weights if `watch` is the best so far.
+
+        Training goes on from the last weights, and at its end goes back to those that were kept.
+        """
         self.run.append("metrics.jsonl", {"step": self.step_number, **metrics})
         self.accelerator.log(metrics, step=self.step_number)
         if self.accelerator.is_main_process:
             said = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             console.print(f"step {self.step_number}: {said}")
-        if watch is not None and self.options.patience:
+        if watch is not None and (self.options.patience or keep_best):
             score = -metrics[watch] if higher_is_better else metrics[watch]
             if not self._best or score < self._best["score"]:
                 self._best = {"score": score, "step": self.step_number, "waited": 0}
