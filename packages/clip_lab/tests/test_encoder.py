@@ -115,6 +115,7 @@ def shrunk(name: str, words: Path) -> dict[str, Any]:
         found["embed_dim"] = 32
     if "hf_tokenizer_name" in text:
         text["hf_tokenizer_name"] = str(words)
+        text.pop("tokenizer_kwargs", None)  # are of the real one
     if "timm_model_name" in vision:
         vision |= {"timm_model_name": "test_convnext" if "convnext" in name else "test_vit", "image_size": 64}
     elif isinstance(vision["layers"], list):

@@ -85,7 +85,7 @@ def test_probabilities_of_captions(coca: Path) -> None:
 
 
 def test_intervals_hold_what_new_pictures_would_give() -> None:
-    """Of 200 draws from one world, nine tenths and more of the intervals hold the world's own recall and rank."""
+    """Of 20 draws from one world, nearly all intervals hold the world's own recall."""
     world = torch.randn(4000, generator=torch.Generator().manual_seed(3))
     of_picture = np.arange(120).repeat(5)
 
@@ -96,15 +96,15 @@ def test_intervals_hold_what_new_pictures_would_give() -> None:
         similarity[torch.arange(600), of_picture] += (1 + ease[of_picture]).clamp(min=0)
         return similarity
 
-    every = [retrieval_metrics(drawn(seed), of_picture) for seed in range(100, 400)]
+    every = [retrieval_metrics(drawn(seed), of_picture) for seed in range(100, 220)]
     truth = {name: sum(one[name] for one in every) / len(every) for name in every[0]}
     held = {name: 0 for name in truth if name != "mean recall"}
-    for seed in range(30):
+    for seed in range(20):
         intervals = metric_intervals(drawn(seed), of_picture)
         assert intervals.keys() == held.keys()
         for name, (low, high) in intervals.items():
             held[name] += low <= truth[name] <= high
-    assert min(value for name, value in held.items() if "recall" in name) >= 25, held
+    assert min(value for name, value in held.items() if "recall" in name) >= 17, held
 
 
 def test_any_model_is_measured_on_any_captioned_pictures(run: Path, scenes: Path, tmp_path: Path) -> None:

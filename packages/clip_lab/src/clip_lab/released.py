@@ -100,11 +100,19 @@ class ReleasedTower(nn.Module):
 
     count, stages = 1, 0
 
-    def __init__(self, name: str, network: nn.Module, parts: Sequence[str], embed: Callable[[torch.Tensor], Any],
-                 view: View) -> None:  # fmt: skip
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        parts: Sequence[str],
+        embed: Callable[[torch.Tensor], torch.Tensor],
+        view: View,
+        other: "ReleasedTower | None" = None,
+    ) -> None:
         super().__init__()
         self.architecture, self.embed, self.view = name, embed, view
         self.size, self.mean, self.std, self.interpolation = view.size, view.mean, view.std, view.interpolation
+        self._other = (other,) if other else ()  # in a tuple, as it is no part of this one
         self.network = nn.Module()
         for part in parts:
             if (found := getattr(network, part, None)) is not None:
@@ -112,7 +120,9 @@ class ReleasedTower(nn.Module):
 
     @cached_property
     def width(self) -> int:
-        """The width of the space in which pictures and captions meet."""
+        """The width of the space in which pictures and captions meet; a picture tells it."""
+        if self._other:
+            return self._other[0].width
         with torch.no_grad():
             device = next(self.parameters()).device
             return int(self.embed(torch.zeros(1, 3, self.size, self.size, device=device)).shape[1])
@@ -135,6 +145,8 @@ class ReleasedModel(nn.Module):
     """
 
     made_of, reads, embeds, writes, continues = "the towers of a released model", "feature", True, False, False
+    image: ReleasedTower
+    text: ReleasedTower
 
     def __init__(
         self,
@@ -156,8 +168,8 @@ class ReleasedModel(nn.Module):
         bias = getattr(known, "logit_bias", None)
         self.scale = Scale(float(scale.detach()), None if bias is None else float(bias.detach()))
         # Not as submodules: each weight has one name, the library's.
-        self.__dict__["image"] = ReleasedTower(name, network, IMAGE, image, view)
-        self.__dict__["text"] = ReleasedTower(name, network, TEXT, text, view)
+        tower = self.__dict__["image"] = ReleasedTower(name, network, IMAGE, image, view)
+        self.__dict__["text"] = ReleasedTower(name, network, TEXT, text, view, tower)
 
     def forward(self, pictures: torch.Tensor, words: torch.Tensor) -> Embedded:
         """Embeds pictures (pictures, 3, size, size), or a frozen tower's rows, and captions (captions, length)."""
@@ -276,7 +288,10 @@ def read_transformers(spec: str, option: str) -> tuple[ReleasedModel, Words, Vie
 
     def read(sentences: Sequence[str]) -> list[list[int]]:
         found = tokenizer(list(sentences), truncation=True, max_length=most, padding=filled)
-        return found.input_ids  # type: ignore[no-any-return]
+        if "attention_mask" not in found:
+            return list(found.input_ids)
+        masks = zip(found.input_ids, found.attention_mask, strict=True)
+        return [[number if there else FILLED for number, there in zip(*both, strict=True)] for both in masks]
 
     def write(folder: Path, state: dict[str, torch.Tensor]) -> None:
         network.save_pretrained(folder, state_dict=state)

@@ -171,7 +171,8 @@ def fit(config: TrainConfig, begun: Loaded, run: Run, accelerator: Accelerator, 
         Interrupted: Ctrl-C; the run can be resumed.
     """
     options, processes = config.training, accelerator.num_processes
-    model, words = begun.model, begun.words
+    model: Any = begun.model  # of this lab or another library
+    words = begun.words
     if options.batch_size % processes:
         raise LabError(f"--batch-size {options.batch_size}: must be a multiple of the {processes} processes")
     if len(data.splits["train"]) < processes:
