@@ -226,7 +226,7 @@ def _each(rows: torch.Tensor, words: torch.Tensor, of_picture: torch.Tensor | No
     return rows.repeat_interleave(len(words) // len(rows), 0) if of_picture is None else rows[of_picture]
 
 
-def tower_rows(model: Model, pictures: torch.Tensor) -> torch.Tensor:
+def tower_rows(model: Any, pictures: torch.Tensor) -> torch.Tensor:
     """Returns the part of the image tower's output that the rest reads, a row per picture.
 
     Rows of a frozen tower, which have been computed before, are given back as they are.

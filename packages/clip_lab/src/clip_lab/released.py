@@ -242,7 +242,7 @@ def merged(state: Mapping[str, torch.Tensor], network: nn.Module) -> dict[str, t
     for name, tensor in state.items():
         layer, adapted, kind = name.partition(".base_layer.")
         if adapted and kind == "weight":
-            scaling = float(network.get_submodule(layer).scaling["default"])  # type: ignore[index, union-attr, arg-type]
+            scaling = float(network.get_submodule(layer).scaling["default"])  # type: ignore[index]
             down, up = (state[f"{layer}.lora_{part}.default.weight"] for part in "AB")
             tensor = tensor + scaling * up @ down
         if ".lora_" not in name:

@@ -49,8 +49,8 @@ def save_model(
     `said` describes the model that training started from, if it did from one of this lab.
     """
     if isinstance(model, ReleasedModel):
-        description = {"objective": config.objective, "released": model.library, "started": model.name}
-        model.save(run / saved.FOLDER, description, state)
+        further = {"objective": config.objective, "released": model.library, "started": model.name}
+        model.save(run / saved.FOLDER, further, state)
         return
     if said:
         saved.save_model(run / saved.FOLDER, FINISHED, said, state, words.save)
@@ -61,7 +61,7 @@ def save_model(
     else:
         sizes = config.text
         said_of_text = {"width": sizes.text_width, "layers": sizes.text_layers, "heads": sizes.text_heads}
-    description: dict[str, Any] = {
+    description = {
         "objective": config.objective,
         "head": asdict(config.head),
         "length": words.length,
