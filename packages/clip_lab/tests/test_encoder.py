@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import open_clip
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import transformers
@@ -157,8 +158,13 @@ def test_released_networks_of_open_clip_are_read_as_by_the_library(
     assert encoder.scale == pytest.approx(peer.logit_scale.detach().exp().item())
 
 
-def test_a_tower_alone_has_features() -> None:
+def test_a_tower_alone_has_features(tmp_path: Path) -> None:
     pictures = torch.randn(2, 3, 160, 160)
+    peer = timm.create_model("test_vit", num_classes=0).eval()
+    save_file(peer.state_dict(), tmp_path / "vit.safetensors")
+    with torch.no_grad():
+        found = load_encoder(f"timm:test_vit,{tmp_path / 'vit.safetensors'}").features(pictures)
+        torch.testing.assert_close(found, peer(pictures))
     tower = load_encoder("timm:test_vit,random")
     with torch.no_grad():
         assert tower.features(pictures).shape == (2, 64)
@@ -204,7 +210,7 @@ def test_the_view_is_the_libraries_own(size: tuple[int, int]) -> None:
 
 
 def test_what_is_no_model_is_named(tmp_path: Path) -> None:
-    for spec, said in ((str(tmp_path), "no trained model"), ("timm:resnt50", "resnet50"), ("RN51:openai", "RN51"),
+    for spec, said in ((str(tmp_path), "no trained model"), ("timm:test_vit,some", "FILE.safetensors"), ("timm:resnt50", "resnet50"), ("RN51:openai", "RN51"),
                        ("someone/something", "someone/something")):  # fmt: skip
         with pytest.raises(LabError, match=said):
             load_encoder(spec)

@@ -1,6 +1,7 @@
 """Training that starts from a finished model: of both libraries, whole, with a frozen image tower, and with adapters."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,23 @@ def test_a_released_model_is_trained_further(
     if library == "siglip":
         assert ours.scale == pytest.approx(float(after["logit_scale"].exp()))
         assert ours.scale > 100, "SigLIP's factor has no bound"
+
+
+def test_a_started_run_is_resumed_to_the_same_weights(starts: dict[str, Path], scenes: Path, tmp_path: Path) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    lab_commands.here("clip_lab.train", "--start", starts["clip"], "--lora", "text", "--data", scenes, "--limit", "32",
+                      "--batch-size", "16", "--max-steps", "3", "--save-every", "1", "--keep", "3", "--track", "none",
+                      "--learning-rate", "0.02", "--no-report", "--output", whole)  # fmt: skip
+    shutil.copytree(whole, run)
+    for name in ("model", "checkpoints/step-00000003", "checkpoints/step-00000002"):
+        shutil.rmtree(run / name)
+    for best in (run / "checkpoints").glob("best-*"):
+        shutil.rmtree(best)
+    (run / "results.json").unlink()
+    lab_commands.here("clip_lab.train", "--resume", run)
+    one, two = (load_file(folder / "model" / "model.safetensors") for folder in (whole, run))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_merged_adapters_are_pefts_own(starts: dict[str, Path]) -> None:

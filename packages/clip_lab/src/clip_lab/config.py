@@ -266,7 +266,8 @@ class FrozenOptions:
 
     checkpoint: str = ""
     """openai/clip-vit-base-patch32 or a directory (transformers), RN50:openai (open_clip), timm:resnet50_clip.openai
-    (timm:NAME,random for weights that were never trained), or a finished run; by default the newest under runs/."""
+    (timm:NAME,FILE.safetensors for weights of a file, timm:NAME,random for none), or a finished run; by default the
+    newest under runs/."""
     data: ClassDataOptions = field(default_factory=ClassDataOptions)
     batch_size: Count = 256
     """Pictures at once, in the tower and in a probe's --solver sgd."""

@@ -9,6 +9,7 @@ encoder.image(pictures), encoder.text(["a dog"])   # where pictures and captions
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -133,8 +134,9 @@ def of_loaded(loaded: Loaded, name: str) -> Encoder:
 
 def _timm(spec: str) -> Encoder:
     name, _, how = spec.removeprefix("timm:").partition(",")
-    if how not in ("", "random"):
-        raise LabError(f"--checkpoint {spec}: after the name only ,random may follow (weights that were never trained)")
-    tower = make_image_tower(ImageOptions(image=name, image_pretrained=not how))
+    weights = Path(how) if how.endswith(".safetensors") else None
+    if how not in ("", "random") and weights is None:
+        raise LabError(f"--checkpoint {spec}: after the name only ,random or ,FILE.safetensors may follow")
+    tower = make_image_tower(ImageOptions(name, not how, weights))
     view = View(tower.size, tower.mean, tower.std, tower.interpolation, squeezed=False)
     return Encoder(spec, tower, view, lambda x: tower(x).feature, None, None, 1.0)
