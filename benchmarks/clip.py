@@ -148,7 +148,7 @@ def towers(options: Options, words: Words) -> tuple[ClipModel, Any]:
 
     torch.manual_seed(0)
     text = TextTower(len(words), 256, 4, 8, words.length, words.end)
-    model = ClipModel(make_image_tower(ImageOptions(image=options.image)), text, HeadOptions(embedding=256))
+    model = ClipModel(make_image_tower(ImageOptions(options.image, False)), text, HeadOptions(embedding=256))
     with tempfile.TemporaryDirectory() as folder:
         to_open_clip(Loaded("clip", model, words, transform_of(model.image)), Path(folder) / "exported")
         theirs = load_auto(open_clip.create_model, f"local-dir:{folder}/exported", said="exported", remedy="try again")
@@ -163,7 +163,7 @@ def drawn(options: Options, cache: bool) -> tuple[Pairs, Words]:
         write_flickr8k(folder, range(round(count / 0.8) + 2), side=256)
         part = read_data(CaptionDataOptions(data=str(folder)), 0, shown=False).splits["train"].subset(range(count))
         words = make_words("sentencepiece", [caption for of in part.captions for caption in of], 1000, 0)
-        tower = make_image_tower(ImageOptions(image=options.image))
+        tower = make_image_tower(ImageOptions(options.image, False))
         rows = picture_rows(
             "bench", PictureTensors(part, transform_of(tower)), CacheOptions(cache=cache), Accelerator()
         )

@@ -21,7 +21,7 @@ ADDED = {
     "llm_peft_fa.train": "--method norms --model gemma --conversations 40 --test-prompts 2 --max-new-tokens 4",
     "vit_transfer.train": "--model convnext_atto --no-pretrained --image-size 32 --data classes --batch-size 8 --baselines no",
     "caption_lab.train": "--model deep_tell --no-pretrained --data flickr8k --batch-size 8 --watch-pictures 2",
-    "clip_lab.train": "--objective even_clip --data flickr8k --image test_vit --image-size 32 --batch-size 8",
+    "clip_lab.train": "--objective even_clip --data flickr8k --image test_vit --no-image-pretrained --text own --image-size 32 --batch-size 8",
     "zsi_contrastive.pretrain": "--method barlow --data classes --batch-size 8 --side 32 --no-probe",
 }
 # All in one process, as importing the libraries takes longest.

@@ -51,6 +51,7 @@ SMALL = {
     "caption_lab.train": "--no-pretrained --image-size 64 --max-steps 2 --batch-size 8 --limit 16 --watch-pictures 2",
     "clip_lab.train": "--no-image-pretrained --image-size 64 --text-width 64 --text-layers 2 --max-steps 2 --batch-size 8 "
     "--limit 16 --chunk 0",
+    "clip_lab.evaluate": "--limit 24",
     "clip_lab.probe": "--shots 1,all --draws 1 --limit 24",
     "clip_lab.zero_shot": "--limit 24",
     "zsi_contrastive.train": "--no-backbone-pretrained --min-side 48 --max-side 64 --max-steps 1 --batch-size 1 "
@@ -70,6 +71,7 @@ OFFLINE = {
     "caption_lab.train": "--data flickr8k",
     "caption_lab.prepare": "--data flickr8k",
     "clip_lab.train": "--data flickr8k",
+    "clip_lab.evaluate": "--data flickr8k",
     "clip_lab.probe": "--data cifar-10-batches-py",
     "clip_lab.zero_shot": "--data cifar-10-batches-py",
     "zsi_contrastive.train": "--data scenes --split scenes",
@@ -269,7 +271,7 @@ def finished(workplace: Path) -> Path:
             ("llm_peft_fa.train", "llm_peft_fa", ""),
             ("vit_transfer.train", "block-resnet50-1", "--model tiny-cnn"),
             ("caption_lab.train", "caption_lab", "--model transformer"),
-            ("clip_lab.train", "clip_lab", "--image test_vit --image-size 32"),
+            ("clip_lab.train", "clip_lab", "--image test_vit --no-image-pretrained --text own --image-size 32"),
             ("zsi_contrastive.train", "zsi_contrastive", "--split scenes"),
             *(("zsi_contrastive.pretrain", name, f"--backbone {name}") for name in PRETRAINED.values()),
         ):
@@ -316,7 +318,7 @@ def offline(module: str, words: list[str]) -> list[str]:
         if flag not in words:
             words = [*words, flag, value]
     lab = module.partition(".")[0]
-    if module in ("clip_lab.retrieve", "clip_lab.probe", "clip_lab.zero_shot", "clip_lab.export", "caption_lab.evaluate",
+    if module in ("clip_lab.retrieve", "clip_lab.probe", "clip_lab.zero_shot", "clip_lab.export", "clip_lab.evaluate", "caption_lab.evaluate",
                   "caption_lab.caption", "zsi_contrastive.predict", "zsi_contrastive.evaluate") and not (
         {"--checkpoint", "--results"} & set(words)
     ):  # fmt: skip

@@ -70,7 +70,7 @@ def clip(folder: Path, tiny: bool) -> Sequence[object]:
     towers = ("--image", "test_vit", "--image-size", 32, "--text-width", 32, "--text-layers", 1, "--text-heads", 4,
               "--embedding", 32, "--batch-size", 8) if tiny else (
               "--image", "vit_small_patch16_224", "--batch-size", 256)  # fmt: skip
-    return ("--data", folder / "scenes", "--queries", 4, *towers)
+    return ("--data", folder / "scenes", "--queries", 4, "--no-image-pretrained", "--text", "own", *towers)
 
 
 def captions(folder: Path, tiny: bool) -> Sequence[object]:

@@ -17,7 +17,7 @@ from labs_common.data.captions import PictureTensors
 from labs_common.options import CaptionDataOptions
 from labs_common.scenes.files import write_flickr8k
 
-SMALL = ("--text-width", "32", "--text-layers", "1", "--embedding", "32", "--batch-size", "16", "--epochs", "2",
+SMALL = ("--image", "tiny-cnn", "--text-width", "32", "--text-layers", "1", "--embedding", "32", "--batch-size", "16", "--epochs", "2",
          "--queries", "4", "--track", "none", "--no-report")  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def pairs(scenes: Path) -> tuple[Pairs, Words]:
     """Twenty pictures with their captions, as training reads them."""
     part = read_data(CaptionDataOptions(data=str(scenes)), 0, shown=False).splits["train"].subset(range(20))
     words = make_words("sentencepiece", [caption for of in part.captions for caption in of], 300, 0)
-    tensors = PictureTensors(part, transform_of(make_image_tower(ImageOptions(image="test_vit", image_size=32))))
+    tensors = PictureTensors(part, transform_of(make_image_tower(ImageOptions("test_vit", False, image_size=32))))
     rows = picture_rows("train", tensors, CacheOptions(cache=False), Accelerator(cpu=True))
     numbers = [[words.numbers(caption) for caption in of] for of in part.captions]
     return Pairs(rows, 32, False, numbers, np.arange(20)), words

@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 
-from clip_lab.config import HeadOptions, ImageOptions, TextOptions, TrainConfig, complete
+from clip_lab.config import HeadOptions, ImageOptions, StartOptions, TextOptions, TrainConfig
+from clip_lab.defaults import complete
 from clip_lab.losses import check_objective
 from labs_common.errors import LabError
+from labs_common.options import CaptionDataOptions
 
 
 def test_options_that_contradict_each_other_are_refused() -> None:
@@ -22,3 +24,32 @@ def test_options_that_contradict_each_other_are_refused() -> None:
     for said, config in wrong.items():
         with pytest.raises(LabError, match=said):
             check_objective(complete(config))
+
+
+PHOTOGRAPHS = TrainConfig(data=CaptionDataOptions(data="flickr8k"))
+
+
+@pytest.mark.parametrize(
+    ("config", "towers", "rates"),
+    [
+        (TrainConfig(), ("tiny-cnn", False, "own"), (4e-3, None, None)),
+        (PHOTOGRAPHS, ("resnet50", True, "distilbert-base-uncased"), (1e-3, 1e-4, 1e-5)),
+        (dataclasses.replace(PHOTOGRAPHS, objective="coca"), ("resnet50", True, "own"), (5e-4, 5e-5, None)),
+        (dataclasses.replace(PHOTOGRAPHS, text=TextOptions(tokenizer="clip")), ("resnet50", True, "own"), (5e-4, 5e-5, None)),
+        (dataclasses.replace(PHOTOGRAPHS, image=ImageOptions("vit_tiny_patch16_224", False)),
+         ("vit_tiny_patch16_224", False, "distilbert-base-uncased"), (1e-3, None, 1e-5)),
+        (dataclasses.replace(PHOTOGRAPHS, image=ImageOptions("tiny-cnn")), ("tiny-cnn", False, "own"), (4e-3, None, None)),
+        (dataclasses.replace(PHOTOGRAPHS, start=StartOptions("a CLIP")), ("", True, ""), (1e-4, 1e-5, None)),
+    ],
+)  # fmt: skip
+def test_photographs_get_pretrained_towers(
+    config: TrainConfig, towers: tuple[str, bool, str], rates: tuple[float | None, ...]
+) -> None:
+    """Rates of what starts from random weights, and of the image and text tower that do not; None is not used."""
+    found = complete(config)
+    assert (found.image.image, found.image.image_pretrained, found.text.text) == towers
+    training = found.training
+    every = (training.learning_rate, training.tower_learning_rate, training.text_learning_rate)
+    for rate, expected in zip(every, rates, strict=True):
+        assert expected is None or rate == pytest.approx(expected)
+    assert complete(found) == found, "a resumed run reads what was written"

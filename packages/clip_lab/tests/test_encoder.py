@@ -1,6 +1,6 @@
 """Models of other libraries behind one face: against the libraries themselves."""
 
-import json
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import open_clip
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import transformers
@@ -48,6 +49,15 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Any, Any]] = {
                      transformers.ChineseCLIPModel, transformers.ChineseCLIPImageProcessor(**MIDDLE)),
     "clipseg": (lambda: transformers.CLIPSegConfig(text_config=WORDS, vision_config=LOOKS, projection_dim=16),
                 transformers.CLIPSegModel, transformers.ViTImageProcessor(size=SQUARE)),
+    "groupvit": (lambda: transformers.GroupViTConfig(
+                     text_config=WORDS, projection_dim=16, projection_intermediate_dim=16,
+                     vision_config=LOOKS | {"depths": [1, 1, 1], "num_group_tokens": [4, 2, 0],
+                                            "num_output_groups": [4, 2, 0]}),
+                 transformers.GroupViTModel, transformers.CLIPImageProcessor(**MIDDLE)),
+    "blip": (lambda: transformers.BlipConfig(text_config=WORDS, vision_config=LOOKS, projection_dim=16),
+             transformers.BlipModel, transformers.BlipImageProcessor(size=SQUARE)),
+    "aimv2": (lambda: transformers.Aimv2Config(text_config=WORDS, vision_config=LOOKS, projection_dim=16),
+              transformers.Aimv2Model, transformers.CLIPImageProcessor(**MIDDLE)),
     "dual": (lambda: transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
                  transformers.ViTConfig(**LOOKS), transformers.BertConfig(**WORDS), projection_dim=16),
              transformers.VisionTextDualEncoderModel, transformers.ViTImageProcessor(size=SQUARE)),
@@ -55,8 +65,10 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Any, Any]] = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_of_transformers_are_read_as_by_the_library(family: str, tmp_path: Path) -> None:
-    """With random weights: the scaled cosines are the family's own logits, the features its own pooled states."""
+def test_families_of_transformers_are_read_as_by_the_library(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a plain name, with random weights: the scaled cosines are the family's own logits, the features its states."""
     config, network, processor = FAMILIES[family]
     torch.manual_seed(0)
     model = network(config())
@@ -66,13 +78,15 @@ def test_families_of_transformers_are_read_as_by_the_library(family: str, tmp_pa
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = 1.0
         model.vision_model(pixel_values=torch.randn(8, 3, 32, 32))
-    model.eval().save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    Words(clip_bpe(), 77).save(tmp_path)
-    encoder = load_encoder(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    name = f"someone/{family}"
+    model.eval().save_pretrained(name)
+    processor.save_pretrained(name)
+    Words(clip_bpe(), 77).save(tmp_path / name)
+    encoder = load_encoder(name)
     pictures = torch.randn(3, 3, 32, 32)
     padding = {"padding": "max_length", "max_length": 64} if family == "siglip" else {"padding": True}
-    words = AutoTokenizer.from_pretrained(tmp_path)(SENTENCES, return_tensors="pt", **padding)
+    words = AutoTokenizer.from_pretrained(name)(SENTENCES, return_tensors="pt", **padding)
     with torch.no_grad():
         found = model(**words, pixel_values=pictures)
         features = model.vision_model(pixel_values=pictures).pooler_output
@@ -82,51 +96,75 @@ def test_families_of_transformers_are_read_as_by_the_library(family: str, tmp_pa
     torch.testing.assert_close(encoder.scale * cosines, logits.detach(), atol=1e-5, rtol=1e-4)
 
 
-TOWER = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16}
-READER = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
-# Families of open_clip, made small: the network's description and the width before the projection.
-DESCRIPTIONS: dict[str, tuple[dict[str, Any], int]] = {
-    "resnet": ({"vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8}, "text_cfg": READER}, 16),
-    "vit": ({"vision_cfg": TOWER, "text_cfg": READER}, 32),
-    "vit, quick": ({"vision_cfg": TOWER, "text_cfg": READER, "quick_gelu": True}, 32),
-    "vit, mean": ({"vision_cfg": TOWER | {"pool_type": "avg", "final_ln_after_pool": True}, "text_cfg": READER}, 32),
-    "coca": ({"vision_cfg": TOWER | {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
-              "text_cfg": READER | {"context_length": 76, "embed_cls": True, "output_tokens": True},
-              "multimodal_cfg": READER | {"context_length": 76, "attn_pooler_heads": 2}, "custom_text": True}, 16),
-    "siglip": ({"vision_cfg": {"image_size": 32, "timm_model_name": "test_vit", "timm_model_pretrained": False,
-                               "timm_pool": "map", "timm_proj": "none"}, "init_logit_bias": -10, "custom_text": True,
-                "text_cfg": READER | {"context_length": 64, "no_causal_mask": True, "proj_bias": True}}, 64),
-    "convnext": ({"vision_cfg": {"image_size": 64, "timm_model_name": "test_convnext", "timm_model_pretrained": False,
-                                 "timm_pool": "", "timm_proj": "linear"}, "text_cfg": READER}, 64),
+# Tags of open_clip, and whether their weights were trained with QuickGELU (Radford et al.'s own activation).
+TAGS = {
+    "RN50:openai": True, "RN101:yfcc15m": True, "ViT-B-32:openai": True, "ViT-B-32:laion400m_e31": True,
+    "ViT-B-32:laion2b_s34b_b79k": False, "ViT-H-14:laion2b_s32b_b79k": False, "ViT-bigG-14:laion2b_s39b_b160k": False,
+    "ViT-L-14-CLIPA:datacomp1b": False, "coca_ViT-B-32:laion2b_s13b_b90k": False, "ViT-B-16-SigLIP:webli": False,
+    "convnext_base_w:laion2b_s13b_b82k": False,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", DESCRIPTIONS)
-def test_families_of_open_clip_are_read_as_by_the_library(family: str, tmp_path: Path) -> None:
-    description, width = DESCRIPTIONS[family]
-    embedding = 64 if family == "siglip" else 16
-    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": description | {"embed_dim": embedding}}))
+def shrunk(name: str, words: Path) -> dict[str, Any]:
+    """The library's own description of a network with fewer and narrower layers, and all else as it is."""
+    found = copy.deepcopy(open_clip.get_model_config(name)) | {"embed_dim": 64}
+    vision, text = found["vision_cfg"], found["text_cfg"]
+    text |= {"width": 32, "heads": 2, "layers": 1, "vocab_size": 49408}
+    if "multimodal_cfg" in found:
+        found["multimodal_cfg"] |= {"width": 32, "heads": 2, "layers": 1, "attn_pooler_heads": 2}
+        vision["attn_pooler_heads"] = 2
+        found["embed_dim"] = 32
+    if "hf_tokenizer_name" in text:
+        text["hf_tokenizer_name"] = str(words)
+        text.pop("tokenizer_kwargs", None)  # are of the real one
+    if "timm_model_name" in vision:
+        vision |= {"timm_model_name": "test_convnext" if "convnext" in name else "test_vit", "image_size": 64}
+    elif isinstance(vision["layers"], list):
+        vision |= {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64}
+    else:
+        vision |= {"layers": 2, "width": 32, "head_width": 16, "image_size": 2 * vision["patch_size"]}
+    return found
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_released_networks_of_open_clip_are_read_as_by_the_library(
+    tag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the tag's own name, from the library's own description, made small; with random weights."""
+    name = tag.partition(":")[0]
+    Words(clip_bpe(), 77).save(tmp_path / "words")
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, shrunk(name, tmp_path / "words"))
     torch.manual_seed(0)
-    model = open_clip.create_model(f"local-dir:{tmp_path}").eval()
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()},
-              tmp_path / "open_clip_model.safetensors")  # fmt: skip
-    encoder = load_encoder(str(tmp_path))
+    peer = open_clip.create_model(name, force_quick_gelu=TAGS[tag], pretrained_text=False).eval()
+    for parameter in peer.parameters():
+        if parameter.ndim:
+            parameter.data *= 2  # far enough from zero for the activations to differ
+    file = tmp_path / "weights.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in peer.state_dict().items()}, file)
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: str(file))
+    encoder = load_encoder(tag)
     pictures = torch.randn(3, 3, encoder.view.size, encoder.view.size)
-    words = open_clip.tokenize(SENTENCES, description["text_cfg"]["context_length"])
     with torch.no_grad():
-        images, texts = model.encode_image(pictures, normalize=True), model.encode_text(words, normalize=True)
+        images = peer.encode_image(pictures, normalize=True)
+        texts = peer.encode_text(open_clip.get_tokenizer(name)(SENTENCES), normalize=True)
         features = encoder.features(pictures)
-    assert features.shape == (3, width)
-    visual: Any = model.visual
+    visual: Any = peer.visual
     if getattr(visual, "proj", None) is not None:  # what the model itself projects
         torch.testing.assert_close(F.normalize(features @ visual.proj, dim=-1), images, atol=1e-5, rtol=1e-4)
+    elif hasattr(visual, "trunk"):
+        torch.testing.assert_close(F.normalize(visual.head(features), dim=-1), images, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(encoder.embedded(pictures), images, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(encoder.read(SENTENCES), texts, atol=1e-5, rtol=1e-4)
-    assert encoder.scale == pytest.approx(model.logit_scale.detach().exp().item())
+    assert encoder.scale == pytest.approx(peer.logit_scale.detach().exp().item())
 
 
-def test_a_tower_alone_has_features() -> None:
+def test_a_tower_alone_has_features(tmp_path: Path) -> None:
     pictures = torch.randn(2, 3, 160, 160)
+    peer = timm.create_model("test_vit", num_classes=0).eval()
+    save_file(peer.state_dict(), tmp_path / "vit.safetensors")
+    with torch.no_grad():
+        found = load_encoder(f"timm:test_vit,{tmp_path / 'vit.safetensors'}").features(pictures)
+        torch.testing.assert_close(found, peer(pictures))
     tower = load_encoder("timm:test_vit,random")
     with torch.no_grad():
         assert tower.features(pictures).shape == (2, 64)
@@ -157,32 +195,6 @@ def test_families_that_take_more_than_a_picture_are_refused(
         load_encoder(str(tmp_path))
 
 
-@pytest.mark.parametrize(("tag", "quick"), [("openai", True), ("laion400m_e31", True), ("laion2b_s34b_b79k", False)])
-def test_open_clips_weights_get_the_activation_that_they_were_trained_with(
-    tag: str, quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The tags are open_clip's own; the network is made small, its weights are random."""
-    network = {
-        "embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-    }  # fmt: skip
-    peer = open_clip.CLIP(**network, quick_gelu=quick).eval()
-    for parameter in peer.parameters():
-        parameter.data *= 3  # far enough from zero for the activations to differ
-    save_file(peer.state_dict(), tmp_path / "weights.safetensors")
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-B-32", network)
-    monkeypatch.setattr(
-        open_clip.factory, "download_pretrained", lambda *_, **__: str(tmp_path / "weights.safetensors")
-    )
-    encoder = load_encoder(f"ViT-B-32:{tag}")
-    pictures = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        images = peer.encode_image(pictures, normalize=True)
-        texts = peer.encode_text(open_clip.get_tokenizer("ViT-B-32")(SENTENCES), normalize=True)
-    torch.testing.assert_close(encoder.embedded(pictures), images, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(encoder.read(SENTENCES), texts, atol=1e-5, rtol=1e-4)
-
-
 @pytest.mark.parametrize("size", [(50, 81), (64, 64), (81, 50), (40, 33)])
 def test_the_view_is_the_libraries_own(size: tuple[int, int]) -> None:
     """Middle squares and squeezed pictures are those of open_clip's transform, exactly."""
@@ -198,7 +210,7 @@ def test_the_view_is_the_libraries_own(size: tuple[int, int]) -> None:
 
 
 def test_what_is_no_model_is_named(tmp_path: Path) -> None:
-    for spec, said in ((str(tmp_path), "no trained model"), ("timm:resnt50", "resnet50"), ("RN51:openai", "RN51"),
+    for spec, said in ((str(tmp_path), "no trained model"), ("timm:test_vit,some", "FILE.safetensors"), ("timm:resnt50", "resnet50"), ("RN51:openai", "RN51"),
                        ("someone/something", "someone/something")):  # fmt: skip
         with pytest.raises(LabError, match=said):
             load_encoder(spec)

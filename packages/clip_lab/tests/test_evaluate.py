@@ -1,14 +1,18 @@
-"""Recall against scikit-learn and chance, probabilities of captions against their words one by one."""
+"""Recall against scikit-learn and chance, the command, probabilities of captions against their words one by one."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from labs_testing import commands as lab_commands
 from PIL import Image
 
-from clip_lab.evaluate import chance_metrics, likelihood_matrix, log_likelihoods, retrieval_metrics, written
+from clip_lab.encoder import load_encoder
+from clip_lab.evaluate import likelihood_matrix, log_likelihoods, written
+from clip_lab.metrics import chance_metrics, metric_intervals, retrieval_metrics
 from clip_lab.report import RIGHT, framed
 from clip_lab.saved import load_model
 from labs_common.options import DecodingOptions
@@ -102,3 +106,59 @@ def test_captions_are_the_most_probable_words_one_by_one(coca: Path) -> None:
     assert results["written"]["scorer"]
     assert {"bleu-4", "cider", "rouge-l"} <= results["written"]["metrics"].keys()
     assert "written" in results["written"]["right"], "drawn scenes are judged"
+
+
+def test_intervals_hold_what_new_pictures_would_give() -> None:
+    """Of 20 draws from one world, nearly all intervals hold the world's own recall."""
+    world = torch.randn(4000, generator=torch.Generator().manual_seed(3))
+    of_picture = np.arange(120).repeat(5)
+
+    def drawn(seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        ease = world[torch.randint(len(world), (120,), generator=generator)]  # captions of a picture are alike
+        similarity = torch.randn(600, 120, generator=generator)
+        similarity[torch.arange(600), of_picture] += (1 + ease[of_picture]).clamp(min=0)
+        return similarity
+
+    every = [retrieval_metrics(drawn(seed), of_picture) for seed in range(100, 220)]
+    truth = {name: sum(one[name] for one in every) / len(every) for name in every[0]}
+    held = {name: 0 for name in truth if name != "mean recall"}
+    for seed in range(20):
+        intervals = metric_intervals(drawn(seed), of_picture)
+        assert intervals.keys() == held.keys()
+        for name, (low, high) in intervals.items():
+            held[name] += low <= truth[name] <= high
+    assert min(value for name, value in held.items() if "recall" in name) >= 17, held
+
+
+def test_any_model_is_measured_on_any_captioned_pictures(run: Path, scenes: Path, tmp_path: Path) -> None:
+    """By the command on a run, and on the same model as another library's: the same ranks, by hand too."""
+    exported = tmp_path / "exported"
+    lab_commands.here("clip_lab.export", "--checkpoint", run, "--output", exported)
+    found = []
+    for name, checkpoint in (("own", run), ("theirs", exported)):
+        lab_commands.here("clip_lab.evaluate", "--checkpoint", checkpoint, "--data", scenes, "--split", "all",
+                          "--output", tmp_path / name)  # fmt: skip
+        found.append(json.loads((tmp_path / name / "results.json").read_text()))
+    assert (found[0]["pictures"], found[0]["captions"]) == (60, 300)
+    assert found[1]["metrics"] == pytest.approx(found[0]["metrics"], abs=0.01)
+    for name, (low, high) in found[0]["intervals"].items():
+        assert low <= found[0]["metrics"][name] <= high
+    encoder = load_encoder(str(run))
+    captions: dict[str, list[str]] = {}
+    for line in (scenes / "Flickr8k.token.txt").read_text().splitlines():
+        captions.setdefault(line.split("#")[0], []).append(line.split("\t")[1])
+    names = sorted(captions)
+    views = []
+    for name in names:
+        with Image.open(scenes / "Images" / name) as image:
+            views.append(encoder.view(image.convert("RGB")))
+    cosines = encoder.read([c for name in names for c in captions[name]]) @ encoder.embedded(torch.stack(views)).T
+    own = cosines[torch.arange(300), torch.arange(300) // 5]
+    hits = float(((cosines > own[:, None]).sum(1) < 5).double().mean())
+    assert found[0]["metrics"]["text_to_image/recall@5"] == pytest.approx(hits, abs=0.005)
+    html = (tmp_path / "own" / "report.html").read_text()
+    assert "95 % interval" in html
+    assert "not to be compared" in html
+    refused = lab_commands.here("clip_lab.evaluate", "--checkpoint", exported, code=2)
+    assert "--data" in refused.errors[0]

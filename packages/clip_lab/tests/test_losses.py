@@ -213,7 +213,7 @@ def test_suffixes_begin_after_the_prefix_and_end_with_the_end() -> None:
 def fitting_of(objective: str, words: Words, image: str = "test_vit", text: Any = None, **batch: Any) -> Any:
     """As much of a `Fitting` as the shares of the loss read."""
     torch.manual_seed(0)
-    tower = make_image_tower(ImageOptions(image=image, image_size=32))
+    tower = make_image_tower(ImageOptions(image, False, image_size=32))
     text = text or TextTower(len(words), 32, 1, 4, words.length, words.end)
     model = OBJECTIVES[objective].model(tower, text, HEAD)
     training_mode(model, model)

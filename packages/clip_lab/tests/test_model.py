@@ -59,7 +59,7 @@ def test_image_towers_give_a_feature_and_places(name: str, options: dict[str, in
     if "swin" in name:  # its grid has its channels last
         tower = ImageTower(name, {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "img_size": 64}, 64)
     else:
-        tower = make_image_tower(dataclasses.replace(ImageOptions(image=name), **options))
+        tower = make_image_tower(dataclasses.replace(ImageOptions(name, False), **options))
     tower.eval()
     pictures = torch.randn(2, 3, tower.size, tower.size)
     seen = tower(pictures)

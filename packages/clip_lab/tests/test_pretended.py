@@ -10,7 +10,7 @@ pytestmark = pytest.mark.pretended
 
 def test_every_objective_and_every_command(scenes: Path, things: Path, tmp_path: Path) -> None:
     folder = tmp_path / "comparison"
-    small = ("--data", scenes, "--image", "test_vit", "--image-size", "32", "--text-width", "32", "--text-layers", "1",
+    small = ("--data", scenes, "--image", "test_vit", "--no-image-pretrained", "--image-size", "32", "--text-width", "32", "--text-layers", "1",
              "--epochs", "1", "--max-steps", "2", "--batch-size", "16")  # fmt: skip
     run = folder / "clip" / "seed-0"
     classes = ("--checkpoint", run, "--data", things)

@@ -15,7 +15,7 @@ SENTENCES = ["a red circle to the left of a blue square", "one triangle"]
 
 def test_exports_have_the_same_features(run: Path, scenes: Path, tmp_path: Path) -> None:
     other = tmp_path / "vit"
-    lab_commands.here("clip_lab.train", "--data", scenes, "--image", "test_vit", "--text-width", "32", "--text-layers",
+    lab_commands.here("clip_lab.train", "--data", scenes, "--image", "test_vit", "--no-image-pretrained", "--text-width", "32", "--text-layers",
                       "1", "--embedding", "32", "--batch-size", "16", "--track", "none", "--no-report", "--objective",
                       "siglip", "--tokenizer", "clip", "--limit", "16", "--max-steps", "1", "--output", other)  # fmt: skip
     with Image.open(next((scenes / "Images").iterdir())) as image:

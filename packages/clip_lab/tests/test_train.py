@@ -18,7 +18,7 @@ from transformers import BertConfig, BertModel
 from clip_lab.saved import load_model
 
 LAUNCH = Path(__file__).parents[1] / "launch"
-SMALL = ("--image", "test_vit", "--image-size", "32", "--text-width", "32", "--text-layers", "1", "--text-heads", "4",
+SMALL = ("--image", "test_vit", "--no-image-pretrained", "--image-size", "32", "--text-width", "32", "--text-layers", "1", "--text-heads", "4",
          "--embedding", "32", "--queries", "4", "--batch-size", "16", "--epochs", "3", "--learning-rate", "2e-3",
          "--track", "none")  # fmt: skip
 
@@ -177,7 +177,6 @@ def test_real_photographs_are_learnt_from(real_pictures: Path, tmp_path: Path) -
         (("--data", "missing-pictures"), "missing-pictures"),
         (("--image", "resnt50"), "resnet50"),
         (("--image-weights", "missing.safetensors"), "--image-weights"),
-        (("--image-pretrained", "--image", "tiny-cnn", "--image-size", "0"), "--image-pretrained"),
         (("--freeze-image",), "--freeze-image"),
         (("--text", "no-such-text"), "--text no-such-text"),
         (("--tokenizer", "no-such-tokenizer"), "--tokenizer"),

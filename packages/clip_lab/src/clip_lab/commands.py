@@ -5,6 +5,7 @@ from functools import partial
 from clip_lab.config import (
     CompareConfig,
     DemoConfig,
+    EvaluateConfig,
     ExportConfig,
     ProbeConfig,
     RetrieveConfig,
@@ -15,6 +16,7 @@ from labs_common.cli import run_command
 
 compare = partial(run_command, "clip_lab.compare:compare", CompareConfig)
 demo = partial(run_command, "clip_lab.demo:demo", DemoConfig)
+evaluate = partial(run_command, "clip_lab.evaluate:evaluate", EvaluateConfig)
 export = partial(run_command, "clip_lab.export:export", ExportConfig)
 probe = partial(run_command, "clip_lab.probe:probe", ProbeConfig)
 retrieve = partial(run_command, "clip_lab.retrieve:retrieve", RetrieveConfig)

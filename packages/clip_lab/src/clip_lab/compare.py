@@ -13,21 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from clip_lab.config import CompareConfig, ComparedOptions, TrainConfig, complete
+from clip_lab.config import OWN, CompareConfig, ComparedOptions, TrainConfig
 from clip_lab.data import read_data
+from clip_lab.defaults import complete
 from clip_lab.encoder import Encoder, load_encoder
-from clip_lab.evaluate import (
-    captions_of,
-    embed_sentences,
-    embeddings_of,
-    likelihood_matrix,
-    perplexity,
-    picture_rows_of,
-    retrieval_metrics,
-    written,
-)
+from clip_lab.evaluate import embed_sentences, embeddings_of, likelihood_matrix, perplexity, picture_rows_of, written
 from clip_lab.image import make_image_tower
 from clip_lab.losses import OBJECTIVES, check_objective
+from clip_lab.metrics import captions_of, retrieval_metrics
 from clip_lab.probe import accuracy, features_of, read_splits
 from clip_lab.zero_shot import class_embeddings, filled
 from labs_common.caption_metrics import METRICS, SCORER, score_captions
@@ -74,7 +67,8 @@ def compare(config: CompareConfig) -> None:
     folder = comparison_folder("compare-clip", config, [config.data.data, config.classes])
     start_server(config.comparison.launch, ["clip_lab.train"])
     data = read_data(config.data, config.comparison.seed, shown=True)
-    make_image_tower(dataclasses.replace(config.image, image_pretrained=False, image_weights=None))  # or says why not
+    image = next(iter(planned.values())).image
+    make_image_tower(dataclasses.replace(image, image_pretrained=False, image_weights=None))  # or says why not
     compare_runs(folder, config, "clip_lab.train", planned, partial(findings, config, data))
 
 
@@ -85,6 +79,8 @@ def plan(config: CompareConfig) -> dict[str, TrainConfig]:
         LabError: there is no such objective or option, or its value is wrong; or the comparison cannot start.
     """
     shared: dict[str, Any] = {name: getattr(config, name) for name in ("image", "text", "data", "batch", "cache")}
+    # The own text tower for all, if none is named: it is the only one that can write.
+    shared["text"] = dataclasses.replace(config.text, text=config.text.text or OWN)
     usual = ComparedOptions(learning_rate=config.training.learning_rate)
 
     def run_of(objective: str, flags: list[str]) -> TrainConfig:

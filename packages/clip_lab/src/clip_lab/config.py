@@ -1,13 +1,11 @@
 """Every option of every command, once, with its help text and default. Imports nothing heavy: `--help` is fast."""
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
 import tyro
 
-from labs_common.errors import LabError
 from labs_common.options import (
     CacheOptions,
     CaptionDataOptions,
@@ -28,21 +26,36 @@ from labs_common.options import (
     one_of,
 )
 
-Options = TypeVar("Options")
 Augment = Literal["none", "crop", "crop+colour"]
 TINY, OWN = "tiny-cnn", "own"  # the names of the towers that are not a library's
+REAL = "resnet50", "distilbert-base-uncased"  # those of photographs: a GPU trains both in minutes
 TRAIN, FINISHED = "clip_lab.train", "clip.json"  # the command that writes a model, and the file that tells one
 MOST_SCALE = 100.0  # Radford et al. 2021, section 2.5: above it, training becomes unstable
+
+
+@dataclass
+class StartOptions:
+    """A model that training goes on from."""
+
+    start: str = ""
+    """Go on from this model, with its towers, tokenizer and temperature: openai/clip-vit-base-patch32, a SigLIP or a
+    directory (transformers), RN50:openai (open_clip), or a finished run. With --freeze-image this is LiT."""
+    lora: Literal["none", "image", "text", "both"] = "none"
+    """With a released --start: leave this tower's weights as they are and train adapters of low rank beside its linear
+    layers (LoRA). The model is written with them merged."""
+    lora_rank: Count = 8
+    """Rank of the adapters; what they add is scaled by 2."""
 
 
 @dataclass
 class ImageOptions:
     """The image tower."""
 
-    image: str = TINY
-    """tiny-cnn (for a CPU) or any timm name: resnet50, vit_base_patch32_224, vit_small_patch16_224, convnext_tiny."""
-    image_pretrained: bool = False
-    """Start from timm's pre-trained weights (downloaded on first use); else from scratch."""
+    image: str = ""
+    """tiny-cnn (for a CPU) or any timm name: resnet50, vit_base_patch32_224, vit_small_patch16_224, convnext_tiny. By
+    default tiny-cnn for drawn scenes, and resnet50 for photographs."""
+    image_pretrained: bool = True
+    """Start from timm's pre-trained weights (downloaded on first use), or from random ones, as tiny-cnn always does."""
     image_weights: Path | None = None
     """Start from this .safetensors file of the same architecture; a classifier in it is not used."""
     image_size: CountOrZero = 0
@@ -59,9 +72,10 @@ class ImageOptions:
 class TextOptions:
     """The text tower and its tokenizer."""
 
-    text: str = OWN
+    text: str = ""
     """own (a causal transformer whose feature is at the end token) or a Hugging Face encoder by name or path:
-    bert-base-uncased, xlm-roberta-base."""
+    bert-base-uncased, xlm-roberta-base. By default own; for photographs distilbert-base-uncased, unless the own one's
+    tokenizer or sizes are given or it has to write."""
     text_pretrained: bool = True
     """With a Hugging Face encoder: start from its weights."""
     text_width: CountOrZero = 0
@@ -70,6 +84,9 @@ class TextOptions:
     """Its layers; 0 takes 12 (CLIP's own), and 2 with the tiny image tower."""
     text_heads: CountOrZero = 0
     """Its heads; 0 takes 8, and 4 with the tiny image tower."""
+    text_pool: Literal["auto", "pooler", "mean", "cls", "eot"] = "auto"
+    """With a Hugging Face encoder, the caption's feature: the pooler's output, the mean over the words, the first
+    token's state, or the end token's. auto is the pooler where the weights have one, else the mean."""
     freeze_text: bool = False
     """Leave it as it is and train only the rest."""
     tokenizer: str = ""
@@ -89,7 +106,8 @@ class HeadOptions:
     embedding: CountOrZero = 0
     """Width of the space in which pictures and captions meet; 0 takes 512, and 128 with the tiny image tower."""
     scale: Annotated[float, number(float, f"(0, {MOST_SCALE}]")] = 1 / 0.07
-    """Factor of the cosines at first (1 / temperature); it is learnt, and never above 100. SigLIP's own start is 10."""
+    """Factor of the cosines at first (1 / temperature); it is learnt, and never above 100 but by SigLIP, whose own
+    start is 10."""
     queries: CountOrZero = 0
     """CoCa: vectors of the picture that the decoder reads; 0 takes 256, and 16 with the tiny image tower."""
     decoder_layers: CountOrZero = 0
@@ -127,20 +145,27 @@ class ClipTrainingOptions(TrainingOptions):
     """The optimizer, its schedule, and when training stops."""
 
     epochs: CountOrZero = 0
-    """Passes over the training pictures; 0 takes 8 for drawn scenes, else 30."""
+    """Passes over the training pictures; 0 takes 8 for drawn scenes, 5 with --start, else 30."""
     batch_size: CountOrZero = 0
-    """Pictures per optimizer step, over all processes together; 0 takes 128 with the tiny image tower, else 256. The
-    rest of an epoch that fills no batch is left out."""
+    """Pictures per optimizer step, over all processes together; 0 takes 128 with the tiny image tower and with
+    --start, else 256. The rest of an epoch that fills no batch is left out."""
     learning_rate: NotNegative = 0.0
-    """Highest learning rate, reached after the warm-up; 0 takes 4e-3 with the tiny image tower, else 5e-4."""
+    """Highest learning rate, reached after the warm-up; 0 takes 4e-3 with the tiny image tower, 1e-4 with --start,
+    1e-3 with a pre-trained --text, else 5e-4."""
     tower_learning_rate: NotNegative = 0.0
-    """That of towers that started from pre-trained weights; 0 takes a tenth of the other."""
+    """That of an image tower that started from pre-trained weights, and of all of --start; 0 takes a tenth of the
+    other, and 1e-5 with --start."""
+    text_learning_rate: NotNegative = 0.0
+    """That of a Hugging Face --text that started from its weights; 0 takes a hundredth of --learning-rate."""
     warmup: Share = 0.1
     """Share of all steps over which the learning rate rises from zero."""
     weight_decay: NotNegative = 0.1
     """AdamW's decoupled weight decay, of matrices only."""
     watch: Literal["recall", "loss"] = "recall"
-    """Score on the validation pictures for --patience: mean recall (1, 5 and 10, both ways), or the loss."""
+    """Score on the validation pictures for --keep-best and --patience: mean recall (1, 5 and 10, both ways), or the
+    loss, which is the only one of SimVLM."""
+    keep_best: bool = True
+    """Save the weights of the best evaluation at the end; --no-keep-best saves those of the last step."""
 
 
 @dataclass
@@ -148,13 +173,14 @@ class TrainConfig:
     """Trains CLIP on pictures with captions, and reports how well each finds the other.
 
     `python -m clip_lab.train` alone works offline on drawn scenes. The real thing is the same command:
-    `accelerate launch -m clip_lab.train --image resnet50 --image-pretrained --data flickr8k`.
+    `accelerate launch -m clip_lab.train --data flickr8k`, with a pre-trained resnet50 and DistilBERT.
     Then `python -m clip_lab.retrieve "a dog on the beach" --data photos`.
     """
 
     objective: Annotated[str, one_of("clip_lab.losses:OBJECTIVES")] = "clip"
     """clip: softmax over all pairs of a batch (Radford et al. 2021). siglip: every pair for itself (Zhai et al. 2023).
     coca: contrast and captions (Yu et al. 2022). simvlm: captions from their beginnings (Wang et al. 2022)."""
+    start: StartOptions = field(default_factory=StartOptions)
     image: ImageOptions = field(default_factory=ImageOptions)
     text: TextOptions = field(default_factory=TextOptions)
     head: HeadOptions = field(default_factory=HeadOptions)
@@ -164,6 +190,27 @@ class TrainConfig:
     training: ClipTrainingOptions = field(default_factory=ClipTrainingOptions)
     run: RunOptions = field(default_factory=RunOptions)
     plan: PlanOptions = field(default_factory=PlanOptions)
+
+
+@dataclass
+class EvaluateConfig:
+    """Measures how well captions and pictures find each other: R@1, R@5, R@10 and median rank, both ways.
+
+    `python -m clip_lab.evaluate` measures the newest run on its own test pictures. Any model on any captioned pictures:
+    `python -m clip_lab.evaluate --checkpoint openai/clip-vit-base-patch32 --data flickr8k`.
+    """
+
+    checkpoint: str = ""
+    """A finished run, or released weights as in probe (openai/clip-vit-base-patch32, RN50:openai); by default the
+    newest run under runs/."""
+    data: CaptionDataOptions = field(default_factory=CaptionDataOptions)
+    split: Literal["train", "validation", "test", "all"] = "test"
+    """The pictures to search among; without --data, of the run's own."""
+    output: Path | None = None
+    """Directory of the results and the report; by default a new one under runs/."""
+    seed: CountOrZero = 0
+    """Seed of the splits and of the intervals' draws."""
+    command: CommandOptions = field(default_factory=CommandOptions)
 
 
 @dataclass
@@ -222,7 +269,8 @@ class FrozenOptions:
 
     checkpoint: str = ""
     """openai/clip-vit-base-patch32 or a directory (transformers), RN50:openai (open_clip), timm:resnet50_clip.openai
-    (timm:NAME,random for weights that were never trained), or a finished run; by default the newest under runs/."""
+    (timm:NAME,FILE.safetensors for weights of a file, timm:NAME,random for none), or a finished run; by default the
+    newest under runs/."""
     data: ClassDataOptions = field(default_factory=ClassDataOptions)
     batch_size: Count = 256
     """Pictures at once, in the tower and in a probe's --solver sgd."""
@@ -296,7 +344,7 @@ class CompareConfig:
     """Trains CLIP, CoCa and SimVLM with one budget and reports what each can do.
 
     `python -m clip_lab.compare` alone compares them offline. The same command started again goes on where it was
-    stopped. For real: `python -m clip_lab.compare --data flickr8k --image resnet50 --image-pretrained --epochs 20`
+    stopped. For real: `python -m clip_lab.compare --data flickr8k --image resnet50 --epochs 20`
     """
 
     objectives: str = "clip,coca,simvlm"
@@ -321,71 +369,3 @@ class ComparedOptions:
     head: HeadOptions = field(default_factory=HeadOptions)
     learning_rate: NotNegative = 0.0
     """Highest learning rate."""
-
-
-def complete(config: TrainConfig) -> TrainConfig:
-    """Puts a default in the place of every option that was left to the towers and the data.
-
-    Raises:
-        LabError: options contradict each other.
-    """
-    _check(config)
-    text, training = config.text, config.training
-    tiny, drawn = config.image.image == TINY, config.data.data is None
-    layers = text.text_layers or (2 if tiny else 12)
-    rate = training.learning_rate or (4e-3 if tiny else 5e-4)
-    return dataclasses.replace(
-        config,
-        text=_filled(
-            text,
-            text_width=128 if tiny else 512,
-            text_layers=layers,
-            text_heads=4 if tiny else 8,
-            tokenizer="sentencepiece" if text.text == OWN else text.text,
-            vocabulary=4000,
-        ),
-        head=_filled(config.head, embedding=128 if tiny else 512, queries=16 if tiny else 256, decoder_layers=layers),
-        batch=_filled(config.batch, augment="none" if drawn else "crop"),
-        training=_filled(
-            training,
-            epochs=8 if drawn else 30,
-            batch_size=128 if tiny else 256,
-            learning_rate=rate,
-            tower_learning_rate=rate / 10,
-        ),
-    )
-
-
-def _filled(options: Options, **defaults: Any) -> Options:
-    """Puts the defaults in the place of options that are 0, empty or None."""
-    given = {name: getattr(options, name) or value for name, value in defaults.items()}
-    return dataclasses.replace(options, **given)  # type: ignore[type-var]
-
-
-def _check(config: TrainConfig) -> None:
-    """Refuses what no training can do; `losses.check_objective` refuses what an objective cannot."""
-    image, text, head = config.image, config.text, config.head
-    weights = image.image_weights
-    heads = text.text_heads or 4
-    refusals = (
-        (weights is not None and weights.suffix != ".safetensors",
-         f"--image-weights {weights}: must be a .safetensors file; convert it with safetensors.torch"),
-        (weights is not None and not weights.is_file(), f"--image-weights {weights}: no such file"),
-        (weights is not None and image.image_pretrained, "--image-pretrained and --image-weights: give one of them"),
-        (text.text_width % heads, f"--text-width {text.text_width}: must be a multiple of --text-heads {heads}"),
-        (image.views > 1 and not image.freeze_image,
-         "--views: is of --freeze-image; other towers see a new version every epoch"),
-        (not head.contrastive_weight + head.caption_weight,
-         "--contrastive-weight and --caption-weight must not both be 0"),
-        (text.text != OWN and text.tokenizer not in ("", text.text),
-         f"--tokenizer {text.tokenizer}: --text {text.text} has its own"),
-        (text.freeze_text and text.text == OWN,
-         f"--freeze-text: --text {OWN} is trained from scratch; name a Hugging Face encoder in --text"),
-        (image.freeze_image and not (image.image_pretrained or weights),
-         "--freeze-image: the tower has random weights; add --image-pretrained or --image-weights FILE"),
-        (config.data.splits is not None and not config.data.splits.is_dir(),
-         f"--splits {config.data.splits}: no such directory"),
-    )  # fmt: skip
-    for wrong, message in refusals:
-        if wrong:
-            raise LabError(message)

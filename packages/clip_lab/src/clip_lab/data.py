@@ -74,8 +74,8 @@ def lines_of(file: Path, option: str) -> list[str]:
 
 
 def transform_of(tower: ImageTower) -> Transform:
-    """Returns the transform of a picture into the tower's square: the whole of it, squeezed."""
-    return Transform(tower.size, tower.mean, tower.std, tower.interpolation)
+    """Returns the transform of a picture into the tower's square: the whole of it, squeezed; a released one's own."""
+    return getattr(tower, "view", None) or Transform(tower.size, tower.mean, tower.std, tower.interpolation)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,15 @@
-"""Measures models on pictures and captions: on the validation pictures after an epoch, on the test at the end."""
+"""Measures models on pictures and captions: after an epoch, on the test, and any by `python -m clip_lab.evaluate`."""
+
+from clip_lab import commands
+
+if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
+    commands.evaluate()
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +17,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from clip_lab.config import TrainConfig
-from clip_lab.data import COLOURS, SHAPES, Pairs, Part
+from clip_lab.config import FINISHED, TRAIN, EvaluateConfig, TrainConfig
+from clip_lab.data import COLOURS, SHAPES, Pairs, Part, drawn_scenes, read_data
 from clip_lab.losses import (
     OBJECTIVES,
     PADDED,
@@ -24,69 +30,76 @@ from clip_lab.losses import (
     siglip_loss,
     suffix_targets,
 )
+from clip_lab.metrics import Evaluation, Queries, captions_of, chance_metrics, metric_intervals, retrieval_metrics
 from clip_lab.model import places_of_end, tower_rows, training_mode
-from clip_lab.saved import Loaded
+from clip_lab.report import finish_evaluation
+from clip_lab.saved import Loaded, load_any
 from clip_lab.tokens import Words
-from labs_common.caption_metrics import CaptionScores, score_captions
-from labs_common.data.captions import CaptionedPictures, PictureTensors
+from labs_common.caption_metrics import score_captions
+from labs_common.cli import config_from_yaml
+from labs_common.data.captions import CaptionedPictures, Captions, PictureTensors, read_captioned, truth_of
+from labs_common.data.images import print_refused
 from labs_common.decoding import written_captions
+from labs_common.errors import LabError
 from labs_common.fitting import Fitting
-from labs_common.options import DecodingOptions
+from labs_common.options import DecodingOptions, RunOptions
 from labs_common.progress import tracked
-from labs_common.run import training_means
+from labs_common.run import Run, check_run_options, newest_run, training_means
 from labs_common.scenes.captions import RELATIONS, relations
 from labs_common.scenes.world import Scene
+from labs_common.training import inference_accelerator
 
 BATCH = 64  # pictures through a tower at once
 CAPTIONS = 256  # captions through a text tower or decoder at once
 RANKED = 100  # most pictures that SimVLM ranks: each caption is read with each of them
-AMONG = (1, 5, 10)  # the k of recall@k, as in the papers
 FIRST = 5  # pictures of a search that are looked at
+EACH = 5  # captions of a picture that count: COCO has more of some, and all published figures are of five
 
 
-@dataclass(frozen=True)
-class Queries:
-    """Sentences of one kind that are searched among pictures whose contents are known.
+def evaluate(config: EvaluateConfig) -> None:
+    """Measures retrieval on pictures with captions, prints it beside chance, and writes results and a report.
 
-    Attributes:
-        count: how many of them are true of some picture.
-        first: share of them whose first picture is right.
-        among: share of them with a right one among the first five.
-        chance: share of all pictures that are right, on average: `first` of a random order.
-        examples: sentences with the places of their first pictures, and whether each is right.
+    Raises:
+        LabError: the model cannot be had or reads no text, or there are no such pictures.
     """
+    options = RunOptions(output=config.output, track="none")
+    check_run_options(options)
+    checkpoint = config.checkpoint or str(newest_run(FINISHED, TRAIN))
+    loaded = load_any(checkpoint)
+    data = chosen_pictures(config, Path(checkpoint))
+    pictures = data.splits[config.split]
+    pictures = replace(pictures, captions=tuple(of[:EACH] for of in pictures.captions))
+    accelerator = inference_accelerator()
+    found = evaluate_model(loaded, pictures, data.truth, accelerator.device)
+    intervals = metric_intervals(found.similarity, found.of_picture, config.seed)
+    run = Run.start(config, options, "evaluate", accelerator)
+    finish_evaluation(run, config, checkpoint, Captions({config.split: pictures}, data.truth), found, intervals)
 
-    count: int
-    first: float
-    among: float
-    chance: float
-    examples: list[tuple[str, list[int], list[bool]]] = field(default_factory=list)
 
+def chosen_pictures(config: EvaluateConfig, checkpoint: Path) -> Captions:
+    """Reads the pictures of --data, or those that the run itself had.
 
-@dataclass(frozen=True)
-class Evaluation:
-    """The measurements of a model on test pictures.
-
-    Attributes:
-        metrics: recall and rank, with `chance` those of a random order.
-        similarity: of captions and pictures (captions, pictures), with `of_picture` each caption's picture.
-        ranked: how many pictures the metrics are of.
-        perplexity: of the captions, where the model writes.
-        captions: that it wrote, with their scores.
-        queries: by kind, where it is known what pictures show.
+    Raises:
+        LabError: they cannot be read, or nothing says which.
     """
+    options, seed = config.data, config.seed
+    if options.data is None:
+        file = checkpoint / "config.yaml"
+        if not file.is_file():
+            raise LabError(f"--checkpoint {checkpoint}: knows no pictures; name some with captions in --data")
+        trained = config_from_yaml(TrainConfig, file)
+        options, seed = trained.data, trained.run.seed
+        options = replace(options, on_bad_data=config.data.on_bad_data, limit=config.data.limit or options.limit)
+    if config.split != "all":
+        return read_data(options, seed, shown=True)
+    folder = Path(options.data) if options.data else drawn_scenes()
+    pictures = read_captioned(folder, options.on_bad_data)
+    print_refused({"all": pictures})
+    pictures = pictures.at_most(options.limit, seed) if options.limit else pictures
+    return Captions({"all": pictures}, truth_of(folder, [pictures]))
 
-    metrics: dict[str, float]
-    chance: dict[str, float]
-    similarity: torch.Tensor
-    of_picture: np.ndarray
-    ranked: int
-    perplexity: float | None = None
-    captions: CaptionScores | None = None
-    queries: dict[str, Queries] = field(default_factory=dict)
 
-
-def evaluate(
+def evaluate_model(
     loaded: Loaded, pictures: CaptionedPictures, truth: Mapping[str, Scene], device: torch.device
 ) -> Evaluation:
     """Measures retrieval, perplexity and captions where the model writes, and searches of which the answers are known.
@@ -111,12 +124,6 @@ def evaluate(
     scored = score_captions(said, pictures, truth if known else {}) if said else None
     metrics, chance = retrieval_metrics(similarity, of_picture), chance_metrics(len(captions), count)
     return Evaluation(metrics, chance, similarity, of_picture, count, expected, scored, queries)
-
-
-def captions_of(pictures: CaptionedPictures, count: int | None = None) -> tuple[list[str], np.ndarray]:
-    """Returns all captions of the first `count` pictures, and each one's picture (captions,)."""
-    captions = pictures.captions[:count]
-    return [caption for of in captions for caption in of], np.repeat(np.arange(len(captions)), list(map(len, captions)))
 
 
 @torch.no_grad()
@@ -148,57 +155,6 @@ def embed_sentences(loaded: Loaded, sentences: Sequence[str]) -> torch.Tensor:
     device = next(model.parameters()).device
     parts = [sentences[first : first + CAPTIONS] for first in range(0, len(sentences), CAPTIONS)]
     return torch.cat([model.embed_texts(loaded.words(part).to(device)).float().cpu() for part in parts])
-
-
-def retrieval_metrics(similarity: torch.Tensor, of_picture: Sequence[int] | np.ndarray) -> dict[str, float]:
-    """Computes recall at 1, 5 and 10 (shares), and the median rank, in both directions.
-
-    The usual protocol with several captions per picture: a caption has found its picture if that is among the first k;
-    a picture has found its captions if any of them is. Things of the same score share their places, so that a model
-    that tells nothing apart is not rewarded. `similarity` is (captions, pictures), `of_picture` the picture of each
-    caption (captions,).
-
-    Returns:
-        `text_to_image/recall@1` and so on, `.../median rank` (1 is best), and `mean recall` over both ways and all k.
-    """
-    own = torch.as_tensor(np.asarray(of_picture), device=similarity.device)
-    rows = torch.arange(len(own), device=similarity.device)
-    by_caption = _ranks(similarity, similarity[rows, own][:, None])
-    # A picture's rank is that of the best of its captions, among all captions.
-    best = torch.full((similarity.shape[1],), -torch.inf, device=similarity.device, dtype=similarity.dtype)
-    best.scatter_reduce_(0, own, similarity[rows, own], "amax")
-    by_picture = _ranks(similarity.T, best[:, None])
-    found: dict[str, float] = {}
-    for way, ranks in (("text_to_image", by_caption), ("image_to_text", by_picture)):
-        ranks = ranks.cpu()  # where there are 64 bits
-        found |= {f"{way}/recall@{among}": float((ranks <= among).double().mean()) for among in AMONG}
-        found[f"{way}/median rank"] = float(ranks.double().quantile(0.5))
-    return found | {"mean recall": _mean_recall(found)}
-
-
-def chance_metrics(captions: int, pictures: int) -> dict[str, float]:
-    """Computes the same metrics of a random order, where every picture has captions / pictures of them."""
-    found = {}
-    own = captions / pictures
-    for way, count, right in (("text_to_image", pictures, 1.0), ("image_to_text", captions, own)):
-        for among in AMONG:
-            # No right one among the first k, drawn without putting back.
-            missed = float(np.prod([max(0.0, 1 - right / (count - place)) for place in range(min(among, count))]))
-            found[f"{way}/recall@{among}"] = 1 - missed
-        found[f"{way}/median rank"] = (count + 1) / 2 if right == 1 else float(count * (1 - 0.5 ** (1 / right)))
-    return found | {"mean recall": _mean_recall(found)}
-
-
-def _mean_recall(found: Mapping[str, float]) -> float:
-    recalls = [value for name, value in found.items() if "recall" in name]
-    return sum(recalls) / len(recalls)
-
-
-def _ranks(similarity: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Ranks each row's own score: 1 + how many score higher; of those that score the same, half."""
-    higher = (similarity > own).sum(1)
-    same = (similarity == own).sum(1) - 1
-    return 1 + higher + same.clamp(min=0) / 2
 
 
 @torch.no_grad()

@@ -109,7 +109,7 @@ def make_image_tower(options: ImageOptions) -> ImageTower:
     Raises:
         LabError: timm has no such network, its weights cannot be had, or the file is of another.
     """
-    tiny = options.image == TINY
+    tiny = options.image in ("", TINY)
     architecture = TINY_TOWER["architecture"] if tiny else options.image
     arguments = (
         tiny_arguments(options.image_size) if tiny else timm_arguments(options.image, options.image_size, "--image")
@@ -121,9 +121,7 @@ def make_image_tower(options: ImageOptions) -> ImageTower:
     if options.image_weights is not None:
         own = read_weights(options.image_weights, "--image-weights")
         load_exactly(tower.network, own, f"--image-weights {options.image_weights}")
-    elif options.image_pretrained:
-        if tiny:
-            raise LabError(f"--image-pretrained: {TINY} is always trained from scratch; name a timm network in --image")
+    elif options.image_pretrained and not tiny:
         try:
             weights = timm.create_model(architecture, pretrained=True, num_classes=0, **arguments).state_dict()
         except Exception as error:  # downloads fail in many ways; everything else about the name has been checked

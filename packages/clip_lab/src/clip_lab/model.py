@@ -40,7 +40,12 @@ class Scale(nn.Module):
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor([bias]))
 
     def forward(self) -> torch.Tensor:
-        """Returns the factor, never above 100; there its gradient goes on, so that it can come down again."""
+        """Returns the factor, never above 100 without a bias; there its gradient goes on, and it can come down again.
+
+        With one it has no bound: SigLIP's own was learnt above 100.
+        """
+        if self.logit_bias is not None:
+            return self.logit_scale.exp()[0]
         clipped = self.logit_scale.clamp(max=math.log(MOST_SCALE))
         return (self.logit_scale + (clipped - self.logit_scale).detach()).exp()[0]
 
@@ -283,7 +288,7 @@ def _each(rows: torch.Tensor, words: torch.Tensor, of_picture: torch.Tensor | No
     return rows.repeat_interleave(len(words) // len(rows), 0) if of_picture is None else rows[of_picture]
 
 
-def tower_rows(model: Model, pictures: torch.Tensor) -> torch.Tensor:
+def tower_rows(model: Any, pictures: torch.Tensor) -> torch.Tensor:
     """Returns the part of the image tower's output that the rest reads, a row per picture.
 
     Rows of a frozen tower, which have been computed before, are given back as they are.

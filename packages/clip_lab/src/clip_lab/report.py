@@ -7,10 +7,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from clip_lab.config import TrainConfig
-from clip_lab.evaluate import AMONG, Evaluation, captions_of
+from clip_lab.config import EvaluateConfig, TrainConfig
+from clip_lab.image import ImageTower
+from clip_lab.metrics import AMONG, Evaluation, captions_of
 from clip_lab.saved import Loaded
 from labs_common.caption_metrics import METRICS, SCORER
+from labs_common.cli import to_plain
 from labs_common.data.captions import CaptionedPictures, Captions
 from labs_common.fitting import Fitted, results_of, write_results
 from labs_common.progress import console
@@ -44,6 +46,10 @@ PUBLISHED = {
     "ViT-L/14": (98.0, 95.59),
 }
 
+# Recall@1 in per cent of the same weights on Flickr30k's test: a picture for a caption, captions for a picture.
+FLICKR30K = {"RN50": (57.4, 80.0), "ViT-B/32": (58.8, 78.9), "ViT-B/16": (62.2, 82.2), "ViT-L/14": (65.0, 85.2)}
+PROTOCOL = (1000, 5000)  # pictures and captions of the tests of Flickr8k and Flickr30k: recall depends on how many
+
 
 def finish_report(
     run: Run,
@@ -53,8 +59,12 @@ def finish_report(
     fitted: Fitted,
     found: Evaluation,
     clock: Mapping[str, float],
+    before: Evaluation | None = None,
 ) -> None:
-    """Writes results.json and the report, prints the main numbers and where the report is."""
+    """Writes results.json and the report, prints the main numbers and where the report is.
+
+    `before` is of the model that training started from.
+    """
     seconds, test = seconds_between(clock), data.splits["test"]
     results = results_of(run, config, fitted, "pictures", seconds["prepared"]) | {
         "evaluations": [line for line in run.lines("metrics.jsonl") if "validation/loss" in line],
@@ -72,6 +82,11 @@ def finish_report(
         run.save_json("captions.json", said)
         scored = {"metrics": found.captions.metrics, "chance": found.captions.chance, "scorer": SCORER}
         results["written"] = scored | {"right": {k: truth.whole for k, truth in found.captions.claims.items()}}
+    if before is not None:
+        results["before"] = before.metrics
+        console.print("before training:")
+        print_scores(before)
+        console.print("after it:")
     print_scores(found)
     print(f"model: {run.path / FOLDER}")
 
@@ -82,9 +97,9 @@ def finish_report(
         return summary_of(found), [
             asked_section(config),
             captioned_data_section(data),
-            _structure_section(run, loaded, fitted),
+            _structure_section(run, config, loaded, fitted),
             _curves(run),
-            numbers_section(found),
+            numbers_section(found, before=before),
             *written_sections(found, test),
             *query_sections(found, test),
             _matrix_section(run, found),
@@ -94,6 +109,54 @@ def finish_report(
         ]
 
     write_results(run, results, config.run.report, f"{config.objective} finds pictures", page)
+
+
+def finish_evaluation(
+    run: Run,
+    config: EvaluateConfig,
+    checkpoint: str,
+    data: Captions,
+    found: Evaluation,
+    intervals: Mapping[str, tuple[float, float]],
+) -> None:
+    """Writes results.json and the report of a model on the only split of `data`, and prints the main numbers."""
+    ((split, pictures),) = data.splits.items()
+    results = {
+        "config": to_plain(config), "checkpoint": checkpoint, "pictures": found.ranked,
+        "captions": len(found.of_picture), "metrics": found.metrics, "intervals": intervals, "chance": found.chance,
+        "perplexity": found.perplexity,
+    }  # fmt: skip
+    print_scores(found)
+
+    def page() -> tuple[str, list[Section]]:
+        said = f"{len(pictures):,} pictures of {pictures.source} ({split}), at most five captions of each."
+        sections = [
+            asked_section(config),
+            Section("Data", [Text(said)]),
+            numbers_section(found, intervals),
+            published_recall_section(found, checkpoint),
+            *query_sections(found, pictures),
+            _matrix_section(run, found),
+            *retrieval_sections(found, pictures),
+            rerun_section(run),
+        ]
+        return summary_of(found), sections
+
+    write_results(run, results, True, f"Evaluation of {checkpoint}", page)
+
+
+def published_recall_section(found: Evaluation, checkpoint: str) -> Section:
+    """Puts recall@1 measured here beside that published of released weights, where the test is as large as theirs."""
+    ways = [found.metrics[f"{way}/recall@1"] for way in WAYS]
+    rows: list[tuple[Any, ...]] = [(f"here, {checkpoint}", *ways, "")]
+    rows += [(f"{name} (OpenAI)", *(value / 100 for value in values), "open_clip's results table (Flickr30k)")
+             for name, values in FLICKR30K.items()]  # fmt: skip
+    if (found.ranked, len(found.of_picture)) != PROTOCOL:
+        here = f"these are {found.ranked:,} with {len(found.of_picture):,} in all"
+        said = f"Published figures are of 1,000 pictures with five captions each, {here}: not to be compared."
+        return Section("Beside published figures", [Text(said)])
+    note = "R@1 among 1,000 pictures with five captions each; to be compared where the data is Flickr30k's test."
+    return Section("Beside published figures", [Table(("", *WAYS.values(), "source"), rows, note)])
 
 
 def print_scores(found: Evaluation) -> None:
@@ -115,15 +178,17 @@ def print_scores(found: Evaluation) -> None:
         console.print(f"searches for {kind}: {right} (by chance {queries.chance:.1%})")
 
 
-def _structure_section(run: Run, loaded: Loaded, fitted: Fitted) -> Section:
+def _structure_section(run: Run, config: TrainConfig, loaded: Loaded, fitted: Fitted) -> Section:
     """Draws the network and tells what trained."""
     model = loaded.model
     frozen = set(fitted.audit.before)
     for name, parameter in model.named_parameters():  # read back, nothing of it trains
         parameter.requires_grad_(name not in frozen)
-    rows = [*structure_of(model.image.network).rows]
-    if text := getattr(model, "text", None):
-        rows += structure_of(text).rows
+    rows = []
+    if isinstance(model.image, ImageTower):  # a released network is one, with both towers
+        rows += structure_of(model.image.network).rows
+        if text := getattr(model, "text", None):
+            rows += structure_of(text).rows
     rows += [row for row in structure_of(model).rows if not row.name.startswith(("image", "text"))]
     model.requires_grad_(False)
     caption = (
@@ -131,6 +196,9 @@ def _structure_section(run: Run, loaded: Loaded, fitted: Fitted) -> Section:
         f"{fitted.parameters:,} parameters train; captions have at most {loaded.words.length} pieces of "
         f"{len(loaded.words):,}."
     )
+    if config.image.image_pretrained and isinstance(model.image, ImageTower):
+        known = model.image.network.pretrained_cfg
+        caption += f" The image tower started from timm's {known['architecture']}.{known['tag']}."
     return drawn_section(run, fitted.audit, rows, caption)
 
 
@@ -151,19 +219,29 @@ def _curves(run: Run) -> Section:
     return section
 
 
-def numbers_section(found: Evaluation) -> Section:
-    """Shows recall and rank beside those of a random order."""
+def numbers_section(
+    found: Evaluation,
+    intervals: Mapping[str, tuple[float, float]] | None = None,
+    before: Evaluation | None = None,
+) -> Section:
+    """Shows recall and rank beside those of a random order, and of the model before training; or with intervals."""
     columns = ("", *(f"R@{k}" for k in AMONG), "median rank")
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     for way, said in WAYS.items():
-        for name, metrics in ((said, found.metrics), (f"{said}, by chance", found.chance)):
+        then = [(f"{said}, before training", before.metrics)] if before is not None else []
+        for name, metrics in ((said, found.metrics), *then, (f"{said}, by chance", found.chance)):
             rows.append((name, *(metrics[f"{way}/recall@{k}"] for k in AMONG), metrics[f"{way}/median rank"]))
+        if intervals is not None:
+            ends = [intervals[f"{way}/{key}"] for key in (*(f"recall@{k}" for k in AMONG), "median rank")]
+            rows.append(("95 % interval", *(f"{low:.3g} to {high:.3g}" for low, high in ends)))
     captions = len(found.of_picture)
     note = (
         f"Measured once, on the model read back from disk, among {found.ranked} test pictures and their {captions:,} "
         "captions. A caption has found its picture if that is among the first k; a picture has found its captions if "
         "any of them is. Captions that are true of several pictures count as wrong with all but their own."
     )
+    if intervals is not None:
+        note += " Intervals: bootstrap over pictures, each with its captions."
     section = Section("Numbers", [Table(columns, rows), Text(note)])
     if found.perplexity is not None:
         section.blocks.append(Text(f"Perplexity of the test captions with their pictures: {found.perplexity:.2f}."))

@@ -1,7 +1,7 @@
 """The result on disk, `clip.json`, `model.safetensors` and a tokenizer, and what other libraries read instead."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +14,13 @@ from clip_lab.data import transform_of
 from clip_lab.image import ImageTower
 from clip_lab.losses import OBJECTIVES
 from clip_lab.model import ClipModel, Model
+from clip_lab.released import OPEN_CLIP, ReleasedModel, read_open_clip, read_transformers
 from clip_lab.text import PretrainedText, TextTower
 from clip_lab.tokens import Words, load_words
 from labs_common import saved
 from labs_common.data.captions import Transform
 from labs_common.data.images import RESAMPLING
-from labs_common.errors import LabError
+from labs_common.errors import LabError, json_of
 from labs_common.run import written_whole
 from labs_common.saved import load_auto
 
@@ -29,16 +30,34 @@ class Loaded:
     """A trained model with all that it needs to read pictures and captions."""
 
     objective: str
-    model: Model
+    model: Model | ReleasedModel
     words: Words
     transform: Transform
+    said: Mapping[str, Any] = field(default_factory=dict)  # what `clip.json` says of it
 
 
-def save_model(config: TrainConfig, model: Model, state: Mapping[str, torch.Tensor], words: Words, run: Path) -> None:
-    """Writes the whole model to `model/` under the run; `state` are its weights, which may be sharded in `model`."""
+def save_model(
+    config: TrainConfig,
+    model: Model | ReleasedModel,
+    state: Mapping[str, torch.Tensor],
+    words: Words,
+    run: Path,
+    said: Mapping[str, Any],
+) -> None:
+    """Writes the whole model to `model/` under the run; `state` are its weights, which may be sharded in `model`.
+
+    `said` describes the model that training started from, if it did from one of this lab.
+    """
+    if isinstance(model, ReleasedModel):
+        further = {"objective": config.objective, "released": model.library, "started": model.name}
+        model.save(run / saved.FOLDER, further, state)
+        return
+    if said:
+        saved.save_model(run / saved.FOLDER, FINISHED, said, state, words.save)
+        return
     tower, text = model.image, getattr(model, "text", None)
     if isinstance(text, PretrainedText):
-        said_of_text = {"config": text.network.config.to_dict()}
+        said_of_text = {"config": text.network.config.to_dict(), "pool": text.pool}
     else:
         sizes = config.text
         said_of_text = {"width": sizes.text_width, "layers": sizes.text_layers, "heads": sizes.text_heads}
@@ -68,8 +87,51 @@ def load_model(path: Path, option: str = "--checkpoint") -> Loaded:
     Raises:
         LabError: none is there, or it is broken.
     """
+    folder = saved.saved_folder(path, (FINISHED,), option)
+    with saved.reading_model(path, option):
+        started = json_of(folder / FINISHED, FINISHED).get("released")
+        if started is not None:
+            read = {"transformers": _transformers, "open_clip": _local_open_clip}[started]
+            return read(str(folder), option)
     model, said, folder = saved.load_model(path, FINISHED, option, _build)
-    return Loaded(said["objective"], model, load_words(folder, int(said["length"])), transform_of(model.image))
+    words = load_words(folder, int(said["length"]))
+    return Loaded(said["objective"], model, words, transform_of(model.image), said)
+
+
+def load_any(spec: str, option: str = "--checkpoint") -> Loaded:
+    """Loads a model by its name: of this lab, of transformers or of open_clip; in evaluation mode.
+
+    A finished run of ours or its `model/`; `MODEL:PRETRAINED` of open_clip, such as `RN50:openai`, or
+    `hf-hub:ORG/NAME`; else a CLIP of transformers by its name; or a directory of either library.
+
+    Raises:
+        LabError: it cannot be had.
+    """
+    path, (name, colon, pretrained) = Path(spec), spec.partition(":")
+    if is_ours(path):
+        return load_model(path, option)
+    if (path / OPEN_CLIP[0]).is_file():
+        return _local_open_clip(spec, option)
+    if path.is_dir() and not (path / "config.json").is_file():
+        return load_model(path, option)  # says what is missing
+    if path.is_dir() or not colon:
+        return _transformers(spec, option)
+    if name == "hf-hub":
+        return _released(*read_open_clip(spec, spec, None, option))
+    return _released(*read_open_clip(spec, name, pretrained, option))
+
+
+def _transformers(spec: str, option: str) -> Loaded:
+    return _released(*read_transformers(spec, option))
+
+
+def _local_open_clip(spec: str, option: str) -> Loaded:
+    return _released(*read_open_clip(spec, f"local-dir:{spec}", None, option))
+
+
+def _released(model: ReleasedModel, words: Words, view: Transform) -> Loaded:
+    objective = "clip" if model.scale.bias is None else "siglip"
+    return Loaded(objective, model.requires_grad_(False).eval(), words, view)
 
 
 def _build(said: Mapping[str, Any], _: Mapping[str, torch.Tensor]) -> torch.nn.Module:
@@ -81,7 +143,7 @@ def _build(said: Mapping[str, Any], _: Mapping[str, torch.Tensor]) -> torch.nn.M
     if "config" in text:
         config = AutoConfig.for_model(**text["config"])
         network = load_auto(AutoModel.from_config, config, said=f"{FINISHED}: its text tower", remedy="train it again")
-        reader = PretrainedText(network, said["length"], said["end"])
+        reader = PretrainedText(network, said["length"], said["end"], text.get("pool", "auto"))
     else:
         sizes = (text["width"], text["layers"], text["heads"])
         reader = TextTower(said["vocabulary"], *sizes, said["length"], said["end"])
@@ -105,6 +167,8 @@ def to_transformers(loaded: Loaded, folder: Path) -> None:
         VisionTextDualEncoderModel,
     )
 
+    if _written_as_it_is(loaded, folder, "transformers"):
+        return
     model = _clip_of(loaded)
     tower = model.image
     if tower.stages:
@@ -152,6 +216,8 @@ def to_open_clip(loaded: Loaded, folder: Path) -> None:
     Raises:
         LabError: the towers are none that it has.
     """
+    if _written_as_it_is(loaded, folder, "open_clip"):
+        return
     model = _clip_of(loaded)
     tower, text = model.image, model.text
     own = {name for name in tower.arguments if name != "img_size"}
@@ -203,6 +269,17 @@ FORMATS = {
     "transformers": Format(to_transformers, 'VisionTextDualEncoderModel.from_pretrained("{}")'),
     "open_clip": Format(to_open_clip, 'open_clip.create_model("local-dir:{}")'),
 }
+
+
+def _written_as_it_is(loaded: Loaded, folder: Path, library: str) -> bool:
+    """Writes a model that is the library's own; tells whether it is one of another library's at all."""
+    model = loaded.model
+    if isinstance(model, ReleasedModel) and model.library != library:
+        raise LabError(f"--to {library}: the model is one of {model.library}; take --to {model.library}")
+    if isinstance(model, ReleasedModel):
+        with written_whole(folder) as part:
+            model.write(part, dict(model.network.state_dict()))
+    return isinstance(model, ReleasedModel)
 
 
 def _clip_of(loaded: Loaded) -> ClipModel:

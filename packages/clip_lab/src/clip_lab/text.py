@@ -49,11 +49,16 @@ class TextTower(nn.Module):
 
 
 class PretrainedText(nn.Module):
-    """A Hugging Face encoder; its feature is the pooler's output where it has one, else the mean over the words."""
+    """A Hugging Face encoder; its feature is what `pool` says, a key of `POOLS`, or `pooler`: its own output.
 
-    def __init__(self, network: Any, length: int, end: int) -> None:
+    Left to itself (`auto`) that is the pooler's output where it has one, else the mean over the words.
+    """
+
+    def __init__(self, network: Any, length: int, end: int, pool: str = "auto") -> None:
         super().__init__()
-        self.network, self.end = network, end
+        self.network, self.end, self.pool = network, end, pool
+        if pool in POOLS and getattr(network, "pooler", None) is not None:
+            network.pooler = None  # nothing reads it: it would neither train nor be the same in two loads
         self.width = int(network.config.hidden_size)
         self.vocabulary = int(network.config.vocab_size)
         self.length = min(length, int(getattr(network.config, "max_position_embeddings", length)))
@@ -64,9 +69,27 @@ class PretrainedText(nn.Module):
         found = self.network(input_ids=words, attention_mask=mask.long())
         states = found.last_hidden_state
         feature = getattr(found, "pooler_output", None)
-        if feature is None:
-            feature = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        if self.pool in POOLS or feature is None:
+            feature = POOLS.get(self.pool, mean)(states, mask)
         return Read(feature, states)
+
+
+def mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Averages the states (captions, length, width) of what `mask` (captions, length) holds: (captions, width)."""
+    return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def first(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Returns the state of each caption's first token (captions, width)."""
+    return states[:, 0]
+
+
+def last(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Returns the state of each caption's end token (captions, width)."""
+    return states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
+
+
+POOLS = {"mean": mean, "cls": first, "eot": last}
 
 
 def last_of(words: torch.Tensor, end: int) -> torch.Tensor:
@@ -74,20 +97,29 @@ def last_of(words: torch.Tensor, end: int) -> torch.Tensor:
     return (words == end).int().argmax(1)
 
 
-def pretrained_text(name: str, pretrained: bool, length: int, end: int, frozen: bool = False) -> PretrainedText:
+def pretrained_text(name: str, pretrained: bool, length: int, end: int, pool: str = "auto") -> PretrainedText:
     """Loads the Hugging Face encoder of this name or path, or builds it with random weights.
 
-    Its files need not hold a pooler, which then starts from random weights, but for one that is `frozen`.
+    Of weights without a pooler, such as RoBERTa's, the feature is the mean, unless `pool` says otherwise: the library
+    would draw a pooler at random, another one in every load.
 
     Raises:
-        LabError: there is none, or it is no encoder.
+        LabError: there is none, it is no encoder, or `pool` asks for a pooler that it lacks.
     """
     said, remedy = f"--text {name}", "name a model of the hub or a directory"
     config = load_auto(AutoConfig.from_pretrained, name, said=said, remedy=remedy)
     if getattr(config, "is_encoder_decoder", False):
         raise LabError(f"--text {name}: is an encoder with a decoder; take an encoder such as bert-base-uncased")
     if pretrained:
-        network = load_network(AutoModel, name, said, remedy, new=() if frozen else HEAD)
+        missing: list[str] = []
+        network = load_network(AutoModel, name, said, remedy, new=() if pool == "pooler" else HEAD, missing=missing)
+        pool = "mean" if missing and pool == "auto" else pool
     else:
         network = load_auto(AutoModel.from_config, config, said=said, remedy=remedy)
-    return PretrainedText(network.float(), length, end)
+    reader = PretrainedText(network.float(), length, end, pool)
+    if pool == "pooler":
+        with torch.no_grad():
+            found = network(input_ids=torch.full((1, 2), end, device=next(network.parameters()).device))
+        if getattr(found, "pooler_output", None) is None:
+            raise LabError(f"--text-pool pooler: {name} has none; take mean, cls or eot")
+    return reader

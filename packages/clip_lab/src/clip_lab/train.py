@@ -15,14 +15,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
-from clip_lab.config import OWN, TrainConfig, complete
-from clip_lab.data import Batches, Part, Step, drawn_scenes, normalised, read_data, read_pairs
-from clip_lab.evaluate import evaluate, scores
+from clip_lab.config import MOST_SCALE, OWN, TrainConfig
+from clip_lab.data import Batches, Part, Step, drawn_scenes, normalised, read_data, read_pairs, transform_of
+from clip_lab.defaults import complete
+from clip_lab.evaluate import evaluate_model, scores
 from clip_lab.image import make_image_tower
 from clip_lab.losses import OBJECTIVES, check_objective
-from clip_lab.model import Model, training_mode
+from clip_lab.model import Model, Scale, training_mode
+from clip_lab.released import ReleasedModel
 from clip_lab.report import finish_report
-from clip_lab.saved import load_model, save_model
+from clip_lab.saved import Loaded, load_any, load_model, save_model
 from clip_lab.text import PretrainedText, TextTower, pretrained_text
 from clip_lab.tokens import Words, make_words
 from labs_common.data.captions import Captions, captions_alone
@@ -50,18 +52,21 @@ def train(config: TrainConfig) -> None:
     with main_process_first(accelerator):  # weights are downloaded on their first use
         set_seed(config.run.seed)
         captions = [caption for of_picture in data.splits["train"].captions for caption in of_picture]
-        model, words = make_model(config, captions)
+        begun = start_model(config) if config.start.start else new_model(config, captions)
+    before = None
+    if config.start.start and accelerator.is_main_process:
+        before = evaluate_model(begun, data.splits["test"], data.truth, accelerator.device)
     run = Run.start(config, config.run, config.objective, accelerator)
     record_splits(run, data.splits)
-    fitted = fit(config, model, words, run, accelerator, data)
+    fitted = fit(config, begun, run, accelerator, data)
     clock |= fitted.clock
 
     # The test is of what was written: the model is read back and sees the pictures themselves.
     if accelerator.is_main_process:
         loaded = load_model(run.path)
-        found = evaluate(loaded, data.splits["test"], data.truth, accelerator.device)
+        found = evaluate_model(loaded, data.splits["test"], data.truth, accelerator.device)
         clock["tested"] = time.perf_counter()
-        finish_report(run, config, data, loaded, fitted, found, clock)
+        finish_report(run, config, data, loaded, fitted, found, clock, before)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -77,7 +82,8 @@ def print_needs(config: TrainConfig) -> None:
     text = dataclasses.replace(config.text, text_pretrained=False)
     with torch.device("meta"):
         bare = dataclasses.replace(config, image=image, text=text)
-        model, words = make_model(bare, [caption for of_picture in captions for caption in of_picture])
+        begun = new_model(bare, [caption for of_picture in captions for caption in of_picture])
+    model, words = cast(Model, begun.model), begun.words
     training_mode(model, model)
     tower, frozen, side, share = model.image, image.freeze_image, model.image.size, OBJECTIVES[config.objective].share
     width = tower.width * (1 if model.reads == "feature" else tower.count)
@@ -99,7 +105,7 @@ def print_needs(config: TrainConfig) -> None:
     print_plan(f"{config.objective} of {image.image}", "pictures", config, model, loss, rows, batch.chunk)
 
 
-def make_model(config: TrainConfig, captions: Sequence[str]) -> tuple[Model, Words]:
+def new_model(config: TrainConfig, captions: Sequence[str]) -> Loaded:
     """Makes the model that `config` describes, with its towers' weights, and its tokenizer; set the seed first.
 
     Raises:
@@ -113,16 +119,50 @@ def make_model(config: TrainConfig, captions: Sequence[str]) -> tuple[Model, Wor
     if text.text == OWN:
         reader = TextTower(len(words), text.text_width, text.text_layers, text.text_heads, words.length, words.end)
     else:
-        reader = pretrained_text(text.text, text.text_pretrained, words.length, words.end, text.freeze_text)
+        reader = pretrained_text(text.text, text.text_pretrained, words.length, words.end, text.text_pool)
     model: Model = OBJECTIVES[config.objective].model(tower, reader, config.head)
     if config.image.freeze_image:
         tower.requires_grad_(False)
     if text.freeze_text:
         reader.requires_grad_(False)
-    return model, Words(words.backend, min(words.length, reader.length))
+    read = Words(words.backend, min(words.length, reader.length))
+    return Loaded(config.objective, model, read, transform_of(tower))
 
 
-def fit(config: TrainConfig, model: Model, words: Words, run: Run, accelerator: Accelerator, data: Captions) -> Fitted:
+def start_model(config: TrainConfig) -> Loaded:
+    """Loads the model of --start, and lets train what the options say.
+
+    Raises:
+        LabError: it cannot be had, or cannot be trained so.
+    """
+    options, objective = config.start, config.objective
+    said = f"--start {options.start}"
+    loaded = load_any(options.start, "--start")
+    model = loaded.model
+    if isinstance(model, ReleasedModel):
+        if objective not in ("clip", "siglip") or (objective == "siglip" and model.scale.bias is None):
+            able = "clip" if model.scale.bias is None else "clip or siglip"
+            raise LabError(f"{said}: has no parts for --objective {objective}; take {able}")
+        if objective == "clip":  # whose loss has no bias
+            model.scale = Scale(min(float(model.scale().detach()), MOST_SCALE))
+        model.train_towers(options.lora, options.lora_rank)
+    elif objective != loaded.objective:
+        raise LabError(f"{said}: was trained with --objective {loaded.objective}, which --objective has to name too")
+    elif options.lora != "none":
+        raise LabError(f"{said}: is a run of this lab, which trains whole; drop --lora {options.lora}")
+    else:
+        model.requires_grad_(True)
+    if config.image.freeze_image:
+        model.image.requires_grad_(False)
+    if config.text.freeze_text:
+        text: Any = getattr(model, "text", None)
+        if text is None or model.writes:
+            raise LabError(f"--freeze-text: {said} writes captions by its text tower, which has to train")
+        text.requires_grad_(False)
+    return loaded
+
+
+def fit(config: TrainConfig, begun: Loaded, run: Run, accelerator: Accelerator, data: Captions) -> Fitted:
     """Trains what is not frozen and writes the model to `model/` under the run.
 
     Raises:
@@ -131,6 +171,8 @@ def fit(config: TrainConfig, model: Model, words: Words, run: Run, accelerator: 
         Interrupted: Ctrl-C; the run can be resumed.
     """
     options, processes = config.training, accelerator.num_processes
+    model: Any = begun.model  # of this lab or another library
+    words = begun.words
     if options.batch_size % processes:
         raise LabError(f"--batch-size {options.batch_size}: must be a multiple of the {processes} processes")
     if len(data.splits["train"]) < processes:
@@ -141,7 +183,8 @@ def fit(config: TrainConfig, model: Model, words: Words, run: Run, accelerator: 
     )
     if not config.image.freeze_image:
         model.image.network = share_batch_norms(model.image.network, accelerator)
-    if model.reads == "places":  # what makes the feature of them (a pool, a norm) gets no gradient then
+    # What makes the feature of places (a pool, a norm) gets no gradient then; nor does some of released networks.
+    if model.reads == "places" or isinstance(model, ReleasedModel):
         accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     channels_last(model.image, accelerator)
     optimizer = torch.optim.AdamW(parameter_groups(config, model), betas=(0.9, 0.98), fused=True)  # CLIP's own betas
@@ -157,26 +200,28 @@ def fit(config: TrainConfig, model: Model, words: Words, run: Run, accelerator: 
         loop.step(loss, len(step.parts[number].ids), **metrics)
         if loop.evaluation_due:
             found = scores(fitting, config, validation, words)
-            loop.evaluated(found, f"validation/{options.watch}", higher_is_better=options.watch == "recall")
+            watch = options.watch if model.embeds else "loss"
+            loop.evaluated(found, f"validation/{watch}", watch == "recall", options.keep_best)
     rows = [kept for pairs in (training, validation) for kept in (pairs.rows, pairs.text_rows)]
-    return fitting.finish(lambda state: save_model(config, model, state, words, run.path), rows)
+    return fitting.finish(lambda state: save_model(config, model, state, words, run.path, begun.said), rows)
 
 
-def parameter_groups(config: TrainConfig, model: Model) -> list[dict[str, Any]]:
+def parameter_groups(config: TrainConfig, model: Model | ReleasedModel) -> list[dict[str, Any]]:
     """Groups what trains: weights that started from others move more slowly; vectors and scalars do not decay."""
     options, text = config.training, getattr(model, "text", None)
-    slow = ("image.network.",) if config.image.image_pretrained or config.image.image_weights else ()
+    rates: dict[tuple[str, ...], float] = {}  # by the beginnings of names
+    if config.image.image_pretrained or config.image.image_weights:
+        rates[("image.network.",)] = options.tower_learning_rate
     if isinstance(text, PretrainedText) and config.text.text_pretrained:
-        slow = (*slow, "text.network.")
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+        rates[("text.network.",)] = options.text_learning_rate
+    if config.start.start:
+        rates = {("network.", "image.", "text.", "image_projection", "text_projection"): options.tower_learning_rate}
+    groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((name.startswith(slow), parameter.ndim > 1), []).append(parameter)
+            slow = [rate for names, rate in rates.items() if name.startswith(names) and "lora_" not in name]
+            groups.setdefault((slow[0] if slow else options.learning_rate, parameter.ndim > 1), []).append(parameter)
     return [
-        {
-            "params": parameters,
-            "lr": options.tower_learning_rate if is_slow else options.learning_rate,
-            "weight_decay": options.weight_decay if decays else 0.0,
-        }
-        for (is_slow, decays), parameters in groups.items()
+        {"params": parameters, "lr": rate, "weight_decay": options.weight_decay if decays else 0.0}
+        for (rate, decays), parameters in groups.items()
     ]

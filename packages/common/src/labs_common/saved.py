@@ -183,11 +183,19 @@ def load_auto(load: Callable[..., Any], *given: Any, said: str, remedy: str, **m
             modules.TIME_OUT_REMOTE_CODE, modules.get_cached_module_file = before
 
 
-def load_network(auto: Any, source: str, said: str, remedy: str, new: tuple[str, ...] = (), **more: Any) -> Any:
+def load_network(
+    auto: Any,
+    source: str,
+    said: str,
+    remedy: str,
+    new: tuple[str, ...] = (),
+    missing: list[str] | None = None,
+    **more: Any,
+) -> Any:
     """Loads a network with `auto.from_pretrained`, all of its weights, from safetensors; see `load_auto`.
 
-    Tensors whose names begin as one of `new` may be missing: they are trained from scratch. So may those that are tied
-    to others, which the library knows.
+    Tensors whose names begin as one of `new` may be missing, and are random then: `missing` gets their names. So may
+    those that are tied to others, which the library knows.
 
     Raises:
         LabError: as `load_auto`; or tensors are missing, which would be random.
@@ -196,8 +204,10 @@ def load_network(auto: Any, source: str, said: str, remedy: str, new: tuple[str,
         auto.from_pretrained, source, said=said, remedy=remedy, use_safetensors=True, output_loading_info=True,
         ignore_mismatched_sizes=True, **more,
     )  # fmt: skip
-    if missing := sorted(name for name in info["missing_keys"] if not name.startswith(new)):
-        raise LabError(f"{said}: its files lack {named(missing)}, which would be random; {remedy}")
+    if lacking := sorted(name for name in info["missing_keys"] if not name.startswith(new)):
+        raise LabError(f"{said}: its files lack {named(lacking)}, which would be random; {remedy}")
+    if missing is not None:
+        missing += info["missing_keys"]
     if other := sorted(name for name, *_ in info["mismatched_keys"]):
         raise LabError(f"{said}: its configuration has another shape for {named(other)}; {remedy}")
     return network
