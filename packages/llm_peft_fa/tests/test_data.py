@@ -10,7 +10,9 @@ import pytest
 
 from labs_common.errors import LabError
 from llm_peft_fa.config import DataOptions, ReadingOptions
-from llm_peft_fa.data import messages_of, normalise, read_conversations, training_and_validation
+from llm_peft_fa.data import read_conversations, splits
+from llm_peft_fa.sources import messages_of
+from llm_peft_fa.spelling import normalise
 
 EXPECTED = [
     {"role": "system", "content": "س"},
@@ -127,12 +129,17 @@ def test_validation_is_a_seeded_share(tmp_path: Path) -> None:
     ]
     file.write_text("\n".join(map(json.dumps, rows)))
     options = DataOptions(data=str(file), validation_fraction=0.1)
-    sides = [[c.where for c in reading.conversations] for reading in training_and_validation(options, 3)]
-    assert sides == [[c.where for c in reading.conversations] for reading in training_and_validation(options, 3)]
-    assert (len(sides[0]), len(sides[1])) == (36, 4)
-    assert not set(sides[0]) & set(sides[1])
+    sides, again, other = (
+        {name: [talk.where for talk in reading.conversations] for name, reading in splits(options, seed).items()}
+        for seed in (3, 3, 4)
+    )
+    assert sides == again
+    assert [len(side) for side in sides.values()] == [32, 4, 4]
+    assert len({where for side in sides.values() for where in side}) == 40
+    assert sides["test"] == other["test"], "no seed chooses on what another one is tested with"
+    assert sides["validation"] != other["validation"]
     with pytest.raises(LabError, match="--validation-fraction"):
-        training_and_validation(DataOptions(data=str(file), validation_fraction=0.001), 3)
+        splits(DataOptions(data=str(file), validation_fraction=0.001), 3)
 
 
 def test_normalisation_can_be_switched_off(tmp_path: Path) -> None:
