@@ -71,7 +71,9 @@ SHOWN = 15  # answers before the fold: with a column for each method the rows ar
 def compare(config: CompareConfig) -> None:
     """Plans the runs, does those that are missing, and writes the report."""
     planned = plan(config)
-    files = (config.data.data, config.data.validation_data, config.data.test_data, config.data.plain_text)
+    data = config.data
+    mixed = [entry.rpartition(":")[0] for entry in data.mix]
+    files = (data.data, data.validation_data, data.test_data, data.plain_text, *mixed)
     folder = comparison_folder(f"compare-{path_name(config.model.model)}", config, files)
     start_server(config.comparison.launch, [COMMAND])
     check_plan(planned)

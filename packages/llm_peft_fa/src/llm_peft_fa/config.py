@@ -318,7 +318,7 @@ class InspectConfig:
     """Says what is in a model (parts, what a method would train, base or instruct) and in a data file.
 
     `python -m llm_peft_fa.inspect --model google/gemma-2-2b --method layers`
-    `python -m llm_peft_fa.inspect --data chats.jsonl`
+    `python -m llm_peft_fa.inspect --data chats.jsonl --bases google/gemma-2-2b google/gemma-2-2b-it`
     """
 
     model: str = "tiny"
@@ -329,6 +329,9 @@ class InspectConfig:
     """Chat template, as in training."""
     thinking: Thinking = "off"
     """Thinking of models that think, as in training."""
+    bases: tuple[str, ...] = ()
+    """Further models (google/gemma-2-2b meta-llama/Llama-3.2-3B, or directories) whose tokens per word of --data are
+    counted."""
     samples: CountOrZero = 5
     """Number of conversations that are shown."""
     output: Path | None = None

@@ -224,10 +224,10 @@ def _fill(parts: Path, tokenizer: PreTrainedTokenizerBase, talks: Sequence[Conve
         try:
             for worker in workers:
                 worker.start()
-            while any(worker.is_alive() for worker in workers):
+            working = True
+            while working:
                 time.sleep(0.05)
-                if any(worker.exitcode for worker in workers):
-                    break
+                working = any(one.is_alive() for one in workers) and not any(one.exitcode for one in workers)
                 while line.done < len(chunks) - sum(not _part(parts, first).exists() for first in missing):
                     line.advance()
         finally:
