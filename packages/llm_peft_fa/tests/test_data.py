@@ -201,7 +201,7 @@ def test_files_of_a_split_are_held_out_and_halved_where_there_is_no_test(tmp_pat
 def test_generated_tasks_are_tested_with_others_than_they_are_validated_with() -> None:
     found = {name: set(side) for name, side in sides_of(conversations=50).items()}
     assert not found["validation"] & found["test"]
-    assert len(found["validation"]) == len(found["test"]) == 150
+    assert min(len(found["validation"]), len(found["test"])) > 100
 
 
 def test_equal_conversations_are_on_one_side(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_a_table_holds_the_rows_of_its_conversations_in_their_order(
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
     # A template that shows thinking in the last answer alone: each answer is a row of its own.
     tokenizer.chat_template = (
-        "{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ '=' if loop.last else '' }}{{ m['content'] }}"
+        "{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ '=' if loop.last and m['role'] == 'assistant' else '' }}{{ m['content'] }}"
         "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>assistant\n={% endif %}"
     )
     made = talks()

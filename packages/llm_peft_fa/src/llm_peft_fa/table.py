@@ -206,7 +206,8 @@ def _sum(talks: Sequence[Conversation]) -> str:
 def _fill(parts: Path, tokenizer: PreTrainedTokenizerBase, talks: Sequence[Conversation], chunks: range) -> None:
     """Tokenizes the chunks that an earlier process, which was killed, did not."""
     missing = [first for first in chunks if not _part(parts, first).exists()]
-    count = min(len(missing), len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(len(missing), cores)
     with ProgressLine(
         f"tokenizing, {CHUNK:,} conversations", len(chunks), len(chunks) - len(missing), shown=len(missing) > 4
     ) as line:
