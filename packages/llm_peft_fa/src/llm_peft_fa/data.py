@@ -276,7 +276,7 @@ def _write_chats(
 ) -> None:
     """Reads the source row by row into chats.jsonl, with where each line begins and a hash of its messages."""
     reading, starts, hashes, total = Reading(source), [0], [], 0
-    summed = hashlib.sha256()
+    summed, to_json = hashlib.sha256(), json.JSONEncoder(ensure_ascii=False).encode
     with (folder / "chats.jsonl").open("wb") as out, ProgressLine(f"reading {source}, thousand rows", None) as line:
         for total, (where, row) in enumerate(sources.rows(source, split, options.streaming), 1):
             try:
@@ -290,11 +290,11 @@ def _write_chats(
                 messages = spelling.in_one_spelling(messages)
             short = len(messages[-1]["content"].split()) <= SHORT_ANSWER
             kept = Conversation(messages, where, bool(row.get("verifiable", short)))
-            content = json.dumps(vars(kept), ensure_ascii=False).encode()
+            content = to_json(vars(kept)).encode() + b"\n"
             out.write(content)
             starts.append(starts[-1] + len(content))
-            said = json.dumps(messages, ensure_ascii=False).encode()
-            hashes.append(int.from_bytes(hashlib.blake2b(said, digest_size=8).digest()))
+            said = "\0".join(text for message in messages for text in message.values())
+            hashes.append(int.from_bytes(hashlib.blake2b(said.encode(), digest_size=8).digest()))
             summed.update(content)
             if len(hashes) == limit:
                 break

@@ -26,14 +26,14 @@ LETTERS = {
     **{"\u00a0": " ", "\u200b": "", "\ufeff": "", "\u00ad": "", "\u0640": ""},
 }
 ALSO_ARABIC = "".join(letter for letter in LETTERS if letter not in "\u00a0\u200b\ufeff\u00ad")
-TABLE = str.maketrans(LETTERS)
 # Yeh and kaf are no signs of Arabic: half of the Persian on the web is typed with them.
-ARABIC = re.compile(
-    r"[ةأإ]|\b(?:[وفبل]?(?:في|على|الى|هذا|هذه|ذلك|التي|الذي|الذين|كان|كانت|عن|لم|هو|هي|قال|الله|عليه)|من|ال\w{4,})\b"
+ARABIC = frozenset(
+    ["في", "على", "الى", "هذا", "هذه", "ذلك", "التي", "الذي", "كان", "كانت", "عن", "لم", "هو", "هي", "قال", "من"]
 )
-PERSIAN = re.compile(
-    "[پچژگکی]|\\b(?:است|این|که|را|از|به|در|های|ها|با|برای|آن|شد|شده|بود|شود|تا|چه|یا|اين|مي|هاي|براي|يك|كه|نيست|كرد|يا)\\b"
-)
+PERSIAN = frozenset([
+    "است", "این", "که", "را", "از", "به", "در", "های", "ها", "با", "برای", "آن", "شد", "شده", "بود", "شود", "تا", "چه",
+    "یا", "اين", "مي", "هاي", "براي", "يك", "كه", "نيست", "كرد",
+])  # fmt: skip
 # A non-joiner does nothing beside a space, a line's end or another one. The pattern begins with the letter: searching
 # for that alone is ten times as fast.
 IDLE_NON_JOINER = re.compile("\u200c(?:(?<=\\A\u200c)|(?<=[\\s\u200c]\u200c)|(?=\u200c*(?:\\s|\\Z)))")
@@ -47,17 +47,24 @@ def normalise(text: str, row: str | None = None) -> str:
     if any(letter in text for letter in LETTERS):
         if any(letter in text for letter in ALSO_ARABIC):
             text = "\n".join(
-                line if is_arabic(line, text if row is None else row) else line.translate(TABLE)
-                for line in text.split("\n")
+                line if is_arabic(line, text if row is None else row) else _replaced(line) for line in text.split("\n")
             )
         else:
-            text = text.translate(TABLE)
+            text = _replaced(text)
     return IDLE_NON_JOINER.sub("", text) if "\u200c" in text else text
+
+
+def _replaced(text: str) -> str:
+    for letter, becomes in LETTERS.items():  # five times as fast as str.translate, which looks each letter up
+        text = text.replace(letter, becomes)
+    return text
 
 
 def is_arabic(text: str, row: str = "") -> bool:
     """Tells whether a text is Arabic and not Persian; of one that does not show it, whether the `row` is."""
-    signs = len(ARABIC.findall(text)) - len(PERSIAN.findall(text))
+    words = set(text.split())
+    signs = text.count(" ال") + sum(map(text.count, "ةأإ")) + len(ARABIC & words)
+    signs -= sum(map(text.count, "پچژگکی")) + len(PERSIAN & words)
     return is_arabic(row) if row and not signs else signs > 0
 
 
