@@ -284,7 +284,7 @@ def _write(parts: Path, first: int, tokenizer: PreTrainedTokenizerBase, talks: S
                 found["where_lengths"].append(len(where))
     for name in ("tokens", "where"):
         found[name] = [np.concatenate(found[name])]
-    content = {name: np.ravel(np.array(values, COLUMNS[name])) for name, values in found.items()}
+    content: dict[str, Any] = {name: np.ravel(np.array(values, COLUMNS[name])) for name, values in found.items()}
     part = _part(parts, first)
     with part.with_suffix(".new").open("wb") as file:
         np.savez(file, **content)
