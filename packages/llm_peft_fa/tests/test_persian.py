@@ -2,7 +2,6 @@ import re
 
 import pytest
 
-from llm_peft_fa.data import normalise
 from llm_peft_fa.persian import (
     MONTHS,
     TASKS,
@@ -15,6 +14,7 @@ from llm_peft_fa.persian import (
     plain_text,
     questions,
 )
+from llm_peft_fa.spelling import normalise
 
 pytestmark = pytest.mark.quick
 

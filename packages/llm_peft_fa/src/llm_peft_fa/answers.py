@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 from labs_common.progress import tracked
 from llm_peft_fa.base import stop_ids
 from llm_peft_fa.config import GenerationOptions
-from llm_peft_fa.data import Message, Reading, normalise, text_lines
+from llm_peft_fa.data import Reading, text_lines
 from llm_peft_fa.model import Adapted, arithmetic, base_of, virtual_tokens
+from llm_peft_fa.spelling import Message, normalise
 from llm_peft_fa.templates import encode_prompt
 
 Scores = dict[str, float]
@@ -54,9 +55,11 @@ def collected_prompts(reading: Reading, options: GenerationOptions, seed: int) -
     own: list[Prompt] = []
     if options.prompts is not None:
         lines = text_lines("--prompts", options.prompts, "a prompt")
-        own = [Prompt([{"role": "user", "content": line}]) for line in lines]
+        spelt = [normalise(line) if reading.normalised else line for line in lines]
+        own = [Prompt([{"role": "user", "content": line}]) for line in spelt]
     count = min(options.test_prompts, len(reading.conversations))
-    picked = random.Random(f"prompts {seed}").sample(reading.conversations, count)
+    places = random.Random(f"prompts {seed}").sample(range(len(reading.conversations)), count)
+    picked = [reading.conversations[place] for place in places]
     return own + [Prompt(item.messages[:-1], item.messages[-1]["content"], item.verifiable) for item in picked]
 
 

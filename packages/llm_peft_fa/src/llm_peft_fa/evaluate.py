@@ -29,12 +29,12 @@ from labs_common.run import Run, write_atomically
 from llm_peft_fa.answers import BeforeAndAfter, before_and_after, collected_prompts
 from llm_peft_fa.base import load_tokenizer
 from llm_peft_fa.config import EvaluateConfig, TrainConfig
-from llm_peft_fa.data import Reading, read_conversations, training_and_validation
+from llm_peft_fa.data import Reading, read_conversations, splits
 from llm_peft_fa.model import Adapted, PackedCausalLM, arithmetic, base_of, mean_loss, rope_boundary, virtual_tokens
 from llm_peft_fa.packing import Packing
 from llm_peft_fa.report import answers_section, numbers_section, saved_answers
 from llm_peft_fa.saved import Subject, plain_base, subject_of
-from llm_peft_fa.templates import Encoded, encode_all
+from llm_peft_fa.table import Rows, encode_all
 from llm_peft_fa.verification import like_prompt, settle
 
 JUDGE_COLUMNS = ("number", "prompt", "answer A", "answer B", "better (A, B or =)")
@@ -50,12 +50,12 @@ def evaluate(config: EvaluateConfig) -> None:
         check_judge_file(config.judge_file, base)
     output = new_folder(config.output, _own_folder(config, subject))
     seed = subject.trained.run.seed if subject.trained is not None else config.seed
-    reading = _reading(config, subject)
+    reading, held_out = _readings(config, subject)
     prompts = collected_prompts(reading, config.generation, seed)
     accelerator = Accelerator()
     tokenizer = load_tokenizer(subject.tokenizer, config.template)
     tuned = subject.load()
-    encoded = encode_all(tokenizer, reading, config.max_length, "skip")
+    encoded = encode_all(tokenizer, held_out, config.max_length, "skip")
     losses = {"after": loss_of(tuned, encoded, accelerator)}
 
     @contextmanager
@@ -89,7 +89,7 @@ def evaluate(config: EvaluateConfig) -> None:
     print(f"report: {path}")
 
 
-def loss_of(model: Adapted, encoded: list[Encoded], accelerator: Accelerator, adapted: bool = True) -> float | None:
+def loss_of(model: Adapted, encoded: Rows, accelerator: Accelerator, adapted: bool = True) -> float | None:
     """Averages the loss, in nats, over the learnt tokens; None for an architecture that computes something unknown.
 
     `adapted=False` is the base inside a model whose adapter is switched off.
@@ -144,12 +144,14 @@ def write_judge_file(file: Path, both: BeforeAndAfter, tuned: str, seed: int) ->
     write_atomically(file.with_name(f"{file.name}.key.json"), json.dumps(key, indent=1) + "\n")
 
 
-def _reading(config: EvaluateConfig, subject: Subject) -> Reading:
-    """Reads --data, or the validation data of the run, or the generated tasks that are held out."""
+def _readings(config: EvaluateConfig, subject: Subject) -> tuple[Reading, Reading]:
+    """Reads what prompts are taken from and what the loss is of: --data, or test and validation of the run or tasks."""
     if config.reading.data is not None:
-        return read_conversations(config.reading.data, config.reading.split, config.reading)
+        reading = read_conversations(config.reading.data, config.reading.split, config.reading)
+        return reading, reading
     trained = subject.trained or TrainConfig()
-    return training_and_validation(trained.data, trained.run.seed)[1]
+    found = splits(trained.data, trained.run.seed)
+    return found["test"], found["validation"]
 
 
 def _own_folder(config: EvaluateConfig, subject: Subject) -> Path:
