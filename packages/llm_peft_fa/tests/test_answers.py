@@ -24,6 +24,10 @@ from llm_peft_fa.metrics import Prompt
 from llm_peft_fa.saved import plain_base
 from llm_peft_fa.templates import encode_prompt
 
+TEXTS = {
+    language: (Path(general_text.__file__).parent / f"general_{language.lower()}.txt").read_text("utf-8").splitlines()
+    for language in ("Persian", "English")
+}
 QUESTION = [{"role": "user", "content": "پایتخت ایران کجاست؟"}]
 
 
@@ -93,30 +97,49 @@ def test_answers_are_as_long_as_those_of_the_data(llama_dir: Path) -> None:
     assert answer_limit(tokenizer, [of(200)], GenerationOptions(max_new_tokens=7)) == 7
 
 
-@pytest.mark.parametrize("method", ["lora", "prompt_tuning", "prefix_tuning"])
+@pytest.fixture(scope="module")
+def read_dir(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that predicts everyday text better than by chance, after a few steps on it."""
+    folder = tmp_path_factory.mktemp("read")
+    tokenizer, model = load_tokenizer(str(llama_dir)), AutoModelForCausalLM.from_pretrained(llama_dir)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for line in TEXTS["Persian"][:4] + TEXTS["English"][:4]:
+        ids = torch.tensor([tokenizer(line, add_special_tokens=False).input_ids])
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(ids, labels=ids).loss.backward()
+            optimizer.step()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix_tuning"])
 def test_an_instruct_model_answers_beside_the_others_and_text_is_measured(
-    llama_dir: Path, gemma_dir: Path, method: str
+    read_dir: Path, gemma_dir: Path, method: str
 ) -> None:
     torch.manual_seed(0)
-    tokenizer = load_tokenizer(str(llama_dir))
+    tokenizer = load_tokenizer(str(read_dir))
     options = {"virtual_tokens": 5, "prompt_init": "random"} if method != "lora" else {"rank": 2}
     model = apply_method(
-        load_model(str(llama_dir)), resolved(MethodOptions(method=method, **options)), Setting(tokenizer, 5)
+        load_model(str(read_dir)), resolved(MethodOptions(method=method, **options)), Setting(tokenizer, 5)
     )
     for name, weight in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(weight)
+            torch.nn.init.normal_(weight, std=1e-3)
     prompts = [Prompt(QUESTION, "تهران", True), Prompt([{"role": "user", "content": "مخالف شب چیست؟"}], "روز", True)]
     asked = GenerationOptions(max_new_tokens=3, also_instruct=str(gemma_dir))
-    both = before_and_after(model, plain_base(model, str(llama_dir)), tokenizer, prompts, asked, Accelerator(cpu=True))
+    both = before_and_after(model, plain_base(model, str(read_dir)), tokenizer, prompts, asked, Accelerator(cpu=True))
     assert list(both.said) == ["before", "instruct", "after"]
     alone = {side: answers(load_model(str(folder)), load_tokenizer(str(folder)), prompts, asked, Accelerator(cpu=True))
-             for side, folder in (("before", llama_dir), ("instruct", gemma_dir))}  # fmt: skip
+             for side, folder in (("before", read_dir), ("instruct", gemma_dir))}  # fmt: skip
     assert {side: both.said[side] for side in alone} == alone
-    for side, folder in (("before", llama_dir), ("instruct", gemma_dir)):
+    for side, folder in (("before", read_dir), ("instruct", gemma_dir)):
         assert text_losses(folder) == pytest.approx(
             {name: value for name, value in both.scores[side].items() if "text loss" in name}, rel=1e-4
         )
+    assert {"Persian text loss", "English text loss"} <= both.scores["before"].keys()
+    assert "Persian text loss" not in both.scores["instruct"], "it is random: no better than chance"
     assert both.scores["after"]["Persian text loss"] != both.scores["before"]["Persian text loss"]
     assert set(both.kinds["after"]) == {"capital", "opposite"}
 
@@ -128,12 +151,12 @@ def text_losses(folder: Path) -> dict[str, float]:
         AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager"),
     )
     found = {}
-    for language in ("persian", "english"):
+    for language, lines in TEXTS.items():
         total, count = 0.0, 0
-        for line in (Path(general_text.__file__).parent / f"general_{language}.txt").read_text().splitlines():
+        for line in lines:
             ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(line, add_special_tokens=False).input_ids]])
             total += float(model(ids, labels=ids).loss.detach()) * (ids.shape[1] - 1)
             count += ids.shape[1] - 1
         if total / count < np.log(model.config.vocab_size):
-            found[f"{language.capitalize()} text loss"] = total / count
+            found[f"{language} text loss"] = total / count
     return found

@@ -77,7 +77,7 @@ def test_any_model_is_measured_alone_or_beside_another(llama_dir: Path, data: Pa
         (("--model", "{model}", "--judge-file", "x.csv"), "--judge-file"),
         (("--model", "{model}", "--base", "{model}", "--judge-file", "missing/x.csv"), "--judge-file"),
         (("--model", "{model}", "--also-instruct", "{nothing}"), "{nothing}"),
-        (("--model", "{model}", "--lm-eval", "no-such-task"), "--lm-eval"),
+        (("--model", "{model}", "--lm-eval", "missing.yaml"), "--lm-eval"),
         (("--checkpoint", "{nothing}"), "--checkpoint"),
         (("--run", "{nothing}"), "--checkpoint"),
     ],
@@ -115,6 +115,7 @@ def test_a_saved_result_is_named_as_before_too(adapter: Path, tmp_path: Path) ->
     assert len(said) == 1
 
 
+@pytest.mark.long
 def test_a_task_of_the_harness_sees_the_adapter(adapter: Path, llama_dir: Path, data: Path, tmp_path: Path) -> None:
     """One of the user's own; perplexity of its text as transformers and PEFT compute it, without and with the prefix."""
     pytest.importorskip("lm_eval", reason="needs the extra llm-peft-fa[lm-eval]")

@@ -29,7 +29,7 @@ def table(tmp_path: Path) -> Path:
 @pytest.fixture
 def address(table: Path) -> Iterator[str]:
     with page_of(table, 0) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
@@ -83,20 +83,21 @@ def test_what_another_site_or_a_broken_form_asks_is_refused(
     assert ratings(table) == [""] * 20
 
 
-def rated(table: Path, won: int, lost: int, equal: int) -> None:
-    """Rates the first pairs, as a spreadsheet in Persian saves it: with semicolons and lower case."""
+def rated(table: Path, *better: str) -> None:
+    """Rates the first pairs by names, as a spreadsheet in Persian saves it: with semicolons and in lower case."""
     key = json.loads((table.parent / "to_rate.csv.key.json").read_text())
-    with table.open(encoding="utf-8-sig", newline="") as stream:
-        rows = list(csv.reader(stream))
-    wanted = ["tuned"] * won + ["base"] * lost + ["="] * equal
-    for row, sides, better in zip(rows[1:], key, wanted, strict=False):
-        row[4] = better if better == "=" else next(side.lower() for side in "AB" if sides[side] == better)
+    text = table.read_text(encoding="utf-8-sig")
+    rows = list(csv.reader(text.splitlines(), delimiter=";" if ";" in text else ","))
+    for row in rows[1:]:
+        row[4] = ""
+    for row, sides, name in zip(rows[1:], key, better, strict=False):
+        row[4] = next((side.lower() for side in "AB" if sides[side] == name), name)
     with table.open("w", encoding="utf-8", newline="") as stream:
         csv.writer(stream, delimiter=";").writerows(rows)
 
 
 def test_ratings_are_read(table: Path) -> None:
-    rated(table, 12, 3, 2)
+    rated(table, *["tuned"] * 12, *["base"] * 3, "=", "=")
     done = here("rate", table, "--read-ratings")
     found = json.loads((table.parent / "to_rate.csv.ratings.json").read_text())
     assert {name: found[name] for name in ("rated", "won", "lost", "equal")} == {
@@ -108,9 +109,9 @@ def test_ratings_are_read(table: Path) -> None:
     assert found["win rate"] == 0.8
     assert "tuned better 12 times" in done.stdout
     assert "the two differ" in done.stdout
-    rated(table, 5, 3, 0)
+    rated(table, *["tuned"] * 5, *["base"] * 3)
     assert "cannot be told apart" in here("rate", table, "--read-ratings").stdout
-    rated(table, 0, 0, 20)
+    rated(table, *["="] * 20)
     assert "None was decided" in here("rate", table, "--read-ratings").stdout
 
 
@@ -123,21 +124,23 @@ def test_interval_and_test_are_those_of_scipy(won: int, of: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("break_it", "said"),
+    ("better", "spoiled", "with_text", "said"),
     [
-        (lambda table: table.unlink(), "to_rate.csv: cannot be read"),
-        (lambda table: table.write_text("a,b\n1,2\n"), "is not a table to rate"),
-        (lambda table: table.write_text(table.read_text().replace('0,"', "0").replace(",\n", ",maybe\n", 1)), "'MAYBE'"),
-        (lambda table: (table.parent / "to_rate.csv.key.json").unlink(), "key.json: cannot be read"),
-        (lambda table: (table.parent / "to_rate.csv.key.json").write_text("[]"), "is not the key of"),
-        (lambda table: None, "nothing is rated yet"),
+        (["tuned"], "", "a,b\n1,2\n", "to_rate.csv: is not a table to rate"),
+        (["tuned"], "", None, "to_rate.csv: cannot be read"),
+        (["tuned", "maybe"], "", "", "pair 2 is rated 'MAYBE'"),
+        (["tuned"], ".key.json", None, "key.json: cannot be read"),
+        (["tuned"], ".key.json", "[]", "is not the key of"),
+        ([], "", "", "nothing is rated yet"),
     ],
-)  # fmt: skip
-def test_bad_input_is_one_line(break_it: object, said: str, table: Path) -> None:
-    if said not in ("nothing is rated yet",):
-        rated(table, 1, 0, 0)
-    assert callable(break_it)
-    break_it(table)
+)
+def test_bad_input_is_one_line(better: list[str], spoiled: str, with_text: str | None, said: str, table: Path) -> None:
+    rated(table, *better)
+    file = table.with_name(f"to_rate.csv{spoiled}")
+    if with_text is None:
+        file.unlink()
+    elif with_text:
+        file.write_text(with_text)
     done = here("rate", table, "--read-ratings", code=2)
     assert said in done.stderr
     assert len(done.errors) == 1

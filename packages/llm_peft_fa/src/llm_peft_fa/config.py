@@ -250,7 +250,7 @@ class RateConfig:
     `python -m llm_peft_fa.rate to_rate.csv --read-ratings` says who won.
     """
 
-    file: tyro.conf.Positional[Path]
+    file: tyro.conf.Positional[Path] = Path("to_rate.csv")
     """The table that llm_peft_fa.evaluate --judge-file wrote; ratings made in a spreadsheet count too."""
     read_ratings: bool = False
     """Say how often which model was better, with a confidence interval and a test, in the place of the page."""

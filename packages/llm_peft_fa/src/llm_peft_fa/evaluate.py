@@ -56,7 +56,7 @@ def evaluate(config: EvaluateConfig) -> None:
         if base is None:
             raise LabError("--judge-file: needs two models to compare; name a run, an adapter, or a --base")
         check_judge_file(config.judge_file)
-    tasks = harness_tasks(config.lm_eval, accelerator)
+    tasks, manager = harness_tasks(config.lm_eval, accelerator)
     check_instruct(config.generation, subject.base, accelerator.is_main_process)
     output = new_folder(config.output, _own_folder(config, subject))
     seed = subject.trained.run.seed if subject.trained is not None else config.seed
@@ -68,14 +68,14 @@ def evaluate(config: EvaluateConfig) -> None:
     losses = {"after": loss_of(tuned, encoded, accelerator)}
     harness: dict[str, Harness] = {}
     if tasks:
-        harness["after"] = harness_scores(tuned, tokenizer, tasks, config)
+        harness["after"] = harness_scores(tuned, tokenizer, tasks, manager, config)
 
     @contextmanager
     def measured_base(base: str) -> Iterator[Adapted]:
         with plain_base(tuned, base) as model:
             losses["before"] = loss_of(model, encoded, accelerator, adapted=False)
             if tasks:
-                harness["before"] = harness_scores(model, tokenizer, tasks, config)
+                harness["before"] = harness_scores(model, tokenizer, tasks, manager, config)
             yield model
 
     before = None if base is None else measured_base(base)
@@ -127,14 +127,14 @@ def loss_of(model: Adapted, encoded: list[Encoded], accelerator: Accelerator, ad
         return mean_loss(PackedCausalLM(subject), packing.rows(encoded), accelerator)
 
 
-def harness_tasks(asked: str | None, accelerator: Accelerator) -> list[str]:
-    """Lists the tasks of --lm-eval, if there are any.
+def harness_tasks(asked: str | None, accelerator: Accelerator) -> tuple[list[str], Any]:
+    """Lists the tasks of --lm-eval, if there are any, with the harness's manager that knows them.
 
     Raises:
         LabError: lm-evaluation-harness is not installed or has no such task, or there are several processes.
     """
     if asked is None:
-        return []
+        return [], None
     if importlib.util.find_spec("lm_eval") is None:
         raise LabError("--lm-eval: needs lm-evaluation-harness; install the extra llm-peft-fa[lm-eval]")
     if accelerator.num_processes > 1:
@@ -143,15 +143,19 @@ def harness_tasks(asked: str | None, accelerator: Accelerator) -> list[str]:
 
     named = [name.strip() for name in asked.split(",") if name.strip()]
     tasks = [task for name in named for task in (PERSIAN_TASKS if name == "persian" else (name,))]
-    known = set(TaskManager().all_tasks)
-    if unknown := [task for task in tasks if task not in known and not Path(task).is_file()]:
+    own = [task for task in tasks if task.endswith(".yaml")]
+    unknown = [task for task in own if not Path(task).is_file()]
+    if not unknown:  # reading the 14,000 that it ships takes a while
+        manager = TaskManager(include_defaults=own != tasks)
+        unknown = [task for task in tasks if task not in own and task not in manager.all_tasks]
+    if unknown or not tasks:
         raise LabError(f"--lm-eval {asked}: no task {', '.join(unknown)}; `lm-eval ls tasks` lists them; one of your "
                        "own is named by its .yaml file")  # fmt: skip
-    return tasks
+    return tasks, manager
 
 
 def harness_scores(
-    model: Adapted, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], config: EvaluateConfig
+    model: Adapted, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], manager: Any, config: EvaluateConfig
 ) -> Harness:
     """Measures a loaded model, adapter and soft prompt included, by lm-evaluation-harness, without a chat template.
 
@@ -165,8 +169,9 @@ def harness_scores(
         with arithmetic(base_of(model)):
             measured = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.generation.generation_batch)
             found = simple_evaluate(
-                measured, tasks=[*tasks], limit=config.lm_eval_limit, bootstrap_iters=1000, log_samples=False
-            )
+                measured, tasks=[*tasks], task_manager=manager, limit=config.lm_eval_limit, bootstrap_iters=1000,
+                log_samples=False,
+            )  # fmt: skip
     except Exception as error:  # of the network, of data sets, of each task's own code
         raise LabError(f"--lm-eval {config.lm_eval}: failed ({reason_of(error)})") from error
     return {

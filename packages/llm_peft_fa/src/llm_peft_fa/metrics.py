@@ -22,6 +22,7 @@ REFUSAL = re.compile(
     re.IGNORECASE,
 )
 REFUSED_WITHIN = 120  # characters: later in an answer such words are mostly part of it
+ASKED_WITHIN = 200  # characters of either end: what stands between is the text that is asked about
 
 # Kinds of questions, by the first rule that fits; in Persian and in English.
 KINDS = {
@@ -147,8 +148,9 @@ def kind_of(question: str) -> str:
     """Names the kind of a question: the task of a generated one; else by rules, the first of KINDS that fits."""
     if (task := task_of(question)) is not None:
         return task
+    ends = question if len(question) <= 2 * ASKED_WITHIN else f"{question[:ASKED_WITHIN]}\n{question[-ASKED_WITHIN:]}"
     for kind, rule in KINDS.items():
-        if re.search(rule, question, re.IGNORECASE):
+        if re.search(rule, ends, re.IGNORECASE):
             return kind
     return "other"
 

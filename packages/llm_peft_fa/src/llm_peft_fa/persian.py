@@ -8,7 +8,6 @@ the methods' defaults were chosen with the former in sight; the latter were draw
 """
 
 import random
-import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -111,10 +110,19 @@ def number_words(number: int) -> str:
 
 
 def part_of(task: str, fields: dict[str, str]) -> Part:
-    """Tells what an item is for: a fixed fifth for validation, a quarter of the rest for the test, on every machine."""
-    if zlib.crc32(f"{task} {sorted(fields.items())}".encode()) % 5 == 0:
-        return "validation"
-    return "test" if zlib.crc32(f"test {TEST_SEED} {task} {sorted(fields.items())}".encode()) % 4 == 0 else "training"
+    """Tells what an item is for, the same on every machine: validation and test are about a fifth each."""
+    return _parts(task)[str(sorted(fields.items()))]
+
+
+@cache
+def _parts(task: str) -> dict[str, Part]:
+    found: dict[str, Part] = {}
+    for fields, _ in TASKS[task].items:
+        name = str(sorted(fields.items()))
+        found[name] = "validation" if zlib.crc32(f"{task} {name}".encode()) % 5 == 0 else "training"
+    rest = [name for name, part in found.items() if part == "training"]
+    rest.sort(key=lambda name: zlib.crc32(f"test {TEST_SEED} {task} {name}".encode()))
+    return found | dict.fromkeys(rest[: max(1, round(len(found) / 5))], "test")
 
 
 def questions(count: int, seed: int) -> Iterator[Question]:
@@ -144,15 +152,15 @@ def held_out_questions(seed: int, part: Part = "validation") -> Iterator[Questio
 
 def task_of(question: str) -> str | None:
     """Names the task that asks so; None if no task does."""
-    return next((name for name, asked in _asked() if asked.fullmatch(question)), None)
+    return _askable().get(question)
 
 
 @cache
-def _asked() -> list[tuple[str, re.Pattern[str]]]:
-    """Lists the phrasings of all tasks as patterns, those with the most words of their own first."""
-    found = [(name, text) for name, task in TASKS.items() for text in task.questions]
-    found.sort(key=lambda pair: -len(re.sub(r"\{\w+\}", "", pair[1])))
-    return [(name, re.compile(re.sub(r"\\\{\w+\\\}", ".+", re.escape(text)))) for name, text in found]
+def _askable() -> dict[str, str]:
+    return {
+        text.format(**fields): name
+        for name, task in TASKS.items() for text in task.questions for fields, _ in task.items
+    }  # fmt: skip
 
 
 def conversations(count: int, seed: int) -> Iterator[list[dict[str, str]]]:

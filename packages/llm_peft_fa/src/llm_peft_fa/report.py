@@ -1,5 +1,6 @@
 """The sections of the reports that only this lab has, and what a training prints."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -227,7 +228,9 @@ def finish_report(
         cost.blocks.append(Table(("", ""), [(name, results["cost"][name]) for name in COSTS]))
         exact, summary = "exact match", ""
         if exact in before:
-            summary = f"{exact} {before[exact]:.1%} → {after[exact]:.1%}; "
+            count = sum(prompt.verifiable and prompt.reference is not None for prompt in both.prompts)
+            error = 100 * math.sqrt(after[exact] * (1 - after[exact]) / count)  # of a share, in points
+            summary = f"{exact} {before[exact]:.1%} → {after[exact]:.1%} (± {error:.1f} points) of {count} answers; "
         summary += f"validation loss {losses['validation loss'][0]:.3f} → {losses['validation loss'][1]:.3f}."
         if config.data.data is None:
             summary += f" {OFFLINE}"
