@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import parse_qs, urlparse
 
 from jinja2 import Environment, PackageLoader
@@ -161,7 +161,7 @@ def page_of(file: Path, port: int) -> ThreadingHTTPServer:
 
         def local(self) -> bool:
             """Refuses what another site makes a browser ask: its own name, or a form that stands elsewhere."""
-            names = {f"{name}:{self.server.server_address[1]}" for name in (HOST, "localhost")}
+            names = {f"{name}:{cast(ThreadingHTTPServer, self.server).server_port}" for name in (HOST, "localhost")}
             origin = self.headers.get("Origin")
             if self.headers.get("Host") in names and (origin is None or urlparse(origin).netloc in names):
                 return True
