@@ -70,6 +70,12 @@ BENCHMARKS = [
         Ratio("fine-tuning, tokens/s: TRL, packing, set up for the machine",
               lambda it: _speed(it["llama-small"], "TRL, packing, set up for the machine"), 1.0),
     ]),
+    Benchmark("llm_data.py", "--rows 5000", [
+        Ratio("preparing conversations, rows/s: TRL, dataset_num_proc=2",
+              lambda it: it["TRL"]["seconds"] / it["ours, first"]["seconds"], 2.0),
+        Ratio("memory of it: TRL, dataset_num_proc=2",
+              lambda it: it["ours, first"]["peak"] / it["TRL"]["peak"], 0.5, True),
+    ]),
     Benchmark("llm_methods.py", "--methods lora dora", [
         Ratio("LoRA, tokens/s: a loop that buckets and pads",
               lambda it: _speed(it["llama-small"]["lora"], "padded, whole vocabulary"), 3.5),

@@ -1,5 +1,7 @@
 import json
 import struct
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,10 @@ import pyarrow.parquet
 import pytest
 
 from labs_common.errors import LabError
+from llm_peft_fa import sources
 from llm_peft_fa.config import DataOptions, ReadingOptions
-from llm_peft_fa.data import messages_of, normalise, read_conversations, training_and_validation
+from llm_peft_fa.data import read_conversations, splits
+from llm_peft_fa.sources import UnusableRowError, columns_of, messages_of
 
 EXPECTED = [
     {"role": "system", "content": "س"},
@@ -24,13 +28,35 @@ MESSAGES = {"messages": EXPECTED}
 ALPACA = {"system": "س", "instruction": "پ", "input": "", "output": "ج"}
 
 
-@pytest.mark.parametrize("row", [SHAREGPT, MESSAGES, ALPACA])
+@pytest.mark.parametrize(
+    "row",
+    [
+        SHAREGPT, MESSAGES, ALPACA, {"message": EXPECTED}, {"id": 3, "tags": [], "dialogue": SHAREGPT["conversations"]},
+        {"message": [{"from": turn["role"], "content": turn["content"]} for turn in EXPECTED]},
+        {"talk": {key: [turn[key] for turn in EXPECTED] for key in ("role", "content")}},
+    ],
+)  # fmt: skip
 def test_every_shape_of_row_gives_the_same_messages(row: dict[str, Any]) -> None:
     assert messages_of(row) == EXPECTED
 
 
 def test_alpaca_input_follows_the_instruction() -> None:
     assert messages_of({"instruction": "جمع کن", "input": "۱ و ۲", "output": "۳"})[0]["content"] == "جمع کن\n\n۱ و ۲"
+
+
+def test_columns_can_be_named() -> None:
+    row = {"a": EXPECTED, "b": EXPECTED[1:], "question": "پ", "reply": "ج", "rules": "س"}
+    with pytest.raises(UnusableRowError, match="several columns of turns: a, b; name one"):
+        messages_of(row)
+    named = {"conversations=b": EXPECTED[1:], "prompt=question answer=reply system=rules": EXPECTED,
+             "prompt=question answer=reply": EXPECTED[1:]}  # fmt: skip
+    for option, messages in named.items():
+        assert messages_of(row, columns_of(ReadingOptions(columns=tuple(option.split())))) == messages
+    with pytest.raises(UnusableRowError, match="no column c; it has a, b"):
+        messages_of(row, {"conversations": "c"})
+    for wrong in (("prompt=question",), ("question",), ("reply=answer",), ("answer=",)):
+        with pytest.raises(LabError, match="--columns"):
+            columns_of(ReadingOptions(columns=wrong))
 
 
 def write_all_formats(folder: Path, rows: list[dict[str, Any]]) -> list[Path]:
@@ -127,12 +153,113 @@ def test_validation_is_a_seeded_share(tmp_path: Path) -> None:
     ]
     file.write_text("\n".join(map(json.dumps, rows)))
     options = DataOptions(data=str(file), validation_fraction=0.1)
-    sides = [[c.where for c in reading.conversations] for reading in training_and_validation(options, 3)]
-    assert sides == [[c.where for c in reading.conversations] for reading in training_and_validation(options, 3)]
-    assert (len(sides[0]), len(sides[1])) == (36, 4)
-    assert not set(sides[0]) & set(sides[1])
+    sides, again, other = (
+        {name: [talk.where for talk in reading.conversations] for name, reading in splits(options, seed).items()}
+        for seed in (3, 3, 4)
+    )
+    assert sides == again
+    assert [len(side) for side in sides.values()] == [32, 4, 4]
+    assert len({where for side in sides.values() for where in side}) == 40
+    assert sides["test"] == other["test"], "no seed chooses on what another one is tested with"
+    assert sides["validation"] != other["validation"]
     with pytest.raises(LabError, match="--validation-fraction"):
-        training_and_validation(DataOptions(data=str(file), validation_fraction=0.001), 3)
+        splits(DataOptions(data=str(file), validation_fraction=0.001), 3)
+
+
+def write_chats(file: Path, name: str, count: int) -> str:
+    rows = [
+        {"messages": [{"role": "user", "content": f"{name} {n}"}, {"role": "assistant", "content": "پاسخ"}]}
+        for n in range(count)
+    ]
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return str(file)
+
+
+def sides_of(seed: int = 0, **options: Any) -> dict[str, list[str]]:
+    found = splits(DataOptions(**options), seed)
+    return {name: [talk.messages[0]["content"] for talk in reading.conversations] for name, reading in found.items()}
+
+
+def test_files_of_a_split_are_held_out_and_halved_where_there_is_no_test(tmp_path: Path) -> None:
+    data = str(tmp_path / "data")
+    write_chats(tmp_path / "data" / "train.jsonl", "a", 20)
+    write_chats(tmp_path / "data" / "valid.jsonl", "b", 9)
+    one, other = sides_of(data=data), sides_of(data=data, seed=1)
+    assert one == other, "drawn by hash"
+    assert one["training"] == [f"a {n}" for n in range(20)]
+    assert (len(one["validation"]), len(one["test"])) == (5, 4)
+    assert {*one["validation"], *one["test"]} == {f"b {n}" for n in range(9)}
+    write_chats(tmp_path / "data" / "test.jsonl", "c", 3)
+    assert sides_of(data=data)["test"] == ["c 0", "c 1", "c 2"]
+    assert sides_of(data=data)["validation"] == [f"b {n}" for n in range(9)]
+    assert len(sides_of(data=data, validation_limit=4)["validation"]) == 4
+    named = sides_of(data=data, test_data=write_chats(tmp_path / "d.jsonl", "d", 2))
+    assert named["test"] == ["d 0", "d 1"]
+
+
+def test_generated_tasks_are_tested_with_others_than_they_are_validated_with() -> None:
+    found = {name: set(side) for name, side in sides_of(conversations=50).items()}
+    assert not found["validation"] & found["test"]
+    assert min(len(found["validation"]), len(found["test"])) > 100
+
+
+def test_equal_conversations_are_on_one_side(tmp_path: Path) -> None:
+    file = write_chats(tmp_path / "a.jsonl", "a", 30)
+    Path(file).write_text("\n".join([Path(file).read_text()] * 2))
+    found = sides_of(data=file, validation_fraction=0.2)
+    assert len(found["test"]) == 12
+    assert not set(found["test"]) & {*found["training"], *found["validation"]}
+
+
+def test_data_are_mixed_by_their_shares(tmp_path: Path) -> None:
+    data, more, few = (
+        write_chats(tmp_path / f"{name}.jsonl", name, n) for name, n in (("a", 80), ("b", 60), ("c", 20))
+    )
+    plain, found = sides_of(data=data), sides_of(data=data, mix=(f"{more}:0.3", f"{few}:0.1"))
+    assert (found["validation"], found["test"]) == (plain["validation"], plain["test"])
+    assert Counter(text[0] for text in found["training"]) == {"a": 72, "b": 36, "c": 12}
+    assert len(set(found["training"])) == 120, "nothing is repeated"
+    assert found == sides_of(data=data, mix=(f"{more}:0.3", f"{few}:0.1"))
+    says = {f"{few}:0.5": "needs 72 .* and has 20", few: "SOURCE:SHARE", f"{few}:1.2": "between 0 and 1"}
+    for wrong, said in says.items():
+        with pytest.raises(LabError, match=said):
+            sides_of(data=data, mix=(wrong,))
+    with pytest.raises(LabError, match="nothing for --data"):
+        sides_of(data=data, mix=(f"{more}:0.5", f"{few}:0.5"))
+    with pytest.raises(LabError, match="--mix: needs --data"):
+        sides_of(mix=(f"{more}:0.5",))
+
+
+def test_reading_stops_at_the_limit_and_is_not_done_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = Path(write_chats(tmp_path / "a.jsonl", "a", 30))
+    file.write_text(file.read_text() + "\n{broken")
+    first = read_conversations(str(file), "train", ReadingOptions(limit=7)).conversations
+    assert [talk.messages[0]["content"] for talk in first] == [f"a {n}" for n in range(7)]
+    rows = sources.rows
+    monkeypatch.setattr(sources, "rows", None)
+    assert list(read_conversations(str(file), "train", ReadingOptions(limit=7)).conversations) == list(first)
+    monkeypatch.setattr(sources, "rows", rows)
+    write_chats(file, "b", 30)
+    changed = read_conversations(str(file), "train", ReadingOptions(limit=7)).conversations
+    assert changed[0].messages[0]["content"] == "b 0"
+
+
+def test_a_dataset_is_streamed_as_far_as_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(source: str, split: str, streaming: bool) -> Iterator[dict[str, Any]]:
+        assert (source, split, streaming) == ("someone/chats", "train", True)
+        for number in range(10**6):
+            asked.append(number)
+            yield {"message": EXPECTED}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    options = ReadingOptions(streaming=True, limit=5)
+    for _ in range(2):  # the second time what was read is there
+        found = read_conversations("someone/chats", "train", options).conversations
+        assert [talk.messages for talk in found] == [EXPECTED] * 5
+    assert asked == list(range(5))
 
 
 def test_normalisation_can_be_switched_off(tmp_path: Path) -> None:
@@ -154,27 +281,6 @@ def test_real_persian_conversations(real_chats: Path) -> None:
         "user",
         "assistant",
     }
-
-
-@pytest.mark.parametrize(
-    ("written", "becomes"),
-    [
-        ("علي و كتاب و موسى", "علی و کتاب و موسی"),
-        ("٠١٢٣٤٥٦٧٨٩ ۰۱۲ 012", "۰۱۲۳۴۵۶۷۸۹ ۰۱۲ 012"),
-        ("می\u200cروم", "می\u200cروم"),
-        ("می\u200c\u200c\u200cروم", "می\u200cروم"),
-        ("می\u200c روم", "می روم"),
-        ("می \u200cروم", "می روم"),
-        ("\u200cسلام\u200c\n\u200cسلام", "سلام\nسلام"),
-        ("کتـــاب", "کتاب"),
-        ("سلام\u00a0بر\ufeff تو", "سلام بر تو"),
-        ("مُحَمَّد؛ خانهٔ ما؟", "مُحَمَّد؛ خانهٔ ما؟"),
-        ("print(x[0])  # 3.14", "print(x[0])  # 3.14"),
-    ],
-)
-def test_one_spelling(written: str, becomes: str) -> None:
-    assert normalise(written) == becomes
-    assert normalise(becomes) == becomes
 
 
 def test_rows_that_are_broken_in_other_ways_than_json_are_counted(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from llm_peft_fa.data import Conversation, Reading
 from llm_peft_fa.methods import complete
 from llm_peft_fa.plan import Plan
 from llm_peft_fa.report import print_first_screen
-from llm_peft_fa.templates import encode_all
+from llm_peft_fa.table import encode_all
 
 pytestmark = pytest.mark.quick
 

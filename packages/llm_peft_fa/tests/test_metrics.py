@@ -3,7 +3,7 @@
 import pytest
 import sacrebleu
 
-from llm_peft_fa.metrics import Answer, Prompt, kind_of, language, refuses, scores, scores_by_kind
+from llm_peft_fa.metrics import Answer, Prompt, language, refuses, scores, scores_by_kind, task_or_kind
 
 pytestmark = pytest.mark.quick
 QUESTION = [{"role": "user", "content": "پایتخت ایران کجاست؟"}]
@@ -82,16 +82,10 @@ def test_refusals(answer: str, refused: bool) -> None:
 
 @pytest.mark.parametrize(
     ("question", "kind"),
-    [
-        ("این جمله را به انگلیسی ترجمه کن: سلام", "translation"), ("متن زیر را خلاصه کن", "summary"),
-        ("آیا زمین گرد است؟", "yes or no"), ("چرا آسمان آبی است؟", "explanation"), ("سلام", "other"),
-        ("۵ سیب داریم و ۲ تا خوردیم. چند سیب مانده است؟", "arithmetic"), ("نویسنده بوف کور کیست؟", "fact"),
-        ("کدام درست است؟\nالف) یک\nب) دو", "choice"), ("Why is the sky blue?", "explanation"),
-        ("پایتخت ایران کجاست؟", "capital"), ("جمع کتاب را بنویس.", "plural"),
-    ],
-)  # fmt: skip
-def test_kinds(question: str, kind: str) -> None:
-    assert kind_of(question) == kind
+    [("پایتخت ایران کجاست؟", "capital"), ("جمع کتاب را بنویس.", "plural"), ("چرا آسمان آبی است؟", "why")],
+)
+def test_a_generated_question_is_of_its_task(question: str, kind: str) -> None:
+    assert task_or_kind(question) == kind
 
 
 def test_each_kind_has_its_scores() -> None:

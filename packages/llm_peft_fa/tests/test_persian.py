@@ -2,7 +2,6 @@ import re
 
 import pytest
 
-from llm_peft_fa.data import normalise
 from llm_peft_fa.persian import (
     MONTHS,
     TASKS,
@@ -16,6 +15,7 @@ from llm_peft_fa.persian import (
     questions,
     task_of,
 )
+from llm_peft_fa.spelling import normalise
 
 pytestmark = pytest.mark.quick
 

@@ -12,17 +12,16 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from labs_common.errors import LabError
 from llm_peft_fa.base import load_tokenizer
 from llm_peft_fa.config import ReadingOptions
-from llm_peft_fa.data import Conversation, Message, Reading, read_conversations
+from llm_peft_fa.data import Conversation, Reading, read_conversations
 from llm_peft_fa.report import show_learnt
+from llm_peft_fa.spelling import Message
+from llm_peft_fa.table import check_before_training, encode_all, text_sum
 from llm_peft_fa.templates import (
     Encoded,
-    check_before_training,
     encode,
-    encode_all,
     encode_prompt,
     set_template,
     stands_alone,
-    text_sum,
 )
 
 pytestmark = pytest.mark.quick
@@ -118,20 +117,20 @@ def test_troubles_are_caught_before_training(gemma_dir: Path) -> None:
     tokenizer = load_tokenizer(str(gemma_dir))
     stops = {1, tokenizer.convert_tokens_to_ids("<end_of_turn>")}
     (good,) = encode(tokenizer, Conversation(CHAT, "a.jsonl:3"))
-    check_before_training(tokenizer, [good], stops)
+    check_before_training(tokenizer, [[good]], stops)
     template = tokenizer.chat_template
 
     tokenizer.chat_template = template.replace("<end_of_turn>", "")
     with pytest.raises(LabError, match="never lets the model learn to stop"):
-        check_before_training(tokenizer, encode(tokenizer, Conversation(CHAT, "a")), stops)
+        check_before_training(tokenizer, [encode(tokenizer, Conversation(CHAT, "a"))], stops)
 
     tokenizer.chat_template = template.replace("{{ bos_token }}", "{{ bos_token }}{{ bos_token }}")
     with pytest.raises(LabError, match="<bos> twice"):
-        check_before_training(tokenizer, encode(tokenizer, Conversation(CHAT, "a")), stops)
+        check_before_training(tokenizer, [encode(tokenizer, Conversation(CHAT, "a"))], stops)
 
     tokenizer.chat_template = template + "{% generation %}{% endgeneration %}"
     with pytest.raises(LabError, match=r"a\.jsonl:3.*nothing in it to learn"):
-        check_before_training(tokenizer, [good, *encode(tokenizer, Conversation(CHAT, "a.jsonl:3"))], stops)
+        check_before_training(tokenizer, [[good, *encode(tokenizer, Conversation(CHAT, "a.jsonl:3"))]], stops)
 
     for impossible in (
         "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}",

@@ -1,6 +1,8 @@
 """Directories that are made once and kept under the user's cache directory, with check sums."""
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -103,6 +105,45 @@ def cached_directory(name: str, recipe: Any, make: Callable[[Path], None], chang
         for left in (part, damaged):
             shutil.rmtree(left, ignore_errors=True)
     return final
+
+
+def cached_by_one(name: str, recipe: Any, make: Callable[[Path, Path], None]) -> Path:
+    """Returns a directory as `cached_directory` does, for what takes minutes: one process makes it, the others wait.
+
+    `make` gets the new directory and another for finished parts, which outlives a kill and goes when all is made. On a
+    file system without locks each process makes its own, and the first wins.
+
+    Raises:
+        LabError: the cache cannot be written, and the directory is not there.
+    """
+    final = cache_directory() / f"{name}-{recipe_key(recipe)}"
+    parts = final.with_name(f".{final.name}.parts")
+    before = _identity(final)
+    with contextlib.ExitStack() as until:  # the directory has its name
+
+        def alone(folder: Path) -> None:
+            parts.mkdir(exist_ok=True)
+            lock = until.enter_context((parts / "lock").open("a"))
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{final}: another process makes it, and is waited for", file=sys.stderr, flush=True)
+                fcntl.lockf(lock, fcntl.LOCK_EX)
+            except OSError:
+                pass
+            parts.mkdir(exist_ok=True)  # one that was waited for and failed takes it away
+            if _identity(final) in (None, before):
+                make(folder, parts)
+
+        try:
+            return cached_directory(name, recipe, alone)
+        finally:
+            if final.is_dir() or (parts.is_dir() and os.listdir(parts) == ["lock"]):
+                shutil.rmtree(parts, ignore_errors=True)
+
+
+def _identity(folder: Path) -> int | None:
+    return folder.stat().st_ino if folder.exists() else None
 
 
 def file_sum(path: Path) -> int:

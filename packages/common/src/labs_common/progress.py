@@ -14,13 +14,13 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class ProgressLine:
-    """Counts `total` steps of a named task; use as a context manager.
+    """Counts `total` steps of a named task, or as many as come (None); use as a context manager.
 
     On a terminal it draws a bar with the remaining time; elsewhere it prints a plain line every fifteen seconds and one
     at the end. With `shown=False` (all but the main process) it does nothing.
     """
 
-    def __init__(self, task: str, total: int, done: int = 0, shown: bool = True) -> None:
+    def __init__(self, task: str, total: int | None, done: int = 0, shown: bool = True) -> None:
         self.task, self.total, self.done, self.shown = task, total, done, shown
         self._first = done
         self._began = self._last_line = time.monotonic()
@@ -45,9 +45,11 @@ class ProgressLine:
             now = time.monotonic()
             if now - self._last_line >= SECONDS_BETWEEN_LINES or self.done == self.total:
                 self._last_line = now
-                left = (now - self._began) / max(1, self.done - self._first) * (self.total - self.done)
-                remaining = f"{left:.0f} s left" if self.done < self.total else f"{now - self._began:.0f} s"
-                print(f"{self.task} {self.done}/{self.total}  {note}  {remaining}", file=sys.stderr, flush=True)
+                took, total = now - self._began, self.total or self.done
+                left = took / max(1, self.done - self._first) * (total - self.done)
+                remaining = f"{left:.0f} s left" if self.done < total else f"{took:.0f} s"
+                of = "" if self.total is None else f"/{total}"
+                print(f"{self.task} {self.done}{of}  {note}  {remaining}", file=sys.stderr, flush=True)
 
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:

@@ -18,10 +18,11 @@ from labs_common.progress import console, tracked
 from labs_common.sharding import place, reads_weights
 from llm_peft_fa.base import load_model, load_tokenizer, stop_ids
 from llm_peft_fa.config import GenerationOptions
-from llm_peft_fa.data import Message, Reading, text_lines
+from llm_peft_fa.data import Reading, text_lines
 from llm_peft_fa.general_text import losses_of_general_text
 from llm_peft_fa.metrics import Answer, Prompt, Scores, scores, scores_by_kind
 from llm_peft_fa.model import Adapted, arithmetic, base_of, virtual_tokens
+from llm_peft_fa.spelling import Message, normalise
 from llm_peft_fa.templates import encode_prompt
 
 # An answer that the data would give is hardly ever cut, and one that never ends does not take hours.
@@ -74,9 +75,11 @@ def collected_prompts(reading: Reading, options: GenerationOptions, seed: int) -
     own: list[Prompt] = []
     if options.prompts is not None:
         lines = text_lines("--prompts", options.prompts, "a prompt")
-        own = [Prompt([{"role": "user", "content": line}]) for line in lines]
+        spelt = [normalise(line) if reading.normalised else line for line in lines]
+        own = [Prompt([{"role": "user", "content": line}]) for line in spelt]
     count = min(options.test_prompts, len(reading.conversations))
-    picked = random.Random(f"prompts {seed}").sample(reading.conversations, count)
+    places = random.Random(f"prompts {seed}").sample(range(len(reading.conversations)), count)
+    picked = [reading.conversations[place] for place in places]
     return own + [Prompt(item.messages[:-1], item.messages[-1]["content"], item.verifiable) for item in picked]
 
 

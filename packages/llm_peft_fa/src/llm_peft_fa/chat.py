@@ -11,8 +11,8 @@ from labs_common.progress import console
 from llm_peft_fa.answers import streamed_answer
 from llm_peft_fa.base import load_tokenizer
 from llm_peft_fa.config import ChatConfig
-from llm_peft_fa.data import Message
 from llm_peft_fa.saved import subject_of
+from llm_peft_fa.spelling import Message, normalise
 
 
 def chat(config: ChatConfig) -> None:
@@ -20,15 +20,16 @@ def chat(config: ChatConfig) -> None:
     subject = subject_of(config.subject)
     tokenizer, model = load_tokenizer(subject.tokenizer), subject.load()
     torch.manual_seed(config.seed)
+    spelt = normalise if subject.trained and subject.trained.data.normalise else str  # as in training
     console.print(f"{subject.name}: /reset forgets the conversation, /quit leaves")
-    opening: list[Message] = [{"role": "system", "content": config.system}] if config.system else []
+    opening: list[Message] = [{"role": "system", "content": spelt(config.system)}] if config.system else []
     messages = list(opening)
     while (question := _read()) not in (None, "/quit"):
         if question == "/reset":
             messages = list(opening)
             console.print("forgotten")
         elif question:
-            messages.append({"role": "user", "content": question})
+            messages.append({"role": "user", "content": spelt(question)})
             said = ""
             for piece in streamed_answer(model, tokenizer, messages, config.max_new_tokens, config.temperature):
                 print(piece, end="", flush=True)

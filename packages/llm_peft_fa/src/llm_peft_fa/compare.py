@@ -44,13 +44,13 @@ from labs_common.training import total_steps
 from llm_peft_fa.answers import answers, check_instruct, collected_prompts
 from llm_peft_fa.base import check_quantization, device, load_model, load_tokenizer
 from llm_peft_fa.config import CompareConfig, ComparedOptions, TrainConfig
-from llm_peft_fa.data import plain_paragraphs, training_and_validation
+from llm_peft_fa.data import plain_paragraphs, splits
 from llm_peft_fa.general_text import losses_of_general_text
 from llm_peft_fa.methods import METHODS, complete
 from llm_peft_fa.metrics import scores
 from llm_peft_fa.ranking import enough, quality, quality_name, recommendation_section, stability_text, within_noise
 from llm_peft_fa.report import asked, folded_tables, shortened
-from llm_peft_fa.templates import encode_all
+from llm_peft_fa.table import encode_all
 
 COMMAND = "llm_peft_fa.train"
 BASE, INSTRUCT = "base", "instruct"  # the directories of their answers, and their names in tables
@@ -73,7 +73,9 @@ SHOWN = 15  # answers before the fold: with a column for each method the rows ar
 def compare(config: CompareConfig) -> None:
     """Plans the runs, does those that are missing, and writes the report."""
     planned = plan(config)
-    files = (config.data.data, config.data.validation_data, config.data.plain_text)
+    data = config.data
+    mixed = [entry.rpartition(":")[0] for entry in data.mix]
+    files = (data.data, data.validation_data, data.test_data, data.plain_text, *mixed)
     folder = comparison_folder(f"compare-{path_name(config.model.model)}", config, files)
     start_server(config.comparison.launch, [COMMAND])
     check_plan(planned)
@@ -111,7 +113,7 @@ def check_plan(planned: Mapping[str, TrainConfig]) -> None:
     if any(METHODS[run.method.method].quantized for run in planned.values()):
         check_quantization()
     first = next(iter(planned.values()))
-    collected_prompts(training_and_validation(first.data, first.run.seed)[1], first.generation, first.run.seed)
+    collected_prompts(splits(first.data, first.run.seed)["test"], first.generation, first.run.seed)
     plain_paragraphs(first)
     load_tokenizer(first.model.model, first.model.template)
 
@@ -125,7 +127,7 @@ def prepare(config: CompareConfig, folder: Path, planned: Mapping[str, TrainConf
             save_answers(Run(folder / INSTRUCT / f"seed-{seed}"), _at(first, seed), instruct)
     if not config.search:
         return planned
-    training, _ = training_and_validation(first.data, first.run.seed)
+    training = splits(first.data, first.run.seed)["training"]
     tokenizer = load_tokenizer(first.model.model, first.model.template, first.model.thinking)
     rows = encode_all(tokenizer, training, first.data.max_length, first.data.on_too_long)
     source = ShuffledSteps(len(rows), first.training.batch_size, 0, lambda *_: [])  # to be counted
@@ -137,8 +139,7 @@ def save_answers(kept: Run, run: TrainConfig, instruct: str | None = None) -> No
     """Answers the prompts of this seed with the base alone, or an instruct model, unless that has been done."""
     if kept.load_json("scores.json") is not None:
         return
-    _, validation = training_and_validation(run.data, run.run.seed)
-    prompts = collected_prompts(validation, run.generation, run.run.seed)
+    prompts = collected_prompts(splits(run.data, run.run.seed)["test"], run.generation, run.run.seed)
     name = instruct or run.model.model
     tokenizer = load_tokenizer(name) if instruct else load_tokenizer(name, run.model.template, run.model.thinking)
     model = load_model(name)

@@ -62,12 +62,21 @@ class ReadingOptions:
     """Reading and cleaning of data files."""
 
     data: str | None = None
-    """Conversations: a .json, .jsonl or .parquet file, a directory, or a Hugging Face id. Without it, Persian tasks
-    are generated."""
+    """Conversations: a .json, .jsonl or .parquet file, a directory, or a Hugging Face id such as
+    universitytehran/SlimOrca. Without it, Persian tasks are generated."""
     split: str = "train"
     """Split of the directory or Hugging Face dataset that --data names."""
+    columns: tuple[str, ...] = ()
+    """The columns to read, where they are not found by themselves: conversations=dialogue, or prompt=question
+    answer=reply and perhaps system=rules."""
+    limit: CountOrZero = 0
+    """Read the first so many usable conversations of --data, and no further; 0 reads all."""
+    streaming: bool = False
+    """Read a Hugging Face dataset row by row, without a copy of it on this disk; with --limit only so much of it. What
+    was read is kept, and not asked for again."""
     normalise: bool = True
-    """Persian normalisation: Arabic letters and digits to Persian ones, half-spaces tidied; diacritics stay."""
+    """Persian normalisation: Arabic letters and digits to Persian ones, half-spaces tidied; diacritics stay, and so do
+    lines in Arabic."""
     on_bad_data: OnBadData = "error"
     """What to do with rows that cannot be used: stop and name them, or leave them out and count them."""
 
@@ -76,12 +85,22 @@ class ReadingOptions:
 class DataOptions(ReadingOptions):
     """The conversations to train and to validate on."""
 
+    mix: tuple[str, ...] = ()
+    """Further conversations to train on, each with its share of all: other.jsonl:0.3 someone/name:0.1. What is left is
+    of --data, which is not cut for it; of the others as many are drawn as make their share."""
     validation_data: str | None = None
-    """Conversations to validate and to take test prompts from; as --data."""
+    """Conversations to validate with; as --data. By default the files or split of that name which --data has. Half of
+    them is for the test if that has no data of its own."""
     validation_split: str = "validation"
     """Split of the directory or Hugging Face dataset that --validation-data names."""
     validation_fraction: Annotated[float, number(float, "(0, 1)")] = 0.05
-    """Share of --data set aside for validation when there is no --validation-data."""
+    """Share of --data set aside for validation, and as much for the test, where they have no data of their own."""
+    validation_limit: CountOrZero = 2000
+    """Most conversations to validate with, drawn by the seed: they are measured after every epoch; 0 takes all."""
+    test_data: str | None = None
+    """Conversations to take test prompts from, by which nothing is chosen; as --validation-data."""
+    test_split: str = "test"
+    """Split of the directory or Hugging Face dataset that --test-data names."""
     conversations: Count = 3000
     """Number of conversations that are generated when there is no --data."""
     max_length: Count = 4096
@@ -325,7 +344,7 @@ class InspectConfig:
     """Says what is in a model (parts, what a method would train, base or instruct) and in a data file.
 
     `python -m llm_peft_fa.inspect --model google/gemma-2-2b --method layers`
-    `python -m llm_peft_fa.inspect --data chats.jsonl`
+    `python -m llm_peft_fa.inspect --data chats.jsonl --bases google/gemma-2-2b google/gemma-2-2b-it`
     """
 
     model: str = "tiny"
@@ -336,6 +355,9 @@ class InspectConfig:
     """Chat template, as in training."""
     thinking: Thinking = "off"
     """Thinking of models that think, as in training."""
+    bases: tuple[str, ...] = ()
+    """Further models (google/gemma-2-2b meta-llama/Llama-3.2-3B, or directories) whose tokens per word of --data are
+    counted."""
     samples: CountOrZero = 5
     """Number of conversations that are shown."""
     output: Path | None = None

@@ -1,60 +1,37 @@
-"""Conversations from files: ShareGPT, `messages` and Alpaca rows in JSON, JSON lines, parquet or a dataset.
+"""Conversations to train on, to validate with and to test on: read once, kept on disk, drawn by hash and seed.
 
-A row is used as it is or not at all. Rows that cannot be used are counted by reason, and the first few are named
-by file and line. Persian text gets one spelling for what a keyboard can type in several ways:
-
-| written | becomes |
-|---|---|
-| Arabic yeh and alef maksura (ي ى), kaf (ك) | Persian yeh (ی), kaf (ک) |
-| Arabic-Indic digits (٠-٩) | Persian digits (۰-۹); ASCII digits stay, since code and formulas use them |
-| zero-width non-joiner | kept between letters; dropped at spaces, at line ends, and when doubled |
-| zero-width space, byte-order marks, soft hyphens, tatweel (ـ) | dropped |
-| no-break space | space |
-| diacritics, everything else | left alone |
-
-The libraries for this rewrite more: hazm changes ASCII digits, punctuation, spacing and diacritics and brings a tagger
-along; parsivar and piraye rewrite or depend as much.
+What a source holds is read once per machine: its usable rows, normalised, are lines of a file in the cache, which every
+process opens and none holds. Rows that cannot be used are counted by reason, and the first few are named by file and
+line.
 """
 
+import hashlib
 import json
+import os
 import random
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, overload
 
-import pyarrow
-import pyarrow.parquet
+import numpy as np
 
+from labs_common.cache import cached_directory, file_sum, path_name
 from labs_common.errors import LabError, reason_of, text_of
+from labs_common.progress import ProgressLine
+from llm_peft_fa import sources, spelling
 from llm_peft_fa.config import DataOptions, OnBadData, ReadingOptions, TrainConfig
 from llm_peft_fa.persian import conversations, held_out_conversations, plain_text
+from llm_peft_fa.sources import UnusableRowError
+from llm_peft_fa.spelling import Message
 
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
-
-ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-}
-FILE_KINDS = (".json", ".jsonl", ".parquet")
+Item = TypeVar("Item")
 SHORT_ANSWER = 5  # words; a longer right answer is seldom the reference word for word
 PARAGRAPHS = 200  # of plain text, which is measured at every evaluation: it must take seconds
 PLAIN_TEXT_SEED = 2  # the tiny base was pre-trained on that of seed 1
-
-LETTERS = str.maketrans(
-    {"ي": "ی", "ى": "ی", "ك": "ک", "\u00a0": " "}
-    | {chr(0x0660 + digit): chr(0x06F0 + digit) for digit in range(10)}
-    | dict.fromkeys("\u200b\ufeff\u00ad\u0640", None)
-)
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-# A non-joiner does nothing beside a space, a line's end or another one.
-IDLE_NON_JOINER = re.compile("(?<![^\\s\u200c])\u200c+|\u200c+(?=\\s|$)|(?<=\u200c)\u200c+")
+SHOWN_EVERY = 1000  # rows read between looks at the clock
 
 
 @dataclass(frozen=True)
@@ -68,15 +45,75 @@ class Conversation:
     """Whether the last answer can be compared word for word."""
 
 
+class View(Sequence[Item], Generic[Item]):
+    """Items at some places of several sequences one after the other, without a copy of them."""
+
+    def __init__(self, parts: Sequence[Sequence[Item]], places: np.ndarray | None = None) -> None:
+        self.parts = list(parts)
+        self.begins = np.cumsum([0, *map(len, self.parts)])
+        self.places = np.arange(self.begins[-1]) if places is None else places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, place: int) -> Item: ...
+    @overload
+    def __getitem__(self, place: slice) -> "View[Item]": ...
+    def __getitem__(self, place: int | slice) -> "Item | View[Item]":
+        if isinstance(place, slice):
+            return self.at(np.arange(len(self))[place])
+        number = int(self.places[place])
+        part = int(np.searchsorted(self.begins, number, "right")) - 1
+        return self.parts[part][number - int(self.begins[part])]
+
+    def at(self, chosen: np.ndarray) -> "View[Item]":
+        """Returns the items at these places of this view."""
+        return View(self.parts, self.places[chosen])
+
+
+class Chats(Sequence[Conversation]):
+    """The conversations of a source, in a directory that `_write_chats` filled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        self.starts = np.load(folder / "starts.npy", mmap_mode="r")
+        self.hashes = np.load(folder / "hashes.npy", mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    @overload
+    def __getitem__(self, place: int) -> Conversation: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Conversation]: ...
+    def __getitem__(self, place: int | slice) -> Conversation | list[Conversation]:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        begin, end = self.starts[range(len(self))[place] :][:2].tolist()
+        return Conversation(**json.loads(os.pread(self._file, end - begin, begin)))
+
+    @cached_property
+    def _file(self) -> int:
+        return os.open(self.folder / "chats.jsonl", os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if "_file" in vars(self):
+            os.close(self._file)
+
+
 @dataclass
 class Reading:
     """The conversations of one source, and the rows that could not be used."""
 
     source: str
-    conversations: list[Conversation] = field(default_factory=list)
+    conversations: Sequence[Conversation] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
     """The first few unusable rows: file, line and reason."""
+    normalised: bool = True
+    """Whether Persian has one spelling in them."""
 
     def refuse(self, where: str, reason: str) -> None:
         """Counts a row that cannot be used."""
@@ -85,70 +122,191 @@ class Reading:
             self.examples.append(f"{where}: {reason}")
 
 
-class UnusableRowError(Exception):
-    """The reason why a row cannot be used; rows are counted by the part before a colon."""
+def splits(options: DataOptions, seed: int) -> dict[str, Reading]:
+    """Reads or generates the conversations of "training", "validation" and "test".
 
-
-def normalise(text: str) -> str:
-    """Returns the text in one spelling, see the table above. Twice gives the same as once."""
-    return IDLE_NON_JOINER.sub("", text.translate(LETTERS))
-
-
-def training_and_validation(options: DataOptions, seed: int) -> tuple[Reading, Reading]:
-    """Reads or generates the conversations to train on and those to validate with.
-
-    Generated: validation asks held-out items only. From --data: --validation-data, or a seeded share.
+    Nothing is chosen by the test's. They are the same for every seed: those whose hashes are smallest. Validation is
+    drawn by the seed. What is held out already (--validation-data, files of that name) is halved by hash if there is no
+    test beside it. Each part of the generated tasks has items of its own.
 
     Raises:
-        LabError: see `read_conversations`; or the share leaves one side empty.
+        LabError: see `read_conversations`; or a share leaves one side empty.
     """
     if options.data is None:
-        if options.validation_data is not None:
-            raise LabError("--validation-data: needs --data; the generated tasks bring their own validation")
-        made = conversations(options.conversations, seed)
-        kept = held_out_conversations(300, seed)  # the test prompts are drawn from them: 150 by default
-        return _generated("generated Persian tasks", made), _generated("held-out tasks", kept)
+        for name in ("validation_data", "test_data", "mix"):
+            if getattr(options, name):
+                flag = name.replace("_", "-")
+                raise LabError(f"--{flag}: needs --data; the generated tasks bring their own validation and test")
+        return {
+            "training": _generated("generated Persian tasks", conversations(options.conversations, seed)),
+            "validation": _generated("validation tasks", held_out_conversations(300, seed)),
+            "test": _generated("test tasks", held_out_conversations(300, seed, "test")),
+        }
     training = read_conversations(options.data, options.split, options)
-    if options.validation_data is not None:
-        return training, read_conversations(options.validation_data, options.validation_split, options)
-    count = round(options.validation_fraction * len(training.conversations))
-    if not 0 < count < len(training.conversations):
+    own = sources.own_splits(options.data)
+    held: dict[str, Reading] = {}
+    for name in ("validation", "test"):
+        source = getattr(options, f"{name}_data") or (options.data if name in own else None)
+        if source is not None:
+            held[name] = read_conversations(source, getattr(options, f"{name}_split"), options, limited=False)
+    share, given = options.validation_fraction, held.get("validation")
+    if given and "test" not in held:
+        test, kept_places = _smallest_hashes(given, len(given.conversations) // 2)
+        held = {"validation": _part(given, kept_places, f"half of {given.source}"),
+                "test": _part(given, test, f"the other half of {given.source}")}  # fmt: skip
+        if not len(test):
+            raise LabError(f"{given.source}: has one conversation, and is halved for validation and test; name "
+                           "another --test-data")  # fmt: skip
+    total = len(training.conversations)
+    count = min(round(share * total), options.validation_limit or total)
+    asked = count * (2 - len(held))
+    if len(held) < 2 and not (count and asked < total):
         raise LabError(
-            f"--validation-fraction {options.validation_fraction}: leaves {count} of "
-            f"{len(training.conversations)} conversations for validation; change it or give --validation-data"
+            f"--validation-fraction {share}: leaves {count} of {total} conversations for validation and as many for "
+            "the test; change it, or give --validation-data and --test-data"
         )
-    shuffled = random.Random(f"validation {seed}").sample(training.conversations, len(training.conversations))
-    validation = Reading(f"{count} of {options.data}", shuffled[:count])
-    training.conversations = shuffled[count:]
-    return training, validation
+    rest = np.arange(total)
+    if "test" not in held:
+        chosen, rest = _smallest_hashes(training, count)
+        held["test"] = _part(training, chosen, f"{count} of {options.data}")
+    if "validation" not in held:
+        drawn = rest[random.Random(f"validation {seed}").sample(range(len(rest)), len(rest))]
+        held["validation"] = _part(training, drawn[:count], f"{count} of {options.data}")
+        rest = drawn[count:]
+    elif options.validation_limit:
+        held["validation"] = _drawn(held["validation"], options.validation_limit, f"validation {seed}")
+    training = replace(training, conversations=_view(training).at(rest))
+    return {"training": _mixed(training, options, seed), "validation": held["validation"], "test": held["test"]}
 
 
-def read_conversations(source: str, split: str, options: ReadingOptions) -> Reading:
-    """Reads every usable conversation of `source`.
+def _view(reading: Reading) -> View[Conversation]:
+    found = reading.conversations
+    return found if isinstance(found, View) else View([found])
+
+
+def _part(reading: Reading, places: np.ndarray, name: str) -> Reading:
+    """Takes some conversations of a reading; what could not be read is told with the rest."""
+    return Reading(name, _view(reading).at(places))
+
+
+def _smallest_hashes(reading: Reading, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the places of the `count` conversations with the smallest hashes, and of the others, both in order."""
+    view = _view(reading)
+    hashes = np.concatenate([part.hashes for part in view.parts if isinstance(part, Chats)])[view.places]
+    first = np.sort(np.argsort(hashes, kind="stable")[:count])
+    return first, np.delete(np.arange(len(hashes)), first)
+
+
+def _drawn(reading: Reading, count: int, seed: str) -> Reading:
+    total = len(reading.conversations)
+    if count >= total:
+        return reading
+    places = np.sort(random.Random(seed).sample(range(total), count))
+    return replace(reading, conversations=_view(reading).at(places))
+
+
+def _mixed(training: Reading, options: DataOptions, seed: int) -> Reading:
+    """Adds of each source of --mix as many conversations, drawn by the seed, as make its share of all.
+
+    Raises:
+        LabError: an entry is not SOURCE:SHARE, the shares leave nothing, or a source has too few.
+    """
+    shares = {}
+    for entry in options.mix:
+        source, _, share = entry.rpartition(":")
+        try:
+            shares[source] = float(share)
+        except ValueError:
+            shares[source] = 0.0
+        if not source or not 0 < shares[source] < 1:
+            raise LabError(f"--mix {entry}: write SOURCE:SHARE, with a share between 0 and 1")
+    if (own := 1 - sum(shares.values())) <= 0:
+        raise LabError(f"--mix: the shares are {1 - own:g} together, which leaves nothing for --data")
+    parts, names, total = list(_view(training).parts), [training.source], len(training.conversations)
+    places = [_view(training).places]
+    for source, share in shares.items():
+        found = read_conversations(source, options.split, options)
+        count, there = round(share / own * total), len(found.conversations)
+        if count > there:
+            raise LabError(f"--mix {source}:{share:g}: needs {count} conversations beside {total} of --data, and has "
+                           f"{there}; lower its share, or --limit --data")  # fmt: skip
+        drawn = np.array(random.Random(f"mix {seed}").sample(range(there), count))
+        places.append(drawn + sum(map(len, parts)))
+        parts += _view(found).parts
+        names.append(f"{count} of {source}")
+        training.reasons += found.reasons
+        training.examples += found.examples
+    return replace(training, source=", ".join(names), conversations=View(parts, np.concatenate(places)))
+
+
+def read_conversations(source: str, split: str, options: ReadingOptions, limited: bool = True) -> Reading:
+    """Reads every usable conversation of `source`, or opens what was read of it before.
 
     Raises:
         LabError: the source is missing, empty or not readable; a row cannot be used and --on-bad-data is
             error; no row can be used.
     """
-    reading = Reading(source)
-    total = 0
-    for where, row in rows(source, split):
-        total += 1
-        try:
-            if isinstance(row, Exception):
-                raise UnusableRowError(f"bad JSON: {reason_of(row)}")
-            messages = messages_of(row)
-        except UnusableRowError as reason:
-            reading.refuse(where, str(reason))
-            continue
-        if options.normalise:
-            messages = [message | {"content": normalise(message["content"])} for message in messages]
-        short = len(messages[-1]["content"].split()) <= SHORT_ANSWER
-        reading.conversations.append(Conversation(messages, where, bool(row.get("verifiable", short))))
-    if total == 0:
-        raise LabError(f"{source}: is empty; expected conversations, one per row")
+    limit = options.limit if limited else 0
+    files = sources.files_of(source, split)
+    columns = sources.columns_of(options)
+    recipe: dict[str, Any] = {
+        "source": source, "split": split, "columns": columns, "limit": limit, "normalise": options.normalise,
+        "code": [file_sum(Path(module.__file__ or "")) for module in (sources, spelling)] + [CHATS],
+    }  # fmt: skip
+    if files is None and not options.streaming:
+        recipe["dataset"] = sources.dataset_of(source, split)._fingerprint
+    for file in files or []:
+        said = file.stat()
+        recipe.setdefault("files", []).append([str(file.absolute()), said.st_size, said.st_mtime_ns])
+
+    def make(folder: Path) -> None:
+        _write_chats(folder, source, split, options, columns, limit)
+
+    chats = Chats(cached_directory(f"chats-{path_name(source)}", recipe, make))
+    reading = Reading(source, View([chats]), Counter(chats.meta["reasons"]), list(chats.meta["examples"]),
+                      options.normalise)  # fmt: skip
     check_bad_data(reading, options.on_bad_data)
     return reading
+
+
+CHATS = 1  # of the files that are written below; another number reads all data again
+
+
+def _write_chats(
+    folder: Path, source: str, split: str, options: ReadingOptions, columns: dict[str, str], limit: int
+) -> None:
+    """Reads the source row by row into chats.jsonl, with where each line begins and a hash of its messages."""
+    reading, starts, hashes, total = Reading(source), [0], [], 0
+    summed, to_json = hashlib.sha256(), json.JSONEncoder(ensure_ascii=False).encode
+    with (folder / "chats.jsonl").open("wb") as out, ProgressLine(f"reading {source}, thousand rows", None) as line:
+        for total, (where, row) in enumerate(sources.rows(source, split, options.streaming), 1):
+            try:
+                if isinstance(row, Exception):
+                    raise UnusableRowError(f"bad JSON: {reason_of(row)}")
+                messages = sources.messages_of(row, columns)
+            except UnusableRowError as reason:
+                reading.refuse(where, str(reason))
+                continue
+            if options.normalise:
+                messages = spelling.in_one_spelling(messages)
+            short = len(messages[-1]["content"].split()) <= SHORT_ANSWER
+            kept = Conversation(messages, where, bool(row.get("verifiable", short)))
+            content = to_json(vars(kept)).encode() + b"\n"
+            out.write(content)
+            starts.append(starts[-1] + len(content))
+            said = "\0".join(text for message in messages for text in message.values())
+            hashes.append(int.from_bytes(hashlib.blake2b(said.encode(), digest_size=8).digest()))
+            summed.update(content)
+            if len(hashes) == limit:
+                break
+            if total % SHOWN_EVERY == 0:
+                line.advance()
+    if total == 0:
+        raise LabError(f"{source}: is empty; expected conversations, one per row")
+    np.save(folder / "starts.npy", np.array(starts, np.int64))
+    np.save(folder / "hashes.npy", np.array(hashes, np.uint64))
+    meta = {"sum": summed.hexdigest(), "reasons": reading.reasons, "examples": reading.examples}
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 def check_bad_data(reading: Reading, on_bad_data: OnBadData) -> None:
@@ -167,89 +325,6 @@ def check_bad_data(reading: Reading, on_bad_data: OnBadData) -> None:
             f"{reading.source}: {refused} rows cannot be used ({counts}); first: {first}; "
             "mend them or leave them out with --on-bad-data skip"
         )
-
-
-def rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
-    """Yields (place, row) from a file, a directory or a Hugging Face dataset.
-
-    A row that cannot be read comes as the error.
-
-    Raises:
-        LabError: nothing is there, or it is in no format that is read.
-    """
-    path = Path(source)
-    if path.is_file():
-        yield from _file_rows(path)
-    elif path.is_dir():
-        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            yield from _dataset_rows(source, split, from_disk=True)
-        else:
-            for file in _files_of_split(path, split):
-                yield from _file_rows(file)
-    elif path.suffix in FILE_KINDS or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise LabError(f"{source}: no such file or directory")
-    else:
-        yield from _dataset_rows(source, split, from_disk=False)
-
-
-def messages_of(row: Any) -> list[Message]:
-    """Reads the messages of a ShareGPT, `messages` or Alpaca row.
-
-    Raises:
-        UnusableRowError: the row cannot be used, and why.
-    """
-    if not isinstance(row, dict):
-        raise UnusableRowError(f"not an object: {type(row).__name__}")
-    if "conversations" in row:
-        turns = [_turn(turn, "from", "value") for turn in _turns(row["conversations"])]
-    elif "messages" in row:
-        turns = [_turn(turn, "role", "content") for turn in _turns(row["messages"])]
-    elif "instruction" in row and "output" in row:
-        parts = [row["instruction"], row.get("input")]
-        asked = "\n\n".join(str(part).strip() for part in parts if part)
-        said = [("system", row.get("system") or ""), ("user", asked), ("assistant", row["output"])]
-        turns = [_turn({"role": role, "content": text}, "role", "content") for role, text in said]
-    else:
-        raise UnusableRowError(f"unknown columns: {', '.join(map(str, list(row)[:5]))}")
-    if turns[0]["role"] == "system" and not turns[0]["content"].strip():  # says nothing, and some templates refuse it
-        turns = turns[1:]
-    _check_order(turns)
-    return turns
-
-
-def _turns(value: Any) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        raise UnusableRowError("no turns: expected a list of them")
-    return value
-
-
-def _turn(turn: Any, role_key: str, content_key: str) -> Message:
-    # Both spellings occur under both column names in the wild.
-    if isinstance(turn, dict) and role_key not in turn:
-        role_key, content_key = ("role", "content") if "role" in turn else ("from", "value")
-    if not isinstance(turn, dict) or role_key not in turn:
-        raise UnusableRowError("a turn without a role")
-    role = ROLES.get(str(turn[role_key]).lower())
-    if role is None:
-        raise UnusableRowError(f"unknown role: {turn[role_key]!r}")
-    content = turn.get(content_key)
-    if not isinstance(content, str):
-        raise UnusableRowError(f"not text: {role} holds {type(content).__name__}")
-    if not content.strip() and role != "system":
-        raise UnusableRowError({"assistant": "empty answer", "user": "empty question"}[role])
-    if LONE_SURROGATE.search(content):
-        raise UnusableRowError(f"half a character: {role} holds a lone surrogate, which no tokenizer reads")
-    return {"role": role, "content": content}
-
-
-def _check_order(messages: list[Message]) -> None:
-    talk = messages[1:] if messages and messages[0]["role"] == "system" else messages
-    for place, message in enumerate(talk):
-        expected = ("user", "assistant")[place % 2]
-        if message["role"] != expected:
-            raise UnusableRowError(f"roles out of order: {message['role']} where {expected} belongs")
-    if len(talk) < 2 or len(talk) % 2:
-        raise UnusableRowError("ends without an answer")
 
 
 def plain_paragraphs(config: TrainConfig) -> list[str]:
@@ -282,79 +357,3 @@ def text_lines(option: str, file: Path, what: str) -> list[str]:
 
 def _generated(name: str, made: Iterable[list[Message]]) -> Reading:
     return Reading(name, [Conversation(messages, f"{name} {n}", verifiable=True) for n, messages in enumerate(made, 1)])
-
-
-def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    if path.suffix == ".parquet":
-        yield from _parquet_rows(path)
-        return
-    text = text_of(path, str(path))
-    if path.suffix == ".json" and (whole := _whole_json(path, text)) is not None:
-        for number, row in enumerate(whole, 1):
-            yield f"{path}, row {number}", row
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:  # also of 5,000 digits or 100,000 brackets
-                row = error
-            yield f"{path}:{number}", row
-
-
-def _whole_json(path: Path, text: str) -> list[Any] | None:
-    """Returns the rows of a JSON file: a list, or an object that holds one list; None if it is JSON lines.
-
-    Raises:
-        LabError: it begins as a list and cannot be read: where its rows end is not known then.
-    """
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if text.lstrip().startswith("["):
-            said = f"{path}: is no JSON ({reason_of(error)})"
-            raise LabError(f"{said}; mend it, or write one row per line (.jsonl), to skip bad ones") from error
-        return None
-    if isinstance(value, dict):
-        lists = [item for item in value.values() if isinstance(item, list)]
-        return lists[0] if len(lists) == 1 and "conversations" not in value and "messages" not in value else [value]
-    return value if isinstance(value, list) else [value]
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise LabError(f"{path}: is not a parquet file ({reason_of(error)})") from error
-    for number in range(table.num_rows):
-        try:
-            (row,) = table.slice(number, 1).to_pylist()
-        except ValueError as error:  # text that is not UTF-8
-            row = error
-        yield f"{path}, row {number + 1}", row
-
-
-def _files_of_split(folder: Path, split: str) -> list[Path]:
-    files = sorted(file for file in folder.iterdir() if file.suffix in FILE_KINDS and file.is_file())
-    named = [file for file in files if file.name.startswith(split)]
-    if named:
-        return named
-    splits = ("train", "validation", "valid", "val", "dev", "test")
-    if not files or any(file.name.startswith(splits) for file in files):
-        raise LabError(f"{folder}: has no .json, .jsonl or .parquet file of the split {split!r}")
-    return files
-
-
-def _dataset_rows(source: str, split: str, from_disk: bool) -> Iterator[tuple[str, Any]]:
-    import datasets  # here: it takes two seconds to import, and files do not need it
-
-    try:
-        if from_disk:
-            loaded = datasets.load_from_disk(source)
-            data = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            data = datasets.load_dataset(source, split=split)
-    except Exception as error:  # the library raises whatever its network and file layers do
-        raise LabError(f"{source}: the dataset or its split {split!r} cannot be loaded ({reason_of(error)})") from error
-    for number, row in enumerate(data, 1):
-        yield f"{source} ({split}), row {number}", row

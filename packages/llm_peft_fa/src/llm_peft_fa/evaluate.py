@@ -27,13 +27,13 @@ from labs_common.run import Run
 from llm_peft_fa.answers import before_and_after, check_instruct, collected_prompts
 from llm_peft_fa.base import load_tokenizer
 from llm_peft_fa.config import EvaluateConfig, TrainConfig
-from llm_peft_fa.data import Reading, read_conversations, training_and_validation
+from llm_peft_fa.data import Reading, read_conversations, splits
 from llm_peft_fa.model import Adapted, PackedCausalLM, arithmetic, base_of, mean_loss, virtual_tokens
 from llm_peft_fa.packing import Packing
 from llm_peft_fa.rate import check_judge_file, write_judge_file
 from llm_peft_fa.report import answers_section, numbers_section, saved_answers
 from llm_peft_fa.saved import Subject, plain_base, subject_of
-from llm_peft_fa.templates import Encoded, encode_all
+from llm_peft_fa.table import Rows, encode_all
 from llm_peft_fa.verification import like_prompt, settle
 
 TOKENS_PER_ROW = 2048  # as --tokens-per-batch has it in training
@@ -60,11 +60,11 @@ def evaluate(config: EvaluateConfig) -> None:
     check_instruct(config.generation, subject.base, accelerator.is_main_process)
     output = new_folder(config.output, _own_folder(config, subject))
     seed = subject.trained.run.seed if subject.trained is not None else config.seed
-    reading = _reading(config, subject)
+    reading, held_out = _readings(config, subject)
     prompts = collected_prompts(reading, config.generation, seed)
     tokenizer = load_tokenizer(subject.tokenizer, config.template)
     tuned = subject.load()
-    encoded = encode_all(tokenizer, reading, config.max_length, "skip")
+    encoded = encode_all(tokenizer, held_out, config.max_length, "skip")
     losses = {"after": loss_of(tuned, encoded, accelerator)}
     harness: dict[str, Harness] = {}
     if tasks:
@@ -110,7 +110,7 @@ def evaluate(config: EvaluateConfig) -> None:
     print(f"report: {path}")
 
 
-def loss_of(model: Adapted, encoded: list[Encoded], accelerator: Accelerator, adapted: bool = True) -> float | None:
+def loss_of(model: Adapted, encoded: Rows, accelerator: Accelerator, adapted: bool = True) -> float | None:
     """Averages the loss, in nats, over the learnt tokens; None for an architecture that computes something unknown.
 
     `adapted=False` is the base inside a model whose adapter is switched off.
@@ -197,12 +197,14 @@ def _with_error(value: float | None, error: float | None) -> str | float | None:
     return value if value is None or error is None else f"{value:.3f} ± {error:.3f}"
 
 
-def _reading(config: EvaluateConfig, subject: Subject) -> Reading:
-    """Reads --data, or the validation data of the run, or the generated tasks that are held out."""
+def _readings(config: EvaluateConfig, subject: Subject) -> tuple[Reading, Reading]:
+    """Reads what prompts are taken from and what the loss is of: --data, or test and validation of the run or tasks."""
     if config.reading.data is not None:
-        return read_conversations(config.reading.data, config.reading.split, config.reading)
+        reading = read_conversations(config.reading.data, config.reading.split, config.reading)
+        return reading, reading
     trained = subject.trained or TrainConfig()
-    return training_and_validation(trained.data, trained.run.seed)[1]
+    found = splits(trained.data, trained.run.seed)
+    return found["test"], found["validation"]
 
 
 def _own_folder(config: EvaluateConfig, subject: Subject) -> Path:

@@ -8,34 +8,19 @@ from functools import cache
 
 import sacrebleu
 
-from llm_peft_fa.data import Message
 from llm_peft_fa.equality import same
 from llm_peft_fa.persian import task_of
+from llm_peft_fa.spelling import Message
+from llm_peft_fa.survey import kind_of, language_of
 
 Scores = dict[str, float]
 
-PERSIAN_ONLY = re.compile(r"[پچژگ]|\b(?:است|که|را|از|به|می|این|با|برای|هم|بود|شد|یا|آن)\b")
-ARABIC_ONLY = re.compile(r"ة|\b(?:ال\w{3,}|في|من|على|إلى|هذا|هذه|التي|الذي|أن|كان|ما|هو|هي|عن|مع)\b")
 REFUSAL = re.compile(
     r"متأسف|متاسف|عذرخواهی|معذرت|(?:نمی[\u200c ]?توان(?:م|یم)|قادر نیستم).{0,40}(?:کمک|پاسخ|جواب|انجام|ارائه)"
     r"|به عنوان یک (?:مدل|هوش)|\bI(?:['’]m| am) (?:sorry|unable|not able)|\bI can(?:['’]t|not)\b|\bas an AI\b",
     re.IGNORECASE,
 )
 REFUSED_WITHIN = 120  # characters: later in an answer such words are mostly part of it
-ASKED_WITHIN = 200  # characters of either end: what stands between is the text that is asked about
-
-# Kinds of questions, by the first rule that fits; in Persian and in English.
-KINDS = {
-    "translation": r"ترجمه|\btranslat",
-    "summary": r"خلاصه|\bsummar",
-    "choice": r"(?:^|\n)\s*(?:الف|1|۱|A)\s*[).:-]",
-    "code": r"```|\b(?:python|javascript|sql|def|کد|پایتون)\b",
-    "arithmetic": r"[0-9۰-۹].*(?:چند|حساب|محاسبه|جمع|حاصل|\bhow (?:many|much)\b|\bcalculate\b)|حل کن",
-    "yes or no": r"^\s*آیا\b|^\s*(?:is|are|does|do|did|can|was|were)\b",
-    "explanation": r"چرا|چگونه|چطور|توضیح|شرح|\b(?:why|how|explain|describe)\b",
-    "fact": r"کجا|چه کسی|کیست|چیست|کدام|چه زمانی|کی\b|چند|\b(?:what|who|where|when|which)\b",
-    "writing": r"بنویس|شعر|داستان|\b(?:write|compose)\b",
-}
 
 
 @dataclass(frozen=True)
@@ -96,7 +81,7 @@ def scores(prompts: Sequence[Prompt], said: Sequence[Answer]) -> Scores:
 
 def scores_by_kind(prompts: Sequence[Prompt], said: Sequence[Answer]) -> dict[str, Scores]:
     """Computes the scores of each kind of task apart, and the number of its prompts; the most frequent first."""
-    kinds = [kind_of(prompt.messages[-1]["content"]) for prompt in prompts]
+    kinds = [task_or_kind(prompt.messages[-1]["content"]) for prompt in prompts]
     found = {}
     for kind in sorted(set(kinds), key=lambda kind: (-kinds.count(kind), kind)):
         places = [place for place, name in enumerate(kinds) if name == kind]
@@ -119,18 +104,15 @@ def answer_chrf(said: str, reference: str) -> float:
 def language(text: str) -> str:
     """Names the language of a text by its letters and commonest words: Persian, English or other; "none" without any.
 
-    Arabic letters are Persian unless words and letters of Arabic outnumber those of Persian; Latin letters are English
-    unless one in fifty has a mark, as most languages of Europe have.
+    Latin letters are English unless one in fifty has a mark, as in most languages of Europe.
     """
-    letters = [letter for letter in text if letter.isalpha()]
-    arabic = [letter for letter in letters if "\u0600" <= letter <= "\u06ff"]
-    latin = [letter for letter in letters if letter < "\u0250"]
-    if not letters:
+    if not any(map(str.isalpha, text)):
         return "none"
-    if 2 * len(arabic) > len(letters):
-        return "other" if len(ARABIC_ONLY.findall(text)) > len(PERSIAN_ONLY.findall(text)) else "Persian"
-    marked = sum(letter > "z" for letter in latin)
-    return "English" if 2 * len(latin) > len(letters) and 50 * marked <= len(latin) else "other"
+    found = language_of(text)
+    if found == "Latin script":
+        marked = sum("z" < letter < "\u0250" for letter in text if letter.isalpha())
+        return "English" if 50 * marked <= len(text) else "other"
+    return found if found == "Persian" else "other"
 
 
 def repetition(words: Sequence[str]) -> float:
@@ -144,15 +126,9 @@ def refuses(answer: str) -> bool:
     return bool(REFUSAL.search(answer[:REFUSED_WITHIN]))
 
 
-def kind_of(question: str) -> str:
-    """Names the kind of a question: the task of a generated one; else by rules, the first of KINDS that fits."""
-    if (task := task_of(question)) is not None:
-        return task
-    ends = question if len(question) <= 2 * ASKED_WITHIN else f"{question[:ASKED_WITHIN]}\n{question[-ASKED_WITHIN:]}"
-    for kind, rule in KINDS.items():
-        if re.search(rule, ends, re.IGNORECASE):
-            return kind
-    return "other"
+def task_or_kind(question: str) -> str:
+    """Names the task of a generated question, or by the survey's rules the kind of another."""
+    return task_of(question) or kind_of(question)
 
 
 def _grams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table as Grid
@@ -33,10 +34,11 @@ from llm_peft_fa.base import DTYPES
 from llm_peft_fa.config import MethodOptions, TrainConfig
 from llm_peft_fa.data import Reading
 from llm_peft_fa.methods import METHODS
-from llm_peft_fa.metrics import Answer, kind_of
+from llm_peft_fa.metrics import Answer, task_or_kind
 from llm_peft_fa.model import base_of
 from llm_peft_fa.plan import ROW, SMALL, held_with, outline, plan_of
 from llm_peft_fa.saved import result_folder
+from llm_peft_fa.table import Rows
 from llm_peft_fa.templates import PLAIN, Encoded
 
 Cells = tuple[Any, ...]
@@ -60,20 +62,23 @@ SCORES_EXPLAINED = (
 TIMED = 5  # steps that are timed after the first, which is slower
 
 
-def data_section(run: Run, readings: dict[str, Reading], encoded: Mapping[str, Sequence[Encoded]]) -> Section:
-    """Tells the data of training and validation: counts, lengths, rows that were left out, and one sample."""
+def data_section(run: Run, readings: Mapping[str, Reading], encoded: Mapping[str, Rows]) -> Section:
+    """Tells the data of training, validation and test: counts, lengths, rows that were left out, and one sample."""
     rows = []
     for name, reading in readings.items():
-        lengths = sorted(len(item.ids) for item in encoded[name])
-        learnt = sum(sum(item.learnt) for item in encoded[name])
-        rows.append((name, reading.source, len(lengths), sum(lengths), learnt, lengths[len(lengths) // 2], lengths[-1]))
-    columns = ("", "source", "conversations", "tokens", "learnt tokens", "median length", "longest")
+        cells: list[int | None] = [None] * 5
+        if name in encoded:
+            lengths = np.sort(encoded[name].lengths).tolist()
+            learnt = int(encoded[name].learnt.sum())
+            cells = [len(lengths), sum(lengths), learnt, lengths[len(lengths) // 2], lengths[-1]]
+        rows.append((name, reading.source, len(reading.conversations), *cells))
+    columns = ("", "source", "conversations", "rows", "tokens", "learnt tokens", "median length", "longest")
     section = Section("Data", [Table(columns, rows)])
     section.blocks += refused_blocks(list(readings.values()))
     first = next(iter(readings.values())).conversations[0]
     sample = [(message["role"], message["content"]) for message in first.messages]
     section.blocks.append(Table(("role", "text"), sample, "One training conversation."))
-    lengths = [len(item.ids) for item in next(iter(encoded.values()))]
+    lengths = next(iter(encoded.values())).lengths.tolist()
     svg = save_figure(run, "lengths", histogram_figure(lengths, "tokens in a training conversation", "conversations"))
     section.blocks.append(Figure(svg, "Lengths of the training conversations."))
     return section
@@ -157,7 +162,7 @@ def saved_answers(both: Answered) -> list[dict[str, Any]]:
         said = {side: answers[place] for side, answers in both.said.items()}
         question = prompt.messages[-1]["content"]
         rows.append(
-            {"prompt": question, "kind": kind_of(question), "reference": prompt.reference}
+            {"prompt": question, "kind": task_or_kind(question), "reference": prompt.reference}
             | {"verifiable": prompt.verifiable, "before": None}
             | {side: answer.text for side, answer in said.items()}
             | {"truncated": [side for side, answer in said.items() if answer.truncated]}
@@ -285,7 +290,7 @@ def print_first_screen(
     config: TrainConfig,
     accelerator: Accelerator,
     readings: Mapping[str, Reading],
-    texts: Mapping[str, Sequence[Encoded]],
+    texts: Mapping[str, Rows],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Prints before any weight is read what will be trained on what, and what that needs, on one screen.
@@ -298,7 +303,7 @@ def print_first_screen(
     model, options, rows = config.model, config.method, texts["training"]
     precision = accelerator.mixed_precision
     whole = outline(model.model, options, DTYPES[precision])
-    held, tokens = held_with(whole, precision, config.training.optimizer), sum(len(row.ids) for row in rows)
+    held, tokens = held_with(whole, precision, config.training.optimizer), int(rows.lengths.sum())
     share = held.trained / held.parameters
     quantized = METHODS[options.method].quantized
     held_in = "4 bits" if quantized else str(DTYPES[precision]).removeprefix("torch.")
@@ -316,7 +321,7 @@ def print_first_screen(
         "model": f"{model.model}, {type(base_of(whole)).__name__} in {held_in}",
         "method": f"{options.method}: {held.trained:,} of {held.parameters:,} parameters train ({share:.2%})",
         "data": f"{len(talks):,} conversations{split}; {len(texts['validation']):,} rows to validate",
-        "tokens": f"{tokens:,}, {sum(sum(row.learnt) for row in rows) / tokens:.0%} of them learnt; {per_word:.2f} per "
+        "tokens": f"{tokens:,}, {int(rows.learnt.sum()) / tokens:.0%} of them learnt; {per_word:.2f} per "
         "word of this data",
         "template": f"{'plain' if tokenizer.chat_template == PLAIN else own}{thinking}",
         "memory": _memory(config, accelerator, quantized, held, row, tokens // len(rows)),

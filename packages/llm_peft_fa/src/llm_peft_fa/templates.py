@@ -9,23 +9,24 @@ after what a model will see before it. Nothing is searched for in the text.
 
 import itertools
 import re
-import zlib
-from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
 import jinja2
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from labs_common.errors import LabError, text_of
-from llm_peft_fa.config import OnTooLong, Thinking
-from llm_peft_fa.data import Conversation, Message, Reading
+from llm_peft_fa.config import Thinking
+from llm_peft_fa.data import Conversation
+from llm_peft_fa.spelling import Message
 
 Spans = list[tuple[int, int]]  # of characters
+Text = tuple[str, Spans, Spans | None, str]  # what is learnt of it, its blocks if any, and where it is from
 
 # For base models without a chat template:
 #
@@ -65,14 +66,6 @@ class Encoded:
 
     def __post_init__(self) -> None:
         assert len(self.ids) == len(self.learnt)
-
-
-def text_sum(texts: Iterable[Sequence[Encoded]]) -> int:
-    """Returns a CRC-32 of all tokens and of which are learnt: another one if data, template or tokenizer are others."""
-    crc = 0
-    for item in (item for text in texts for item in text):
-        crc = zlib.crc32(bytes(item.learnt), zlib.crc32(array("i", item.ids).tobytes(), crc))
-    return crc
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, template: str, thinking: Thinking | None = None) -> None:
@@ -227,6 +220,20 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> li
     Raises:
         LabError: what the template makes of an answer does not continue the prompt, or lacks a part of the answer.
     """
+    (rows,) = encode_batch(tokenizer, [conversation])
+    return rows
+
+
+def encode_batch(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]) -> list[list[Encoded]]:
+    """Tokenizes several conversations at once, which is faster; see `encode`."""
+    texts = [_texts(tokenizer, conversation) for conversation in conversations]
+    flat = [text for rows in texts for text in rows]
+    tokens = iter(_tokens(tokenizer, [text for text, *_ in flat]))
+    return [[_encoded(tokenizer, row, *next(tokens)) for row in rows] for rows in texts]
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[Text]:
+    """Renders a conversation as one row, or a row for each answer."""
     messages = prepared(tokenizer, conversation.messages)
     rows: list[tuple[str, Spans, Spans | None]] = []
     for place, message in enumerate(conversation.messages, len(messages) - len(conversation.messages)):
@@ -242,9 +249,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> li
             rows.append((text, [(start, end)], blocks))
     whole, _, blocks = rows[-1]
     if all(whole.startswith(text) for text, _, _ in rows):
-        return [_encoded(tokenizer, whole, [span for _, (span,), _ in rows], blocks, conversation.where)]
+        return [(whole, [span for _, (span,), _ in rows], blocks, conversation.where)]
     return [
-        _encoded(tokenizer, text, spans, blocks, f"{conversation.where}, answer {number}")
+        (text, spans, blocks, f"{conversation.where}, answer {number}")
         for number, (text, spans, blocks) in enumerate(rows, 1)
     ]
 
@@ -259,64 +266,36 @@ def _reason(tokenizer: PreTrainedTokenizerBase, answer: str) -> str:
     )
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, spans: Spans, blocks: Spans | None, where: str) -> Encoded:
-    """Tokenizes a row; tokens of the spans are learnt, of several `blocks` only what is in one of them too.
+def _encoded(tokenizer: PreTrainedTokenizerBase, row: Text, ids: list[int], offsets: Spans) -> Encoded:
+    """Marks the tokens of a row that are learnt: those of its spans, of several blocks only what is in one of them too.
 
     Where a token would be of prompt and answer, two take its place: inference begins after the prompt alone.
     """
-    ids, offsets = _tokens(tokenizer, text)
-    begins = {first for first, _ in offsets}
-    cuts = [
-        start for start, _ in spans
-        if start not in begins and any(first < start < last for first, last in offsets)
-    ]  # fmt: skip
+    text, spans, blocks, where = row
+    first, last = np.array(offsets, np.int64).reshape(-1, 2).T  # (2, tokens)
+    cuts = [start for start, _ in spans if ((first < start) & (start < last)).any() and not (first == start).any()]
     if cuts:
-        ids, offsets = _tokens(tokenizer, text[: cuts[0]])
-    for start, end in itertools.pairwise([*cuts, len(text)]):
-        rest: Any = tokenizer(text[start:end], add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = ids + rest["input_ids"], offsets + [(a + start, b + start) for a, b in rest["offset_mapping"]]
+        ((ids, offsets),) = _tokens(tokenizer, [text[: cuts[0]]])
+        for start, end in itertools.pairwise([*cuts, len(text)]):
+            rest: Any = tokenizer(text[start:end], add_special_tokens=False, return_offsets_mapping=True)
+            ids, offsets = (
+                ids + rest["input_ids"],
+                offsets + [(a + start, b + start) for a, b in rest["offset_mapping"]],
+            )
+        first, last = np.array(offsets, np.int64).reshape(-1, 2).T
     if blocks is not None:
         pairs = ((max(a, c), min(b, d)) for a, b in spans for c, d in blocks)
         spans = [(start, end) for start, end in pairs if start < end]
-    learnt, spans_left = [], list(spans)
-    for start, end in offsets:
-        while spans_left and start >= spans_left[0][1]:
-            spans_left.pop(0)
-        learnt.append(bool(spans_left) and end > spans_left[0][0])
-    return Encoded(ids, learnt, where)
+    learnt = np.zeros(len(ids), bool)
+    for start, end in spans:
+        learnt |= (first < end) & (last > start)
+    return Encoded(ids, learnt.tolist(), where)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
     """Tokenizes the messages up to where the assistant's answer begins."""
-    return _tokens(tokenizer, _prompt(tokenizer, prepared(tokenizer, messages)))[0]
-
-
-def encode_all(
-    tokenizer: PreTrainedTokenizerBase, reading: Reading, max_length: int, on_too_long: OnTooLong
-) -> list[Encoded]:
-    """Encodes what was read, see `encode`; rows that are left out are counted in `reading`.
-
-    Raises:
-        LabError: one is longer than `max_length` and `on_too_long` is error; or nothing is left.
-    """
-    kept = []
-    for encoded in (row for conversation in reading.conversations for row in encode(tokenizer, conversation)):
-        length = len(encoded.ids)
-        if length > max_length:
-            reason = f"too long: {length} tokens, --max-length is {max_length}"
-            if on_too_long == "error":
-                raise LabError(f"{encoded.where}: {reason}; raise it, or choose --on-too-long truncate or skip")
-            if on_too_long == "skip":
-                reading.refuse(encoded.where, reason)
-                continue
-            encoded = Encoded(encoded.ids[:max_length], encoded.learnt[:max_length], encoded.where)
-            if not any(encoded.learnt):
-                reading.refuse(encoded.where, "answer truncated away: nothing is left to learn")
-                continue
-        kept.append(encoded)
-    if not kept:
-        raise LabError(f"{reading.source}: every conversation was left out; first: {reading.examples[0]}")
-    return kept
+    ((ids, _),) = _tokens(tokenizer, [_prompt(tokenizer, prepared(tokenizer, messages))])
+    return ids
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, paragraphs: Sequence[str], max_length: int) -> list[Encoded]:
@@ -330,37 +309,14 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, paragraphs: Sequence[str], 
     return encoded
 
 
-def check_before_training(tokenizer: PreTrainedTokenizerBase, encoded: Sequence[Encoded], stop_ids: set[int]) -> None:
-    """Refuses, before a long run, data and templates whose fault would only show after it.
-
-    Raises:
-        LabError: a conversation has nothing to learn; no token that ends generation is ever learnt; the
-            sequence begins with two BOS tokens.
-    """
-    for item in encoded:
-        if not any(item.learnt[1:]):  # the first token has nothing before it that could predict it
-            raise LabError(
-                f"{item.where}: the chat template marks nothing in it to learn; try --template plain, or look with "
-                "--show-batch"
-            )
-    if not any(
-        token in stop_ids and learnt for item in encoded for token, learnt in zip(item.ids, item.learnt, strict=True)
-    ):
-        names = ", ".join(sorted(tokenizer.convert_ids_to_tokens(sorted(stop_ids))))
-        raise LabError(
-            f"the chat template never lets the model learn to stop: no answer ends with {names}, so answers would "
-            "never end; use --template plain, or a template that ends answers with that token"
-        )
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[tuple[list[int], Spans]]:
+    """Returns each text's ids and character ranges, with exactly one BOS when the tokenizer adds one to plain text."""
+    out: Any = tokenizer(
+        list(texts), add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False,
+        return_token_type_ids=False,
+    )  # fmt: skip
+    found = list(zip(out["input_ids"], out["offset_mapping"], strict=True))
     bos = tokenizer.bos_token_id
-    if bos is not None and encoded[0].ids[:2] == [bos, bos]:
-        raise LabError(f"the chat template writes {tokenizer.bos_token} twice; take one out of it")
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Returns ids and character ranges, with exactly one BOS when the tokenizer adds one to plain text."""
-    out: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = list(out["input_ids"]), list(out["offset_mapping"])
-    bos = tokenizer.bos_token_id
-    if bos is not None and ids[:1] != [bos] and tokenizer("").input_ids[:1] == [bos]:
-        return [bos, *ids], [(0, 0), *offsets]
-    return ids, offsets
+    if bos is not None and tokenizer("").input_ids[:1] == [bos]:
+        return [row if row[0][:1] == [bos] else ([bos, *row[0]], [(0, 0), *row[1]]) for row in found]
+    return found

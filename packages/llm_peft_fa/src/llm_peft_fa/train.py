@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import math
 import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import cast
 
@@ -28,7 +29,7 @@ from llm_peft_fa.answers import before_and_after, check_instruct, collected_prom
 from llm_peft_fa.attention import NAME
 from llm_peft_fa.base import check_quantization, load_model, load_tokenizer, model_path, stop_ids
 from llm_peft_fa.config import TrainConfig
-from llm_peft_fa.data import plain_paragraphs, training_and_validation
+from llm_peft_fa.data import plain_paragraphs, splits
 from llm_peft_fa.methods import METHODS, Setting, apply_method, complete
 from llm_peft_fa.model import PackedCausalLM, mean_loss, structure_of, virtual_tokens
 from llm_peft_fa.optimizers import check_optimizer, optimizer_of
@@ -46,7 +47,8 @@ from llm_peft_fa.report import (
     structure_section,
 )
 from llm_peft_fa.saved import computed_prompt, initial_update, load_tuned, placed, plain_base, save_tuned, write_merged
-from llm_peft_fa.templates import Encoded, check_before_training, encode_all, encode_plain, text_sum
+from llm_peft_fa.table import Rows, check_before_training, encode_all, text_sum
+from llm_peft_fa.templates import Encoded, encode_plain
 from llm_peft_fa.verification import FEW, settle
 
 
@@ -60,31 +62,32 @@ def train(config: TrainConfig) -> None:
     options, name = config.training, config.model.model
     accelerator = begin(config.run, options)
     check_machine(config, accelerator)
-    readings = dict(zip(("training", "validation"), training_and_validation(config.data, config.run.seed), strict=True))
-    prompts = collected_prompts(readings["validation"], config.generation, config.run.seed)
+    readings = splits(config.data, config.run.seed)
+    prompts = collected_prompts(readings["test"], config.generation, config.run.seed)
     paragraphs = plain_paragraphs(config)
     check_instruct(config.generation, name, accelerator.is_main_process)
     with main_process_first(accelerator):
         model_path(name)  # makes the tiny base model if this is its first use
     tokenizer = load_tokenizer(name, config.model.template, config.model.thinking)
-    texts = {
-        side: encode_all(tokenizer, reading, config.data.max_length, config.data.on_too_long)
-        for side, reading in readings.items()
+    rows = {
+        side: encode_all(tokenizer, readings[side], config.data.max_length, config.data.on_too_long)
+        for side in ("training", "validation")
     }
     if accelerator.is_main_process:
         print_refused(readings.values())
-    config = fitted(config, accelerator, [len(item.ids) for item in texts["training"]])
+    config = fitted(config, accelerator, rows["training"].lengths.tolist())
     if accelerator.is_main_process and not config.show_batch:
-        print_first_screen(config, accelerator, readings, texts, tokenizer)
+        print_first_screen(config, accelerator, readings, rows, tokenizer)
     quantized = METHODS[config.method.method].quantized
     read = reads_weights(accelerator)
     base = load_model(name, accelerator.mixed_precision, quantized, read)
-    check_before_training(tokenizer, [*texts["training"], *texts["validation"]], stop_ids(base, tokenizer))
+    check_before_training(tokenizer, [*rows.values()], stop_ids(base, tokenizer))
     if config.show_batch:
-        show_learnt(tokenizer, texts["training"][: options.batch_size])
+        show_learnt(tokenizer, rows["training"][: options.batch_size])
         return
-    packing = packing_of(config, base, accelerator, texts["training"])
-    texts["plain text"] = encode_plain(tokenizer, paragraphs, config.data.max_length)
+    packing = packing_of(config, base, accelerator, rows["training"])
+    plain = encode_plain(tokenizer, paragraphs, config.data.max_length)
+    texts: dict[str, Sequence[Encoded]] = {**rows, "plain text": plain}
 
     set_seed(config.run.seed)
     steps = total_steps(options, packing.steps(texts["training"], options.batch_size, config.run.seed))
@@ -97,7 +100,7 @@ def train(config: TrainConfig) -> None:
     run.data = text_sum(texts.values())
     result = fit(config, run, accelerator, PackedCausalLM(adapted, config.model.attention), packing, texts, tokenizer)
     clock |= result.clock
-    sections = [data_section(run, readings, texts), structure_section(run, structure, result.audit, config.method)]
+    sections = [data_section(run, readings, rows), structure_section(run, structure, result.audit, config.method)]
     results = costs_of(run, config, result, structure, clock)
 
     # The evaluation is of the files that were written: base and adapter are read back, in the place of these.
@@ -115,9 +118,7 @@ def train(config: TrainConfig) -> None:
     accelerator.end_training()
 
 
-def packing_of(
-    config: TrainConfig, base: PreTrainedModel, accelerator: Accelerator, training: list[Encoded]
-) -> Packing:
+def packing_of(config: TrainConfig, base: PreTrainedModel, accelerator: Accelerator, training: Rows) -> Packing:
     """Settles whether conversations are packed, or padded because the model cannot be packed: then it says so.
 
     Raises:
@@ -182,7 +183,7 @@ def fit(
     accelerator: Accelerator,
     model: PackedCausalLM,
     packing: Packing,
-    texts: dict[str, list[Encoded]],
+    texts: Mapping[str, Sequence[Encoded]],
     tokenizer: PreTrainedTokenizerBase,
 ) -> Fitted:
     """Trains what the method left trainable, and writes `adapter/` or `model/` under the run.
@@ -221,7 +222,7 @@ def fit(
     return fitting.finish(lambda weights: save_tuned(tuned, weights, tokenizer, run.path, initial, prompt))
 
 
-def held_out_losses(fitting: Fitting, packing: Packing, texts: dict[str, list[Encoded]]) -> dict[str, float]:
+def held_out_losses(fitting: Fitting, packing: Packing, texts: Mapping[str, Sequence[Encoded]]) -> dict[str, float]:
     """Measures `NAME/loss`, in nats per token, of all but the training text, and the perplexity of the validation."""
     found = {
         f"{name}/loss": mean_loss(fitting.model, packing.rows(encoded), fitting.accelerator)

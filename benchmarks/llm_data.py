@@ -1,0 +1,196 @@
+"""Rows to tokens: seconds and memory of the first and the second start, ours against TRL's own preparation.
+
+    uv run python benchmarks/llm_data.py                          # 20,000 rows
+    uv run python benchmarks/llm_data.py --rows 500000 --no-trl   # a quarter of an hour, and 6 GB of disk
+
+Each runs in a process of its own with two workers on the same generated file: conversations of one to three exchanges
+in words drawn from 20,000 by Zipf's law, with the half-spaces and Arabic letters that real Persian has; 300 tokens on
+average by a byte-level BPE of 16,000 pieces that is trained on them. Ours reads, normalises, tokenizes and opens the
+table, as `llm_peft_fa.train` does before it loads weights; "second" starts again, with an epoch's order and a hundred
+steps. TRL's is what SFTTrainer does with the rows in its constructor, with dataset_num_proc=2, assistant_only_loss and
+the same longest row; it does not normalise, and gets the rows with Persian letters. Both must find as many tokens and
+as many that are learnt. Memory is the peak of the largest process, pages of mapped files included.
+"""
+
+import itertools
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from labs_common.run import write_atomically
+from llm_peft_fa.base import load_tokenizer
+from llm_peft_fa.config import DataOptions
+from llm_peft_fa.data import splits
+from llm_peft_fa.packing import Packing
+from llm_peft_fa.table import encode_all, text_sum
+
+LETTERS = "ابپتثجچحخدذرزژسشصضطظعغفقکگلمنوهیكي"
+WORDS, VOCABULARY, LONGEST = 20_000, 16_000, 4096
+TEMPLATE = """\
+{% for message in messages %}<|{{ message['role'] }}|>
+{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|end|>{% endgeneration %}
+{% else %}{{ message['content'] }}<|end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>
+{% endif %}"""
+
+
+@dataclass
+class Options:
+    """Prepares the same rows with ours and with TRL, and prints ratios."""
+
+    rows: int = 20_000
+    """Conversations to prepare."""
+    trl: bool = True
+    """Measure TRL too."""
+    output: Path = Path("benchmarks/results/llm_data.json")
+    """Where the figures go."""
+    worker: str | None = None
+    """Used by the benchmark itself: measure this one, in --folder."""
+    folder: Path = Path()
+    """Used by the benchmark itself."""
+
+
+def main() -> None:
+    """Makes the rows, measures each in a process of its own, prints the table and writes the figures."""
+    options = tyro.cli(Options)
+    if options.worker is not None:
+        print(json.dumps(measured(options.worker, options.folder)))
+        return
+    figures: dict[str, Any] = {"rows": options.rows}
+    with tempfile.TemporaryDirectory() as folder:
+        write_rows(Path(folder), options.rows)
+        if options.trl:
+            text = (Path(folder) / "rows.jsonl").read_text(encoding="utf-8")
+            Path(folder, "spelt.jsonl").write_text(text.replace("ي", "ی").replace("ك", "ک"), encoding="utf-8")
+        write_tokenizer(Path(folder))
+        for name in ("ours, first", "ours, second", *["TRL"] * options.trl):
+            command = [sys.executable, __file__, "--worker", name, "--folder", folder]
+            caches = {"XDG_CACHE_HOME": f"{folder}/cache", "HF_HOME": f"{folder}/hf", "HF_HUB_OFFLINE": "1"}
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=os.environ | caches)
+            if done.returncode:
+                raise SystemExit(f"{name}: failed")
+            figures[name] = json.loads(done.stdout.splitlines()[-1])
+        figures["bytes on disk"] = sum(
+            file.stat().st_size for file in Path(folder, "cache").rglob("*") if file.is_file()
+        )
+    if options.trl:
+        same = [[figures[name][what] for what in ("tokens", "learnt")] for name in ("ours, first", "TRL")]
+        if same[0] != same[1]:
+            raise SystemExit(f"other tokens: {same[0]}, and TRL {same[1]}")
+    table = Table("", "seconds", "rows/s", "peak MiB", title=f"{options.rows:,} rows")
+    for name in [name for name in figures if isinstance(figures[name], dict)]:
+        row = figures[name]
+        table.add_row(
+            name, f"{row['seconds']:.1f}", f"{options.rows / row['seconds']:,.0f}", f"{row['peak'] / 2**20:,.0f}"
+        )
+    Console().print(table)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(options.output, json.dumps(figures, indent=1) + "\n")
+
+
+def write_rows(folder: Path, count: int) -> None:
+    """Writes rows.jsonl: role and content, one to three exchanges, lognormal lengths."""
+    draw = np.random.default_rng(0)
+    letters = random.Random(0)
+    words = []
+    for _ in range(WORDS):
+        word = "".join(letters.choices(LETTERS, k=letters.choice((2, 3, 4, 4, 5, 5, 6, 7))))
+        words.append(f"{word}\u200c{letters.choice(('ها', 'های', 'تر'))}" if letters.random() < 0.08 else word)
+    chances = 1 / np.arange(1, WORDS + 1)
+    ends = np.cumsum(chances / chances.sum())
+    with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
+        for _ in range(count):
+            messages = []
+            for turn in range(2 * int(draw.choice((1, 1, 1, 2, 3)))):
+                length = max(3, int(draw.lognormal(3.9, 0.7) * (0.5 if turn % 2 == 0 else 1)))
+                picked = np.searchsorted(ends, draw.random(length))
+                text = " ".join(words[min(place, WORDS - 1)] for place in picked.tolist())
+                messages.append({"role": ("user", "assistant")[turn % 2], "content": text + "."})
+            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Trains a byte-level BPE on some of the rows."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # the workers do without
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    with (folder / "rows.jsonl").open(encoding="utf-8") as file:
+        some = [json.loads(line) for line in itertools.islice(file, 3000)]
+    texts = [message["content"] for row in some for message in row["messages"]]
+    tokenizer.train_from_iterator(texts, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
+    made.chat_template = TEMPLATE
+    made.save_pretrained(folder / "tokenizer")
+
+
+def measured(name: str, folder: Path) -> dict[str, Any]:
+    """Prepares the rows in this process; libraries are imported before the clock starts."""
+    tokenizer = load_tokenizer(str(folder / "tokenizer"))
+    found = trl(folder, tokenizer) if name == "TRL" else ours(folder, tokenizer)
+    peaks = [resource.getrusage(who).ru_maxrss * 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return found | {"peak": max(peaks)}
+
+
+def ours(folder: Path, tokenizer: Any) -> dict[str, Any]:
+    """What a training does before it loads weights, and then a hundred steps' rows."""
+    began = time.perf_counter()
+    options = DataOptions(data=str(folder / "rows.jsonl"))
+    readings = splits(options, seed=0)
+    texts = {name: encode_all(tokenizer, reading, LONGEST, "truncate") for name, reading in readings.items()}
+    text_sum(texts.values())
+    steps = iter(Packing(2048).steps(texts["training"], 32, seed=0).steps(0, 0))
+    for _ in range(min(100, len(texts["training"]) // 32)):
+        next(steps)
+    seconds = time.perf_counter() - began
+    tokens, learnt = (sum(int(getattr(rows, what).sum()) for rows in texts.values()) for what in ("lengths", "learnt"))
+    return {"seconds": seconds, "tokens": tokens, "learnt": learnt}
+
+
+def trl(folder: Path, tokenizer: Any) -> dict[str, Any]:
+    """TRL's trainer up to where it would begin to train, on a model of no size."""
+    from datasets import Dataset
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    small = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+        max_position_embeddings=LONGEST,
+    )  # fmt: skip
+    config = SFTConfig(
+        output_dir=str(folder / "trl"), dataset_num_proc=2, assistant_only_loss=True, max_length=LONGEST,
+        report_to="none", use_cpu=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(small)
+    began = time.perf_counter()
+    rows = Dataset.from_json(str(folder / "spelt.jsonl"))
+    data: Any = SFTTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer).train_dataset
+    seconds = time.perf_counter() - began
+    tokens, learnt = 0, 0
+    for batch in data.iter(1000):
+        tokens += sum(map(len, batch["input_ids"]))
+        learnt += sum(label != -100 for labels in batch["labels"] for label in labels)
+    return {"seconds": seconds, "tokens": tokens, "learnt": learnt}
+
+
+if __name__ == "__main__":
+    main()
