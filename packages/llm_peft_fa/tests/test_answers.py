@@ -1,40 +1,34 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
-import sacrebleu
 import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
 from labs_common.errors import LabError
-from llm_peft_fa.answers import Prompt, answers, collected_prompts, scores
+from llm_peft_fa import general_text
+from llm_peft_fa.answers import (
+    LONGEST_LIMIT,
+    SHORTEST_LIMIT,
+    answer_limit,
+    answers,
+    before_and_after,
+    collected_prompts,
+)
 from llm_peft_fa.base import load_model, load_tokenizer
 from llm_peft_fa.config import GenerationOptions, MethodOptions
 from llm_peft_fa.data import Conversation, Reading
 from llm_peft_fa.methods import Setting, apply_method, resolved
+from llm_peft_fa.metrics import Prompt
+from llm_peft_fa.saved import plain_base
 from llm_peft_fa.templates import encode_prompt
 
+TEXTS = {
+    language: (Path(general_text.__file__).parent / f"general_{language.lower()}.txt").read_text("utf-8").splitlines()
+    for language in ("Persian", "English")
+}
 QUESTION = [{"role": "user", "content": "پایتخت ایران کجاست؟"}]
-
-
-def test_scores_against_sacrebleu_and_by_hand() -> None:
-    prompts = [
-        Prompt(QUESTION, "تهران", True),
-        Prompt(QUESTION, "علي و كتاب", True),
-        Prompt(QUESTION, "الف ب ج"),
-        Prompt(QUESTION),
-    ]
-    said = ["تهران.", "علی  و کتاب", "الف ب ب", "الف"]
-    found = scores(prompts, said)
-    assert found["exact match"] == 1.0, "a full stop, spacing and Arabic letters are not mistakes"
-    references = ["تهران", "علي و كتاب", "الف ب ج"]
-    assert found["chrF"] == pytest.approx(sacrebleu.metrics.CHRF().corpus_score(said[:3], [references]).score)
-    assert found["distinct-1"] == 6 / 8
-    assert found["distinct-2"] == 4 / 4
-    assert found["words per answer"] == 2.0
-    assert scores(prompts[:1], ["تهران بزرگ"])["exact match"] == 0.0
-    assert "exact match" not in scores(prompts[2:], said[2:])
-    assert scores(prompts[3:], [""]) == {"words per answer": 0.0}
 
 
 def test_batched_answers_equal_transformers_one_by_one(model_dir: Path) -> None:
@@ -48,7 +42,9 @@ def test_batched_answers_equal_transformers_one_by_one(model_dir: Path) -> None:
         out = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[
             0, ids.shape[1] :
         ]
-        assert answer == tokenizer.decode(out, skip_special_tokens=True).strip()
+        assert answer.text == tokenizer.decode(out, skip_special_tokens=True).strip()
+        stopped = {tokenizer.eos_token_id, *np.atleast_1d(plain.generation_config.eos_token_id).tolist()}
+        assert answer.truncated == (not stopped & set(out.tolist()))
 
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
@@ -66,7 +62,7 @@ def test_batched_answers_of_soft_prompts_equal_one_by_one(model_dir: Path, metho
     )
     assert batched == single
     if "llama" in str(model_dir):  # the random Gemma ends its answers at once
-        assert len(set(batched)) > 1
+        assert len({answer.text for answer in batched}) > 1
 
 
 def test_own_prompts_come_first(tmp_path: Path) -> None:
@@ -87,3 +83,80 @@ def test_own_prompts_come_first(tmp_path: Path) -> None:
             file.write_text(text)
         with pytest.raises(LabError, match=r"prompts\.txt"):
             collected_prompts(reading, GenerationOptions(prompts=file), 0)
+
+
+def test_answers_are_as_long_as_those_of_the_data(llama_dir: Path) -> None:
+    tokenizer = load_tokenizer(str(llama_dir))
+    of = lambda count: Prompt(QUESTION, " ".join(["کتاب"] * count))  # noqa: E731
+    needed = len(tokenizer("کتاب " * 199 + "کتاب", add_special_tokens=False).input_ids) + 1
+    assert SHORTEST_LIMIT < needed < LONGEST_LIMIT
+    assert answer_limit(tokenizer, [of(200)] * 3 + [of(1)] * 97, GenerationOptions()) == needed
+    assert answer_limit(tokenizer, [of(400)] + [of(200)] * 99, GenerationOptions()) == needed, "one in a hundred is cut"
+    assert answer_limit(tokenizer, [of(1)], GenerationOptions()) == SHORTEST_LIMIT
+    assert answer_limit(tokenizer, [of(5000)], GenerationOptions()) == answer_limit(tokenizer, [], GenerationOptions())
+    assert answer_limit(tokenizer, [of(200)], GenerationOptions(max_new_tokens=7)) == 7
+
+
+@pytest.fixture(scope="module")
+def read_dir(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that predicts everyday text better than by chance, after a few steps on it."""
+    folder = tmp_path_factory.mktemp("read")
+    tokenizer, model = load_tokenizer(str(llama_dir)), AutoModelForCausalLM.from_pretrained(llama_dir)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for line in TEXTS["Persian"][:4] + TEXTS["English"][:4]:
+        ids = torch.tensor([tokenizer(line, add_special_tokens=False).input_ids])
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(ids, labels=ids).loss.backward()
+            optimizer.step()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix_tuning"])
+def test_an_instruct_model_answers_beside_the_others_and_text_is_measured(
+    read_dir: Path, gemma_dir: Path, method: str
+) -> None:
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(str(read_dir))
+    options = {"virtual_tokens": 5, "prompt_init": "random"} if method != "lora" else {"rank": 2}
+    model = apply_method(
+        load_model(str(read_dir)), resolved(MethodOptions(method=method, **options)), Setting(tokenizer, 5)
+    )
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=1e-3)
+    prompts = [Prompt(QUESTION, "تهران", True), Prompt([{"role": "user", "content": "مخالف شب چیست؟"}], "روز", True)]
+    asked = GenerationOptions(max_new_tokens=3, also_instruct=str(gemma_dir))
+    both = before_and_after(model, plain_base(model, str(read_dir)), tokenizer, prompts, asked, Accelerator(cpu=True))
+    assert list(both.said) == ["before", "instruct", "after"]
+    alone = {side: answers(load_model(str(folder)), load_tokenizer(str(folder)), prompts, asked, Accelerator(cpu=True))
+             for side, folder in (("before", read_dir), ("instruct", gemma_dir))}  # fmt: skip
+    assert {side: both.said[side] for side in alone} == alone
+    for side, folder in (("before", read_dir), ("instruct", gemma_dir)):
+        assert text_losses(folder) == pytest.approx(
+            {name: value for name, value in both.scores[side].items() if "text loss" in name}, rel=1e-4
+        )
+    assert {"Persian text loss", "English text loss"} <= both.scores["before"].keys()
+    assert "Persian text loss" not in both.scores["instruct"], "it is random: no better than chance"
+    assert both.scores["after"]["Persian text loss"] != both.scores["before"]["Persian text loss"]
+    assert set(both.kinds["after"]) == {"capital", "opposite"}
+
+
+def text_losses(folder: Path) -> dict[str, float]:
+    """By transformers' own loss of each paragraph; those no better than chance are left out."""
+    tokenizer, model = (
+        load_tokenizer(str(folder)),
+        AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager"),
+    )
+    found = {}
+    for language, lines in TEXTS.items():
+        total, count = 0.0, 0
+        for line in lines:
+            ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(line, add_special_tokens=False).input_ids]])
+            total += float(model(ids, labels=ids).loss.detach()) * (ids.shape[1] - 1)
+            count += ids.shape[1] - 1
+        if total / count < np.log(model.config.vocab_size):
+            found[f"{language} text loss"] = total / count
+    return found

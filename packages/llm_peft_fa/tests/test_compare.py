@@ -5,58 +5,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 from commands import LAUNCH, here
+from test_ranking import entry
 
-from labs_common.compare.collect import Entry, recommend
 from labs_common.errors import LabError
-from labs_common.run import Run
-from llm_peft_fa.compare import (
-    changing_pairs,
-    order_of,
-    plan,
-    prompt_scores,
-    quality,
-    stability_text,
-    table_rows,
-    within_noise,
-)
+from llm_peft_fa.compare import plan, table_rows
 from llm_peft_fa.config import CompareConfig
 
 SMALL = (
     "--conversations", "40", "--batch-size", "8", "--epochs", "1", "--test-prompts", "4", "--max-new-tokens", "4",
     "--tokens-per-batch", "300",
 )  # fmt: skip
-
-
-def entry(name: str, right: list[int], trainable: int, seeds: int = 1, first: int = 0) -> Entry:
-    """A method that answered `right` of ten prompts of each seed, from the prompt `first` on."""
-    result: dict[str, Any] = {
-        "config": {"training": {"learning_rate": 1e-3}},
-        "before": {"validation loss": 3.0, "plain text loss": 0.9},
-        "cost": {
-            "seconds": 1.0, "steps": 5, "tokens": 50, "tokens per second": 10.0, "peak memory": 2**20,
-            "trainable": trainable, "parameters": 1000, "optimizer bytes": 8 * trainable, "disk bytes": 4 * trainable,
-        },
-    }  # fmt: skip
-    results, runs = {}, {}
-    for seed in range(seeds):
-        count = right[seed % len(right)]
-        results[seed] = result | {"after": {"exact match": count / 10, "validation loss": 1.0, "plain text loss": 1.0}}
-        answers = [
-            {
-                "prompt": "x",
-                "reference": "تهران",
-                "verifiable": True,
-                "after": "تهران" if first <= place < first + count else "شیراز",
-            }
-            for place in range(10)
-        ]
-        runs[seed] = cast(Run, SimpleNamespace(load_json={"answers.json": answers}.get))
-    return Entry(name, runs, results)
 
 
 def test_specs_become_runs() -> None:
@@ -86,49 +47,14 @@ def test_wrong_methods_are_named(methods: str, said: str) -> None:
         plan(CompareConfig(methods=methods))
 
 
-def test_the_rule_takes_the_smallest_within_noise() -> None:
-    entries = {
-        "big": entry("big", [9], 1000),
-        "small": entry("small", [8], 10, first=2),
-        "tiny": entry("tiny", [1], 1),
-    }
-    assert quality(entries["small"]) == 0.8
-    # Two are worse and one is better: mean 0.1, standard error 0.18. Eight are worse: mean 0.8, standard error 0.13.
-    assert within_noise(entries["big"], entries["small"])
-    assert not within_noise(entries["big"], entries["tiny"])
-    best, equal = recommend(entries, quality, within_noise, "trainable")
-    assert best.name == "small"
-    assert {found.name for found in equal} == {"big", "small"}
-
-
-def test_order_over_seeds_is_told() -> None:
-    stable = {"a": entry("a", [9, 8], 1, 2), "b": entry("b", [5, 6], 1, 2)}
-    assert order_of(stable, 0) == ["a", "b"]
-    assert changing_pairs(stable, [0, 1]) == []
-    assert "same with all 2 seeds" in stability_text(stable, range(2))
-    crossing = {"a": entry("a", [9, 5], 1, 2), "b": entry("b", [5, 6], 1, 2)}
-    assert changing_pairs(crossing, [0, 1]) == [("a", "b")]
-    assert "not stable" in stability_text(crossing, range(2))
-    assert "not known" in stability_text({"a": entry("a", [9], 1)}, range(1))
-
-
 def test_tables_have_mean_and_spread() -> None:
-    row, base = table_rows({"a": entry("a", [9, 5], 7, 2)}, [{"exact match": 0.0}, {"exact match": 0.2}])
+    row, base = table_rows({"a": entry("a", [9, 5], 7, 2)}, {"base": [{"exact match": 0.0}, {"exact match": 0.2}]})
     assert (row["exact match"], row["trained parameters"]) == (0.7, 7)
     assert row["exact match ±"] == pytest.approx(0.2828, abs=1e-4)
     assert base == {
         "method": "base", "exact match": 0.1, "exact match ±": pytest.approx(0.1414, abs=1e-4),
         "validation loss": 3.0, "validation loss ±": 0.0, "plain text loss": 0.9, "plain text loss ±": 0.0,
     }  # fmt: skip
-
-
-def test_answers_without_a_checkable_reference_are_scored_by_chrf() -> None:
-    rows = [
-        {"reference": "الف ب ج", "verifiable": False, "after": "الف ب ج"},
-        {"reference": "الف ب ج", "verifiable": False, "after": ""},
-        {"reference": None, "verifiable": False, "after": "چیزی"},
-    ]
-    assert prompt_scores(rows) == [1.0, 0.0]
 
 
 @pytest.mark.kills

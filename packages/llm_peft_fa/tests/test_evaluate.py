@@ -1,11 +1,15 @@
 import csv
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from commands import here, save
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from llm_peft_fa.base import load_model, load_tokenizer
 from llm_peft_fa.config import MethodOptions
@@ -72,6 +76,8 @@ def test_any_model_is_measured_alone_or_beside_another(llama_dir: Path, data: Pa
         (("--model", "{nothing}"), "--model"),
         (("--model", "{model}", "--judge-file", "x.csv"), "--judge-file"),
         (("--model", "{model}", "--base", "{model}", "--judge-file", "missing/x.csv"), "--judge-file"),
+        (("--model", "{model}", "--also-instruct", "{nothing}"), "{nothing}"),
+        (("--model", "{model}", "--lm-eval", "missing.yaml"), "--lm-eval"),
         (("--checkpoint", "{nothing}"), "--checkpoint"),
         (("--run", "{nothing}"), "--checkpoint"),
     ],
@@ -79,7 +85,7 @@ def test_any_model_is_measured_alone_or_beside_another(llama_dir: Path, data: Pa
 def test_bad_input_is_one_line(arguments: tuple[str, ...], names: str, llama_dir: Path, tmp_path: Path) -> None:
     filled = [argument.format(nothing=tmp_path / "nothing", model=llama_dir) for argument in arguments]
     done = here("evaluate", *filled, code=2)
-    assert names in done.stderr
+    assert names.format(nothing=tmp_path / "nothing") in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -107,3 +113,33 @@ def test_a_saved_result_is_named_as_before_too(adapter: Path, tmp_path: Path) ->
     said = {here("chat", *arguments, "--max-new-tokens", "3", typed="سلام\n/quit\n").stdout
             for arguments in (("--checkpoint", run), ("--run", run), ("--config", file))}  # fmt: skip
     assert len(said) == 1
+
+
+@pytest.mark.long
+def test_a_task_of_the_harness_sees_the_adapter(adapter: Path, llama_dir: Path, data: Path, tmp_path: Path) -> None:
+    """One of the user's own; perplexity of its text as transformers and PEFT compute it, without and with the prefix."""
+    pytest.importorskip("lm_eval", reason="needs the extra llm-peft-fa[lm-eval]")
+    text = "پایتخت ایران تهران است"
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": text}), encoding="utf-8")
+    task = tmp_path / "own.yaml"
+    task.write_text(
+        f"""task: own
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "texts.jsonl"}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list:
+  - metric: word_perplexity
+"""
+    )
+    here("evaluate", "--adapter", adapter, "--data", data, *SMALL, "--lm-eval", task, "--output", tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())["lm-eval"]
+    tokenizer, plain = load_tokenizer(str(llama_dir)), AutoModelForCausalLM.from_pretrained(llama_dir)
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]])
+    for side, model in (("before", plain), ("after", PeftModel.from_pretrained(plain, adapter))):
+        with torch.no_grad():
+            loss = F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="sum")
+        assert found[side]["own"]["word_perplexity"] == pytest.approx(math.exp(float(loss) / 4), rel=1e-3), side
+    assert "Standard tasks" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")

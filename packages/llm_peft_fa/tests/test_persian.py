@@ -7,12 +7,13 @@ from llm_peft_fa.persian import (
     TASKS,
     WEEKDAYS,
     conversations,
-    held_out,
     held_out_questions,
     number_words,
+    part_of,
     persian_digits,
     plain_text,
     questions,
+    task_of,
 )
 from llm_peft_fa.spelling import normalise
 
@@ -50,14 +51,23 @@ def test_texts_are_normalised() -> None:
                 assert normalise(text) == text
 
 
-def test_held_out_items_are_never_asked_in_training() -> None:
+def test_items_of_validation_and_test_are_never_asked_in_training() -> None:
     trained = {question.text for question in questions(4000, seed=1)}
-    kept = list(held_out_questions(seed=1))
-    assert not trained & {question.text for question in kept}
-    assert {question.task for question in kept} == set(TASKS), "every task is tested"
+    asked = {part: {question.text: question.task for question in held_out_questions(1, part)}
+             for part in ("validation", "test")}  # fmt: skip
+    assert not trained & (asked["validation"].keys() | asked["test"].keys())
+    assert not asked["validation"].keys() & asked["test"].keys()
+    assert set(asked["test"].values()) == set(asked["validation"].values()) == set(TASKS), "every task is tested"
     for name, task in TASKS.items():
-        share = sum(held_out(name, fields) for fields, _ in task.items) / len(task.items)
-        assert 0 < share < 0.5
+        parts = [part_of(name, fields) for fields, _ in task.items]
+        assert 0.4 < parts.count("training") / len(parts) < 0.9, name
+
+
+def test_a_question_is_known_by_its_phrasing() -> None:
+    for part in ("validation", "test"):
+        for question in held_out_questions(3, part):
+            assert task_of(question.text) == question.task
+    assert task_of("چرا آسمان آبی است؟") is None
 
 
 def test_conversations_are_seeded_and_varied() -> None:
@@ -71,7 +81,9 @@ def test_conversations_are_seeded_and_varied() -> None:
 def test_pre_training_text_knows_the_facts_and_no_chat_format() -> None:
     text = "\n".join(plain_text(3000, seed=1))
     assert re.search("پایتخت.{0,20}کنیا.{0,20}نایروبی", text, re.DOTALL)
-    assert held_out("capital", {"x": "کنیا"}), "held-out facts are in the text: fine-tuning teaches how to ask"
+    assert part_of("capital", {"x": "کنیا"}) == "validation", (
+        "held-out facts are in the text: fine-tuning teaches how to ask"
+    )
     assert not re.search("<end_of_turn>\n<start_of_turn>model\n", text)
 
 

@@ -7,11 +7,12 @@ import torch
 from accelerate import Accelerator
 
 from llm_peft_fa import base as module
-from llm_peft_fa.answers import Prompt, answers, streamed_answer
+from llm_peft_fa.answers import answers, streamed_answer
 from llm_peft_fa.attention import NAME
 from llm_peft_fa.base import load_model, load_tokenizer
 from llm_peft_fa.config import GenerationOptions, MethodOptions
 from llm_peft_fa.methods import METHODS, Setting, apply_method, resolved
+from llm_peft_fa.metrics import Prompt
 from llm_peft_fa.model import PackedCausalLM, arithmetic, virtual_tokens
 from llm_peft_fa.packing import packed_row
 from llm_peft_fa.templates import Encoded

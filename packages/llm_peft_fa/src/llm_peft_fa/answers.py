@@ -1,4 +1,4 @@
-"""Prompts, the answers that a model gives to them, and scores of those answers."""
+"""Prompts, and the answers that models give to them: fine-tuned, base and perhaps an instruct model."""
 
 import random
 import threading
@@ -8,42 +8,62 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, cast
 
-import sacrebleu
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
-from labs_common.progress import tracked
-from llm_peft_fa.base import stop_ids
+from labs_common.progress import console, tracked
+from labs_common.sharding import place, reads_weights
+from llm_peft_fa.base import load_model, load_tokenizer, stop_ids
 from llm_peft_fa.config import GenerationOptions
 from llm_peft_fa.data import Reading, text_lines
+from llm_peft_fa.general_text import losses_of_general_text
+from llm_peft_fa.metrics import Answer, Prompt, Scores, scores, scores_by_kind
 from llm_peft_fa.model import Adapted, arithmetic, base_of, virtual_tokens
 from llm_peft_fa.spelling import Message, normalise
 from llm_peft_fa.templates import encode_prompt
 
-Scores = dict[str, float]
+# An answer that the data would give is hardly ever cut, and one that never ends does not take hours.
+SHORTEST_LIMIT, LONGEST_LIMIT = 64, 1024  # tokens
+# The instruct models that were made of these bases, by their makers.
+INSTRUCT = {
+    "google/gemma-2-2b": "google/gemma-2-2b-it",
+    "google/gemma-2-9b": "google/gemma-2-9b-it",
+    "google/gemma-3-1b-pt": "google/gemma-3-1b-it",
+    "google/gemma-3-4b-pt": "google/gemma-3-4b-it",
+    "meta-llama/Llama-3.2-1B": "meta-llama/Llama-3.2-1B-Instruct",
+    "meta-llama/Llama-3.2-3B": "meta-llama/Llama-3.2-3B-Instruct",
+    "meta-llama/Llama-3.1-8B": "meta-llama/Llama-3.1-8B-Instruct",
+    "Qwen/Qwen2.5-1.5B": "Qwen/Qwen2.5-1.5B-Instruct",
+    "Qwen/Qwen2.5-3B": "Qwen/Qwen2.5-3B-Instruct",
+    "Qwen/Qwen2.5-7B": "Qwen/Qwen2.5-7B-Instruct",
+}
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """Messages that end with a question, and the answer that the data gives, if it does."""
-
-    messages: list[Message]
-    reference: str | None = None
-    verifiable: bool = False
-
-
-@dataclass(frozen=True)
-class BeforeAndAfter:
-    """Answers of the base model and of the fine-tuned one to the same prompts, and their scores."""
+class Answered:
+    """Answers to the same prompts by side: "before" (the base, if it answered), "instruct" (if asked for), "after"."""
 
     prompts: list[Prompt]
-    before: list[str] | None
-    after: list[str]
+    said: dict[str, list[Answer]]
     scores: dict[str, Scores]
-    """"before" (if the base answered) and "after"."""
+    """Of all prompts, and the losses of general text; by side."""
+    kinds: dict[str, dict[str, Scores]]
+    """By side and kind of task."""
+
+
+def check_instruct(options: GenerationOptions, base: str | None, shown: bool = True) -> None:
+    """Makes sure, before hours of work, that --also-instruct can be read; says which model it could be.
+
+    Raises:
+        LabError: there is no such model.
+    """
+    if options.also_instruct is not None:
+        load_tokenizer(options.also_instruct)
+    elif shown and base in INSTRUCT:
+        console.print(f"its maker's instruct model is answered beside it with --also-instruct {INSTRUCT[base]}")
 
 
 def collected_prompts(reading: Reading, options: GenerationOptions, seed: int) -> list[Prompt]:
@@ -70,14 +90,49 @@ def before_and_after(
     prompts: list[Prompt],
     options: GenerationOptions,
     accelerator: Accelerator,
-) -> BeforeAndAfter:
-    """Answers all prompts with the fine-tuned model, and with the base if there is one; processes share the work."""
-    after = answers(tuned, tokenizer, prompts, options, accelerator, "answering, fine-tuned")
-    if base is None:
-        return BeforeAndAfter(prompts, None, after, {"after": scores(prompts, after)})
-    with base as model:
-        before = answers(model, tokenizer, prompts, options, accelerator, "answering, base")
-    return BeforeAndAfter(prompts, before, after, {"before": scores(prompts, before), "after": scores(prompts, after)})
+) -> Answered:
+    """Answers all prompts with the fine-tuned model, and with base and instruct model if asked; processes share them.
+
+    The instruct model, with its own tokenizer and template, is loaded beside the other and forgotten afterwards.
+    """
+    said: dict[str, list[Answer]] = {}
+    losses: dict[str, Scores] = {}
+
+    def ask(side: str, model: Adapted, tokenizer: PreTrainedTokenizerBase, task: str) -> None:
+        said[side] = answers(model, tokenizer, prompts, options, accelerator, f"answering, {task}")
+        losses[side] = losses_of_general_text(model, tokenizer)
+
+    if base is not None:
+        with base as model:
+            ask("before", model, tokenizer, "base")
+    if options.also_instruct is not None:
+        instruct = load_model(options.also_instruct, read=reads_weights(accelerator))
+        place(instruct, accelerator)
+        ask("instruct", instruct, load_tokenizer(options.also_instruct), "instruct")
+        del instruct
+    ask("after", tuned, tokenizer, "fine-tuned")
+    return Answered(
+        prompts,
+        said,
+        {side: scores(prompts, one) | losses[side] for side, one in said.items()},
+        {side: scores_by_kind(prompts, one) for side, one in said.items()},
+    )
+
+
+def answer_limit(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], options: GenerationOptions) -> int:
+    """Returns the longest answer in tokens: --max-new-tokens, or what 99 in 100 of the data's own answers need.
+
+    That is with the token that ends an answer, at least SHORTEST_LIMIT and at most LONGEST_LIMIT; the latter if no
+    prompt has an answer.
+    """
+    if options.max_new_tokens:
+        return options.max_new_tokens
+    references = [prompt.reference for prompt in prompts if prompt.reference is not None]
+    if not references:
+        return LONGEST_LIMIT
+    lengths = sorted(map(len, tokenizer(references, add_special_tokens=False).input_ids))
+    needed = lengths[-(-99 * len(lengths) // 100) - 1] + 1
+    return min(max(needed, SHORTEST_LIMIT), LONGEST_LIMIT)
 
 
 @torch.no_grad()
@@ -88,7 +143,7 @@ def answers(
     options: GenerationOptions,
     accelerator: Accelerator,
     task: str = "answering",
-) -> list[str]:
+) -> list[Answer]:
     """Generates greedy answers, in the order of the prompts, the same in every process.
 
     Prompts of like length go together, padded on the left. With virtual tokens among the inputs only those of equal
@@ -111,19 +166,21 @@ def answers(
     if together:  # all processes compute each layer at the same time: who has done its own goes on with them
         most = max(gather_object([len(batches)]))
         batches += batches[:1] * (most - len(batches))
-    said: dict[int, str] = {}
+    limit = answer_limit(tokenizer, prompts, options)
+    said: dict[int, Answer] = {}
     for batch in tracked(batches, task, len(batches), shown=accelerator.is_main_process):
         ids = tokenizer.pad({"input_ids": [encoded[number] for number in batch]}, return_tensors="pt").to(base.device)
         with arithmetic(base):
             out = cast(Any, model).generate(
-                **ids, max_new_tokens=options.max_new_tokens, do_sample=False,
+                **ids, max_new_tokens=limit, do_sample=False,
                 eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id,
                 synced_gpus=together,
             )  # fmt: skip
         for number, answer in zip(batch, out[:, ids["input_ids"].shape[1] :].tolist(), strict=True):
             # Some tokenizers do not count the token that ends a turn among the special ones.
             until = next((place for place, token in enumerate(answer) if token in stops), len(answer))
-            said[number] = str(tokenizer.decode(answer[:until], skip_special_tokens=True)).strip()
+            text = str(tokenizer.decode(answer[:until], skip_special_tokens=True)).strip()
+            said[number] = Answer(text, truncated=until == len(answer))
     everyone = dict(gather_object(list(said.items())))
     return [everyone[number] for number in range(len(prompts))]
 
@@ -161,36 +218,3 @@ def streamed_answer(
     thread.start()
     yield from streamer
     thread.join()
-
-
-def scores(prompts: Sequence[Prompt], said: Sequence[str]) -> Scores:
-    """Computes exact match, chrF, distinct-1 and -2, and mean length; a score that no prompt allows is left out.
-
-    Exact match is over verifiable prompts, chrF (Popović 2015, sacrebleu's) over all that have a reference,
-    distinct-n (Li et al. 2016, section 5: different n-grams over all n-grams) and words over all answers.
-    """
-    found: Scores = {}
-    checked = [
-        same(answer, prompt.reference)
-        for prompt, answer in zip(prompts, said, strict=True)
-        if prompt.verifiable and prompt.reference is not None
-    ]
-    if checked:
-        found["exact match"] = sum(checked) / len(checked)
-    pairs = [(answer, prompt.reference) for prompt, answer in zip(prompts, said, strict=True) if prompt.reference]
-    if pairs:
-        found["chrF"] = sacrebleu.corpus_chrf([pair[0] for pair in pairs], [[pair[1] for pair in pairs]]).score
-    words = [answer.split() for answer in said]
-    for n in (1, 2):
-        grams = [tuple(answer[at : at + n]) for answer in words for at in range(len(answer) - n + 1)]
-        if grams:
-            found[f"distinct-{n}"] = len(set(grams)) / len(grams)
-    if words:
-        found["words per answer"] = sum(map(len, words)) / len(words)
-    return found
-
-
-def same(answer: str, reference: str) -> bool:
-    """Tells whether two texts are equal but for spelling variants, spacing, and a full stop at the end."""
-    one, other = (" ".join(normalise(text).split()).rstrip(" .") for text in (answer, reference))
-    return one == other

@@ -10,6 +10,7 @@ from llm_peft_fa.config import (
     EvaluateConfig,
     ExportConfig,
     InspectConfig,
+    RateConfig,
     TrainConfig,
 )
 
@@ -19,4 +20,5 @@ demo = partial(run_command, "llm_peft_fa.demo:demo", DemoConfig)
 evaluate = partial(run_command, "llm_peft_fa.evaluate:evaluate", EvaluateConfig)
 export = partial(run_command, "llm_peft_fa.export:export", ExportConfig)
 inspect = partial(run_command, "llm_peft_fa.inspect:inspect", InspectConfig)
+rate = partial(run_command, "llm_peft_fa.rate:rate", RateConfig)
 train = partial(run_command, "llm_peft_fa.train:train", TrainConfig)

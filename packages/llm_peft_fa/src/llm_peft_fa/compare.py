@@ -6,7 +6,6 @@ if __name__ == "__main__":  # before the imports below: --help and a wrong optio
     commands.compare()
 
 import dataclasses
-import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -14,7 +13,6 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
-import sacrebleu
 import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
@@ -29,7 +27,6 @@ from labs_common.compare.collect import (
     mean_and_spread,
     recommend,
     rows_of,
-    within_one_error,
 )
 from labs_common.compare.plan import comparison_folder, plan_runs, seeds_of, seeds_text, slug
 from labs_common.compare.processes import compare_runs, finished_run, start_server
@@ -39,7 +36,6 @@ from labs_common.compare.report import (
     curves_of,
     notes_on,
     pareto_section,
-    recommendation_section,
     table_of,
 )
 from labs_common.device import mixed_precision
@@ -49,19 +45,25 @@ from labs_common.report.page import Section, Table, Text
 from labs_common.run import Run
 from labs_common.steps import ShuffledSteps
 from labs_common.training import total_steps
-from llm_peft_fa.answers import answers, collected_prompts, same, scores
+from llm_peft_fa.answers import answers, check_instruct, collected_prompts
 from llm_peft_fa.base import check_quantization, device, load_model, load_tokenizer
 from llm_peft_fa.config import CompareConfig, ComparedOptions, TrainConfig
 from llm_peft_fa.data import plain_paragraphs, splits
+from llm_peft_fa.general_text import losses_of_general_text
 from llm_peft_fa.methods import METHODS, complete
+from llm_peft_fa.metrics import scores
 from llm_peft_fa.optimizers import check_optimizer
+from llm_peft_fa.ranking import enough, quality, quality_name, recommendation_section, stability_text, within_noise
 from llm_peft_fa.report import asked, folded_tables, shortened
 from llm_peft_fa.table import encode_all
 
 COMMAND = "llm_peft_fa.train"
-BASE = "base"  # the directory of the base's answers, and its name in tables
-HIGHER = ("exact match", "chrF", "tokens/s")  # is better
-SCORES = ("exact match", "chrF", "validation loss", "plain text loss")
+BASE, INSTRUCT = "base", "instruct"  # the directories of their answers, and their names in tables
+HIGHER = ("exact match", "chrF", "in Persian", "tokens/s")  # is better
+QUALITY = ("exact match", "chrF", "validation loss")
+ANSWERS = ("truncated", "in Persian", "repetition", "refusals", "words per answer")
+FORGOTTEN = ("plain text loss", "Persian text loss", "English text loss")
+SCORES = (*QUALITY, *ANSWERS, *FORGOTTEN)
 COSTS = {
     "training seconds": partial(Entry.cost, name="seconds"),
     "tokens/s": partial(Entry.cost, name="tokens per second"),
@@ -82,6 +84,7 @@ def compare(config: CompareConfig) -> None:
     folder = comparison_folder(f"compare-{path_name(config.model.model)}", config, files)
     start_server(config.comparison.launch, [COMMAND])
     check_plan(planned, config.comparison.launch)
+    check_instruct(config.generation, config.model.model)
     compare_runs(folder, config, COMMAND, planned, partial(findings, config), partial(prepare, config))
 
 
@@ -99,7 +102,7 @@ def plan(config: CompareConfig) -> dict[str, TrainConfig]:
             TrainConfig(
                 model=config.model, data=config.data, method=own.method,
                 training=dataclasses.replace(config.training, learning_rate=own.learning_rate),
-                generation=dataclasses.replace(config.generation, answer_base=False),
+                generation=dataclasses.replace(config.generation, answer_base=False, also_instruct=None),
             )
         )  # fmt: skip
 
@@ -135,7 +138,9 @@ def prepare(config: CompareConfig, folder: Path, planned: Mapping[str, TrainConf
     """Answers the prompts with the base alone, and searches learning rates if they are asked for."""
     first = next(iter(planned.values()))
     for seed in seeds_of(config.comparison):
-        save_base_answers(Run(folder / BASE / f"seed-{seed}"), _at(first, seed))
+        save_answers(Run(folder / BASE / f"seed-{seed}"), _at(first, seed))
+        if (instruct := config.generation.also_instruct) is not None:
+            save_answers(Run(folder / INSTRUCT / f"seed-{seed}"), _at(first, seed), instruct)
     if not config.search:
         return planned
     training = splits(first.data, first.run.seed)["training"]
@@ -146,22 +151,23 @@ def prepare(config: CompareConfig, folder: Path, planned: Mapping[str, TrainConf
     return {spec: _searched(config, run, folder, slug(spec), steps) for spec, run in planned.items()}
 
 
-def save_base_answers(kept: Run, run: TrainConfig) -> None:
-    """Answers the prompts of this seed with the base alone, unless that has been done."""
+def save_answers(kept: Run, run: TrainConfig, instruct: str | None = None) -> None:
+    """Answers the prompts of this seed with the base alone, or an instruct model, unless that has been done."""
     if kept.load_json("scores.json") is not None:
         return
     prompts = collected_prompts(splits(run.data, run.run.seed)["test"], run.generation, run.run.seed)
-    tokenizer = load_tokenizer(run.model.model, run.model.template, run.model.thinking)
-    base = load_model(run.model.model)
-    torch.nn.Module.to(base, device())
-    said = answers(base, tokenizer, prompts, run.generation, Accelerator(), "answering, base")
+    name = instruct or run.model.model
+    tokenizer = load_tokenizer(name) if instruct else load_tokenizer(name, run.model.template, run.model.thinking)
+    model = load_model(name)
+    torch.nn.Module.to(model, device())
+    said = answers(model, tokenizer, prompts, run.generation, Accelerator(), f"answering, {kept.path.parent.name}")
     kept.path.mkdir(parents=True, exist_ok=True)
     rows = [
-        {"prompt": prompt.messages[-1]["content"], "reference": prompt.reference, "after": answer}
+        {"prompt": prompt.messages[-1]["content"], "reference": prompt.reference, "after": answer.text}
         for prompt, answer in zip(prompts, said, strict=True)
     ]
     kept.save_json("answers.json", rows)
-    kept.save_json("scores.json", scores(prompts, said))
+    kept.save_json("scores.json", scores(prompts, said) | losses_of_general_text(model, tokenizer))
 
 
 def _searched(config: CompareConfig, run: TrainConfig, folder: Path, name: str, steps: int) -> TrainConfig:
@@ -190,19 +196,21 @@ def _at(run: TrainConfig, seed: int, path: Path | None = None) -> TrainConfig:
 
 
 def findings(config: CompareConfig, run: Run, entries: dict[str, Entry], failed: dict[str, int]) -> Findings:
-    """Puts what finished side by side, and recommends a method."""
+    """Puts what finished side by side, and recommends a method if there are answers enough."""
     options = config.comparison
-    base = {seed: Run(run.path / BASE / f"seed-{seed}") for seed in seeds_of(options)}
-    rows = table_rows(entries, [one.load_json("scores.json") for one in base.values()])
+    seeds = seeds_of(options)
+    asked_too = (BASE, INSTRUCT) if config.generation.also_instruct else (BASE,)
+    others = {name: {seed: Run(run.path / name / f"seed-{seed}") for seed in seeds} for name in asked_too}
+    rows = table_rows(
+        entries, {name: [one.load_json("scores.json") for one in of.values()] for name, of in others.items()}
+    )
     best, equal = recommend(entries, quality, within_noise, "trainable")
     words = quality_name(next(iter(entries.values())))
-    recommended = recommendation_section(
-        "method", max(entries.values(), key=quality), best, equal, quality, words, "prompts", "trainable"
-    )
+    recommended, said = recommendation_section(entries, best, equal, words)
     if forgot := {entry.name: loss for entry in equal if (loss := entry.values("after", "plain text loss"))}:
         least = min(forgot, key=lambda name: statistics.fmean(forgot[name]))
-        recommended.blocks.append(Text(f"Of those, {least} forgot the least of what the base knew."))
-    recommended.blocks.append(Text(stability_text(entries, seeds_of(options))))
+        recommended.blocks.append(Text(f"Of those taken as equal {least} forgot the least of what the base knew."))
+    recommended.blocks.append(Text(stability_text(entries, seeds)))
     against: dict[str, tuple[Measure, bool]] = {
         "trained parameters": (COSTS["trained parameters"], True),
         "training seconds": (COSTS["training seconds"], False),
@@ -219,120 +227,56 @@ def findings(config: CompareConfig, run: Run, entries: dict[str, Entry], failed:
         pareto_section(run, entries, quality, words, against),
         Section("Curves", [figure]),
         strengths_section(entries),
-        answers_section(entries, *next(iter((seed, one.load_json("answers.json")) for seed, one in base.items()))),
+        answers_section(
+            entries, seeds[0], {name: of[seeds[0]].load_json("answers.json") for name, of in others.items()}
+        ),
         budget_section("method", entries, "tokens", "Each method had the same base, conversations, order and tokens."),
     ]
-    summary = (
-        f"{len(entries)} methods, {seeds_text(options)} each. Recommended by the rule below: {best.name}, {words} "
-        f"{quality(best):.3f}."
-    )
-    printed = (*SCORES, "training seconds")
-    return Findings(f"Fine-tuning methods on {config.model.model}", summary, rows, sections, printed, best.name)
+    summary = f"{len(entries)} methods, {seeds_text(options)} each. {said}"
+    printed = (*QUALITY, "training seconds")
+    chosen = best.name if enough(entries) else None
+    return Findings(f"Fine-tuning methods on {config.model.model}", summary, rows, sections, printed, chosen)
 
 
-def table_rows(entries: Mapping[str, Entry], base: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
-    """Lists a row per method, best first, and the base: scores and costs as means over seeds, `NAME ±` their spread.
+def table_rows(
+    entries: Mapping[str, Entry], others: Mapping[str, Sequence[Mapping[str, float]]]
+) -> list[dict[str, Any]]:
+    """Lists a row per method, best first, base and instruct model last: means over seeds, `NAME ±` their spread.
 
-    `base` has the scores of the base's answers by seed; its losses are those that the runs measured before training.
+    `others` has the scores of the latters' answers by seed; the base's losses are those that the runs measured before
+    training.
     """
     rates = {"learning rate": lambda entry: entry.values("config", "training", "learning_rate")[:1]}
     measures = {name: methodcaller("values", "after", name) for name in SCORES}
     rows = rows_of("method", sorted(entries.values(), key=quality, reverse=True), rates | measures | COSTS)
-    last: dict[str, Any] = {"method": BASE}
-    for name in SCORES:
-        values = [scores[name] for scores in base if name in scores]
-        last |= mean_and_spread(name, values or next(iter(entries.values())).values("before", name))
-    return [*rows, last]
-
-
-def prompt_scores(answers: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Scores each answer: 1 or 0 where it can be checked word for word, if any can; else by its chrF (0 to 1)."""
-    checked = [row for row in answers if row["verifiable"] and row["reference"] is not None]
-    if checked:
-        return [float(same(row["after"], row["reference"])) for row in checked]
-    return [
-        sacrebleu.sentence_chrf(row["after"], [row["reference"]]).score / 100 for row in answers if row["reference"]
-    ]
-
-
-def quality_name(entry: Entry) -> str:
-    """Names what `quality` measures in this comparison."""
-    answers = next(iter(entry.read("answers.json").values()))
-    if any(row["verifiable"] and row["reference"] is not None for row in answers):
-        return "exact match"
-    return "chrF (0 to 1)" if any(row["reference"] for row in answers) else "minus validation loss"
-
-
-def quality(entry: Entry, seed: int | None = None) -> float:
-    """Averages `prompt_scores`, over all seeds or of one; minus the validation loss if no prompt has a reference."""
-    answers = {key: rows for key, rows in entry.read("answers.json").items() if seed in (None, key)}
-    found = [score for rows in answers.values() for score in prompt_scores(rows)]
-    if found:
-        return statistics.fmean(found)
-    return -statistics.fmean(entry.results[key]["after"]["validation loss"] for key in answers)
-
-
-def within_noise(best: Entry, other: Entry) -> bool:
-    """Tells whether `other` is at most one standard error worse than `best` (Breiman et al. 1984, section 3.4.3).
-
-    The standard error is that of the mean difference on the same prompts of the same seeds.
-    """
-    one, two = best.read("answers.json"), other.read("answers.json")
-    differences = [
-        first - second
-        for seed in one.keys() & two.keys()
-        for first, second in zip(prompt_scores(one[seed]), prompt_scores(two[seed]), strict=True)
-    ]
-    return within_one_error(differences) if len(differences) > 1 else best.name == other.name
-
-
-def order_of(entries: Mapping[str, Entry], seed: int) -> list[str]:
-    """Lists the methods that have this seed, best first."""
-    there = [entry for entry in entries.values() if seed in entry.results]
-    return [entry.name for entry in sorted(there, key=lambda entry: -quality(entry, seed))]
-
-
-def changing_pairs(entries: Mapping[str, Entry], seeds: Sequence[int]) -> list[tuple[str, str]]:
-    """Lists the pairs of methods whose order by quality is not the same in all seeds."""
-    found = []
-    for one, two in itertools.combinations(entries.values(), 2):
-        both = [seed for seed in seeds if seed in one.results and seed in two.results]
-        differences = [quality(one, seed) - quality(two, seed) for seed in both]
-        if len({(difference > 0) - (difference < 0) for difference in differences}) > 1:
-            found.append((one.name, two.name))
-    return found
-
-
-def stability_text(entries: Mapping[str, Entry], seeds: Sequence[int]) -> str:
-    """Tells whether the order of the methods can be relied on."""
-    orders = {seed: " > ".join(order_of(entries, seed)) for seed in seeds}
-    first = orders[seeds[0]]
-    if len(seeds) > 1:
-        pairs = changing_pairs(entries, seeds)
-        if not pairs:
-            return f"The order is the same with all {len(seeds)} seeds: {first}."
-        changing = "; ".join(f"{one} and {two}" for one, two in pairs)
-        said = "; ".join(f"seed {seed}: {order}" for seed, order in orders.items())
-        return f"The order is not stable over seeds: {changing} change places. {said}."
-    neighbours = itertools.pairwise(order_of(entries, seeds[0]))
-    close = [f"{one} and {two}" for one, two in neighbours if within_noise(entries[one], entries[two])]
-    near = f" Neighbours within noise of each other: {'; '.join(close)}." if close else ""
-    return (
-        f"One seed was run, so whether this order is stable over seeds is not known (--seeds 3 tells): {first}.{near}"
-    )
+    for other, found in others.items():
+        row: dict[str, Any] = {"method": other}
+        for name in SCORES:
+            values = [scores[name] for scores in found if name in scores]
+            if not values and other == BASE:
+                values = next(iter(entries.values())).values("before", name)
+            row |= mean_and_spread(name, values)
+        rows.append(row)
+    return rows
 
 
 def numbers_section(rows: Sequence[Mapping[str, Any]], config: CompareConfig, failed: Mapping[str, int]) -> Section:
     """Tabulates quality and cost."""
-    present = [name for name in SCORES if any(name in row for row in rows)]
-    costs = ("method", "learning rate", *COSTS)
+    methods = [row for row in rows if row["method"] not in (BASE, INSTRUCT)]
+
+    def present(names: Sequence[str]) -> list[str]:
+        return ["method", *(name for name in names if any(name in row for row in rows))]
+
     blocks: list[Table | Text] = [
-        table_of(rows, ("method", *present), "Quality after training, best first."),
-        table_of(rows[:-1], costs, "Cost of training; each method in a process of its own."),
+        table_of(rows, present(QUALITY), "Quality after training, in the order of the means."),
+        table_of(rows, present(ANSWERS), "The answers: shares of them, and their length."),
+        table_of(rows, present(FORGOTTEN), "Loss on text that is not trained on."),
+        table_of(methods, ("method", "learning rate", *COSTS), "Cost of training; each in a process of its own."),
         Text(
-            "Exact match counts answers that equal the reference word for word, chrF runs from 0 to 100, losses are in "
-            "nats per token. Plain text is of the base's world and is not trained on: what its loss rises above the "
-            "base's was forgotten. Peak memory is of the whole process, libraries included, on a CPU."
+            "Exact match counts answers that a reader takes for the reference, chrF runs from 0 to 100, losses are in "
+            "nats per token: what they rise above the base's was forgotten. Plain text is of the base's world, Persian "
+            "and English text are everyday paragraphs. Peak memory is of the whole process, libraries included, on a "
+            "CPU."
         ),
         *notes_on(config.comparison, failed),
     ]
@@ -348,7 +292,8 @@ def numbers_section(rows: Sequence[Mapping[str, Any]], config: CompareConfig, fa
 
 def strengths_section(entries: Mapping[str, Entry]) -> Section:
     """Lists what each method is best and worst at, from the numbers alone."""
-    measures = {name: methodcaller("values", "after", name) for name in SCORES} | COSTS
+    better = (*QUALITY, "truncated", "in Persian", "repetition", *FORGOTTEN)  # for the others neither more nor less is
+    measures = {name: methodcaller("values", "after", name) for name in better} | COSTS
     means = {
         measure: {name: statistics.fmean(values) for name, entry in entries.items() if (values := of(entry))}
         for measure, of in measures.items()
@@ -371,12 +316,15 @@ def strengths_section(entries: Mapping[str, Entry]) -> Section:
     return Section("Strengths and weaknesses", [Table(columns, rows, "Only what the figures above say.")])
 
 
-def answers_section(entries: Mapping[str, Entry], seed: int, base: Sequence[Mapping[str, Any]]) -> Section:
-    """Shows the same prompts of one seed answered by the base and by every method."""
+def answers_section(
+    entries: Mapping[str, Entry], seed: int, others: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> Section:
+    """Shows the same prompts of one seed answered by the base, perhaps an instruct model, and every method."""
     there = {name: entry.read("answers.json")[seed] for name, entry in entries.items() if seed in entry.runs}
+    all_of = others | there
     rows = []
-    for number, row in enumerate(base):
-        said = [shortened(answers[number]["after"]) for answers in there.values()]
-        rows.append((asked(row["prompt"]), row["reference"], shortened(row["after"]), *said))
-    tables = folded_tables(("prompt", "reference", BASE, *there), rows, SHOWN)
+    for number, row in enumerate(others[BASE]):
+        said = [shortened(answers[number]["after"]) for answers in all_of.values()]
+        rows.append((asked(row["prompt"]), row["reference"], *said))
+    tables = folded_tables(("prompt", "reference", *all_of), rows, SHOWN)
     return Section("The same prompts, answered by all", [*tables])

@@ -166,12 +166,15 @@ class GenerationOptions:
     """Text file with one prompt per line to be answered before and after."""
     test_prompts: CountOrZero = 150
     """Number of prompts of the test data that are answered."""
-    max_new_tokens: Count = 64
-    """Longest answer, in tokens."""
+    max_new_tokens: CountOrZero = 0
+    """Longest answer, in tokens; 0: what 99 in 100 of the data's own answers need, from 64 to 1,024."""
     generation_batch: Count = 32
     """Prompts answered at a time."""
     answer_base: bool = True
     """Answer the prompts with the base model too."""
+    also_instruct: str | None = None
+    """Answer them also with this model, in its own chat template: the instruct model of the base's maker, such as
+    google/gemma-2-2b-it. It is loaded beside the other."""
 
 
 @dataclass
@@ -230,6 +233,7 @@ class EvaluateConfig:
 
     `python -m llm_peft_fa.evaluate --checkpoint runs/NAME --data test.jsonl`
     `python -m llm_peft_fa.evaluate --adapter DIRECTORY --judge-file to_rate.csv`
+    `python -m llm_peft_fa.evaluate --checkpoint runs/NAME --also-instruct google/gemma-2-2b-it --lm-eval persian`
     `python -m llm_peft_fa.evaluate --model google/gemma-2-2b-it --base google/gemma-2-2b --data test.jsonl`
     """
 
@@ -241,14 +245,36 @@ class EvaluateConfig:
     output: Path | None = None
     """Directory of evaluation.json and report.html; by default evaluation/ under the run or adapter."""
     judge_file: Path | None = None
-    """Write a CSV table for people to rate: prompts with both answers as A and B in random order. Which is which goes
-    to a .key.json beside it."""
+    """Write a CSV table for people to rate, in a spreadsheet or by llm_peft_fa.rate: prompts with both answers as A and
+    B in random order. Which is which goes to a .key.json beside it."""
+    lm_eval: str | None = None
+    """Tasks of lm-evaluation-harness, separated by commas, to measure too (extra `lm-eval`): names, .yaml files of your
+    own, or persian for those that it ships in Persian. The harness loads their data from the hub."""
+    lm_eval_limit: CountOrNone = None
+    """Examples of each of those tasks; all if not given."""
     max_length: Count = 4096
     """Longer conversations are left out of the loss."""
     reading: ReadingOptions = field(default_factory=ReadingOptions)
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     seed: CountOrZero = 0
     """Seed of the choice of prompts; of a run it is the run's own."""
+    command: CommandOptions = field(default_factory=CommandOptions)
+
+
+@dataclass
+class RateConfig:
+    """Shows a person the pairs of a --judge-file one by one, on a page of this machine, and keeps what is chosen.
+
+    `python -m llm_peft_fa.rate to_rate.csv` serves the page; closed and started again, it goes on.
+    `python -m llm_peft_fa.rate to_rate.csv --read-ratings` says who won.
+    """
+
+    file: tyro.conf.Positional[Path] = Path("to_rate.csv")
+    """The table that llm_peft_fa.evaluate --judge-file wrote; ratings made in a spreadsheet count too."""
+    read_ratings: bool = False
+    """Say how often which model was better, with a confidence interval and a test, in the place of the page."""
+    port: Annotated[int, number(int, "[0, 65535]")] = 7861
+    """Port to listen on."""
     command: CommandOptions = field(default_factory=CommandOptions)
 
 

@@ -126,8 +126,8 @@ def splits(options: DataOptions, seed: int) -> dict[str, Reading]:
     """Reads or generates the conversations of "training", "validation" and "test".
 
     Nothing is chosen by the test's. They are the same for every seed: those whose hashes are smallest. Validation is
-    drawn by the seed. What is held out already (--validation-data, files of that name, held-out tasks) is halved by
-    hash if there is no test beside it.
+    drawn by the seed. What is held out already (--validation-data, files of that name) is halved by hash if there is no
+    test beside it. Each part of the generated tasks has items of its own.
 
     Raises:
         LabError: see `read_conversations`; or a share leaves one side empty.
@@ -137,10 +137,11 @@ def splits(options: DataOptions, seed: int) -> dict[str, Reading]:
             if getattr(options, name):
                 flag = name.replace("_", "-")
                 raise LabError(f"--{flag}: needs --data; the generated tasks bring their own validation and test")
-        kept = _generated("held-out tasks", held_out_conversations(300, seed))
-        training = _generated("generated Persian tasks", conversations(options.conversations, seed))
-        validation, test = (replace(kept, conversations=kept.conversations[half::2]) for half in (0, 1))
-        return {"training": training, "validation": validation, "test": test}
+        return {
+            "training": _generated("generated Persian tasks", conversations(options.conversations, seed)),
+            "validation": _generated("validation tasks", held_out_conversations(300, seed)),
+            "test": _generated("test tasks", held_out_conversations(300, seed, "test")),
+        }
     training = read_conversations(options.data, options.split, options)
     own = sources.own_splits(options.data)
     held: dict[str, Reading] = {}

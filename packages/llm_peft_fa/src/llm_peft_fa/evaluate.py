@@ -8,37 +8,42 @@ from llm_peft_fa import commands
 if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
     commands.evaluate()
 
-import csv
-import io
-import json
-import os
-import random
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
 
 from labs_common.cache import path_name
 from labs_common.cli import to_plain
-from labs_common.errors import LabError
+from labs_common.errors import LabError, reason_of
 from labs_common.lock import check_new, new_folder
 from labs_common.progress import console
-from labs_common.report.page import Section, Table, making_report, write_report
-from labs_common.run import Run, write_atomically
-from llm_peft_fa.answers import BeforeAndAfter, before_and_after, collected_prompts
+from labs_common.report.page import Section, Table, Text, making_report, write_report
+from labs_common.run import Run
+from llm_peft_fa.answers import before_and_after, check_instruct, collected_prompts
 from llm_peft_fa.base import load_tokenizer
 from llm_peft_fa.config import EvaluateConfig, TrainConfig
 from llm_peft_fa.data import Reading, read_conversations, splits
 from llm_peft_fa.model import Adapted, PackedCausalLM, arithmetic, base_of, mean_loss, rope_boundary, virtual_tokens
 from llm_peft_fa.packing import Packing
+from llm_peft_fa.rate import check_judge_file, write_judge_file
 from llm_peft_fa.report import answers_section, numbers_section, saved_answers
 from llm_peft_fa.saved import Subject, plain_base, subject_of
 from llm_peft_fa.table import Rows, encode_all
 from llm_peft_fa.verification import like_prompt, settle
 
-JUDGE_COLUMNS = ("number", "prompt", "answer A", "answer B", "better (A, B or =)")
 TOKENS_PER_ROW = 2048  # as --tokens-per-batch has it in training
+# What lm-evaluation-harness 0.4.13 ships in Persian: reading, knowledge, exams, common sense.
+PERSIAN_TASKS = (
+    "belebele_pes_Arab", "global_mmlu_full_fa", "include_base_44_persian", "global_piqa_parallel_cloze_pes_arab",
+)  # fmt: skip
+
+# By task, and by measure of it.
+Harness = dict[str, dict[str, float]]
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -46,41 +51,57 @@ def evaluate(config: EvaluateConfig) -> None:
     check_new(config.output)
     subject = subject_of(config.subject, config.base)
     base = subject.base if config.generation.answer_base else None
+    accelerator = Accelerator()
     if config.judge_file is not None:
-        check_judge_file(config.judge_file, base)
+        if base is None:
+            raise LabError("--judge-file: needs two models to compare; name a run, an adapter, or a --base")
+        check_judge_file(config.judge_file)
+    tasks, manager = harness_tasks(config.lm_eval, accelerator)
+    check_instruct(config.generation, subject.base, accelerator.is_main_process)
     output = new_folder(config.output, _own_folder(config, subject))
     seed = subject.trained.run.seed if subject.trained is not None else config.seed
     reading, held_out = _readings(config, subject)
     prompts = collected_prompts(reading, config.generation, seed)
-    accelerator = Accelerator()
     tokenizer = load_tokenizer(subject.tokenizer, config.template)
     tuned = subject.load()
     encoded = encode_all(tokenizer, held_out, config.max_length, "skip")
     losses = {"after": loss_of(tuned, encoded, accelerator)}
+    harness: dict[str, Harness] = {}
+    if tasks:
+        harness["after"] = harness_scores(tuned, tokenizer, tasks, manager, config)
 
     @contextmanager
     def measured_base(base: str) -> Iterator[Adapted]:
         with plain_base(tuned, base) as model:
             losses["before"] = loss_of(model, encoded, accelerator, adapted=False)
+            if tasks:
+                harness["before"] = harness_scores(model, tokenizer, tasks, manager, config)
             yield model
 
     before = None if base is None else measured_base(base)
     both = before_and_after(tuned, before, tokenizer, prompts, config.generation, accelerator)
     for side, values in both.scores.items():
-        if (loss := losses[side]) is not None:
+        if (loss := losses.get(side)) is not None:
             values["validation loss"] = loss
     if not accelerator.is_main_process:
         return
     output.mkdir(parents=True, exist_ok=True)
     run = Run(output)
-    results = {"config": to_plain(config), "scores": both.scores, "answers": saved_answers(both)}
+    results = {"config": to_plain(config), "scores": both.scores, "kinds": both.kinds, "answers": saved_answers(both)}
+    if tasks:
+        results["lm-eval"] = harness
     run.save_json("evaluation.json", results)
     if config.judge_file is not None:
-        write_judge_file(config.judge_file, both, subject.name, seed)
+        asked = ["\n\n".join(f"{message['role']}: {message['content']}" for message in prompt.messages)
+                 if len(prompt.messages) > 1 else prompt.messages[0]["content"] for prompt in prompts]  # fmt: skip
+        sides = {"base": both.said["before"], subject.name: both.said["after"]}
+        said = {name: [answer.text for answer in answers] for name, answers in sides.items()}
+        write_judge_file(config.judge_file, asked, said, seed)
     with making_report():
         sections = [
             Section("Data", [Table(("source", "conversations"), [(reading.source, len(reading.conversations))])]),
-            numbers_section(both.scores),
+            numbers_section(both),
+            *([harness_section(harness)] if tasks else []),
             answers_section(both),
         ]
         path = write_report(run, f"Evaluation of {subject.name}", f"Base: {subject.base or 'none'}", sections)
@@ -106,42 +127,74 @@ def loss_of(model: Adapted, encoded: Rows, accelerator: Accelerator, adapted: bo
         return mean_loss(PackedCausalLM(subject), packing.rows(encoded), accelerator)
 
 
-def check_judge_file(file: Path, base: str | None) -> None:
-    """Refuses a file that cannot be written or that somebody may have begun to fill in.
+def harness_tasks(asked: str | None, accelerator: Accelerator) -> tuple[list[str], Any]:
+    """Lists the tasks of --lm-eval, if there are any, with the harness's manager that knows them.
 
     Raises:
-        LabError: it exists, its directory does not or cannot be written, or there is no base to compare with.
+        LabError: lm-evaluation-harness is not installed or has no such task, or there are several processes.
     """
-    if base is None:
-        raise LabError("--judge-file: needs two models to compare; name a run, an adapter, or a --base")
-    if file.exists():
-        raise LabError(f"--judge-file {file}: exists already and may hold ratings; name another")
-    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
-        raise LabError(f"--judge-file {file}: its directory does not exist or cannot be written")
+    if asked is None:
+        return [], None
+    if importlib.util.find_spec("lm_eval") is None:
+        raise LabError("--lm-eval: needs lm-evaluation-harness; install the extra llm-peft-fa[lm-eval]")
+    if accelerator.num_processes > 1:
+        raise LabError("--lm-eval: takes a model that is in one process; start it without accelerate launch")
+    from lm_eval.tasks import TaskManager  # of an extra
+
+    named = [name.strip() for name in asked.split(",") if name.strip()]
+    tasks = [task for name in named for task in (PERSIAN_TASKS if name == "persian" else (name,))]
+    own = [task for task in tasks if task.endswith(".yaml")]
+    unknown = [task for task in own if not Path(task).is_file()]
+    if not unknown:  # reading the 14,000 that it ships takes a while
+        manager = TaskManager(include_defaults=own != tasks)
+        unknown = [task for task in tasks if task not in own and task not in manager.all_tasks]
+    if unknown or not tasks:
+        raise LabError(f"--lm-eval {asked}: no task {', '.join(unknown)}; `lm-eval ls tasks` lists them; one of your "
+                       "own is named by its .yaml file")  # fmt: skip
+    return tasks, manager
 
 
-def write_judge_file(file: Path, both: BeforeAndAfter, tuned: str, seed: int) -> None:
-    """Writes a CSV table for people to rate, A and B in random order by row, and FILE.key.json with the true names.
+def harness_scores(
+    model: Adapted, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], manager: Any, config: EvaluateConfig
+) -> Harness:
+    """Measures a loaded model, adapter and soft prompt included, by lm-evaluation-harness, without a chat template.
 
-    The byte-order mark makes spreadsheets read the Persian as UTF-8.
+    Raises:
+        LabError: a task's data cannot be loaded, or the harness fails otherwise.
     """
-    assert both.before is not None
-    draw = random.Random(f"judges {seed}")
-    stream = io.StringIO()
-    table = csv.writer(stream)
-    table.writerow(JUDGE_COLUMNS)
-    key = []
-    rows = zip(both.prompts, both.before, both.after, strict=True)
-    for number, (prompt, before, after) in enumerate(rows, 1):
-        sides = [("base", before), (tuned, after)]
-        draw.shuffle(sides)
-        asked = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt.messages)
-        if len(prompt.messages) == 1:
-            asked = prompt.messages[0]["content"]
-        table.writerow((number, asked, sides[0][1], sides[1][1], ""))
-        key.append({"number": number, "A": sides[0][0], "B": sides[1][0]})
-    write_atomically(file, "\ufeff" + stream.getvalue())
-    write_atomically(file.with_name(f"{file.name}.key.json"), json.dumps(key, indent=1) + "\n")
+    from lm_eval import simple_evaluate  # of an extra
+    from lm_eval.models.huggingface import HFLM
+
+    try:
+        with arithmetic(base_of(model)):
+            measured = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.generation.generation_batch)
+            found = simple_evaluate(
+                measured, tasks=[*tasks], task_manager=manager, limit=config.lm_eval_limit, bootstrap_iters=1000,
+                log_samples=False,
+            )  # fmt: skip
+    except Exception as error:  # of the network, of data sets, of each task's own code
+        raise LabError(f"--lm-eval {config.lm_eval}: failed ({reason_of(error)})") from error
+    return {
+        task: {name.removesuffix(",none"): float(value) for name, value in values.items() if isinstance(value, float)}
+        for task, values in found["results"].items()
+    }
+
+
+def harness_section(harness: Mapping[str, Harness]) -> Section:
+    """Tabulates what lm-evaluation-harness measured, with its standard errors."""
+    rows: list[tuple[Any, ...]] = []
+    for task, values in harness["after"].items():
+        for name in values:
+            if "_stderr" not in name:
+                sides = [harness.get(side, {}).get(task, {}) for side in ("before", "after")]
+                error = name.replace(",", "_stderr,") if "," in name else f"{name}_stderr"
+                rows.append((task, name, *(_with_error(side.get(name), side.get(error)) for side in sides)))
+    note = "By lm-evaluation-harness, on the text of its tasks without a chat template; ± is the standard error."
+    return Section("Standard tasks", [Table(("task", "measure", "before", "after"), rows), Text(note)])
+
+
+def _with_error(value: float | None, error: float | None) -> str | float | None:
+    return value if value is None or error is None else f"{value:.3f} ± {error:.3f}"
 
 
 def _readings(config: EvaluateConfig, subject: Subject) -> tuple[Reading, Reading]:

@@ -1,5 +1,6 @@
 """The sections of the reports that only this lab has, and what a training prints."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -29,12 +30,13 @@ from labs_common.report.sections import (
 from labs_common.run import Run, seconds_between
 from labs_common.steps import ShuffledSteps
 from labs_common.training import total_steps
-from llm_peft_fa.answers import BeforeAndAfter, Scores
+from llm_peft_fa.answers import Answered
 from llm_peft_fa.attention import NAME
 from llm_peft_fa.base import DTYPES
 from llm_peft_fa.config import MethodOptions, TrainConfig
 from llm_peft_fa.data import Reading
 from llm_peft_fa.methods import METHODS
+from llm_peft_fa.metrics import Answer, task_or_kind
 from llm_peft_fa.model import base_of
 from llm_peft_fa.plan import ROW, SMALL, held_with, outline, plan_of
 from llm_peft_fa.saved import result_folder
@@ -48,6 +50,18 @@ SHOWN = 40  # answers before the fold: a screen or two
 SAMPLED = 200  # conversations of which words and tokens are counted, and the shortest is the example
 NAMED = 8  # characters before each line of the first screen
 SHOWN_TEXT = 150  # characters of the example's texts: two lines of a terminal
+OFFLINE = (
+    "These are generated tasks: they show the road from data to report, and say little of which method is best for a "
+    "real model."
+)
+SCORES_EXPLAINED = (
+    "Before is the base model, after is the fine-tuned one, instruct what its maker made of the base. Exact match is "
+    "of prompts whose answer can be checked; spelling, punctuation and articles do not count. chrF runs from 0 to 100. "
+    "Truncated is the share of answers that were cut at --max-new-tokens, distinct-n that of different n-grams, "
+    "repetition that of 4-grams said before in the same answer. Refusals are told by common phrases at the start, the "
+    "language of answers to Persian prompts by letters and common words. Losses of Persian and English text are of "
+    "everyday paragraphs, plain text is of the base's own world: what rises over the base's was forgotten."
+)
 TIMED = 5  # steps that are timed after the first, which is slower
 
 
@@ -101,28 +115,39 @@ def structure_section(run: Run, structure: Structure, audit: FrozenAudit, option
     return section
 
 
-def numbers_section(scores: Mapping[str, Scores], losses: Mapping[str, tuple[float, float]] | None = None) -> Section:
-    """Tabulates scores before and after; `losses` adds rows of (before, after)."""
-    before, after = scores.get("before", {}), scores["after"]
-    rows: list[Cells] = [(name, *values) for name, values in (losses or {}).items()]
-    rows += [(name, before.get(name), after.get(name)) for name in dict.fromkeys([*before, *after])]
-    note = (
-        "Before is the base model, after is the fine-tuned one. Exact match counts prompts whose answer can be checked "
-        "word for word; chrF runs from 0 to 100; distinct-n is the share of different n-grams. Plain text is of the "
-        "base's world: a loss that rises there was forgotten."
-    )
-    return Section("Numbers", [Table(("", "before", "after"), rows), Text(note)])
-
-
-def answers_section(both: BeforeAndAfter) -> Section:
-    """Shows prompts with the answers before and after; the user's own come first."""
-    before = both.before or [""] * len(both.prompts)
-    rows = [
-        (asked(prompt.messages[-1]["content"]), shortened(first), shortened(last), prompt.reference)
-        for prompt, first, last in zip(both.prompts, before, both.after, strict=True)
+def numbers_section(both: Answered, losses: Mapping[str, tuple[float, float]] | None = None) -> Section:
+    """Tabulates scores by side, of all prompts and by kind of task; `losses` adds rows of (before, after)."""
+    sides = list(both.said)
+    rows: list[Cells] = [
+        (name, *(dict(zip(("before", "after"), values, strict=True)).get(side) for side in sides))
+        for name, values in (losses or {}).items()
     ]
-    columns = ("prompt", "before", "after", "reference")
+    names = dict.fromkeys(name for side in sides for name in both.scores[side])
+    rows += [(name, *(both.scores[side].get(name) for side in sides)) for name in names]
+    section = Section("Numbers", [Table(("", *sides), rows), Text(SCORES_EXPLAINED)])
+    kinds: dict[str, list[Any]] = {}
+    for kind, found in both.kinds["after"].items():
+        name = next((name for name in ("exact match", "chrF") if name in found), None)
+        if name is not None:
+            kinds[kind] = [int(found["prompts"]), name, *(both.kinds[side][kind].get(name) for side in sides)]
+    if len(kinds) > 1:
+        caption = "By kind of task. Where there are few prompts of a kind, differences say little."
+        section.blocks.append(Table(("kind", "prompts", "score", *sides), [(k, *v) for k, v in kinds.items()], caption))
+    return section
+
+
+def answers_section(both: Answered) -> Section:
+    """Shows prompts with the answers of every side; the user's own come first."""
+    rows = [
+        (asked(prompt.messages[-1]["content"]), *(_shown(answer) for answer in said), prompt.reference)
+        for prompt, *said in zip(both.prompts, *both.said.values(), strict=True)
+    ]
+    columns = ("prompt", *both.said, "reference")
     return Section("Answers before and after", [*folded_tables(columns, rows, SHOWN)])
+
+
+def _shown(answer: Answer) -> str:
+    return shortened(answer.text) + " [cut]" * answer.truncated
 
 
 def folded_tables(columns: tuple[str, ...], rows: Sequence[Cells], shown: int) -> list[Table]:
@@ -133,19 +158,19 @@ def folded_tables(columns: tuple[str, ...], rows: Sequence[Cells], shown: int) -
     return tables
 
 
-def saved_answers(both: BeforeAndAfter) -> list[dict[str, str | bool | None]]:
-    """Lists one row per prompt, as answers.json holds them."""
-    before: Sequence[str | None] = both.before or [None] * len(both.prompts)
-    return [
-        {
-            "prompt": prompt.messages[-1]["content"],
-            "reference": prompt.reference,
-            "verifiable": prompt.verifiable,
-            "before": first,
-            "after": last,
-        }
-        for prompt, first, last in zip(both.prompts, before, both.after, strict=True)
-    ]
+def saved_answers(both: Answered) -> list[dict[str, Any]]:
+    """Lists one row per prompt, as answers.json holds them; "truncated" names the sides whose answer was cut off."""
+    rows = []
+    for place, prompt in enumerate(both.prompts):
+        said = {side: answers[place] for side, answers in both.said.items()}
+        question = prompt.messages[-1]["content"]
+        rows.append(
+            {"prompt": question, "kind": task_or_kind(question), "reference": prompt.reference}
+            | {"verifiable": prompt.verifiable, "before": None}
+            | {side: answer.text for side, answer in said.items()}
+            | {"truncated": [side for side, answer in said.items() if answer.truncated]}
+        )
+    return rows
 
 
 def shortened(answer: str) -> str:
@@ -179,7 +204,7 @@ def finish_report(
     run: Run,
     config: TrainConfig,
     sections: Sequence[Section],
-    both: BeforeAndAfter,
+    both: Answered,
     results: dict[str, Any],
     clock: Mapping[str, float],
 ) -> None:
@@ -211,20 +236,27 @@ def finish_report(
         cost.blocks.append(Table(("", ""), [(name, results["cost"][name]) for name in COSTS]))
         exact, summary = "exact match", ""
         if exact in before:
-            summary = f"{exact} {before[exact]:.1%} → {after[exact]:.1%}; "
+            count = sum(prompt.verifiable and prompt.reference is not None for prompt in both.prompts)
+            error = 100 * math.sqrt(after[exact] * (1 - after[exact]) / count)  # of a share, in points
+            summary = f"{exact} {before[exact]:.1%} → {after[exact]:.1%} (± {error:.1f} points) of {count} answers; "
         summary += f"validation loss {losses['validation loss'][0]:.3f} → {losses['validation loss'][1]:.3f}."
+        if config.data.data is None:
+            summary += f" {OFFLINE}"
         return summary, [
             asked_section(config),
             *sections,
             curves_section(run),
-            numbers_section(both.scores, losses),
+            numbers_section(both, losses),
             answers_section(both),
             cost,
             rerun_section(run),
         ]
 
     title = f"{config.method.method} on {config.model.model}"
-    write_results(run, results | {"before": before, "after": after}, config.run.report, title, page)
+    results |= {"before": before, "after": after, "kinds": both.kinds}
+    if "instruct" in both.scores:
+        results["instruct"] = both.scores["instruct"]
+    write_results(run, results, config.run.report, title, page)
 
 
 def show_learnt(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Encoded]) -> None:

@@ -24,7 +24,7 @@ from labs_common.launch import main_process_first
 from labs_common.run import Run, written_whole
 from labs_common.sharding import reads_weights, whole_outside_layers, zero_stage
 from labs_common.training import total_steps
-from llm_peft_fa.answers import before_and_after, collected_prompts
+from llm_peft_fa.answers import before_and_after, check_instruct, collected_prompts
 from llm_peft_fa.attention import NAME
 from llm_peft_fa.base import check_quantization, load_model, load_tokenizer, model_path, stop_ids
 from llm_peft_fa.config import TrainConfig
@@ -65,6 +65,7 @@ def train(config: TrainConfig) -> None:
     readings = splits(config.data, config.run.seed)
     prompts = collected_prompts(readings["test"], config.generation, config.run.seed)
     paragraphs = plain_paragraphs(config)
+    check_instruct(config.generation, name, accelerator.is_main_process)
     with main_process_first(accelerator):
         model_path(name)  # makes the tiny base model if this is its first use
     tokenizer = load_tokenizer(name, config.model.template, config.model.thinking)

@@ -1,0 +1,64 @@
+"""Whether two short answers are the same to a reader of Persian, however they were typed.
+
+| in the one, in the other | equal |
+|---|---|
+| Arabic and Persian letters (ي ی, ك ک, ة ه, أ ا, ؤ و, ئ ی), with and without vowel signs | yes |
+| Persian, Arabic and Latin digits; separators of thousands; ٫ and . ; ٪ and درصد | yes |
+| a half-space in the place of a space, of nothing, or of either before ها, تر and after می | yes |
+| punctuation, quotes, markdown, emoji; not within numbers (۳٫۵, -۵, ۱۰:۳۰), nor + and # (C++, C#) | yes |
+| یک before a noun; a, an, the before a word; upper and lower case | yes |
+| a last ی (ایران, ایرانی), آ and ا, یک before a number or a unit, a number in words and in digits | no |
+
+After the answers' normalisation of SQuAD (Rajpurkar et al. 2016), which is for English.
+"""
+
+import re
+import unicodedata
+
+JOINER = "\u200c"  # the half-space
+LETTERS = str.maketrans(
+    dict(zip("يىئكةۀأإٱؤ−٫", "یییکههاااو-.", strict=True))
+    | {chr(first + digit): str(digit) for first in (0x0660, 0x06F0) for digit in range(10)}
+    | dict.fromkeys("\u0640\u200b\u200d\u200e\u200f\u00ad\ufe0f\ufeff\u0670")
+    | dict.fromkeys(map(chr, range(0x064B, 0x0656)))  # vowel signs, and the hamza above
+)
+THOUSANDS = re.compile(r"(?<=\d)[٬,](?=\d{3}(?!\d))")
+# Within a number these say something: a decimal, a time, a fraction, a range, a sign.
+IN_NUMBER = re.compile(r"(?<=\d)[.:/*-](?=\d)|(?<![\w.])-(?=\d)")
+SPACED_PREFIX = re.compile(r"\b(ن?می) (?=[^\W\d])")
+SPACED_SUFFIX = re.compile(r"(?<=[^\W\d]) (?=(?:ها|های|هایی|تر|ترین)\b)")
+# "یک" before these counts: one hour is no hour, and یک دوم is a half.
+COUNTED = (
+    "صد|هزار|میلیون|میلیارد|بار|درصد|دوم|سوم|چهارم|پنجم|ششم|هفتم|هشتم|نهم|دهم|و|"
+    "ثانیه|دقیقه|ساعت|روز|هفته|ماه|سال|قرن|متر|کیلومتر|سانتی|میلی|کیلو|کیلوگرم|گرم|تن|لیتر|تومان|ریال|دلار|یورو|نفر"
+)
+ARTICLE = re.compile(rf"^یک (?=[^\W\d])(?!(?:{COUNTED})\b)|\b(?:a|an|the) (?=\w)")
+
+
+def same(answer: str, reference: str) -> bool:
+    """Tells whether a reader takes two answers for the same, by the table above."""
+    (one, gaps), (other, gaps_too) = _letters(answer), _letters(reference)
+    # Where the one has a half-space the other may have anything, else both must have the same.
+    return one == other and all(a == b or JOINER in (a, b) for a, b in zip(gaps, gaps_too, strict=True))
+
+
+def canonical(text: str) -> str:
+    """Writes a text in one spelling: words with one space between, half-spaces where they are or should be."""
+    text = unicodedata.normalize("NFC", text).translate(LETTERS)
+    text = re.sub("[%٪]", " درصد ", THOUSANDS.sub("", text)).casefold()
+    kept = {found.start() for found in IN_NUMBER.finditer(text)}
+    text = "".join(sign if place in kept or not _says_nothing(sign) else " " for place, sign in enumerate(text))
+    text = " ".join(re.sub(rf"\s*{JOINER}(?=\s|$)|(?:^|(?<=\s)){JOINER}", " ", text).split())
+    text = SPACED_SUFFIX.sub(JOINER, SPACED_PREFIX.sub(rf"\1{JOINER}", text))
+    return ARTICLE.sub("", text)
+
+
+def _says_nothing(sign: str) -> bool:
+    """Tells whether a sign is punctuation or a picture; + and = are neither, and # makes C#."""
+    return sign != "#" and unicodedata.category(sign) in {"Pc", "Pd", "Ps", "Pe", "Pi", "Pf", "Po", "So", "Sk"}
+
+
+def _letters(text: str) -> tuple[str, list[str]]:
+    """Separates a text into its letters and what stands before each: a space, a half-space or nothing."""
+    found = re.findall(rf"([ {JOINER}]?)([^ {JOINER}])", canonical(text))
+    return "".join(letter for _, letter in found), [gap for gap, _ in found]
