@@ -65,7 +65,7 @@ def rope_boundary(model: Adapted) -> int | None:
     if rope.get("rope_type") != "longrope":
         return None
     soft = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
-    before = model.active_peft_config.num_virtual_tokens if soft else 0
+    before: Any = model.active_peft_config.num_virtual_tokens if soft else 0
     return int(rope["original_max_position_embeddings"]) - before
 
 
