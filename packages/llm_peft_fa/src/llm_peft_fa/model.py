@@ -64,8 +64,9 @@ def rope_boundary(model: Adapted) -> int | None:
     rope: Any = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type") != "longrope":
         return None
-    soft = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
-    before: Any = model.active_peft_config.num_virtual_tokens if soft else 0
+    before = 0
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        before = int(cast(Any, model.active_peft_config).num_virtual_tokens)
     return int(rope["original_max_position_embeddings"]) - before
 
 
