@@ -238,17 +238,9 @@ class Loop:
         elif self.step_number % self.options.log_every == 0:
             self._read_figures(self._kept)
 
-    def evaluated(
-        self,
-        metrics: dict[str, float],
-        watch: str | None = None,
-        higher_is_better: bool = False,
-        keep_best: bool = False,
-    ) -> None:
-        """Logs an evaluation and, with `--patience` or `keep_best`, keeps the weights if `watch` is the best so far.
-
-        Training goes on from the last weights, and at its end goes back to those that were kept.
-        """
+    def evaluated(self, metrics: dict[str, float], watch: str | None = None, higher_is_better: bool = False,
+                  keep_best: bool = False) -> None:  # fmt: skip
+        """Logs an evaluation; with `--patience` or `keep_best` keeps the best weights by `watch`, to end with them."""
         self.run.append("metrics.jsonl", {"step": self.step_number, **metrics})
         self.accelerator.log(metrics, step=self.step_number)
         if self.accelerator.is_main_process:
@@ -353,8 +345,12 @@ class Loop:
 
     def _save(self, path: Path) -> None:
         wrote = self.run.sum_of("metrics.jsonl") if self.run.is_main else None  # whose position is written
-        position = {"step": self.step_number, "count": self.count, "best": self._best, "metrics": wrote,
-                    **self._identity}  # fmt: skip
+        position = {
+            "step": self.step_number,
+            "count": self.count,
+            "best": self._best,
+            "metrics": wrote,
+        } | self._identity
         save_checkpoint(path, self.accelerator, self.model, self.optimizer, position, self.also)
         if self.accelerator.is_main_process:
             old_best = [best for best in best_checkpoints(path.parent) if best != self._best_path()]
