@@ -38,7 +38,7 @@ def test_the_comparison_goes_on_where_it_was_stopped(scenes: Path, things: Path,
         assert "linear probe of the image tower" in rows[name]
     assert rows["clip"]["linear probe"] == rows["clip"]["linear probe of the image tower"], "both read its image tower"
     html = (folder / "report.html").read_text()
-    for heading in ("Differences", "Numbers", "Captions", "Curves", "Cost"):
+    for heading in ("Differences", "Numbers", "Five test pictures", "Curves", "Cost"):
         assert f">{heading}<" in html
     results = folder / "clip" / "seed-0" / "results.json"
     before = results.stat().st_mtime_ns

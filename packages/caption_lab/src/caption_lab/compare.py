@@ -28,13 +28,14 @@ from labs_common.compare.plan import comparison_folder, plan_runs, seeds_text
 from labs_common.compare.processes import compare_runs, start_server
 from labs_common.compare.report import Findings, budget_section, curves_of, notes_on, pareto_section, table_of
 from labs_common.data.captions import CaptionedPictures, Captions
+from labs_common.report.captions import example_places, examples_section
 from labs_common.report.figures import bar_figure
 from labs_common.report.page import Figure, Gallery, Section, Table, Text, save_figure, shown
 from labs_common.run import Run
 from labs_common.scenes.captions import GRAMMAR, KINDS
 from labs_common.scenes.world import Scene
 
-EXAMPLES, WORST = 5, 6  # pictures in the sections on captions and on errors
+WORST = 6  # pictures in the section on errors
 TRUTH: dict[str, Measure] = {"right in everything": lambda entry: entry.values("claims", "written", "whole")}
 COSTS: dict[str, Measure] = {
     "trained parameters": partial(Entry.cost, name="trainable"),
@@ -86,7 +87,7 @@ def findings(
     config: CompareConfig, data: Captions, run: Run, entries: Mapping[str, Entry], failed: Mapping[str, int]
 ) -> Findings:
     """Makes the table, the highest CIDEr-D first, and the sections of the report."""
-    test, truth = data.splits["test"], data.truth
+    test, truth, seed = data.splits["test"], data.truth, config.comparison.seed
     captions = {
         name: {seed: [row["caption"] for row in rows] for seed, rows in entry.read("captions.json").items()}
         for name, entry in entries.items()
@@ -116,9 +117,9 @@ def findings(
         Section("Numbers", numbers),
         *([truth_section(run, entries)] if truth else []),
         published_section(ours, config.data.data),
-        examples_section(captions, test, config.comparison.seed),
+        examples_section({name: its[seed] for name, its in captions.items() if seed in its}, test),
         looks_section(entries, test, config),
-        *([errors_section(captions, test, truth, config.comparison.seed)] if truth else []),
+        *([errors_section(captions, test, truth, seed)] if truth else []),
         curves_section(run, entries),
         Section("Cost", cost),
         budget_section("model", entries, "captions",
@@ -183,22 +184,12 @@ def truth_section(run: Run, entries: Mapping[str, Entry]) -> Section:
     return Section("What is true", [Text(text), table, Figure(svg, "The captions that were measured.")])
 
 
-def examples_section(captions: Mapping[str, Mapping[int, list[str]]], test: CaptionedPictures, seed: int) -> Section:
-    """Shows five test pictures with what each captioner says of them."""
-    blocks: list[Any] = []
-    for place in _examples(test):
-        rows = [(name, its[seed][place]) for name, its in captions.items() if seed in its]
-        rows += [("true", caption) for caption in test.captions[place]]
-        blocks += [Gallery([(shown(test.image(place)), test.names[place])], ""), Table(("", "caption"), rows)]
-    return Section("Five test pictures", blocks)
-
-
 def looks_section(entries: Mapping[str, Entry], test: CaptionedPictures, config: CompareConfig) -> Section:
     """Shows where each captioner that attends looked for each word, on the same pictures."""
     blocks: list[Any] = []
     for name, entry in entries.items():
         captioner = load_captioner(entry.run.path)
-        images = [test.image(place) for place in _examples(test)[:2]]
+        images = [test.image(place) for place in example_places(test)[:2]]
         for image, (words, attention) in zip(images, attention_maps(captioner, images, config.decoding), strict=False):
             blocks.append(Gallery(word_tiles(image, words, attention), f"{name}: {' '.join(words)}"))
     return Section("Where they looked", blocks or [Text("None of them looks at places.")])
@@ -242,7 +233,3 @@ def curves_section(run: Run, entries: Mapping[str, Entry]) -> Section:
 
 def _cider(entry: Entry) -> float:
     return entry.mean("test", "metrics", "cider")
-
-
-def _examples(test: CaptionedPictures) -> list[int]:
-    return [int(place) for place in np.linspace(0, len(test) - 1, min(EXAMPLES, len(test))).round()]

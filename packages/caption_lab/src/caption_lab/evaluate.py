@@ -15,7 +15,7 @@ from accelerate.utils import set_seed
 
 from caption_lab.config import FINISHED, TRAIN, EvaluateConfig, TrainConfig
 from caption_lab.data import drawn_scenes, read_data
-from caption_lab.report import captions_json, evaluation_sections, print_scores, published_section
+from caption_lab.report import evaluation_sections, print_scores, published_section
 from caption_lab.saved import Captioner, load_captioner
 from caption_lab.vocabulary import TOKENS
 from labs_common.caption_metrics import METRICS, SCORER, CaptionScores, score_captions
@@ -27,6 +27,7 @@ from labs_common.errors import LabError
 from labs_common.lock import check_new, new_folder
 from labs_common.options import DecodingOptions
 from labs_common.progress import console
+from labs_common.report.captions import captions_json
 from labs_common.report.page import Section, Table, making_report, write_report
 from labs_common.report.sections import asked_section
 from labs_common.run import Run, newest_run

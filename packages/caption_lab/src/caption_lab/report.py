@@ -29,7 +29,7 @@ from labs_common.data.captions import CaptionedPictures, Captions
 from labs_common.fitting import Fitted, results_of, write_results
 from labs_common.options import DecodingOptions
 from labs_common.progress import console
-from labs_common.report.captions import captioned_data_section
+from labs_common.report.captions import captioned_data_section, captions_json, example_places
 from labs_common.report.figures import bar_figure, curve_figure, under_map
 from labs_common.report.page import Figure, Gallery, Section, Table, Text, save_figure, shown
 from labs_common.report.sections import (
@@ -112,11 +112,6 @@ def print_scores(found: CaptionScores) -> None:
         console.print(f"{name}: {truth.whole:.0%} of captions right in everything ({kinds})")
 
 
-def captions_json(pictures: CaptionedPictures, captions: Sequence[str]) -> list[dict[str, str]]:
-    """Returns the caption that was written for each picture, as other programs may read it."""
-    return [{"image": name, "caption": caption} for name, caption in zip(pictures.names, captions, strict=True)]
-
-
 def evaluation_sections(
     run: Run,
     found: CaptionScores,
@@ -138,7 +133,7 @@ def evaluation_sections(
     numbers = Section("Numbers", [Table(("", *METRICS.values()), rows), Text(text)])
     if found.claims:
         numbers.blocks += _truth_blocks(run, found)
-    spread = np.linspace(0, len(pictures) - 1, min(SHOWN, len(pictures))).round().astype(int).tolist()
+    spread = example_places(pictures, SHOWN)
     gallery = [_tile(pictures, place, f"{found.captions[place]}  —  true: {pictures.captions[place][0]}")
                for place in spread]  # fmt: skip
     sections = [numbers, Section("Captions", [Gallery(gallery, "Test pictures, evenly from all of them.")])]

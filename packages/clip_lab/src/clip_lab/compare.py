@@ -29,19 +29,19 @@ from labs_common.compare.collect import Entry, Measure, cell, rows_of
 from labs_common.compare.plan import comparison_folder, plan_runs
 from labs_common.compare.processes import compare_runs, start_server
 from labs_common.compare.report import Findings, curves_of, notes_on, table_of
-from labs_common.data.captions import CaptionedPictures, Captions
+from labs_common.data.captions import Captions
 from labs_common.data.classes import LabelledPictures
 from labs_common.logistic import fitted_layers
 from labs_common.options import ClassDataOptions
+from labs_common.report.captions import examples_section
 from labs_common.report.classes import class_data_section
 from labs_common.report.figures import bar_figure
-from labs_common.report.page import Figure, Gallery, Section, Table, Text, save_figure, shown
+from labs_common.report.page import Figure, Section, Table, Text, save_figure
 from labs_common.run import Run
 
 TEMPLATE = "a {} in the picture"  # in the words of the drawn scenes' captions
 PENALTY = 1e-3  # of every model's probe: it compares them, and does not look for each one's best
 NAMED = 240  # pictures that are named by likelihood, a pass for every class
-EXAMPLES = 5  # pictures whose captions are shown
 BATCH = 256  # pictures through a frozen tower at once
 MEASURED, WRITTEN = "measured.json", "written.json"  # with each run
 # What is measured of each model, as the tables call it; a model that cannot do it has an empty cell.
@@ -113,10 +113,11 @@ def findings(
     same = Text("All had the same pictures and captions in the same order.")
     pictures = class_data_section(splits)
     pictures.title = "Pictures to be named"
+    said = {name: its for name, entry in entries.items() if (its := entry.run.load_json(WRITTEN))}
     sections = [
         _differences_section(entries, rows),
         _numbers_section(run, config, rows),
-        *_captions_sections(entries, data.splits["test"]),
+        *([examples_section(said, data.splits["test"])] if said else []),
         _curves_section(run, entries),
         Section("Cost", [table_of(rows, ("objective", *COSTS)), same, *notes_on(config.comparison, failed)]),
         pictures,
@@ -216,17 +217,6 @@ def _numbers_section(run: Run, config: CompareConfig, rows: list[dict[str, Any]]
     )
     figures = Figure(figure, "All measured on the same pictures.")
     return Section("Numbers", [Table(("", *(row["objective"] for row in rows)), table), figures, Text(note)])
-
-
-def _captions_sections(entries: Mapping[str, Entry], test: CaptionedPictures) -> list[Section]:
-    """Shows some test pictures with what each model that writes says of them; first seed."""
-    written = {name: said for name, entry in entries.items() if (said := entry.run.load_json(WRITTEN))}
-    blocks: list[Any] = []
-    for place in np.linspace(0, len(test) - 1, min(EXAMPLES, len(test))).round().astype(int).tolist():
-        rows = [(name, said[place]) for name, said in written.items()]
-        rows += [("true", caption) for caption in test.captions[place]]
-        blocks += [Gallery([(shown(test.image(place)), test.names[place])], ""), Table(("", "caption"), rows)]
-    return [Section("Captions", blocks)] if written else []
 
 
 def _curves_section(run: Run, entries: Mapping[str, Entry]) -> Section:

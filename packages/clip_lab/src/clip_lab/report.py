@@ -16,7 +16,7 @@ from labs_common.cli import to_plain
 from labs_common.data.captions import CaptionedPictures, Captions
 from labs_common.fitting import Fitted, results_of, write_results
 from labs_common.progress import console
-from labs_common.report.captions import captioned_data_section
+from labs_common.report.captions import captioned_data_section, captions_json, example_places
 from labs_common.report.figures import curve_figure, heat_figure
 from labs_common.report.page import Figure, Gallery, Section, Table, Text, save_figure, shown
 from labs_common.report.sections import (
@@ -78,8 +78,7 @@ def finish_report(
         },
     }  # fmt: skip
     if found.captions is not None:
-        said = [{"image": name, "caption": one} for name, one in zip(test.names, found.captions.captions, strict=True)]
-        run.save_json("captions.json", said)
+        run.save_json("captions.json", captions_json(test, found.captions.captions))
         scored = {"metrics": found.captions.metrics, "chance": found.captions.chance, "scorer": SCORER}
         results["written"] = scored | {"right": {k: truth.whole for k, truth in found.captions.claims.items()}}
     if before is not None:
@@ -265,7 +264,7 @@ def written_sections(found: Evaluation, test: CaptionedPictures) -> list[Section
     if scored.claims:
         right = [(f"captions {name}", truth.whole) for name, truth in scored.claims.items()]
         blocks.append(Table(("", "right in everything"), right, "What is drawn is known, so claims can be judged."))
-    places = np.linspace(0, len(test) - 1, min(2 * SHOWN, len(test))).round().astype(int).tolist()
+    places = example_places(test, 2 * SHOWN)
     tiles = [(shown(test.image(at)), f"{scored.captions[at]}  —  true: {test.captions[at][0]}") for at in places]
     return [Section("Captions that it writes", [*blocks, Gallery(tiles, "Test pictures, evenly from all of them.")])]
 

@@ -1,6 +1,11 @@
-"""The section about pictures with captions."""
+"""The sections about pictures with captions, and what models say of them."""
 
-from labs_common.data.captions import Captions
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from labs_common.data.captions import CaptionedPictures, Captions
 from labs_common.report.page import Gallery, Section, Table, Text, shown
 
 
@@ -19,3 +24,24 @@ def captioned_data_section(data: Captions) -> Section:
     samples = [(shown(first.image(place)), " · ".join(first.captions[place])) for place in range(min(6, len(first)))]
     section.blocks.append(Gallery(samples, "Training pictures with their captions."))
     return section
+
+
+def example_places(pictures: CaptionedPictures, most: int = 5) -> list[int]:
+    """Returns the places of some pictures, evenly from all."""
+    found: list[int] = np.linspace(0, len(pictures) - 1, min(most, len(pictures))).round().astype(int).tolist()
+    return found
+
+
+def examples_section(captions: Mapping[str, Sequence[str]], test: CaptionedPictures) -> Section:
+    """Shows five test pictures with what each model says of them, and what people said."""
+    blocks: list[Any] = []
+    for place in example_places(test):
+        rows = [(name, said[place]) for name, said in captions.items()]
+        rows += [("true", caption) for caption in test.captions[place]]
+        blocks += [Gallery([(shown(test.image(place)), test.names[place])], ""), Table(("", "caption"), rows)]
+    return Section("Five test pictures", blocks)
+
+
+def captions_json(pictures: CaptionedPictures, captions: Sequence[str]) -> list[dict[str, str]]:
+    """Returns the caption that was written for each picture, as other programs may read it."""
+    return [{"image": name, "caption": caption} for name, caption in zip(pictures.names, captions, strict=True)]
