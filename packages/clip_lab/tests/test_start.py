@@ -168,7 +168,8 @@ def test_merged_adapters_are_pefts_own(starts: dict[str, Path]) -> None:
     assert all("lora_" in name or name.startswith("scale") for name in trained)
     assert any("text_model" in name for name in trained)
     assert any("vision_model" in name for name in trained)
-    own = merged(model.network.state_dict(), model.network)
+    state = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}  # the library's is in place
+    own = merged(state, model.network)
     for name, module in model.network.named_modules():
         if hasattr(module, "base_layer"):
             module.merge()  # type: ignore[operator]
