@@ -59,6 +59,8 @@ def starts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     SiglipImageProcessor(size=SQUARE).save_pretrained(folders["siglip"])
     for name in ("clip", "siglip"):
         make_words("sentencepiece", SAID, 120, 77).save(folders[name])
+    file = folders["siglip"] / "tokenizer_config.json"  # the released ones give no mask
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_input_names": ["input_ids"]}))
     folders["open_clip"].mkdir()
     described = {"model_cfg": {"embed_dim": 16, "vision_cfg": TOWER, "text_cfg": READER}}
     (folders["open_clip"] / "open_clip_config.json").write_text(json.dumps(described))
@@ -79,7 +81,8 @@ def peers(library: str, folder: Path, pictures: torch.Tensor) -> tuple[torch.Ten
         words = AutoTokenizer.from_pretrained(folder)
         filled = {"padding": "max_length", "max_length": 64} if library == "siglip" else {"padding": True}
         read = words(SENTENCES, return_tensors="pt", **filled)
-        found = model(pixel_values=pictures, input_ids=read.input_ids)
+        assert ("attention_mask" in read) == (library == "clip")
+        found = model(pixel_values=pictures, input_ids=read.input_ids, attention_mask=read.get("attention_mask"))
         return F.normalize(found.image_embeds, dim=-1), F.normalize(found.text_embeds, dim=-1)
 
 
@@ -165,7 +168,8 @@ def test_merged_adapters_are_pefts_own(starts: dict[str, Path]) -> None:
     assert all("lora_" in name or name.startswith("scale") for name in trained)
     assert any("text_model" in name for name in trained)
     assert any("vision_model" in name for name in trained)
-    own = merged(model.network.state_dict(), model.network)
+    state = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}  # the library's is in place
+    own = merged(state, model.network)
     for name, module in model.network.named_modules():
         if hasattr(module, "base_layer"):
             module.merge()  # type: ignore[operator]
