@@ -123,7 +123,7 @@ def write_rows(folder: Path, count: int) -> None:
         for _ in range(count):
             messages = []
             for turn in range(2 * int(draw.choice((1, 1, 1, 2, 3)))):
-                length = max(3, int(draw.lognormal(3.9, 0.7) * (0.5 if turn % 2 == 0 else 1)))
+                length = max(3, int(draw.lognormal(4.09, 0.7) * (0.5 if turn % 2 == 0 else 1)))
                 picked = np.searchsorted(ends, draw.random(length))
                 text = " ".join(words[min(place, WORDS - 1)] for place in picked.tolist())
                 messages.append({"role": ("user", "assistant")[turn % 2], "content": text + "."})

@@ -5,6 +5,7 @@ complement (-1 - token). It is keyed by the conversations, the tokenizer and its
 share it, and `--max-length` and the split only choose from it.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -251,6 +252,7 @@ def _work(
     """Tokenizes its chunks in a process of its own, until the one that started it is gone."""
     for number in STOPPING:  # the parent's handlers would save a run
         signal.signal(number, signal.SIG_IGN)
+    gc.freeze()  # a collection over all that was imported would copy its memory
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each core has a process already
     for first in firsts:
         if os.getppid() != parent:

@@ -112,13 +112,13 @@ def _rendered(
 ) -> tuple[str, Spans | None]:
     """Renders the messages, with the opening of an answer at the end if `prompt`.
 
-    Returns the text and what of it is in `{% generation %}` blocks; None if the template has none.
+    Returns the text and what of it is in `{% generation %}` blocks; None if the template has none, and of prompts.
 
     Raises:
         LabError: the template does not accept such messages.
     """
     template = tokenizer.get_chat_template()
-    marked = GENERATION.search(template) is not None
+    marked = not prompt and GENERATION.search(template) is not None
     options = FIXED if _keeps_thinking(tokenizer) else FIXED | {"enable_thinking": False}
     if "strftime_now" in template:
         template = TODAY + template
