@@ -34,7 +34,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said, and whether it was cut at the longest answer allowed before it had ended."""
+    """The text that a model gave, and whether it was cut at the longest answer allowed before it had ended."""
 
     text: str
     truncated: bool = False
