@@ -305,7 +305,7 @@ def answers_section(
 ) -> Section:
     """Shows the same prompts of one seed answered by the base, perhaps an instruct model, and every method."""
     there = {name: entry.read("answers.json")[seed] for name, entry in entries.items() if seed in entry.runs}
-    all_of = others | there
+    all_of = {**others, **there}
     rows = []
     for number, row in enumerate(others[BASE]):
         said = [shortened(answers[number]["after"]) for answers in all_of.values()]
