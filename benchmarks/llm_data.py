@@ -6,10 +6,11 @@
 Each runs in a process of its own with two workers on the same generated file: conversations of one to three exchanges
 in words drawn from 20,000 by Zipf's law, with the half-spaces and Arabic letters that real Persian has; 300 tokens on
 average by a byte-level BPE of 16,000 pieces that is trained on them. Ours reads, normalises, tokenizes and opens the
-table, as `llm_peft_fa.train` does before it loads weights; "second" starts again, with an epoch's order and a hundred
-steps. TRL's is what SFTTrainer does with the rows in its constructor, with dataset_num_proc=2, assistant_only_loss and
-the same longest row; it does not normalise, and gets the rows with Persian letters. Both must find as many tokens and
-as many that are learnt. Memory is the peak of the largest process, pages of mapped files included.
+table, as `llm_peft_fa.train` does before it loads weights, up to the first step's rows; "second" starts again. TRL's is
+what SFTTrainer does with the rows in its constructor, with dataset_num_proc=2, assistant_only_loss and the same longest
+row; it does not normalise, and gets the rows with Persian letters. Both must find as many tokens and as many that are
+learnt. Memory is the peak of the largest process beyond what it held with its libraries alone, pages of mapped files
+included. On a machine that does other work too, compare seconds of the CPUs.
 """
 
 import itertools
@@ -78,7 +79,12 @@ def main() -> None:
         write_tokenizer(Path(folder))
         for name in ("ours, first", "ours, second", *["TRL"] * options.trl):
             command = [sys.executable, __file__, "--worker", name, "--folder", folder]
-            caches = {"XDG_CACHE_HOME": f"{folder}/cache", "HF_HOME": f"{folder}/hf", "HF_HUB_OFFLINE": "1"}
+            caches = {
+                "XDG_CACHE_HOME": f"{folder}/cache",
+                "HF_HOME": f"{folder}/hf",
+                "HF_HUB_OFFLINE": "1",
+                "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+            }
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=os.environ | caches)
             if done.returncode:
                 raise SystemExit(f"{name}: failed")
@@ -90,12 +96,13 @@ def main() -> None:
         same = [[figures[name][what] for what in ("tokens", "learnt")] for name in ("ours, first", "TRL")]
         if same[0] != same[1]:
             raise SystemExit(f"other tokens: {same[0]}, and TRL {same[1]}")
-    table = Table("", "seconds", "rows/s", "peak MiB", title=f"{options.rows:,} rows")
+    columns = ("", "seconds", "of CPUs", "rows/s", "peak MiB", "beyond libraries")
+    table = Table(*columns, title=f"{options.rows:,} rows")
     for name in [name for name in figures if isinstance(figures[name], dict)]:
         row = figures[name]
-        table.add_row(
-            name, f"{row['seconds']:.1f}", f"{options.rows / row['seconds']:,.0f}", f"{row['peak'] / 2**20:,.0f}"
-        )
+        sizes = [f"{row[what] / 2**20:,.0f}" for what in ("peak", "beyond")]
+        speed = f"{options.rows / row['seconds']:,.0f}"
+        table.add_row(name, f"{row['seconds']:.1f}", f"{row['cpu']:.1f}", speed, *sizes)
     Console().print(table)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(options.output, json.dumps(figures, indent=1) + "\n")
@@ -115,7 +122,7 @@ def write_rows(folder: Path, count: int) -> None:
         for _ in range(count):
             messages = []
             for turn in range(2 * int(draw.choice((1, 1, 1, 2, 3)))):
-                length = max(3, int(draw.lognormal(3.9, 0.7) * (0.5 if turn % 2 == 0 else 1)))
+                length = max(3, int(draw.lognormal(4.09, 0.7) * (0.5 if turn % 2 == 0 else 1)))
                 picked = np.searchsorted(ends, draw.random(length))
                 text = " ".join(words[min(place, WORDS - 1)] for place in picked.tolist())
                 messages.append({"role": ("user", "assistant")[turn % 2], "content": text + "."})
@@ -146,27 +153,49 @@ def write_tokenizer(folder: Path) -> None:
 def measured(name: str, folder: Path) -> dict[str, Any]:
     """Prepares the rows in this process; libraries are imported before the clock starts."""
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
-    found = trl(folder, tokenizer) if name == "TRL" else ours(folder, tokenizer)
-    peaks = [resource.getrusage(who).ru_maxrss * 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return found | {"peak": max(peaks)}
+    prepare = ours
+    if name == "TRL":
+        from trl import SFTTrainer  # ours does without
+
+        assert SFTTrainer
+        prepare = theirs
+    libraries = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    began, worked = time.perf_counter(), cpu()
+    found = prepare(folder, tokenizer)
+    found |= {"seconds": time.perf_counter() - began, "cpu": cpu() - worked}
+    largest = max(map(peak, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+    rows = found.pop("rows")
+    if name == "TRL":
+        tokens = learnt = 0
+        for batch in rows.iter(1000):
+            tokens += sum(map(len, batch["input_ids"]))
+            learnt += sum(label != -100 for labels in batch["labels"] for label in labels)
+    else:
+        tokens, learnt = (sum(int(getattr(part, what).sum()) for part in rows) for what in ("lengths", "learnt"))
+    return found | {"peak": largest, "beyond": largest - libraries, "tokens": tokens, "learnt": learnt}
+
+
+def peak(who: int) -> int:
+    """Bytes of this process, or of the largest that it has waited for."""
+    return resource.getrusage(who).ru_maxrss * 1024
+
+
+def cpu() -> float:
+    """Seconds that this process and those it has waited for have computed."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def ours(folder: Path, tokenizer: Any) -> dict[str, Any]:
-    """What a training does before it loads weights, and then a hundred steps' rows."""
-    began = time.perf_counter()
-    options = DataOptions(data=str(folder / "rows.jsonl"))
-    readings = splits(options, seed=0)
+    """What a training does before it loads weights."""
+    readings = splits(DataOptions(data=str(folder / "rows.jsonl")), seed=0)
     texts = {name: encode_all(tokenizer, reading, LONGEST, "truncate") for name, reading in readings.items()}
     text_sum(texts.values())
-    steps = iter(Packing(2048).steps(texts["training"], 32, seed=0).steps(0, 0))
-    for _ in range(min(100, len(texts["training"]) // 32)):
-        next(steps)
-    seconds = time.perf_counter() - began
-    tokens, learnt = (sum(int(getattr(rows, what).sum()) for rows in texts.values()) for what in ("lengths", "learnt"))
-    return {"seconds": seconds, "tokens": tokens, "learnt": learnt}
+    next(Packing(2048).steps(texts["training"], 32, seed=0).steps(0, 0))  # the order of an epoch
+    return {"rows": [*texts.values()]}
 
 
-def trl(folder: Path, tokenizer: Any) -> dict[str, Any]:
+def theirs(folder: Path, tokenizer: Any) -> dict[str, Any]:
     """TRL's trainer up to where it would begin to train, on a model of no size."""
     from datasets import Dataset
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -178,18 +207,13 @@ def trl(folder: Path, tokenizer: Any) -> dict[str, Any]:
     )  # fmt: skip
     config = SFTConfig(
         output_dir=str(folder / "trl"), dataset_num_proc=2, assistant_only_loss=True, max_length=LONGEST,
-        report_to="none", use_cpu=True,
+        report_to="none", use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
-    model = LlamaForCausalLM(small)
-    began = time.perf_counter()
     rows = Dataset.from_json(str(folder / "spelt.jsonl"))
-    data: Any = SFTTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer).train_dataset
-    seconds = time.perf_counter() - began
-    tokens, learnt = 0, 0
-    for batch in data.iter(1000):
-        tokens += sum(map(len, batch["input_ids"]))
-        learnt += sum(label != -100 for labels in batch["labels"] for label in labels)
-    return {"seconds": seconds, "tokens": tokens, "learnt": learnt}
+    data: Any = SFTTrainer(
+        LlamaForCausalLM(small), args=config, train_dataset=rows, processing_class=tokenizer
+    ).train_dataset
+    return {"rows": data}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from labs_testing.commands import command
 from labs_testing.pretended_runs import Budget
 from labs_testing.promises import TrainingPromises
 from labs_testing.trainings import Otherwise, Training
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +89,19 @@ def test_chat_streams_resets_and_quits(finished: Path) -> None:
 def test_inspect_counts_and_reports(gemma_dir: Path, tmp_path: Path) -> None:
     file = tmp_path / "chats.jsonl"
     good = {"instruction": "پایتخت ایران کجاست؟", "input": "", "output": "تهران"}
-    file.write_text("\n".join([json.dumps(good)] * 3 + ["{bad"]))
-    done = here("inspect", "--data", file, "--model", gemma_dir, "--output", tmp_path / "report")
+    typed = good | {"output": "تهران كه شهري بزرگ است"}
+    file.write_text("\n".join([json.dumps(good)] * 2 + [json.dumps(typed), "{bad"]))
+    done = here("inspect", "--data", file, "--model", gemma_dir, "--output", tmp_path / "report", "--bases", gemma_dir)
     assert "conversations:  3" in done.stderr
+    assert "near-duplicates of an earlier conversation:  1" in done.stderr
+    assert "Persian  3" in done.stderr
+    assert "where  3" in done.stderr
+    assert "arabic letter kaf (ك)  arabic letter keheh  1  1" in done.stderr
+    words = sum(len(f"{row['instruction']} {row['output']}".split()) for row in (good, good, typed))
+    texts = [row[part].replace("ك", "ک").replace("ي", "ی") for row in (good, good, typed) for part in row]
+    tokenizer = AutoTokenizer.from_pretrained(gemma_dir)
+    per_word = round(sum(len(tokenizer.tokenize(text)) for text in texts if text) / words, 3)
+    assert done.stderr.count(f"{gemma_dir}  {len(tokenizer):,}  {per_word}") == 2, "the base and the same again"
     assert "instruct" in done.stderr.lower()
     assert "--method lora trains" in done.stderr
     assert f"{file}:4: bad JSON" in done.stderr

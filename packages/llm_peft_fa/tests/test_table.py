@@ -1,6 +1,5 @@
 import multiprocessing
 import os
-import signal
 import time
 from pathlib import Path
 
@@ -106,7 +105,7 @@ def test_a_kill_goes_on_and_what_is_there_is_not_made_again(
         killed.start()
         while not seen.exists() or "16\n" not in seen.read_text():
             time.sleep(0.01)
-        os.kill(killed.pid, signal.SIGKILL)
+        killed.kill()
         killed.join()
     recorded(seen, monkeypatch)
     before = len(seen.read_text().split())

@@ -151,10 +151,12 @@ def splits(options: DataOptions, seed: int) -> dict[str, Reading]:
             held[name] = read_conversations(source, getattr(options, f"{name}_split"), options, limited=False)
     share, given = options.validation_fraction, held.get("validation")
     if given and "test" not in held:
-        test, kept_places = _smallest_hashes(given, len(given.conversations) // 2)
-        held = {"validation": _part(given, kept_places, f"half of {given.source}"),
-                "test": _part(given, test, f"the other half of {given.source}")}  # fmt: skip
-        if not len(test):
+        first, others = _smallest_hashes(given, len(given.conversations) // 2)
+        held = {
+            "validation": replace(given, source=f"half of {given.source}", conversations=_view(given).at(others)),
+            "test": _part(given, first, f"the other half of {given.source}"),
+        }
+        if not len(first):
             raise LabError(f"{given.source}: has one conversation, and is halved for validation and test; name "
                            "another --test-data")  # fmt: skip
     total = len(training.conversations)
@@ -213,9 +215,9 @@ def _mixed(training: Reading, options: DataOptions, seed: int) -> Reading:
     """
     shares = {}
     for entry in options.mix:
-        source, _, share = entry.rpartition(":")
+        source, _, said = entry.rpartition(":")
         try:
-            shares[source] = float(share)
+            shares[source] = float(said)
         except ValueError:
             shares[source] = 0.0
         if not source or not 0 < shares[source] < 1:

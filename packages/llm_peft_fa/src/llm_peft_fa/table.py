@@ -5,6 +5,7 @@ complement (-1 - token). It is keyed by the conversations, the tokenizer and its
 share it, and `--max-length` and the split only choose from it.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -251,6 +252,7 @@ def _work(
     """Tokenizes its chunks in a process of its own, until the one that started it is gone."""
     for number in STOPPING:  # the parent's handlers would save a run
         signal.signal(number, signal.SIG_IGN)
+    gc.freeze()  # a collection over all that was imported would copy its memory
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each core has a process already
     for first in firsts:
         if os.getppid() != parent:
@@ -284,7 +286,7 @@ def _write(parts: Path, first: int, tokenizer: PreTrainedTokenizerBase, talks: S
                 found["where_lengths"].append(len(where))
     for name in ("tokens", "where"):
         found[name] = [np.concatenate(found[name])]
-    content = {name: np.ravel(np.array(values, COLUMNS[name])) for name, values in found.items()}
+    content: dict[str, Any] = {name: np.ravel(np.array(values, COLUMNS[name])) for name, values in found.items()}
     part = _part(parts, first)
     with part.with_suffix(".new").open("wb") as file:
         np.savez(file, **content)

@@ -7,16 +7,16 @@ learnt in one row; if the template rewrites earlier turns (thinking, another end
 after what a model will see before it. Nothing is searched for in the text.
 """
 
+import bisect
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
 import jinja2
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -26,6 +26,7 @@ from llm_peft_fa.data import Conversation
 from llm_peft_fa.spelling import Message
 
 Spans = list[tuple[int, int]]  # of characters
+Encoding = Any  # of the package tokenizers
 Text = tuple[str, Spans, Spans | None, str]  # what is learnt of it, its blocks if any, and where it is from
 
 # For base models without a chat template:
@@ -111,13 +112,13 @@ def _rendered(
 ) -> tuple[str, Spans | None]:
     """Renders the messages, with the opening of an answer at the end if `prompt`.
 
-    Returns the text and what of it is in `{% generation %}` blocks; None if the template has none.
+    Returns the text and what of it is in `{% generation %}` blocks; None if the template has none, and of prompts.
 
     Raises:
         LabError: the template does not accept such messages.
     """
     template = tokenizer.get_chat_template()
-    marked = GENERATION.search(template) is not None
+    marked = not prompt and GENERATION.search(template) is not None
     options = FIXED if _keeps_thinking(tokenizer) else FIXED | {"enable_thinking": False}
     if "strftime_now" in template:
         template = TODAY + template
@@ -266,30 +267,45 @@ def _reason(tokenizer: PreTrainedTokenizerBase, answer: str) -> str:
     )
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, row: Text, ids: list[int], offsets: Spans) -> Encoded:
+def _encoded(tokenizer: PreTrainedTokenizerBase, row: Text, ids: list[int], encoding: Encoding) -> Encoded:
     """Marks the tokens of a row that are learnt: those of its spans, of several blocks only what is in one of them too.
 
     Where a token would be of prompt and answer, two take its place: inference begins after the prompt alone.
     """
     text, spans, blocks, where = row
-    first, last = np.array(offsets, np.int64).reshape(-1, 2).T  # (2, tokens)
-    cuts = [start for start, _ in spans if ((first < start) & (start < last)).any() and not (first == start).any()]
-    if cuts:
-        ((ids, offsets),) = _tokens(tokenizer, [text[: cuts[0]]])
-        for start, end in itertools.pairwise([*cuts, len(text)]):
-            rest: Any = tokenizer(text[start:end], add_special_tokens=False, return_offsets_mapping=True)
-            ids, offsets = (
-                ids + rest["input_ids"],
-                offsets + [(a + start, b + start) for a, b in rest["offset_mapping"]],
-            )
-        first, last = np.array(offsets, np.int64).reshape(-1, 2).T
-    if blocks is not None:
+    # A few tokens are looked at, by bisection: to make a list of all of their ranges takes half as long as to tokenize.
+    ranges: Callable[[int], Any] = encoding.token_to_chars
+    count = len(encoding)
+
+    def after(place: int) -> int:  # the first token that ends after this character
+        return bisect.bisect_right(range(count), place, key=lambda token: ranges(token)[1])
+
+    def begins(place: int) -> int:  # the first token that begins there or later
+        return bisect.bisect_left(range(count), place, key=lambda token: ranges(token)[0])
+
+    def cuts_a_token(start: int) -> bool:
+        token, other = after(start), begins(start)
+        return token < count and ranges(token)[0] < start and (other == count or ranges(other)[0] != start)
+
+    if blocks is None:
+        learnable = spans
+    else:
         pairs = ((max(a, c), min(b, d)) for a, b in spans for c, d in blocks)
-        spans = [(start, end) for start, end in pairs if start < end]
-    learnt = np.zeros(len(ids), bool)
-    for start, end in spans:
-        learnt |= (first < end) & (last > start)
-    return Encoded(ids, learnt.tolist(), where)
+        learnable = [(start, end) for start, end in pairs if start < end]
+    learnt = [False] * len(ids)
+    if cuts := [start for start, _ in spans if cuts_a_token(start)]:
+        ids, offsets = [], list[tuple[int, int]]()
+        for start, end in itertools.pairwise([0, *cuts, len(text)]):
+            ((more, part),) = _tokens(tokenizer, [text[start:end]], whole=start == 0)
+            put = [(start, start)] * (len(more) - len(part))  # the BOS
+            ids, offsets = ids + more, offsets + put + [(a + start, b + start) for a, b in part.offsets]
+        learnt = [any(first < end and last > start for start, end in learnable) for first, last in offsets]
+    else:
+        put_before = len(ids) - count
+        for start, end in learnable:
+            for token in range(after(start), begins(end)):
+                learnt[put_before + token] = True
+    return Encoded(ids, learnt, where)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
@@ -309,14 +325,18 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, paragraphs: Sequence[str], 
     return encoded
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[tuple[list[int], Spans]]:
-    """Returns each text's ids and character ranges, with exactly one BOS when the tokenizer adds one to plain text."""
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], whole: bool = True
+) -> list[tuple[list[int], Encoding]]:
+    """Returns each text's ids, and their encoding, which knows the characters of each.
+
+    Of `whole` texts the ids begin with exactly one BOS if the tokenizer adds one to plain text; the encoding lacks it.
+    """
     out: Any = tokenizer(
-        list(texts), add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False,
-        return_token_type_ids=False,
-    )  # fmt: skip
-    found = list(zip(out["input_ids"], out["offset_mapping"], strict=True))
+        list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
+    )
+    found = list(zip(out["input_ids"], out.encodings, strict=True))
     bos = tokenizer.bos_token_id
-    if bos is not None and tokenizer("").input_ids[:1] == [bos]:
-        return [row if row[0][:1] == [bos] else ([bos, *row[0]], [(0, 0), *row[1]]) for row in found]
+    if whole and bos is not None and tokenizer("").input_ids[:1] == [bos]:
+        return [(ids if ids[:1] == [bos] else [bos, *ids], encoding) for ids, encoding in found]
     return found
