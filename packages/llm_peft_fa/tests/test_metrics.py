@@ -52,6 +52,8 @@ def test_repetition_and_refusals_and_language_are_shares() -> None:
     assert found["repetition"] == pytest.approx(4 / 5 / 5), "one of five repeats four of its five 4-grams"
     assert found["refusals"] == 1 / 5
     assert (found["in Persian"], found["in English"], found["in other"]) == (0.5, 0.25, 0.25), "of prompts in Persian"
+    number = scores(prompts[:2], [Answer("۱۲"), Answer("سلام")])
+    assert number["in Persian"] == 1, "a number is of no language"
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said, and whether it was cut at the longest answer allowed before it had ended."""
+    """The text that a model gave, and whether it was cut at the longest answer allowed before it had ended."""
 
     text: str
     truncated: bool = False
@@ -47,7 +47,7 @@ def scores(prompts: Sequence[Prompt], said: Sequence[Answer]) -> Scores:
     a reference, and where some answers were cut off also over those and over the others apart. distinct-n are the
     different n-grams over all n-grams (Li et al. 2016, section 5). Repetition is the mean over answers of the share of
     4-grams that stood in the answer before (seq-rep-4, Welleck et al. 2020). The languages are shares of the answers
-    to prompts in Persian.
+    in letters to prompts in Persian.
     """
     found: Scores = {}
     pairs = [(answer, prompt) for prompt, answer in zip(prompts, said, strict=True) if prompt.reference is not None]
@@ -72,8 +72,10 @@ def scores(prompts: Sequence[Prompt], said: Sequence[Answer]) -> Scores:
         found["words per answer"] = statistics.fmean(map(len, words))
     if pairs:
         found["words per reference"] = statistics.fmean(len(str(prompt.reference).split()) for _, prompt in pairs)
-    asked_in = [language(prompt.messages[-1]["content"]) for prompt in prompts]
-    persian = [language(answer.text) for answer, asked in zip(said, asked_in, strict=True) if asked == "Persian"]
+    persian = [
+        found_in for prompt, answer in zip(prompts, said, strict=True)
+        if language(prompt.messages[-1]["content"]) == "Persian" and (found_in := language(answer.text)) != "none"
+    ]  # fmt: skip
     if persian:
         found |= {f"in {name}": persian.count(name) / len(persian) for name in ("Persian", "English", "other")}
     return found

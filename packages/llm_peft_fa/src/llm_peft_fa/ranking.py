@@ -1,4 +1,4 @@
-"""Which method answered best, how sure that is, and when it cannot be told."""
+"""The order of methods by their answers: who is best, how sure that is, and when it cannot be told."""
 
 import itertools
 import statistics
