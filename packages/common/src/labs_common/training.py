@@ -345,12 +345,8 @@ class Loop:
 
     def _save(self, path: Path) -> None:
         wrote = self.run.sum_of("metrics.jsonl") if self.run.is_main else None  # whose position is written
-        position = {
-            "step": self.step_number,
-            "count": self.count,
-            "best": self._best,
-            "metrics": wrote,
-        } | self._identity
+        place = {"step": self.step_number, "count": self.count, "best": self._best, "metrics": wrote}
+        position = place | self._identity
         save_checkpoint(path, self.accelerator, self.model, self.optimizer, position, self.also)
         if self.accelerator.is_main_process:
             old_best = [best for best in best_checkpoints(path.parent) if best != self._best_path()]
