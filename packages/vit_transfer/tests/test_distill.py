@@ -116,6 +116,9 @@ def test_resumed_it_gives_the_same_bytes(shared: tuple[object, ...], teacher: Pa
     for path in (*later, run / "model", run / "baselines" / "without-a-teacher" / "model"):
         shutil.rmtree(path)
     lab_commands.here("vit_transfer.distill", "--resume", run)
+    (run / "teacher.json").write_text((run / "teacher.json").read_text().replace(": ", ": 1", 1))
+    changed = lab_commands.here("vit_transfer.distill", "--resume", run, code=2)
+    assert "the teacher changed" in changed.errors[0]
     assert [path.read_bytes() for path in paths] == before
 
 
