@@ -5,6 +5,9 @@ from llm_peft_fa import commands
 if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
     commands.chat()
 
+import io
+import sys
+
 import torch
 
 from labs_common.progress import console
@@ -38,6 +41,10 @@ def chat(config: ChatConfig) -> None:
 
 
 def _read() -> str | None:
+    if sys.stdin is None:  # it was closed
+        return None
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8, which no tokenizer reads
     try:
         return input("> ").strip()
     except EOFError:

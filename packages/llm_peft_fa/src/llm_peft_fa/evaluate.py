@@ -114,8 +114,8 @@ def check_judge_file(file: Path, base: str | None) -> None:
     """
     if base is None:
         raise LabError("--judge-file: needs two models to compare; name a run, an adapter, or a --base")
-    if file.exists():
-        raise LabError(f"--judge-file {file}: exists already and may hold ratings; name another")
+    if file.exists() or _key_of(file).exists():  # a table that was sent away cannot be read without its key
+        raise LabError(f"--judge-file {file}: exists already and may hold ratings, or its key does; name another")
     if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
         raise LabError(f"--judge-file {file}: its directory does not exist or cannot be written")
 
@@ -138,10 +138,19 @@ def write_judge_file(file: Path, both: BeforeAndAfter, tuned: str, seed: int) ->
         asked = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt.messages)
         if len(prompt.messages) == 1:
             asked = prompt.messages[0]["content"]
-        table.writerow((number, asked, sides[0][1], sides[1][1], ""))
+        table.writerow((number, *(_no_formula(text) for text in (asked, sides[0][1], sides[1][1])), ""))
         key.append({"number": number, "A": sides[0][0], "B": sides[1][0]})
     write_atomically(file, "\ufeff" + stream.getvalue())
-    write_atomically(file.with_name(f"{file.name}.key.json"), json.dumps(key, indent=1) + "\n")
+    write_atomically(_key_of(file), json.dumps(key, indent=1) + "\n")
+
+
+def _key_of(file: Path) -> Path:
+    return file.with_name(f"{file.name}.key.json")
+
+
+def _no_formula(text: str) -> str:
+    """Puts a space before what a spreadsheet would compute: a text from anywhere may be a command."""
+    return f" {text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def _reading(config: EvaluateConfig, subject: Subject) -> Reading:
