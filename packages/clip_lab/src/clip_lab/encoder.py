@@ -8,7 +8,7 @@ encoder.image(pictures), encoder.text(["a dog"])   # where pictures and captions
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from open_clip.pretrained import get_pretrained_cfg
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from clip_lab.config import FINISHED, TRAIN, ImageOptions
@@ -26,7 +26,7 @@ from clip_lab.losses import OBJECTIVES
 from clip_lab.model import tower_rows
 from clip_lab.saved import Loaded, is_ours, load_model
 from labs_common.data.captions import Transform
-from labs_common.data.images import RESAMPLING
+from labs_common.data.images import MOST_PIXELS, RESAMPLING
 from labs_common.errors import LabError
 from labs_common.frozen.cache import front_key
 from labs_common.run import newest_run
@@ -51,6 +51,8 @@ class View(Transform):
         if not self.squeezed:
             # As torchvision counts: down, and half a pixel to the even side.
             whole = [int(self.size * side / min(image.size)) for side in image.size]
+            if whole[0] * whole[1] > MOST_PIXELS:  # of a strip only the middle is enlarged
+                return replace(self, squeezed=True)(ImageOps.fit(image, 2 * [min(image.size)]))
             image = image.resize((whole[0], whole[1]), RESAMPLING.get(self.interpolation, RESAMPLING["bicubic"]))
             left, top = (round((side - self.size) / 2) for side in whole)
             image = image.crop((left, top, left + self.size, top + self.size))
