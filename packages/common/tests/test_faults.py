@@ -23,7 +23,8 @@ from labs_common.data.images import BadPictureError, decoded, examined, record_s
 from labs_common.errors import LabError, bytes_of, json_of, text_of
 from labs_common.fitting import write_results
 from labs_common.lock import LOCK, check_new, lock
-from labs_common.options import ClassDataOptions, RunOptions, TrainingOptions
+from labs_common.options import ClassDataOptions, PageOptions, RunOptions, TrainingOptions
+from labs_common.pages import check_page, serve
 from labs_common.report.figures import bar_figure, curve_figure, map_figure, matrix_figure, scatter_figure
 from labs_common.report.page import Gallery, Section, Text, write_report
 from labs_common.run import Run, cost_of, training_means
@@ -92,6 +93,19 @@ def test_a_disk_that_fails_is_one_line_with_how_to_go_on(
     said = capsys.readouterr().err
     assert said.startswith("error: the disk ")
     assert said.endswith("go on with --resume run\n")
+
+
+@pytest.mark.parametrize("host", ["nowhere.invalid", "256.1.1.1", "a" * 70 + ".x", "::1"])
+def test_a_page_at_no_address_is_one_line(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    with pytest.raises(LabError, match="--host"):
+        check_page(PageOptions(host=host, port=0), "extra")
+
+    def launch(**given: object) -> None:
+        raise OSError("Cannot find empty port")
+
+    with pytest.raises(LabError, match="--host"):
+        serve(SimpleNamespace(launch=launch), PageOptions())
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:

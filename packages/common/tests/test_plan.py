@@ -91,10 +91,11 @@ def test_what_is_no_launch(tmp_path: Path) -> None:
     (tmp_path / "parts.yaml").write_text(f"{common}FSDP\nfsdp_config: {{fsdp_offload_params: true}}\n")
     for name, count in (("endless", ".inf"), ("nobody", "0")):
         (tmp_path / f"{name}.yaml").write_text(f"num_processes: {count}\ndistributed_type: MULTI_GPU\n")
-    (tmp_path / "deep.yaml").write_text("[" * 5000)
+    (tmp_path / "text.yaml").write_text(f"{common}FSDP\nfsdp_config: x\n")
+    (tmp_path / "deep.yaml").write_text("[" * 1000)
     os.mkfifo(tmp_path / "pipe.yaml")
     for name, said in (
-        *((name, "is no configuration of Accelerate") for name in ("list", "endless", "nobody", "deep")),
+        *((name, "is no configuration of Accelerate") for name in ("list", "endless", "nobody", "deep", "text")),
         ("none", "cannot be read"), ("pipe", "cannot be read"),
         ("elsewhere", "does not say zero_stage"), ("host", "the host's memory"), ("parts", "the host's memory"),
     ):  # fmt: skip
