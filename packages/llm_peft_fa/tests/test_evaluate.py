@@ -3,16 +3,17 @@ import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from commands import here, save
 
 from labs_common.errors import LabError
+from llm_peft_fa import chat
 from llm_peft_fa.answers import BeforeAndAfter, Prompt
 from llm_peft_fa.base import load_model, load_tokenizer
-from llm_peft_fa.chat import _read
-from llm_peft_fa.config import MethodOptions
+from llm_peft_fa.config import ChatConfig, MethodOptions
 from llm_peft_fa.evaluate import check_judge_file, write_judge_file
 from llm_peft_fa.methods import Setting, apply_method, resolved
 
@@ -72,10 +73,16 @@ def test_no_text_of_a_table_for_judges_is_a_formula(tmp_path: Path) -> None:
 
 
 def test_bytes_that_are_no_text_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff?\n"), "utf-8"))
-    assert [_read(), _read()] == ["\ufffd?", None]
-    monkeypatch.setattr("sys.stdin", None)
-    assert _read() is None
+    asked: list[str] = []
+    monkeypatch.setattr(chat, "subject_of", lambda options: SimpleNamespace(name="it", tokenizer="", load=lambda: None))
+    monkeypatch.setattr(chat, "load_tokenizer", lambda name: None)
+    monkeypatch.setattr(
+        chat, "streamed_answer", lambda model, words, said, *more: asked.append(said[-1]["content"]) or ""
+    )
+    for stdin in (io.TextIOWrapper(io.BytesIO(b"\xff?\nb\n"), "utf-8"), None):  # None where it was closed
+        monkeypatch.setattr("sys.stdin", stdin)
+        chat.chat(ChatConfig())
+    assert asked == ["\ufffd?", "b"]
 
 
 def test_any_model_is_measured_alone_or_beside_another(llama_dir: Path, data: Path, tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ def chat(config: ChatConfig) -> None:
     console.print(f"{subject.name}: /reset forgets the conversation, /quit leaves")
     opening: list[Message] = [{"role": "system", "content": config.system}] if config.system else []
     messages = list(opening)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8, which no tokenizer reads
     while (question := _read()) not in (None, "/quit"):
         if question == "/reset":
             messages = list(opening)
@@ -43,8 +45,6 @@ def chat(config: ChatConfig) -> None:
 def _read() -> str | None:
     if sys.stdin is None:  # it was closed
         return None
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8, which no tokenizer reads
     try:
         return input("> ").strip()
     except EOFError:
