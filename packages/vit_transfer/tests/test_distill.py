@@ -23,7 +23,9 @@ from vit_transfer.saved import saved_model
 LIBRARIES = ["vit_transfer.distill"]
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 100_000, b"[]"])
+@pytest.mark.parametrize(
+    "content", [b"{", b"\xff", b"[" * 100_000, b"[]", b'{"label_names": 3}', b'{"label_names": [3]}']
+)
 def test_a_teacher_whose_description_is_garbled_is_one_line(tmp_path: Path, content: bytes) -> None:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes(content)

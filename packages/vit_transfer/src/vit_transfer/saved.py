@@ -72,7 +72,8 @@ def weights_sums(folder: Path) -> dict[str, int]:
 def class_names(folder: Path) -> list[str]:
     """Reads the names of the classes of a saved model; none if another program wrote it."""
     said = json_of(folder / CONFIG, str(folder / CONFIG))
-    return list(said.get("label_names") or []) if isinstance(said, dict) else []
+    names = said.get("label_names") if isinstance(said, dict) else None
+    return list(map(str, names)) if isinstance(names, list) else []
 
 
 def saved_model(option: str, value: str, classes: Sequence[str]) -> Path | None:
