@@ -52,7 +52,7 @@ class View(Transform):
             # As torchvision counts: down, and half a pixel to the even side.
             whole = [int(self.size * side / min(image.size)) for side in image.size]
             if whole[0] * whole[1] > MOST_PIXELS:  # of a strip only the middle is enlarged
-                return replace(self, squeezed=True)(ImageOps.fit(image, 2 * [min(image.size)]))
+                return replace(self, squeezed=True)(ImageOps.fit(image, (min(image.size), min(image.size))))
             image = image.resize((whole[0], whole[1]), RESAMPLING.get(self.interpolation, RESAMPLING["bicubic"]))
             left, top = (round((side - self.size) / 2) for side in whole)
             image = image.crop((left, top, left + self.size, top + self.size))
