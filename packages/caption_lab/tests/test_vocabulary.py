@@ -89,6 +89,11 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
         (tmp_path / "vocabulary.json").write_text(content)
         with pytest.raises(LabError, match=r"vocabulary\.json"):
             load_vocabulary(tmp_path)
+    words = ["<pad>", "<start>", "<end>", "<unk>", "a"]
+    for wrong in ({"length": float("inf")}, {"length": -1}, {"length": 10**400}, {"words": [*words, None]}):
+        (tmp_path / "vocabulary.json").write_text(json.dumps({"words": words, "cleaning": {}, "length": 3} | wrong))
+        with pytest.raises(LabError, match=r"vocabulary\.json"):
+            load_vocabulary(tmp_path)
 
 
 def test_length_and_padding() -> None:

@@ -1,5 +1,7 @@
 """The search page, and what commands say of bad input."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,14 @@ def test_bad_input_is_one_line(
     assert len(done.errors) == 1, done.stderr
     assert names in done.errors[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_of_two_exports_to_one_directory_the_second_is_refused(tmp_path: Path) -> None:
+    held = "import fcntl, sys, time; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX)"
+    code = f"{held}; print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / ".lock"], stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None
+        first.stdout.readline()
+        done = lab_commands.here("clip_lab.export", "--output", tmp_path, code=2)
+        first.kill()
+    assert "at work there" in done.errors[0]

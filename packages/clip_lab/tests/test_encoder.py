@@ -209,6 +209,12 @@ def test_the_view_is_the_libraries_own(size: tuple[int, int]) -> None:
     )
 
 
+def test_of_a_long_strip_only_the_middle_is_enlarged() -> None:
+    """All of it would be 224 × 13,440,000 pixels."""
+    view = View(224, (0.5,) * 3, (0.5,) * 3, "bicubic", squeezed=False)
+    assert view(Image.new("RGB", (1, 60_000), "red")).unique().tolist() == [-1, 1]
+
+
 def test_what_is_no_model_is_named(tmp_path: Path) -> None:
     for spec, said in ((str(tmp_path), "no trained model"), ("timm:test_vit,some", "FILE.safetensors"), ("timm:resnt50", "resnet50"), ("RN51:openai", "RN51"),
                        ("someone/something", "someone/something")):  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from clip_lab.encoder import Encoder, View
 from clip_lab.index import Index, build_index, pictures_in
@@ -128,6 +128,14 @@ def test_an_index_of_another_model_or_of_something_else_is_refused(
         build_index(files, "it", encoder, kept, 2, "skip")
     with pytest.raises(LabError, match="not empty"):
         build_index(files, "it", encoder, folder, 2, "skip")
+    (kept / "notes.txt").touch()
+    with pytest.raises(LabError, match=r"notes\.txt, which is no part of an index"):
+        build_index(files, "it", encoder, kept, 2, "skip")
+    (kept / "notes.txt").unlink()
+    vectors = load_file(kept / "vectors.safetensors")["vectors"]
+    save_file({"vectors": -vectors}, kept / "vectors.safetensors")
+    with pytest.raises(LabError, match="its vectors were changed"):
+        build_index(files, "it", encoder, kept, 2, "skip")
     save_file({"other": torch.ones(1)}, kept / "vectors.safetensors")
     with pytest.raises(LabError, match="cannot be read"):
         build_index(files, "it", encoder, kept, 2, "skip")
@@ -145,3 +153,5 @@ def test_faiss_finds_what_the_matrix_product_finds(tmp_path: Path) -> None:
     assert (tmp_path / "inverted.faiss").is_file()
     again = index.nearest(queries, 5, "faiss")
     assert torch.equal(again[1], fast[1])
+    (tmp_path / "inverted.faiss").write_bytes(b"something else")
+    assert torch.equal(index.nearest(queries, 5, "faiss")[1], fast[1]), "made again"

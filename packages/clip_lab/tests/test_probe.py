@@ -9,7 +9,10 @@ from labs_testing import commands as lab_commands
 from PIL import Image
 from safetensors.torch import load_file
 
+from clip_lab.config import ProbeConfig
 from clip_lab.encoder import load_encoder
+from clip_lab.probe import shots_of
+from labs_common.errors import LabError
 
 
 def test_the_probe_is_measured_on_what_it_wrote(run: Path, things: Path, tmp_path: Path) -> None:
@@ -34,6 +37,12 @@ def test_the_probe_is_measured_on_what_it_wrote(run: Path, things: Path, tmp_pat
     lab_commands.here("clip_lab.probe", "--checkpoint", run, "--data", things, "--solver", "sgd", "--features",
                       "embedding", "--epochs", "20", "--shots", "", "--no-cache", "--output", tmp_path / "sgd")  # fmt: skip
     assert json.loads((tmp_path / "sgd" / "results.json").read_text())["accuracy"] > 0.8
+
+
+@pytest.mark.parametrize("shots", ["0", "many", "9" * 5000])
+def test_shots_are_counts(shots: str) -> None:
+    with pytest.raises(LabError, match="--shots"):
+        shots_of(ProbeConfig(shots=shots))
 
 
 @pytest.mark.long

@@ -2,12 +2,17 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from labs_testing import commands as lab_commands
 from PIL import Image
 
+from clip_lab import retrieve
+from clip_lab.config import RetrieveConfig
 from clip_lab.encoder import load_encoder
+from labs_common.report.page import Section
+from labs_common.run import Run
 
 SENTENCES = ["a red circle to the left of a blue square", "one triangle"]
 
@@ -38,6 +43,20 @@ def test_sentences_find_pictures_and_pictures_captions(run: Path, scenes: Path, 
         vector = encoder.embedded(encoder.view(image.convert("RGB"))[None])
     cosine = float((encoder.read(SENTENCES[:1]) @ vector.T).squeeze())
     assert found[0]["results"][0]["score"] == pytest.approx(cosine, abs=1e-5)
+
+
+def test_the_grid_has_the_first_searches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of 300 sentences would be more pixels than a PNG can have, and there would be no page either."""
+    drawn: list[retrieve.Found] = []
+    monkeypatch.setattr(
+        retrieve, "grid_figure", lambda found: drawn.extend(found) or SimpleNamespace(savefig=lambda file: None)
+    )
+    monkeypatch.setattr(retrieve, "rerun_section", lambda run: Section("How to run it again"))
+    found = [retrieve.Found(str(n), None, [retrieve.Result("a dog", 0.5, None)] * 60) for n in range(300)]
+    retrieve.write_found(Run(tmp_path), RetrieveConfig(), found)
+    assert len(drawn) == 20
+    assert {len(one.results) for one in drawn} == {48}
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").count("a dog") == 300 * 60
 
 
 def test_without_data_the_runs_own_test_pictures_are_searched(run: Path, tmp_path: Path) -> None:

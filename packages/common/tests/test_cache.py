@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from labs_common.cache import cached_directory, check_cache
+from labs_common.cache import cached_directory, check_cache, check_variables
 from labs_common.errors import LabError
 
 
@@ -78,3 +78,13 @@ def test_a_cache_that_cannot_be_used_is_one_line(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])  # as for a container's user without an entry
     with pytest.raises(LabError, match="no home directory for the cache: set XDG_CACHE_HOME"):
         check_cache()
+
+
+@pytest.mark.parametrize("said", ["", "two", "1.5", "1" * 5000])
+def test_variables_of_a_launcher_are_numbers(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_variables()
+    monkeypatch.setenv("LOCAL_RANK", "-1")  # some say so of a single process
+    check_variables()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", said)
+    with pytest.raises(LabError, match="LOCAL_WORLD_SIZE="):
+        check_variables()

@@ -14,6 +14,7 @@ from labs_common.compare import processes
 from labs_common.compare.collect import (
     Entry,
     cell,
+    check_same_data,
     collect,
     mean_and_spread,
     pareto,
@@ -66,6 +67,23 @@ def test_entries_are_planned_and_wrong_ones_named() -> None:
 
     with pytest.raises(LabError, match="--methods a:x=1: no such option"):
         plan_runs(ComparisonOptions(), "--methods", "a:x=1", "method", refusing)
+
+
+def test_runs_of_a_seed_have_the_same_data(tmp_path: Path) -> None:
+    """Data that were changed between two runs of a comparison; those of another seed are others."""
+    runs = {name: Run(tmp_path / name) for name in ("one", "two", "other")}
+    for name, run in runs.items():
+        checkpoint = run.path / "checkpoints" / "step-00000001"
+        checkpoint.mkdir(parents=True)
+        run.save_json("splits.json", {"train": name == "other"})
+        (checkpoint / "position.json").write_text(json.dumps({"data": 1}))
+    entries = {"a": Entry("a", {0: runs["one"], 1: runs["other"]}, {}), "b": Entry("b", {0: runs["two"]}, {})}
+    check_same_data(entries)
+    (runs["two"].path / "checkpoints" / "step-00000001" / "position.json").write_text("{}")  # of an earlier version
+    check_same_data(entries)
+    (runs["two"].path / "checkpoints" / "step-00000001" / "position.json").write_text('{"data": 2}')
+    with pytest.raises(LabError, match=r"two: had other data than .*one"):
+        check_same_data(entries)
 
 
 def test_the_same_options_find_the_same_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

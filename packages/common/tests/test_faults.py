@@ -1,5 +1,6 @@
 """What is broken in other ways than usual: one line, quickly, and nothing lost."""
 
+import errno
 import json
 import os
 import signal
@@ -14,14 +15,16 @@ from xml.etree import ElementTree
 import pytest
 from accelerate import Accelerator
 from PIL import Image
+from safetensors import SafetensorError
 
 from labs_common.cache import path_name
-from labs_common.cli import config_from_yaml, parse, run_command
+from labs_common.cli import begun, config_from_yaml, parse, run_command
 from labs_common.data.images import BadPictureError, decoded, examined, record_splits
 from labs_common.errors import LabError, bytes_of, json_of, text_of
 from labs_common.fitting import write_results
 from labs_common.lock import LOCK, check_new, lock
-from labs_common.options import RunOptions, TrainingOptions
+from labs_common.options import ClassDataOptions, PageOptions, RunOptions, TrainingOptions
+from labs_common.pages import check_page, serve
 from labs_common.report.figures import bar_figure, curve_figure, map_figure, matrix_figure, scatter_figure
 from labs_common.report.page import Gallery, Section, Text, write_report
 from labs_common.run import Run, cost_of, training_means
@@ -68,6 +71,41 @@ def test_what_a_config_may_say_of_resuming(tmp_path: Path) -> None:
         parse(Config, "test", ["--output", str(tmp_path / ("ن" * 128))])
     with pytest.raises(LabError, match="--output: has a name that is not UTF-8"):
         parse(Config, "test", ["--output", os.fsdecode(b"caf\xe9")])
+    with pytest.raises(LabError, match="--data: holds a byte that is not UTF-8"):
+        parse(ClassDataOptions, "test", ["--data", os.fsdecode(b"caf\xe9")])
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "any"), OSError(errno.EFBIG, "any"), SafetensorError(
+    f"I/O error: {os.strerror(errno.EFBIG)} (os error 27)")])  # fmt: skip
+def test_a_disk_that_fails_is_one_line_with_how_to_go_on(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a quota of a file's size does (`ulimit -f`), or a network's disk: the errors name no file."""
+
+    def write(config: Config) -> None:
+        begun(Path("run"))
+        raise error
+
+    monkeypatch.setattr(sys.modules[__name__], "written", write, raising=False)
+    with pytest.raises(SystemExit, match="1"):
+        run_command(f"{__name__}:written", Config, arguments=[])
+    begun(None)
+    said = capsys.readouterr().err
+    assert said.startswith("error: the disk ")
+    assert said.endswith("go on with --resume run\n")
+
+
+@pytest.mark.parametrize("host", ["nowhere.invalid", "256.1.1.1", "a" * 70 + ".x", "::1"])
+def test_a_page_at_no_address_is_one_line(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    with pytest.raises(LabError, match="--host"):
+        check_page(PageOptions(host=host, port=0), "extra")
+
+    def launch(**given: object) -> None:
+        raise OSError("Cannot find empty port")
+
+    with pytest.raises(LabError, match="--host"):
+        serve(SimpleNamespace(launch=launch), PageOptions())
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from test_training import OPTIONS, finish
 
+from labs_common.errors import LabError
 from labs_common.fitting import channels_last, count_parameters, share_batch_norms
 from labs_common.options import TrainingOptions
-from labs_common.training import make_accelerator
+from labs_common.training import inference_accelerator, make_accelerator
 
 
 def test_a_training_leaves_weights_counts_and_hashes(tmp_path: Path) -> None:
@@ -44,6 +45,12 @@ def test_a_sharded_run_is_not_resumed_unsharded(tmp_path: Path) -> None:
     kept = json.loads((run / "frozen.json").read_text())
     (run / "frozen.json").write_text(json.dumps([kept]))
     assert "launch it as before" in finish("--resume", run, code=2)
+
+
+def test_variables_that_accelerate_does_not_know_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no such thing")
+    with pytest.raises(LabError, match="ACCELERATE_"):
+        inference_accelerator()
 
 
 def test_the_parameters_that_train_are_counted() -> None:

@@ -89,9 +89,14 @@ def test_what_is_no_launch(tmp_path: Path) -> None:
     offload = "{zero_stage: 2, offload_optimizer_device: cpu}"
     (tmp_path / "host.yaml").write_text(f"{common}DEEPSPEED\ndeepspeed_config: {offload}\n")
     (tmp_path / "parts.yaml").write_text(f"{common}FSDP\nfsdp_config: {{fsdp_offload_params: true}}\n")
+    for name, count in (("endless", ".inf"), ("nobody", "0")):
+        (tmp_path / f"{name}.yaml").write_text(f"num_processes: {count}\ndistributed_type: MULTI_GPU\n")
+    (tmp_path / "text.yaml").write_text(f"{common}FSDP\nfsdp_config: x\n")
+    (tmp_path / "deep.yaml").write_text("[" * 1000)
     os.mkfifo(tmp_path / "pipe.yaml")
     for name, said in (
-        ("list", "is no configuration of Accelerate"), ("none", "cannot be read"), ("pipe", "cannot be read"),
+        *((name, "is no configuration of Accelerate") for name in ("list", "endless", "nobody", "deep", "text")),
+        ("none", "cannot be read"), ("pipe", "cannot be read"),
         ("elsewhere", "does not say zero_stage"), ("host", "the host's memory"), ("parts", "the host's memory"),
     ):  # fmt: skip
         file = tmp_path / f"{name}.yaml"

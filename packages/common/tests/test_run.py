@@ -1,5 +1,6 @@
 import json
 import os
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from labs_common.cli import config_from_yaml, held
 from labs_common.errors import LabError
 from labs_common.lock import new_directory, new_folder
 from labs_common.options import RunOptions
-from labs_common.run import Run, check_run_options, write_atomically
+from labs_common.run import Run, _installed, check_run_options, environment, keep, write_atomically
 
 pytestmark = pytest.mark.quick
 
@@ -35,6 +36,48 @@ def test_a_new_run_says_what_it_is(run: Run) -> None:
     environment = run.load_json("environment.json")
     assert environment["packages"]["torch"]
     assert environment["cpu_count"] == os.cpu_count()
+
+
+def test_a_commit_that_cannot_be_had_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Git waits for a slow disk, or says what is no text."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    git = tmp_path / "git"
+    git.write_text("#!/bin/sh\nprintf '\\377'\n")
+    git.chmod(0o755)
+    assert environment()["git_commit"] is None
+
+    def slow(*given: object, **more: object) -> None:
+        raise subprocess.TimeoutExpired("git", 5)
+
+    monkeypatch.setattr(subprocess, "run", slow)
+    assert environment()["git_commit"] is None
+
+
+def test_a_broken_installation_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, content in {
+        "a": b"Name: \xff\nVersion: 1",
+        "b": b"Name: torch\n",
+        "c": b"",
+        "d": b"Name: D\nVersion: 2",
+    }.items():
+        (tmp_path / f"{name}-1.dist-info").mkdir()
+        (tmp_path / f"{name}-1.dist-info" / "METADATA").write_bytes(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    _installed.cache_clear()
+    found = environment()["packages"]
+    _installed.cache_clear()
+    assert found["d"] == "2"
+    assert found["torch"]
+
+
+def test_what_a_resumed_run_depends_on_is_as_it_was(tmp_path: Path) -> None:
+    keep(Run(tmp_path), "teacher.json", {"weights": 1, "old": 2}, "the teacher")
+    again = Run(tmp_path, resumed=True)
+    keep(again, "teacher.json", {"weights": 1, "new": 3}, "the teacher")
+    with pytest.raises(LabError, match="the teacher changed"):
+        keep(again, "teacher.json", {"weights": 4}, "the teacher")
+    keep(again, "other.json", {"weights": 5}, "the other")  # of a run that began before it was kept
+    assert again.load_json("other.json") == {"weights": 5}
 
 
 def test_rewind_drops_later_lines_and_a_cut_one(run: Run) -> None:

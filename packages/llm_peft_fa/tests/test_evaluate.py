@@ -1,8 +1,10 @@
 import csv
+import io
 import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +13,12 @@ from commands import here, save
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from labs_common.errors import LabError
+from llm_peft_fa import chat
+from llm_peft_fa.answers import BeforeAndAfter, Prompt
 from llm_peft_fa.base import load_model, load_tokenizer
-from llm_peft_fa.config import MethodOptions
+from llm_peft_fa.config import ChatConfig, MethodOptions
+from llm_peft_fa.evaluate import check_judge_file, write_judge_file
 from llm_peft_fa.methods import Setting, apply_method, resolved
 
 SMALL = ("--test-prompts", "5", "--max-new-tokens", "4")
@@ -57,6 +63,30 @@ def test_any_adapter_is_measured_beside_its_base_and_given_to_judges(adapter: Pa
     assert sides == {"base", "adapter"}, "neither is always A"
     again = here("evaluate", *arguments, "--output", tmp_path / "again", code=2)
     assert "--judge-file" in again.stderr, "ratings are never overwritten"
+    judges.rename(tmp_path / "sent_away.csv")
+    with pytest.raises(LabError, match="--judge-file"):
+        check_judge_file(judges, "base")
+
+
+def test_no_text_of_a_table_for_judges_is_a_formula(tmp_path: Path) -> None:
+    prompts = [Prompt([{"role": "user", "content": "=HYPERLINK(0)"}])]
+    write_judge_file(tmp_path / "to_rate.csv", BeforeAndAfter(prompts, ["-1"], ["@a"], {}), "tuned", 0)
+    with (tmp_path / "to_rate.csv").open(encoding="utf-8-sig", newline="") as stream:
+        (_, row) = csv.reader(stream)
+    assert {row[1], row[2], row[3]} == {" =HYPERLINK(0)", " -1", " @a"}
+
+
+def test_bytes_that_are_no_text_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(chat, "subject_of", lambda options: SimpleNamespace(name="it", tokenizer="", load=lambda: None))
+    monkeypatch.setattr(chat, "load_tokenizer", lambda name: None)
+    monkeypatch.setattr(
+        chat, "streamed_answer", lambda model, words, said, *more: asked.append(said[-1]["content"]) or ""
+    )
+    for stdin in (io.TextIOWrapper(io.BytesIO(b"\xff?\nb\n"), "utf-8"), None):  # None where it was closed
+        monkeypatch.setattr("sys.stdin", stdin)
+        chat.chat(ChatConfig())
+    assert asked == ["\ufffd?", "b"]
 
 
 def test_any_model_is_measured_alone_or_beside_another(llama_dir: Path, data: Path, tmp_path: Path) -> None:

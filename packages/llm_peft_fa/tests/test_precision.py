@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from labs_common.errors import LabError
 from llm_peft_fa import base as module
 from llm_peft_fa.answers import answers, streamed_answer
 from llm_peft_fa.attention import NAME
@@ -77,3 +78,10 @@ def test_answers_are_in_the_precision_that_the_machine_is_fast_in(
     model.get_decoder().layers[0].mlp.register_forward_hook(lambda module, given, out: dtypes.append(out.dtype))
     assert isinstance("".join(streamed_answer(model, tokenizer, PROMPT.messages, 3)), str)
     assert set(dtypes) == {torch.float16}
+
+
+def test_an_answer_that_fails_is_not_waited_for(gemma_dir: Path) -> None:
+    """Logits that are divided by next to nothing are infinite, and nothing can be drawn by them."""
+    model, tokenizer = load_model(str(gemma_dir)), load_tokenizer(str(gemma_dir))
+    with pytest.raises(LabError, match="cannot answer"):
+        list(streamed_answer(model, tokenizer, PROMPT.messages, 3, temperature=1e-40))

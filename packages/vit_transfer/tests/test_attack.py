@@ -14,7 +14,7 @@ from vit_transfer.attack import counts_of
 
 def test_counts() -> None:
     assert counts_of("100, 50,50") == [50, 100]
-    for wrong in ("", "0", "1.5", "many"):
+    for wrong in ("", "0", "1.5", "many", "9" * 5000):
         with pytest.raises(LabError, match="--used"):
             counts_of(wrong)
 
@@ -51,6 +51,10 @@ def test_the_command(scenes: Path, tmp_path: Path, vit_file: Path, cnn_file: Pat
     lab_commands.here("vit_transfer.attack", "--resume", run)
     assert files[0].stat().st_mtime_ns == kept
     assert files[1].read_bytes() == lost
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("radius: 60.0", "radius: 61.0"))
+    changed = lab_commands.here("vit_transfer.attack", "--resume", run, code=2)
+    assert "an option or a network changed" in changed.errors[0]
     assert np.isfinite([rate for found in results["fooling rate"].values() for rate in found.values()]).all()
 
 
@@ -63,6 +67,7 @@ def test_the_command(scenes: Path, tmp_path: Path, vit_file: Path, cnn_file: Pat
         (("--models", "{other}"), "other classes"),
         (("--radius", "-1"), "--radius"),
         (("--models", ""), "--models"),
+        (("--models", "a/b,a-b"), "called the same"),
     ],
 )
 def test_bad_input_is_one_line(arguments: tuple[str, ...], names: str, scenes: Path, tmp_path: Path) -> None:

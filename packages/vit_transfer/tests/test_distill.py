@@ -23,7 +23,9 @@ from vit_transfer.saved import saved_model
 LIBRARIES = ["vit_transfer.distill"]
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 100_000, b"[]"])
+@pytest.mark.parametrize(
+    "content", [b"{", b"\xff", b"[" * 100_000, b"[]", b'{"label_names": 3}', b'{"label_names": [3]}']
+)
 def test_a_teacher_whose_description_is_garbled_is_one_line(tmp_path: Path, content: bytes) -> None:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes(content)
@@ -116,6 +118,9 @@ def test_resumed_it_gives_the_same_bytes(shared: tuple[object, ...], teacher: Pa
     for path in (*later, run / "model", run / "baselines" / "without-a-teacher" / "model"):
         shutil.rmtree(path)
     lab_commands.here("vit_transfer.distill", "--resume", run)
+    (run / "teacher.json").write_text((run / "teacher.json").read_text().replace(": ", ": 1", 1))
+    changed = lab_commands.here("vit_transfer.distill", "--resume", run, code=2)
+    assert "the teacher changed" in changed.errors[0]
     assert [path.read_bytes() for path in paths] == before
 
 

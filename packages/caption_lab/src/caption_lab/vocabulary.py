@@ -135,7 +135,9 @@ def load_vocabulary(folder: Path) -> Vocabulary:
     said = json_of(folder / FILE, str(folder / FILE))
     try:
         found = Vocabulary(tuple(said["words"]), Cleaning(**said["cleaning"]), int(said["length"]))
-    except (ValueError, KeyError, TypeError) as error:
+        if not all(isinstance(word, str) for word in found.words) or not 0 < found.length < 2**31:
+            raise ValueError("words must be texts, and a caption have one at least")
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise LabError(f"{folder / FILE}: cannot be read ({error})") from error
     if found.words[: len(SPECIAL)] != SPECIAL:
         raise LabError(f"{folder / FILE}: does not begin with {' '.join(SPECIAL)}")

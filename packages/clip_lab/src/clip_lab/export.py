@@ -7,7 +7,7 @@ if __name__ == "__main__":  # before the imports below: --help and a wrong optio
 
 from clip_lab.config import FINISHED, TRAIN, ExportConfig
 from clip_lab.saved import FORMATS, load_model
-from labs_common.errors import LabError
+from labs_common.lock import new_folder
 from labs_common.run import newest_run
 
 
@@ -17,8 +17,7 @@ def export(config: ExportConfig) -> None:
     Raises:
         LabError: there is no model, the other library has no such towers, or the directory exists.
     """
-    if config.output.exists():
-        raise LabError(f"--output {config.output}: exists already; name another directory")
+    new_folder(config.output, config.output)  # locked: another export may be on its way there
     loaded = load_model(config.checkpoint or newest_run(FINISHED, TRAIN))
     FORMATS[config.to].write(loaded, config.output)
     print(f"written: {config.output}")

@@ -5,6 +5,7 @@ change, and, after a search with FAISS, `inverted.faiss`. It is written in one m
 ones beside it hold what is done so far, so that a kill loses the last few pictures only.
 """
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from clip_lab.encoder import Encoder
-from labs_common.cache import cache_directory, check_cache, recipe_key
+from labs_common.cache import cache_directory, check_cache, file_sum, recipe_key
 from labs_common.data.images import SUFFIXES, BadPictureError, decoded, decoding_threads, first_of
 from labs_common.errors import LabError, json_of, reason_of
 from labs_common.options import OnBadData
@@ -30,6 +31,7 @@ from labs_common.run import written_whole
 LISTS, PROBES, PER_LIST = 4, 32, 39
 ADDED = 8192  # vectors that FAISS sorts into lists at once, between two looks at the progress
 PART = 1024  # pictures that are embedded between two writes: a minute or so of a ViT-B on a CPU
+OWN = ("pictures.json", "vectors.safetensors", "inverted.faiss", "inverted.part")  # files of an index
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,11 @@ class Index:
         except ImportError as error:
             raise LabError("--search faiss: needs FAISS; install the extra clip-lab[faiss]") from error
         file = self.folder / "inverted.faiss"
+        found: Any = None
         if file.is_file():
-            found: Any = faiss.read_index(str(file))
-        else:
+            with contextlib.suppress(RuntimeError):  # a damaged one is made again
+                found = faiss.read_index(str(file))
+        if found is None:
             count, width = self.vectors.shape
             lists = max(1, min(round(LISTS * count**0.5), count // PER_LIST))
             found = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, lists, faiss.METRIC_INNER_PRODUCT)
@@ -181,10 +185,14 @@ def _read(where: Path, recipe: dict[str, Any], option: str) -> dict[str, tuple[l
         if option and where.exists() and any(where.iterdir()):
             raise LabError(f"{option}: is not empty and no index; name another directory")
         return {}
+    if more := sorted(file.name for file in where.iterdir() if file.name not in OWN):  # an index is written as a whole
+        raise LabError(f"{option or where}: holds {more[0]}, which is no part of an index; move it elsewhere")
     try:
         known = json_of(where / "pictures.json", "pictures.json")
         pictures = {str(file): list(stamp) for file, stamp in known["pictures"]}
         vectors, made_by = load_file(where / "vectors.safetensors")["vectors"], known["recipe"]
+        if known.get("sum", now := file_sum(where / "vectors.safetensors")) != now:  # earlier versions kept none
+            raise LabError("its vectors were changed")
         if len(vectors) != len(pictures):
             raise LabError(f"{len(pictures)} pictures, {len(vectors)} vectors")
     except (LabError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -202,5 +210,6 @@ def _write(where: Path, recipe: dict[str, Any], there: Sequence[tuple[Path, list
     where.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(where) as part:
         save_file({"vectors": vectors.contiguous()}, part / "vectors.safetensors")
-        said = {"recipe": recipe, "pictures": [[str(file), stamp] for file, stamp in there]}
+        crc = file_sum(part / "vectors.safetensors")
+        said = {"recipe": recipe, "sum": crc, "pictures": [[str(file), stamp] for file, stamp in there]}
         (part / "pictures.json").write_text(json.dumps(said), encoding="utf-8")

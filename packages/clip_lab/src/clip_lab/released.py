@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from open_clip.modified_resnet import AttentionPool2d
 from open_clip.pretrained import get_pretrained_cfg
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -25,7 +25,7 @@ from clip_lab.image import Seen
 from clip_lab.model import Embedded, Scale, tower_rows
 from clip_lab.tokens import Words
 from labs_common.data.captions import Transform
-from labs_common.data.images import RESAMPLING
+from labs_common.data.images import MOST_PIXELS, RESAMPLING
 from labs_common.errors import LabError
 from labs_common.run import written_whole
 from labs_common.saved import load_auto, load_network, reading_model
@@ -52,6 +52,8 @@ class View(Transform):
         if not self.squeezed:
             # As torchvision counts: down, and half a pixel to the even side.
             whole = [int(self.size * side / min(image.size)) for side in image.size]
+            if whole[0] * whole[1] > MOST_PIXELS:  # of a strip only the middle is enlarged
+                return super().levels(ImageOps.fit(image, (min(image.size), min(image.size))))
             image = image.resize((whole[0], whole[1]), RESAMPLING.get(self.interpolation, RESAMPLING["bicubic"]))
             left, top = (round((side - self.size) / 2) for side in whole)
             image = image.crop((left, top, left + self.size, top + self.size))

@@ -6,7 +6,7 @@ if __name__ == "__main__":  # before the imports below: --help and a wrong optio
     commands.retrieve()
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from labs_common.run import Run, check_run_options
 
 LETTERS = 200  # of a query or caption in the figure: a hundred thousand would take minutes
 COLUMNS = 4  # pictures side by side in the grid
+SEARCHES, TILES = 20, 48  # of the grid, and results of each: hundreds are more than a PNG can hold; the page has all
 
 
 @dataclass(frozen=True)
@@ -166,14 +167,18 @@ def nearest_captions(
 
 
 def write_found(run: Run, config: RetrieveConfig, found: Sequence[Found]) -> None:
-    """Writes results.json, grid.png and report.html into the run's directory, and prints where they are."""
+    """Writes results.json, grid.png and report.html into the run's directory, and prints where they are.
+
+    The grid has the first searches and results.
+    """
     run.save_json(
         "results.json",
         [{"asked": one.asked, "results": [{"found": r.said, "score": r.score} for r in one.results]} for one in found],
     )
     grid = run.path / "grid.png"
     with making_report():
-        grid_figure(found).savefig(grid)
+        few = [replace(one, results=one.results[:TILES]) for one in found[:SEARCHES]]
+        grid_figure(few).savefig(grid)
         sections = [Section(one.asked, _blocks(one)) for one in found]
         summary = f"{len(found)} searches; scores are cosines."
         page = write_report(run, "Search", summary, [*sections, asked_section(config), rerun_section(run)])

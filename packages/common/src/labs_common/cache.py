@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -55,6 +56,17 @@ def check_cache(writes: bool = False) -> None:
         except OSError as error:
             raise LabError(f"{name}={os.environ[name]}: cannot be used ({error.strerror}): set it to a directory that "
                            "can be written, or unset it") from error  # fmt: skip
+
+
+def check_variables() -> None:
+    """Refuses what no launcher says of its processes, which this and other libraries would read as a number.
+
+    Raises:
+        LabError: a variable is no number; it is named.
+    """
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "ACCELERATE_DEEPSPEED_ZERO_STAGE"):
+        if not re.fullmatch(r"-?\d{1,9}", said := os.environ.get(name, "0"), re.ASCII):
+            raise LabError(f"{name}={said}: is no number; start with accelerate launch or torchrun, or unset it")
 
 
 def path_name(model: str) -> str:

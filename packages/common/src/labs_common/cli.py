@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import glob
 import importlib
 import inspect
 import io
@@ -22,7 +23,7 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
-from labs_common.cache import check_cache
+from labs_common.cache import check_cache, check_variables
 from labs_common.errors import LabError, reason_of, text_of
 from labs_common.options import RESUME_MAY_CHANGE
 
@@ -33,6 +34,9 @@ GLOSSARY = "Words of the field are explained in the project's docs/glossary.md."
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 MOST_NESTED = 20  # aliases of a config, or levels: a few more may stand for a billion values
 LONGEST_NAME = 255  # bytes, of a file in every usual file system
+FAILING = {errno.ENOSPC: "is full", errno.EDQUOT: "is full", errno.EFBIG: "takes no file of that size",
+           errno.EIO: "fails", errno.ESTALE: "fails"}  # fmt: skip
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # a byte of the command line, as Python reads it
 _given: Any = None  # the config of the command line, before anything is chosen for it
 _run: Path | None = None  # that this process works on
 _command = ""  # as it is typed
@@ -116,6 +120,7 @@ def run_command(
             _command = f"python -m {module or home}"
             config = _given = parse(config_type, _command, arguments)
             check_cache()
+            check_variables()
             getattr(importlib.import_module(home), function)(config)
             sys.stdout.flush()  # here a full disk is still one line
     except LabError as error:
@@ -128,11 +133,10 @@ def run_command(
         saved = f" since the last checkpoint{_how_to_go_on()}" if _run else ""
         _exit(130, f"{str(interrupt) or 'interrupted'}: nothing was saved{saved}")
     except Exception as error:
-        full = _full_disk(error)
         if debug:
             raise
-        if full is not None:
-            _exit(1, f"error: the disk is full ({reason_of(full)}): make room{_how_to_go_on()}")
+        if trouble := _failing(error):
+            _exit(1, f"error: {trouble}: make room, or mend it{_how_to_go_on()}")
         if isinstance(error, OSError) and error.filename is not None:
             _exit(2, f"error: {os.fsdecode(error.filename)}: {error.strerror or reason_of(error)}{_how_to_go_on()}")
         if isinstance(error, FileNotFoundError):  # without a name: of os.getcwd
@@ -216,8 +220,10 @@ def parse(config_type: type[Config], prog: str, arguments: Sequence[str], defaul
         named = [one for one in texts if isinstance(one, Path) or (isinstance(one, str) and name == "checkpoint")]
         if any(len(os.fsencode(part)) > LONGEST_NAME for one in named for part in Path(one).parts):
             raise LabError(f"{option}: has a name of more than {LONGEST_NAME} bytes; take a shorter one")
-        if any("\udc80" <= letter <= "\udcff" for one in named for letter in str(one)):  # a byte, as Python reads it
+        if any(NOT_UTF8.search(str(one)) for one in named):
             raise LabError(f"{option}: has a name that is not UTF-8, in which no weights can be kept; take another")
+        if any(isinstance(one, str) and NOT_UTF8.search(one) and not glob.glob(one) for one in texts):
+            raise LabError(f"{option}: holds a byte that is not UTF-8, and names nothing that is there; mend it")
     if resume is not None:
         _refuse_other_run(default, config, resume)
     return config
@@ -376,12 +382,12 @@ def making_again() -> str:
     return f"{start} --resume {shlex.quote(str(_run))} --report makes it again, without training"
 
 
-def _full_disk(error: BaseException | None) -> BaseException | None:
-    """Finds the error that says that the disk is full: this one, or one that led to it."""
+def _failing(error: BaseException | None) -> str | None:
+    """Says what is wrong with the disk, if this error, or one that led to it, is of that."""
     while error is not None:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left on device" in str(error):  # safetensors has an error of its own
-            return error
+        for number, what in FAILING.items():  # safetensors has an error of its own
+            if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
+                return f"the disk {what} ({reason_of(error)})"
         error = error.__cause__ or error.__context__
     return None
 

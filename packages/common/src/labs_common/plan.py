@@ -107,12 +107,15 @@ def sharing_asked(options: PlanOptions) -> Sharing:
         deepspeed, fsdp = (said.get(part) or {} for part in ("deepspeed_config", "fsdp_config"))
         kind, stage = said["distributed_type"], int(deepspeed["zero_stage"]) if "zero_stage" in deepspeed else 0
         asked = Sharing(options.gpus or int(said["num_processes"]), stage, kind == "FSDP")
+        if asked.gpus < 1:
+            raise ValueError("num_processes must be at least 1")
+        offload = fsdp.get("fsdp_offload_params")
         devices = {deepspeed.get(f"offload_{part}_device") or "none" for part in ("optimizer", "param")}
-    except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise LabError(f"{named}: is no configuration of Accelerate ({reason_of(error)})") from error
     if kind == "DEEPSPEED" and "zero_stage" not in deepspeed:
         raise LabError(f"{named}: does not say zero_stage itself; name a configuration that does")
-    if devices != {"none"} or fsdp.get("fsdp_offload_params"):
+    if devices != {"none"} or offload:
         raise LabError(f"{named}: keeps a part in the host's memory, for which there is no plan")
     return asked
 

@@ -187,6 +187,22 @@ class Run:
         return found
 
 
+def keep(run: Run, file: str, now: dict[str, Any], what: str) -> None:
+    """Writes what a run depends on besides its data to `file`; of a resumed run, makes sure that it is still so.
+
+    What only one of both has, as another version may have another option, is let pass.
+
+    Raises:
+        LabError: the run is being resumed, and it was otherwise; `what` names it.
+    """
+    now = to_plain(now)
+    before = run.load_json(file) if run.resumed else None
+    if before is None:
+        run.save_json(file, now)
+    elif not isinstance(before, dict) or any(before[name] != now[name] for name in before.keys() & now.keys()):
+        raise LabError(f"--resume {run.path}: {what} changed since the run began; undo that, or begin a new run")
+
+
 def cost_of(run: Run, unit: str) -> dict[str, Any]:
     """Adds up what all steps of a run took, from timing.jsonl: seconds, steps, `unit`s and their rate, bytes."""
     timing = list(run.lines("timing.jsonl"))
@@ -303,8 +319,13 @@ def environment() -> dict[str, Any]:
 
 @functools.cache  # reading them takes half a second, and a process may begin several runs
 def _installed() -> dict[str, str]:
-    found = (dist.metadata for dist in distributions())
-    return dict(sorted((said["Name"].lower(), said["Version"]) for said in found if said["Name"]))
+    found: dict[str, str] = {}
+    for one in distributions():
+        with contextlib.suppress(ValueError, OSError):  # what a broken installation left describes nothing
+            said = one.metadata
+            if said["Name"] and said["Version"]:  # the first is the one that is imported
+                found.setdefault(said["Name"].lower(), said["Version"])
+    return dict(sorted(found.items()))
 
 
 def command_line() -> str:
@@ -339,7 +360,7 @@ def _make_directory(output: Path | None, name: str, config: Any) -> tuple[str, s
 def _git_commit() -> str | None:
     try:
         found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError):  # a run does not depend on what git says
         return None
     return found.stdout.strip() or None
 

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
+from labs_common.errors import LabError, reason_of
 from labs_common.progress import console, tracked
 from labs_common.sharding import place, reads_weights
 from llm_peft_fa.base import load_model, load_tokenizer, stop_ids
@@ -195,16 +196,22 @@ def streamed_answer(
     """Yields the answer to the last message in pieces; at temperature 0 the likeliest token is taken.
 
     Raises:
-        LabError: the chat template does not accept such messages.
+        LabError: the chat template does not accept such messages, or the model cannot answer.
     """
     base = base_of(model)
     ids = torch.tensor([encode_prompt(tokenizer, messages)], device=base.device)
     streamer = TextIteratorStreamer(cast(Any, tokenizer), skip_prompt=True, skip_special_tokens=True)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
 
+    failed: list[Exception] = []
+
     def generate(**options: Any) -> None:
-        with arithmetic(base):  # of this thread alone
-            cast(Any, model).generate(**options)
+        try:
+            with arithmetic(base):  # of this thread alone
+                cast(Any, model).generate(**options)
+        except Exception as error:  # told where the answer is awaited: an error of a thread ends nothing
+            failed.append(error)
+            streamer.end()
 
     thread = threading.Thread(
         target=generate,
@@ -218,3 +225,6 @@ def streamed_answer(
     thread.start()
     yield from streamer
     thread.join()
+    if failed:
+        raise LabError(f"the model cannot answer ({reason_of(failed[0])}); try --temperature 0 or a shorter "
+                       "conversation") from failed[0]  # fmt: skip

@@ -5,6 +5,9 @@ from llm_peft_fa import commands
 if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
     commands.chat()
 
+import io
+import sys
+
 import torch
 
 from labs_common.progress import console
@@ -24,6 +27,8 @@ def chat(config: ChatConfig) -> None:
     console.print(f"{subject.name}: /reset forgets the conversation, /quit leaves")
     opening: list[Message] = [{"role": "system", "content": spelt(config.system)}] if config.system else []
     messages = list(opening)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8, which no tokenizer reads
     while (question := _read()) not in (None, "/quit"):
         if question == "/reset":
             messages = list(opening)
@@ -39,6 +44,8 @@ def chat(config: ChatConfig) -> None:
 
 
 def _read() -> str | None:
+    if sys.stdin is None:  # it was closed
+        return None
     try:
         return input("> ").strip()
     except EOFError:

@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig
 
 from labs_common.errors import LabError, json_of, reason_of
-from labs_common.lock import check_new
+from labs_common.lock import check_new, new_folder
 from labs_common.run import written_whole
 from llm_peft_fa.base import load_tokenizer
 from llm_peft_fa.config import ExportConfig, SubjectOptions
@@ -75,7 +75,7 @@ def export(config: ExportConfig) -> None:
     token = check_export(config, subject)
     whole = not subject.adapted or config.merge or config.to == "merged"
     folder = config.output or Path(subject.source).parent / f"exported-{'model' if whole else 'adapter'}"
-    check_new(folder)
+    new_folder(folder, folder)  # locked: another export may be on its way there
     with written_whole(folder) as part:
         if subject.adapted and whole:
             assert subject.base is not None

@@ -59,8 +59,8 @@ def check_judge_file(file: Path) -> None:
     Raises:
         LabError: it exists, or its directory does not or cannot be written.
     """
-    if file.exists():
-        raise LabError(f"--judge-file {file}: exists already and may hold ratings; name another")
+    if file.exists() or key_of(file).exists():  # a table that was sent away cannot be read without its key
+        raise LabError(f"--judge-file {file}: exists already and may hold ratings, or its key does; name another")
     if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
         raise LabError(f"--judge-file {file}: its directory does not exist or cannot be written")
 
@@ -75,7 +75,7 @@ def write_judge_file(file: Path, prompts: Sequence[str], said: Mapping[str, Sequ
     for number, (prompt, *answers) in enumerate(zip(prompts, *said.values(), strict=True), 1):
         sides = list(zip(said, answers, strict=True))
         draw.shuffle(sides)
-        rows.append([str(number), prompt, sides[0][1], sides[1][1], ""])
+        rows.append([str(number), *map(_no_formula, (prompt, sides[0][1], sides[1][1])), ""])
         key.append({"number": number, "A": sides[0][0], "B": sides[1][0]})
     Table(file, rows).write()
     write_atomically(key_of(file), json.dumps(key, indent=1) + "\n")
@@ -84,6 +84,11 @@ def write_judge_file(file: Path, prompts: Sequence[str], said: Mapping[str, Sequ
 def key_of(file: Path) -> Path:
     """Names the file that knows which answers are whose."""
     return file.with_name(f"{file.name}.key.json")
+
+
+def _no_formula(text: str) -> str:
+    """Puts a space before what a spreadsheet would compute: a text from anywhere may be a command."""
+    return f" {text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 class Table:

@@ -32,7 +32,7 @@ from labs_common.progress import ProgressLine, console
 from labs_common.report.figures import curve_figure
 from labs_common.report.page import Figure, Gallery, Section, Table, Text, save_figure
 from labs_common.report.sections import asked_section, rerun_section
-from labs_common.run import Run, seconds_between
+from labs_common.run import Run, keep, seconds_between
 from labs_common.saved import read_weights
 from vit_transfer.config import AttackConfig
 from vit_transfer.data import Splits, Tensors, read_splits, saved_transform
@@ -47,7 +47,7 @@ from vit_transfer.perturbations import (
     universal_fast_gradient,
     universal_perturbation,
 )
-from vit_transfer.saved import load_model, saved_model
+from vit_transfer.saved import load_model, saved_model, weights_sums
 from vit_transfer.train import check_network, fit_beside, named_config
 
 UNIVERSAL = "universal, DeepFool inside"
@@ -61,6 +61,8 @@ def attack(config: AttackConfig) -> None:
         raise LabError("attack works in one process, picture after picture: run it with python -m")
     counts = counts_of(config.used)
     names = entries_of("--models", config.models)
+    if len({path_name(name) for name in names}) < len(names):  # of the files of perturbations
+        raise LabError("--models: two would be called the same in the run's files; name one by another path")
     accelerator = begin(config.run, config.training)
     splits = read_splits(config.data, config.run.seed, shown=True)
     classes = splits["train"].classes
@@ -73,6 +75,8 @@ def attack(config: AttackConfig) -> None:
     run = Run.start(config, config.run, "attack", accelerator)
     record_splits(run, splits)
     there = {name: folder for name, folder in folders.items() if folder is not None}
+    networks = {f"--models {name}": weights_sums(folder) for name, folder in there.items()}
+    keep(run, "attack.json", run.options | networks, "an option or a network")
     there |= fit_beside(missing, run, accelerator, splits)
     clock["trained"] = time.perf_counter()
     try:
@@ -94,7 +98,8 @@ def counts_of(used: str) -> list[int]:
         LabError: one is no number above 0.
     """
     parts = [part.strip() for part in used.split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() and int(part) for part in parts):
+    # No data set has a billion pictures, and Python reads no number of 5,000 digits.
+    if not parts or not all(part.isdecimal() and len(part) < 10 and int(part) for part in parts):
         raise LabError(f"--used {used!r}: must be numbers above 0 with commas between, such as 50,100,200")
     return sorted({int(part) for part in parts})
 
@@ -153,7 +158,10 @@ def perturbation(run: Run, config: AttackConfig, name: str, victim: Victim, coun
     """Finds the perturbation (3, size, size) made from the first `count` pictures, or reads it from the run."""
     file = run.path / "perturbations" / f"{path_name(name)}-{count}.safetensors"
     if file.exists():
-        return read_weights(file, "--resume")["perturbation"].to(victim.used.device)
+        known = read_weights(file, "--resume").get("perturbation")
+        if known is None or known.shape != victim.used.shape[1:] or not known.isfinite().all():
+            raise LabError(f"--resume {file}: is no perturbation of {name}; delete it, and it is made again")
+        return known.float().to(victim.used.device)
 
     with ProgressLine(f"{name}, {count} pictures", config.passes * count) as line:
 

@@ -32,12 +32,12 @@ from labs_common.launch import main_process_first
 from labs_common.report.classes import Predictions, wilson_interval
 from labs_common.report.figures import curve_figure
 from labs_common.report.page import Figure, Section, Table, save_figure
-from labs_common.run import Run
+from labs_common.run import Run, keep
 from vit_transfer.config import TINY, DistillConfig, TrainConfig, complete
 from vit_transfer.data import Batch, Tensors, read_splits, saved_transform
 from vit_transfer.evaluate import predictions_of
 from vit_transfer.report import finish_report
-from vit_transfer.saved import FOLDER, load_model, saved_model
+from vit_transfer.saved import FOLDER, load_model, saved_model, weights_sums
 from vit_transfer.train import Loss, check_network, fit, fit_beside, named_config, print_needs
 
 
@@ -60,6 +60,7 @@ def distill(config: DistillConfig) -> None:
     record_splits(run, splits)
     if folder is None:
         (folder,) = fit_beside({f"teacher {config.teacher}": named}, run, accelerator, splits).values()
+    keep(run, "teacher.json", weights_sums(folder), "the teacher")
     teacher = teacher_logits(folder, splits["train"], config, accelerator)
     clock["teacher"] = time.perf_counter()
     fitted = fit(config, run, accelerator, splits, distillation_loss(config, teacher), by_head=True)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 
+from labs_common.cache import file_sum
 from labs_common.errors import LabError, json_of
 from labs_common.run import written_whole
 from labs_common.saved import FOLDER, WEIGHTS, reading_model, saved_folder
@@ -63,10 +64,16 @@ def load_model(folder: Path) -> Any:
         return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
+def weights_sums(folder: Path) -> dict[str, int]:
+    """Returns the check sums of the files of a saved model."""
+    return {file.name: file_sum(file) for file in sorted(folder.iterdir()) if file.is_file()}
+
+
 def class_names(folder: Path) -> list[str]:
     """Reads the names of the classes of a saved model; none if another program wrote it."""
     said = json_of(folder / CONFIG, str(folder / CONFIG))
-    return list(said.get("label_names") or []) if isinstance(said, dict) else []
+    names = said.get("label_names") if isinstance(said, dict) else None
+    return list(map(str, names)) if isinstance(names, list) else []
 
 
 def saved_model(option: str, value: str, classes: Sequence[str]) -> Path | None:

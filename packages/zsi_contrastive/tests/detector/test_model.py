@@ -217,6 +217,11 @@ def test_the_transform_is_torchvisions() -> None:
         assert torch.equal(scaled(found["boxes"], size, original), resize_boxes(right["boxes"], size, original))
 
 
+def test_a_strip_keeps_a_pixel() -> None:
+    batch, _ = make().transform([torch.rand(3, 1, 3000), torch.rand(3, 3000, 1)])
+    assert batch.image_sizes == [(1, 64), (64, 1)]
+
+
 @pytest.mark.parametrize("name", ["resnet18", "timm/resnet10t", "tiny"])
 def test_frozen_stages_keep_no_gradient(name: str) -> None:
     backbone = make_backbone(name, False, None, 1, 16)

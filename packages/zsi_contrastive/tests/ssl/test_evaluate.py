@@ -1,10 +1,16 @@
 """Measures of features against peers, and the attention that the report draws."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
+from labs_common.data.classes import LabelledPictures
+from labs_common.report.page import Gallery
+from labs_common.run import Run
 from zsi_contrastive.ssl import evaluate
-from zsi_contrastive.ssl.report import class_attention
+from zsi_contrastive.ssl.report import class_attention, map_section, neighbours_section
 
 
 def test_neighbours_are_lightlys() -> None:
@@ -16,6 +22,19 @@ def test_neighbours_are_lightlys() -> None:
     normal = torch.nn.functional.normalize
     expected = peer(normal(asked, dim=1), normal(bank, dim=1).T, labels, 7, 21, 0.1)[:, 0]
     assert (found == expected).float().mean() > 0.99  # of equal votes either may win
+
+
+def test_few_pictures_have_few_neighbours_and_no_map() -> None:
+    levels = [np.zeros((4, 4, 3), dtype=np.uint8)] * 2
+    pictures = LabelledPictures(
+        source="it", contents=levels, names=("a", "b"), classes=("x", "y"), labels=np.array([0, 1])
+    )
+    found = evaluate.Features(torch.eye(2), torch.tensor([0, 1]), 2, torch.arange(2))
+    (gallery,) = neighbours_section({"train": pictures, "test": pictures}, {"train": found, "test": found}).blocks
+    assert isinstance(gallery, Gallery)
+    assert "the 2 training pictures" in gallery.caption
+    for kind in ("tsne", "pca"):
+        assert map_section(Run(Path("nowhere")), kind, found, ("x", "y"), 0) is None
 
 
 def test_effective_rank_and_spread() -> None:

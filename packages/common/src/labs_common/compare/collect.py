@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from labs_common.checkpoint import checkpoints
 from labs_common.compare.plan import slug
+from labs_common.errors import LabError, json_of
 from labs_common.run import Run
 
 OLD_COSTS = {"trainable": "trained"}  # as some labs called it before version 0.2
@@ -89,6 +91,24 @@ def collect(folder: Path, names: Iterable[str], seeds: Iterable[int]) -> dict[st
                 name, done, {seed: run.load_json("results.json", "cost") for seed, run in done.items()}
             )
     return entries
+
+
+def check_same_data(entries: Mapping[str, Entry]) -> None:
+    """Makes sure that all runs of a seed had the same data: it may have changed between two of them.
+
+    Raises:
+        LabError: it did.
+    """
+    first: dict[tuple[int, str], tuple[Path, Any]] = {}
+    for seed, run in ((seed, run) for entry in entries.values() for seed, run in entry.runs.items()):
+        position = next(reversed(checkpoints(run.path / "checkpoints")), run.path) / "position.json"
+        said = json_of(position, str(position)) if position.exists() else None
+        found = {"pictures": run.load_json("splits.json"), "sum": said.get("data") if isinstance(said, dict) else None}
+        for what, data in found.items():
+            path, known = first.setdefault((seed, what), (run.path, data)) if data is not None else (run.path, data)
+            if data != known:
+                raise LabError(f"{run.path}: had other data than {path}: they were changed in between; delete the runs "
+                               "of those that you do not want, and start the same command again")  # fmt: skip
 
 
 def rows_of(what: str, entries: Iterable[Entry], measures: Mapping[str, Measure]) -> list[dict[str, Any]]:

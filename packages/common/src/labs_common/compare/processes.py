@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 from labs_common.cli import STOPPING, command_of, config_to_yaml, is_ignored
-from labs_common.compare.collect import Entry, collect
+from labs_common.compare.collect import Entry, check_same_data, collect
 from labs_common.compare.plan import claim, seeds_of, slug
 from labs_common.compare.report import Findings, write_comparison
 from labs_common.errors import Interrupted, LabError, RunStopped
@@ -48,8 +48,8 @@ def compare_runs(
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; the run under way was saved, and the same command goes on from there.
-        LabError: the directory is of something else, another process works there, or a run says that its input is
-            wrong.
+        LabError: the directory is of something else, another process works there, a run says that its input is
+            wrong, or the data changed between two runs.
         RunStopped: no run finished.
     """
     options: ComparisonOptions = config.comparison
@@ -62,6 +62,7 @@ def compare_runs(
     entries = collect(folder, planned, seeds_of(options))
     if not entries:
         raise RunStopped("no run finished: there is nothing to report; the lines above say why")
+    check_same_data(entries)
     run = Run(folder)
     with making_report(f"start the same command again; delete runs in {folder} that are of something else"):
         write_comparison(run, config, report(run, entries, failed), failed)

@@ -273,7 +273,7 @@ def decoding_threads() -> ThreadPoolExecutor:
     """Returns threads in which pictures are decoded and resized: Pillow does both without the interpreter's lock."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
     # The processes of a machine share what a scheduler gave to all of them.
-    return ThreadPoolExecutor(max(2, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), "decoding")
+    return ThreadPoolExecutor(max(2, allowed // (int(os.environ.get("LOCAL_WORLD_SIZE", "1")) or 1)), "decoding")
 
 
 def picture_files(named: Sequence[str]) -> list[Path]:

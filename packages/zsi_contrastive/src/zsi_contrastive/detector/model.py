@@ -101,7 +101,12 @@ class Transform(GeneralizedRCNNTransform):
     def resize(self, image: torch.Tensor, target: Target | None = None) -> tuple[torch.Tensor, Target | None]:
         """Scales a picture, and the boxes and masks of its objects with it."""
         before = tuple(image.shape[-2:])
-        image, _ = super().resize(image)
+        scale = min(self.min_size[-1] / min(before), self.max_size / max(before))
+        if min(before) * scale < 1:  # of a strip torchvision would leave no pixel
+            height, width = (max(1, int(side * scale)) for side in before)
+            image = F.interpolate(image[None], (height, width), mode="bilinear", align_corners=False)[0]
+        else:
+            image, _ = super().resize(image)
         if target is None:
             return image, None
         size = tuple(image.shape[-2:])

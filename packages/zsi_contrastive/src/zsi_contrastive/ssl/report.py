@@ -180,20 +180,20 @@ def neighbours_section(splits: Mapping[str, LabelledPictures], features: Mapping
     test, train, bank = splits["test"], splits["train"], features["train"]
     chosen = np.linspace(0, len(test) - 1, EXAMPLES).round().astype(int)
     cosines = F.normalize(features["test"].values, dim=1)[chosen] @ F.normalize(bank.values, dim=1).T
-    nearest = cosines.topk(ACROSS, dim=1)
+    nearest = cosines.topk(min(ACROSS, cosines.shape[1]), dim=1)
     rows: list[tuple[Image.Image, str]] = []
     for place, near, likeness in zip(chosen, nearest.indices.cpu(), nearest.values.cpu(), strict=True):
         rows.append((_thumbnail(test.image(int(place))), f"asked: {_name(test, int(place))}"))
         for number, cosine in zip(bank.places[near].tolist(), likeness.tolist(), strict=True):
             rows.append((_thumbnail(train.image(number)), f"{cosine:.2f} {_name(train, number)}"))
-    caption = f"Test pictures and the {ACROSS} training pictures with the nearest features (cosine)."
+    caption = f"Test pictures and the {nearest.indices.shape[1]} training pictures with the nearest features (cosine)."
     return Section("Nearest neighbours", [Gallery(rows, caption)])
 
 
 def map_section(run: Run, kind: str, asked: Features, names: tuple[str, ...], seed: int) -> Section | None:
-    """Draws test pictures' features in two dimensions; None if no map was asked for."""
+    """Draws test pictures' features in two dimensions; None if no map was asked for, or there is nothing to map."""
     values = F.normalize(asked.values, dim=1)[:MAPPED].cpu().numpy()
-    if kind == "none":
+    if kind == "none" or len(values) < 3:
         return None
     if kind == "tsne":
         perplexity = min(30, (len(values) - 1) / 3)  # its usual value, as far as there are three times as many pictures
