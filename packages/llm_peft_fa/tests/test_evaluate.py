@@ -15,11 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from labs_common.errors import LabError
 from llm_peft_fa import chat
-from llm_peft_fa.answers import BeforeAndAfter, Prompt
 from llm_peft_fa.base import load_model, load_tokenizer
 from llm_peft_fa.config import ChatConfig, MethodOptions
-from llm_peft_fa.evaluate import check_judge_file, write_judge_file
 from llm_peft_fa.methods import Setting, apply_method, resolved
+from llm_peft_fa.rate import check_judge_file, write_judge_file
 
 SMALL = ("--test-prompts", "5", "--max-new-tokens", "4")
 
@@ -65,12 +64,12 @@ def test_any_adapter_is_measured_beside_its_base_and_given_to_judges(adapter: Pa
     assert "--judge-file" in again.stderr, "ratings are never overwritten"
     judges.rename(tmp_path / "sent_away.csv")
     with pytest.raises(LabError, match="--judge-file"):
-        check_judge_file(judges, "base")
+        check_judge_file(judges)
 
 
 def test_no_text_of_a_table_for_judges_is_a_formula(tmp_path: Path) -> None:
-    prompts = [Prompt([{"role": "user", "content": "=HYPERLINK(0)"}])]
-    write_judge_file(tmp_path / "to_rate.csv", BeforeAndAfter(prompts, ["-1"], ["@a"], {}), "tuned", 0)
+    said = {"base": ["-1"], "tuned": ["@a"]}
+    write_judge_file(tmp_path / "to_rate.csv", ["=HYPERLINK(0)"], said, 0)
     with (tmp_path / "to_rate.csv").open(encoding="utf-8-sig", newline="") as stream:
         (_, row) = csv.reader(stream)
     assert {row[1], row[2], row[3]} == {" =HYPERLINK(0)", " -1", " @a"}
@@ -78,7 +77,9 @@ def test_no_text_of_a_table_for_judges_is_a_formula(tmp_path: Path) -> None:
 
 def test_bytes_that_are_no_text_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(chat, "subject_of", lambda options: SimpleNamespace(name="it", tokenizer="", load=lambda: None))
+    monkeypatch.setattr(
+        chat, "subject_of", lambda options: SimpleNamespace(name="it", tokenizer="", load=lambda: None, trained=None)
+    )
     monkeypatch.setattr(chat, "load_tokenizer", lambda name: None)
     monkeypatch.setattr(
         chat, "streamed_answer", lambda model, words, said, *more: asked.append(said[-1]["content"]) or ""

@@ -11,10 +11,10 @@ from caption_lab.config import FINISHED, TRAIN, CaptionConfig
 from caption_lab.report import attention_maps, save_heatmap
 from caption_lab.saved import load_captioner
 from labs_common.data.images import picture_files, readable
+from labs_common.device import inference_accelerator
 from labs_common.errors import LabError
 from labs_common.progress import console, tracked
 from labs_common.run import newest_run
-from labs_common.training import inference_accelerator
 
 
 def caption(config: CaptionConfig) -> None:

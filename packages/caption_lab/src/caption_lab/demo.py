@@ -12,10 +12,10 @@ from typing import Any
 from caption_lab.config import FINISHED, TRAIN, DemoConfig
 from caption_lab.report import attention_maps, word_tiles
 from caption_lab.saved import load_captioner
+from labs_common.device import inference_accelerator
 from labs_common.options import DecodingOptions
 from labs_common.pages import check_page, serve
 from labs_common.run import newest_run
-from labs_common.training import inference_accelerator
 
 
 def demo(config: DemoConfig) -> None:

@@ -23,6 +23,7 @@ from labs_common.cli import config_from_yaml, to_plain
 from labs_common.data.captions import CaptionedPictures, PictureTensors, read_captioned, truth_of
 from labs_common.data.images import print_refused
 from labs_common.decoding import written_captions
+from labs_common.device import inference_accelerator
 from labs_common.errors import LabError
 from labs_common.lock import check_new, new_folder
 from labs_common.options import DecodingOptions
@@ -32,7 +33,6 @@ from labs_common.report.page import Section, Table, making_report, write_report
 from labs_common.report.sections import asked_section
 from labs_common.run import Run, newest_run
 from labs_common.scenes.world import Scene
-from labs_common.training import inference_accelerator
 
 # Captions that say more different things than the best one, to be judged as well; 0.9 is Holtzman et al.'s usual value.
 SAMPLED = DecodingOptions(beam=1, top_p=0.9)

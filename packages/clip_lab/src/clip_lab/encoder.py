@@ -21,10 +21,10 @@ from clip_lab.losses import OBJECTIVES
 from clip_lab.model import tower_rows
 from clip_lab.released import ReleasedModel, View
 from clip_lab.saved import Loaded, load_any
+from labs_common.device import inference_accelerator
 from labs_common.errors import LabError
 from labs_common.frozen.cache import front_key
 from labs_common.run import newest_run
-from labs_common.training import inference_accelerator
 
 TEXTS = 256  # sentences through a text tower at once
 

@@ -40,6 +40,7 @@ from labs_common.cli import config_from_yaml
 from labs_common.data.captions import CaptionedPictures, Captions, PictureTensors, read_captioned, truth_of
 from labs_common.data.images import print_refused
 from labs_common.decoding import written_captions
+from labs_common.device import inference_accelerator
 from labs_common.errors import LabError
 from labs_common.fitting import Fitting
 from labs_common.options import DecodingOptions, RunOptions
@@ -47,7 +48,6 @@ from labs_common.progress import tracked
 from labs_common.run import Run, check_run_options, newest_run, training_means
 from labs_common.scenes.captions import RELATIONS, relations
 from labs_common.scenes.world import Scene
-from labs_common.training import inference_accelerator
 
 BATCH = 64  # pictures through a tower at once
 CAPTIONS = 256  # captions through a text tower or decoder at once

@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 from torch.distributed.tensor import DTensor
 
+from labs_common.errors import LabError, reason_of
 from labs_common.options import Precision
 
 CPU = torch.device("cpu")
@@ -29,6 +31,21 @@ def mixed_precision(precision: Precision) -> str:
             return "no"
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "no" if precision == "fp32" else precision
+
+
+def inference_accelerator() -> Accelerator:
+    """Makes an Accelerator for a command that only computes answers: in the precision that the device is fast in.
+
+    Raises:
+        LabError: the variables of a launch say something that Accelerate does not know.
+    """
+    try:
+        accelerator = Accelerator(mixed_precision=mixed_precision("auto"))
+    except (ValueError, RuntimeError) as error:
+        raise LabError(f"the process cannot be set up ({reason_of(error)}); unset the variables ACCELERATE_* that say "
+                       "so") from error  # fmt: skip
+    begin_fast_arithmetic(accelerator.device)
+    return accelerator
 
 
 def on_gpu() -> bool:

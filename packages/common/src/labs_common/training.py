@@ -38,7 +38,7 @@ from labs_common.device import (
     reset_peak_memory,
     widest_float,
 )
-from labs_common.errors import Interrupted, LabError, RunStopped, reason_of
+from labs_common.errors import Interrupted, LabError, RunStopped
 from labs_common.options import Schedule, TrainingOptions
 from labs_common.progress import ProgressLine, console
 from labs_common.run import Run, cost_of
@@ -98,21 +98,6 @@ def make_accelerator(options: TrainingOptions) -> Accelerator:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = 1
         config["gradient_clipping"] = options.clip_norm
-    return accelerator
-
-
-def inference_accelerator() -> Accelerator:
-    """Makes an Accelerator for a command that only computes answers: in the precision that the device is fast in.
-
-    Raises:
-        LabError: the variables of a launch say something that Accelerate does not know.
-    """
-    try:
-        accelerator = Accelerator(mixed_precision=mixed_precision("auto"))
-    except (ValueError, RuntimeError) as error:
-        raise LabError(f"the process cannot be set up ({reason_of(error)}); unset the variables ACCELERATE_* that say "
-                       "so") from error  # fmt: skip
-    begin_fast_arithmetic(accelerator.device)
     return accelerator
 
 

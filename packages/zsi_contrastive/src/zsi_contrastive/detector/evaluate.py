@@ -5,11 +5,11 @@ from pathlib import Path
 
 from labs_common.cli import to_plain
 from labs_common.data.images import print_refused
+from labs_common.device import inference_accelerator
 from labs_common.lock import check_new, new_folder
 from labs_common.report.page import making_report, write_report
 from labs_common.report.sections import asked_section
 from labs_common.run import Run, newest_run
-from labs_common.training import inference_accelerator
 from zsi_contrastive.detector.annotations import Split, read_split
 from zsi_contrastive.detector.config import DataOptions, EvaluateConfig, default_split
 from zsi_contrastive.detector.data import from_main_process, read_parts, read_pictures, read_vectors

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from labs_common.data.images import decoding_threads, picture_files, readable
+from labs_common.device import inference_accelerator
 from labs_common.errors import LabError
 from labs_common.lock import check_new, new_folder
 from labs_common.progress import tracked
@@ -19,7 +20,6 @@ from labs_common.report.figures import COLOURS
 from labs_common.report.page import shown
 from labs_common.run import newest_run, write_atomically
 from labs_common.steps import read_ahead
-from labs_common.training import inference_accelerator
 from zsi_contrastive.detector.annotations import read_split
 from zsi_contrastive.detector.config import DataOptions, DetectionOptions, PredictConfig
 from zsi_contrastive.detector.data import read_pictures
