@@ -79,7 +79,7 @@ def test_weights_that_are_sharded_stay_contiguous(sharded: bool, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    "name, value, says",
+    ("name", "value", "says"),
     [("WORLD_SIZE", "many", "is no number"), ("LOCAL_RANK", "0", "unset WORLD_SIZE, RANK and LOCAL_RANK")],
 )
 def test_variables_of_a_launcher_alone_are_one_line(

@@ -1,13 +1,19 @@
 """A cut network computes what the whole one does."""
 
+import json
+from pathlib import Path
+
 import pytest
+import timm
 import torch
+from timm.models import save_for_hf
 from torch import nn
 
 from labs_common.errors import LabError
 from labs_common.frozen.cut import Cut
 from vit_transfer.config import ModelOptions
 from vit_transfer.model import create, transfer
+from vit_transfer.saved import load_model
 
 # One of each family, with the smallest pictures that it takes.
 SIZES = {
@@ -75,3 +81,14 @@ def test_pictures_that_are_too_small_are_named_before_a_run_begins(unfreeze: str
     options = ModelOptions(model="tiny-vit", pretrained=False, image_size=7, unfreeze=unfreeze)
     with torch.device("meta"), pytest.raises(LabError, match=r"^--image-size 7: tiny-vit takes no such pictures"):
         transfer(create(options, 10), options, cached=False)
+
+
+@pytest.mark.parametrize(("name", "values"), [("mean", "grey"), ("mean", [0.5]), ("std", [0, 0.2, 0.2]), ("std", None)])
+def test_a_network_that_says_nothing_of_its_pictures_is_one_line(name: str, values: object, tmp_path: Path) -> None:
+    save_for_hf(timm.create_model("test_resnet"), tmp_path, safe_serialization=True)
+    assert load_model(tmp_path)
+    said = json.loads((tmp_path / "config.json").read_text())
+    said["pretrained_cfg"][name] = values
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    with pytest.raises(LabError, match="saved network"):
+        load_model(tmp_path)

@@ -143,10 +143,10 @@ def _build(said: Mapping[str, Any], _: Mapping[str, torch.Tensor]) -> torch.nn.M
     if "config" in text:
         config = AutoConfig.for_model(**text["config"])
         network = load_auto(AutoModel.from_config, config, said=f"{FINISHED}: its text tower", remedy="train it again")
-        reader = PretrainedText(network, said["length"], said["end"], text.get("pool", "auto"))
+        reader = PretrainedText(network, said["length"], int(said["end"]), text.get("pool", "auto"))
     else:
         sizes = (text["width"], text["layers"], text["heads"])
-        reader = TextTower(said["vocabulary"], *sizes, said["length"], said["end"])
+        reader = TextTower(said["vocabulary"], *sizes, said["length"], int(said["end"]))
     return OBJECTIVES[said["objective"]].model(tower, reader, HeadOptions(**said["head"]))
 
 
