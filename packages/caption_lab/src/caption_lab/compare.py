@@ -23,7 +23,7 @@ from caption_lab.saved import load_captioner
 from caption_lab.tiny import tiny_weights
 from labs_common.caption_metrics import METRICS, SCORER, CiderD, caption_words, mistakes, references_of
 from labs_common.cli import parse
-from labs_common.compare.collect import Entry, Measure, rows_of, within_one_error
+from labs_common.compare.collect import Entry, Measure, cost_measures, rows_of, within_one_error
 from labs_common.compare.plan import comparison_folder, plan_runs, seeds_text
 from labs_common.compare.processes import compare_runs, start_server
 from labs_common.compare.report import Findings, budget_section, curves_of, notes_on, pareto_section, table_of
@@ -37,15 +37,7 @@ from labs_common.scenes.world import Scene
 
 WORST = 6  # pictures in the section on errors
 TRUTH: dict[str, Measure] = {"right in everything": lambda entry: entry.values("claims", "written", "whole")}
-COSTS: dict[str, Measure] = {
-    "trained parameters": partial(Entry.cost, name="trainable"),
-    "all parameters": partial(Entry.cost, name="parameters"),
-    "training seconds": partial(Entry.cost, name="seconds"),
-    "captions/s": partial(Entry.cost, name="captions per second"),
-    "peak MiB": partial(Entry.cost, name="peak memory", scale=2**20),
-    "cache MiB": partial(Entry.cost, name="cache bytes", scale=2**20),
-    "optimizer MiB": partial(Entry.cost, name="optimizer bytes", scale=2**20),
-}
+COSTS = cost_measures("captions")
 
 
 def compare(config: CompareConfig) -> None:

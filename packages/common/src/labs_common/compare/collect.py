@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,15 @@ class Entry:
 
 # Gives a number by seed; an entry without it gives none.
 Measure = Callable[[Entry], list[float]]
+
+
+def cost_measures(unit: str, *more: tuple[str, str]) -> dict[str, Measure]:
+    """Names the costs of runs that count `unit`s as tables do; `more`, each a name and a key, follow the seconds."""
+    seconds = ("training seconds", "seconds"), *more, (f"{unit}/s", f"{unit} per second")
+    plain = ("trained parameters", "trainable"), ("all parameters", "parameters"), *seconds
+    measures: dict[str, Measure] = {name: partial(Entry.cost, name=key) for name, key in plain}
+    kinds = ("peak", "memory"), ("cache", "bytes"), ("optimizer", "bytes")
+    return measures | {f"{kind} MiB": partial(Entry.cost, name=f"{kind} {rest}", scale=2**20) for kind, rest in kinds}
 
 
 def collect(folder: Path, names: Iterable[str], seeds: Iterable[int]) -> dict[str, Entry]:
