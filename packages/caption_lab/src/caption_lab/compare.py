@@ -89,7 +89,7 @@ def findings(
     measures: dict[str, Measure] = metrics | (TRUTH if ordered[0].values("claims", "written", "whole") else {}) | COSTS
     rows = rows_of("model", ordered, measures)
     best = ordered[0].name
-    equal = equal_to(best, captions, test, config)
+    equal = equal_to(best, captions, test)
     summary = (
         f"{len(entries)} captioners, {seeds_text(config.comparison)} each. Highest CIDEr-D: {best} "
         f"({rows[0]['CIDEr-D']:.2f}); within one standard error of it: {', '.join(equal)}."
@@ -131,9 +131,7 @@ def scorer_notes(entries: Mapping[str, Entry]) -> list[Text]:
     return [Text(said)] if older else []
 
 
-def equal_to(
-    best: str, captions: Mapping[str, Mapping[int, list[str]]], test: CaptionedPictures, config: CompareConfig
-) -> list[str]:
+def equal_to(best: str, captions: Mapping[str, Mapping[int, list[str]]], test: CaptionedPictures) -> list[str]:
     """Names the entries whose CIDEr-D is no more than one standard error below that of `best`, on the same pictures.
 
     `captions` are those of the test pictures by entry and seed.

@@ -147,18 +147,13 @@ def recommend(
     return min(equal, key=lambda entry: entry.cost(parameters)[0]), equal
 
 
-def pareto(points: Mapping[str, tuple[float, float]], higher_is_better: bool = True) -> list[str]:
+def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
     """Returns the names of the Pareto front: no other point (cost, quality) is as good in both and better in one."""
-    sign = 1 if higher_is_better else -1
-    front = []
-    for name, (cost, value) in points.items():
-        beaten = any(
-            other_cost <= cost and sign * other >= sign * value and (other_cost, other) != (cost, value)
-            for other_cost, other in points.values()
-        )
-        if not beaten:
-            front.append(name)
-    return front
+    return [
+        name
+        for name, (cost, value) in points.items()
+        if not any(less <= cost and more >= value and (less, more) != (cost, value) for less, more in points.values())
+    ]
 
 
 def within_one_error(differences: Sequence[float]) -> bool:
