@@ -183,7 +183,7 @@ def perplexity(loaded: Loaded, rows: torch.Tensor, pictures: CaptionedPictures) 
     return float((-sums.sum() / counts.sum()).exp())
 
 
-def written(loaded: Loaded, rows: torch.Tensor) -> list[str]:
+def written(loaded: Loaded, rows: torch.Tensor, options: DecodingOptions | None = None) -> list[str]:
     """Writes a caption for each picture, of which there are rows of the image tower (pictures, width); by beam search.
 
     None are written where the model does not write, or its tokenizer has no token to start from.
@@ -197,7 +197,7 @@ def written(loaded: Loaded, rows: torch.Tensor) -> list[str]:
     device = next(model.parameters()).device
     return written_captions(
         SimpleNamespace(begin=begin, step=model.step), lambda places: rows[list(places)].to(device), len(rows),
-        words.special, words.length - 1, words.sentence, DecodingOptions(), task="writing captions",
+        words.special, words.length - 1, words.sentence, options or DecodingOptions(), task="writing captions",
     )  # fmt: skip
 
 
