@@ -24,6 +24,7 @@ from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 from timm.utils import NativeScaler
 
+from labs_common.device import each_tensor, to_device
 from labs_common.fitting import Fitting, channels_last
 from labs_common.frozen.cache import CachedRows, Rows
 from labs_common.options import Precision, RunOptions
@@ -128,7 +129,7 @@ def fit(
     fitting = Fitting.start(run, accelerator, model, optimizer, source, config.training, 0, "pictures")
     loss_of = label_loss(0.0)
     for batch in fitting.loop.batches():
-        loss, means = loss_of(fitting.model, batch.to(accelerator.device))
+        loss, means = loss_of(fitting.model, each_tensor(to_device, batch, accelerator.device))
         shares = {name: float(value) * batch.share for name, value in means.items()}
         fitting.loop.step(loss * batch.share, len(batch.targets), **shares)
 

@@ -23,7 +23,7 @@ from caption_lab.saved import load_captioner
 from caption_lab.tiny import tiny_weights
 from labs_common.caption_metrics import METRICS, SCORER, CiderD, caption_words, mistakes, references_of
 from labs_common.cli import parse
-from labs_common.compare.collect import Entry, Measure, rows_of, within_one_error
+from labs_common.compare.collect import Entry, Measure, cost_measures, rows_of, within_one_error
 from labs_common.compare.plan import comparison_folder, plan_runs, seeds_text
 from labs_common.compare.processes import compare_runs, start_server
 from labs_common.compare.report import Findings, budget_section, curves_of, notes_on, pareto_section, table_of
@@ -37,15 +37,7 @@ from labs_common.scenes.world import Scene
 
 WORST = 6  # pictures in the section on errors
 TRUTH: dict[str, Measure] = {"right in everything": lambda entry: entry.values("claims", "written", "whole")}
-COSTS: dict[str, Measure] = {
-    "trained parameters": partial(Entry.cost, name="trainable"),
-    "all parameters": partial(Entry.cost, name="parameters"),
-    "training seconds": partial(Entry.cost, name="seconds"),
-    "captions/s": partial(Entry.cost, name="captions per second"),
-    "peak MiB": partial(Entry.cost, name="peak memory", scale=2**20),
-    "cache MiB": partial(Entry.cost, name="cache bytes", scale=2**20),
-    "optimizer MiB": partial(Entry.cost, name="optimizer bytes", scale=2**20),
-}
+COSTS = cost_measures("captions")
 
 
 def compare(config: CompareConfig) -> None:
@@ -97,7 +89,7 @@ def findings(
     measures: dict[str, Measure] = metrics | (TRUTH if ordered[0].values("claims", "written", "whole") else {}) | COSTS
     rows = rows_of("model", ordered, measures)
     best = ordered[0].name
-    equal = equal_to(best, captions, test, config)
+    equal = equal_to(best, captions, test)
     summary = (
         f"{len(entries)} captioners, {seeds_text(config.comparison)} each. Highest CIDEr-D: {best} "
         f"({rows[0]['CIDEr-D']:.2f}); within one standard error of it: {', '.join(equal)}."
@@ -139,9 +131,7 @@ def scorer_notes(entries: Mapping[str, Entry]) -> list[Text]:
     return [Text(said)] if older else []
 
 
-def equal_to(
-    best: str, captions: Mapping[str, Mapping[int, list[str]]], test: CaptionedPictures, config: CompareConfig
-) -> list[str]:
+def equal_to(best: str, captions: Mapping[str, Mapping[int, list[str]]], test: CaptionedPictures) -> list[str]:
     """Names the entries whose CIDEr-D is no more than one standard error below that of `best`, on the same pictures.
 
     `captions` are those of the test pictures by entry and seed.

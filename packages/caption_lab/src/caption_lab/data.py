@@ -3,7 +3,7 @@
 A batch has a row of the encoder's frozen front for each picture, computed once and kept for all its captions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,7 +16,7 @@ from caption_lab.encoder import Encoder
 from caption_lab.tiny import RECIPE, demo_scene
 from caption_lab.vocabulary import Vocabulary, padded
 from labs_common.data.captions import CaptionedPictures, Captions, PictureTensors, read_captions
-from labs_common.device import CPU, pinned, to_device
+from labs_common.device import CPU, each_tensor, pinned
 from labs_common.frozen.cache import ComputedRows, Rows, front_rows
 from labs_common.options import CacheOptions, CaptionDataOptions
 from labs_common.scenes.files import cached_flickr8k
@@ -59,17 +59,6 @@ class Batch(NamedTuple):
     pictures: list[int]
     of_words: float
     of_captions: float
-
-    def to(self, device: torch.device) -> "Batch":
-        """Returns the batch with its tensors on `device`."""
-        return self._each(lambda tensor: to_device(tensor, device))
-
-    def pinned(self, device: torch.device) -> "Batch":
-        """Returns the same in memory that a GPU `device` reads by itself."""
-        return self._each(lambda tensor: pinned(tensor, device))
-
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        return self._replace(rows=change(self.rows), of_rows=change(self.of_rows), words=change(self.words))
 
 
 @dataclass(frozen=True)
@@ -124,7 +113,7 @@ def caption_steps(
         found = Batch(
             *data.of_pictures(pictures, epoch % data.views), padded(words)[0], pictures, of_words, of_captions
         )
-        return [found.pinned(device)]
+        return [each_tensor(pinned, found, device)]
 
     return ShuffledSteps(sum(map(len, parts)), batch_size, seed, batch, numbers_of)
 

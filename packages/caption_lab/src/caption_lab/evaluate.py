@@ -20,8 +20,7 @@ from caption_lab.saved import Captioner, load_captioner
 from caption_lab.vocabulary import TOKENS
 from labs_common.caption_metrics import METRICS, SCORER, CaptionScores, score_captions
 from labs_common.cli import config_from_yaml, to_plain
-from labs_common.data.captions import CaptionedPictures, PictureTensors, read_captioned, truth_of
-from labs_common.data.images import print_refused
+from labs_common.data.captions import CaptionedPictures, PictureTensors, read_undivided
 from labs_common.decoding import written_captions
 from labs_common.device import inference_accelerator
 from labs_common.errors import LabError
@@ -143,13 +142,8 @@ def chosen_pictures(config: EvaluateConfig, checkpoint: Path) -> tuple[Captioned
             splits=options.splits or trained.data.splits,
         )  # fmt: skip
         seed = trained.run.seed
-    if config.split == "all":
-        folder = Path(options.data) if options.data else drawn_scenes()
-        pictures = read_captioned(folder, options.on_bad_data)
-        print_refused({"all": pictures})
-        pictures = pictures.at_most(options.limit, seed) if options.limit else pictures
-        return pictures, truth_of(folder, [pictures]), options.data
-    data = read_data(options, seed, shown=True)
+    whole = config.split == "all"
+    data = read_undivided(options, seed, drawn_scenes) if whole else read_data(options, seed, shown=True)
     return data.splits[config.split], data.truth, options.data
 
 

@@ -144,7 +144,7 @@ def evaluation_sections(
         ]
         blocks += [Gallery(word_tiles(image, *its), " ".join(its[0])) for image, its in zip(chosen, maps, strict=True)]
         sections.append(Section("Where it looked", blocks))
-    return [*sections, _error_section(found, pictures, truth, captioner)]
+    return [*sections, _error_section(found, pictures, truth)]
 
 
 def published_section(ours: Mapping[str, Mapping[str, float]], data: str | None) -> Section:
@@ -247,9 +247,7 @@ def _truth_blocks(run: Run, found: CaptionScores) -> list[Any]:
     ]  # fmt: skip
 
 
-def _error_section(
-    found: CaptionScores, pictures: CaptionedPictures, truth: Mapping[str, Scene], captioner: Captioner
-) -> Section:
+def _error_section(found: CaptionScores, pictures: CaptionedPictures, truth: Mapping[str, Scene]) -> Section:
     """Shows the worst captions: those with most wrong claims, or where nobody knows them, least like the true ones."""
     if not truth:
         references = references_of(pictures)

@@ -28,7 +28,7 @@ from labs_common.checkpoint import SHARDED
 from labs_common.data.captions import Captions, captions_alone
 from labs_common.data.images import record_splits
 from labs_common.decoding import GREEDY, written_captions
-from labs_common.device import expect_fixed_shapes, to_device, widest_float
+from labs_common.device import each_tensor, expect_fixed_shapes, to_device, widest_float
 from labs_common.errors import LabError
 from labs_common.fitting import Fitted, Fitting, begin, channels_last
 from labs_common.frozen.cache import DTYPES
@@ -153,7 +153,8 @@ def fit(config: TrainConfig, captioner: Captioner, run: Run, accelerator: Accele
     references = references_of(watched)
     loop = fitting.loop
     for batch in loop.batches():
-        loss, metrics = objective.loss(learner, batch.to(accelerator.device), loop.step_number / loop.total)
+        there = each_tensor(to_device, batch, accelerator.device)
+        loss, metrics = objective.loss(learner, there, loop.step_number / loop.total)
         loop.step(loss, len(batch.pictures) if batch.of_captions else 0, **metrics)
         if loop.evaluation_due:
             found = scores(fitting, learner, rows["validation"], references, watched.names[0])

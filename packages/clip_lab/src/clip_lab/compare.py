@@ -25,7 +25,7 @@ from clip_lab.probe import accuracy, features_of, read_splits
 from clip_lab.zero_shot import class_embeddings, filled
 from labs_common.caption_metrics import METRICS, SCORER, score_captions
 from labs_common.cli import parse
-from labs_common.compare.collect import Entry, Measure, cell, rows_of
+from labs_common.compare.collect import Entry, cell, cost_measures, rows_of
 from labs_common.compare.plan import comparison_folder, plan_runs
 from labs_common.compare.processes import compare_runs, start_server
 from labs_common.compare.report import Findings, curves_of, notes_on, table_of
@@ -50,15 +50,7 @@ GENERATIVE = ("R@1 by likelihood", "R@5 by likelihood", "classes by likelihood",
 CAPTIONS = tuple(METRICS.values())
 PROBES = ("linear probe", "linear probe of the image tower")
 ABILITIES = (*CONTRASTIVE, *GENERATIVE, *PROBES, *CAPTIONS)
-COSTS: dict[str, Measure] = {
-    "trained parameters": partial(Entry.cost, name="trainable"),
-    "all parameters": partial(Entry.cost, name="parameters"),
-    "training seconds": partial(Entry.cost, name="seconds"),
-    "pictures/s": partial(Entry.cost, name="pictures per second"),
-    "peak MiB": partial(Entry.cost, name="peak memory", scale=2**20),
-    "cache MiB": partial(Entry.cost, name="cache bytes", scale=2**20),
-    "optimizer MiB": partial(Entry.cost, name="optimizer bytes", scale=2**20),
-}
+COSTS = cost_measures("pictures")
 
 
 def compare(config: CompareConfig) -> None:

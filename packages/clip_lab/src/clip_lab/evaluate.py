@@ -37,8 +37,7 @@ from clip_lab.saved import Loaded, load_any
 from clip_lab.tokens import Words
 from labs_common.caption_metrics import score_captions
 from labs_common.cli import config_from_yaml
-from labs_common.data.captions import CaptionedPictures, Captions, PictureTensors, read_captioned, truth_of
-from labs_common.data.images import print_refused
+from labs_common.data.captions import CaptionedPictures, Captions, PictureTensors, read_undivided
 from labs_common.decoding import written_captions
 from labs_common.device import inference_accelerator
 from labs_common.errors import LabError
@@ -90,13 +89,9 @@ def chosen_pictures(config: EvaluateConfig, checkpoint: Path) -> Captions:
         trained = config_from_yaml(TrainConfig, file)
         options, seed = trained.data, trained.run.seed
         options = replace(options, on_bad_data=config.data.on_bad_data, limit=config.data.limit or options.limit)
-    if config.split != "all":
-        return read_data(options, seed, shown=True)
-    folder = Path(options.data) if options.data else drawn_scenes()
-    pictures = read_captioned(folder, options.on_bad_data)
-    print_refused({"all": pictures})
-    pictures = pictures.at_most(options.limit, seed) if options.limit else pictures
-    return Captions({"all": pictures}, truth_of(folder, [pictures]))
+    if config.split == "all":
+        return read_undivided(options, seed, drawn_scenes)
+    return read_data(options, seed, shown=True)
 
 
 def evaluate_model(

@@ -254,8 +254,7 @@ def to_open_clip(loaded: Loaded, folder: Path) -> None:
     state["logit_scale"] = model.scale().detach().log()
     if model.scale.bias is not None:
         state["logit_bias"] = model.scale.bias
-    file, weights = "open_clip_config.json", "open_clip_model.safetensors"
-    saved.save_model(folder, file, said, state, loaded.words.save, weights)
+    saved.save_model(folder, OPEN_CLIP[0], said, state, loaded.words.save, OPEN_CLIP[1])
 
 
 class Format(NamedTuple):

@@ -7,8 +7,9 @@ import contextlib
 import functools
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -105,6 +106,13 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     What is pinned must not be written again: the copy may still be under way.
     """
     return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def each_tensor(change: Callable[..., torch.Tensor], batch: Any, device: torch.device) -> Any:
+    """Does `pinned` or `to_device` to each tensor of a batch that is a named tuple; what else it has stays."""
+    fields = batch._asdict().items()
+    tensors = {name: change(value, device) for name, value in fields if isinstance(value, torch.Tensor)}
+    return batch._replace(**tensors)
 
 
 @functools.cache

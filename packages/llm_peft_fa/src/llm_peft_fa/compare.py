@@ -20,24 +20,10 @@ from accelerate.utils import DistributedType
 
 from labs_common.cache import path_name
 from labs_common.cli import parse
-from labs_common.compare.collect import (
-    Entry,
-    Measure,
-    figure_text,
-    mean_and_spread,
-    recommend,
-    rows_of,
-)
+from labs_common.compare.collect import Entry, Measure, figure_text, mean_and_spread, recommend, rows_of
 from labs_common.compare.plan import comparison_folder, plan_runs, seeds_of, seeds_text, slug
 from labs_common.compare.processes import compare_runs, finished_run, start_server
-from labs_common.compare.report import (
-    Findings,
-    budget_section,
-    curves_of,
-    notes_on,
-    pareto_section,
-    table_of,
-)
+from labs_common.compare.report import Findings, budget_section, curves_of, notes_on, pareto_section, table_of
 from labs_common.device import mixed_precision
 from labs_common.errors import LabError, reason_of
 from labs_common.options import RunOptions

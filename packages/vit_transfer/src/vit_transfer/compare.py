@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from labs_common.cli import parse
-from labs_common.compare.collect import Entry, Measure, recommend, rows_of, within_one_error
+from labs_common.compare.collect import Entry, Measure, cost_measures, recommend, rows_of, within_one_error
 from labs_common.compare.plan import comparison_folder, plan_runs, seeds_text
 from labs_common.compare.processes import compare_runs, start_server
 from labs_common.compare.report import (
@@ -41,16 +41,7 @@ from vit_transfer.train import check_network
 
 PAPER = Path(__file__).with_name("paper_table.csv")
 HARD = 12  # pictures that defeat every network, in the report
-COSTS: dict[str, Measure] = {
-    "trained parameters": partial(Entry.cost, name="trainable"),
-    "all parameters": partial(Entry.cost, name="parameters"),
-    "training seconds": partial(Entry.cost, name="seconds"),
-    "front seconds": partial(Entry.cost, name="preparation seconds"),
-    "pictures/s": partial(Entry.cost, name="pictures per second"),
-    "peak MiB": partial(Entry.cost, name="peak memory", scale=2**20),
-    "cache MiB": partial(Entry.cost, name="cache bytes", scale=2**20),
-    "optimizer MiB": partial(Entry.cost, name="optimizer bytes", scale=2**20),
-}
+COSTS = cost_measures("pictures", ("front seconds", "preparation seconds"))
 MEASURES: dict[str, Measure] = {
     "test accuracy": lambda entry: entry.values("test", "this run", "accuracy"),
     "validation loss": lambda entry: entry.values("validation", "loss"),

@@ -14,7 +14,7 @@ from timm.data import resolve_model_data_config
 
 from labs_common.data.classes import LabelledPictures, read_classes
 from labs_common.data.images import RESAMPLING, decoding_threads
-from labs_common.device import constant, pinned, to_device
+from labs_common.device import constant, each_tensor, pinned
 from labs_common.frozen.cache import ComputedRows, Rows, front_rows
 from labs_common.options import CacheOptions
 from labs_common.scenes.files import cached_parquet
@@ -135,14 +135,6 @@ class Batch(NamedTuple):
     places: Sequence[int]
     share: float
 
-    def to(self, device: torch.device) -> "Batch":
-        """Moves the tensors to a device."""
-        return self._replace(inputs=to_device(self.inputs, device), targets=to_device(self.targets, device))
-
-    def pinned(self, device: torch.device) -> "Batch":
-        """Returns the same in memory that a GPU `device` reads by itself."""
-        return self._replace(inputs=pinned(self.inputs, device), targets=pinned(self.targets, device))
-
 
 @dataclass(frozen=True)
 class PictureRows:
@@ -163,7 +155,7 @@ def training_batches(
 
     def batch(places: list[int], epoch: int, step: int) -> list[Batch]:
         mine, share = own_part(places, accelerator.process_index, accelerator.num_processes)
-        return [data.batch(epoch % views, mine, share).pinned(accelerator.device)]
+        return [each_tensor(pinned, data.batch(epoch % views, mine, share), accelerator.device)]
 
     return batch
 

@@ -13,7 +13,7 @@ from PIL import Image
 from timm.models.vision_transformer import Attention, VisionTransformer
 
 from labs_common.data.classes import LabelledPictures
-from labs_common.device import widest_float
+from labs_common.device import each_tensor, to_device, widest_float
 from labs_common.progress import tracked
 from labs_common.report.classes import Predictions
 from labs_common.report.figures import under_map
@@ -37,7 +37,7 @@ def scores(model: torch.nn.Module, data: PictureRows, batch_size: int, accelerat
     for first in range(0, longest, batch_size):
         places = list(mine[first : first + batch_size])
         # Sharded weights are gathered by all processes together: one without pictures left repeats one.
-        batch = data.batch(0, places or [0]).to(accelerator.device)
+        batch = each_tensor(to_device, data.batch(0, places or [0]), device)
         logits = model(batch.inputs).float()
         if places:
             losses = F.cross_entropy(logits, batch.targets, reduction="sum")

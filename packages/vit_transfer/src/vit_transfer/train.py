@@ -20,7 +20,7 @@ from accelerate.utils import set_seed
 from labs_common.cache import path_name
 from labs_common.data.classes import read_pictures
 from labs_common.data.images import record_splits
-from labs_common.device import expect_fixed_shapes
+from labs_common.device import each_tensor, expect_fixed_shapes, to_device
 from labs_common.errors import Interrupted
 from labs_common.fitting import Fitted, Fitting, begin, channels_last
 from labs_common.frozen.cache import DTYPES
@@ -162,7 +162,7 @@ def fit(
     fitting = Fitting.start(run, accelerator, model, optimizer, source, options, config.run.seed, "pictures")
     loop, loss_of = fitting.loop, loss_of or label_loss(options.label_smoothing)
     for batch in loop.batches():
-        loss, means = loss_of(fitting.model, batch.to(accelerator.device))
+        loss, means = loss_of(fitting.model, each_tensor(to_device, batch, accelerator.device))
         shares = {name: value * batch.share for name, value in means.items()}
         loop.step(loss * batch.share, len(batch.targets) if batch.share else 0, **shares)
         if loop.evaluation_due:

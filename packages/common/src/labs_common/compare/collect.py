@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,15 @@ class Entry:
 Measure = Callable[[Entry], list[float]]
 
 
+def cost_measures(unit: str, *more: tuple[str, str]) -> dict[str, Measure]:
+    """Names the costs of runs that count `unit`s as tables do; `more`, each a name and a key, follow the seconds."""
+    seconds = ("training seconds", "seconds"), *more, (f"{unit}/s", f"{unit} per second")
+    plain = ("trained parameters", "trainable"), ("all parameters", "parameters"), *seconds
+    measures: dict[str, Measure] = {name: partial(Entry.cost, name=key) for name, key in plain}
+    kinds = ("peak", "memory"), ("cache", "bytes"), ("optimizer", "bytes")
+    return measures | {f"{kind} MiB": partial(Entry.cost, name=f"{kind} {rest}", scale=2**20) for kind, rest in kinds}
+
+
 def collect(folder: Path, names: Iterable[str], seeds: Iterable[int]) -> dict[str, Entry]:
     """Reads the finished runs of a comparison in `folder`; entries without one are left out."""
     entries = {}
@@ -137,18 +147,13 @@ def recommend(
     return min(equal, key=lambda entry: entry.cost(parameters)[0]), equal
 
 
-def pareto(points: Mapping[str, tuple[float, float]], higher_is_better: bool = True) -> list[str]:
+def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
     """Returns the names of the Pareto front: no other point (cost, quality) is as good in both and better in one."""
-    sign = 1 if higher_is_better else -1
-    front = []
-    for name, (cost, value) in points.items():
-        beaten = any(
-            other_cost <= cost and sign * other >= sign * value and (other_cost, other) != (cost, value)
-            for other_cost, other in points.values()
-        )
-        if not beaten:
-            front.append(name)
-    return front
+    return [
+        name
+        for name, (cost, value) in points.items()
+        if not any(less <= cost and more >= value and (less, more) != (cost, value) for less, more in points.values())
+    ]
 
 
 def within_one_error(differences: Sequence[float]) -> bool:

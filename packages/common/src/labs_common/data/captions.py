@@ -89,6 +89,15 @@ def read_captions(options: CaptionDataOptions, seed: int, shown: bool, drawn: Ca
     return Captions(splits, truth_of(folder, list(splits.values())))
 
 
+def read_undivided(options: CaptionDataOptions, seed: int, drawn: Callable[[], Path]) -> Captions:
+    """Reads all pictures of --data, or of the drawn scenes, as one split "all"; see `read_captions`."""
+    folder = Path(options.data) if options.data else drawn()
+    pictures = read_captioned(folder, options.on_bad_data)
+    print_refused({"all": pictures})
+    pictures = pictures.at_most(options.limit, seed) if options.limit else pictures
+    return Captions({"all": pictures}, truth_of(folder, [pictures]))
+
+
 def truth_of(folder: Path, parts: Sequence[CaptionedPictures]) -> dict[str, Scene]:
     """Returns the scene that each picture shows, by its name, where that is known."""
     known = read_truth(folder)
