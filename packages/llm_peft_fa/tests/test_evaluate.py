@@ -71,11 +71,11 @@ def test_any_adapter_is_measured_beside_its_base_and_given_to_judges(adapter: Pa
 
 
 def test_no_text_of_a_table_for_judges_is_a_formula(tmp_path: Path) -> None:
-    said = {"base": ["-1"], "tuned": ["@a"]}
+    said = {"base": ["-1"], "tuned": ["＝a"]}
     write_judge_file(tmp_path / "to_rate.csv", ["=HYPERLINK(0)"], said, 0)
     with (tmp_path / "to_rate.csv").open(encoding="utf-8-sig", newline="") as stream:
         (_, row) = csv.reader(stream)
-    assert {row[1], row[2], row[3]} == {" =HYPERLINK(0)", " -1", " @a"}
+    assert {row[1], row[2], row[3]} == {" =HYPERLINK(0)", " -1", " ＝a"}
 
 
 def test_bytes_that_are_no_text_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,6 +216,8 @@ def _mixed(training: Reading, options: DataOptions, seed: int) -> Reading:
     shares = {}
     for entry in options.mix:
         source, _, said = entry.rpartition(":")
+        if source in (options.data, *shares):
+            raise LabError(f"--mix {entry}: is --data itself, or named twice; name each source once")
         try:
             shares[source] = float(said)
         except ValueError:

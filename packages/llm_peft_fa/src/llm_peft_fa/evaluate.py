@@ -97,7 +97,8 @@ def evaluate(config: EvaluateConfig) -> None:
     if config.judge_file is not None:
         asked = ["\n\n".join(f"{message['role']}: {message['content']}" for message in prompt.messages)
                  if len(prompt.messages) > 1 else prompt.messages[0]["content"] for prompt in prompts]  # fmt: skip
-        sides = {"base": both.said["before"], subject.name: both.said["after"]}
+        name = subject.name if subject.name != "base" else "tuned"  # of runs/base
+        sides = {"base": both.said["before"], name: both.said["after"]}
         said = {name: [answer.text for answer in answers] for name, answers in sides.items()}
         write_judge_file(config.judge_file, asked, said, seed)
     with making_report():
