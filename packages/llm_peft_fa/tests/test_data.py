@@ -227,6 +227,9 @@ def test_data_are_mixed_by_their_shares(tmp_path: Path) -> None:
             sides_of(data=data, mix=(wrong,))
     with pytest.raises(LabError, match="nothing for --data"):
         sides_of(data=data, mix=(f"{more}:0.5", f"{few}:0.5"))
+    for again in ((f"{more}:0.2", f"{more}:0.1"), (f"{data}:0.2",)):
+        with pytest.raises(LabError, match="name each source once"):
+            sides_of(data=data, mix=again)
     with pytest.raises(LabError, match="--mix: needs --data"):
         sides_of(mix=(f"{more}:0.5",))
 

@@ -1,4 +1,5 @@
 import csv
+import importlib
 import io
 import json
 import math
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from commands import here, save
+from jinja2.exceptions import SecurityError
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +19,7 @@ from labs_common.errors import LabError
 from llm_peft_fa import chat
 from llm_peft_fa.base import load_model, load_tokenizer
 from llm_peft_fa.config import ChatConfig, MethodOptions
+from llm_peft_fa.evaluate import harness_tasks
 from llm_peft_fa.methods import Setting, apply_method, resolved
 from llm_peft_fa.rate import check_judge_file, write_judge_file
 
@@ -68,11 +71,11 @@ def test_any_adapter_is_measured_beside_its_base_and_given_to_judges(adapter: Pa
 
 
 def test_no_text_of_a_table_for_judges_is_a_formula(tmp_path: Path) -> None:
-    said = {"base": ["-1"], "tuned": ["@a"]}
+    said = {"base": ["-1"], "tuned": ["＝a"]}
     write_judge_file(tmp_path / "to_rate.csv", ["=HYPERLINK(0)"], said, 0)
     with (tmp_path / "to_rate.csv").open(encoding="utf-8-sig", newline="") as stream:
         (_, row) = csv.reader(stream)
-    assert {row[1], row[2], row[3]} == {" =HYPERLINK(0)", " -1", " @a"}
+    assert {row[1], row[2], row[3]} == {" =HYPERLINK(0)", " -1", " ＝a"}
 
 
 def test_bytes_that_are_no_text_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +147,35 @@ def test_a_saved_result_is_named_as_before_too(adapter: Path, tmp_path: Path) ->
     said = {here("chat", *arguments, "--max-new-tokens", "3", typed="سلام\n/quit\n").stdout
             for arguments in (("--checkpoint", run), ("--run", run), ("--config", file))}  # fmt: skip
     assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("process_docs: !function ran.f", "'!function'"),
+        ("include: [sub/inner.txt]", "'!function'"),
+        ("task: [{task: inner, metric_list: [{metric: ran.py}]}]", "metric 'ran.py' is a script"),
+        ("metric_list: [{metric: acc, hf_evaluate: true}]", "metric 'acc' is a script"),
+        ("doc_to_text: !!python/name:os.system", "python/name:os.system"),
+        ("task: [", "--lm-eval"),
+    ],
+)
+def test_a_task_file_runs_no_code(lines: str, said: str, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="needs the extra llm-peft-fa[lm-eval]")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "inner.txt").write_text("include: ../own.yaml\nfilter: !function ran.f\n")
+    task = tmp_path / "own.yaml"
+    task.write_text(f"{lines}\n")
+    with pytest.raises(LabError) as refused:
+        harness_tasks(str(task), SimpleNamespace(num_processes=1))
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+    task.write_text("task: own\nmetric_list: [{metric: word_perplexity}]\n")
+    assert harness_tasks(str(task), SimpleNamespace(num_processes=1))[0] == [str(task)]
+    utils = importlib.import_module("lm_eval.utils")
+    assert utils.apply_template("{{ a | regex_replace('b', 'c') }}", {"a": "bb"}) == "cc"
+    with pytest.raises(SecurityError):
+        utils.apply_template("{{ cycler.__init__.__globals__.os.getpid() }}", {})
 
 
 @pytest.mark.long

@@ -96,6 +96,28 @@ def rated(table: Path, *better: str) -> None:
         csv.writer(stream, delimiter=";").writerows(rows)
 
 
+def test_a_table_that_was_cut_or_is_gone_is_said_on_the_page(
+    table: Path, address: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    table.write_text(table.read_text(encoding="utf-8")[:200], encoding="utf-8")
+    with pytest.raises(urllib.error.HTTPError) as cut:
+        opened(address)
+    table.unlink()
+    with pytest.raises(urllib.error.HTTPError) as gone:
+        opened(address, row=0, better="A")
+    for error in (cut, gone):
+        assert "to_rate.csv" in error.value.read().decode()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_pairs_that_are_missing_or_twice_are_not_counted_as_all(table: Path) -> None:
+    rated(table, *["tuned"] * 12)
+    lines = table.read_text(encoding="utf-8").splitlines(keepends=True)
+    for spoiled in (lines[:-4], [*lines, lines[3]]):
+        table.write_text("".join(spoiled), encoding="utf-8", newline="")
+        assert "missing or twice" in here("rate", table, "--read-ratings", code=2).stderr
+
+
 def test_ratings_are_read(table: Path) -> None:
     rated(table, *["tuned"] * 12, *["base"] * 3, "=", "=")
     done = here("rate", table, "--read-ratings")

@@ -1,5 +1,7 @@
+import errno
 import multiprocessing
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -153,3 +155,37 @@ def test_what_a_worker_refuses_stops_all_with_its_line(
     )
     with pytest.raises(LabError, match=r"chats\.jsonl:24: an answer thinks"):
         encode_all(tokenizer, Reading("a", made), 10**6, "error")
+
+
+def test_a_full_disk_is_told_by_whoever_meets_it(
+    tokenizer: PreTrainedTokenizerBase, cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(*given: object, **named: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for cores in (1, 2):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process, cores=cores: set(range(cores)))
+        with monkeypatch.context() as patch:
+            patch.setattr(np, "savez", full)
+            with pytest.raises(OSError, match="No space left"):
+                table.tokens_of(tokenizer, talks())
+    assert "Traceback" not in capfd.readouterr().err
+    assert len(table.tokens_of(tokenizer, talks())) == 23
+
+
+def test_a_damaged_part_is_made_again(
+    tokenizer: PreTrainedTokenizerBase, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    table.tokens_of(tokenizer, talks())
+    (whole,) = cache.glob("tokens-*")
+    parts = whole.with_name(f".{whole.name}.parts")
+    for junk in (b"", b"PK junk"):
+        shutil.rmtree(whole)
+        parts.mkdir()
+        (parts / f"{5:012}.npz").write_bytes(junk)
+        with pytest.raises(LabError, match=r"5\.npz: was damaged"):
+            table.tokens_of(tokenizer, talks())
+        assert list(table.tokens_of(tokenizer, talks())) == [row for talk in talks() for row in encode(tokenizer, talk)]
+    (whole / ".check-sums.json").write_text("[]")
+    assert len(table.tokens_of(tokenizer, talks())) == 23

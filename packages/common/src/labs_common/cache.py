@@ -186,5 +186,5 @@ def _is_whole(folder: Path) -> bool:
         return all(file_sum(folder / name) == crc for name, crc in made.items())
     except FileNotFoundError as error:
         return Path(error.filename) == folder / SUMS  # made before there were sums
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):  # of sums that are no mapping
         return False

@@ -213,9 +213,11 @@ def _mixed(training: Reading, options: DataOptions, seed: int) -> Reading:
     Raises:
         LabError: an entry is not SOURCE:SHARE, the shares leave nothing, or a source has too few.
     """
-    shares = {}
+    shares: dict[str, float] = {}
     for entry in options.mix:
         source, _, said = entry.rpartition(":")
+        if source in (options.data, *shares):
+            raise LabError(f"--mix {entry}: is --data itself, or named twice; name each source once")
         try:
             shares[source] = float(said)
         except ValueError:

@@ -14,12 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from accelerate import Accelerator
+from jinja2 import StrictUndefined
+from jinja2.sandbox import SandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
 from labs_common.cache import path_name
 from labs_common.cli import to_plain
-from labs_common.errors import LabError, reason_of
+from labs_common.errors import LabError, reason_of, text_of
 from labs_common.lock import check_new, new_folder
 from labs_common.progress import console
 from labs_common.report.page import Section, Table, Text, making_report, write_report
@@ -94,7 +97,8 @@ def evaluate(config: EvaluateConfig) -> None:
     if config.judge_file is not None:
         asked = ["\n\n".join(f"{message['role']}: {message['content']}" for message in prompt.messages)
                  if len(prompt.messages) > 1 else prompt.messages[0]["content"] for prompt in prompts]  # fmt: skip
-        sides = {"base": both.said["before"], subject.name: both.said["after"]}
+        name = subject.name if subject.name != "base" else "tuned"  # of runs/base
+        sides = {"base": both.said["before"], name: both.said["after"]}
         said = {name: [answer.text for answer in answers] for name, answers in sides.items()}
         write_judge_file(config.judge_file, asked, said, seed)
     with making_report():
@@ -131,7 +135,8 @@ def harness_tasks(asked: str | None, accelerator: Accelerator) -> tuple[list[str
     """Lists the tasks of --lm-eval, if there are any, with the harness's manager that knows them.
 
     Raises:
-        LabError: lm-evaluation-harness is not installed or has no such task, or there are several processes.
+        LabError: lm-evaluation-harness is not installed or has no such task, a task file is more than data, or there
+            are several processes.
     """
     if asked is None:
         return [], None
@@ -139,19 +144,54 @@ def harness_tasks(asked: str | None, accelerator: Accelerator) -> tuple[list[str
         raise LabError("--lm-eval: needs lm-evaluation-harness; install the extra llm-peft-fa[lm-eval]")
     if accelerator.num_processes > 1:
         raise LabError("--lm-eval: takes a model that is in one process; start it without accelerate launch")
-    from lm_eval.tasks import TaskManager  # of an extra
+    from lm_eval import utils  # of an extra
+    from lm_eval.tasks import TaskManager
 
     named = [name.strip() for name in asked.split(",") if name.strip()]
     tasks = [task for name in named for task in (PERSIAN_TASKS if name == "persian" else (name,))]
     own = [task for task in tasks if task.endswith(".yaml")]
     unknown = [task for task in own if not Path(task).is_file()]
-    if not unknown:  # reading the 14,000 that it ships takes a while
+    if not unknown:
+        check_task_files([Path(task) for task in own])
+        sandbox = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+        sandbox.filters |= utils.env.filters
+        utils.env = sandbox  # a template of the harness could call anything
+        # Reading the 14,000 that it ships takes a while.
         manager = TaskManager(include_defaults=own != tasks)
         unknown = [task for task in tasks if task not in own and task not in manager.all_tasks]
     if unknown or not tasks:
         raise LabError(f"--lm-eval {asked}: no task {', '.join(unknown)}; `lm-eval ls tasks` lists them; one of your "
                        "own is named by its .yaml file")  # fmt: skip
     return tasks, manager
+
+
+def check_task_files(files: Sequence[Path]) -> None:
+    """Refuses task files of which the harness would run Python: they are data, from anywhere.
+
+    Raises:
+        LabError: one of them, or one that is included, names a !function or a metric's script, or cannot be read.
+    """
+    from lm_eval.api.registry import METRIC_REGISTRY  # of an extra
+
+    class Data(yaml.SafeLoader):  # knows no tag but those of data
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            found = super().construct_mapping(node, deep)
+            if found.get("hf_evaluate") or str(found.get("metric", "acc")) not in METRIC_REGISTRY:
+                raise yaml.YAMLError(f"metric {found.get('metric')!r} is a script")
+            return found
+
+    coming = [*files]
+    for file in coming:  # grows
+        try:
+            found = yaml.load(text_of(file, f"--lm-eval {file}"), Data)
+        except yaml.YAMLError as error:
+            reason = getattr(error, "problem", None) or reason_of(error)
+            raise LabError(
+                f"--lm-eval {file}: {reason}; take one that is data alone, by the harness's metrics"
+            ) from error
+        included = found.get("include", []) if isinstance(found, dict) else []
+        more = [file.resolve().parent / str(one) for one in (included if isinstance(included, list) else [included])]
+        coming += [one for one in more if one not in coming]
 
 
 def harness_scores(

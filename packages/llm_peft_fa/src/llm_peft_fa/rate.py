@@ -88,7 +88,7 @@ def key_of(file: Path) -> Path:
 
 def _no_formula(text: str) -> str:
     """Puts a space before what a spreadsheet would compute: a text from anywhere may be a command."""
-    return f" {text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+    return f" {text}" if text.startswith(tuple("=+-@\t\r\n＝＋－＠")) else text
 
 
 class Table:
@@ -134,6 +134,14 @@ def page_of(file: Path, port: int) -> ThreadingHTTPServer:
     class Page(BaseHTTPRequestHandler):
         """Shows a pair, and keeps what was chosen; the table is read anew each time, so that nothing is overwritten."""
 
+        def handle_one_request(self) -> None:
+            try:
+                super().handle_one_request()
+            except ConnectionError:  # the browser was closed
+                self.close_connection = True
+            except (LabError, OSError, ValueError) as error:  # of the table, the disk, a number
+                self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR, explain=str(error))
+
         def do_GET(self) -> None:
             if not self.local():
                 return
@@ -144,13 +152,14 @@ def page_of(file: Path, port: int) -> ThreadingHTTPServer:
             self.send_response(HTTPStatus.OK)
             self.send_header("Content-Type", "text/html; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
+            self.send_header("X-Frame-Options", "DENY")  # another site could have its visitors click in it
             self.end_headers()
             self.wfile.write(body)
 
         def do_POST(self) -> None:
             if not self.local():
                 return
-            size = min(int(self.headers.get("Content-Length") or 0), 1000)
+            size = max(0, min(int(self.headers.get("Content-Length") or 0), 1000))
             given = parse_qs(self.rfile.read(size).decode("utf-8", "replace"))
             row, better = given.get("row", [""])[0], given.get("better", [""])[0]
             with lock:
@@ -203,12 +212,14 @@ def read_ratings(file: Path) -> dict[str, Any]:
     try:
         key = {str(row["number"]): row for row in json_of(where, str(where))}
         better = [key[row[0]][row[4]] if row[4] != "=" else "=" for row in table.rows if row[4]]
-        names = {key[row[0]][side] for row in table.rows for side in "AB"}
+        base, tuned = sorted({row[side] for row in key.values() for side in "AB"}, key=lambda name: name != "base")
+        if sorted(key) != sorted(row[0] for row in table.rows):
+            raise ValueError
     except (ValueError, KeyError, TypeError) as error:
-        raise LabError(f"{where}: is not the key of {file}; it was written beside the table") from error
+        raise LabError(f"{where}: is not the key of {file}, which was written beside it, or pairs of that are missing "
+                       "or twice; leave those that you do not rate empty") from error  # fmt: skip
     if not better:
         raise LabError(f"{file}: nothing is rated yet; python -m llm_peft_fa.rate {file} shows the pairs")
-    base, tuned = sorted(names, key=lambda name: name != "base")
     counts = Counter(better)
     won, decided = counts[tuned], counts[tuned] + counts[base]
     low, high = wilson(won, decided)

@@ -17,6 +17,7 @@ from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, overload
+from zipfile import BadZipFile
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -223,27 +224,26 @@ def _fill(parts: Path, tokenizer: PreTrainedTokenizerBase, talks: Sequence[Conve
             fork.Process(target=_work, args=(parts, missing[place::count], tokenizer, talks, os.getpid()), daemon=True)
             for place in range(count)
         ]
+        working, failed = True, None
         try:
             for worker in workers:
                 worker.start()
-            working = True
             while working:
                 time.sleep(0.05)
-                working = any(one.is_alive() for one in workers) and not any(one.exitcode for one in workers)
+                failed = next((one.exitcode for one in workers if one.exitcode), None)
+                working = failed is None and any(one.is_alive() for one in workers)
                 while line.done < len(chunks) - sum(not _part(parts, first).exists() for first in missing):
                     line.advance()
         finally:
             for worker in workers:
                 worker.kill()
                 worker.join()
-    for failed in sorted(parts.glob("*.error")):
-        said = failed.read_text(encoding="utf-8")
-        failed.unlink()
-        raise LabError(said)
-    for worker in workers:
-        if worker.exitcode and not all(_part(parts, first).exists() for first in missing):
-            raise LabError(f"a process that tokenizes ended with exit code {worker.exitcode} (-9: too little memory); "
-                           "the same command goes on from there")  # fmt: skip
+    for first in missing:
+        if not _part(parts, first).exists():
+            if failed is not None and failed < 0:
+                raise LabError(f"a process that tokenizes ended with exit code {failed} (-9: too little memory); "
+                               "the same command goes on from there")  # fmt: skip
+            _write(parts, first, tokenizer, talks)  # meets what a process met, and says it
 
 
 def _work(
@@ -259,9 +259,8 @@ def _work(
             return
         try:
             _write(parts, first, tokenizer, talks)
-        except LabError as error:
-            (parts / f"{first:012}.error").write_text(str(error), encoding="utf-8")
-            os._exit(LabError.exit_code)
+        except Exception:  # of a row, or a full disk: the parent meets it too
+            os._exit(1)
 
 
 def _part(parts: Path, first: int) -> Path:
@@ -300,5 +299,11 @@ def _merge(parts: Path, folder: Path, chunks: range) -> None:
     for name in COLUMNS:
         with (folder / name).open("wb") as out:
             for first in chunks:
-                with np.load(_part(parts, first)) as chunk:
-                    chunk[name].tofile(out)
+                part = _part(parts, first)
+                try:
+                    with np.load(part) as chunk:
+                        column = chunk[name]
+                except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
+                    part.unlink(missing_ok=True)
+                    raise LabError(f"{part}: was damaged, and is gone now; the same command makes it again") from error
+                column.tofile(out)
