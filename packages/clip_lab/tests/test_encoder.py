@@ -55,7 +55,9 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Any, Any]] = {
                      vision_config=LOOKS | {"depths": [1, 1, 1], "num_group_tokens": [4, 2, 0],
                                             "num_output_groups": [4, 2, 0]}),
                  transformers.GroupViTModel, transformers.CLIPImageProcessor(**MIDDLE)),
-    "blip": (lambda: transformers.BlipConfig(text_config=WORDS, vision_config=LOOKS, projection_dim=16),
+    # Its own start of the pictures' weights is 1e-10, which is nothing in half precision.
+    "blip": (lambda: transformers.BlipConfig(
+                 text_config=WORDS, vision_config=LOOKS | {"initializer_range": 0.02}, projection_dim=16),
              transformers.BlipModel, transformers.BlipImageProcessor(size=SQUARE)),
     "aimv2": (lambda: transformers.Aimv2Config(text_config=WORDS, vision_config=LOOKS, projection_dim=16),
               transformers.Aimv2Model, transformers.CLIPImageProcessor(**MIDDLE)),
