@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from clip_lab.encoder import View, load_encoder
+from clip_lab.released import _processor_view
 from clip_lab.tokens import Words, clip_bpe
 from labs_common.errors import LabError
 
@@ -41,7 +42,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Any, Any]] = {
     "align": (lambda: transformers.AlignConfig(
                   text_config=WORDS, projection_dim=80,
                   vision_config={"image_size": 64, "width_coefficient": 0.25, "depth_coefficient": 0.25}),
-              transformers.AlignModel, transformers.EfficientNetImageProcessor(size=SQUARE, do_center_crop=False)),
+              transformers.AlignModel, transformers.EfficientNetImageProcessor(size=SQUARE, resample=2, include_top=False)),
     "altclip": (lambda: transformers.AltCLIPConfig(text_config=WORDS | {"project_dim": 16}, vision_config=LOOKS,
                                                    projection_dim=16),
                 transformers.AltCLIPModel, transformers.CLIPImageProcessor(**MIDDLE)),
@@ -54,7 +55,9 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Any, Any]] = {
                      vision_config=LOOKS | {"depths": [1, 1, 1], "num_group_tokens": [4, 2, 0],
                                             "num_output_groups": [4, 2, 0]}),
                  transformers.GroupViTModel, transformers.CLIPImageProcessor(**MIDDLE)),
-    "blip": (lambda: transformers.BlipConfig(text_config=WORDS, vision_config=LOOKS, projection_dim=16),
+    # Its own start of the pictures' weights is 1e-10, which is nothing in half precision.
+    "blip": (lambda: transformers.BlipConfig(
+                 text_config=WORDS, vision_config=LOOKS | {"initializer_range": 0.02}, projection_dim=16),
              transformers.BlipModel, transformers.BlipImageProcessor(size=SQUARE)),
     "aimv2": (lambda: transformers.Aimv2Config(text_config=WORDS, vision_config=LOOKS, projection_dim=16),
               transformers.Aimv2Model, transformers.CLIPImageProcessor(**MIDDLE)),
@@ -80,13 +83,16 @@ def test_families_of_transformers_are_read_as_by_the_library(
         model.vision_model(pixel_values=torch.randn(8, 3, 32, 32))
     monkeypatch.chdir(tmp_path)
     name = f"someone/{family}"
-    model.eval().save_pretrained(name)
+    model.eval().half().save_pretrained(name)  # as many are published
+    model = network.from_pretrained(name, dtype=torch.float32)
     processor.save_pretrained(name)
     Words(clip_bpe(), 77).save(tmp_path / name)
     encoder = load_encoder(name)
     pictures = torch.randn(3, 3, 32, 32)
     padding = {"padding": "max_length", "max_length": 64} if family == "siglip" else {"padding": True}
     words = AutoTokenizer.from_pretrained(name)(SENTENCES, return_tensors="pt", **padding)
+    if family == "siglip":  # was trained without a mask, whatever a tokenizer gives
+        del words["attention_mask"]
     with torch.no_grad():
         found = model(**words, pixel_values=pictures)
         features = model.vision_model(pixel_values=pictures).pooler_output
@@ -207,6 +213,31 @@ def test_the_view_is_the_libraries_own(size: tuple[int, int]) -> None:
         squeezed,
         image_transform(32, is_train=False, mean=mean, std=std, resize_mode="squash", interpolation="bicubic")(image),
     )
+
+
+@pytest.mark.parametrize(
+    ("processor", "refused"),
+    [
+        (transformers.CLIPImageProcessor(), False),
+        (transformers.SiglipImageProcessor(), False),
+        # As of DINOv2, in the dual encoders on it: the middle of a larger picture.
+        (transformers.BitImageProcessor(size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}), False),
+        # ALIGN's own numbers, by which levels go from -1 to 1; then with a mean of its own, and the middle of a square.
+        (transformers.EfficientNetImageProcessor(rescale_factor=1 / 127.5, rescale_offset=True, do_normalize=False, resample=2, include_top=False), False),
+        (transformers.ViTImageProcessor(do_normalize=False, image_mean=[0.4] * 3), True),
+        (transformers.DeiTImageProcessor(), True),
+        (transformers.ConvNextImageProcessor(size={"shortest_edge": 224}, crop_pct=0.875), True),
+    ],
+)  # fmt: skip
+def test_a_processor_of_transformers_is_read_rightly_or_refused(processor: Any, refused: bool) -> None:
+    levels = np.random.default_rng(0).integers(0, 255, (56, 84, 3), dtype=np.uint8)
+    image = Image.fromarray(levels).resize((672, 448))
+    if refused:
+        with pytest.raises(LabError, match=f"its {type(processor).__name__} neither squeezes"):
+            _processor_view(processor, "--checkpoint some")
+        return
+    found = _processor_view(processor, "--checkpoint some")(image)
+    torch.testing.assert_close(found, processor(image, return_tensors="pt")["pixel_values"][0], atol=0.05, rtol=0)
 
 
 def test_of_a_long_strip_only_the_middle_is_enlarged() -> None:

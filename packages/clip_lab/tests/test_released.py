@@ -74,6 +74,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "bert": lambda folder: pretrained_text(str(folder), True, 8, 1),
     "pooled bert": lambda folder: pretrained_text(str(folder), True, 8, 1, "pooler"),
     "random bert": lambda folder: pretrained_text(str(folder), False, 8, 1),
+    "tower clip": lambda folder: pretrained_text(str(folder), True, 8, 1),
     "bert's words": lambda folder: make_words(str(folder), ["a dog"], 100, 8),
     "own words": lambda folder: load_words(folder, 8),
 }
@@ -94,6 +95,7 @@ READERS: dict[str, Callable[[Path], object]] = {
         ("bert", edited("config.json", auto_map=OWN_CODE), None),
         ("bert's words", edited("tokenizer_config.json", tokenizer_class="E", auto_map=OWN_CODE), None),
         ("bert", without("model.safetensors", "pooler"), None),
+        ("tower clip", lambda folder: None, "clip is no text encoder"),
         ("pooled bert", without("model.safetensors", "pooler"), "lack pooler.dense.bias, pooler.dense.weight"),
         ("bert", without("model.safetensors", "query.weight"), "lack encoder.layer.0.attention.self.query.weight"),
         ("clip", without("model.safetensors", "visual_projection"), "lack visual_projection.weight"),

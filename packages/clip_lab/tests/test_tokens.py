@@ -55,8 +55,10 @@ def test_what_is_written_are_words(kind: str) -> None:
         assert numbers[0] == special.start
         assert numbers[-1] == special.end
         assert not {*special.never} & {*numbers[1:]}
-    bare = SimpleNamespace(bos_token_id=None, cls_token_id=None, eos_token_id=3, pad_token_id=0)
-    assert Words(bare, 12).special is None, "without a token to start from nothing can be written"
+    for start in (None, 3):  # GPT-2's begins as it ends: every caption would be read as ended before its first word
+        bare = SimpleNamespace(bos_token_id=start, cls_token_id=None, eos_token_id=3, pad_token_id=0)
+        assert Words(bare, 12).start is None
+        assert Words(bare, 12).special is None, "without a token to start from nothing can be written"
 
 
 def test_clips_tokenizer_is_open_clips() -> None:

@@ -30,6 +30,7 @@ from labs_common.errors import LabError
 from labs_common.run import written_whole
 from labs_common.saved import load_auto, load_network, reading_model
 
+SAME_PICTURE = 0.05  # mean difference of two views of a picture, in deviations of its channels
 FILLED = -1  # fills captions after their end: a library's own number for that may also be a word
 OPEN_CLIP = "open_clip_config.json", "open_clip_model.safetensors"
 # The parts of the networks of both libraries; what is in neither, such as CoCa's decoder, does not train.
@@ -43,15 +44,17 @@ class View(Transform):
 
     Attributes:
         squeezed: whether nothing is cut off.
+        edge: what the shorter side becomes before the middle is cut out; 0 for `size`.
     """
 
     squeezed: bool
+    edge: int = 0
 
     def levels(self, image: Image.Image) -> np.ndarray:
         """Resizes to (size, size, 3) of 0 to 255."""
         if not self.squeezed:
             # As torchvision counts: down, and half a pixel to the even side.
-            whole = [int(self.size * side / min(image.size)) for side in image.size]
+            whole = [int((self.edge or self.size) * side / min(image.size)) for side in image.size]
             if whole[0] * whole[1] > MOST_PIXELS:  # of a strip only the middle is enlarged
                 return super().levels(ImageOps.fit(image, (min(image.size), min(image.size))))
             image = image.resize((whole[0], whole[1]), RESAMPLING.get(self.interpolation, RESAMPLING["bicubic"]))
@@ -267,13 +270,14 @@ def read_transformers(spec: str, option: str) -> tuple[ReleasedModel, Words, Vie
     if config.model_type in ("siglip2", "flava"):  # NaFlex, and a model of more than pairs
         raise LabError(f"{said}: {config.model_type} takes more than pictures of one size; take a CLIP or SigLIP")
     kinds: dict[str, Any] = {"clip": CLIPModel, "vision-text-dual-encoder": VisionTextDualEncoderModel}
-    network = load_network(kinds.get(config.model_type, AutoModel), spec, said, remedy)
+    # In float32 whatever its files have: pictures are, and weights that train have to be.
+    network = load_network(kinds.get(config.model_type, AutoModel), spec, said, remedy, dtype=torch.float32)
     tokenizer = load_auto(AutoTokenizer.from_pretrained, spec, said=said, remedy=remedy)
     processor = load_auto(AutoImageProcessor.from_pretrained, spec, said=said, remedy=remedy)
     if not hasattr(network, "get_image_features"):
         raise LabError(f"{said}: {type(network).__name__} is no CLIP; for an image tower alone write timm:NAME")
     with reading_model(Path(spec), option):
-        view = _processor_view(processor)
+        view = _processor_view(processor, said)
         places = getattr(config.text_config, "max_position_embeddings", tokenizer.model_max_length)
         most = min(tokenizer.model_max_length, places)
     # SigLIP has no mask: it was trained on texts that are filled up to its full length, and reads no others rightly.
@@ -290,7 +294,7 @@ def read_transformers(spec: str, option: str) -> tuple[ReleasedModel, Words, Vie
 
     def read(sentences: Sequence[str]) -> list[list[int]]:
         found = tokenizer(list(sentences), truncation=True, max_length=most, padding=filled)
-        if "attention_mask" not in found:
+        if filled or "attention_mask" not in found:
             return list(found.input_ids)
         masks = zip(found.input_ids, found.attention_mask, strict=True)
         return [[number if there else FILLED for number, there in zip(*both, strict=True)] for both in masks]
@@ -307,13 +311,20 @@ def read_transformers(spec: str, option: str) -> tuple[ReleasedModel, Words, Vie
     return model, ReleasedWords(tokenizer, most, read), view
 
 
-def _processor_view(known: Any) -> View:
-    """Reads off an image processor of transformers how it sees a picture."""
+def _processor_view(known: Any, said: str) -> View:
+    """Reads off an image processor of transformers how it sees a picture; a drawn one shows whether that is so."""
     squeezed = not getattr(known, "do_center_crop", False)
     size = known.size if squeezed else known.crop_size
-    side = int(getattr(size, "height", None) or size["height"])
+    side = int(size["height"] or 0)
+    edge = 0 if squeezed else int(known.size["shortest_edge"] or 0)
     how = next((name for name, number in RESAMPLING.items() if number == int(known.resample)), "bicubic")
-    return View(side, tuple(known.image_mean), tuple(known.image_std), how, squeezed)
+    view = View(side, tuple(known.image_mean), tuple(known.image_std), how, squeezed, edge)
+    picture = Image.radial_gradient("L").convert("RGB").resize((4 * side, 2 * side)) if side else None
+    theirs = known(picture, return_tensors="pt")["pixel_values"][0] if picture else torch.empty(0)
+    # A pixel's shift is 0.01 here, as libraries cut odd sides differently; a wrong size or mean is ten times that.
+    if picture is None or theirs.shape[1:] != (side, side) or (view(picture) - theirs).abs().mean() > SAME_PICTURE:
+        raise LabError(f"{said}: its {type(known).__name__} neither squeezes pictures nor cuts out their middle square")
+    return view
 
 
 def read_open_clip(spec: str, name: str, pretrained: str | None, option: str) -> tuple[ReleasedModel, Words, View]:

@@ -110,6 +110,8 @@ def pretrained_text(name: str, pretrained: bool, length: int, end: int, pool: st
     config = load_auto(AutoConfig.from_pretrained, name, said=said, remedy=remedy)
     if getattr(config, "is_encoder_decoder", False):
         raise LabError(f"--text {name}: is an encoder with a decoder; take an encoder such as bert-base-uncased")
+    if not hasattr(config, "hidden_size"):
+        raise LabError(f"--text {name}: {config.model_type} is no text encoder; take bert-base-uncased or its like")
     if pretrained:
         missing: list[str] = []
         network = load_network(AutoModel, name, said, remedy, new=() if pool == "pooler" else HEAD, missing=missing)

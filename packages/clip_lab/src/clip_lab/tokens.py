@@ -46,9 +46,10 @@ class Words:
 
     @property
     def start(self) -> int | None:
-        """The number of the start token, if it has one."""
+        """The number of the start token, if it has one that is not the end token too, as GPT-2's and OPT's is."""
         found = self.backend.bos_token_id
-        return self.backend.cls_token_id if found is None else found
+        found = self.backend.cls_token_id if found is None else found
+        return None if found == self.end else found
 
     @property
     def special(self) -> SpecialTokens | None:
