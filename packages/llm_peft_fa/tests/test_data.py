@@ -310,3 +310,13 @@ def test_rows_that_are_broken_in_other_ways_than_json_are_counted(tmp_path: Path
     pyarrow.parquet.write_table(pyarrow.table({"instruction": text, "output": ["b", "c"]}), tmp_path / "chats.parquet")
     found = read_conversations(str(tmp_path / "chats.parquet"), "train", ReadingOptions(on_bad_data="skip"))
     assert (len(found.conversations), found.reasons.total()) == (1, 1)
+
+
+def test_a_split_that_is_trained_on_is_not_the_test(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        rows = [{"instruction": f"{name} {number}", "output": "x"} for number in range(40)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = splits(DataOptions(data=str(tmp_path), split="test", validation_fraction=0.1), 0)
+    asked = [{talk.messages[0]["content"] for talk in found[name].conversations} for name in ("training", "test")]
+    assert [len(part) for part in asked] == [32, 4]
+    assert not asked[0] & asked[1]

@@ -25,8 +25,10 @@ from llm_peft_fa.ranking import (
 pytestmark = pytest.mark.quick
 
 
-def entry(name: str, right: list[int], trainable: int, seeds: int = 1, first: int = 0, of: int = 10) -> Entry:
-    """A method that answered `right` of `of` prompts of each seed, from the prompt `first` on."""
+def entry(
+    name: str, right: list[int], trainable: int, seeds: int = 1, first: int = 0, of: int = 10, own: bool = True
+) -> Entry:
+    """A method that answered `right` of `of` prompts of each seed, from the prompt `first` on; prompts are a seed's `own`, or of all."""
     result: dict[str, Any] = {
         "config": {"training": {"learning_rate": 1e-3}},
         "before": {"validation loss": 3.0, "plain text loss": 0.9},
@@ -41,7 +43,7 @@ def entry(name: str, right: list[int], trainable: int, seeds: int = 1, first: in
         results[seed] = result | {"after": {"exact match": count / of, "validation loss": 1.0, "plain text loss": 1.0}}
         answers = [
             {
-                "prompt": "x",
+                "prompt": f"prompt {place} of {seed * own}",
                 "reference": "تهران",
                 "verifiable": True,
                 "after": "تهران" if first <= place < first + count else "شیراز",
@@ -101,6 +103,16 @@ def test_seeds_that_disagree_widen_the_interval() -> None:
     assert quality(steady) == quality(moody)
     assert not within_noise(steady, other)
     assert within_noise(moody, other)
+
+
+def test_seeds_that_ask_the_same_prompts_are_no_further_prompts() -> None:
+    def differs(seeds: int, own: bool) -> bool:
+        one, other = (entry(name, [count], 1, seeds, of=100, own=own) for name, count in (("a", 50), ("b", 47)))
+        return not within_noise(one, other)
+
+    assert differs(3, own=True), "9 of 300 prompts"
+    assert not differs(3, own=False), "the same 3 of 100 prompts, three times"
+    assert not differs(1, own=True)
 
 
 def test_order_over_seeds_is_told() -> None:

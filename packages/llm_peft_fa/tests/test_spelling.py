@@ -44,6 +44,10 @@ def test_one_spelling(written: str, becomes: str) -> None:
         ("علي", False),
         ("البته الان می‌آیم", False),
         ("Tehran", False),
+        ("اسم من علي", False),
+        ("متأسفم", False),
+        ("سلام، الان كجايي؟", False),
+        ("أنا طالب", True),
     ],
 )
 def test_arabic_is_told_from_persian(text: str, arabic: bool) -> None:

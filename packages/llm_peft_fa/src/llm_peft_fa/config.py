@@ -70,7 +70,8 @@ class ReadingOptions:
     """The columns to read, where they are not found by themselves: conversations=dialogue, or prompt=question
     answer=reply and perhaps system=rules."""
     limit: CountOrZero = 0
-    """Take at most this many usable conversations of --data, the first, and read no further; 0 takes all."""
+    """Take at most this many usable conversations of --data, and of each of --mix, the first, and read no further; 0
+    takes all."""
     streaming: bool = False
     """Read a Hugging Face dataset row by row, without a copy of it on this disk; with --limit only so much of it. What
     was read is kept, and not asked for again."""

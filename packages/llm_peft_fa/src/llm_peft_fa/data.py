@@ -143,7 +143,7 @@ def splits(options: DataOptions, seed: int) -> dict[str, Reading]:
             "test": _generated("test tasks", held_out_conversations(300, seed, "test")),
         }
     training = read_conversations(options.data, options.split, options)
-    own = sources.own_splits(options.data)
+    own = {*sources.own_splits(options.data)} - {options.split}  # what is trained on is not held out
     held: dict[str, Reading] = {}
     for name in ("validation", "test"):
         source = getattr(options, f"{name}_data") or (options.data if name in own else None)
@@ -233,7 +233,7 @@ def _mixed(training: Reading, options: DataOptions, seed: int) -> Reading:
         count, there = round(share / own * total), len(found.conversations)
         if count > there:
             raise LabError(f"--mix {source}:{share:g}: needs {count} conversations beside {total} of --data, and has "
-                           f"{there}; lower its share, or --limit --data")  # fmt: skip
+                           f"{there}; lower its share, or change --limit")  # fmt: skip
         drawn = np.array(random.Random(f"mix {seed}").sample(range(there), count))
         places.append(drawn + sum(map(len, parts)))
         parts += _view(found).parts

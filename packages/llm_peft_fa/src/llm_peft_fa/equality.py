@@ -3,11 +3,12 @@
 | in the one, in the other | equal |
 |---|---|
 | Arabic and Persian letters (ي ی, ك ک, ة ه, أ ا, ؤ و, ئ ی), with and without vowel signs | yes |
-| Persian, Arabic and Latin digits; separators of thousands; ٫ and . ; ٪ and درصد | yes |
+| Persian, Arabic and Latin digits; separators of thousands; ٫ and . ; ٪ on either side, and درصد | yes |
 | a half-space in the place of a space, of nothing, or of either before ها, تر and after می | yes |
 | punctuation, quotes, markdown, emoji; not within numbers (۳٫۵, -۵, ۱۰:۳۰), nor + and # (C++, C#) | yes |
+| the ezafe after ه (خانۀ, خانه‌ی), the last ء of املاء, spaces around = and + | yes |
 | یک before a noun; a, an, the before a word; upper and lower case | yes |
-| a last ی (ایران, ایرانی), آ and ا, یک before a number or a unit, a number in words and in digits | no |
+| a last ی (ایران, ایرانی), آ and ا, یک before a number, a unit or شنبه, a number in words and in digits | no |
 
 After the answers' normalisation of SQuAD (Rajpurkar et al. 2016), which is for English.
 """
@@ -17,22 +18,26 @@ import unicodedata
 
 JOINER = "\u200c"  # the half-space
 LETTERS = str.maketrans(
-    dict(zip("يىئكةۀأإٱؤ−٫", "یییکههاااو-.", strict=True))
+    dict(zip("يىئكةۀأإٱؤ−–٫", "یییکههاااو--.", strict=True))
     | {chr(first + digit): str(digit) for first in (0x0660, 0x06F0) for digit in range(10)}
     | dict.fromkeys("\u0640\u200b\u200d\u200e\u200f\u00ad\ufe0f\ufeff\u0670")
+    | dict.fromkeys(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A))))  # which turn the line's direction
     | dict.fromkeys(map(chr, range(0x064B, 0x0656)))  # vowel signs, and the hamza above
 )
 THOUSANDS = re.compile(r"(?<=\d)[٬,](?=\d{3}(?!\d))")
+PERCENT_BEFORE = re.compile(r"(?<!\d)[%٪] ?(\d+(?:\.\d+)?)(?![\d%٪])")
 # Within a number these say something: a decimal, a time, a fraction, a range, a sign.
 IN_NUMBER = re.compile(r"(?<=\d)[.:/*-](?=\d)|(?<![\w.])-(?=\d)")
+EZAFE = re.compile(rf"(?<=ه)[ {JOINER}]ی\b|(?<=ا)ء\b")
 SPACED_PREFIX = re.compile(r"\b(ن?می) (?=[^\W\d])")
 SPACED_SUFFIX = re.compile(r"(?<=[^\W\d]) (?=(?:ها|های|هایی|تر|ترین)\b)")
-# "یک" before these counts: one hour is no hour, and یک دوم is a half.
+# "یک" before these counts: one hour is no hour, یک دوم is a half, and یک شنبه is Sunday; so it does in یک ساله.
 COUNTED = (
     "صد|هزار|میلیون|میلیارد|بار|درصد|دوم|سوم|چهارم|پنجم|ششم|هفتم|هشتم|نهم|دهم|و|"
+    "شنبه|تا|طرف|مرتبه|بیستم|صدم|اینچ|فوت|مایل|دهه|"
     "ثانیه|دقیقه|ساعت|روز|هفته|ماه|سال|قرن|متر|کیلومتر|سانتی|میلی|کیلو|کیلوگرم|گرم|تن|لیتر|تومان|ریال|دلار|یورو|نفر"
 )
-ARTICLE = re.compile(rf"^یک (?=[^\W\d])(?!(?:{COUNTED})\b)|\b(?:a|an|the) (?=\w)")
+ARTICLE = re.compile(rf"^یک (?=[^\W\d])(?!(?:{COUNTED})ه?\b)|\b(?:a|an|the) (?=\w)")
 
 
 def same(answer: str, reference: str) -> bool:
@@ -45,11 +50,12 @@ def same(answer: str, reference: str) -> bool:
 def canonical(text: str) -> str:
     """Writes a text in one spelling: words with one space between, half-spaces where they are or should be."""
     text = unicodedata.normalize("NFC", text).translate(LETTERS)
-    text = re.sub("[%٪]", " درصد ", THOUSANDS.sub("", text)).casefold()
+    text = PERCENT_BEFORE.sub(r"\1 درصد ", THOUSANDS.sub("", text))
+    text = re.sub(r"(?<=\w)\s*([=+])\s*(?=\w)", r"\1", re.sub("[%٪]", " درصد ", text)).casefold()
     kept = {found.start() for found in IN_NUMBER.finditer(text)}
     text = "".join(sign if place in kept or not _says_nothing(sign) else " " for place, sign in enumerate(text))
     text = " ".join(re.sub(rf"\s*{JOINER}(?=\s|$)|(?:^|(?<=\s)){JOINER}", " ", text).split())
-    text = SPACED_SUFFIX.sub(JOINER, SPACED_PREFIX.sub(rf"\1{JOINER}", text))
+    text = SPACED_SUFFIX.sub(JOINER, SPACED_PREFIX.sub(rf"\1{JOINER}", EZAFE.sub("", text)))
     return ARTICLE.sub("", text)
 
 

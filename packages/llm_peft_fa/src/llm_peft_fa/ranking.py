@@ -17,8 +17,8 @@ FEWEST = 100  # answers of a method below which none is recommended: a share of 
 RULE = (
     "Rule: those whose {quality} cannot be told from the best's are taken as equal, and of them the one that trains "
     "the fewest parameters is recommended. Two cannot be told apart if the 95 % interval of their mean difference on "
-    "the same prompts holds zero. The interval is of {resamples:,} bootstrap samples: of seeds, and of the prompts of "
-    "each."
+    "the same prompts holds zero. The interval is of {resamples:,} bootstrap samples, of seeds and of "
+    "prompts."
 )
 
 
@@ -30,10 +30,13 @@ def by_exact_match(answers: Sequence[Mapping[str, Any]]) -> bool:
 
 def prompt_scores(answers: Sequence[Mapping[str, Any]]) -> list[float]:
     """Scores each answer: 1 or 0 if it is the reference, where that can be told of most; else its chrF (0 to 1)."""
-    known = [row for row in answers if row["reference"]]
-    if by_exact_match(answers):
-        return [float(same(row["after"], row["reference"])) for row in known if row["verifiable"]]
-    return [answer_chrf(row["after"], row["reference"]) for row in known]
+    score = same if by_exact_match(answers) else answer_chrf
+    return [float(score(row["after"], row["reference"])) for row in _scored(answers)]
+
+
+def _scored(answers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    checked = by_exact_match(answers)
+    return [row for row in answers if row["reference"] and (row["verifiable"] or not checked)]
 
 
 def quality_name(entry: Entry) -> str:
@@ -56,28 +59,36 @@ def quality(entry: Entry, seed: int | None = None) -> float:
 def difference(one: Entry, other: Entry) -> tuple[float, float, float] | None:
     """Computes how much better `one` is than `other`, in the mean over the same prompts, and the ends of its interval.
 
-    The interval is of 95 %, by a bootstrap in two stages: seeds are drawn with replacement, and of each its prompts
-    (Davison & Hinkley 1997, section 3.8), since the answers of one training go up and down together. None if they have
-    fewer than two prompts in common.
+    The interval is of 95 %, by a bootstrap that draws seeds with replacement and, apart from that, prompts: the answers
+    of one training go up and down together, and so do those to one prompt, which several seeds may have (Owen 2007, The
+    pigeonhole bootstrap). None if they have fewer than two prompts in common.
     """
     first, second = one.read("answers.json"), other.read("answers.json")
-    clusters = [
-        torch.tensor(prompt_scores(first[seed])) - torch.tensor(prompt_scores(second[seed]))
-        for seed in sorted(first.keys() & second.keys())
+    seeds = sorted(first.keys() & second.keys())
+    rows = [
+        (place, row["prompt"], row["reference"]) for place, seed in enumerate(seeds) for row in _scored(first[seed])
     ]
-    clusters = [cluster for cluster in clusters if len(cluster)]
-    if sum(map(len, clusters)) < 2:
+    if len(rows) < 2:
         return None
+    pairs = [pair for seed in seeds for pair in zip(*map(prompt_scores, (first[seed], second[seed])), strict=True)]
+    found = torch.tensor(pairs).diff(dim=1).neg().ravel()
+    prompts = {asked: place for place, asked in enumerate(dict.fromkeys(row[1:] for row in rows))}
+    at = torch.tensor([place for place, *_ in rows]), torch.tensor([prompts[row[1:]] for row in rows])
+    sums, counts = (
+        torch.zeros(len(seeds), len(prompts)).index_put(at, values, accumulate=True)
+        for values in (found, torch.ones_like(found))
+    )
     draw = torch.Generator().manual_seed(0)
-    sums, counts = torch.zeros(RESAMPLES), torch.zeros(RESAMPLES)
-    for _ in clusters:
-        picked = torch.randint(len(clusters), (RESAMPLES,), generator=draw)
-        for place, cluster in enumerate(clusters):
-            again = cluster[torch.randint(len(cluster), (RESAMPLES, len(cluster)), generator=draw)].sum(1)
-            sums += torch.where(picked == place, again, 0.0)
-            counts += torch.where(picked == place, float(len(cluster)), 0.0)
-    low, high = (sums / counts).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return float(torch.cat(clusters).mean()), low, high
+    of_seeds, of_prompts = (_times_drawn(size, draw) for size in sums.shape)
+    total, times = ((of_seeds @ each * of_prompts).sum(1) for each in (sums, counts))
+    low, high = (total / times.clamp(min=1)).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return float(found.mean()), low, high
+
+
+def _times_drawn(size: int, draw: torch.Generator) -> torch.Tensor:
+    """Draws `size` of `size` with replacement; returns how often each was, (RESAMPLES, size)."""
+    picked = torch.randint(size, (RESAMPLES, size), generator=draw)
+    return torch.zeros(RESAMPLES, size).scatter_add(1, picked, torch.ones(RESAMPLES, size))
 
 
 def within_noise(best: Entry, other: Entry) -> bool:

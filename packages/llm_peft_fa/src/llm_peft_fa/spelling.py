@@ -9,8 +9,9 @@
 | no-break space | space |
 | diacritics, everything else | left alone |
 
-A line is Arabic if it has more signs of Arabic (ة أ إ, words such as في and على) than of Persian (پ چ ژ گ ک ی, words
-such as است and را). Of a line with as many of both the whole row decides, and if that does not either, it is Persian.
+A line is Arabic if it has more signs of Arabic (ة إ, أ that begins a word, words such as في and على) than of Persian
+(پ چ ژ گ ک ی, words such as است and را). Of a line with as many of both the whole row decides, and if that does not
+either, it is Persian.
 
 The libraries for this rewrite more: hazm changes ASCII digits, punctuation, spacing and diacritics and brings a tagger
 along; parsivar and piraye rewrite or depend as much.
@@ -26,13 +27,14 @@ LETTERS = {
     **{"\u00a0": " ", "\u200b": "", "\ufeff": "", "\u00ad": "", "\u0640": ""},
 }
 ALSO_ARABIC = "".join(letter for letter in LETTERS if letter not in "\u00a0\u200b\ufeff\u00ad")
+# "من" is a word of both.
 # Yeh and kaf are no signs of Arabic: half of the Persian on the web is typed with them.
 ARABIC = frozenset(
-    ["في", "على", "الى", "هذا", "هذه", "ذلك", "التي", "الذي", "كان", "كانت", "عن", "لم", "هو", "هي", "قال", "من"]
+    ["في", "على", "الى", "هذا", "هذه", "ذلك", "التي", "الذي", "كان", "كانت", "عن", "لم", "هو", "هي", "قال"]
 )
 PERSIAN = frozenset([
     "است", "این", "که", "را", "از", "به", "در", "های", "ها", "با", "برای", "آن", "شد", "شده", "بود", "شود", "تا", "چه",
-    "یا", "اين", "مي", "هاي", "براي", "يك", "كه", "نيست", "كرد",
+    "یا", "اين", "مي", "هاي", "براي", "يك", "كه", "نيست", "كرد", "الان", "البته", "شما",
 ])  # fmt: skip
 # A non-joiner does nothing beside a space, a line's end or another one. The pattern begins with the letter: searching
 # for that alone is ten times as fast.
@@ -63,7 +65,7 @@ def _replaced(text: str) -> str:
 def is_arabic(text: str, row: str = "") -> bool:
     """Tells whether a text is Arabic and not Persian; of one that does not show it, whether the `row` is."""
     words = set(text.split())
-    signs = text.count(" ال") + sum(map(text.count, "ةأإ")) + len(ARABIC & words)
+    signs = text.count(" ال") + sum(map(text.count, "ةإ")) + sum(word[0] == "أ" for word in words) + len(ARABIC & words)
     signs -= sum(map(text.count, "پچژگکی")) + len(PERSIAN & words)
     return is_arabic(row) if row and not signs else signs > 0
 
