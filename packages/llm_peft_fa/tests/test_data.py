@@ -166,6 +166,22 @@ def test_validation_is_a_seeded_share(tmp_path: Path) -> None:
         splits(DataOptions(data=str(file), validation_fraction=0.001), 3)
 
 
+def test_equal_conversations_are_on_one_side(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": f"پرسش {n % 12}"}, {"role": "assistant", "content": "پاسخ"}]}
+        for n in range(60)
+    ]
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    found = sides_of(data=str(file), validation_fraction=0.1)
+    assert [len(side) for side in found.values()] == [40, 10, 10], "five of each, and at least a tenth"
+    assert len({*found["training"]} | {*found["validation"]} | {*found["test"]}) == 12
+    assert sum(len({*side}) for side in found.values()) == 12
+    file.write_text("\n".join([json.dumps(rows[0])] * 20))
+    with pytest.raises(LabError, match="too few different"):
+        sides_of(data=str(file), validation_fraction=0.1)
+
+
 def write_chats(file: Path, name: str, count: int) -> str:
     rows = [
         {"messages": [{"role": "user", "content": f"{name} {n}"}, {"role": "assistant", "content": "پاسخ"}]}
@@ -202,14 +218,6 @@ def test_generated_tasks_are_tested_with_others_than_they_are_validated_with() -
     found = {name: set(side) for name, side in sides_of(conversations=50).items()}
     assert not found["validation"] & found["test"]
     assert min(len(found["validation"]), len(found["test"])) > 100
-
-
-def test_equal_conversations_are_on_one_side(tmp_path: Path) -> None:
-    file = write_chats(tmp_path / "a.jsonl", "a", 30)
-    Path(file).write_text("\n".join([Path(file).read_text()] * 2))
-    found = sides_of(data=file, validation_fraction=0.2)
-    assert len(found["test"]) == 12
-    assert not set(found["test"]) & {*found["training"], *found["validation"]}
 
 
 def test_data_are_mixed_by_their_shares(tmp_path: Path) -> None:

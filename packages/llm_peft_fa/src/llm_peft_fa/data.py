@@ -151,14 +151,11 @@ def splits(options: DataOptions, seed: int) -> dict[str, Reading]:
             held[name] = read_conversations(source, getattr(options, f"{name}_split"), options, limited=False)
     share, given = options.validation_fraction, held.get("validation")
     if given and "test" not in held:
-        first, others = _smallest_hashes(given, len(given.conversations) // 2)
+        first, others = _held_out(given, np.arange(len(given.conversations)), len(given.conversations) // 2)
         held = {
             "validation": replace(given, source=f"half of {given.source}", conversations=_view(given).at(others)),
             "test": _part(given, first, f"the other half of {given.source}"),
         }
-        if not len(first):
-            raise LabError(f"{given.source}: has one conversation, and is halved for validation and test; name "
-                           "another --test-data")  # fmt: skip
     total = len(training.conversations)
     count = min(round(share * total), options.validation_limit or total)
     asked = count * (2 - len(held))
@@ -169,12 +166,11 @@ def splits(options: DataOptions, seed: int) -> dict[str, Reading]:
         )
     rest = np.arange(total)
     if "test" not in held:
-        chosen, rest = _smallest_hashes(training, count)
-        held["test"] = _part(training, chosen, f"{count} of {options.data}")
+        chosen, rest = _held_out(training, rest, count)
+        held["test"] = _part(training, chosen, f"{len(chosen)} of {options.data}")
     if "validation" not in held:
-        drawn = rest[random.Random(f"validation {seed}").sample(range(len(rest)), len(rest))]
-        held["validation"] = _part(training, drawn[:count], f"{count} of {options.data}")
-        rest = drawn[count:]
+        chosen, rest = _held_out(training, rest, count, f"validation {seed}")
+        held["validation"] = _part(training, chosen, f"{len(chosen)} of {options.data}")
     elif options.validation_limit:
         held["validation"] = _drawn(held["validation"], options.validation_limit, f"validation {seed}")
     training = replace(training, conversations=_view(training).at(rest))
@@ -191,12 +187,27 @@ def _part(reading: Reading, places: np.ndarray, name: str) -> Reading:
     return Reading(name, _view(reading).at(places))
 
 
-def _smallest_hashes(reading: Reading, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the places of the `count` conversations with the smallest hashes, and of the others, both in order."""
+def _held_out(
+    reading: Reading, places: np.ndarray, count: int, seed: str | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Parts places of conversations into about `count`, equal ones on one side, and the others, both in order.
+
+    Those with the smallest hashes are taken, or what the seed draws.
+
+    Raises:
+        LabError: no others are left.
+    """
     view = _view(reading)
-    hashes = np.concatenate([part.hashes for part in view.parts if isinstance(part, Chats)])[view.places]
-    first = np.sort(np.argsort(hashes, kind="stable")[:count])
-    return first, np.delete(np.arange(len(hashes)), first)
+    hashes = np.concatenate([part.hashes for part in view.parts if isinstance(part, Chats)])[view.places][places]
+    _, group, sizes = np.unique(hashes, return_inverse=True, return_counts=True)
+    order = np.arange(len(sizes))
+    if seed is not None:
+        order = np.array(random.Random(seed).sample(range(len(sizes)), len(sizes)))
+    taken = np.isin(group, order[: np.searchsorted(sizes[order].cumsum(), count) + 1])
+    if taken.all():
+        raise LabError(f"{reading.source}: has too few different conversations to hold some out; name "
+                       "--validation-data and --test-data")  # fmt: skip
+    return places[taken], places[~taken]
 
 
 def _drawn(reading: Reading, count: int, seed: str) -> Reading:

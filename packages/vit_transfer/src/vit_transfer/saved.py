@@ -61,7 +61,7 @@ def load_model(folder: Path) -> Any:
         LabError: none is there, or it is broken.
     """
     with reading_model(folder, "saved network"):
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         for name in ("mean", "std"):  # of each channel, which timm takes as they are
             values = torch.tensor(model.pretrained_cfg[name])
             if values.shape != (3,) or not values.isfinite().all() or (name == "std" and not values.all()):
