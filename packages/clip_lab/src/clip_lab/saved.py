@@ -135,10 +135,10 @@ def _local_open_clip(spec: str, option: str) -> Loaded:
 def _released(model: ReleasedModel, words: Words, view: View, option: str) -> Loaded:
     objective = "clip" if model.scale.bias is None else "siglip"
     model.requires_grad_(False).eval()
-    with saved.reading_model(Path(model.name), option), torch.no_grad():  # both files come with it, and may disagree
+    with saved.reading_model(Path(model.name), option):
         if view.size**2 > MOST_PIXELS:
             raise ValueError(f"it reads pictures of {view.size:,} pixels a side")
-        model.image(view(Image.new("RGB", (8, 8)))[None])
+        view(Image.new("RGB", (8, 8)))
     return Loaded(objective, model, words, view)
 
 
