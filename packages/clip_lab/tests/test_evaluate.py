@@ -55,6 +55,14 @@ def test_a_model_that_tells_nothing_apart_is_not_rewarded() -> None:
     assert found["text_to_image/median rank"] == 5.5
 
 
+def test_what_is_no_number_is_ranked_last() -> None:
+    similarity = torch.eye(12)
+    similarity[3] = similarity[:, 3] = torch.nan
+    found = retrieval_metrics(similarity, np.arange(12))
+    assert found["text_to_image/recall@10"] == found["image_to_text/recall@10"] == pytest.approx(11 / 12)
+    assert retrieval_metrics(torch.full((12, 12), torch.nan), np.arange(12))["mean recall"] == 0.0
+
+
 def test_chance_is_what_random_scores_give() -> None:
     generator = torch.Generator().manual_seed(0)
     of_picture = torch.arange(30).repeat_interleave(5).numpy()

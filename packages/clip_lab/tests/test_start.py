@@ -30,6 +30,7 @@ from clip_lab.released import ReleasedModel, merged
 from clip_lab.saved import load_any, load_model
 from clip_lab.text import pretrained_text
 from clip_lab.tokens import make_words
+from labs_common.errors import LabError
 from labs_common.scenes.captions import captions
 from labs_common.scenes.world import random_scene, scene_generator
 
@@ -215,6 +216,20 @@ def test_what_cannot_start_is_one_line(
     assert len(done.errors) == 1, done.stderr
     assert said in done.errors[0]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("side", "says"), [(0, "must be > 0"), (10**6, "pictures of 1,000,000 pixels a side")])
+def test_pictures_that_a_released_model_cannot_read_are_one_line(
+    side: int, says: str, starts: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(starts["clip"], tmp_path / "clip")
+    (file,) = (tmp_path / "clip").glob("*processor_config.json")
+    size = {"crop_size": {"height": side, "width": side}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | size))
+    with pytest.raises(LabError, match=f"--start .*{says}"):
+        load_any(str(tmp_path / "clip"), "--start")
+    with pytest.raises(LabError, match=r"--start .*/gone: no such directory"):
+        load_any(str(tmp_path / "gone"), "--start")
 
 
 @pytest.mark.parametrize("pool", ["auto", "pooler", "mean", "cls", "eot"])

@@ -195,6 +195,9 @@ CAPTIONS = "annotations/captions_train2017.json"
         (coco, change(CAPTIONS, '"images"', '"pictures"'), "captions_train2017.json: has no list images"),
         (coco, change(CAPTIONS, '"caption"', '"text"'), r"annotations\[0\] lacks image_id or caption"),
         (coco, change(CAPTIONS, "scene_000001.jpg", "../val2017/scene_000016.jpg"), "lies outside of the data's"),
+        (coco, change("annotations/captions_val2017.json", "scene_000016.jpg", "scene_000001.jpg"),
+         "scene_000001.jpg: is what two pictures are called"),
+        (karpathy, change("dataset_coco.json", '"val2014"', f'"{300 * "x"}"'), "jpg: captions without a picture"),
         (karpathy, change("dataset_coco.json", '"val2014"', '"../drawn"'), "lies outside of the data's directory"),
         (karpathy, change("dataset_coco.json", '"split": "train"', '"split": "tr"'), r"images\[0\]: neither of train"),
         (karpathy, change("dataset_coco.json", '"raw": "', '"raw": 5, "_": "'), r"images\[0\]: caption that is no text"),
@@ -217,6 +220,7 @@ def test_what_is_wrong_is_one_line_and_can_be_left_out(
 
 def test_paths_in_tables_stay_inside_and_broken_files_are_named(pictures: Path, said: Said, tmp_path: Path) -> None:
     columns = {"image": [{"bytes": None, "path": str(pictures / name)} for name in said], "text": ["a"] * len(said)}
+    content = (pictures / next(iter(said))).read_bytes()
     parquet.write_table(pa.table(columns), tmp_path / "all.parquet")
     with pytest.raises(LabError, match=r"row 0 .*lies outside of the data's directory"):
         read_captioned(tmp_path, shown=False)
@@ -224,10 +228,21 @@ def test_paths_in_tables_stay_inside_and_broken_files_are_named(pictures: Path, 
         (tmp_path / name).write_bytes(b"no table")
         with pytest.raises(LabError, match=match):
             read_captioned(tmp_path / name, shown=False)
+    nothing = pa.table({"image": [*[{"bytes": b"", "path": None}] * 3, {"bytes": content}], "caption": ["a"] * 4})
+    parquet.write_table(nothing, tmp_path / "few.parquet")
+    assert read_captioned(tmp_path / "few.parquet", "skip", shown=False).left_out == {"empty": 3}
     (tmp_path / "empty").mkdir()
     os.mkfifo(tmp_path / "empty" / "dataset.json")
     with pytest.raises(LabError, match=r"dataset.json: cannot be read \(is a directory, pipe or device"):
         read_captioned(tmp_path / "empty", shown=False)
+
+
+def test_what_a_tar_has_in_vain_is_counted(pictures: Path, said: Said, tmp_path: Path) -> None:
+    tar(tmp_path / "tars", pictures, said)
+    with tarfile.open(tmp_path / "tars" / "test-000.tar", "a") as archive:
+        archive.addfile(tarfile.TarInfo("photo.1.jpg"))  # the names of WebDataset end at the first dot
+    with pytest.raises(LabError, match=r"test-000.tar/photo: neither picture nor caption"):
+        read_captioned(tmp_path / "tars", shown=False)
 
 
 @pytest.mark.parametrize(("groups", "stops"), [(150, False), (40, True)])
@@ -271,8 +286,9 @@ def test_checks_are_remembered_until_a_file_changes(
         read_captioned(files, shown=False)
     assert len(opened) == 1
     for record in (tmp_path / "cache").rglob("*.json"):
-        record.write_text('{"a": "no digest"')
-    assert len(read_captioned(files, "skip", shown=False)) == 19
+        for damage in ('{"a": "no digest"', "[1]", '{"a": 5}'):
+            record.write_text(damage)
+            assert len(read_captioned(files, "skip", shown=False)) == 19
     # A file that was changed just now is looked at again: it could change within the same tick.
     monkeypatch.setattr(images, "SETTLED", 1e6)
     opened.clear()

@@ -141,6 +141,6 @@ def _mean_recall(found: Mapping[str, float]) -> float:
 
 def _ranks(similarity: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     """Ranks each row's own score: 1 + how many score higher; of those that score the same, half."""
-    higher = (similarity > own).sum(1)
+    higher = (~(similarity <= own)).sum(1)  # so that what is no number is the last, and not the first
     same = (similarity == own).sum(1) - 1
     return 1 + higher + same.clamp(min=0) / 2

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from PIL import Image
 from transformers import AutoConfig, AutoModel
 
 from clip_lab.config import FINISHED, HeadOptions, TrainConfig
@@ -14,12 +15,12 @@ from clip_lab.data import transform_of
 from clip_lab.image import ImageTower
 from clip_lab.losses import OBJECTIVES
 from clip_lab.model import ClipModel, Model
-from clip_lab.released import OPEN_CLIP, ReleasedModel, read_open_clip, read_transformers
+from clip_lab.released import OPEN_CLIP, ReleasedModel, View, read_open_clip, read_transformers
 from clip_lab.text import PretrainedText, TextTower
 from clip_lab.tokens import Words, load_words
 from labs_common import saved
 from labs_common.data.captions import Transform
-from labs_common.data.images import RESAMPLING
+from labs_common.data.images import MOST_PIXELS, RESAMPLING
 from labs_common.errors import LabError, json_of
 from labs_common.run import written_whole
 from labs_common.saved import load_auto
@@ -114,24 +115,31 @@ def load_any(spec: str, option: str = "--checkpoint") -> Loaded:
         return _local_open_clip(spec, option)
     if path.is_dir() and not (path / "config.json").is_file():
         return load_model(path, option)  # says what is missing
+    if path.is_absolute() and not path.exists():  # the hub's message would speak of names
+        raise LabError(f"{option} {spec}: no such directory")
     if path.is_dir() or not colon:
         return _transformers(spec, option)
     if name == "hf-hub":
-        return _released(*read_open_clip(spec, spec, None, option))
-    return _released(*read_open_clip(spec, name, pretrained, option))
+        return _released(*read_open_clip(spec, spec, None, option), option)
+    return _released(*read_open_clip(spec, name, pretrained, option), option)
 
 
 def _transformers(spec: str, option: str) -> Loaded:
-    return _released(*read_transformers(spec, option))
+    return _released(*read_transformers(spec, option), option)
 
 
 def _local_open_clip(spec: str, option: str) -> Loaded:
-    return _released(*read_open_clip(spec, f"local-dir:{spec}", None, option))
+    return _released(*read_open_clip(spec, f"local-dir:{spec}", None, option), option)
 
 
-def _released(model: ReleasedModel, words: Words, view: Transform) -> Loaded:
+def _released(model: ReleasedModel, words: Words, view: View, option: str) -> Loaded:
     objective = "clip" if model.scale.bias is None else "siglip"
-    return Loaded(objective, model.requires_grad_(False).eval(), words, view)
+    model.requires_grad_(False).eval()
+    with saved.reading_model(Path(model.name), option):
+        if view.size**2 > MOST_PIXELS:
+            raise ValueError(f"it reads pictures of {view.size:,} pixels a side")
+        view(Image.new("RGB", (8, 8)))
+    return Loaded(objective, model, words, view)
 
 
 def _build(said: Mapping[str, Any], _: Mapping[str, torch.Tensor]) -> torch.nn.Module:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -62,11 +63,14 @@ class Described:
         """Keeps picture `name`, the `file` in the first of `folders`, if it is there."""
         try:
             path = within(file, *folders)
+            if self.contents.get(name, path) != path:
+                raise BadPictureError("is what two pictures are called; rename one")
             if path.exists():
                 self.contents[name] = path
         except BadPictureError as error:
             self.faults.append((name, str(error)))
             self.captions.pop(name, None)
+            self.contents.pop(name, None)
         except OSError:  # a name that is too long
             pass
 
@@ -191,7 +195,9 @@ def _of_karpathy(file: Path, folder: Path) -> Described:
             found.captions.pop(name, None)
             continue
         found.splits[name] = split
-        root = next((at for at in (folder, folder / "images") if (at / under).is_dir()), folder) if under else roots[0]
+        root = (
+            next((at for at in (folder, folder / "images") if os.path.isdir(at / under)), folder) if under else roots[0]
+        )
         found.show(name, Path(under, name), root, folder)
     return found
 
@@ -255,7 +261,7 @@ def _of_tables(data: str, tables: Mapping[str, Columns]) -> Described:
         said = table.values(data, "split") if "split" in table.names else [split] * len(names)
         for place, content in enumerate(contents):
             name = names[place] if len(tables) == 1 else f"{split} {names[place]}"
-            name = known.setdefault(content, name)
+            name = known.setdefault(content, name) if content else name
             found.contents[name] = content
             found.splits.setdefault(name, split_of(str(said[place])) or "train")
             for value in (values[place] for values in captions):
@@ -293,6 +299,8 @@ def _of_tars(data: str, files: Sequence[Path]) -> Described:
 def _take(found: Described, split: str, name: str, sample: Mapping[str, Any]) -> None:
     """Keeps the members of a tar that have one name."""
     found.splits[name] = split
+    if not any(f".{end}" in SUFFIXES or end in ("txt", "json") for end in sample):
+        found.faults.append((name, "neither picture nor caption"))
     for end, content in sample.items():
         try:
             if f".{end}" in SUFFIXES:

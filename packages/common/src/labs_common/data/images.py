@@ -168,7 +168,8 @@ def examined(contents: Sequence[Content], task: str, shown: bool = True) -> list
     first = [os.path.abspath(content) for content in contents[:1] if isinstance(content, Path)]
     record = cache_directory() / "checked-pictures" / f"{recipe_key([task, *first, PILLOW])}.json"
     known: dict[str, str] = {}
-    with contextlib.suppress(OSError, ValueError):  # it is not there, or damaged
+    # It is not there, or damaged.
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, RecursionError):
         known = {str(key): str(bytes.fromhex(digest).hex()) for key, digest in json.loads(record.read_text()).items()}
     work = decoding_threads().map(partial(_examined, known), contents)
     found = list(tracked(work, task, len(contents), shown))
