@@ -218,7 +218,7 @@ def test_what_cannot_start_is_one_line(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("side", "says"), [(0, "must be > 0"), (10**6, "pictures of 1,000,000 pixels a side")])
+@pytest.mark.parametrize(("side", "says"), [(0, "neither squeezes"), (10**6, "pictures of 1,000,000 pixels")])
 def test_pictures_that_a_released_model_cannot_read_are_one_line(
     side: int, says: str, starts: dict[str, Path], tmp_path: Path
 ) -> None:

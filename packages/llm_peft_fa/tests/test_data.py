@@ -14,7 +14,7 @@ from labs_common.errors import LabError
 from llm_peft_fa import sources
 from llm_peft_fa.config import DataOptions, ReadingOptions
 from llm_peft_fa.data import read_conversations, splits
-from llm_peft_fa.sources import UnusableRowError, columns_of, messages_of
+from llm_peft_fa.sources import UnusableRowError, columns_of, messages_of, own_splits
 
 EXPECTED = [
     {"role": "system", "content": "س"},
@@ -212,6 +212,19 @@ def test_files_of_a_split_are_held_out_and_halved_where_there_is_no_test(tmp_pat
     assert len(sides_of(data=data, validation_limit=4)["validation"]) == 4
     named = sides_of(data=data, test_data=write_chats(tmp_path / "d.jsonl", "d", 2))
     assert named["test"] == ["d 0", "d 1"]
+
+
+def test_a_hub_that_does_not_say_which_splits_there_are_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With others held out than before, a resumed run would be tested with what it was trained on."""
+
+    def asked(name: str) -> list[str]:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", asked)
+    with pytest.raises(LabError, match=r"a/b: its splits cannot be listed \(.*no route"):
+        own_splits("a/b")
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: ["train", "test"])
+    assert own_splits("a/b") == ["test"]
 
 
 def test_generated_tasks_are_tested_with_others_than_they_are_validated_with() -> None:

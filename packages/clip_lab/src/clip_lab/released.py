@@ -319,6 +319,8 @@ def _processor_view(known: Any, said: str) -> View:
     edge = 0 if squeezed else int(known.size["shortest_edge"] or 0)
     how = next((name for name, number in RESAMPLING.items() if number == int(known.resample)), "bicubic")
     view = View(side, tuple(known.image_mean), tuple(known.image_std), how, squeezed, edge)
+    if 8 * max(side, edge) ** 2 > MOST_PIXELS:
+        raise LabError(f"{said}: it reads pictures of {max(side, edge):,} pixels a side")
     picture = Image.radial_gradient("L").convert("RGB").resize((4 * side, 2 * side)) if side else None
     theirs = known(picture, return_tensors="pt")["pixel_values"][0] if picture else torch.empty(0)
     # A pixel's shift is 0.01 here, as libraries cut odd sides differently; a wrong size or mean is ten times that.

@@ -143,7 +143,8 @@ def splits(options: DataOptions, seed: int) -> dict[str, Reading]:
             "test": _generated("test tasks", held_out_conversations(300, seed, "test")),
         }
     training = read_conversations(options.data, options.split, options)
-    own = {*sources.own_splits(options.data)} - {options.split}  # what is trained on is not held out
+    named = options.validation_data and options.test_data
+    own = {*(() if named else sources.own_splits(options.data))} - {options.split}  # what is trained on is not held out
     held: dict[str, Reading] = {}
     for name in ("validation", "test"):
         source = getattr(options, f"{name}_data") or (options.data if name in own else None)

@@ -17,6 +17,7 @@ from llm_peft_fa.base import load_tokenizer
 from llm_peft_fa.config import DemoConfig, SubjectOptions
 from llm_peft_fa.model import Adapted
 from llm_peft_fa.saved import Subject, runs_with_result, subject_of
+from llm_peft_fa.spelling import normalise
 
 Turns = list[dict[str, Any]]  # what Gradio keeps of a conversation: role and content
 
@@ -57,7 +58,9 @@ def chat_page(subjects: dict[str, Subject], max_new_tokens: int) -> Any:
         if name not in loaded:
             loaded[name] = (subjects[name].load(), load_tokenizer(subjects[name].tokenizer))
         model, tokenizer = loaded[name]
-        messages = [{"role": turn["role"], "content": _text(turn["content"])} for turn in turns]
+        trained = subjects[name].trained
+        spelt = normalise if trained and trained.data.normalise else str  # as in training
+        messages = [{"role": turn["role"], "content": spelt(_text(turn["content"]))} for turn in turns]
         said = ""
         for piece in streamed_answer(model, tokenizer, messages, max_new_tokens):
             said += piece

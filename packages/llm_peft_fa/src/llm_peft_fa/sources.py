@@ -75,7 +75,11 @@ def files_of(source: str, split: str) -> list[Path] | None:
 
 
 def own_splits(source: str) -> list[str]:
-    """Lists which of validation and test a directory or dataset has besides what is trained on."""
+    """Lists which of validation and test a directory or dataset has besides what is trained on.
+
+    Raises:
+        LabError: the hub does not say: silently, other conversations would be held out than before.
+    """
     path = Path(source)
     if path.is_dir() and not _saved(path):
         names = [file.name for file in path.iterdir() if file.suffix in FILE_KINDS]
@@ -88,8 +92,9 @@ def own_splits(source: str) -> list[str]:
 
     try:
         found = datasets.get_dataset_split_names(source)
-    except Exception:  # loading it says what is wrong
-        return []
+    except Exception as error:  # of the hub, the network, the library
+        raise LabError(f"--data {source}: its splits cannot be listed ({reason_of(error)}); try again, or give "
+                       "--validation-data and --test-data") from error  # fmt: skip
     return [split for split in ("validation", "test") if split in found]
 
 
