@@ -1,6 +1,7 @@
 """The search page, as somebody uses it: in a browser, both ways."""
 
 import shutil
+import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from clip_lab.config import DemoConfig
 def test_a_demo_without_a_model_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gradio", reason="needs the extra clip-lab[demo]")
     monkeypatch.chdir(tmp_path)
-    assert "runs/" in lab_commands.here("clip_lab.demo", code=2).errors[0]
+    with socket.create_server(("127.0.0.1", 0)) as free:  # other tests may have a page at the usual one
+        port = free.getsockname()[1]
+    assert "runs/" in lab_commands.here("clip_lab.demo", "--port", port, code=2).errors[0]
 
 
 @pytest.mark.long
