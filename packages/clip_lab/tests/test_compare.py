@@ -25,8 +25,8 @@ def test_an_entry_of_the_comparison_becomes_a_run() -> None:
 @pytest.mark.long
 def test_the_comparison_goes_on_where_it_was_stopped(scenes: Path, things: Path, tmp_path: Path) -> None:
     folder = tmp_path / "comparison"
-    options = ("--data", scenes, "--classes", things, "--epochs", "1", "--batch-size", "16", "--text-width", "32",
-               "--text-layers", "1", "--ranked", "6", "--output", folder)  # fmt: skip
+    options = ("--data", scenes, "--image", "tiny-cnn", "--classes", things, "--epochs", "1", "--batch-size", "16",
+               "--text-width", "32", "--text-layers", "1", "--ranked", "6", "--output", folder)  # fmt: skip
     lab_commands.here("clip_lab.compare", *options)
     rows = {row["objective"]: row for row in json.loads((folder / "comparison.json").read_text())["rows"]}
     assert list(rows) == ["clip", "coca", "simvlm"]
