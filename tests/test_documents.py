@@ -83,7 +83,7 @@ WORDS = {
     "runs/block-resnet50-…": "runs/block-resnet50-1", "resnet101": "resnet18", "folder-of-classes": "cifar-10-batches-py",
     "runs/block-resnet50-…,runs/block-deit_small_patch16_224-…": "runs/block-resnet50-1",
     "openai/clip-vit-base-patch32": "runs/clip_lab", "zebra,umbrella": "striped star,dotted moon",
-    "runs/NAME": "runs/llm_peft_fa", "…": None,
+    "runs/NAME": "runs/llm_peft_fa", "universitytehran/SlimOrca": "chats.jsonl", "…": None,
 }  # fmt: skip
 # An encoder that pre-training left, by the lab that starts from it.
 PRETRAINED = {"vit_transfer": "vit_tiny_patch16_224", "zsi_contrastive": "resnet18"}

@@ -76,7 +76,11 @@ def clip(folder: Path, tiny: bool) -> Sequence[object]:
 def captions(folder: Path, tiny: bool) -> Sequence[object]:
     """The LSTM that looks at parts of the picture, behind a frozen random CNN."""
     write_flickr8k(folder / "scenes", range(40 if tiny else 300), side=32 if tiny else 224)
-    encoder = ("--width", 32, "--batch-size", 16) if tiny else ("--encoder", "resnet50", "--batch-size", 128)
+    encoder = (
+        ("--encoder", "tiny-cnn", "--width", 32, "--batch-size", 16)
+        if tiny
+        else ("--encoder", "resnet50", "--batch-size", 128)
+    )
     return ("--data", folder / "scenes", "--model", "show_attend_tell", "--no-pretrained", *encoder)
 
 
