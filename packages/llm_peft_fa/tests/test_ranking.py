@@ -5,7 +5,6 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from labs_common.compare.collect import Entry, recommend
 from labs_common.run import Run
@@ -88,6 +87,7 @@ def test_the_interval_of_one_seed_is_that_of_another_bootstrap() -> None:
     assert found is not None
     right = np.arange(100)
     differences = (right < 60).astype(float) - ((right >= 20) & (right < 65))
+    stats = pytest.importorskip("scipy.stats", reason="scipy is the peer")
     expected = stats.bootstrap(
         (differences,), np.mean, method="percentile", n_resamples=5000, rng=0
     ).confidence_interval

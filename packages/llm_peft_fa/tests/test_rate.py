@@ -11,7 +11,6 @@ from urllib.parse import urlencode
 
 import pytest
 from commands import here
-from scipy import stats
 
 from llm_peft_fa.rate import page_of, sign_test, wilson, write_judge_file
 
@@ -139,6 +138,7 @@ def test_ratings_are_read(table: Path) -> None:
 
 @pytest.mark.parametrize(("won", "of"), [(0, 1), (7, 10), (15, 15), (40, 90)])
 def test_interval_and_test_are_those_of_scipy(won: int, of: int) -> None:
+    stats = pytest.importorskip("scipy.stats", reason="scipy is the peer")
     expected = stats.binomtest(won, of)
     assert sign_test(won, of) == pytest.approx(expected.pvalue)
     interval = expected.proportion_ci(0.95, "wilson")
