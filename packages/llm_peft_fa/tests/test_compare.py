@@ -128,7 +128,7 @@ def test_the_best_rate_of_the_search_is_taken(llama_dir: Path, tmp_path: Path) -
         (("--launch", "missing.yaml"), "--launch"),
         (("--launch", "{full}/something"), "--launch"),
         (
-            ("--methods", "lora,full:pure_bf16", "--optimizer", "paged_adamw_8bit"),
+            ("--methods", "full:pure_bf16,lora", "--optimizer", "paged_adamw_8bit"),
             "--pure-bf16: needs --precision bf16",
         ),
         (("--optimizer", "adamw_8bit", "--launch", str(LAUNCH / "fsdp.yaml")), "--optimizer adamw_8bit: FSDP"),
