@@ -26,9 +26,11 @@ from labs_common.cli import parse
 from labs_common.scenes.files import write_coco, write_flickr8k, write_parquet
 from labs_common.scenes.world import Thing
 
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("packages/*/README.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("packages/*/README.md")])
 BLOCK = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`((?:uv run |\w+=\w+ )*(?:python -m|accelerate launch|torchrun) [^`]*)`")
+LINK = re.compile(r"\]\(([^)\s:]*)\)")  # without those of the web
+EXERCISES = [ROOT / "docs" / "exercises.md", ROOT / "docs" / "fa" / "exercises.md"]
 # Commands of the shell that CI runs itself, word for word.
 SHELL = {
     "pip install uv", "uv run pytest", ".ci/run", ".ci/package common", "uv run ruff check", "uv run ruff format",
@@ -192,6 +194,61 @@ def test_every_command_is_parsed(document: Path, line: str) -> None:
     parse(config_type(module), module, [value for value in values if value != "…"])
     for launch in re.findall(r"--config_file (\S+)", line):
         assert list(ROOT.glob(launch)) or list(ROOT.glob(f"packages/*/{launch}")), f"{document.name}: no file {launch}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
+def test_every_link_leads_somewhere(document: Path) -> None:
+    for link in LINK.findall(document.read_text(encoding="utf-8")):
+        name, _, anchor = link.partition("#")
+        file = document.parent / name if name else document
+        assert file.exists(), f"{link}: no such file"
+        if anchor and file.suffix == ".md":
+            titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            # As GitHub makes anchors of headings.
+            assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], link
+
+
+def questions(page: Path) -> list[tuple[str, str]]:
+    """The lines with command and report of a page of questions, each with its answer."""
+    parts = re.split(r"^### .*\n", page.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    return [(part.partition("\n")[0], part.partition("\n")[2].partition("\n## ")[0]) for part in parts]
+
+
+def figures_in(answer: str) -> list[str]:
+    """The numbers of an answer, without code, formulas and links, digits of Persian as those of English."""
+    plain = re.sub(r"<code.*?</code>|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\]\([^)]*\)", "", answer, flags=re.DOTALL)
+    plain = plain.translate(str.maketrans("۰۱۲۳۴۵۶۷۸۹٫٬", "0123456789.,"))
+    return sorted(re.findall(r"\d+(?:[.,]\d+)*", plain))
+
+
+def test_sections_that_answer_questions_are_in_the_reports() -> None:
+    for line, _ in questions(EXERCISES[0]):
+        (lab,) = {module.partition(".")[0] for module in re.findall(r"-m (\S+)", line)}
+        sources = [*ROOT.glob(f"packages/{lab}/src/**/*.py"), *ROOT.glob("packages/common/src/**/*.py")]
+        text = "".join(source.read_text(encoding="utf-8") for source in sources)
+        for title in re.findall(r"\*([^*]+)\*", line):
+            assert f'"{title}"' in text, f"{line}: no report has a section {title}"
+
+
+def test_questions_are_the_same_in_both_languages() -> None:
+    english, persian = map(questions, EXERCISES)
+    assert len(english) == len(persian) > 40
+    for (line, answer), (its, translated) in zip(english, persian, strict=True):
+        for part in (r"`([^`]+)`", r"\*([^*]+)\*"):
+            assert re.findall(part, line) == re.findall(part, its), its
+        assert figures_in(answer) == figures_in(translated), its
+
+
+@pytest.mark.parametrize("document", sorted(ROOT.glob("docs/fa/*.md")), ids=lambda document: document.stem)
+def test_persian_begins_from_the_right(document: Path) -> None:
+    """GitHub gives a paragraph the direction of its first letter: one that begins in Latin would run from the left."""
+    text = re.sub(
+        r"^```.*?^```$|^\$\$.*?\$\$$", "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
+    )
+    for paragraph in re.split(r"\n{2,}", text):
+        if not paragraph.startswith(("<", "|")):
+            first = re.search(r"[^\W\d_]", re.sub(r"<code.*?</code>", "", paragraph))
+            assert first is None or "\u0600" <= first[0] <= "\u06ff", paragraph
 
 
 @pytest.fixture(scope="module")
