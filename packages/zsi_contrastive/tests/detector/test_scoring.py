@@ -5,16 +5,18 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from faster_coco_eval.core import mask as rle
 
 from labs_common.errors import LabError
-from zsi_contrastive.detector.annotations import Instances, Split
+from labs_common.report.page import Table
+from zsi_contrastive.detector.annotations import Instances, Split, read_split, zero_shot_parts
 from zsi_contrastive.detector.pictures import instance_pictures
 from zsi_contrastive.detector.protocol import named_objects, scores_of
+from zsi_contrastive.detector.report import measured_sections, unlike_published
 from zsi_contrastive.detector.scoring import THRESHOLDS, harmonic_mean, iou, read_results, scored, together
 
 pytestmark = pytest.mark.quick
@@ -200,6 +202,48 @@ def test_both_tasks(case: tuple[Instances, list[dict[str, Any]]]) -> None:
         row["category_id"] == 44 and not row["iscrowd"] for row in truth.annotations
     )
     assert found.plain()["classes"][2]["box gzsi"]["ap@0.5"] is None, "no cow is there"
+
+
+VAL = "COCO_val2014_{:012}.jpg"
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "left_out", "swapped", "reason"),
+    [
+        (40_504, VAL, 0, False, ""),
+        (40_504, VAL, 1, False, "all 3 test pictures, of which 2 were looked at"),
+        (40_503, VAL, 0, False, "is not its file"),
+        (40_504, "{:012}.jpg", 0, False, "is not its file"),
+        (40_504, VAL, 0, True, "not those of the published split"),
+    ],
+)
+def test_published_figures_stand_beside_the_same_pictures_alone(
+    number: int, name: str, left_out: int, swapped: bool, reason: str
+) -> None:
+    split = read_split("48_17")
+    if swapped:
+        split = replace(split, seen=(*split.seen[1:], split.unseen[0]), unseen=(split.seen[0], *split.unseen[1:]))
+    categories = [{"id": place, "name": one} for place, one in enumerate(split.classes, 1)]
+    images = [{"id": n, "file_name": name.format(n), "width": 9, "height": 9} for n in range(number)]
+    rows = [{"id": 1 + n, "image_id": n, "category_id": 65 - n % 3 // 2, "bbox": [1, 1, 5, 5], "iscrowd": 0, "area": 25}
+            for n in range(3)]  # fmt: skip
+    seen = [{**rows[0], "image_id": 4, "category_id": 1}]
+    train = Instances("train", categories, [{**images[4], "file_name": "other"}], seen)
+    part = zero_shot_parts(train, Instances("val", categories, images, rows), split).both
+    test = instance_pictures(part, (), split.classes)
+    test = replace(test, contents=[Path(row["file_name"]) for row in part.images], digests=(b"",) * 3).subset(
+        range(3 - left_out)
+    )
+    found = scores_of(test, [], split, 0.0, 100, False)
+    sections = {section.title: section for section in measured_sections(cast(Any, None), found, split, test)}
+    numbers = next(block for block in sections["Numbers"].blocks if isinstance(block, Table))
+    assert any(row[0] == "published (ZSI)" for row in numbers.rows) == (not reason)
+    apart = sections.get("Published, on other pictures")
+    assert (apart is None) == (not reason)
+    assert reason in unlike_published(split, test)
+    kinds = [row[1] for table in [numbers, *(apart.blocks if apart else [])] if isinstance(table, Table)
+             for row in table.rows if row[0] == "published (ZSI)"]  # fmt: skip
+    assert kinds == ["box", "mask, unverified"]
 
 
 @pytest.mark.parametrize(

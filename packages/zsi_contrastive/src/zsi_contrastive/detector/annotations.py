@@ -93,6 +93,8 @@ class Instances:
         annotations: as in the file, crowds among them.
         left_out: annotations that cannot be used, with counts, by reason.
         unusable: these annotations; they still say what a picture shows.
+        file_pictures: of a part, how many pictures its file has.
+        part_pictures: of a part, how many the rule chose, before any were set aside.
     """
 
     source: str
@@ -101,6 +103,8 @@ class Instances:
     annotations: list[Json]
     left_out: Counter[str] = field(default_factory=Counter)
     unusable: list[Json] = field(default_factory=list)
+    file_pictures: int = 0
+    part_pictures: int = 0
 
     def by_image(self) -> dict[int, list[Json]]:
         """Sorts the annotations by picture; pictures without any are missing."""
@@ -329,4 +333,6 @@ def _part(
     ids = {image["id"] for image in chosen}
     rows = [row for row in whole.annotations if row["image_id"] in ids and row["category_id"] in keep]
     names = {row["id"]: row for row in whole.categories}
-    return Instances(whole.source, [names[number] for number in whole.ids(kept)], chosen, rows, whole.left_out)
+    categories = [names[number] for number in whole.ids(kept)]
+    counts = len(whole.images), len(chosen)
+    return Instances(whole.source, categories, chosen, rows, whole.left_out, [], *counts)

@@ -52,7 +52,8 @@ class DataOptions:
     """Seen and unseen classes: 48_17 or 65_15 of the literature, or a JSON file with the lists "seen" and "unseen". By
     default 48_17, and the pairings of drawn scenes without --data."""
     validation_fraction: ShareBelowOne = 0.3
-    """Share of the test pictures set aside to choose --seen-bias on; the others give the figures."""
+    """Share of the test pictures set aside to choose --seen-bias on; the others give the figures. 0 is the paper's
+    test: only then published figures stand beside."""
     limit: CountOrZero = 0
     """Take at most this many pictures for training, and for validation and test each; 0 takes all."""
     on_bad_data: OnBadData = "error"
