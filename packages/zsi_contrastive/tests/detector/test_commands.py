@@ -95,7 +95,7 @@ def test_options_of_detection_take_effect(run: Path, tmp_path: Path) -> None:
     scores = {name: [row["score"] for row in rows] for name, rows in found.items()}
     assert scores["plain"] != scores["paper"] != scores["refined"] != scores["plain"]
     said = json.loads((tmp_path / "refined" / "evaluation.json").read_text())["other rules"]
-    assert list(said) == ["the paper's transfer", "without refinement"]
+    assert list(said) == ["the published code's transfer", "without refinement"]
     by_picture: dict[int, int] = {}
     for row in found["few"]:
         by_picture[row["image_id"]] = by_picture.get(row["image_id"], 0) + 1
@@ -225,9 +225,10 @@ def test_words_says_which_column_is_which(coco_vectors: Path) -> None:
 def test_variants_add_one_part_each() -> None:
     rows = list(VARIANTS)[: len(PARTS) + 1]
     models = [plan(AblateConfig(rows=row))[row].model for row in rows]
-    parts = [(one.mask_head, one.decoders, one.background_rpn, one.sync_background) for one in models]
-    assert [sum(row) for row in parts] == [0, 1, 2, 3, 4]
-    assert all(after[place] or not before[place] for before, after in pairwise(parts) for place in range(4))
+    parts = [[getattr(one, name) for name in PARTS] for one in models]
+    assert [sum(row) for row in parts] == [0, 1, 2, 3, 4, 5]
+    assert all(after[place] or not before[place] for before, after in pairwise(parts) for place in range(5))
+    assert all(one.decoders for one in models), "the switch for both decoders switches none off"
 
 
 def test_contrastive_heads_by_either_name(tmp_path: Path) -> None:

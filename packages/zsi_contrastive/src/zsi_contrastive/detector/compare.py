@@ -29,12 +29,14 @@ class Variant:
     contrastive: tuple[str, ...] = ()
 
 
-PARTS = ("mask_head", "decoders", "background_rpn", "sync_background")  # in the order in which the paper adds them
+# In the order in which the paper adds them.
+PARTS = ("mask_head", "mask_decoder", "box_decoder", "background_rpn", "sync_background")
 VARIANTS: dict[str, Variant] = {
     "detector": Variant("detector alone: boxes", ()),
-    "mask-head": Variant("+ semantic mask head", PARTS[:1]),
-    "decoders": Variant("+ decoders with reconstruction", PARTS[:2]),
-    "background-rpn": Variant("+ background-aware proposals", PARTS[:3]),
+    "mask-head": Variant("+ semantic mask head (encoder)", PARTS[:1]),
+    "mask-decoder": Variant("+ its decoder", PARTS[:2]),
+    "box-decoder": Variant("+ decoder in the detector", PARTS[:3]),
+    "background-rpn": Variant("+ background-aware proposals", PARTS[:4]),
     "sync-background": Variant("+ synchronised background", PARTS),
     "none": Variant("no contrastive head", PARTS),  # the same beside contrastive heads
     **{name.replace("_", "-"): Variant(head.said, PARTS, (name,)) for name, head in CONTRASTIVE.items()},

@@ -103,10 +103,10 @@ def evaluated(
 
 
 def other_rules(detection: DetectionOptions) -> dict[str, DetectionOptions]:
-    """Lists rules to compare with: the paper's transfer if another is used, and vectors as they were if refined."""
+    """Lists rules to compare with: the published transfer if another is used, and vectors as they were if refined."""
     rules = {}
-    if detection.transfer != "paper" or detection.temperature != 1:
-        rules["the paper's transfer"] = replace(detection, transfer="paper", temperature=1.0)
+    if detection.transfer != "code" or detection.temperature != 1:
+        rules["the published code's transfer"] = replace(detection, transfer="code", temperature=1.0)
     if detection.refine != "none":
         rules["without refinement"] = replace(detection, refine="none")
     return rules

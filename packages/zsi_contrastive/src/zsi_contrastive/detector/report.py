@@ -127,7 +127,7 @@ def measured_sections(run: Run, found: Evaluation, split: Split, test: InstanceP
             "the boxes of 48/17 are the scores of the authors' result file."
         )
         if reason := unlike_published(split, test):
-            blocks = [
+            blocks: list[Any] = [
                 Text(f"Not to be compared with the numbers above: {reason}."),
                 Table(("task", "", *HEADINGS), theirs),
             ]
