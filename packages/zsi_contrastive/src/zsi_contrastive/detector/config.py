@@ -33,8 +33,6 @@ HEADS = names_in("zsi_contrastive.detector.heads:CONTRASTIVE")
 ContrastiveHead = Annotated[str, one_of("zsi_contrastive.detector.heads:CONTRASTIVE")]
 # The first two heads have a switch each, of the same name, and an option for their weight: older than --contrastive.
 OWN_SHARES = {"greedy_infomax": "greedy_share", "patch_infonce": "patch_share"}
-Transfer = Literal["auto", "code", "direct", "things", "paper"]
-Optimizer = Literal["auto", "sgd", "adamw"]
 
 
 @dataclass
@@ -51,6 +49,9 @@ class DataOptions:
     split: str = ""
     """Seen and unseen classes: 48_17 or 65_15 of the literature, or a JSON file with the lists "seen" and "unseen". By
     default 48_17, and the pairings of drawn scenes without --data."""
+    protocol: Literal["zsi", "ov-coco"] = "zsi"
+    """The paper's rule: no training picture shows an unseen object, every test picture does. Or that of open-vocabulary
+    detection: unseen objects stay in training pictures without labels, and all pictures of the classes are the test."""
     validation_fraction: ShareBelowOne = 0.3
     """Share of the test pictures set aside to choose --seen-bias on; the others give the figures. 0 is the paper's
     test: only then published figures stand beside."""
@@ -118,7 +119,7 @@ class ModelOptions:
 class DetectionOptions:
     """The rules by which things are looked for."""
 
-    transfer: Transfer = "auto"
+    transfer: Literal["auto", "code", "direct", "things", "paper"] = "auto"
     """Rule for classes never seen. code (of before: paper): known classes' probabilities, background's too, mix their
     vectors; masks go through known classes as well. direct, the paper's text: a class's own product with what was
     seen. things: as code for boxes, but among things alone, and direct for masks. auto is code, and things for tiny."""
@@ -156,7 +157,7 @@ class DetectorTrainingOptions(TrainingOptions):
     """Pictures per optimizer step, over all processes together; 0 takes the paper's 8, and 16 for tiny."""
     at_once: CountOrZero = 0
     """Pictures that a process holds at the same time: a step is done in parts; 0 takes a whole step at once."""
-    optimizer: Optimizer = "auto"
+    optimizer: Literal["auto", "sgd", "adamw"] = "auto"
     """SGD with momentum 0.9, or AdamW; auto is the paper's SGD, and AdamW for tiny."""
     learning_rate: NotNegative = 0.0
     """Highest learning rate, reached after the warm-up; 0 takes the paper's 0.01 (0.0075 for 65_15), and 3e-3 for

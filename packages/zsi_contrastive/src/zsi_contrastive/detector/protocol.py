@@ -33,7 +33,8 @@ class Evaluation:
         zsi: scores of the unseen classes alone, by box and mask.
         gzsi: scores by box and mask, each for `seen`, `unseen` and their `harmonic mean`, as the published code counts:
             the best of seen and of unseen classes stand in a picture apart, up to `kept` of each.
-        one_list: the same where all classes compete for the `kept` places of a picture, with `bias`.
+        one_list: the same where all classes compete for the `kept` places of a picture, with `bias`; and of `all`.
+            Open-vocabulary detection calls AP at 0.5 there novel (unseen), base (seen) and all.
         classes: of every class its scores by box and mask in GZSI, and in one list.
         others: box scores of the unseen classes alone under other rules: random vectors, vectors as they were, …
         sweep: for each bias the scores of seen and unseen boxes, by `validation` and `test`.
@@ -134,6 +135,8 @@ def scores_of(
     gzsi, one_list = (
         {kind: _of_kinds(found[place], seen, unseen) for kind, found in scores.items()} for place in (0, 1)
     )
+    for kind, (_, two) in scores.items():
+        one_list[kind]["all"] = two.means(both)
     objects = Counter(row["category_id"] for row in part.annotations if not row["iscrowd"])
     classes = []
     for name, number in zip(split.classes, both, strict=True):

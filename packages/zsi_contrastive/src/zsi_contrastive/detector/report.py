@@ -20,7 +20,7 @@ from labs_common.report.sections import (
     structure_of,
 )
 from labs_common.run import Run
-from zsi_contrastive.detector.annotations import Split, read_split
+from zsi_contrastive.detector.annotations import RULES, Split, read_split
 from zsi_contrastive.detector.columns import neighbours
 from zsi_contrastive.detector.config import TrainConfig
 from zsi_contrastive.detector.data import ZeroShotData
@@ -146,6 +146,11 @@ def unlike_published(split: Split, test: InstancePictures) -> str:
     names = (row["file_name"].rpartition("/")[2] for row in part.images)
     if part.file_pictures != VAL2014 or not all(name.startswith(VAL2014_NAME) for name in names):
         return f"they are of all test pictures of COCO's val2014, and {part.source} is not its file"
+    unseen = set(part.ids(split.unseen))
+    if {row["id"] for row in part.images} != {
+        row["image_id"] for row in part.annotations if row["category_id"] in unseen
+    }:
+        return "they are of pictures with an unseen object alone, which not all of these show"
     if len(test) < part.part_pictures:
         return (
             f"they are of all {part.part_pictures} test pictures, of which {len(test)} were looked at here (take "
@@ -159,8 +164,8 @@ def data_section(data: ZeroShotData) -> Section:
     rows = [(name, part.source, len(part), len(part.part.annotations)) for name, part in data.pictures.items()]
     blocks: list[Any] = [
         Text(
-            "Training pictures show at least one object of a seen class and none of an unseen one. Test pictures show "
-            "an unseen object; some of them are set aside for validation."
+            f"Training pictures show at least one object of a seen class; {RULES[data.protocol]}. Some test pictures "
+            "may be set aside for validation."
         ),
         Table(("part of the rule", "pictures", "objects", "crowds"), data.counts),
         Table(("used", "annotations", "pictures", "objects and crowds"), rows),
