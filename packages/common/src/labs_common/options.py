@@ -10,7 +10,7 @@ import operator
 import reprlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -187,6 +187,7 @@ class TrainingOptions:
     two thirds and a hundredth after eleven twelfths of all steps."""
     warmup: Share = 0.03
     """Share of all steps over which the learning rate rises from zero."""
+    warmup_from: ClassVar[float] = 0.0  # of the highest rate; a lab may make it an option
     weight_decay: NotNegative = 0.0
     """AdamW's decoupled weight decay."""
     clip_norm: NotNegative = 1.0

@@ -50,16 +50,16 @@ from labs_common.steps import Source
 WAIT = datetime.timedelta(hours=4)
 
 
-def learning_rate_share(step: int, total: int, warmup: float, schedule: Schedule) -> float:
+def learning_rate_share(step: int, total: int, warmup: float, schedule: Schedule, start: float = 0.0) -> float:
     """Returns the share of the highest learning rate that optimizer step `step` (from 0) of `total` uses.
 
-    It rises linearly over the first `warmup` share of the steps, then stays, falls linearly to zero, falls along half
-    a cosine (Loshchilov & Hutter 2017, eq. 5, one cycle), or falls in steps: to a tenth after two thirds of all and
-    to a hundredth after eleven twelfths, as detectors do after 8 and 11 of 12 epochs.
+    It rises linearly from `start` over the first `warmup` share of the steps, then stays, falls linearly to zero, falls
+    along half a cosine (Loshchilov & Hutter 2017, eq. 5, one cycle), or falls in steps: to a tenth after two thirds of
+    all and to a hundredth after eleven twelfths, as detectors do after 8 and 11 of 12 epochs.
     """
     rise = round(warmup * total)
     if step < rise:
-        return (step + 1) / (rise + 1)
+        return start + (1 - start) * step / rise if start else (step + 1) / (rise + 1)
     fallen = (step - rise) / max(1, total - rise)
     if schedule == "steps":
         return 0.1 ** ((3 * step >= 2 * total) + (12 * step >= 11 * total))
@@ -263,7 +263,8 @@ class Loop:
             raise AssertionError("the training loop did not call Loop.step for every batch")
 
     def _set_learning_rate(self) -> float:
-        share = learning_rate_share(self.step_number, self.total, self.options.warmup, self.options.schedule)
+        options = self.options
+        share = learning_rate_share(self.step_number, self.total, options.warmup, options.schedule, options.warmup_from)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * share
         return self.options.learning_rate * share

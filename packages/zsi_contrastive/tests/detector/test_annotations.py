@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,27 @@ def test_the_rule(tmp_path: Path) -> None:
     with pytest.raises(LabError, match="is a training picture too"):
         check_parts(type(parts)(SPLIT, Instances("x", [], other.images[1:2], []), parts.unseen, parts.both),
                     Instances("x", whole.categories, other.images, []))  # fmt: skip
+
+
+def test_the_rule_of_open_vocabulary_detection(tmp_path: Path) -> None:
+    """Unseen objects stay in training pictures without labels; every picture with a known class is tested."""
+    rows = [
+        annotation(0, "cat"),
+        annotation(0, "elf"),
+        annotation(1, "elf"),
+        annotation(2, "dog"),
+        annotation(3, "tree"),
+    ]
+    whole = read_instances(file_of(tmp_path, rows))
+    other = replace(whole, images=[{**row, "file_name": f"t{row['id']}"} for row in whole.images])
+    parts = zero_shot_parts(whole, other, SPLIT, "ov-coco")
+    assert [row["id"] for row in parts.train.images] == [0, 2], "the picture of an elf alone teaches nothing"
+    assert {row["category_id"] for row in parts.train.annotations} == {IDS["cat"], IDS["dog"]}
+    assert [row["id"] for row in parts.both.images] == [0, 1, 2]
+    assert {row["category_id"] for row in parts.both.annotations} == {IDS["cat"], IDS["dog"], IDS["elf"]}
+    assert [row["id"] for row in zero_shot_parts(whole, other, SPLIT).train.images] == [2]
+    with pytest.raises(LabError, match="is a training picture too"):
+        zero_shot_parts(whole, whole, SPLIT, "ov-coco")
 
 
 @pytest.mark.parametrize("name", ["48_17", "65_15"])

@@ -45,7 +45,7 @@ def test_evaluate_says_what_training_said(run: Path, scenes: Path, tmp_path: Pat
     here("evaluate", "--checkpoint", run, "--output", tmp_path / "again")
     results = json.loads((run / "results.json").read_text())["test"]
     again = json.loads((tmp_path / "again" / "evaluation.json").read_text())
-    for key in ("zsi", "gzsi", "classes", "sweep"):
+    for key in ("zsi", "gzsi", "one_list", "classes", "sweep"):
         assert again[key] == results[key]
     assert (tmp_path / "again" / "report.html").is_file()
     # A file of results, scored without any model.
@@ -60,6 +60,7 @@ def test_evaluate_says_what_training_said(run: Path, scenes: Path, tmp_path: Pat
     scored = json.loads((tmp_path / "file" / "evaluation.json").read_text())
     assert scored["zsi"] == results["zsi"]
     assert scored["gzsi"] == results["gzsi"]
+    assert scored["one_list"] == results["one_list"]
 
 
 def test_results_that_are_none(scenes: Path, tmp_path: Path) -> None:
@@ -94,7 +95,7 @@ def test_options_of_detection_take_effect(run: Path, tmp_path: Path) -> None:
     scores = {name: [row["score"] for row in rows] for name, rows in found.items()}
     assert scores["plain"] != scores["paper"] != scores["refined"] != scores["plain"]
     said = json.loads((tmp_path / "refined" / "evaluation.json").read_text())["other rules"]
-    assert list(said) == ["the paper's transfer", "without refinement"]
+    assert list(said) == ["the published code's transfer", "without refinement"]
     by_picture: dict[int, int] = {}
     for row in found["few"]:
         by_picture[row["image_id"]] = by_picture.get(row["image_id"], 0) + 1
@@ -106,11 +107,12 @@ def test_options_of_detection_take_effect(run: Path, tmp_path: Path) -> None:
     one, two = (json.loads((path / "evaluation.json").read_text()) for path in (biased, plain))
     assert one["bias"] == 0.3
     assert one["zsi"] == two["zsi"], "no seen class competes there"
+    assert one["gzsi"] == two["gzsi"], "nor in what is cut apart"
     sweep = two["sweep"]["test"]
     assert sweep[0]["bias"] == 0
-    assert sweep[0]["unseen"] == pytest.approx(two["gzsi"]["box"]["unseen"]["ap@0.5"])
+    assert sweep[0]["unseen"] == pytest.approx(two["one_list"]["box"]["unseen"]["ap@0.5"])
     at = next(line for line in sweep if line["bias"] == 0.3)
-    assert at["seen"] == pytest.approx(one["gzsi"]["box"]["seen"]["ap@0.5"])
+    assert at["seen"] == pytest.approx(one["one_list"]["box"]["seen"]["ap@0.5"])
     assert at["named unseen"] >= sweep[0]["named unseen"]
 
 
@@ -223,9 +225,10 @@ def test_words_says_which_column_is_which(coco_vectors: Path) -> None:
 def test_variants_add_one_part_each() -> None:
     rows = list(VARIANTS)[: len(PARTS) + 1]
     models = [plan(AblateConfig(rows=row))[row].model for row in rows]
-    parts = [(one.mask_head, one.decoders, one.background_rpn, one.sync_background) for one in models]
-    assert [sum(row) for row in parts] == [0, 1, 2, 3, 4]
-    assert all(after[place] or not before[place] for before, after in pairwise(parts) for place in range(4))
+    parts = [[getattr(one, name) for name in PARTS] for one in models]
+    assert [sum(row) for row in parts] == [0, 1, 2, 3, 4, 5]
+    assert all(after[place] or not before[place] for before, after in pairwise(parts) for place in range(5))
+    assert all(one.decoders for one in models), "the switch for both decoders switches none off"
 
 
 def test_contrastive_heads_by_either_name(tmp_path: Path) -> None:

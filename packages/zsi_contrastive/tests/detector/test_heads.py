@@ -18,6 +18,7 @@ from zsi_contrastive.detector.heads import (
     thumbnails,
     transferred,
 )
+from zsi_contrastive.detector.regions import direct, through_known
 from zsi_contrastive.networks import TINY_SIZES
 
 pytestmark = pytest.mark.quick
@@ -78,7 +79,7 @@ def test_box_head_is_its_layers() -> None:
     t = two @ layers["semantic.weight"].T + layers["semantic.bias"]
     back = t @ layers["decoder.weight"].T + layers["decoder.bias"]
     np.testing.assert_allclose(vectors.detach(), t, atol=1e-5)
-    np.testing.assert_allclose(shifts.detach(), two @ layers["box.weight"].T + layers["box.bias"], atol=1e-5)
+    np.testing.assert_allclose(shifts[:, 0].detach(), two @ layers["box.weight"].T + layers["box.bias"], atol=1e-5)
     loss = head.reconstruction_loss(vectors, features)
     assert float(loss.detach()) == pytest.approx(float(((back - two) ** 2).mean()), rel=1e-5)
     loss.backward()
@@ -142,6 +143,76 @@ def test_transfer_by_hand() -> None:
             assert float(found[row, column]) == pytest.approx(score, abs=1e-4)
             score = (1 - p[0]) * sum(of_things[c] * known[1 + c] @ asked[column] for c in range(6))
             assert float(things[row, column]) == pytest.approx(score, abs=1e-4)
+
+
+def test_direct_transfer_by_hand() -> None:
+    generator = np.random.default_rng(0)
+    background, asked = generator.normal(size=(4, 1)), generator.normal(size=(4, 5))
+    found = direct(torch.tensor(background), torch.tensor(asked), (3, 2), 2.0)
+    for row in range(4):
+        for group in ((0, 1, 2), (3, 4)):
+            all_of = np.exp(background[row, 0] / 2) + sum(np.exp(asked[row, place] / 2) for place in group)
+            for place in group:
+                assert float(found[row, place]) == pytest.approx(np.exp(asked[row, place] / 2) / all_of)
+
+
+def test_official_heads_are_the_published_codes() -> None:
+    """Its forward written out, with its layers' names, matrices of words as columns, and its fixed convolutions."""
+    torch.manual_seed(0)
+    seen, unseen, words = 3, 2, 11
+    voc, vec, vec_unseen = torch.randn(D, words), torch.randn(D, 1 + seen), torch.randn(D, unseen)
+    head = SemanticBoxHead(4 * 9, 8, D, True, voc.T.contiguous(), official=1 + seen)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter)
+    rois = torch.randn(6, 4, 3, 3)
+    x = F.relu(F.linear(rois.flatten(1), head.first.weight, head.first.bias))
+    x = F.relu(F.linear(x, head.second.weight, head.second.bias))
+    fc_semantic, kernel, d_kernel = head.semantic, head.from_words, head.to_words
+    semantic = torch.mm(F.linear(x, fc_semantic.weight, fc_semantic.bias), voc)
+    semantic = F.linear(semantic, kernel.weight, kernel.bias)
+    back = torch.mm(F.linear(semantic, d_kernel.weight, d_kernel.bias), voc.t())
+    back = F.linear(back, head.decoder.weight, head.decoder.bias)
+    vectors, shifts, features = head(rois)
+    torch.testing.assert_close(vectors @ vec, torch.mm(semantic, vec))
+    torch.testing.assert_close(shifts.flatten(1), F.linear(x, head.box.weight, head.box.bias))
+    torch.testing.assert_close(head.reconstruction_loss(vectors, features), F.mse_loss(x, back))
+    scores = torch.mm(torch.mm(torch.mm(semantic, vec).softmax(1), vec.t()), vec_unseen)
+    torch.testing.assert_close(transferred(vectors @ vec, vec.T, vec_unseen.T), scores)
+
+    masks = SemanticMaskHead(4, 6, 1, D, True, official=True)
+    for parameter in masks.parameters():
+        torch.nn.init.normal_(parameter)
+    conv, (conv_t, _, kernel), (d_kernel, _, d_conv_t, _) = masks.convs[0][0], masks.encoder, masks.decoder
+    conv4 = F.relu(F.conv2d(rois, conv.weight, conv.bias, padding=1))  # of four, the last one's output is used
+    conv4 = F.relu(F.conv_transpose2d(conv4, masks.deconv.weight, masks.deconv.bias, stride=2))
+    x = F.relu(F.conv2d(conv4, conv_t.weight, conv_t.bias, padding=1))
+    x = F.conv2d(x, kernel.weight, kernel.bias, padding=1)
+    back = F.conv2d(x, d_kernel.weight, d_kernel.bias, padding=1)
+    back = F.relu(F.conv2d(back, d_conv_t.weight, d_conv_t.bias, padding=1))
+    pixels, features = masks(rois)
+    torch.testing.assert_close(masks.reconstruction_loss(pixels, features), F.mse_loss(conv4, back))
+    of_seen = F.conv2d(x, vec.t()[:, :, None, None])
+    of_unseen = F.conv2d(F.conv2d(of_seen, vec[:, :, None, None]), vec_unseen.t()[:, :, None, None])
+    classes = through_known(torch.cat([vec.T[1:], vec_unseen.T]), vec.T)
+    found = torch.stack([mask_logits(pixels, one.expand(len(pixels), D)) for one in classes], 1)
+    torch.testing.assert_close(found, torch.cat([of_seen[:, 1:], of_unseen], 1), rtol=1e-3, atol=1e-2)
+
+
+def test_official_heads_start_as_the_published_code_says() -> None:
+    torch.manual_seed(0)
+    box = SemanticBoxHead(400, 300, 40, True, torch.randn(90, 40), official=49)
+    masks = SemanticMaskHead(64, 48, 1, 40, True, official=True)
+    rpn = BackgroundAwareRPNHead(64, 3, torch.randn(300), 1.0)
+    for weight, deviation in (
+        (rpn.thing, 1.0), (rpn.conv.weight, 0.01), (rpn.semantic.weight, 0.01), (rpn.box.weight, 0.01),
+        (box.semantic.weight, 0.001), (box.box.weight, 0.001), (box.from_words.weight, 0.001),
+        (box.first.weight, (2 / 700) ** 0.5), (box.second.weight, (2 / 600) ** 0.5),  # Xavier's: 2 / (in + out)
+        (masks.encoder[0].weight, (2 / (9 * 40)) ** 0.5), (masks.encoder[2].weight, (2 / (9 * 40)) ** 0.5),
+        (masks.decoder[2].weight, (2 / (9 * 48)) ** 0.5),  # He's, of the outputs
+    ):  # fmt: skip
+        assert float(weight.detach().std()) == pytest.approx(deviation, rel=0.06)
+    for bias in (box.first.bias, box.semantic.bias, box.box.bias, box.from_words.bias, masks.encoder[2].bias):
+        assert not bias.any()
 
 
 def test_the_head_adds_nothing_at_first_and_takes_no_gradient_from_the_detector() -> None:

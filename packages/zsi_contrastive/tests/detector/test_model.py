@@ -48,10 +48,12 @@ BASE = {"objectness", "proposal_box", "classes", "box"}
 @pytest.mark.parametrize(
     ("parts", "losses"),
     [
-        (Parts(False, False, False, False), BASE),
-        (Parts(True, False, False, False), BASE | {"mask"}),
-        (Parts(True, True, False, False), BASE | {"mask", "box_reconstruction", "mask_reconstruction"}),
-        (Parts(True, True, True, False), BASE | {"mask", "box_reconstruction", "mask_reconstruction"}),
+        (Parts(False, False, False, False, False), BASE),
+        (Parts(True, False, False, False, False), BASE | {"mask"}),
+        (Parts(True, True, False, False, False), BASE | {"mask", "box_reconstruction"}),
+        (Parts(True, False, True, False, False), BASE | {"mask", "mask_reconstruction"}),
+        (Parts(True, True, True, True, False), BASE | {"mask", "box_reconstruction", "mask_reconstruction"}),
+        (Parts(official=True), BASE | {"mask", "box_reconstruction", "mask_reconstruction"}),
         (Parts(), BASE | {"mask", "box_reconstruction", "mask_reconstruction"}),
     ],
 )
@@ -79,15 +81,19 @@ def test_contrastive_heads_are_parts() -> None:
     model.eval().detect([sample(1)[0]], [Query(model.seen, (4,))])
     assert Parts.from_plain(parts.plain()) == parts
     assert Parts.from_plain({"mask_head": False, "greedy_infomax": True}).contrastive == ("greedy_infomax",)
+    assert Parts.from_plain({"decoders": False}) == Parts(box_decoder=False, mask_decoder=False), "as saved before"
 
 
 def test_the_detectors_loss_trains_the_background_only_if_synchronised() -> None:
-    for sync in (False, True):
-        model = make(Parts(sync_background=sync)).train()
+    for parts in (Parts(sync_background=False), Parts(), Parts(official=True)):
+        model = make(parts).train()
         found = model(samples(2, 1))
         found["classes"].backward()
         grad = model.rpn.head.background.grad
-        assert (grad is not None and bool(grad.abs().sum() > 0)) == sync
+        assert (grad is not None and bool(grad.abs().sum() > 0)) == (parts == Parts()), "the published code copies it"
+        assert torch.equal(model.classes()[0], model.rpn.head.background_vector()) == parts.sync_background
+        model.rpn.head.background.data += 1
+        assert torch.equal(model.classes()[0], model.rpn.head.background_vector()) == parts.sync_background
 
 
 def test_pictures_without_objects() -> None:
@@ -124,6 +130,57 @@ def test_a_model_scores_words_that_it_was_never_given() -> None:
     other = make()
     other.load_state_dict(model.state_dict())
     assert not any(tensor.shape[:1] == (11,) for tensor in other.state_dict().values()), "no class count is baked in"
+
+
+@pytest.mark.parametrize("groups", [(4, 3), (7,)])
+def test_an_unseen_class_has_the_box_of_the_seen_one_in_its_place(groups: tuple[int, ...]) -> None:
+    """Official boxes: each class moves a proposal by a tenth of its width, times its number."""
+    model = make(Parts(official=True)).eval()
+    model.regions.keep(-100.0, 1.0, 1000)
+    torch.nn.init.zeros_(model.regions.box_head.box.weight)
+    model.regions.box_head.box.bias.data = torch.tensor([[1.0 * n, 0, 0, 0] for n in range(5)]).flatten()
+    boxes = torch.tensor([[4.0, 4, 14, 14], [10, 20, 30, 30]])
+    query = Query(torch.randn(7, D), groups, masks=False)
+    with torch.no_grad():
+        levels = model.backbone(torch.rand(1, 3, 48, 64))
+        ((found,),) = model.regions.detections(
+            levels, [boxes], 48, [(48, 64)], model.classes(), model.background.word, [query]
+        )
+    rows = {
+        (int(label), round(float(box[1]))): float(box[0]) for box, label in zip(found.boxes, found.classes, strict=True)
+    }
+    assert len(rows) == len(found.boxes) == 14
+    for (label, top), left in rows.items():
+        box = boxes[int(top == 20)]
+        number = label % 4 + 1
+        assert left == pytest.approx(float(box[0] + 0.1 * number * (box[2] - box[0])), abs=1e-4)
+
+
+@pytest.mark.parametrize("transfer", ["code", "direct", "things"])
+def test_transfer_is_of_boxes_and_masks(transfer: str) -> None:
+    model = make().eval()
+    model.regions.keep(-100.0, 1.0, 1000)
+    asked = torch.cat([model.seen[:2], torch.randn(3, D)])
+    levels, boxes = model.backbone(torch.rand(1, 3, 48, 64)), torch.tensor([[4.0, 4, 14, 14]])
+    with torch.no_grad():
+        ((found,),) = model.regions.detections(
+            levels, [boxes], 48, [(48, 64)], model.classes(), model.background.word,
+            [Query(asked, (2, 3), transfer=transfer)],
+        )  # fmt: skip
+        vectors, _, _ = model.regions.box_head(model.regions._pooled(levels, [boxes], 48, 0))
+        pixels, _ = model.regions.semantic_masks(model.regions._pooled(levels, [found.boxes], 48, 1))
+    known, own = model.classes(), torch.cat([model.background.word[None], model.seen])
+    share = (vectors[0] @ known.T).softmax(0).detach()
+    for place, label in enumerate(found.classes.tolist()):
+        one, group = asked[label], asked[:2] if label < 2 else asked[2:]
+        score, mask = {
+            "code": (share @ known @ one, one if label < 2 else own.T @ (own @ one)),
+            "direct": ((vectors[0] @ one).exp() / (vectors[0] @ torch.cat([known[:1], group]).T).exp().sum(), one),
+            "things": ((1 - share[0]) * (share[1:] / share[1:].sum()) @ known[1:] @ one, one),
+        }[transfer]
+        assert float(found.scores[place]) == pytest.approx(float(score), abs=1e-5)
+        expected = torch.einsum("dhw,d->hw", pixels[place], mask).sigmoid()
+        torch.testing.assert_close(found.masks[place], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_gpu_finds_the_same_and_is_waited_for_a_few_times() -> None:
@@ -172,7 +229,9 @@ def test_detections_under_autocast_are_those_of_32_bits() -> None:
     def detected() -> Detections:
         with torch.no_grad():
             levels = model.backbone(pictures)
-            ((found,),) = model.regions.detections(levels, [boxes], 48, [(48, 1600)], model.classes(), [query])
+            ((found,),) = model.regions.detections(
+                levels, [boxes], 48, [(48, 1600)], model.classes(), model.background.word, [query]
+            )
         return found
 
     full = detected()

@@ -162,10 +162,14 @@ def test_losses_of_proposals_are_torchvisions_if_all_anchors_are_drawn() -> None
     torch.testing.assert_close(gradients["ours"], gradients["theirs"], **near)
 
 
-def test_losses_of_regions_are_torchvisions_if_all_are_drawn() -> None:
+@pytest.mark.parametrize("official", [0, 4])
+def test_losses_of_regions_are_torchvisions_if_all_are_drawn(official: int) -> None:
+    """With one box for all classes, and with one for each and another beta, as in the published code."""
     torch.manual_seed(0)
-    head = SemanticBoxHead(CHANNELS * 25, 16, D, decoder=True)
-    regions = ZeroShotRegions(("0", "1", "2"), head, None, Sampling(ALL, 1.0), (5, 7), 1)
+    beta = 1.0 if official else 1 / 9
+    head = SemanticBoxHead(CHANNELS * 25, 16, D, decoder=True, official=official)
+    torch.nn.init.normal_(head.box.bias)
+    regions = ZeroShotRegions(("0", "1", "2"), head, None, Sampling(ALL, 1.0), (5, 7), 1, beta)
     classes = torch.randn(4, D)
     near = [target["boxes"] + torch.tensor([[2.0, 1, 3, -2]]) for target in objects()]
     far = torch.rand(2, 25, 4) * 50
@@ -179,7 +183,8 @@ def test_losses_of_regions_are_torchvisions_if_all_are_drawn() -> None:
     vectors, moves, seen = head(pool(features(), boxes, [(64, 128)] * 2))
     label = torch.cat(labels)
     things = label > 0
-    off = F.smooth_l1_loss(moves[things], torch.cat(shifts)[things], beta=1 / 9, reduction="sum")
+    moves = moves[things, label[things] if official else 0]
+    off = F.smooth_l1_loss(moves, torch.cat(shifts)[things], beta=beta, reduction="sum")
     torch.testing.assert_close(found["classes"], F.cross_entropy(vectors @ classes.T, label))
     torch.testing.assert_close(found["box"], off / len(label))
     torch.testing.assert_close(found["box_reconstruction"], F.mse_loss(head.decoder(vectors), seen))

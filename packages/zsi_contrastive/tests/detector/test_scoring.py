@@ -3,17 +3,20 @@
 import contextlib
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from faster_coco_eval.core import mask as rle
 
 from labs_common.errors import LabError
-from zsi_contrastive.detector.annotations import Instances, Split
+from labs_common.report.page import Table
+from zsi_contrastive.detector.annotations import Instances, Split, read_split, zero_shot_parts
 from zsi_contrastive.detector.pictures import instance_pictures
 from zsi_contrastive.detector.protocol import named_objects, scores_of
+from zsi_contrastive.detector.report import measured_sections, unlike_published
 from zsi_contrastive.detector.scoring import THRESHOLDS, harmonic_mean, iou, read_results, scored, together
 
 pytestmark = pytest.mark.quick
@@ -132,6 +135,54 @@ def test_what_an_object_is_called() -> None:
     assert iou([0, 0, 10, 10], [10, 0, 10, 10]) == 0.0
 
 
+@pytest.mark.parametrize("kind", ["box", "mask"])
+def test_gzsi_is_the_published_codes(kind: str, case: tuple[Instances, list[dict[str, Any]]], tmp_path: Path) -> None:
+    """200 detections a picture, 100 of each kind and those of seen classes with the higher scores, as they come out.
+
+    The published code hands all of them to pycocotools, at IoU 0.4, 0.5 and 0.6 with its 1, 10 and 100 detections, and
+    averages the second threshold over the first (seen) and the other categories that have objects.
+    """
+    coco = pytest.importorskip("pycocotools.coco", reason="the independent scores of the comparison")
+    cocoeval = pytest.importorskip("pycocotools.cocoeval")
+    whole, _ = case
+    ids = {row["id"] for row in whole.images[:8]}
+    truth = replace(whole, images=whole.images[:8],
+                    annotations=[row for row in whole.annotations if row["image_id"] in ids])  # fmt: skip
+    generator = np.random.default_rng(1)
+    results = []
+    for image in truth.images:
+        objects = [row for row in truth.annotations if row["image_id"] == image["id"]]
+        for number in [*generator.choice([3, 17, 18], 100), *generator.choice([44, 90], 100)]:
+            own = [row["bbox"] for row in objects if row["category_id"] == number]
+            box = own[generator.integers(len(own))] if own and generator.random() < 0.1 else [5, 5, 20, 20]
+            near = [max(3, value + int(generator.integers(-4, 5))) for value in box]
+            score = float(generator.random()) + (number < 44)
+            results.append({"image_id": image["id"], "category_id": int(number), "bbox": near, "score": score,
+                            "segmentation": mask(near)})  # fmt: skip
+    (tmp_path / "gzsi.json").write_text(json.dumps(results))
+    rows = [{key: value for key, value in row.items() if kind == "mask" or key != "segmentation"} for row in results]
+    with contextlib.redirect_stdout(io.StringIO()):
+        gold = coco.COCO()
+        gold.dataset = {**truth.plain(), "annotations": [dict(row) for row in truth.annotations]}
+        gold.createIndex()
+        evaluation = cocoeval.COCOeval(gold, gold.loadRes(rows), "segm" if kind == "mask" else "bbox")
+        evaluation.params.iouThrs = np.linspace(0.4, 0.6, 3)
+        evaluation.evaluate()
+        evaluation.accumulate()
+    assert evaluation.params.maxDets == [1, 10, 100]
+    precision, recall = (evaluation.eval[name] for name in ("precision", "recall"))
+    pictures = instance_pictures(truth, (), SPLIT.classes)
+    found = scores_of(pictures, read_results(tmp_path / "gzsi.json"), SPLIT, 0.0, 100, True)
+    for name, places in (("seen", (0, 1)), ("unseen", (3, 4))):  # of the categories; there is no cow
+        ours = found.gzsi[kind][name]
+        assert ours["ap@0.5"] == pytest.approx(np.mean([precision[1, :, place, 0, 2].mean() for place in places]))
+        assert ours["recall@0.5"] == pytest.approx(np.mean([recall[1, place, 0, 2] for place in places]))
+    assert found.zsi[kind] == found.gzsi[kind]["unseen"]
+    assert found.one_list[kind]["seen"]["recall@0.5"] == found.gzsi[kind]["seen"]["recall@0.5"]
+    assert found.gzsi[kind]["unseen"]["recall@0.5"] > 0.5
+    assert found.one_list[kind]["unseen"]["recall@0.5"] == 0, "100 of seen classes stand before them"
+
+
 def test_both_tasks(case: tuple[Instances, list[dict[str, Any]]]) -> None:
     truth, results = case
     found = scores_of(instance_pictures(truth, (), SPLIT.classes), results, SPLIT, 0.0, 100, True)
@@ -139,7 +190,10 @@ def test_both_tasks(case: tuple[Instances, list[dict[str, Any]]]) -> None:
     everything = scored(truth, results, seen + unseen, "mask")
     assert found.gzsi["mask"]["seen"] == everything.means(seen)
     assert found.gzsi["mask"]["unseen"] == everything.means(unseen)
-    assert found.zsi["mask"] == everything.means(unseen), "fewer than 100 a picture: nothing was cut"
+    assert found.zsi["mask"] == everything.means(unseen)
+    parts = {kind: {**parts, "all": scored(truth, results, [*seen, *unseen], kind).means([*seen, *unseen])}
+             for kind, parts in found.gzsi.items()}  # fmt: skip
+    assert found.one_list == parts, "fewer than 100 a picture: nothing was cut"
     both = found.gzsi["mask"]
     expected = harmonic_mean(both["seen"]["ap@0.5"], both["unseen"]["ap@0.5"])
     assert both["harmonic mean"]["ap@0.5"] == expected
@@ -150,6 +204,49 @@ def test_both_tasks(case: tuple[Instances, list[dict[str, Any]]]) -> None:
         row["category_id"] == 44 and not row["iscrowd"] for row in truth.annotations
     )
     assert found.plain()["classes"][2]["box gzsi"]["ap@0.5"] is None, "no cow is there"
+
+
+VAL = "COCO_val2014_{:012}.jpg"
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "left_out", "how", "reason"),
+    [
+        (40_504, VAL, 0, "zsi", ""),
+        (40_504, VAL, 1, "zsi", "all 3 test pictures, of which 2 were looked at"),
+        (40_503, VAL, 0, "zsi", "is not its file"),
+        (40_504, "{:012}.jpg", 0, "zsi", "is not its file"),
+        (40_504, VAL, 0, "swapped", "not those of the published split"),
+        (40_504, VAL, 0, "ov-coco", "an unseen object alone"),
+    ],
+)
+def test_published_figures_stand_beside_the_same_pictures_alone(
+    number: int, name: str, left_out: int, how: str, reason: str
+) -> None:
+    split = read_split("48_17")
+    if how == "swapped":
+        split = replace(split, seen=(*split.seen[1:], split.unseen[0]), unseen=(split.seen[0], *split.unseen[1:]))
+    categories = [{"id": place, "name": one} for place, one in enumerate(split.classes, 1)]
+    images = [{"id": n, "file_name": name.format(n), "width": 9, "height": 9} for n in range(number)]
+    rows = [{"id": 1 + n, "image_id": n, "category_id": 65 - n % 3 // 2, "bbox": [1, 1, 5, 5], "iscrowd": 0, "area": 25}
+            for n in range(3)]  # fmt: skip
+    seen = [{**rows[0], "image_id": 4, "category_id": 1}]
+    train = Instances("train", categories, [{**images[4], "file_name": "other"}], seen)
+    val = Instances("val", categories, images, [*rows, {**rows[0], "id": 9, "image_id": 7, "category_id": 1}])
+    part = zero_shot_parts(train, val, split, "ov-coco" if how == "ov-coco" else "zsi").both
+    files = [Path(row["file_name"]) for row in part.images]
+    test = replace(instance_pictures(part, (), split.classes), contents=files, digests=(b"",) * len(files))
+    test = test.subset(range(len(files) - left_out))
+    found = scores_of(test, [], split, 0.0, 100, False)
+    sections = {section.title: section for section in measured_sections(cast(Any, None), found, split, test)}
+    numbers = next(block for block in sections["Numbers"].blocks if isinstance(block, Table))
+    assert any(row[0] == "published (ZSI)" for row in numbers.rows) == (not reason)
+    apart = sections.get("Published, on other pictures")
+    assert (apart is None) == (not reason)
+    assert reason in unlike_published(split, test)
+    kinds = [row[1] for table in [numbers, *(apart.blocks if apart else [])] if isinstance(table, Table)
+             for row in table.rows if row[0] == "published (ZSI)"]  # fmt: skip
+    assert kinds == ["box", "mask, unverified"]
 
 
 @pytest.mark.parametrize(

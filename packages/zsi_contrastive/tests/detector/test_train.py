@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from labs_testing import commands as lab_commands
@@ -15,9 +16,13 @@ from labs_testing.sharded import fsdp_variables
 from labs_testing.trainings import Otherwise, Training
 from safetensors.torch import load_file
 
+from labs_common.cli import parse
+from labs_common.training import learning_rate_share
 from zsi_contrastive.detector.compare import LIBRARIES
+from zsi_contrastive.detector.config import TrainConfig, complete
+from zsi_contrastive.detector.model import sizes_of
 
-LAUNCH = Path(__file__).parents[2] / "launch"
+LAUNCH, CONFIGS = (Path(__file__).parents[2] / name for name in ("launch", "configs"))
 SMALL = ("--split", "scenes", "--min-side", "48", "--max-side", "64", "--batch-size", "4", "--epochs", "2",
          "--controls", "1", "--track", "none")  # fmt: skip
 
@@ -54,7 +59,7 @@ def test_a_run_leaves_everything_that_it_promises(finished: Path) -> None:
     assert results["config"]["detection"]["temperature"] == 4.0
     assert set(results["test"]["zsi"]) == {"box", "mask"}
     assert set(results["test"]["gzsi"]["mask"]) == {"seen", "unseen", "harmonic mean"}
-    assert set(results["test"]["other rules"]) == {"random vectors (mean of 1)", "the paper's transfer"}
+    assert set(results["test"]["other rules"]) == {"random vectors (mean of 1)", "the published code's transfer"}
     assert set(results["test"]["sweep"]) == {"validation", "test"}
     html = (finished / "report.html").read_text(encoding="utf-8")
     for heading in (
@@ -152,9 +157,11 @@ def test_parts_of_a_step_are_the_step(options: tuple[object, ...], tmp_path: Pat
 def test_real_pictures_and_word_vectors(coco: Path, coco_vectors: Path, tmp_path: Path) -> None:
     """COCO as it is on disk, a ResNet with random weights; both tasks; pycocotools takes what is written."""
     pycoco = pytest.importorskip("pycocotools.coco", reason="reads what is written")
-    matrix = coco_vectors / "word_w2v_withbg_48_17.txt"
+    matrix, words = coco_vectors / "word_w2v_withbg_48_17.txt", tmp_path / "words.txt"
+    np.savetxt(words, np.random.default_rng(0).normal(size=(300, 400)), fmt="%.4f", delimiter=",")
     run = tmp_path / "run"
-    shared = ("--data", coco, "--split", "48_17", "--word-vectors", matrix, "--min-side", "96", "--max-side", "128")
+    shared = ("--config", CONFIGS / "zsi_48_17.yaml", "--data", coco, "--word-vectors", matrix, "--vocabulary", words,
+              "--min-side", "96", "--max-side", "128")  # fmt: skip
     done = here(*shared, "--backbone", "resnet18", "--no-backbone-pretrained", "--batch-size", "2", "--max-steps", "1",
                 "--limit", "4", "--controls", "1", "--score-threshold", "0", "--kept", "5", "--output", run,
                 "--track", "none")  # fmt: skip
@@ -171,7 +178,11 @@ def test_real_pictures_and_word_vectors(coco: Path, coco_vectors: Path, tmp_path
     assert not any("layer2.0.conv1" in name for name in frozen)
     results = json.loads((run / "results.json").read_text())
     assert results["config"]["training"]["schedule"] == "steps"
-    assert "Zheng et al. 2021" in (run / "report.html").read_text(encoding="utf-8")
+    first = next(line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in line)
+    assert first["learning_rate"] == pytest.approx(0.01 / 3), "a warm-up from a third"
+    assert json.loads((run / "model" / "zsi.json").read_text())["parts"]["official"]
+    assert trained(run)["regions.box_head.to_words.weight"].shape == (400, 300)
+    assert ">Published, on other pictures<" in (run / "report.html").read_text(encoding="utf-8")
     # The same detector, other classes: those of the other split.
     other = lab_commands.here(
         "zsi_contrastive.evaluate", "--checkpoint", run, "--split", "65_15", "--word-vectors",
@@ -179,6 +190,33 @@ def test_real_pictures_and_word_vectors(coco: Path, coco_vectors: Path, tmp_path
     )  # fmt: skip
     assert "unseen alone" in other.stderr
     assert len(json.loads((tmp_path / "other" / "evaluation.json").read_text())["classes"]) == 80
+
+
+@pytest.mark.parametrize(("split", "rate", "warmup"), [("48_17", 0.01, 500), ("65_15", 0.0075, 7000)])
+def test_the_papers_configs_are_those_of_the_published_code(split: str, rate: float, warmup: int) -> None:
+    """The numbers of configs/zsi there: schedule, losses, pictures, sampling, rules of inference."""
+    config = complete(parse(TrainConfig, "train", ["--config", str(CONFIGS / f"zsi_{split}.yaml"), "--data", "coco"]))
+    training, detection, model = config.training, config.detection, config.model
+    assert (config.data.split, config.data.validation_fraction) == (split, 0)
+    assert config.words.word_vectors == f"word_w2v_withbg_{split}.txt"
+    assert str(config.words.vocabulary) == "vocabulary_w2v.txt"
+    assert (training.optimizer, training.learning_rate, training.weight_decay) == ("sgd", rate, 1e-4)
+    assert (training.epochs, training.batch_size, training.clip_norm) == (12, 2 * 4, 35)
+    assert training.reconstruction == 0.5
+    assert (model.backbone, model.form, model.frozen_stages) == ("resnet101", "official", 1)
+    assert (detection.transfer, detection.temperature, detection.kept) == ("code", 1, 100)
+    assert (detection.score_threshold, detection.nms_threshold) == (0.05, 0.5)
+    sizes, sampling = sizes_of(config)
+    assert (sizes.min_side, sizes.max_side, sizes.rpn_samples, sizes.proposals) == (800, 1333, 256, (2000, 1000) * 2)
+    assert (sampling.per_picture, sampling.thing_share) == (512, 0.25)
+    # A warm-up from a third, and falls after 8 and 11 epochs.
+    steps, epoch = 12 * 10_000, 10_000
+
+    def share(step: int) -> float:
+        return learning_rate_share(step, steps, warmup / steps, training.schedule, training.warmup_from)
+
+    assert [share(step) for step in (0, warmup // 2, warmup, 8 * epoch - 1)] == pytest.approx([1 / 3, 2 / 3, 1, 1])
+    assert [share(step) for step in (8 * epoch, 11 * epoch - 1, 11 * epoch)] == pytest.approx([0.1, 0.1, 0.01])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import gzip
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from labs_testing.damage import OWN_CODE, cut, edited, hostile, without
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from labs_common.errors import LabError
-from zsi_contrastive.detector.annotations import PUBLISHED, Split, coco_groups, read_split
+from zsi_contrastive.detector.annotations import PUBLISHED, Split, coco_groups, read_instances, read_split
 from zsi_contrastive.detector.columns import checked_order, neighbours
+from zsi_contrastive.detector.pictures import instance_pictures
 from zsi_contrastive.detector.vectors import (
     AGGREGATES,
     attribute_vectors,
@@ -67,6 +69,32 @@ def test_columns_in_another_order_are_refused() -> None:
         checked_order(shuffled, split, "m.txt")
     mine = Split("mine", ("unicorn", "dragon"), ("elf",))
     assert "cannot be checked" in checked_order(torch.randn(3, 4), mine, "m.txt").verdict
+
+
+@pytest.mark.parametrize(
+    ("name", "columns"),
+    [
+        ("48_17", {"person": 1, "truck": 5, "toothbrush": 39, "train": 40, "bear": 41, "toilet": 46, "toaster": 48,
+                   "bus": 49, "airplane": 63, "snowboard": 65}),
+        ("65_15", {"person": 1, "bus": 5, "truck": 6, "toothbrush": 65, "airplane": 66, "hair drier": 80}),
+    ],
+)  # fmt: skip
+def test_labels_are_columns_whatever_the_ids_are(
+    name: str, columns: dict[str, int], coco: Path, coco_vectors: Path
+) -> None:
+    """COCO's ids are in another order than the columns: train has id 7, and is the 40th seen class of 48/17."""
+    split, file = read_split(name), coco_vectors / f"word_w2v_withbg_{name}.txt"
+    whole = read_instances(coco / "annotations" / "instances_train2017.json")
+    ids = {row["name"]: row["id"] for row in whole.categories}
+    box = {"bbox": [1, 1, 6, 6], "segmentation": [[1, 1, 7, 1, 7, 7, 1, 7]], "iscrowd": 0, "image_id": 1}
+    part = replace(whole, images=[{"id": 1, "file_name": "x", "width": 9, "height": 9}],
+                   annotations=[{**box, "category_id": ids[one]} for one in columns])  # fmt: skip
+    labels = instance_pictures(part, (Path("x"),), split.classes).target(0)["labels"].tolist()
+    assert labels == list(columns.values())
+    vectors = read_class_vectors(str(file), split)
+    matrix = np.loadtxt(file, delimiter=",", dtype=np.float32)
+    rows = torch.cat([vectors.background[None], vectors.classes]).numpy()
+    np.testing.assert_array_equal(rows[labels], matrix[:, list(columns.values())].T)
 
 
 def test_the_reference_files_are_in_the_splits_order(coco_vectors: Path) -> None:

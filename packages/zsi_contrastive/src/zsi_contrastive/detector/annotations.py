@@ -17,6 +17,10 @@ from labs_common.scenes.world import SHAPES, TEXTURES
 from zsi_contrastive.detector.config import PUBLISHED, SCENES
 
 CLASSES = files("zsi_contrastive.detector") / "classes"  # the published splits, and COCO's supercategories
+RULES = {  # by --protocol
+    "zsi": "no training picture has an unseen object, every test picture has one, none is in both",
+    "ov-coco": "unseen objects in training pictures have no labels, every test picture has an object, none is in both",
+}
 KEPT_BACK = 4  # of the pairings of texture and shape, one in so many is unseen
 Json = dict[str, Any]
 MOST = 2**53  # an id beyond is no longer the same number in other programs
@@ -93,6 +97,8 @@ class Instances:
         annotations: as in the file, crowds among them.
         left_out: annotations that cannot be used, with counts, by reason.
         unusable: these annotations; they still say what a picture shows.
+        file_pictures: of a part, how many pictures its file has.
+        part_pictures: of a part, how many the rule chose, before any were set aside.
     """
 
     source: str
@@ -101,6 +107,8 @@ class Instances:
     annotations: list[Json]
     left_out: Counter[str] = field(default_factory=Counter)
     unusable: list[Json] = field(default_factory=list)
+    file_pictures: int = 0
+    part_pictures: int = 0
 
     def by_image(self) -> dict[int, list[Json]]:
         """Sorts the annotations by picture; pictures without any are missing."""
@@ -254,12 +262,15 @@ class ZeroShotParts:
         train: pictures with at least one seen object and no unseen one, with seen objects.
         unseen: test pictures with unseen objects, with these alone (ZSI).
         both: the same pictures with seen and unseen objects (GZSI).
+        protocol: a key of `RULES`; in ov-coco training pictures may show unseen objects, and `both` are the pictures
+            with an object of either kind.
     """
 
     split: Split
     train: Instances
     unseen: Instances
     both: Instances
+    protocol: str = "zsi"
 
     def counts(self) -> list[tuple[str, int, int, int]]:
         """Counts pictures, objects and crowds of each part, after its name."""
@@ -270,8 +281,8 @@ class ZeroShotParts:
         ]
 
 
-def zero_shot_parts(train: Instances, test: Instances, split: Split) -> ZeroShotParts:
-    """Applies the paper's rule.
+def zero_shot_parts(train: Instances, test: Instances, split: Split, protocol: str = "zsi") -> ZeroShotParts:
+    """Applies the rule of a protocol.
 
     A crowd counts as an object, and so does one whose annotation cannot be used; but a training picture needs a seen
     object that can, or there is nothing to learn from it. Classes that are in neither list do not count.
@@ -279,11 +290,13 @@ def zero_shot_parts(train: Instances, test: Instances, split: Split) -> ZeroShot
     Raises:
         LabError: a file lacks a class, or no picture is left.
     """
+    openly = protocol == "ov-coco"
     parts = ZeroShotParts(
         split,
-        _part(train, split.seen, split.seen, split.unseen, training=True),
+        _part(train, split.seen, split.seen, () if openly else split.unseen, training=True),
         _part(test, split.unseen, split.unseen),
-        _part(test, split.classes, split.unseen),
+        _part(test, split.classes, split.classes if openly else split.unseen),
+        protocol,
     )
     for part, what in ((parts.train, "a seen object and no unseen one"), (parts.unseen, "an unseen object")):
         if not part.images:
@@ -300,14 +313,15 @@ def check_parts(parts: ZeroShotParts, train: Instances) -> None:
     """
     unseen = set(train.ids(parts.split.unseen))
     training = {row["id"]: row["file_name"] for row in parts.train.images}
-    for row in (*train.annotations, *train.unusable):
+    for row in (*train.annotations, *train.unusable) if parts.protocol == "zsi" else ():
         if row["category_id"] in unseen and row["image_id"] in training:
             raise LabError(f"{train.source}: the training picture {training[row['image_id']]} has an unseen object")
     unseen = set(parts.unseen.ids(parts.split.unseen))
     for part in (parts.unseen, parts.both):
-        with_unseen = {row["image_id"] for row in part.annotations if row["category_id"] in unseen}
+        tested = unseen if parts.protocol == "zsi" else set(part.ids([row["name"] for row in part.categories]))
+        shown = {row["image_id"] for row in part.annotations if row["category_id"] in tested}
         for row in part.images:
-            if row["id"] not in with_unseen:
+            if row["id"] not in shown:
                 raise LabError(f"{part.source}: the test picture {row['file_name']} has no unseen object")
             if training.get(row["id"]) == row["file_name"]:
                 raise LabError(f"{part.source}: {row['file_name']} is a training picture too")
@@ -329,4 +343,6 @@ def _part(
     ids = {image["id"] for image in chosen}
     rows = [row for row in whole.annotations if row["image_id"] in ids and row["category_id"] in keep]
     names = {row["id"]: row for row in whole.categories}
-    return Instances(whole.source, [names[number] for number in whole.ids(kept)], chosen, rows, whole.left_out)
+    categories = [names[number] for number in whole.ids(kept)]
+    counts = len(whole.images), len(chosen)
+    return Instances(whole.source, categories, chosen, rows, whole.left_out, [], *counts)

@@ -45,12 +45,14 @@ class Pyramid(nn.Module):
         return self.fpn(maps)
 
 
-def make_backbone(name: str, pretrained: bool, weights: Path | None, frozen_stages: int, channels: int) -> nn.Module:
+def make_backbone(
+    name: str, pretrained: bool | str, weights: Path | None, frozen_stages: int, channels: int
+) -> nn.Module:
     """Puts a backbone under a pyramid of `channels`; its stem and its first `frozen_stages` stages (of 4) do not train.
 
     Where nothing that trains comes before a layer, autograd keeps none of its activations. `weights` are of the plain
-    network, without the pyramid; they win over `pretrained`. Those of torchvision and timm have their batch
-    norms fixed, because a detector's batches are too small for statistics.
+    network, without the pyramid; they win over `pretrained`, which may name one of torchvision's sets. Networks of
+    torchvision and timm have their batch norms fixed, because a detector's batches are too small for statistics.
 
     Raises:
         LabError: there is no such network, it cannot be had, or the weights do not fit.
@@ -63,14 +65,16 @@ def make_backbone(name: str, pretrained: bool, weights: Path | None, frozen_stag
         return tiny
     try:
         if name.startswith(("resnet", "resnext", "wide_resnet")) and name in list_models():
-            chosen = get_model_weights(name).DEFAULT if pretrained and weights is None else None
+            chosen = None
+            if pretrained and weights is None:
+                chosen = get_model_weights(name)[pretrained if isinstance(pretrained, str) else "DEFAULT"]
             # torchvision counts from the other end, and its fifth trainable layer is the stem.
             backbone = resnet_fpn_backbone(
                 backbone_name=name, weights=chosen, trainable_layers=STAGES + (frozen_stages == 0) - frozen_stages
             )
             _load(backbone.body, weights)
             return backbone
-        return _of_timm(name, pretrained, weights, frozen_stages, channels)
+        return _of_timm(name, bool(pretrained), weights, frozen_stages, channels)
     except LabError:
         raise
     except Exception as error:  # no network, no such weights; a file that was cut off can fail anywhere

@@ -33,8 +33,6 @@ HEADS = names_in("zsi_contrastive.detector.heads:CONTRASTIVE")
 ContrastiveHead = Annotated[str, one_of("zsi_contrastive.detector.heads:CONTRASTIVE")]
 # The first two heads have a switch each, of the same name, and an option for their weight: older than --contrastive.
 OWN_SHARES = {"greedy_infomax": "greedy_share", "patch_infonce": "patch_share"}
-Transfer = Literal["auto", "paper", "things"]
-Optimizer = Literal["auto", "sgd", "adamw"]
 
 
 @dataclass
@@ -51,8 +49,12 @@ class DataOptions:
     split: str = ""
     """Seen and unseen classes: 48_17 or 65_15 of the literature, or a JSON file with the lists "seen" and "unseen". By
     default 48_17, and the pairings of drawn scenes without --data."""
+    protocol: Literal["zsi", "ov-coco"] = "zsi"
+    """The paper's rule: no training picture shows an unseen object, every test picture does. Or that of open-vocabulary
+    detection: unseen objects stay in training pictures without labels, and all pictures of the classes are the test."""
     validation_fraction: ShareBelowOne = 0.3
-    """Share of the test pictures set aside to choose --seen-bias on; the others give the figures."""
+    """Share of the test pictures set aside to choose --seen-bias on; the others give the figures. 0 is the paper's
+    test: only then published figures stand beside."""
     limit: CountOrZero = 0
     """Take at most this many pictures for training, and for validation and test each; 0 takes all."""
     on_bad_data: OnBadData = "error"
@@ -88,7 +90,11 @@ class ModelOptions:
     mask_head: bool = True
     """Outline things, or only box them."""
     decoders: bool = True
-    """Reconstruct what was seen from the vectors."""
+    """Reconstruct what was seen from the vectors: --no-decoders leaves out both of the next two."""
+    box_decoder: bool = True
+    """Reconstruct what the box head sees."""
+    mask_decoder: bool = True
+    """Reconstruct what the mask head sees."""
     background_rpn: bool = True
     """Learn background as a word vector where regions are proposed."""
     sync_background: bool = True
@@ -101,6 +107,8 @@ class ModelOptions:
     """Start its modules from this .safetensors file, which `zsi_contrastive.pretrain --method gim` wrote."""
     patch_infonce: bool = False
     """Add patch_infonce to --contrastive: patches of a thing against those of other classes and of background."""
+    form: Literal["own", "official"] = "own"
+    """Heads, first weights and box loss of our own, or those of the published code (docs/zsi_contrastive.md)."""
     min_side: CountOrZero = 0
     """Shorter side of the pictures that the network sees, in pixels; 0 takes 800, and 96 for tiny."""
     max_side: CountOrZero = 0
@@ -111,13 +119,14 @@ class ModelOptions:
 class DetectionOptions:
     """The rules by which things are looked for."""
 
-    transfer: Transfer = "auto"
-    """Rule by which scores of known classes become those of others: the paper's, in which background is a word like
-    others, or among things alone; auto is the paper's, and things for tiny."""
+    transfer: Literal["auto", "code", "direct", "things", "paper"] = "auto"
+    """Rule for classes never seen. code (of before: paper): known classes' probabilities, background's too, mix their
+    vectors; masks go through known classes as well. direct, the paper's text: a class's own product with what was
+    seen. things: as code for boxes, but among things alone, and direct for masks. auto is code, and things for tiny."""
     temperature: NotNegative = 0.0
     """By which logits of known classes are divided for that; 0 takes 1, as in the paper, and 4 for tiny."""
     seen_bias: Annotated[float, number(float, "[-1, 1]")] = 0.0
-    """Taken from the scores of seen classes where both kinds are looked for (calibrated stacking)."""
+    """Taken from the scores of seen classes where both kinds compete in one list (calibrated stacking)."""
     refine: Aggregate = "none"
     """Mix each unseen class's vector with those of its neighbours: their sum, mean or largest values."""
     neighbours: Count = 3
@@ -129,9 +138,13 @@ class DetectionOptions:
     nms_threshold: Annotated[float, number(float, "(0, 1]")] = 0.5
     """Overlap (IoU) from which the weaker of two boxes of a class is dropped."""
     kept: Count = 100
-    """Most detections of a picture."""
+    """Most detections of a picture, of seen and of unseen classes each; and of both in one list."""
     controls: CountOrZero = 3
     """Times that random vectors take the place of the unseen classes', to see what chance gives; 0 does not."""
+
+    def __post_init__(self) -> None:
+        """Takes the rule's name of before."""
+        self.transfer = "code" if self.transfer == "paper" else self.transfer
 
 
 @dataclass
@@ -144,7 +157,7 @@ class DetectorTrainingOptions(TrainingOptions):
     """Pictures per optimizer step, over all processes together; 0 takes the paper's 8, and 16 for tiny."""
     at_once: CountOrZero = 0
     """Pictures that a process holds at the same time: a step is done in parts; 0 takes a whole step at once."""
-    optimizer: Optimizer = "auto"
+    optimizer: Literal["auto", "sgd", "adamw"] = "auto"
     """SGD with momentum 0.9, or AdamW; auto is the paper's SGD, and AdamW for tiny."""
     learning_rate: NotNegative = 0.0
     """Highest learning rate, reached after the warm-up; 0 takes the paper's 0.01 (0.0075 for 65_15), and 3e-3 for
@@ -152,6 +165,10 @@ class DetectorTrainingOptions(TrainingOptions):
     schedule: Literal["auto", "cosine", "linear", "constant", "steps"] = "auto"  # type: ignore[assignment]
     """How the learning rate falls after the warm-up: cosine or linear to zero, not at all, or in steps to a tenth after
     two thirds and a hundredth after eleven twelfths of all steps. auto is the paper's steps, and cosine for tiny."""
+    warmup_steps: CountOrZero = 0
+    """Optimizer steps over which the learning rate rises, in place of --warmup; 0 takes that share."""
+    warmup_from: Share = 0.0  # type: ignore[misc]
+    """Share of the learning rate from which it rises."""
     weight_decay: NotNegative = 1e-4
     """AdamW's decoupled weight decay, or that of SGD."""
     clip_norm: Annotated[float, number(float, "[0, inf)", -1)] = -1.0
@@ -256,7 +273,9 @@ class AblateConfig:
     --word-vectors word_w2v_withbg_48_17.txt --launch launch/multi_gpu.yaml`.
     """
 
-    rows: str = f"detector,mask-head,decoders,background-rpn,sync-background,{','.join(HEADS)},both".replace("_", "-")
+    rows: str = (
+        f"detector,mask-head,mask-decoder,box-decoder,background-rpn,sync-background,{','.join(HEADS)},both"
+    ).replace("_", "-")
     """Variants: up to sync-background each has what those before it have, and what it is called; the others add a
     contrastive head to all of that, and both all there are. none is another name of sync-background."""
     data: DataOptions = field(default_factory=DataOptions)
@@ -332,7 +351,7 @@ def complete(config: TrainConfig) -> TrainConfig:
             **{name: name in contrastive_of(model) for name in OWN_SHARES},
         },
         "detection": {
-            "transfer": ("things" if tiny else "paper") if detection.transfer == "auto" else detection.transfer,
+            "transfer": ("things" if tiny else "code") if detection.transfer == "auto" else detection.transfer,
             "temperature": detection.temperature or (4.0 if tiny else 1.0),
         },
         "training": {

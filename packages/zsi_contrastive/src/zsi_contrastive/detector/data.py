@@ -49,12 +49,14 @@ class ZeroShotData:
         pictures: `train` with seen objects; `validation` and `test` with both kinds.
         vectors: of the classes.
         counts: of the whole parts, before any limit: see `ZeroShotParts.counts`.
+        protocol: the rule by which they were made.
     """
 
     split: Split
     pictures: dict[str, InstancePictures]
     vectors: ClassVectors
     counts: list[tuple[str, int, int, int]]
+    protocol: str
 
 
 def from_main_process(accelerator: Accelerator, make: Callable[[], Made]) -> Made:
@@ -88,7 +90,7 @@ def read_data(data: DataOptions, words: WordOptions, seed: int, shown: bool) -> 
     pictures, counts = read_pictures(data, split, seed, shown)
     if shown:
         print_refused({name: pictures[name] for name in ("train", "test")})
-    return ZeroShotData(split, pictures, vectors, counts)
+    return ZeroShotData(split, pictures, vectors, counts, data.protocol)
 
 
 def read_pictures(
@@ -144,7 +146,7 @@ def read_parts(data: DataOptions, split: Split) -> tuple[ZeroShotParts, Path]:
     first, second = (read_instances(file, data.on_bad_data) for file in (train, test))
     if data.data is None:  # not where this machine keeps its cache
         first, second = replace(first, source="drawn scenes, training"), replace(second, source="drawn scenes, test")
-    return zero_shot_parts(first, second, split), folder
+    return zero_shot_parts(first, second, split, data.protocol), folder
 
 
 def instances_file(folder: Path, name: str) -> Path:

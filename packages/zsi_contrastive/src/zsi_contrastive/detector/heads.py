@@ -52,8 +52,8 @@ class BackgroundAwareRPNHead(nn.Module):
     torchvision's `RPNHead`.
     """
 
-    def __init__(self, channels: int, anchors: int, background: torch.Tensor) -> None:
-        """Makes the layers for `anchors` per place; `background` (d,) is copied."""
+    def __init__(self, channels: int, anchors: int, background: torch.Tensor, start: float = START) -> None:
+        """Makes the layers for `anchors` per place; `background` (d,) is copied, rows for things deviate by `start`."""
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.semantic = nn.Conv2d(channels, len(background), 1)
@@ -63,7 +63,7 @@ class BackgroundAwareRPNHead(nn.Module):
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)
         self.background = nn.Parameter(background.float().repeat(anchors, 1))  # (anchors, d)
-        self.thing = nn.Parameter(torch.randn(anchors, len(background)) * START)
+        self.thing = nn.Parameter(torch.randn(anchors, len(background)) * start)
 
     def forward(self, features: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Scores and shifts the anchors of every level (pictures, channels, h, w).
@@ -105,40 +105,66 @@ class SemanticBoxHead(nn.Module):
     """Turns a region into a vector in the space of words, and the shift of its box, which is the same for every class.
 
     With a decoder the features are reconstructed from the vector (section 3.2); with a vocabulary the vector
-    passes through its products with many words first.
+    passes through its products with many words first. As in the published code, with `official` classes, each
+    class has a shift of its own, and the decoder goes back through the vocabulary.
     """
 
     words: torch.Tensor | None
 
-    def __init__(self, inputs: int, width: int, length: int, decoder: bool, words: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        length: int,
+        decoder: bool,
+        words: torch.Tensor | None = None,
+        official: int = 0,
+    ) -> None:
         """Makes layers for `inputs` values of a region, `width` and `length` d; `words` (n, d) are a vocabulary."""
         super().__init__()
+        self.boxes = official or 1
         self.first = nn.Linear(inputs, width)
         self.second = nn.Linear(width, width)
         self.semantic = nn.Linear(width, length)
-        self.box = nn.Linear(width, 4)
+        self.box = nn.Linear(width, 4 * self.boxes)
         self.decoder = nn.Linear(length, width) if decoder else None
         self.register_buffer("words", words)
         self.from_words: nn.Linear | None = None
+        self.to_words: nn.Linear | None = None
         if words is not None:
-            self.from_words = nn.Linear(len(words), length, bias=False)
-            # It starts as the detour that changes nothing: words @ pinv(words) is one where there are more than d.
-            self.from_words.weight = nn.Parameter(torch.linalg.pinv(words.T).T.contiguous())
+            self.from_words = nn.Linear(len(words), length, bias=bool(official))
+            if official and decoder:
+                self.to_words = nn.Linear(length, len(words))
+            if not official:
+                # It starts as the detour that changes nothing: words @ pinv(words) is one where there are more than d.
+                self.from_words.weight = nn.Parameter(torch.linalg.pinv(words.T).T.contiguous())
+        if official:
+            for name, value in self.named_parameters():
+                if name.partition(".")[0] not in ("decoder", "to_words"):
+                    if value.ndim == 1:
+                        nn.init.zeros_(value)
+                    elif name.startswith(("first", "second")):
+                        nn.init.xavier_uniform_(value)
+                    else:
+                        nn.init.normal_(value, std=START / 10)
 
     def forward(self, regions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Turns regions (n, channels, s, s) into vectors (n, d), box shifts (n, 4) and features (n, width)."""
+        """Turns regions (n, channels, s, s) into vectors (n, d), shifts (n, boxes, 4) and features (n, width)."""
         features = F.relu(self.second(F.relu(self.first(regions.flatten(1)))))
         vectors = self.semantic(features)
         if self.from_words is not None:
             assert isinstance(self.words, torch.Tensor)
             vectors = self.from_words(vectors @ self.words.T)
-        return vectors, self.box(features), features
+        return vectors, self.box(features).view(len(features), self.boxes, 4), features
 
     def reconstruction_loss(
         self, vectors: torch.Tensor, features: torch.Tensor, reduction: str = "mean"
     ) -> torch.Tensor:
         """Returns the decoder's mean squared error; vectors and the features that they come from both learn by it."""
         assert self.decoder is not None
+        if self.to_words is not None:
+            assert isinstance(self.words, torch.Tensor)
+            vectors = self.to_words(vectors) @ self.words
         return F.mse_loss(self.decoder(vectors), features, reduction=reduction)
 
 
@@ -148,8 +174,13 @@ class SemanticMaskHead(nn.Module):
     That product is the paper's fixed 1 × 1 convolution, done for the wanted class alone (section 3.4).
     """
 
-    def __init__(self, channels: int, width: int, depth: int, length: int, decoder: bool) -> None:
-        """Makes `depth` convolutions of `width` channels, before the side is doubled."""
+    def __init__(
+        self, channels: int, width: int, depth: int, length: int, decoder: bool, official: bool = False
+    ) -> None:
+        """Makes `depth` convolutions of `width` channels, before the side is doubled.
+
+        The `official` decoder has its ReLU last: what it reconstructs comes out of one.
+        """
         super().__init__()
         self.convs = MaskRCNNHeads(channels, [width] * depth, 1)
         self.deconv = nn.ConvTranspose2d(width, width, 2, DECONV)
@@ -158,10 +189,18 @@ class SemanticMaskHead(nn.Module):
         )
         self.decoder: nn.Sequential | None = None
         if decoder:
+            between, last = (nn.Identity(), nn.ReLU()) if official else (nn.ReLU(), nn.Identity())
             self.decoder = nn.Sequential(
-                nn.Conv2d(length, length, 3, padding=1), nn.ReLU(), nn.Conv2d(length, width, 3, padding=1)
+                nn.Conv2d(length, length, 3, padding=1), between, nn.Conv2d(length, width, 3, padding=1), last
             )
         nn.init.kaiming_normal_(self.deconv.weight, mode="fan_out", nonlinearity="relu")
+        if official:
+            for name, value in self.named_parameters():
+                if name.startswith(("deconv", "encoder", "decoder.2")):
+                    if value.ndim == 1:
+                        nn.init.zeros_(value)
+                    else:
+                        nn.init.kaiming_normal_(value, mode="fan_out", nonlinearity="relu")
 
     def forward(self, regions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Turns regions (n, channels, s, s) into vectors (n, d, 2s, 2s) and features (n, width, 2s, 2s)."""

@@ -17,6 +17,7 @@ from zsi_contrastive.detector.backbone import make_backbone
 from zsi_contrastive.detector.config import TrainConfig, contrastive_of
 from zsi_contrastive.detector.heads import (
     CONTRASTIVE,
+    START,
     BackgroundAwareRPNHead,
     Samples,
     SemanticBoxHead,
@@ -24,7 +25,7 @@ from zsi_contrastive.detector.heads import (
     SynchronisedBackground,
     Target,
 )
-from zsi_contrastive.detector.proposals import Anchors, Proposals
+from zsi_contrastive.detector.proposals import BETA, Anchors, Proposals
 from zsi_contrastive.detector.regions import Detections, Query, Sampling, ZeroShotRegions
 from zsi_contrastive.detector.vectors import ClassVectors, read_vocabulary
 
@@ -39,13 +40,18 @@ TINY_ANCHORS = (16, 28, 48)  # drawn things are 15 to 46 pixels across
 
 @dataclass(frozen=True)
 class Parts:
-    """The paper's parts that a detector has, and its contrastive heads (keys of `CONTRASTIVE`)."""
+    """The paper's parts that a detector has, and its contrastive heads (keys of `CONTRASTIVE`).
+
+    `official` parts are those of the published code to the letter.
+    """
 
     mask_head: bool = True
-    decoders: bool = True
+    box_decoder: bool = True
+    mask_decoder: bool = True
     background_rpn: bool = True
     sync_background: bool = True
     contrastive: tuple[str, ...] = ()
+    official: bool = False
 
     def plain(self) -> dict[str, bool]:
         """Returns a yes or no for each part and head: what is kept on disk."""
@@ -56,6 +62,8 @@ class Parts:
     def from_plain(cls, plain: dict[str, bool]) -> "Parts":
         """Makes them from what `plain` returned."""
         own = {name: value for name, value in plain.items() if name not in CONTRASTIVE}
+        if "decoders" in own:  # as it was saved before
+            own["box_decoder"] = own["mask_decoder"] = own.pop("decoders")
         return cls(**own, contrastive=tuple(name for name in CONTRASTIVE if plain.get(name)))
 
 
@@ -146,7 +154,7 @@ class ZeroShotMaskRCNN(nn.Module):
         self.backbone = backbone
         anchors = Anchors(tuple((side,) for side in sizes.anchors), (RATIOS,) * len(sizes.anchors))
         head = (
-            BackgroundAwareRPNHead(channels, len(RATIOS), background)
+            BackgroundAwareRPNHead(channels, len(RATIOS), background, 1.0 if parts.official else START)
             if parts.background_rpn
             else RPNHead(channels, len(RATIOS))
         )
@@ -164,13 +172,19 @@ class ZeroShotMaskRCNN(nn.Module):
         )
         self.background = SynchronisedBackground(background)
         self.register_buffer("seen", seen.float().clone())
-        box_head = SemanticBoxHead(channels * sizes.sides[0] ** 2, sizes.width, len(background), parts.decoders, words)
+        inputs, length, official = channels * sizes.sides[0] ** 2, len(background), parts.official
+        box_head = SemanticBoxHead(
+            inputs, sizes.width, length, parts.box_decoder, words, official=1 + len(seen) if official else 0
+        )
         mask_head = None
         if parts.mask_head:
-            mask_head = SemanticMaskHead(channels, sizes.mask_width, sizes.mask_depth, len(background), parts.decoders)
+            # In the published code each convolution reads the same input, and only the last one's output is used.
+            depth = 1 if official else sizes.mask_depth
+            mask_head = SemanticMaskHead(channels, sizes.mask_width, depth, length, parts.mask_decoder, official)
         # torchvision pools from four levels: the fifth, coarsest one is for proposals alone.
         levels = [str(place) for place in range(min(4, len(sizes.anchors)))]
-        self.regions = ZeroShotRegions(levels, box_head, mask_head, sampling, sizes.sides, sizes.points)
+        beta = 1.0 if official else BETA
+        self.regions = ZeroShotRegions(levels, box_head, mask_head, sampling, sizes.sides, sizes.points, beta)
         for name in parts.contrastive:
             self.add_module(CONTRASTIVE[name].module, CONTRASTIVE[name].make(channels, sizes.tiny_modules))
 
@@ -184,6 +198,8 @@ class ZeroShotMaskRCNN(nn.Module):
         learnt = None
         if self.parts.sync_background and isinstance(head, BackgroundAwareRPNHead):
             learnt = head.background_vector()
+            if self.parts.official:
+                learnt = learnt.detach()  # only the proposals' loss moves it
         assert isinstance(self.seen, torch.Tensor)
         return self.background(self.seen, learnt)
 
@@ -222,7 +238,10 @@ class ZeroShotMaskRCNN(nn.Module):
             features = head.joined(pictures, features)  # type: ignore[operator]
         proposals, _ = self.rpn(batch, features)
         height = batch.tensors.shape[-2]
-        found = self.regions.detections(features, proposals, height, batch.image_sizes, self.classes(), queries)
+        assert isinstance(self.background.word, torch.Tensor)
+        found = self.regions.detections(
+            features, proposals, height, batch.image_sizes, self.classes(), self.background.word, queries
+        )
         originals = [tuple(picture.shape[-2:]) for picture in pictures]
         return [
             [
@@ -243,11 +262,17 @@ def make_model(config: TrainConfig, vectors: ClassVectors) -> ZeroShotMaskRCNN:
     if config.words.vocabulary is not None:
         words = read_vocabulary(config.words.vocabulary, vectors.seen.shape[1])
     channels = channels_of(options.backbone)
-    backbone = make_backbone(
-        options.backbone, options.backbone_pretrained, options.backbone_weights, options.frozen_stages, channels
-    )
+    official = options.form == "official"
+    pretrained = options.backbone_pretrained and ("IMAGENET1K_V1" if official else True)
+    backbone = make_backbone(options.backbone, pretrained, options.backbone_weights, options.frozen_stages, channels)
     parts = Parts(
-        options.mask_head, options.decoders, options.background_rpn, options.sync_background, contrastive_of(options)
+        options.mask_head,
+        options.decoders and options.box_decoder,
+        options.decoders and options.mask_decoder,
+        options.background_rpn,
+        options.sync_background,
+        contrastive_of(options),
+        official,
     )
     model = ZeroShotMaskRCNN(backbone, vectors.background, vectors.seen, parts, *sizes_of(config), words)
     for name, head in model.contrastive().items():

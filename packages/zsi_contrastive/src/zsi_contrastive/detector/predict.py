@@ -51,7 +51,7 @@ def predict(config: PredictConfig) -> None:
     loaded.model.to(accelerator.device)
     loaded.model.regions.keep(detection.score_threshold, detection.nms_threshold, detection.kept)
     # One group: all words compete.
-    query = Query(vectors.to(accelerator.device), (len(names),), detection.temperature, detection.transfer == "paper")
+    query = Query(vectors.to(accelerator.device), (len(names),), detection.temperature, detection.transfer)
     output.mkdir(parents=True, exist_ok=True)
     everything: list[Result] = []
     starts = range(0, len(images), config.at_once)
@@ -128,7 +128,7 @@ def query_of(vectors: ClassVectors, detection: DetectionOptions, masks: bool = T
         unseen = refined(unseen, vectors.seen, detection.refine, detection.neighbours, detection.refine_share)
     groups = len(vectors.seen), len(unseen)
     everything = torch.cat([vectors.seen, unseen])
-    return Query(everything, groups, detection.temperature, detection.transfer == "paper", masks)
+    return Query(everything, groups, detection.temperature, detection.transfer, masks)
 
 
 def random_queries(vectors: ClassVectors, detection: DetectionOptions, seed: int) -> list[Query]:
@@ -138,7 +138,7 @@ def random_queries(vectors: ClassVectors, detection: DetectionOptions, seed: int
         generator = torch.Generator().manual_seed(1000 * seed + number)
         drawn = torch.randn(vectors.unseen.shape, generator=generator)
         drawn = drawn / drawn.norm(dim=1, keepdim=True) * vectors.unseen.norm(dim=1, keepdim=True)
-        queries.append(Query(drawn, (len(drawn),), detection.temperature, detection.transfer == "paper", masks=False))
+        queries.append(Query(drawn, (len(drawn),), detection.temperature, detection.transfer, masks=False))
     return queries
 
 

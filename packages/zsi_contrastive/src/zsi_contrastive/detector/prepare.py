@@ -7,7 +7,7 @@ from pathlib import Path
 from labs_common.errors import LabError
 from labs_common.lock import check_writable
 from labs_common.run import write_atomically, written_whole
-from zsi_contrastive.detector.annotations import read_split
+from zsi_contrastive.detector.annotations import RULES, read_split
 from zsi_contrastive.detector.config import PrepareConfig, default_split
 from zsi_contrastive.detector.data import read_parts
 
@@ -42,7 +42,7 @@ def prepare(config: PrepareConfig) -> None:
     for name, reasons in left_out.items():
         for reason, count in reasons.items():
             print(f"{name}: left out {count} × {reason}")
-    print("checked: no training picture has an unseen object, every test picture has one, none is in both")
+    print(f"checked: {RULES[data.protocol]}")
     print(f"written: {', '.join(str(output / file) for file in NAMES.values())}")
 
 

@@ -25,7 +25,7 @@ from zsi_contrastive.detector.heads import Levels, Target
 BACKGROUND, NEITHER = -1, -2  # what a box is that is no object's
 # Boxes in one call of suppression on a GPU: memory and work grow with the square (a bit for each pair: 0.5 GB).
 TOGETHER = 65_536
-BETA = 1 / 9  # of the smooth L1 loss of shifts: torchvision's, in both stages
+BETA = 1 / 9  # of the smooth L1 loss of shifts: torchvision's, in both stages; the published code's second has 1
 LARGEST_GROWTH = BoxCoder((1.0, 1.0, 1.0, 1.0)).bbox_xform_clip  # of a side, as a logarithm
 
 Weights = tuple[float, float, float, float]  # shifts are multiplied by them, so that their deviations are about 1
@@ -103,13 +103,18 @@ def surviving(boxes: torch.Tensor, scores: torch.Tensor, groups: torch.Tensor, o
 
 
 def shift_loss(
-    shifts: torch.Tensor, boxes: torch.Tensor, wanted: torch.Tensor, things: torch.Tensor, weights: Weights
+    shifts: torch.Tensor,
+    boxes: torch.Tensor,
+    wanted: torch.Tensor,
+    things: torch.Tensor,
+    weights: Weights,
+    beta: float = BETA,
 ) -> torch.Tensor:
     """Sums the smooth L1 loss of shifts (…, 4) that should turn `boxes` into `wanted` ones, where `things` (…) says."""
     right = encode_boxes(wanted.reshape(-1, 4), boxes.reshape(-1, 4), weights).view_as(boxes)
     # What is no thing has no shift: it may be infinite there, and infinity times zero is no number.
     off = torch.where(things[..., None], shifts.float() - right, 0)
-    return F.smooth_l1_loss(off, torch.zeros_like(off), beta=BETA, reduction="sum")
+    return F.smooth_l1_loss(off, torch.zeros_like(off), beta=beta, reduction="sum")
 
 
 def levels_of(levels: Sequence[torch.Tensor], boxes: torch.Tensor, height: int) -> torch.Tensor:

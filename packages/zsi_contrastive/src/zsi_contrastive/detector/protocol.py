@@ -31,8 +31,11 @@ class Evaluation:
     Attributes:
         results: COCO's results, the best of seen and of unseen classes in every picture.
         zsi: scores of the unseen classes alone, by box and mask.
-        gzsi: scores by box and mask, each for `seen`, `unseen` and their `harmonic mean`, with `bias`.
-        classes: of every class its scores by box and mask in GZSI, and those in ZSI for unseen ones.
+        gzsi: scores by box and mask, each for `seen`, `unseen` and their `harmonic mean`, as the published code counts:
+            the best of seen and of unseen classes stand in a picture apart, up to `kept` of each.
+        one_list: the same where all classes compete for the `kept` places of a picture, with `bias`; and of `all`.
+            Open-vocabulary detection calls AP at 0.5 there novel (unseen), base (seen) and all.
+        classes: of every class its scores by box and mask in GZSI, and in one list.
         others: box scores of the unseen classes alone under other rules: random vectors, vectors as they were, …
         sweep: for each bias the scores of seen and unseen boxes, by `validation` and `test`.
         bias: what seen scores are lowered by.
@@ -41,6 +44,7 @@ class Evaluation:
     results: list[Result]
     zsi: dict[str, Scores]
     gzsi: dict[str, dict[str, Scores]]
+    one_list: dict[str, dict[str, Scores]]
     classes: list[dict[str, Any]]
     others: dict[str, Scores] = field(default_factory=dict)
     sweep: dict[str, list[Scores]] = field(default_factory=dict)
@@ -100,10 +104,10 @@ def evaluated(
 
 
 def other_rules(detection: DetectionOptions) -> dict[str, DetectionOptions]:
-    """Lists rules to compare with: the paper's transfer if another is used, and vectors as they were if refined."""
+    """Lists rules to compare with: the published transfer if another is used, and vectors as they were if refined."""
     rules = {}
-    if detection.transfer != "paper" or detection.temperature != 1:
-        rules["the paper's transfer"] = replace(detection, transfer="paper", temperature=1.0)
+    if detection.transfer != "code" or detection.temperature != 1:
+        rules["the published code's transfer"] = replace(detection, transfer="code", temperature=1.0)
     if detection.refine != "none":
         rules["without refinement"] = replace(detection, refine="none")
     return rules
@@ -114,32 +118,39 @@ def scores_of(
 ) -> Evaluation:
     """Scores COCO's results, those of a file as well as our own, in both tasks.
 
-    GZSI keeps the `kept` best of a picture, after `bias` was taken from the scores of seen classes.
+    GZSI scores them as they are, as the published code does: it suppresses and cuts seen and unseen classes apart, so
+    that a picture has up to twice `kept` results, of which COCO's evaluation takes 100 of each class. So the unseen
+    classes score what they do alone. One list keeps the `kept` best of a picture, after `bias` was taken from the
+    scores of seen classes.
     """
     part = pictures.part
     seen, unseen = part.ids(split.seen), part.ids(split.unseen)
-    alone = of_classes(results, unseen)
-    ranked = together(of_classes(results, [*seen, *unseen]), seen, bias, kept)
-    zsi: dict[str, Scores] = {}
-    gzsi: dict[str, dict[str, Scores]] = {}
-    by_class: dict[str, tuple[ClassScores, ClassScores]] = {}
-    for kind in ("box", "mask") if masks else ("box",):
-        one, two = scored(part, alone, unseen, kind), scored(part, ranked, [*seen, *unseen], kind)
-        of_seen, of_unseen = two.means(seen), two.means(unseen)
-        means = {name: harmonic_mean(value, of_unseen[name]) for name, value in of_seen.items()}
-        zsi[kind] = one.means(unseen)
-        gzsi[kind] = {"seen": of_seen, "unseen": of_unseen, "harmonic mean": means}
-        by_class[kind] = one, two
+    both = [*seen, *unseen]
+    apart = of_classes(results, both)
+    lists = apart, together(apart, seen, bias, kept)
+    scores = {
+        kind: [scored(part, rows, both, kind) for rows in lists] for kind in (("box", "mask") if masks else ("box",))
+    }
+    zsi = {kind: one.means(unseen) for kind, (one, _) in scores.items()}
+    gzsi, one_list = (
+        {kind: _of_kinds(found[place], seen, unseen) for kind, found in scores.items()} for place in (0, 1)
+    )
+    for kind, (_, two) in scores.items():
+        one_list[kind]["all"] = two.means(both)
     objects = Counter(row["category_id"] for row in part.annotations if not row["iscrowd"])
     classes = []
-    for name, number in zip(split.classes, [*seen, *unseen], strict=True):
+    for name, number in zip(split.classes, both, strict=True):
         line: dict[str, Any] = {"class": name, "seen": number in seen, "objects": objects[number]}
-        for kind, (one, two) in by_class.items():
-            line[f"{kind} gzsi"] = two.means([number])
-            if number in unseen:
-                line[f"{kind} zsi"] = one.means([number])
+        for kind, (one, two) in scores.items():
+            line |= {f"{kind} gzsi": one.means([number]), f"{kind} one list": two.means([number])}
         classes.append(line)
-    return Evaluation(list(results), zsi, gzsi, classes, bias=bias)
+    return Evaluation(list(results), zsi, gzsi, one_list, classes, bias=bias)
+
+
+def _of_kinds(found: ClassScores, seen: Sequence[int], unseen: Sequence[int]) -> dict[str, Scores]:
+    of_seen, of_unseen = found.means(seen), found.means(unseen)
+    means = {name: harmonic_mean(value, of_unseen[name]) for name, value in of_seen.items()}
+    return {"seen": of_seen, "unseen": of_unseen, "harmonic mean": means}
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,17 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
 from torchvision.ops import box_iou, clip_boxes_to_image
 
-from zsi_contrastive.detector.heads import Levels, SemanticBoxHead, SemanticMaskHead, Target, mask_logits, transferred
+from zsi_contrastive.detector.heads import (
+    Levels,
+    SemanticBoxHead,
+    SemanticMaskHead,
+    Target,
+    mask_logits,
+    transferred,
+)
 from zsi_contrastive.detector.proposals import (
     BACKGROUND,
+    BETA,
     counted,
     drawn,
     levels_of,
@@ -45,14 +53,14 @@ class Query:
         vectors: (classes, d).
         groups: sizes of groups of consecutive classes: of each the best detections of a picture are kept.
         temperature: see `zsi_contrastive.detector.heads.transferred`.
-        background: see there.
+        transfer: code, direct or things; see `zsi_contrastive.detector.config.DetectionOptions`.
         masks: whether they are wanted.
     """
 
     vectors: torch.Tensor
     groups: tuple[int, ...]
     temperature: float = 1.0
-    background: bool = True
+    transfer: str = "code"
     masks: bool = True
 
     def to(self, device: torch.device) -> "Query":
@@ -113,9 +121,11 @@ class ZeroShotRegions(nn.Module):
         sampling: Sampling,
         sides: tuple[int, int],
         points: int,
+        beta: float = BETA,
     ) -> None:
         """Reads `levels` of the pyramid; RoIAlign gives `sides` for boxes and masks, of `points`² samples a cell."""
         super().__init__()
+        self.beta = beta
         self.levels, self.sampling, self.sides, self.points = tuple(levels), sampling, sides, points
         self.box_head = box_head
         self.semantic_masks = mask_head
@@ -152,7 +162,9 @@ class ZeroShotRegions(nn.Module):
         vectors, shifts, seen = self.box_head(self._pooled(features, list(regions.boxes), height, 0, of_levels))
         logits = _in_full(vectors, classes)
         number = filled.sum().clamp(min=1)
-        of_boxes = shift_loss(shifts, boxes, regions.wanted.flatten(0, 1), things, BOX_WEIGHTS)
+        if self.box_head.boxes > 1:  # of its class
+            shifts = shifts.gather(1, label[:, None, None].expand(-1, 1, 4))
+        of_boxes = shift_loss(shifts[:, 0], boxes, regions.wanted.flatten(0, 1), things, BOX_WEIGHTS, self.beta)
         losses = {
             "classes": F.cross_entropy(logits, label.masked_fill(~filled, IGNORED), ignore_index=IGNORED),
             "box": of_boxes / number,  # torchvision's mean: over all regions, also those of background
@@ -234,30 +246,42 @@ class ZeroShotRegions(nn.Module):
         height: int,
         sizes: list[tuple[int, int]],
         known: torch.Tensor,
+        word: torch.Tensor,
         queries: Sequence[Query],
     ) -> list[list[Detections]]:
-        """Answers each query for every picture; `known` (1 + seen, d) are the classes trained on.
+        """Answers each query for every picture; `known` (1 + seen, d) are the classes trained on, after background.
+
+        `word` (d,) is background's word vector, which the published code's masks take.
 
         The proposals go through the box head once, whatever the number of queries. The host reads once how many
         detections score enough, and for each group twice: what suppression leaves of all pictures' and of each.
         """
         vectors, shifts, _ = self.box_head(self._pooled(features, proposals, height, 0))
         counts = [len(part) for part in proposals]
-        decoded = shifted(torch.cat(proposals), shifts.float(), BOX_WEIGHTS).split(counts)
+        kinds = shifts.shape[1]  # boxes of a proposal: one for all classes, or one of each class
+        decoded = shifted(torch.cat(proposals)[:, None], shifts.float(), BOX_WEIGHTS).split(counts)
         clipped = [clip_boxes_to_image(part, size) for part, size in zip(decoded, sizes, strict=True)]
-        boxes = pad_sequence(clipped, batch_first=True)  # (pictures, most proposals, 4); those filled in have no area
-        big = (boxes[..., 2:] - boxes[..., :2] >= NARROW).all(2)
+        boxes = pad_sequence(clipped, batch_first=True)  # (pictures, proposals, kinds, 4); the filled in have no area
+        big = (boxes[..., 2:] - boxes[..., :2] >= NARROW).all(3)
+        boxes = boxes.flatten(1, 2)
         logits = _in_full(vectors, known)
         candidates = []
         for query in queries:
             with torch.autocast(logits.device.type, enabled=False):  # scores that differ little keep their order
-                scores = transferred(logits, known, query.vectors, query.temperature, query.background)
-            scores = pad_sequence(scores.split(counts), batch_first=True).masked_fill(~big[..., None], -torch.inf)
+                if query.transfer == "direct":
+                    scores = direct(logits[:, :1], _in_full(vectors, query.vectors), query.groups, query.temperature)
+                else:
+                    scores = transferred(logits, known, query.vectors, query.temperature, query.transfer == "code")
+            scores = pad_sequence(scores.split(counts), batch_first=True)
             first = 0
             for size in query.groups:
-                part = scores[..., first : first + size].flatten(1)  # (pictures, proposals · classes)
-                best, place = part.topk(min(CANDIDATES, part.shape[1]))
-                candidates.append((best, place // size, first + place % size))
+                # An unseen class has the box of the seen one in the same place, as in the published code.
+                own = torch.arange(size, device=scores.device) % (kinds - 1) + 1 if kinds > 1 else None
+                large = big if own is None else big[..., own]
+                part = scores[..., first : first + size].masked_fill(~large, -torch.inf).flatten(1)
+                best, place = part.topk(min(CANDIDATES, part.shape[1]))  # of (pictures, proposals · classes)
+                row = place // size if own is None else place // size * kinds + own[place % size]
+                candidates.append((best, row, first + place % size))
                 first += size
         enough = iter(torch.stack([(best > self.score_thresh).sum(1) for best, *_ in candidates]).tolist())
         of_groups = iter(candidates)
@@ -269,6 +293,9 @@ class ZeroShotRegions(nn.Module):
                 box, score, label = (torch.cat(columns) for columns in zip(*of_picture, strict=True))
                 found.append(Detections(box, score, label, None))
             if query.masks and self.semantic_masks is not None:
+                if query.transfer == "code":
+                    asked = through_known(query.vectors, torch.cat([word[None], known[1:]]))
+                    query = replace(query, vectors=asked)
                 found = self._masked(features, height, found, query)
             answers.append(found)
         return answers
@@ -304,3 +331,23 @@ def _in_full(vectors: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
     """Computes the logits (n, classes) of vectors (n, d) in 32 bits, also under autocast."""
     with torch.autocast(vectors.device.type, enabled=False):
         return vectors.float() @ classes.float().T
+
+
+def direct(
+    background: torch.Tensor, asked: torch.Tensor, groups: Sequence[int], temperature: float = 1.0
+) -> torch.Tensor:
+    """Scores classes by their own logits (n, asked): the softmax over background's (n, 1) and those of a group.
+
+    So the paper's text has it (section 3.2: the seen classes' vectors are replaced); its code has `transferred`.
+    """
+    parts = [torch.cat([background, part], 1) / temperature for part in asked.split(list(groups), 1)]
+    return torch.cat([part.softmax(-1)[:, 1:] for part in parts], 1)
+
+
+def through_known(asked: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """Returns vectors (asked, d) whose masks are those of the published code: (x V) Vᵀ U, for x a pixel's vector.
+
+    Classes of `known` V (1 + seen, d), background first, keep their own.
+    """
+    is_known = (asked[:, None] == known[1:]).all(2).any(1, keepdim=True)
+    return torch.where(is_known, asked, asked @ known.T @ known)

@@ -21,6 +21,7 @@ from labs_common.report.page import Section
 from labs_common.run import Run, seconds_between
 from labs_common.saved import FOLDER
 from labs_common.steps import ShuffledSteps
+from labs_common.training import total_steps
 from zsi_contrastive.detector.annotations import read_split
 from zsi_contrastive.detector.config import OWN_SHARES, DetectionOptions, DetectorTrainingOptions, TrainConfig, complete
 from zsi_contrastive.detector.data import (
@@ -146,6 +147,8 @@ def fit(config: TrainConfig, model: ZeroShotMaskRCNN, run: Run, accelerator: Acc
     channels_last(model, accelerator)
     batches = PictureBatches(pictures, options.at_once, options.flip, config.run.seed, rank, processes)
     source = ShuffledSteps(len(pictures), options.batch_size, config.run.seed, batches)
+    if options.warmup_steps:
+        options = replace(options, warmup=min(1.0, options.warmup_steps / total_steps(options, source)))
     fitting = Fitting.start(
         run, accelerator, model, optimizer_of(model, options), source, options, config.run.seed, "pictures"
     )
