@@ -10,9 +10,8 @@ import torch
 from labs_testing.commands import here
 from labs_testing.trainings import newest
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from caption_lab import tiny
 from caption_lab.clipcap import ClipCap, language_vocabulary, load_language
 from caption_lab.config import DecoderOptions, VocabularyOptions
 from caption_lab.vocabulary import END, START, TOKENS
@@ -20,30 +19,6 @@ from labs_common.decoding import beam_search, roll_out
 from labs_common.options import DecodingOptions
 
 CAPTION = "A red star, left of two moons!"
-WILD = {"initializer_range": 0.5}  # so that different pictures get different captions
-ENDS = {"bos_token_id": 0, "eos_token_id": 0}
-
-
-@pytest.fixture(scope="module")
-def languages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A GPT-2 as the tiny one is made, hardly trained, and a Llama with the same tokens, whose head is not tied."""
-    gpt2, llama = tmp_path_factory.mktemp("gpt2"), tmp_path_factory.mktemp("llama")
-    sizes = tiny.LANGUAGE["sizes"] | {"n_embd": 32, "n_layer": 2}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            tiny, "LANGUAGE", tiny.LANGUAGE | {"scenes": 40, "steps": 2, "batch": 8, "tokens": 300, "sizes": sizes}
-        )
-        tiny._make_language(gpt2)
-    torch.manual_seed(0)
-    for folder, config in (
-        (gpt2, GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64, **ENDS, **WILD)),
-        (llama, LlamaConfig(vocab_size=310, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_key_value_heads=2,
-                            num_attention_heads=4, **ENDS, **WILD)),
-    ):  # fmt: skip
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(gpt2 / name, llama / name)
-    return {"gpt2": gpt2, "llama": llama}
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +75,9 @@ def test_it_writes_as_the_language_model_goes_on(name: str, languages: dict[str,
     torch.testing.assert_close(output[..., 5:], expected[..., 1:], atol=1e-6, rtol=1e-4)
     assert output[..., [0, 1, 3, 4]].max() < 1e-6
     said = roll_out(decoder, features, TOKENS, 12, DecodingOptions(beam=1)).words
-    written = theirs.generate(inputs_embeds=prefix, max_new_tokens=12, do_sample=False, pad_token_id=299)
-    assert [[token + 4 if token else END for token in row if token != 299] for row in written.tolist()] == said
+    written = theirs.generate(inputs_embeds=prefix, max_new_tokens=12, do_sample=False, pad_token_id=0).tolist()
+    ended = [row[: row.index(0) + 1] if 0 in row else row for row in written]
+    assert [[token + 4 if token else END for token in row] for row in ended] == said
     assert len({tuple(words) for words in said}) > 1
 
 
@@ -110,7 +86,7 @@ def test_a_step_at_a_time_is_all_at_once(name: str, prefix: int, lora: int, lang
     decoder, features = made(languages[name], prefix, lora)
     found = beam_search(decoder, features, TOKENS, 12, DecodingOptions(beam=3))
     for place, (words, total) in enumerate(zip(found.words, found.log_probabilities, strict=True)):
-        logits = decoder(features[place : place + 1], torch.tensor([[START, *words[:-1]]])).logits
+        logits = decoder(features[place : place + 1], torch.tensor([[START, *words[:-1]]])).logits.detach()
         logs = logits.index_fill(-1, torch.tensor(TOKENS.never), -torch.inf).log_softmax(-1)[0]
         assert total == pytest.approx(float(logs.gather(1, torch.tensor(words)[:, None]).sum()), abs=1e-3)
 
@@ -151,6 +127,9 @@ def test_a_run_keeps_the_language_model_and_goes_on_to_the_same_bytes(
     for name in ("metrics.jsonl", "model/model.safetensors", "captions.json"):
         assert (again / name).read_bytes() == (run / name).read_bytes(), name
 
+    planned = here("caption_lab.train", "--config", run / "config.yaml", "--plan")
+    assert "clipcap behind" in planned.stdout
+
     # Elsewhere, without the language model's own directory.
     here("caption_lab.evaluate", "--checkpoint", run, "--beams", "1", "--output", tmp_path / "evaluated")
     found = json.loads((tmp_path / "evaluated" / "evaluation.json").read_text())["by beam"]["1"]
@@ -162,12 +141,16 @@ def test_a_run_keeps_the_language_model_and_goes_on_to_the_same_bytes(
 BAD: list[tuple[tuple[Any, ...], str]] = [
     (("--model", "transformer", "--lora", "4"), "--model clipcap only"),
     (("--model", "clipcap", "--min-count", "2"), "--min-count"),
+    (("--model", "clipcap", "--language-model", "LLAMA", "--prefix", "2040"), "reads 2048 vectors and tokens"),
     (("--model", "clipcap", "--language-model", "no/such/model"), "--language-model no/such/model"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "said"), BAD)
-def test_bad_input_is_one_line(arguments: tuple[Any, ...], said: str, scenes: Path, tmp_path: Path) -> None:
+def test_bad_input_is_one_line(
+    arguments: tuple[Any, ...], said: str, languages: dict[str, Path], scenes: Path, tmp_path: Path
+) -> None:
+    arguments = tuple(str(languages["llama"]) if one == "LLAMA" else one for one in arguments)
     done = here(
         "caption_lab.train", *arguments, "--data", scenes, "--no-pretrained", "--output", tmp_path / "run", code=2
     )

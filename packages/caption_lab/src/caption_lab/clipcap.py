@@ -4,7 +4,7 @@ transformers and PEFT are imported where a language model is built: they take se
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ from labs_common.decoding import NextWord, Output, Tensors
 from labs_common.errors import LabError
 from labs_common.saved import load_auto, load_network
 
-FOLDER = "language_model"  # of a saved captioner: the language model's configuration
+LANGUAGE = "language_model"  # of a saved captioner: the language model's configuration
 REMEDY = "name a causal language model of transformers, a hub id or a directory, such as openai-community/gpt2"
+LONGEST = 2**20  # tokens of a caption, before its length is known
 NEVER = 20.0  # so far below all other logits are those of what has no token: a billionth of the least probable one
 
 
@@ -82,17 +83,15 @@ def language_vocabulary(captions: Sequence[str], options: VocabularyOptions, nam
     config = load_auto(AutoConfig.from_pretrained, source, said=said, remedy=REMEDY)
     if not tokenizer.is_fast:
         raise LabError(f"{said}: its tokenizer has no fast version, which is what is saved; {REMEDY}")
+    backend, cleaning = tokenizer.backend_tokenizer, cleaning_of(options)
+    backend.no_padding()
+    backend.no_truncation()
     # Some models have more rows than tokens.
-    words = [
-        word or f"<{number}>" for number, word in enumerate(tokenizer.convert_ids_to_tokens(range(config.vocab_size)))
-    ]
-    vocabulary = LanguageVocabulary(
-        (*SPECIAL, *words), cleaning_of(options), options.max_length or 2**20, tokenizer.backend_tokenizer
-    )
-    if options.max_length:
-        return vocabulary
-    length = covering_length([len(vocabulary.encode(caption)) - 2 for caption in captions])
-    return LanguageVocabulary(vocabulary.words, vocabulary.cleaning, length, vocabulary.language)
+    words = tokenizer.convert_ids_to_tokens(range(config.get_text_config().vocab_size))
+    words = tuple(word or f"<{number}>" for number, word in enumerate(words))
+    whole = LanguageVocabulary((*SPECIAL, *words), cleaning, options.max_length or LONGEST, backend)
+    length = options.max_length or covering_length([len(whole.encode(caption)) - 2 for caption in captions])
+    return replace(whole, length=length)
 
 
 def load_language(folder: Path) -> LanguageVocabulary:
@@ -117,6 +116,8 @@ def language_path(name: str) -> str:
 class TiedHead(nn.Module):
     """Turns states into logits by the input embeddings, so that weights which are one are saved once."""
 
+    embedding: Any
+
     def __init__(self, embedding: nn.Module) -> None:
         super().__init__()
         self.__dict__["embedding"] = embedding  # not a submodule: it is one of the language model's already
@@ -137,22 +138,30 @@ class ClipCap(nn.Module):
         from transformers import AutoConfig, AutoModelForCausalLM  # takes seconds
 
         super().__init__()
-        said, (_, features, _, _) = f"--language-model {options.language_model}", sizes
+        said, (_, features, _, length) = f"--language-model {options.language_model}", sizes
         config = load_auto(AutoConfig.from_pretrained, language_path(options.language_model), said=said, remedy=REMEDY)
         model = load_auto(AutoModelForCausalLM.from_config, config, said=said, remedy=REMEDY, dtype=torch.float32)
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         if ends[0] is None:
             raise LabError(f"{said}: has no token that ends a text; {REMEDY}")
+        most = getattr(config, "max_position_embeddings", None)
+        if most and options.prefix + length > most:
+            raise LabError(f"--prefix {options.prefix}: the language model reads {most} vectors and tokens, and "
+                           f"captions have up to {length}")  # fmt: skip
         model.tie_weights()
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         if head.weight is embedding.weight:
             model.set_output_embeddings(TiedHead(embedding))
         if options.lora:
             from peft import LoraConfig, inject_adapter_in_model  # takes seconds
+            from transformers.pytorch_utils import Conv1D
 
-            found = LoraConfig(r=options.lora, lora_alpha=2 * options.lora, target_modules="all-linear")
+            turned = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2's layers: (inputs, outputs)
+            rank = options.lora
+            found = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", fan_in_fan_out=turned)
             inject_adapter_in_model(found, model)
-        self.language, self.end, self.prefix = model, int(ends[0]), options.prefix
+        self.language: Any = model
+        self.end, self.prefix = int(ends[0]), options.prefix
         width = embedding.embedding_dim * options.prefix
         self.scaled = nn.LayerNorm(features)  # so that one learning rate fits encoders of any scale
         # As in the paper's code: half as many hidden values as come out.
@@ -231,10 +240,12 @@ class ClipCap(nn.Module):
 
     def _prefix(self, features: torch.Tensor) -> torch.Tensor:
         """Maps vectors (pictures, width of features) to prefixes (pictures, prefix, width)."""
-        return self.to_prefix(self.scaled(features)).unflatten(-1, (self.prefix, -1))
+        found: torch.Tensor = self.to_prefix(self.scaled(features))
+        return found.unflatten(-1, (self.prefix, -1))
 
     def _embedded(self, words: torch.Tensor) -> torch.Tensor:
-        return self.language.get_input_embeddings()((words - len(SPECIAL)).clamp(min=0))
+        found: torch.Tensor = self.language.get_input_embeddings()((words - len(SPECIAL)).clamp(min=0))
+        return found
 
     def _of_words(self, logits: torch.Tensor) -> torch.Tensor:
         """Puts logits of tokens (…, tokens) in the order of `LanguageVocabulary` (…, special + tokens)."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from caption_lab.clipcap import FOLDER, ClipCap, load_language
+from caption_lab.clipcap import LANGUAGE, ClipCap, load_language
 from caption_lab.config import DecoderOptions
 from caption_lab.encoder import Encoder
 from caption_lab.model import ImageCaptioningModel, make_model
@@ -64,7 +64,7 @@ def save_captioner(folder: Path, captioner: Captioner, state: Mapping[str, torch
     def more(part: Path) -> None:
         captioner.vocabulary.save(part)
         if isinstance(captioner.model.decoder, ClipCap):
-            captioner.model.decoder.language.config.save_pretrained(part / FOLDER)
+            captioner.model.decoder.language.config.save_pretrained(part / LANGUAGE)
 
     save_model(folder, CONFIG, said, state, more)
 
@@ -78,12 +78,12 @@ def load_captioner(path: Path, option: str = "--checkpoint") -> Captioner:
         LabError: none is there, or it is broken.
     """
     folder = saved_folder(path, (CONFIG, WEIGHTS), option)
-    language = (folder / FOLDER).is_dir()
+    language = (folder / LANGUAGE).is_dir()
     vocabulary = load_language(folder) if language else load_vocabulary(folder)
 
     def options_of(said: dict[str, Any]) -> DecoderOptions:
         options = DecoderOptions(**said["decoder"])
-        return replace(options, language_model=str(folder / FOLDER)) if language else options
+        return replace(options, language_model=str(folder / LANGUAGE)) if language else options
 
     def build(said: dict[str, Any], state: Mapping[str, torch.Tensor]) -> ImageCaptioningModel:
         known = said["encoder"]

@@ -14,9 +14,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 
+from caption_lab.clipcap import ClipCap
 from caption_lab.config import TrainConfig
 from caption_lab.data import Batch, CaptionRows, caption_rows, caption_steps, drawn_scenes, read_data
-from caption_lab.decoder import CAPTIONERS
 from caption_lab.encoder import make_encoder
 from caption_lab.evaluate import evaluate_captioner
 from caption_lab.losses import OBJECTIVES, Learner, SelfCritic, next_word, next_word_loss
@@ -119,7 +119,7 @@ def make(config: TrainConfig, data: Captions, accelerator: Accelerator) -> Capti
             captions = [caption for of_picture in data.splits["train"].captions for caption in of_picture]
             vocabulary = make_vocabulary(config, captions)
             model = make_model(config.model, make_encoder(config.encoder), config.decoder, vocabulary)
-            if CAPTIONERS[config.model].language:
+            if isinstance(model.decoder, ClipCap):
                 model.decoder.read(config.decoder.language_model)
             captioner = Captioner(config.model, model, vocabulary, config.decoder)
         captioner.model.encoder.train_last(config.encoder.unfreeze, config.cache.cache)
@@ -225,6 +225,9 @@ def _writer(model: ImageCaptioningModel, config: TrainConfig, accelerator: Accel
     if OBJECTIVES[config.objective].writes:
         raise LabError(f"--objective {config.objective}: writes captions while it learns, which sharded weights "
                        "cannot; take one GPU, or launch/multi_gpu.yaml")  # fmt: skip
+    if isinstance(model.decoder, ClipCap):
+        raise LabError(f"--model {config.model}: its language model is not sharded; take one GPU, or "
+                       "launch/multi_gpu.yaml")  # fmt: skip
     plain = copy.deepcopy(model)
     plain.encoder.train_last(config.encoder.unfreeze, config.cache.cache)  # with a cut of its own
     return plain
