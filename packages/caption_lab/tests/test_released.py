@@ -189,9 +189,9 @@ def test_a_released_captioner_is_evaluated_as_ours_are(
     clip: Path, scenes: Path, test_pictures: CaptionedPictures, tmp_path: Path
 ) -> None:
     git(tmp_path / "git")
-    asked = ("--checkpoint", tmp_path / "git", "--beams", "1,2", "--clip-score", clip)
+    asked = ("--checkpoint", tmp_path / "git", "--beams", "1,2", "--clip-score", clip, "--output", tmp_path / "out")
     assert "name --data" in here("caption_lab.evaluate", *asked, code=2).errors[0]
-    here("caption_lab.evaluate", *asked, "--data", scenes, "--output", tmp_path / "out")
+    here("caption_lab.evaluate", *asked, "--data", scenes)
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     said = [row["caption"] for row in json.loads((tmp_path / "out" / "captions.json").read_text())]
     best = max(found["by beam"].values(), key=lambda metrics: metrics["cider"])
@@ -202,7 +202,9 @@ def test_a_released_captioner_is_evaluated_as_ours_are(
     assert "favour captioners" in html
 
 
-def test_what_is_no_captioner_and_no_clip(clip: Path, scenes: Path, tmp_path: Path) -> None:
+def test_what_is_no_captioner_and_no_clip(
+    clip: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for option, value, said in (("--checkpoint", clip, "of the kind clip, which writes no captions"),
                                 ("--checkpoint", tmp_path / "none", "no such directory")):  # fmt: skip
         done = here("caption_lab.evaluate", option, value, "--data", scenes, code=2)
@@ -212,4 +214,5 @@ def test_what_is_no_captioner_and_no_clip(clip: Path, scenes: Path, tmp_path: Pa
     with pytest.raises(LabError, match=r"--clip-score .* is no CLIP"):
         ClipJudge(str(tmp_path))
     assert is_released(Path("Salesforce/blip-image-captioning-base"))
-    assert not is_released(Path("runs/transformer-2"))
+    monkeypatch.chdir(tmp_path.parent)
+    assert not is_released(Path(tmp_path.name) / "transformer-2"), "a directory that is not there yet"
