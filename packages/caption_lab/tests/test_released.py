@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from transformers import (
 )
 
 from caption_lab.data import read_data
-from caption_lab.released import ClipJudge, is_released, load_released
+from caption_lab.released import ClipJudge, JudgedPictures, is_released, load_released
 from labs_common.caption_metrics import captions_of_others
 from labs_common.data.captions import CaptionedPictures
 from labs_common.device import inference_accelerator
@@ -183,6 +184,19 @@ def test_clip_score_is_the_papers(clip: Path, test_pictures: CaptionedPictures) 
     assert (found["clip-score"], found["ref-clip-score"]) == pytest.approx(
         by_formula(clip, test_pictures, captions), abs=1e-5
     )
+
+
+def test_the_nearest_reference_counts_and_nothing_below_zero() -> None:
+    """The formula where embeddings point anywhere, as those of a random CLIP do not."""
+    directions = np.random.default_rng(0).normal(size=(12, 7, 8))
+    directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
+    pictures, captions, references = directions[:, 0], directions[:, 1], directions[:, 2:]
+    judge: Any = SimpleNamespace(texts=lambda said: torch.from_numpy(captions))
+    found = JudgedPictures(judge, torch.from_numpy(pictures), [*torch.from_numpy(references)]).scores([""] * 12)
+    clip_s = 2.5 * np.maximum((captions * pictures).sum(1), 0)
+    nearest = np.maximum((references @ captions[..., None]).max((1, 2)), 0)
+    both = [2 * s * n / (s + n) if s + n else 0.0 for s, n in zip(clip_s, nearest, strict=True)]
+    assert (found["clip-score"], found["ref-clip-score"]) == pytest.approx((np.mean(clip_s), np.mean(both)))
 
 
 def test_a_released_captioner_is_evaluated_as_ours_are(
