@@ -32,7 +32,7 @@ def test_every_captioner_and_every_command(scenes: Path, languages: dict[str, Pa
                                     "--label-smoothing", "0.1", "--output", tmp_path / "masked")),
         Asked("caption_lab.train", ("--model", "show_attend_tell", *own, "--unfreeze", "1", "--scheduled-sampling", "0.5",
                                     "--output", tmp_path / "unfrozen")),
-        Asked("caption_lab.train", ("--model", "clipcap", "--language-model", languages["llama"], "--lora", "2", "--prefix",
+        Asked("caption_lab.train", ("--model", "clipcap", "--language-model", languages["gpt2"], "--lora", "2", "--prefix",
                                     "3", "--no-pretrained", *train, "--output", tmp_path / "clipcap")),
         Asked("caption_lab.evaluate", ("--checkpoint", run, "--beams", "1,3", "--output", tmp_path / "again")),
         Asked("caption_lab.caption", (next(scenes.rglob("*.jpg")), "--checkpoint", run, "--beam", "2",
