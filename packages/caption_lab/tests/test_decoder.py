@@ -16,7 +16,9 @@ def made(name: str, dropout: float = 0.0) -> tuple[torch.nn.Module, torch.Tensor
     return decoder, grid.mean(1) if kind.one_vector else grid
 
 
-NAMES = tuple(CAPTIONERS)  # what a further captioner has to do as well
+NAMES = tuple(
+    name for name, kind in CAPTIONERS.items() if not kind.language
+)  # what a further captioner has to do as well
 WORDS = torch.tensor(
     [[START, 5, 6, 7, 8, 9, 10, 11], [START, 5, 4, 4, 2, PAD, PAD, PAD], [START, 9, 9, 2, PAD, PAD, PAD, PAD]]
 )

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.pretended
 MODELS = ("show_tell", "show_attend_tell", "transformer")
 
 
-def test_every_captioner_and_every_command(scenes: Path, tmp_path: Path) -> None:
+def test_every_captioner_and_every_command(scenes: Path, languages: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "comparison"
     small = ("--data", scenes, "--epochs", "1", "--max-steps", "2", "--batch-size", "32")
     train = ("--data", scenes, "--max-steps", "2", "--batch-size", "32", "--track", "none", "--precision", "bf16",
@@ -32,6 +32,8 @@ def test_every_captioner_and_every_command(scenes: Path, tmp_path: Path) -> None
                                     "--label-smoothing", "0.1", "--output", tmp_path / "masked")),
         Asked("caption_lab.train", ("--model", "show_attend_tell", *own, "--unfreeze", "1", "--scheduled-sampling", "0.5",
                                     "--output", tmp_path / "unfrozen")),
+        Asked("caption_lab.train", ("--model", "clipcap", "--language-model", languages["gpt2"], "--lora", "2", "--prefix",
+                                    "3", "--no-pretrained", *train, "--output", tmp_path / "clipcap")),
         Asked("caption_lab.evaluate", ("--checkpoint", run, "--beams", "1,3", "--output", tmp_path / "again")),
         Asked("caption_lab.caption", (next(scenes.rglob("*.jpg")), "--checkpoint", run, "--beam", "2",
                                        "--heatmap", tmp_path / "looks.png")),

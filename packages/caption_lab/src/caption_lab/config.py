@@ -23,7 +23,6 @@ from labs_common.options import (
     RunOptions,
     ShareBelowOne,
     TrainingOptions,
-    names_in,
     number,
     one_of,
 )
@@ -31,7 +30,7 @@ from labs_common.options import (
 Model = Annotated[str, one_of("caption_lab.decoder:CAPTIONERS")]
 Objective = Annotated[str, one_of("caption_lab.losses:OBJECTIVES")]
 Watch = Literal["cider", "bleu-4", "loss"]
-TINY = "tiny-cnn"
+TINY, TINY_LANGUAGE = "tiny-cnn", "tiny-gpt2"
 REAL = "vit_base_patch32_clip_quickgelu_224.openai"  # CLIP's features fit captions; its cost is small beside others'
 TRAIN, FINISHED = "caption_lab.train", "vocabulary.json"  # the command that writes a captioner, and a file of one
 
@@ -75,6 +74,13 @@ class DecoderOptions:
     tiny encoder none."""
     attention_penalty: NotNegative = 1.0
     """Weight of show_attend_tell's doubly stochastic penalty: every place should be looked at as much as any other."""
+    language_model: str = ""
+    """clipcap writes by this causal language model of transformers, a hub id or directory, which stays frozen; by
+    default tiny-gpt2 for drawn scenes (pre-trained here on first use, offline), and openai-community/gpt2."""
+    prefix: Count = 10
+    """Vectors that clipcap turns a picture into, for the language model to go on from."""
+    lora: CountOrZero = 0
+    """Rank of LoRA matrices that clipcap trains in the language model's linear layers; 0 trains the prefix only."""
     mask_words: ShareBelowOne = 0.0
     """Share of the transformer's input words that are replaced by a mask in training."""
 
@@ -144,7 +150,8 @@ class TrainConfig:
 
     model: Model = "transformer"
     """show_tell: an LSTM that saw the picture once (Vinyals et al. 2015). show_attend_tell: an LSTM that looks at a
-    part of it for each word (Xu et al. 2015). transformer: attention to words and picture."""
+    part of it for each word (Xu et al. 2015). transformer: attention to words and picture. clipcap: a frozen language
+    model goes on from the picture (Mokady et al. 2021)."""
     encoder: EncoderOptions = field(default_factory=EncoderOptions)
     decoder: DecoderOptions = field(default_factory=DecoderOptions)
     vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
@@ -157,6 +164,8 @@ class TrainConfig:
     objective: Objective = "cross-entropy"
     """cross-entropy: the next word of the training captions. scst: more CIDEr in the captions that the model itself
     writes (self-critical, Rennie et al. 2017); needs --start."""
+    clip_score: str = ""
+    """Judge the test captions by this CLIP of transformers too, a hub id or directory: openai/clip-vit-base-patch32."""
     start: Path | None = None
     """Begin with the model of this finished run, of which the encoder, decoder and vocabulary are taken."""
 
@@ -170,13 +179,16 @@ class EvaluateConfig:
     """
 
     checkpoint: Path | None = None
-    """Directory of a finished run; by default the newest under runs/."""
+    """Directory of a finished run, or an image-to-text model of transformers by hub id or directory
+    (Salesforce/blip-image-captioning-base); by default the newest run under runs/."""
     data: CaptionDataOptions = field(default_factory=CaptionDataOptions)
     split: Literal["train", "validation", "test", "all"] = "test"
     """The pictures to describe; without --data, of the run's own."""
     beams: str = "1,3,5"
     """Beam widths to compare, separated by commas."""
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
+    clip_score: str = ""
+    """Judge captions by this CLIP of transformers too, a hub id or directory: openai/clip-vit-base-patch32."""
     batch_size: Count = 64
     """Pictures at once."""
     output: Path | None = None
@@ -241,7 +253,7 @@ class CompareConfig:
     show_tell:encoder=resnet50,show_attend_tell:encoder=resnet50,transformer:encoder=efficientnet_b0`
     """
 
-    models: str = ",".join(names_in("caption_lab.decoder:CAPTIONERS"))
+    models: str = "show_tell,show_attend_tell,transformer"
     """Models, separated by commas; options of one follow after colons: transformer:mask_words=0.1:encoder=resnet18."""
     vocabulary: VocabularyOptions = field(default_factory=VocabularyOptions)
     data: CaptionDataOptions = field(default_factory=CaptionDataOptions)

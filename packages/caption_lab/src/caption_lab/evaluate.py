@@ -5,8 +5,9 @@ from caption_lab import commands
 if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
     commands.evaluate()
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,10 +16,11 @@ from accelerate.utils import set_seed
 
 from caption_lab.config import FINISHED, TRAIN, EvaluateConfig, TrainConfig
 from caption_lab.data import drawn_scenes, read_data
-from caption_lab.report import evaluation_sections, print_scores, published_section
+from caption_lab.released import ClipJudge, JudgedPictures, ReleasedCaptioner, is_released, load_released
+from caption_lab.report import evaluation_sections, print_scores, published_section, score_columns
 from caption_lab.saved import Captioner, load_captioner
 from caption_lab.vocabulary import TOKENS
-from labs_common.caption_metrics import METRICS, SCORER, CaptionScores, score_captions
+from labs_common.caption_metrics import METRICS, SCORER, CaptionScores, captions_of_others, score_captions
 from labs_common.cli import config_from_yaml, to_plain
 from labs_common.data.captions import CaptionedPictures, PictureTensors, read_undivided
 from labs_common.decoding import written_captions
@@ -47,14 +49,19 @@ def evaluate(config: EvaluateConfig) -> None:
     beams = _beams(config)
     check_new(config.output)
     checkpoint = config.checkpoint or newest_run(FINISHED, TRAIN)
-    captioner = load_captioner(checkpoint)
-    output = new_folder(config.output, checkpoint / f"evaluation-{config.split}")
+    released = is_released(checkpoint)
+    captioner: Captioner | ReleasedCaptioner = load_released(checkpoint) if released else load_captioner(checkpoint)
+    clip = ClipJudge(config.clip_score) if config.clip_score else None
+    name = f"evaluation-{config.split}"
+    folder = Path("runs") / f"{checkpoint.name}-{name}" if released else checkpoint / name
+    output = new_folder(config.output, folder)
     pictures, truth, source = chosen_pictures(config, checkpoint)
     accelerator = inference_accelerator()
+    judged = clip.look(pictures, accelerator.device) if clip else None
     kept: dict[int, torch.Tensor] = {}
     found = {
         beam: evaluate_captioner(captioner, pictures, truth, replace(config.decoding, beam=beam), accelerator,
-                                 config.batch_size, kept=kept)
+                                 config.batch_size, kept, judged)
         for beam in beams
     }  # fmt: skip
     if not accelerator.is_main_process:
@@ -71,12 +78,13 @@ def evaluate(config: EvaluateConfig) -> None:
     for beam in beams:
         console.print(f"beam {beam}")
         print_scores(found[beam])
-    rows = [(beam, *(found[beam].metrics[key] for key in METRICS)) for beam in beams]
+    columns = score_columns(metrics)
+    rows = [(beam, *(found[beam].metrics[key] for key in columns)) for beam in beams]
     caption = f"What follows is of beam {best}, with the highest CIDEr-D."
     with making_report():
         sections = [
             asked_section(config),
-            Section("Beam widths", [Table(("beam", *METRICS.values()), rows, caption)]),
+            Section("Beam widths", [Table(("beam", *columns.values()), rows, caption)]),
             *evaluation_sections(run, found[best], pictures, truth, captioner, replace(config.decoding, beam=best)),
             published_section({captioner.kind: metrics}, source),
         ]
@@ -86,43 +94,66 @@ def evaluate(config: EvaluateConfig) -> None:
 
 
 def evaluate_captioner(
-    captioner: Captioner,
+    captioner: Captioner | ReleasedCaptioner,
     pictures: CaptionedPictures,
     truth: Mapping[str, Scene],
     options: DecodingOptions,
     accelerator: Accelerator,
     batch_size: int = 64,
     kept: dict[int, torch.Tensor] | None = None,
+    judged: JudgedPictures | None = None,
 ) -> CaptionScores:
     """Runs the whole captioner on the pictures and scores its captions; the processes share them.
 
-    Several calls for the same pictures that get the same `kept` run the encoder once.
+    Several calls for the same pictures that get the same `kept` run the encoder once. `judged` adds CLIPScore.
     """
+    write: Callable[[DecodingOptions, str], list[str]]
+    if isinstance(captioner, ReleasedCaptioner):
+        write = partial(captioner.captions, pictures, accelerator, batch_size)
+    else:
+        kept = {} if kept is None and truth else kept  # drawn pictures are described several times
+        write = partial(_captions, captioner, pictures, accelerator, batch_size, kept)
+
+    def written(by: DecodingOptions, task: str, number: int = 0) -> list[str]:
+        set_seed(number, device_specific=True)
+        return write(by, task)
+
+    captions, times = written(options, "writing captions"), SAMPLES if truth else 0
+    sampled = [written(SAMPLED, f"sampling captions, {n + 1} of {times}", n) for n in range(times)]
+    found = score_captions(captions, pictures, truth, sampled)
+    if judged is None or not accelerator.is_main_process:
+        return found
+    ours, others = judged.scores(captions), judged.scores(captions_of_others(pictures))
+    return replace(found, metrics=found.metrics | ours, chance=found.chance | others)
+
+
+def _captions(
+    captioner: Captioner,
+    pictures: CaptionedPictures,
+    accelerator: Accelerator,
+    batch_size: int,
+    kept: dict[int, torch.Tensor] | None,
+    options: DecodingOptions,
+    task: str,
+) -> list[str]:
     tensors = PictureTensors(pictures, captioner.model.encoder.transform)
     model, vocabulary = captioner.model.to(accelerator.device), captioner.vocabulary
-    reused = bool(truth) or kept is not None  # drawn pictures are described several times
-    kept = {} if kept is None else kept
 
     @torch.no_grad()
     def features(places: Sequence[int]) -> torch.Tensor:
-        missing = [place for place in places if place not in kept]
+        missing = [place for place in places if kept is None or place not in kept]
         if missing:
             found: torch.Tensor = model.encoder(tensors.batch(missing).to(accelerator.device))
-            if not reused:
+            if kept is None:
                 return found
             kept.update(zip(missing, found, strict=True))
+        assert kept is not None
         return torch.stack([kept[place] for place in places])
 
-    def write(by: DecodingOptions, task: str, number: int = 0) -> list[str]:
-        set_seed(number, device_specific=True)
-        return written_captions(
-            model.decoder, features, len(pictures), TOKENS, vocabulary.length + 1, vocabulary.decode, by, accelerator,
-            batch_size, task,
-        )  # fmt: skip
-
-    captions, times = write(options, "writing captions"), SAMPLES if truth else 0
-    sampled = [write(SAMPLED, f"sampling captions, {n + 1} of {times}", n) for n in range(times)]
-    return score_captions(captions, pictures, truth, sampled)
+    return written_captions(
+        model.decoder, features, len(pictures), TOKENS, vocabulary.length + 1, vocabulary.decode, options, accelerator,
+        batch_size, task,
+    )  # fmt: skip
 
 
 def chosen_pictures(config: EvaluateConfig, checkpoint: Path) -> tuple[CaptionedPictures, dict[str, Scene], str | None]:

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 
 from caption_lab.config import TrainConfig
 from caption_lab.data import Batch
-from caption_lab.decoder import Output
 from caption_lab.vocabulary import END, PAD, START, TOKENS, Vocabulary, padded
 from labs_common.caption_metrics import CiderD
-from labs_common.decoding import GREEDY, log_probabilities, roll_out, sampled_places
+from labs_common.decoding import GREEDY, Output, log_probabilities, roll_out, sampled_places
 from labs_common.options import DecodingOptions
 
 # A part's shares of further means to log; on the device where they are computed there.

@@ -1,6 +1,6 @@
 """The captioner: an encoder and a decoder, and the options that depend on which ones they are."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from caption_lab.config import REAL, TINY, DecoderOptions, TrainConfig, check, complete_words
+from caption_lab.clipcap import language_vocabulary
+from caption_lab.config import REAL, TINY, TINY_LANGUAGE, DecoderOptions, TrainConfig, check, complete_words
 from caption_lab.decoder import CAPTIONERS, Output, Sizes
 from caption_lab.encoder import Encoder
 from caption_lab.losses import OBJECTIVES
-from caption_lab.vocabulary import Vocabulary
+from caption_lab.vocabulary import Vocabulary, build_vocabulary
 from labs_common.errors import LabError
 from labs_common.scenes.files import is_drawn
 
@@ -38,6 +39,17 @@ def make_model(kind: str, encoder: Encoder, options: DecoderOptions, vocabulary:
     return ImageCaptioningModel(encoder, CAPTIONERS[kind].decoder(sizes, options))
 
 
+def make_vocabulary(config: TrainConfig, captions: Sequence[str]) -> Vocabulary:
+    """Returns the words of the training captions, or the tokens of the language model that writes.
+
+    Raises:
+        LabError: no word is frequent enough, or there is no such language model.
+    """
+    if CAPTIONERS[config.model].language:
+        return language_vocabulary(captions, config.vocabulary, config.decoder.language_model)
+    return build_vocabulary(captions, config.vocabulary)
+
+
 def complete(config: TrainConfig) -> TrainConfig:
     """Returns the config with a default in the place of what was left to the captioner, the encoder and the data.
 
@@ -59,11 +71,20 @@ def complete(config: TrainConfig) -> TrainConfig:
         raise LabError(f"--mask-words: works with --model {_names(CAPTIONERS, 'words_at_once')} only")
     if encoder.pool and not kind.one_vector:
         raise LabError(f"--pool: works with --model {_names(CAPTIONERS, 'one_vector')} only; the others look at places")
+    if not kind.language and (decoder.language_model or decoder.lora or decoder.prefix != DecoderOptions.prefix):
+        raise LabError(
+            f"--language-model, --lora, --prefix: work with --model {_names(CAPTIONERS, 'language')} only; drop them"
+        )
+    if kind.language and (words.min_count or words.vocabulary_size):
+        raise LabError(f"--min-count, --vocabulary-size: --model {config.model} writes the tokens of --language-model; "
+                       "drop them")  # fmt: skip
     if config.start is not None:  # it brings all the rest
         own = replace(training, learning_rate=training.learning_rate or 5e-5, epochs=training.epochs or 5)
         return replace(config, training=own)
     drawn = config.data.data is None
-    name = encoder.encoder or (TINY if drawn or is_drawn(Path(str(config.data.data))) else REAL)
+    scenes = drawn or is_drawn(Path(str(config.data.data)))
+    name = encoder.encoder or (TINY if scenes else REAL)
+    language = decoder.language_model or (TINY_LANGUAGE if scenes else "openai-community/gpt2") if kind.language else ""
     tiny = name == TINY
     width = decoder.width or (kind.width if tiny else 512)
     if kind.words_at_once and width % decoder.heads:
@@ -73,8 +94,13 @@ def complete(config: TrainConfig) -> TrainConfig:
         config,
         # The tiny encoder's one mean would say too little: nine parts of the picture side by side.
         encoder=replace(encoder, encoder=name, pool=(encoder.pool or (3 if tiny else 1)) if kind.one_vector else 0),
-        decoder=replace(decoder, width=width, dropout=dropout if decoder.dropout is None else decoder.dropout),
-        vocabulary=complete_words(words, drawn),
+        decoder=replace(
+            decoder,
+            width=width,
+            dropout=dropout if decoder.dropout is None else decoder.dropout,
+            language_model=language,
+        ),
+        vocabulary=words if kind.language else complete_words(words, drawn),
         training=replace(
             training,
             learning_rate=training.learning_rate or kind.rates[not tiny],

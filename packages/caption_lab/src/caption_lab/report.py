@@ -14,6 +14,7 @@ from PIL import Image
 from caption_lab.config import TrainConfig
 from caption_lab.decoder import CAPTIONERS
 from caption_lab.losses import OBJECTIVES
+from caption_lab.released import CLIP_SCORES, ReleasedCaptioner
 from caption_lab.saved import Captioner
 from labs_common.caption_metrics import (
     METRICS,
@@ -46,6 +47,7 @@ from labs_common.saved import FOLDER
 from labs_common.scenes.captions import GRAMMAR, KINDS
 from labs_common.scenes.world import Scene
 
+PRINTED = ("bleu-1", "bleu-4", "rouge-l", "cider", *CLIP_SCORES)
 SHOWN, LOOKED_AT, WORST = 10, 4, 8  # pictures in the sections on captions, on attention and on errors
 SIDE, ACROSS = 150, 6  # pixels of a word's map, and maps in a row of a heat-map's file
 # BLEU-1 to BLEU-4 and METEOR in per cent, 5 references; None where the paper gives none. Figures of Xu et al. 2015,
@@ -57,6 +59,11 @@ PUBLISHED: dict[str, tuple[float | None, ...]] = {
     "Show, Attend and Tell, hard attention": (67.0, 45.7, 31.4, 21.3, 20.30),
 }
 SOURCE = "arXiv 1502.03044, table 1"
+ABOUT_CLIP = (
+    "CLIPScore (Hessel et al. 2021) is how near a CLIP finds caption and picture, without references; RefCLIPScore "
+    "also how near the caption is to the nearest true one. They notice wrong things rather than wrong counts, places "
+    "or grammar, depend on the CLIP, and favour captioners that see by one or were trained with one."
+)
 
 
 def finish_report(
@@ -105,7 +112,8 @@ def finish_report(
 def print_scores(found: CaptionScores) -> None:
     """Prints the main numbers."""
     for name, metrics in (("test captions", found.metrics), ("by chance", found.chance)):
-        said = "  ".join(f"{METRICS[key]} {metrics[key]:.3g}" for key in ("bleu-1", "bleu-4", "rouge-l", "cider"))
+        names = {key: name for key, name in score_columns(metrics).items() if key in PRINTED}
+        said = "  ".join(f"{name} {metrics[key]:.3g}" for key, name in names.items())
         console.print(f"{name}: {said}")
     for name, truth in found.claims.items():
         kinds = "  ".join(f"{kind} {right / there:.0%}" for kind, (right, there) in _by_kind(truth))
@@ -117,20 +125,23 @@ def evaluation_sections(
     found: CaptionScores,
     pictures: CaptionedPictures,
     truth: Mapping[str, Scene],
-    captioner: Captioner,
+    captioner: Captioner | ReleasedCaptioner,
     decoding: DecodingOptions,
 ) -> list[Section]:
     """Shows numbers, captions, where the captioner looked, and what was wrong."""
+    columns = score_columns(found.metrics)
     rows = [
-        ("test captions", *(found.metrics[key] for key in METRICS)),
-        ("true captions of other pictures", *(found.chance[key] for key in METRICS)),
+        ("test captions", *(found.metrics[key] for key in columns)),
+        ("true captions of other pictures", *(found.chance[key] for key in columns)),
     ]
     text = (
         f"Measured once, on the captioner read back from disk, with --beam {decoding.beam}. The second row is what "
         "somebody would score who writes good sentences without looking. BLEU and ROUGE-L in per cent. METEOR is not "
         "given: version 1.5, which the papers used, exists in Java only, and what Python has gives other numbers."
     )
-    numbers = Section("Numbers", [Table(("", *METRICS.values()), rows), Text(text)])
+    numbers = Section("Numbers", [Table(("", *columns.values()), rows), Text(text)])
+    if columns.keys() & CLIP_SCORES.keys():
+        numbers.blocks.append(Text(ABOUT_CLIP))
     if found.claims:
         numbers.blocks += _truth_blocks(run, found)
     spread = example_places(pictures, SHOWN)
@@ -138,13 +149,19 @@ def evaluation_sections(
                for place in spread]  # fmt: skip
     sections = [numbers, Section("Captions", [Gallery(gallery, "Test pictures, evenly from all of them.")])]
     chosen = [pictures.image(place) for place in spread[:: max(1, len(spread) // LOOKED_AT)][:LOOKED_AT]]
-    if maps := attention_maps(captioner, chosen, decoding):
+    # Of a released one's attention nothing is known here.
+    if maps := attention_maps(captioner, chosen, decoding) if isinstance(captioner, Captioner) else []:
         blocks: list[Any] = [
             Text("The picture under the attention of each word: bright is where the captioner looked when it chose it.")
         ]
         blocks += [Gallery(word_tiles(image, *its), " ".join(its[0])) for image, its in zip(chosen, maps, strict=True)]
         sections.append(Section("Where it looked", blocks))
     return [*sections, _error_section(found, pictures, truth)]
+
+
+def score_columns(metrics: Mapping[str, float]) -> dict[str, str]:
+    """Returns the names of the scores that there are, in the order of tables."""
+    return {key: name for key, name in (METRICS | CLIP_SCORES).items() if key in metrics}
 
 
 def published_section(ours: Mapping[str, Mapping[str, float]], data: str | None) -> Section:

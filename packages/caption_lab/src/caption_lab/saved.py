@@ -1,13 +1,14 @@
 """The result on disk: `config.json`, `model.safetensors` and the vocabulary, and nothing else is needed."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
+from caption_lab.clipcap import LANGUAGE, ClipCap, load_language
 from caption_lab.config import DecoderOptions
 from caption_lab.encoder import Encoder
 from caption_lab.model import ImageCaptioningModel, make_model
@@ -59,7 +60,13 @@ def save_captioner(folder: Path, captioner: Captioner, state: Mapping[str, torch
         "interpolation": transform.interpolation,
     }  # fmt: skip
     said = {"model": captioner.kind, "decoder": asdict(captioner.options), "encoder": described}
-    save_model(folder, CONFIG, said, state, captioner.vocabulary.save)
+
+    def more(part: Path) -> None:
+        captioner.vocabulary.save(part)
+        if isinstance(captioner.model.decoder, ClipCap):
+            captioner.model.decoder.language.config.save_pretrained(part / LANGUAGE)
+
+    save_model(folder, CONFIG, said, state, more)
 
 
 def load_captioner(path: Path, option: str = "--checkpoint") -> Captioner:
@@ -70,7 +77,13 @@ def load_captioner(path: Path, option: str = "--checkpoint") -> Captioner:
     Raises:
         LabError: none is there, or it is broken.
     """
-    vocabulary = load_vocabulary(saved_folder(path, (CONFIG, WEIGHTS), option))
+    folder = saved_folder(path, (CONFIG, WEIGHTS), option)
+    language = (folder / LANGUAGE).is_dir()
+    vocabulary = load_language(folder) if language else load_vocabulary(folder)
+
+    def options_of(said: dict[str, Any]) -> DecoderOptions:
+        options = DecoderOptions(**said["decoder"])
+        return replace(options, language_model=str(folder / LANGUAGE)) if language else options
 
     def build(said: dict[str, Any], state: Mapping[str, torch.Tensor]) -> ImageCaptioningModel:
         known = said["encoder"]
@@ -78,7 +91,7 @@ def load_captioner(path: Path, option: str = "--checkpoint") -> Captioner:
         encoder.transform = Transform(
             known["image_size"], tuple(known["mean"]), tuple(known["std"]), known["interpolation"]
         )
-        return make_model(said["model"], encoder, DecoderOptions(**said["decoder"]), vocabulary)
+        return make_model(said["model"], encoder, options_of(said), vocabulary)
 
     model, said, _ = load_model(path, CONFIG, option, build)
-    return Captioner(said["model"], model, vocabulary, DecoderOptions(**said["decoder"]))
+    return Captioner(said["model"], model, vocabulary, options_of(said))

@@ -14,15 +14,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 
+from caption_lab.clipcap import ClipCap
 from caption_lab.config import TrainConfig
 from caption_lab.data import Batch, CaptionRows, caption_rows, caption_steps, drawn_scenes, read_data
 from caption_lab.encoder import make_encoder
 from caption_lab.evaluate import evaluate_captioner
 from caption_lab.losses import OBJECTIVES, Learner, SelfCritic, next_word, next_word_loss
-from caption_lab.model import ImageCaptioningModel, complete, make_model
+from caption_lab.model import ImageCaptioningModel, complete, make_model, make_vocabulary
+from caption_lab.released import ClipJudge
 from caption_lab.report import finish_report
 from caption_lab.saved import Captioner, load_captioner, save_captioner
-from caption_lab.vocabulary import PAD, TOKENS, build_vocabulary, padded
+from caption_lab.vocabulary import PAD, TOKENS, padded
 from labs_common.caption_metrics import caption_metrics, caption_words, references_of
 from labs_common.checkpoint import SHARDED
 from labs_common.data.captions import Captions, captions_alone
@@ -47,6 +49,7 @@ def train(config: TrainConfig) -> None:
         print_needs(config)
         return
     accelerator = begin(config.run, config.training)
+    clip = ClipJudge(config.clip_score) if config.clip_score else None  # before anything is trained: it may be missing
     with main_process_first(accelerator):
         data = read_data(config.data, config.run.seed, accelerator.is_main_process)
     captioner = make(config, data, accelerator)
@@ -58,7 +61,9 @@ def train(config: TrainConfig) -> None:
 
     # What was saved is tested: the captioner is read back and sees the pictures themselves.
     captioner = load_captioner(run.path)
-    found = evaluate_captioner(captioner, data.splits["test"], data.truth, config.decoding, accelerator)
+    test = data.splits["test"]
+    judged = clip.look(test, accelerator.device) if clip else None
+    found = evaluate_captioner(captioner, test, data.truth, config.decoding, accelerator, judged=judged)
     clock["tested"] = time.perf_counter()
     if accelerator.is_main_process:
         finish_report(run, config, data, captioner, fitted, found, clock)
@@ -75,7 +80,7 @@ def print_needs(config: TrainConfig) -> None:
         raise LabError(f"--plan: --objective {config.objective} learns from captions that it writes, whose lengths are "
                        "not known; leave it out")  # fmt: skip
     captions = captions_alone(config.data, drawn_scenes)
-    vocabulary = build_vocabulary((one for of_picture in captions for one in of_picture), config.vocabulary)
+    vocabulary = make_vocabulary(config, [one for of_picture in captions for one in of_picture])
     with torch.device("meta"):
         encoder = make_encoder(replace(config.encoder, pretrained=False, weights=None))
         model = make_model(config.model, encoder, config.decoder, vocabulary).train()
@@ -112,8 +117,10 @@ def make(config: TrainConfig, data: Captions, accelerator: Accelerator) -> Capti
             captioner.model.decoder.requires_grad_(True)
         else:
             captions = [caption for of_picture in data.splits["train"].captions for caption in of_picture]
-            vocabulary = build_vocabulary(captions, config.vocabulary)
+            vocabulary = make_vocabulary(config, captions)
             model = make_model(config.model, make_encoder(config.encoder), config.decoder, vocabulary)
+            if isinstance(model.decoder, ClipCap):
+                model.decoder.read(config.decoder.language_model)
             captioner = Captioner(config.model, model, vocabulary, config.decoder)
         captioner.model.encoder.train_last(config.encoder.unfreeze, config.cache.cache)
     return captioner
@@ -218,6 +225,9 @@ def _writer(model: ImageCaptioningModel, config: TrainConfig, accelerator: Accel
     if OBJECTIVES[config.objective].writes:
         raise LabError(f"--objective {config.objective}: writes captions while it learns, which sharded weights "
                        "cannot; take one GPU, or launch/multi_gpu.yaml")  # fmt: skip
+    if isinstance(model.decoder, ClipCap):
+        raise LabError(f"--model {config.model}: its language model is not sharded; take one GPU, or "
+                       "launch/multi_gpu.yaml")  # fmt: skip
     plain = copy.deepcopy(model)
     plain.encoder.train_last(config.encoder.unfreeze, config.cache.cache)  # with a cut of its own
     return plain

@@ -36,6 +36,18 @@ class NextWord(NamedTuple):
     attention: torch.Tensor | None
 
 
+class Output(NamedTuple):
+    """A decoder's answer to whole captions.
+
+    Attributes:
+        logits: of the word after each word (captions, words, vocabulary).
+        attention: share of each place for each word (captions, words, places), if the decoder has it in training.
+    """
+
+    logits: torch.Tensor
+    attention: torch.Tensor | None
+
+
 class SpecialTokens(NamedTuple):
     """The numbers of a vocabulary's tokens that are no words.
 
@@ -99,9 +111,27 @@ def written_captions(
 ) -> list[str]:
     """Writes a caption for each of `count` pictures; `features` gives what the decoder reads for their places.
 
-    `length` is that of `write`; `decode` turns a caption's numbers into a sentence. The processes of `accelerator`
-    share the pictures; every one gets all captions. With a `task` it shows how far it has come. `top_p` samples from
-    the process's generator.
+    `length` is that of `write`; `decode` turns a caption's numbers into a sentence. For the rest see
+    `captions_by_parts`. `top_p` samples from the process's generator.
+    """
+
+    def describe(places: Sequence[int]) -> list[str]:
+        return [*map(decode, write(decoder, features(places), tokens, length, options).words)]
+
+    return captions_by_parts(describe, count, accelerator, batch_size, task)
+
+
+def captions_by_parts(
+    describe: Callable[[Sequence[int]], list[str]],
+    count: int,
+    accelerator: Accelerator | None,
+    batch_size: int,
+    task: str,
+) -> list[str]:
+    """Describes `count` pictures, `batch_size` at once by their places.
+
+    The processes of `accelerator` share the pictures; every one gets all captions. With a `task` it shows how far it
+    has come.
     """
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     mine = range(rank, count, processes)
@@ -110,8 +140,7 @@ def written_captions(
     for first in tracked(starts, task, len(starts), bool(task) and rank == 0):
         places = list(mine[first : first + batch_size])
         with accelerator.autocast() if accelerator else contextlib.nullcontext():
-            written = write(decoder, features(places), tokens, length, options)
-        found += zip(places, map(decode, written.words), strict=True)
+            found += zip(places, describe(places), strict=True)
     everyone = gather_object(found) if processes > 1 else found
     return [caption for _, caption in sorted(everyone)]
 
