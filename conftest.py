@@ -17,4 +17,4 @@ sys.dont_write_bytecode = False
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-pytest_plugins = ("labs_testing.fixtures",)
+pytest_plugins = ("labs_testing.costs", "labs_testing.fixtures")
