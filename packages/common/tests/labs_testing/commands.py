@@ -70,8 +70,7 @@ def forked(module: str, libraries: list[str], *arguments: object, said: Path | N
 
     Its errors go to the file `said`, if one is named.
     """
-    # Where DeepSpeed is installed, Accelerate imports it in every run: here once, for all that are forked.
-    start_server(None, [*libraries, "deepspeed"])
+    start_server(None, libraries)
     process = multiprocessing.get_context("forkserver").Process(
         target=_run, args=(module, [*map(str, arguments)], more, said)
     )
@@ -121,7 +120,7 @@ def with_deepspeed(
 ) -> None:
     """Runs a command under a DeepSpeed configuration, in `ranks` processes on a CPU, in which nothing is imported anew.
 
-    Its environment is that in which `accelerate launch` would start it; that this does is for tests/test_launcher.py.
+    Its environment is that in which `accelerate launch` would start it; that this does is for tests/test_gpu_benchmarks.py.
     """
     asked = launch_command_parser().parse_args(["--config_file", str(one_cpu(file, folder)), "train.py"])
     launch, defaults, _ = _validate_launch_command(asked)
