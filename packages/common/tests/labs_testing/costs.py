@@ -34,9 +34,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Notes in the report what was used since the last one; xdist's workers send it with the report."""
+    """Notes in a test's last report what was used since that of the one before; xdist's workers send it along."""
     report = yield
-    if item.config.option.cpu:
+    if item.config.option.cpu and report.when == "teardown":
         now = cpu_seconds()
         report.cpu = now - item.session.stash[COST]
         item.session.stash[COST] = now
