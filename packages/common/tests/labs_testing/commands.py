@@ -21,6 +21,7 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from pyarrow import parquet
 
 from labs_common.cli import command_of
 from labs_common.compare.processes import start_server, stop_as_usual
@@ -186,4 +187,11 @@ def real_data(name: str) -> Path:
     folder = REAL_DATA / name
     if not folder.is_dir():
         pytest.skip(f"no real data here (looked for ../shared/data/{name})")
+    return folder
+
+
+def first_rows(tables: Path, folder: Path, count: int) -> Path:
+    """Writes the first rows of each parquet file: every picture of them is checked, also those that --limit leaves out."""
+    for file in tables.glob("*.parquet"):
+        parquet.write_table(parquet.read_table(file).slice(0, count), folder / file.name)
     return folder
