@@ -19,9 +19,10 @@ sys.dont_write_bytecode = False
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What stands in tests/ is marked; files that take longest come first, so that none is begun when others are done."""
+    """What stands in tests/ is marked; files that take longest come first, so that none is begun last."""
     documents = Path(__file__).parent / "tests"
     for item in items:
         if item.path.parent == documents:
