@@ -34,7 +34,7 @@ EXERCISES = [ROOT / "docs" / "exercises.md", ROOT / "docs" / "fa" / "exercises.m
 # Commands of the shell that CI runs itself, word for word.
 SHELL = {
     "pip install uv", "uv run pytest", ".ci/run", ".ci/package common", "uv run ruff check", "uv run ruff format",
-    "uv run mypy", "uv run python -m benchmarks", "uv run python -m benchmarks.gpu", "uv run pytest tests", 'uv run pytest -m "kills or long or pretended" packages tests', ".ci/supply", "uv pip install ./packages/llm_peft_fa", "llm-peft-fa-train --help",
+    "uv run mypy", "uv run python -m benchmarks", "uv run python -m benchmarks.gpu", "uv run pytest tests", 'uv run pytest -m "kills or long or pretended or documents" packages tests', ".ci/supply", "uv pip install ./packages/llm_peft_fa", "llm-peft-fa-train --help",
     "git clone URL foundation-labs", "cd foundation-labs",
     "uv run pytest -m quick packages tests/test_house.py", "uv run pytest -m alone", "uvx pre-commit install",  # a part of the above
     # tests/test_launcher.py runs the script.
@@ -72,7 +72,7 @@ OFFLINE = {
     "vit_transfer.attack": "--data cifar-10-batches-py --models runs/block-resnet50-1",
     "caption_lab.train": "--data flickr8k",
     "caption_lab.prepare": "--data flickr8k",
-    "clip_lab.train": "--data flickr8k",
+    "clip_lab.train": "--data flickr8k --image resnet18",
     "clip_lab.evaluate": "--data flickr8k",
     "clip_lab.probe": "--data cifar-10-batches-py",
     "clip_lab.zero_shot": "--data cifar-10-batches-py",
@@ -82,7 +82,9 @@ OFFLINE = {
 # Words of the documents, and what stands for them here.
 WORDS = {
     "flickr8k-mini": "flickr8k", "runs/transformer-…": "runs/caption_lab", "RN50:openai": "runs/clip_lab",
-    "runs/block-resnet50-…": "runs/block-resnet50-1", "resnet101": "resnet18", "folder-of-classes": "cifar-10-batches-py",
+    "runs/block-resnet50-…": "runs/block-resnet50-1", "resnet101": "resnet18", "resnet50": "resnet18",
+    "vit_base_patch32_224": "vit_tiny_patch16_224", "deit_small_patch16_224": "deit_tiny_patch16_224",
+    "folder-of-classes": "cifar-10-batches-py",
     "runs/block-resnet50-…,runs/block-deit_small_patch16_224-…": "runs/block-resnet50-1",
     "openai/clip-vit-base-patch32": "runs/clip_lab", "zebra,umbrella": "striped star,dotted moon",
     "runs/NAME": "runs/llm_peft_fa", "universitytehran/SlimOrca": "chats.jsonl", "…": None,

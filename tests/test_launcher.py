@@ -1,4 +1,4 @@
-"""`accelerate launch` with DeepSpeed, as a user starts it; elsewhere its environment is made without importing anew.
+"""`accelerate launch` as the Slurm scripts start it; test_gpu_benchmarks.py has it with DeepSpeed.
 
 The Slurm scripts run here with stand-ins for Slurm's commands; docs/gpus.md says what was tried with Slurm itself.
 """
@@ -16,8 +16,7 @@ from subprocess import PIPE
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
-from labs_testing.commands import command, free_port, here, losses, one_cpu
-from random_models import random_gemma
+from labs_testing.commands import here, losses
 from test_entry_points import ROOT
 
 SCRIPTS = sorted(ROOT.glob("packages/*/launch/slurm.sbatch"))
@@ -157,19 +156,3 @@ def test_launch_configurations_leave_gpus_and_precision_alone(file: Path, monkey
     )
     several = prepare_multi_gpu_env(launch) if launch.multi_gpu else prepare_simple_launcher_cmd_env(launch)[1]
     assert (several["CUDA_VISIBLE_DEVICES"], several["ACCELERATE_MIXED_PRECISION"]) == ("5,6", "no")
-
-
-def test_deepspeed_through_the_launcher(tmp_path: Path) -> None:
-    """ZeRO-2 takes the whole road, with one process on a CPU, to the losses of a plain run."""
-    pytest.importorskip("deepspeed", reason="needs the extra llm-peft-fa[deepspeed]")
-    gemma = tmp_path / "gemma"
-    gemma.mkdir()
-    random_gemma(gemma)
-    file = one_cpu(ROOT / "packages/llm_peft_fa/launch/deepspeed_zero2.yaml", tmp_path)
-    arguments = ("-m", "llm_peft_fa.train", "--model", gemma, "--conversations", 40, "--max-steps", 3, "--batch-size", 8,
-                 "--test-prompts", 2, "--max-new-tokens", 4, "--track", "none", "--no-report", "--output")  # fmt: skip
-    command("accelerate.commands.launch", "--config_file", file, *arguments, tmp_path / "zero",
-            DS_ACCELERATOR="cpu", MASTER_PORT=free_port())  # fmt: skip
-    command(*arguments[1:], tmp_path / "plain")
-    assert list(tmp_path.glob("zero/checkpoints/*/sharded")), "DeepSpeed took part"
-    assert losses(tmp_path / "zero") == pytest.approx(losses(tmp_path / "plain"), abs=1e-4)

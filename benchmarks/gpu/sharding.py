@@ -32,6 +32,8 @@ def launched(setting: Setting, folder: Path, module: str, kind: str) -> Iterator
     separate(command, module, *options, "--output", folder / "plain")
     launch(one_process(ROOT / "packages" / module.partition(".")[0] / "launch" / f"{kind}.yaml", folder, gpu),
            module, (*options, "--output", folder / kind))  # fmt: skip
+    if kind != "fsdp" and not list((folder / kind).glob("checkpoints/*/sharded")):
+        raise RuntimeError("DeepSpeed took no part: the run has no checkpoint of it")
     its, plain = (figures(folder / run) for run in (kind, "plain"))
     what = f"{module}, {kind}, one process"
     yield Row(f"{what}: a step", "s", its["seconds"], "without it", plain["seconds"])

@@ -1,10 +1,12 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 from labs_testing import commands as lab_commands
 from PIL import Image
 
 
+@pytest.mark.alone
 def test_caption_command(finished: Path, scenes: Path, tmp_path: Path) -> None:
     """In a process of its own, on pictures that no training saw, by file, directory and pattern."""
 

@@ -9,6 +9,7 @@ from labs_common.caption_metrics import SCORER
 from labs_common.compare.collect import Entry
 
 
+@pytest.mark.alone
 def test_evaluate_command(finished: Path, scenes: Path, tmp_path: Path) -> None:
     def said(*arguments: object, code: int = 0) -> lab_commands.Done:
         return lab_commands.here("caption_lab.evaluate", "--checkpoint", finished, *arguments, code=code)

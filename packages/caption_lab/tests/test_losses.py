@@ -107,6 +107,7 @@ def test_policy_gradient_is_minus_advantage_times_log_probability() -> None:
     torch.testing.assert_close(logits.grad, reference.grad)
 
 
+@pytest.mark.alone
 def test_self_critical_training_raises_the_reward() -> None:
     captions = [["a red dog runs here"], ["two blue cats sit there"], ["one green bird sings now"]]
     vocabulary = build_vocabulary([c for those in captions for c in those], VocabularyOptions(min_count=1))

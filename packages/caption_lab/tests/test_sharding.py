@@ -1,5 +1,6 @@
 """A real network without weights, over eight processes that do not exist: what FSDP2 would gather at a time."""
 
+import pytest
 import torch
 from labs_testing.sharded import assert_in_layers
 
@@ -9,6 +10,7 @@ from caption_lab.encoder import Encoder
 from caption_lab.model import ImageCaptioningModel
 
 
+@pytest.mark.alone
 def test_a_unit_of_each_block() -> None:
     """The encoder of Show, Attend and Tell with its usual vocabulary; all of it trains."""
     with torch.device("meta"):

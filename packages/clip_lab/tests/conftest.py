@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 from labs_testing import commands as lab_commands
-from labs_testing.commands import real_data
+from labs_testing.commands import first_rows, real_data
 from PIL import Image
 
 from clip_lab.config import CacheOptions, ImageOptions
@@ -77,6 +77,6 @@ def real_pictures() -> Path:
 
 
 @pytest.fixture(scope="session")
-def real_classes() -> Path:
+def real_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Real pictures of CIFAR-10."""
-    return real_data("cifar10-mini")
+    return first_rows(real_data("cifar10-mini"), tmp_path_factory.mktemp("cifar"), 1000)

@@ -15,6 +15,7 @@ from clip_lab.probe import shots_of
 from labs_common.errors import LabError
 
 
+@pytest.mark.alone
 def test_the_probe_is_measured_on_what_it_wrote(run: Path, things: Path, tmp_path: Path) -> None:
     lab_commands.here("clip_lab.probe", "--checkpoint", run, "--data", things, "--shots", "1,4,all", "--draws", "2",
                       "--output", tmp_path / "probe")  # fmt: skip

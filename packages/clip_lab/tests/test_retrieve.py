@@ -17,6 +17,7 @@ from labs_common.run import Run
 SENTENCES = ["a red circle to the left of a blue square", "one triangle"]
 
 
+@pytest.mark.alone
 def test_sentences_find_pictures_and_pictures_captions(run: Path, scenes: Path, tmp_path: Path) -> None:
     picture = sorted((scenes / "Images").iterdir())[0]
     done = lab_commands.here(
@@ -59,6 +60,7 @@ def test_the_grid_has_the_first_searches(tmp_path: Path, monkeypatch: pytest.Mon
     assert (tmp_path / "report.html").read_text(encoding="utf-8").count("a dog") == 300 * 60
 
 
+@pytest.mark.alone
 def test_without_data_the_runs_own_test_pictures_are_searched(run: Path, tmp_path: Path) -> None:
     test = json.loads((run / "splits.json").read_text())["test"]["pictures"]
     done = lab_commands.here("clip_lab.retrieve", "one circle", "--checkpoint", run, "--output", tmp_path / "found")

@@ -13,6 +13,7 @@ from clip_lab.encoder import load_encoder
 SENTENCES = ["a red circle to the left of a blue square", "one triangle"]
 
 
+@pytest.mark.alone
 def test_exports_have_the_same_features(run: Path, scenes: Path, tmp_path: Path) -> None:
     other = tmp_path / "vit"
     lab_commands.here("clip_lab.train", "--data", scenes, "--image", "test_vit", "--no-image-pretrained", "--text-width", "32", "--text-layers",

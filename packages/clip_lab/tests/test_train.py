@@ -121,7 +121,7 @@ def test_in_parts_it_is_the_same(finished: Path, options: tuple[object, ...], tm
 @pytest.mark.parametrize("objective", ["siglip", "coca", "simvlm"])
 def test_the_other_objectives_train(objective: str, options: tuple[object, ...], tmp_path: Path) -> None:
     done = here(*options, "--objective", objective, "--output", tmp_path / "run", "--epochs", "4", "--patience", "3",
-                "--watch", "loss")  # fmt: skip
+                "--watch", "loss", "--no-report")  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     by_epoch = [line["validation/loss"] for line in lines if "validation/loss" in line]
     assert min(by_epoch[1:]) < by_epoch[0]
@@ -174,9 +174,7 @@ def test_real_photographs_are_learnt_from(real_pictures: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
-        (("--data", "missing-pictures"), "missing-pictures"),
         (("--image", "resnt50"), "resnet50"),
-        (("--image-weights", "missing.safetensors"), "--image-weights"),
         (("--freeze-image",), "--freeze-image"),
         (("--text", "no-such-text"), "--text no-such-text"),
         (("--tokenizer", "no-such-tokenizer"), "--tokenizer"),
@@ -187,7 +185,6 @@ def test_real_photographs_are_learnt_from(real_pictures: Path, tmp_path: Path) -
         (("--objective", "blip"), "--objective"),
         (("--scale", "0"), "--scale"),
         (("--splits", "missing-lists"), "--splits"),
-        (("--output", "/proc/run"), "--output"),
         (("--objective", "simvlm", "--patience", "2"), "--watch"),
     ],
 )

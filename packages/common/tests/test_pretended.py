@@ -2,6 +2,7 @@
 
 import copy
 import io
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -253,3 +254,16 @@ def test_a_step_that_waits_is_found(tmp_path: Path) -> None:
     ran = toy(tmp_path, "--seeded-bug", "waits in each step")
     with pytest.raises(AssertionError, match=r"8 syncs in a step; the budget is 6:\n.*toy/training\.py"):
         assert_within(ran, TOY)
+
+
+@pytest.mark.pretended
+def test_a_resumed_run_has_the_same_bytes(tmp_path: Path) -> None:
+    """Weights, optimizer and the random numbers of dropout go back to the device."""
+    toy(tmp_path / "whole")
+    whole, again = tmp_path / "whole" / "run", tmp_path / "again"
+    shutil.copytree(whole, again)
+    (again / "model.safetensors").unlink()
+    shutil.rmtree(again / "checkpoints" / "step-00000005")
+    on_pretended_gpu(["labs_common.fitting"], tmp_path / "said", Asked("toy.training", ("--resume", again)))
+    for name in ("metrics.jsonl", "model.safetensors"):
+        assert (again / name).read_bytes() == (whole / name).read_bytes(), name

@@ -115,6 +115,7 @@ def test_same_seed_and_index_same_picture_and_words() -> None:
     assert random_scene(scene_generator(8, 0)) != random_scene(scene_generator(7, 0))
 
 
+@pytest.mark.alone
 def test_labels_are_true_and_every_class_occurs() -> None:
     def answer(task: str, scene: Scene) -> str:
         largest = max(scene.things, key=lambda thing: thing.radius)

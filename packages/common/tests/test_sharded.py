@@ -42,17 +42,39 @@ def sharded(folder: Path, *options: object, codes: tuple[int, int] = (0, 0), **m
     in_two_processes("toy.training", ["toy.training"], *options, codes=codes, **variables, **more)
 
 
-def test_a_sharded_run_is_killed_resumed_and_audited(tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    sharded(tmp_path, "--output", whole, *SMALL)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run over two processes that nobody stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    sharded(folder, "--output", folder / "run", *SMALL)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in one process, unsharded."""
+    run = tmp_path_factory.mktemp("one") / "run"
+    finish("--output", run, *SMALL)
+    return run
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run over two processes that was interrupted after four steps."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    sharded(folder, "--output", folder / "run", *SMALL, "--signal-at", "4", codes=(130, 130))
+    return folder / "run"
+
+
+def test_a_sharded_run_is_killed_resumed_and_audited(whole: Path, one: Path, tmp_path: Path) -> None:
+    killed = tmp_path / "killed"
     kept = json.loads((whole / "frozen.json").read_text())
     assert len(kept) == 2, "each process has hashes of its own"
     assert kept[0].keys() == kept[1].keys()
     assert kept[0]["0.weight"] != kept[1]["0.weight"]
 
-    finish("--output", tmp_path / "one", *SMALL)
-    assert losses(whole) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
-    expected = load_file(tmp_path / "one" / "model.safetensors")
+    assert losses(whole) == pytest.approx(losses(one), rel=1e-5)
+    expected = load_file(one / "model.safetensors")
     for name, tensor in load_file(whole / "model.safetensors").items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=0)
 
@@ -63,9 +85,8 @@ def test_a_sharded_run_is_killed_resumed_and_audited(tmp_path: Path) -> None:
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-def test_a_part_that_moved_in_one_process_stops_both(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    sharded(tmp_path, "--output", run, *SMALL, "--signal-at", "4", codes=(130, 130))
+def test_a_part_that_moved_in_one_process_stops_both(interrupted: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(interrupted, tmp_path / "run")
     kept = json.loads((run / "frozen.json").read_text())
     kept[1]["0.weight"] = kept[0]["0.weight"]  # as if the base had changed where only process 1 sees it
     (run / "frozen.json").write_text(json.dumps(kept))
@@ -84,9 +105,8 @@ def test_patience_goes_back_to_the_best_weights(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=0)
 
 
-def test_hashes_that_a_kill_left_unwritten_are_written_on_resume(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    sharded(tmp_path, "--output", run, *SMALL, "--signal-at", "4", codes=(130, 130))
+def test_hashes_that_a_kill_left_unwritten_are_written_on_resume(interrupted: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(interrupted, tmp_path / "run")
     kept = (run / "frozen.json").read_bytes()
     (run / "frozen.json").unlink()
     shutil.rmtree(run / "checkpoints")
@@ -94,16 +114,14 @@ def test_hashes_that_a_kill_left_unwritten_are_written_on_resume(tmp_path: Path)
     assert (run / "frozen.json").read_bytes() == kept
 
 
-def test_checkpoints_are_those_of_unsharded_runs(tmp_path: Path) -> None:
+def test_checkpoints_are_those_of_unsharded_runs(whole: Path, one: Path) -> None:
     """Of what trains alone, whole, in files that are read without running anything."""
-    sharded(tmp_path, "--output", tmp_path / "two", *SMALL)
-    finish("--output", tmp_path / "one", *SMALL)
-    two, one = (next(iter(checkpoints(tmp_path / name / "checkpoints"))) for name in ("two", "one"))
-    assert {file.name for file in two.iterdir()} == {file.name for file in one.iterdir()} | {"random-1.pt"}
-    weights, expected = (load_file(path / "trainable.safetensors") for path in (two, one))
+    two, plain = (next(iter(checkpoints(run / "checkpoints"))) for run in (whole, one))
+    assert {file.name for file in two.iterdir()} == {file.name for file in plain.iterdir()} | {"random-1.pt"}
+    weights, expected = (load_file(path / "trainable.safetensors") for path in (two, plain))
     assert weights.keys() == expected.keys() >= {"3.weight"}
     assert not {name for name in weights if name.startswith("0.")}, "the frozen base"
-    moments, known = (torch.load(path / "optimizer.pt", weights_only=True)["optimizer"] for path in (two, one))
+    moments, known = (torch.load(path / "optimizer.pt", weights_only=True)["optimizer"] for path in (two, plain))
     for name, tensor in expected.items():
         torch.testing.assert_close(weights[name], tensor, atol=1e-6, rtol=0)
     for number, state in known["state"].items():
@@ -114,7 +132,7 @@ def test_checkpoints_are_those_of_unsharded_runs(tmp_path: Path) -> None:
 
 @pytest.mark.kills
 @pytest.mark.parametrize("stage", [2, 3])
-def test_under_deepspeed_it_is_killed_and_resumes_to_the_same_bytes(stage: int, tmp_path: Path) -> None:
+def test_under_deepspeed_it_is_killed_and_resumes_to_the_same_bytes(stage: int, one: Path, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
     (tmp_path / "zero.yaml").write_text(ZERO.replace("STAGE", str(stage)))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -123,8 +141,7 @@ def test_under_deepspeed_it_is_killed_and_resumes_to_the_same_bytes(stage: int, 
         with_deepspeed(tmp_path / "zero.yaml", tmp_path, "toy.training", ["toy.training"], *options, ranks=2, code=code)
 
     run("--output", whole, *SMALL)
-    finish("--output", tmp_path / "one", *SMALL)
-    assert losses(whole) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert losses(whole) == pytest.approx(losses(one), rel=1e-5)
     run("--output", killed, *SMALL, "--signal-at", "4", "--signal-number", int(SIGKILL), code=-9)
     (part,) = killed.glob("checkpoints/step-00000003/sharded/*/*_rank_1_*optim*")  # what the last one wrote
     content = part.read_bytes()

@@ -66,7 +66,7 @@ def test_what_was_channels_last_is_sharded_too() -> None:
 
 
 def test_two_processes_share_one_network() -> None:
-    start_server(None, ["toy.shards", "deepspeed"])  # as labs_testing starts others
+    start_server(None, ["toy.shards"])
     port, context = free_port(), multiprocessing.get_context("forkserver")
     both = [context.Process(target=check, args=(rank, port)) for rank in range(2)]
     for process in both:

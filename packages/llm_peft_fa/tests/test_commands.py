@@ -161,6 +161,7 @@ def test_adalora_killed_and_resumed_gives_the_same_bytes(gemma_dir: Path, tmp_pa
         "--method",
         "adalora",
         "--no-answer-base",
+        "--no-report",
         "--save-every",
         "3",
         "--epochs",
@@ -171,7 +172,7 @@ def test_adalora_killed_and_resumed_gives_the_same_bytes(gemma_dir: Path, tmp_pa
     for later in sorted((tmp_path / "killed" / "checkpoints").glob("step-*"))[1:]:
         shutil.rmtree(later)
     shutil.rmtree(tmp_path / "killed" / "adapter")
-    here("train", "--resume", tmp_path / "killed")
+    here("train", "--resume", tmp_path / "killed", "--no-report")
     one, two = trained(tmp_path / "whole"), trained(tmp_path / "killed")
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -186,29 +187,23 @@ def test_show_batch_writes_nothing(gemma_dir: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
-        (("--data", "missing.jsonl"), "missing.jsonl"),
-        (("--data", "{empty}"), "empty.jsonl"),
         (("--data", "{prose}"), "prose.jsonl:1"),
         (("--data", "{long}", "--max-length", "64"), "long.jsonl:"),
         (("--method", "magic"), "--method"),
-        (("--model", "{nothing}"), "--model"),
         (("--target-modules", "wq"), "wq"),
         (("--method", "full", "--rank", "4"), "--rank"),
         (("--method", "prefix_tuning", "--merge"), "--merge"),
         (("--plain-text", "{nothing}"), "--plain-text"),
         (("--template", "{nothing}"), "--template"),
         (("--prompts", "{nothing}"), "--prompts"),
-        (("--output", "/proc/run"), "--output"),
-        (("--resume", "{nothing}"), "--resume"),
-        (("--precision", "fp16"), "--precision"),
         (("--compile",), "--compile: attention in blocks"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
     arguments: tuple[str, ...], names: str, gemma_dir: Path, tmp_path: Path
 ) -> None:
-    files = {name: tmp_path / f"{name}.jsonl" for name in ("empty", "prose", "long", "nothing")}
-    files["empty"].write_text("")
+    """What every training command is asked stands in labs_testing/bad_inputs.py; this is of this lab."""
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("prose", "long", "nothing")}
     files["prose"].write_text("not JSON\n")
     row = json.dumps({"instruction": "کتاب " * 90, "output": "نان"})
     files["long"].write_text("\n".join([row] * 30))
@@ -247,7 +242,7 @@ def test_real_conversations_teach_a_random_model_something(real_chats: Path, gem
     here(
         "train", "--model", gemma_dir, "--data", real_chats / "train.jsonl", "--validation-fraction",
         "0.02", "--max-steps", "3", "--batch-size", "4", "--test-prompts", "2",
-        "--max-new-tokens", "4", "--track", "none", "--output", run,
+        "--max-new-tokens", "4", "--track", "none", "--no-report", "--output", run,
     )  # fmt: skip
     results = json.loads((run / "results.json").read_text())
     assert results["after"]["validation loss"] < results["before"]["validation loss"]

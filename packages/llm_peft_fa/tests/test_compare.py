@@ -60,11 +60,11 @@ def test_tables_have_mean_and_spread() -> None:
 @pytest.mark.kills
 def test_killed_and_started_again_it_loses_at_most_the_method_under_way(llama_dir: Path, tmp_path: Path) -> None:
     folder = tmp_path / "comparison"
-    options = ["--model", str(llama_dir), "--methods", "layers:layers=1,prefix_tuning:virtual_tokens=3,lora", *SMALL]
+    options = ["--model", str(llama_dir), "--methods", "layers:layers=1,prefix_tuning:virtual_tokens=3", *SMALL]
     command = [sys.executable, "-m", "llm_peft_fa.compare", *options, "--output", str(folder)]
     process = subprocess.Popen(command, env=os.environ, stderr=subprocess.DEVNULL, start_new_session=True)
     second = folder / "prefix_tuning-virtual_tokens=3" / "seed-0"
-    for _ in range(6000):
+    for _ in range(30_000):
         if (second / "config.yaml").exists():
             break
         time.sleep(0.02)
@@ -78,7 +78,7 @@ def test_killed_and_started_again_it_loses_at_most_the_method_under_way(llama_di
     assert first.stat().st_mtime_ns == before, "what was finished is not run again"
     assert f"report: {folder / 'report.html'}" in done.stdout
     rows = json.loads((folder / "comparison.json").read_text())["rows"]
-    assert {row["method"] for row in rows} == {"layers:layers=1", "prefix_tuning:virtual_tokens=3", "lora", "base"}
+    assert {row["method"] for row in rows} == {"layers:layers=1", "prefix_tuning:virtual_tokens=3", "base"}
     html = (folder / "report.html").read_text(encoding="utf-8")
     for heading in (
         "Which method", "Numbers", "Quality against cost", "Curves", "Strengths", "answered by all", "Budget",
@@ -87,7 +87,7 @@ def test_killed_and_started_again_it_loses_at_most_the_method_under_way(llama_di
     results = [
         json.loads((path / "results.json").read_text()) for path in folder.glob("*/seed-0") if "base" not in str(path)
     ]
-    assert len(results) == 3
+    assert len(results) == 2
     assert len({(result["cost"]["steps"], result["cost"]["tokens"]) for result in results}) == 1, "one budget"
     assert len({result["before"]["validation loss"] for result in results}) == 1, "one base, without the soft prompt"
     assert all(result["cost"]["optimizer bytes"] >= 8 * result["cost"]["trainable"] for result in results)

@@ -161,6 +161,7 @@ def test_the_plan_of_eight_gpus_is_what_torch_counts(
     assert plan.peak(512, False) == pytest.approx(counted, rel=0.15)
 
 
+@pytest.mark.alone
 def test_figures_of_llama_3_2_3b(tmp_path: Path) -> None:
     """As measured for all 28 layers at once on shapes: 15.4 GB for 2,048 tokens, 24.3 GB for 4,096, 27.8 TFLOP."""
     config = config_of(tmp_path, LLAMA_3B, "lora")
@@ -181,6 +182,7 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "step_cost", lambda *_: Cost(10, 20, 30))
 
 
+@pytest.mark.alone
 @pytest.mark.usefixtures("unmeasured")
 def test_what_is_counted(tmp_path: Path) -> None:
     gpu = Machine(True, 80 * 10**9, 79 * 10**9, "bf16", True)
@@ -268,6 +270,7 @@ def test_a_gpu_gets_what_fits_and_a_cpu_what_it_had(tmp_path: Path, monkeypatch:
         assert module._choice(config, accelerator, machine, lengths) == chosen, (free, lengths[-1])
 
 
+@pytest.mark.alone
 def test_the_command_prints_it_and_loads_nothing(
     gemma_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,18 @@ PREFIX = ("--method", "prefix_tuning", "--virtual-tokens", "4", "--encoder-width
 
 
 def options(model: Path, run: Path) -> list[object]:
-    return ["--model", model, "--output", run, *without_rank(SMALL), *PREFIX, "--epochs", "1", "--no-answer-base"]
+    return [
+        "--model",
+        model,
+        "--output",
+        run,
+        *without_rank(SMALL),
+        *PREFIX,
+        "--epochs",
+        "1",
+        "--no-answer-base",
+        "--no-report",
+    ]
 
 
 @pytest.fixture(scope="module")

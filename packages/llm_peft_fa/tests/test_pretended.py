@@ -31,9 +31,10 @@ def test_every_method(llama_dir: Path, tmp_path: Path) -> None:
     more = {"adalora": ("--max-steps", "4", "--evaluate-every", "4"), "oft": ("--block-size", "8")}
     methods = [method for method in METHODS if method != "qlora"]
     asked = [
-        ("--model", llama_dir, "--method", method, *SMALL, *more.get(method, ()), "--output", tmp_path / method)
+        ("--model", llama_dir, "--method", method, *SMALL, "--no-answer-base", *more.get(method, ()),
+         "--output", tmp_path / method)
         for method in methods
-    ]
+    ]  # fmt: skip
     done = on_pretended_gpu(LIBRARIES, tmp_path / "said", *(Asked("llm_peft_fa.train", one) for one in asked))
     for method, ran in zip(methods, done, strict=True):
         assert_within(ran, BUDGETS.get(method, METHOD))

@@ -20,6 +20,7 @@ LLAMA_3B = LlamaConfig(
 GEMMA_2B = Gemma2Config()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("kind", "config", "method"),
     [(LlamaForCausalLM, LLAMA_3B, "lora"), (Gemma2ForCausalLM, GEMMA_2B, "prefix_tuning")],

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from labs_testing.commands import real_data
+from labs_testing.commands import first_rows, real_data
 from safetensors.torch import save_file
 
 from labs_common.scenes.files import write_parquet
@@ -42,6 +42,6 @@ def cnn_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def real_pictures() -> Path:
+def real_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Real CIFAR-10 pictures."""
-    return real_data("cifar10-mini")
+    return first_rows(real_data("cifar10-mini"), tmp_path_factory.mktemp("cifar"), 300)

@@ -94,8 +94,14 @@ def test_the_command(distillation: str, shared: tuple[object, ...], teacher: Pat
         assert words in html
     assert losses(run) != losses(run / "baselines" / "without-a-teacher")
 
-    # Only the last block and the heads, from a cached front: as without a cache.
-    block = (*arguments, "--unfreeze", "block", "--baselines", "no", "--no-report", "--boundary-precision", "fp32")
+
+@pytest.mark.alone
+def test_a_cached_front_gives_what_it_gives_without_a_cache(
+    shared: tuple[object, ...], teacher: Path, tmp_path: Path
+) -> None:
+    """Only the last block and the heads train."""
+    block = ("--model", "tiny-deit", "--no-pretrained", "--teacher", teacher, *shared, "--unfreeze", "block",
+             "--baselines", "no", "--no-report", "--boundary-precision", "fp32")  # fmt: skip
     lab_commands.here("vit_transfer.distill", *block, "--output", tmp_path / "cached")
     lab_commands.here("vit_transfer.distill", *block, "--no-cache", "--output", tmp_path / "plain")
     assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "cached"), abs=1e-4)
@@ -109,7 +115,7 @@ def test_resumed_it_gives_the_same_bytes(shared: tuple[object, ...], teacher: Pa
     run = tmp_path / "run"
     lab_commands.here(
         "vit_transfer.distill", "--model", "tiny-deit", "--no-pretrained", "--teacher", teacher, "--unfreeze", "block",
-        *shared, "--save-every", "5", "--output", run,
+        *shared, "--save-every", "5", "--no-report", "--output", run,
     )  # fmt: skip
     _, *later = sorted((run / "checkpoints").glob("step-*"))
     assert later
@@ -117,7 +123,7 @@ def test_resumed_it_gives_the_same_bytes(shared: tuple[object, ...], teacher: Pa
     before = [path.read_bytes() for path in paths]
     for path in (*later, run / "model", run / "baselines" / "without-a-teacher" / "model"):
         shutil.rmtree(path)
-    lab_commands.here("vit_transfer.distill", "--resume", run)
+    lab_commands.here("vit_transfer.distill", "--resume", run, "--no-report")
     (run / "teacher.json").write_text((run / "teacher.json").read_text().replace(": ", ": 1", 1))
     changed = lab_commands.here("vit_transfer.distill", "--resume", run, code=2)
     assert "the teacher changed" in changed.errors[0]
@@ -129,7 +135,7 @@ class TestPromises(TrainingPromises):
     def training(self, shared: tuple[object, ...], teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Training:
         options = ("--model", "tiny-deit", "--no-pretrained", "--teacher", teacher, "--baselines", "no", *shared)
         whole = tmp_path_factory.mktemp("runs") / "distilled"
-        lab_commands.here("vit_transfer.distill", *options, "--output", whole)
+        lab_commands.here("vit_transfer.distill", *options, "--no-report", "--output", whole)
         return Training("vit_transfer.distill", LIBRARIES, options, whole, "model/model.safetensors",
                         ("predictions.json",), frozen=("--unfreeze", "block"),
                         planned=True, gpu=Budget(operators=325, syncs=2, copies=4))  # fmt: skip

@@ -30,6 +30,7 @@ def made(name: str, **options: object) -> tuple[nn.Module, ModelOptions, int]:
     return create(chosen, 10), chosen, size
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("name", SIZES)
 def test_front_and_back_are_the_whole(name: str) -> None:
     network, options, size = made(name)

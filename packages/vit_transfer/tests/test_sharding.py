@@ -8,6 +8,7 @@ from vit_transfer.config import ModelOptions
 from vit_transfer.model import create, transfer
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("name", "part"), [("vit_base_patch16_224", "block"), ("resnet50", "all")])
 def test_a_unit_of_each_block(name: str, part: str) -> None:
     options = ModelOptions(name, pretrained=False, unfreeze=part)  # type: ignore[arg-type]

@@ -137,10 +137,11 @@ def test_real_pictures_cached_uncached_and_exported(name: str, head: str, real_p
     shared = ("--model", name, "--no-pretrained", "--image-size", "64", "--data", real_pictures, "--limit", "60",
               "--batch-size", "20", "--epochs", "2", "--head", head, "--no-report", "--track", "none")  # fmt: skip
     here(*shared, "--output", tmp_path / "cached")
-    here(*shared, "--output", tmp_path / "again")  # what the first one kept
-    assert losses(tmp_path / "again") == losses(tmp_path / "cached")
-    here(*shared, "--output", tmp_path / "plain", "--no-cache")
-    assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "cached"), abs=1e-4)
+    if head == "linear":  # the cache ends where the last block begins, whatever the head
+        here(*shared, "--output", tmp_path / "again")  # what the first one kept
+        assert losses(tmp_path / "again") == losses(tmp_path / "cached")
+        here(*shared, "--output", tmp_path / "plain", "--no-cache")
+        assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "cached"), abs=1e-4)
     folder = tmp_path / "cached" / "model"
     assert class_names(folder) == [
         "airplane",

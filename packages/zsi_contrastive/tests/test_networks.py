@@ -82,6 +82,7 @@ def test_context_sees_rows_above_only() -> None:
     assert (seen[4:] == 0).all()
 
 
+@pytest.mark.alone
 def test_paper_sizes() -> None:
     network = PatchModules(GreedySizes())
     assert network.width == 1024

@@ -21,6 +21,7 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from pyarrow import parquet
 
 from labs_common.cli import command_of
 from labs_common.compare.processes import start_server, stop_as_usual
@@ -70,8 +71,7 @@ def forked(module: str, libraries: list[str], *arguments: object, said: Path | N
 
     Its errors go to the file `said`, if one is named.
     """
-    # Where DeepSpeed is installed, Accelerate imports it in every run: here once, for all that are forked.
-    start_server(None, [*libraries, "deepspeed"])
+    start_server(None, libraries)
     process = multiprocessing.get_context("forkserver").Process(
         target=_run, args=(module, [*map(str, arguments)], more, said)
     )
@@ -121,7 +121,7 @@ def with_deepspeed(
 ) -> None:
     """Runs a command under a DeepSpeed configuration, in `ranks` processes on a CPU, in which nothing is imported anew.
 
-    Its environment is that in which `accelerate launch` would start it; that this does is for tests/test_launcher.py.
+    Its environment is that in which `accelerate launch` would start it; that this does is for tests/test_gpu_benchmarks.py.
     """
     asked = launch_command_parser().parse_args(["--config_file", str(one_cpu(file, folder)), "train.py"])
     launch, defaults, _ = _validate_launch_command(asked)
@@ -187,4 +187,11 @@ def real_data(name: str) -> Path:
     folder = REAL_DATA / name
     if not folder.is_dir():
         pytest.skip(f"no real data here (looked for ../shared/data/{name})")
+    return folder
+
+
+def first_rows(tables: Path, folder: Path, count: int) -> Path:
+    """Writes the first rows of each parquet file: every picture of them is checked, also those that --limit leaves out."""
+    for file in tables.glob("*.parquet"):
+        parquet.write_table(parquet.read_table(file).slice(0, count), folder / file.name)
     return folder

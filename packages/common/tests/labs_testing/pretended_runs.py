@@ -90,7 +90,7 @@ def on_pretended_gpu(libraries: list[str], folder: Path, *asked: Asked) -> list[
     A comparison's runs are run in it too. `folder` keeps what was said. The process is one of its own because torch is
     patched in all of it.
     """
-    start_server(None, [*libraries, "deepspeed"])
+    start_server(None, libraries)
     folder.mkdir(parents=True, exist_ok=True)
     process = multiprocessing.get_context("forkserver").Process(target=_run, args=(asked, folder))
     process.start()
@@ -129,9 +129,12 @@ def _run(asked: tuple[Asked, ...], folder: Path) -> None:
 
 
 def _compared(module: str, arguments: list[str]) -> int:
-    """Does what a process of its own does, which has an Accelerator of its own."""
+    """Does what a process of its own does, which has an Accelerator of its own.
+
+    Without the run's report: that of each training command is made on the device by `TrainingPromises`.
+    """
     AcceleratorState._reset_state(reset_partial_state=True)
-    sys.argv = [f"python -m {module}", *arguments]
+    sys.argv = [f"python -m {module}", *arguments, "--no-report"]
     command_of(module)()
     AcceleratorState._reset_state(reset_partial_state=True)
     return 0

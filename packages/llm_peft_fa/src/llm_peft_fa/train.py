@@ -100,7 +100,11 @@ def train(config: TrainConfig) -> None:
     run.data = text_sum(texts.values())
     result = fit(config, run, accelerator, PackedCausalLM(adapted, config.model.attention), packing, texts, tokenizer)
     clock |= result.clock
-    sections = [data_section(run, readings, rows), structure_section(run, structure, result.audit, config.method)]
+    sections = (
+        [data_section(run, readings, rows), structure_section(run, structure, result.audit, config.method)]
+        if config.run.report
+        else []
+    )
     results = costs_of(run, config, result, structure, clock)
 
     # The evaluation is of the files that were written: base and adapter are read back, in the place of these.

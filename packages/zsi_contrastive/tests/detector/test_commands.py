@@ -41,6 +41,7 @@ def run(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.alone
 def test_evaluate_says_what_training_said(run: Path, scenes: Path, tmp_path: Path) -> None:
     here("evaluate", "--checkpoint", run, "--output", tmp_path / "again")
     results = json.loads((run / "results.json").read_text())["test"]

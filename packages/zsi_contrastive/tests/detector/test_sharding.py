@@ -1,5 +1,6 @@
 """The paper's network without weights, over eight processes that do not exist: what FSDP2 would gather at a time."""
 
+import pytest
 import torch
 from labs_testing.sharded import assert_in_layers
 
@@ -7,6 +8,7 @@ from zsi_contrastive.detector.backbone import make_backbone
 from zsi_contrastive.detector.model import Parts, Sampling, Sizes, ZeroShotMaskRCNN
 
 
+@pytest.mark.alone
 def test_a_unit_of_each_block() -> None:
     with torch.device("meta"):
         backbone = make_backbone("resnet101", False, None, 1, 256)

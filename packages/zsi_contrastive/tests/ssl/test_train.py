@@ -102,7 +102,7 @@ class TestPromises(TrainingPromises):
         options = ("--method", method, "--data", looks, *SMALL, "--backbone", "test_vit", "--side", "32", "--head-norm",
                    "layer", "--no-probe", "--batch-size", "16")  # fmt: skip
         whole = tmp_path_factory.mktemp("runs") / method
-        here(*options, "--output", whole)
+        here(*options, "--no-report", "--output", whole)
         return Training(
             "zsi_contrastive.pretrain",
             LIBRARIES,
