@@ -25,7 +25,7 @@ from labs_common.cli import STOPPING, command_of, config_to_yaml, is_ignored
 from labs_common.compare.collect import Entry, check_same_data, collect
 from labs_common.compare.plan import claim, seeds_of, slug
 from labs_common.compare.report import Findings, write_comparison
-from labs_common.errors import Interrupted, LabError, RunStopped
+from labs_common.errors import Interrupted, LabError, RunStopped, reason_of
 from labs_common.lock import in_use, locked
 from labs_common.options import ComparisonOptions, RunOptions
 from labs_common.progress import console
@@ -184,6 +184,9 @@ def launcher() -> None:
         sys.exit(error.returncode)
     except ChildFailedError as error:
         sys.exit(error.get_first_failure()[1].exitcode)
+    except Exception as error:  # of a configuration that cannot be read, or that contradicts itself
+        print(f"error: --launch {sys.argv[2]}: cannot be used ({reason_of(error)})", file=sys.stderr)
+        sys.exit(LabError.exit_code)
 
 
 @contextmanager
