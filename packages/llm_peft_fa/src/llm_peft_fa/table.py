@@ -26,7 +26,7 @@ from labs_common.cache import cached_by_one, file_sum, path_name
 from labs_common.cli import STOPPING
 from labs_common.errors import LabError
 from labs_common.progress import ProgressLine
-from llm_peft_fa import templates
+from llm_peft_fa import pieces, templates
 from llm_peft_fa.config import OnTooLong
 from llm_peft_fa.data import Chats, Conversation, Reading, View
 from llm_peft_fa.templates import THINKING, Encoded, encode_batch
@@ -192,7 +192,7 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, talks: Sequence[Conversation])
         "thinking": tokenizer.init_kwargs.get(THINKING),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "versions": [version(name) for name in ("transformers", "tokenizers", "jinja2")],
-        "code": [file_sum(Path(file)) for file in (__file__, str(templates.__file__))],
+        "code": [file_sum(Path(file)) for file in (__file__, str(templates.__file__), str(pieces.__file__))],
     }
 
     def make(folder: Path, parts: Path) -> None:
