@@ -1,6 +1,7 @@
 """Tokens from space to space are those of the whole text."""
 
 import random
+from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -22,10 +23,10 @@ def texts() -> list[str]:
     ]
 
 
-def byte_level(pattern: str | None, **prefix: bool) -> Tokenizer:
+def byte_level(pattern: str | None) -> Any:
     """A byte-level BPE whose pieces go over as many characters as the expression lets them."""
     tokenizer = Tokenizer(models.BPE())
-    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None, **prefix)
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
     tokenizer.pre_tokenizer = last
     if pattern is not None:
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), last])

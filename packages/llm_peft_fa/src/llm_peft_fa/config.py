@@ -65,8 +65,7 @@ class ReadingOptions:
     """Conversations: a .json, .jsonl or .parquet file, a directory, or a Hugging Face id such as
     universitytehran/SlimOrca. Without it, Persian tasks are generated."""
     split: str = "train"
-    """Split of the directory or Hugging Face dataset that --data names; auto, of an evaluation, is test, else
-    validation, else train, whichever is there."""
+    """Split of the directory or dataset that --data names; auto, of evaluate: test, else validation, else train."""
     columns: tuple[str, ...] = ()
     """The columns to read, where they are not found by themselves: conversations=dialogue, or prompt=question
     answer=reply and perhaps system=rules."""

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate, chain
 from operator import itemgetter
+from typing import Any
 
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase
@@ -54,7 +55,7 @@ class Pieces:
 
     @property
     def offsets(self) -> list[tuple[int, int]]:
-        """Where the characters of each token begin and end."""
+        """The places of all tokens, as `token_to_chars` gives them."""
         return [self.token_to_chars(token) for token in range(len(self))]
 
 
@@ -83,8 +84,8 @@ def in_pieces(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Piece]:
-    out = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
-    return [(ids, encoding.offsets) for ids, encoding in zip(out["input_ids"], out.encodings or [], strict=True)]
+    out: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
+    return [(ids, encoding.offsets) for ids, encoding in zip(out["input_ids"], out.encodings, strict=True)]
 
 
 def _apart(joined: Piece, pieces: Sequence[str]) -> list[Piece]:
@@ -101,7 +102,7 @@ def _apart(joined: Piece, pieces: Sequence[str]) -> list[Piece]:
 @lru_cache(maxsize=4)
 def _known(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[str, Piece] | None:
     """Begins the look-up of a tokenizer of so many tokens, if it cuts at spaces."""
-    backend = tokenizer.backend_tokenizer
+    backend: Any = tokenizer.backend_tokenizer
     normalizer, cuts = backend.normalizer, backend.pre_tokenizer
     if cuts is None or not isinstance(backend.model, BPE) or backend.model.dropout:
         return None
