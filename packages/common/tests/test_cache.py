@@ -9,7 +9,7 @@ from labs_common.cache import cached_directory, check_cache, check_variables
 from labs_common.errors import LabError
 
 
-@pytest.mark.parametrize("damage", ["cut", "other", "gone", "none"])
+@pytest.mark.parametrize("damage", ["cut", "other", "gone", "no sums", "none"])
 def test_what_was_damaged_is_made_again(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     made = []
@@ -22,7 +22,9 @@ def test_what_was_damaged_is_made_again(damage: str, tmp_path: Path, monkeypatch
     folder = cached_directory("thing", {"a": 1}, make)
     file = folder / "inner" / "file.bin"
     whole = file.read_bytes()
-    if damage == "gone":
+    if damage == "no sums":
+        (folder / ".check-sums.json").unlink()
+    elif damage == "gone":
         file.unlink()
     else:
         file.write_bytes({"cut": whole[:50], "other": b"X" + whole[1:], "none": whole}[damage])

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from labs_testing.commands import free_port
 from test_training import OPTIONS, finish
 from toy import commands
 
+from labs_common.compare.processes import launcher
 from labs_common.device import mixed_precision
 from labs_common.errors import LabError
 from labs_common.launch import check_launch
@@ -155,3 +157,30 @@ def test_fewer_gpus_than_processes_stop_all_of_them(tmp_path: Path, visible: str
         assert line.startswith(f"{begin}2 processes on a machine with {len(visible)} GPU")
         assert f"(CUDA_VISIBLE_DEVICES={visible})" in line
     assert sorted(run.rglob("*")) == before
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_launched_run_that_fails_says_its_own_line_alone(
+    several: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Not a traceback of Accelerate's after it; and the exit code is the run's."""
+    run, launch, kind = tmp_path / "run.py", tmp_path / "launch.yaml", "MULTI_GPU" if several else "NO"
+    run.write_text("import os, sys\nif os.environ.get('RANK', '0') == '0':\n"
+                   "    print('error: --data x: no such file', file=sys.stderr)\nsys.exit(2)\n")  # fmt: skip
+    launch.write_text(
+        f"compute_environment: LOCAL_MACHINE\ndistributed_type: '{kind}'\n"
+        f"mixed_precision: 'no'\nnum_machines: 1\nnum_processes: {1 + several}\nuse_cpu: {not several}\n"
+        f"dynamo_backend: 'NO'\nmain_process_port: {free_port()}\n"
+    )
+    # The number of threads is not in the file, where Accelerate would not know it.
+    monkeypatch.setattr(
+        "sys.argv", ["-c", "--config_file", str(launch), "--num_cpu_threads_per_process", "1", str(run)]
+    )
+    with pytest.raises(SystemExit) as stop:
+        launcher()
+    assert stop.value.code == 2
+    assert capfd.readouterr().err == "error: --data x: no such file\n"
+    launch.write_text("")
+    with pytest.raises(SystemExit) as stop:
+        launcher()
+    assert (stop.value.code, capfd.readouterr().err.count("\n")) == (2, 1)

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
 from labs_common.errors import LabError
-from llm_peft_fa import general_text
+from llm_peft_fa import base, general_text
 from llm_peft_fa.answers import (
     LONGEST_LIMIT,
     SHORTEST_LIMIT,
@@ -15,9 +16,10 @@ from llm_peft_fa.answers import (
     answers,
     before_and_after,
     collected_prompts,
+    streamed_answer,
 )
-from llm_peft_fa.base import load_model, load_tokenizer
-from llm_peft_fa.config import GenerationOptions, MethodOptions
+from llm_peft_fa.base import load_model, load_tokenizer, longest_row
+from llm_peft_fa.config import GenerationOptions, MethodOptions, TrainConfig
 from llm_peft_fa.data import Conversation, Reading
 from llm_peft_fa.methods import Setting, apply_method, resolved
 from llm_peft_fa.metrics import Prompt
@@ -63,6 +65,36 @@ def test_batched_answers_of_soft_prompts_equal_one_by_one(model_dir: Path, metho
     assert batched == single
     if "llama" in str(model_dir):  # the random Gemma ends its answers at once
         assert len({answer.text for answer in batched}) > 1
+
+
+def test_rows_and_answers_stay_within_the_positions_of_a_model(
+    llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, model = load_tokenizer(str(llama_dir)), load_model(str(llama_dir))
+    model.config.max_position_embeddings = 60
+    usual, asked = model.generate, []
+
+    def generate(**options: Any) -> torch.Tensor:
+        asked.append((options["input_ids"].shape[1], options["max_new_tokens"]))
+        return usual(**options)
+
+    monkeypatch.setattr(model, "generate", generate)
+    prompts = [Prompt([{"role": "user", "content": "کتاب " * n}]) for n in (1, 10, 90)]
+    options = GenerationOptions(max_new_tokens=30, generation_batch=1)
+    answers(model, tokenizer, prompts, options, Accelerator(cpu=True))
+    (short, most), middle, (cut, left) = asked
+    assert (most, left) == (30, 30)
+    assert short < middle[0] < cut == 30, "a prompt that is too long loses its beginning"
+    assert all(sum(one) <= 60 for one in asked)
+    with pytest.raises(LabError, match="tokens, more than the model reads"):
+        list(streamed_answer(model, tokenizer, prompts[-1].messages, 5))
+    monkeypatch.setattr(base, "base_config", lambda name: model.config)
+    config = TrainConfig()
+    assert longest_row(config) == 60
+    config.method.virtual_tokens = 8
+    assert longest_row(config) == 52
+    config.data.max_length = 40
+    assert longest_row(config) == 40
 
 
 def test_own_prompts_come_first(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 import struct
 from collections import Counter
 from collections.abc import Iterator
@@ -34,6 +35,11 @@ ALPACA = {"system": "س", "instruction": "پ", "input": "", "output": "ج"}
         SHAREGPT, MESSAGES, ALPACA, {"message": EXPECTED}, {"id": 3, "tags": [], "dialogue": SHAREGPT["conversations"]},
         {"message": [{"from": turn["role"], "content": turn["content"]} for turn in EXPECTED]},
         {"talk": {key: [turn[key] for turn in EXPECTED] for key in ("role", "content")}},
+        {"prompt": EXPECTED[:2], "completion": EXPECTED[2:]}, {"prompt": EXPECTED[:2], "completion": "ج"},
+        {"conversations": None, "messages": EXPECTED}, {"conversations": None, "message": None, **ALPACA} | MESSAGES,
+        {"messages": [{"from": None, "value": None} | turn for turn in EXPECTED], "prompt": None, "completion": None},
+        SHAREGPT | {"messages": None},
+        {"conversations": [{"role": None, "content": None} | turn for turn in SHAREGPT["conversations"]]},
     ],
 )  # fmt: skip
 def test_every_shape_of_row_gives_the_same_messages(row: dict[str, Any]) -> None:
@@ -42,6 +48,30 @@ def test_every_shape_of_row_gives_the_same_messages(row: dict[str, Any]) -> None
 
 def test_alpaca_input_follows_the_instruction() -> None:
     assert messages_of({"instruction": "جمع کن", "input": "۱ و ۲", "output": "۳"})[0]["content"] == "جمع کن\n\n۱ و ۲"
+
+
+def test_prompt_and_completion_are_texts_or_lists_of_turns() -> None:
+    assert messages_of({"prompt": "پ", "completion": "ج"}) == EXPECTED[1:]
+    named = columns_of(ReadingOptions(columns=("prompt=a", "answer=b", "system=c")))
+    assert messages_of({"a": EXPECTED[1:2], "b": EXPECTED[2:], "c": "س"}, named) == EXPECTED
+    for row, reason in (
+        ({"prompt": None, "completion": "ج"}, "not text: user holds NoneType"),
+        ({"prompt": [], "completion": EXPECTED[2:]}, "roles out of order"),
+        ({"prompt": EXPECTED, "completion": EXPECTED[2:]}, "roles out of order"),
+        ({"conversations": None}, "no turns"),
+    ):
+        with pytest.raises(UnusableRowError, match=reason):
+            messages_of(row)
+
+
+@pytest.mark.parametrize(("said", "expected"), [("null", True), ("false", False), ("true", True), (None, True)])
+def test_a_short_answer_can_be_verified_unless_the_row_says_so(
+    said: str | None, expected: bool, tmp_path: Path
+) -> None:
+    row = '{"instruction": "a", "output": "b"' + (f', "verifiable": {said}' if said else "") + "}"
+    (tmp_path / "a.jsonl").write_text(row)
+    (found,) = read_conversations(str(tmp_path / "a.jsonl"), "train", ReadingOptions()).conversations
+    assert found.verifiable is expected
 
 
 def test_columns_can_be_named() -> None:
@@ -242,7 +272,18 @@ def test_data_are_mixed_by_their_shares(tmp_path: Path) -> None:
     assert Counter(text[0] for text in found["training"]) == {"a": 72, "b": 36, "c": 12}
     assert len(set(found["training"])) == 120, "nothing is repeated"
     assert found == sides_of(data=data, mix=(f"{more}:0.3", f"{few}:0.1"))
-    says = {f"{few}:0.5": "needs 72 .* and has 20", few: "SOURCE:SHARE", f"{few}:1.2": "between 0 and 1"}
+    copied = tmp_path / "d.jsonl"
+    shutil.copy(data, copied)
+    mixed = splits(DataOptions(data=data, mix=(f"{copied}:0.5",)), 0)
+    held = [talk.messages for name in ("validation", "test") for talk in mixed[name].conversations]
+    assert len(held) == 8
+    assert not [talk for talk in mixed["training"].conversations if talk.messages in held]
+    says = {
+        f"{few}:0.5": "needs 72 .* and has 20",
+        f"{copied}:0.51": "needs 75 .* and has 72 that are not held out",
+        few: "SOURCE:SHARE",
+        f"{few}:1.2": "between 0 and 1",
+    }
     for wrong, said in says.items():
         with pytest.raises(LabError, match=said):
             sides_of(data=data, mix=(wrong,))

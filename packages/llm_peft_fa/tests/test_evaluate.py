@@ -6,6 +6,7 @@ import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ from transformers import AutoModelForCausalLM
 from labs_common.errors import LabError
 from llm_peft_fa import chat
 from llm_peft_fa.base import load_model, load_tokenizer
-from llm_peft_fa.config import ChatConfig, MethodOptions
-from llm_peft_fa.evaluate import harness_tasks
+from llm_peft_fa.config import ChatConfig, EvaluateConfig, MethodOptions
+from llm_peft_fa.evaluate import _readings, harness_tasks
 from llm_peft_fa.methods import Setting, apply_method, resolved
 from llm_peft_fa.rate import check_judge_file, write_judge_file
 
@@ -100,6 +101,19 @@ def test_any_model_is_measured_alone_or_beside_another(llama_dir: Path, data: Pa
     here("evaluate", "--model", llama_dir, "--base", llama_dir, "--data", data, *SMALL, "--output", tmp_path / "two")
     two = json.loads((tmp_path / "two" / "evaluation.json").read_text())["scores"]
     assert two["before"] == two["after"] == alone["after"]
+
+
+def test_the_test_split_of_a_directory_is_measured(tmp_path: Path) -> None:
+    subject: Any = SimpleNamespace(trained=None)
+    config = EvaluateConfig()
+    config.reading.data = str(tmp_path)
+    for split in ("train", "validation", "test"):  # the best of those that are there
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"instruction": split, "output": "a"}))
+        prompts, held_out = _readings(config, subject)
+        assert prompts is held_out
+        assert [talk.messages[0]["content"] for talk in prompts.conversations] == [split]
+    config.reading.split = "train"
+    assert _readings(config, subject)[0].conversations[0].messages[0]["content"] == "train"
 
 
 @pytest.mark.parametrize(

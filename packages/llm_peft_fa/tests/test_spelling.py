@@ -58,6 +58,11 @@ def test_a_short_line_has_the_language_of_its_row() -> None:
     asked, said = ({"role": role, "content": text} for role, text in (("user", ARABIC), ("assistant", "علي")))
     assert in_one_spelling([asked, said]) == [asked, said]
     assert in_one_spelling([said]) == [{"role": "assistant", "content": "علی"}]
+    asked = {"role": "user", "content": "پایتخت فلسطین کجاست؟"}
+    for short, becomes in (("بيت المقدس", "بیت المقدس"), ("سيدة", "سیدة"), ("دار الكتب", "دار الکتب")):
+        assert in_one_spelling([asked, said | {"content": short}])[1]["content"] == becomes, "a sign is not enough"
+        arabic = [{"role": "user", "content": ARABIC}, said | {"content": short}]
+        assert in_one_spelling(arabic) == arabic
 
 
 def test_changes_are_counted_by_letter() -> None:

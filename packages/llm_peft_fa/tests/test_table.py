@@ -53,6 +53,18 @@ def recorded(file: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int | None = 
     monkeypatch.setattr(table, "encode_batch", slow)
 
 
+@pytest.mark.parametrize("column", table.COLUMNS)
+def test_a_cut_column_is_noticed_without_check_sums_too(
+    column: str, tokenizer: PreTrainedTokenizerBase, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    whole = list(table.tokens_of(tokenizer, talks(3)))
+    (folder,) = cache.glob("tokens-*")
+    (folder / ".check-sums.json").unlink()
+    os.truncate(folder / column, (folder / column).stat().st_size // 2 // 8 * 8)
+    assert list(table.tokens_of(tokenizer, talks(3))) == whole
+
+
 @pytest.mark.parametrize("cores", [1, 3])
 def test_a_table_holds_the_rows_of_its_conversations_in_their_order(
     cores: int, tokenizer: PreTrainedTokenizerBase, cache: Path, monkeypatch: pytest.MonkeyPatch

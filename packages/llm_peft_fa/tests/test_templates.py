@@ -149,7 +149,7 @@ def test_too_long(gemma_dir: Path) -> None:
     def reading() -> Reading:
         return Reading("a", [Conversation(CHAT, "a:1"), Conversation(long, "a:2"), Conversation(answer, "a:3")])
 
-    with pytest.raises(LabError, match=r"a:2: too long: \d+ tokens, --max-length is 60"):
+    with pytest.raises(LabError, match=r"a:2: too long: \d+ tokens, at most 60 can be"):
         encode_all(tokenizer, reading(), 60, "error")
     skipped = reading()
     assert [item.where for item in encode_all(tokenizer, skipped, 60, "skip")] == ["a:1"]

@@ -184,7 +184,5 @@ def _is_whole(folder: Path) -> bool:
     try:
         made = json.loads((folder / SUMS).read_text(encoding="utf-8"))
         return all(file_sum(folder / name) == crc for name, crc in made.items())
-    except FileNotFoundError as error:
-        return Path(error.filename) == folder / SUMS  # made before there were sums
     except (OSError, ValueError, AttributeError):  # of sums that are no mapping
         return False

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 from labs_common.errors import LabError, reason_of
 from labs_common.progress import console, tracked
 from labs_common.sharding import place, reads_weights
-from llm_peft_fa.base import load_model, load_tokenizer, stop_ids
+from llm_peft_fa.base import load_model, load_tokenizer, positions, stop_ids
 from llm_peft_fa.config import GenerationOptions
 from llm_peft_fa.data import Reading, text_lines
 from llm_peft_fa.general_text import losses_of_general_text
@@ -148,7 +148,8 @@ def answers(
     """Generates greedy answers, in the order of the prompts, the same in every process.
 
     Prompts of like length go together, padded on the left. With virtual tokens among the inputs only those of equal
-    length do: the padding would stand between a soft prompt and its text, where PEFT counts it as positions.
+    length do: the padding would stand between a soft prompt and its text, where PEFT counts it as positions. An answer
+    ends, truncated, where the model's positions do; a prompt that leaves it no room for one loses its beginning.
     """
     if not prompts:
         return []
@@ -158,6 +159,10 @@ def answers(
     if together := isinstance(base, FSDPModule):
         mine = mine or [0]
     encoded = {number: encode_prompt(tokenizer, prompts[number].messages) for number in mine}
+    limit = answer_limit(tokenizer, prompts, options)
+    room = positions(base.config) - virtual_tokens(model)
+    kept = max(1, room - min(limit, SHORTEST_LIMIT))  # of a prompt
+    encoded = {number: ids[-kept:] for number, ids in encoded.items()}
     order = sorted(mine, key=lambda number: (len(encoded[number]), number))
     alike = groupby(order, lambda number: len(encoded[number]) if virtual_tokens(model) else 0)
     size = options.generation_batch
@@ -167,13 +172,12 @@ def answers(
     if together:  # all processes compute each layer at the same time: who has done its own goes on with them
         most = max(gather_object([len(batches)]))
         batches += batches[:1] * (most - len(batches))
-    limit = answer_limit(tokenizer, prompts, options)
     said: dict[int, Answer] = {}
     for batch in tracked(batches, task, len(batches), shown=accelerator.is_main_process):
         ids = tokenizer.pad({"input_ids": [encoded[number] for number in batch]}, return_tensors="pt").to(base.device)
         with arithmetic(base):
             out = cast(Any, model).generate(
-                **ids, max_new_tokens=limit, do_sample=False,
+                **ids, max_new_tokens=min(limit, room - ids["input_ids"].shape[1]), do_sample=False,
                 eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id,
                 synced_gpus=together,
             )  # fmt: skip
@@ -200,6 +204,9 @@ def streamed_answer(
     """
     base = base_of(model)
     ids = torch.tensor([encode_prompt(tokenizer, messages)], device=base.device)
+    room = positions(base.config) - virtual_tokens(model) - ids.shape[1]
+    if room < 1:
+        raise LabError(f"the conversation has {ids.shape[1]} tokens, more than the model reads; begin a shorter one")
     streamer = TextIteratorStreamer(cast(Any, tokenizer), skip_prompt=True, skip_special_tokens=True)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
 
@@ -217,7 +224,7 @@ def streamed_answer(
         target=generate,
         kwargs={
             "input_ids": ids, "attention_mask": torch.ones_like(ids), "streamer": streamer,
-            "max_new_tokens": max_new_tokens, "eos_token_id": sorted(stop_ids(base, tokenizer)),
+            "max_new_tokens": min(max_new_tokens, room), "eos_token_id": sorted(stop_ids(base, tokenizer)),
             "pad_token_id": tokenizer.pad_token_id, **sampling,
         },
         daemon=True,

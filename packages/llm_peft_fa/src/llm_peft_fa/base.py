@@ -23,7 +23,7 @@ from labs_common.device import mixed_precision
 from labs_common.errors import LabError, reason_of
 from labs_common.saved import load_auto, load_network
 from llm_peft_fa.attention import NAME
-from llm_peft_fa.config import Thinking
+from llm_peft_fa.config import Thinking, TrainConfig
 from llm_peft_fa.templates import set_template
 from llm_peft_fa.tiny import tiny_base
 
@@ -132,6 +132,17 @@ def base_config(model: str) -> PretrainedConfig:
         LabError: there is no such model.
     """
     return load_auto(AutoConfig.from_pretrained, model_path(model), said=_said(model), remedy=REMEDY)
+
+
+def positions(config: PretrainedConfig) -> int:
+    """Returns how many tokens a model can read at once; one that does not say (Mamba, ALiBi) has no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+def longest_row(config: TrainConfig) -> int:
+    """Returns the longest conversation in tokens: --max-length, or what the model can read after virtual tokens."""
+    room = positions(base_config(config.model.model)) - (config.method.virtual_tokens or 0)
+    return min(config.data.max_length, room)
 
 
 def unloaded_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

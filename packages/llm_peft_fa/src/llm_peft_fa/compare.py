@@ -32,7 +32,7 @@ from labs_common.run import Run
 from labs_common.steps import ShuffledSteps
 from labs_common.training import total_steps
 from llm_peft_fa.answers import answers, check_instruct, collected_prompts
-from llm_peft_fa.base import check_quantization, device, load_model, load_tokenizer
+from llm_peft_fa.base import check_quantization, device, load_model, load_tokenizer, longest_row
 from llm_peft_fa.config import CompareConfig, ComparedOptions, TrainConfig
 from llm_peft_fa.data import plain_paragraphs, splits
 from llm_peft_fa.general_text import losses_of_general_text
@@ -131,7 +131,7 @@ def prepare(config: CompareConfig, folder: Path, planned: Mapping[str, TrainConf
         return planned
     training = splits(first.data, first.run.seed)["training"]
     tokenizer = load_tokenizer(first.model.model, first.model.template, first.model.thinking)
-    rows = encode_all(tokenizer, training, first.data.max_length, first.data.on_too_long)
+    rows = encode_all(tokenizer, training, longest_row(first), first.data.on_too_long)
     source = ShuffledSteps(len(rows), first.training.batch_size, 0, lambda *_: [])  # to be counted
     steps = max(1, round(config.search_share * total_steps(first.training, source)))
     return {spec: _searched(config, run, folder, slug(spec), steps) for spec, run in planned.items()}

@@ -65,7 +65,7 @@ class ReadingOptions:
     """Conversations: a .json, .jsonl or .parquet file, a directory, or a Hugging Face id such as
     universitytehran/SlimOrca. Without it, Persian tasks are generated."""
     split: str = "train"
-    """Split of the directory or Hugging Face dataset that --data names."""
+    """Split of the directory or dataset that --data names; auto, of evaluate: test, else validation, else train."""
     columns: tuple[str, ...] = ()
     """The columns to read, where they are not found by themselves: conversations=dialogue, or prompt=question
     answer=reply and perhaps system=rules."""
@@ -255,7 +255,7 @@ class EvaluateConfig:
     """Examples of each of those tasks; all if not given."""
     max_length: Count = 4096
     """Longer conversations are left out of the loss."""
-    reading: ReadingOptions = field(default_factory=ReadingOptions)
+    reading: ReadingOptions = field(default_factory=lambda: ReadingOptions(split="auto"))
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     seed: CountOrZero = 0
     """Seed of the choice of prompts; of a run it is the run's own."""

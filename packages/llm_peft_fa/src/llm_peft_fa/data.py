@@ -175,7 +175,8 @@ def splits(options: DataOptions, seed: int) -> dict[str, Reading]:
     elif options.validation_limit:
         held["validation"] = _drawn(held["validation"], options.validation_limit, f"validation {seed}")
     training = replace(training, conversations=_view(training).at(rest))
-    return {"training": _mixed(training, options, seed), "validation": held["validation"], "test": held["test"]}
+    training = _mixed(training, [*held.values()], options, seed)
+    return {"training": training, "validation": held["validation"], "test": held["test"]}
 
 
 def _view(reading: Reading) -> View[Conversation]:
@@ -198,9 +199,7 @@ def _held_out(
     Raises:
         LabError: no others are left.
     """
-    view = _view(reading)
-    hashes = np.concatenate([part.hashes for part in view.parts if isinstance(part, Chats)])[view.places][places]
-    _, group, sizes = np.unique(hashes, return_inverse=True, return_counts=True)
+    _, group, sizes = np.unique(_hashes(reading)[places], return_inverse=True, return_counts=True)
     order = np.arange(len(sizes))
     if seed is not None:
         order = np.array(random.Random(seed).sample(range(len(sizes)), len(sizes)))
@@ -211,6 +210,11 @@ def _held_out(
     return places[taken], places[~taken]
 
 
+def _hashes(reading: Reading) -> np.ndarray:
+    view = _view(reading)
+    return np.concatenate([part.hashes for part in view.parts if isinstance(part, Chats)])[view.places]
+
+
 def _drawn(reading: Reading, count: int, seed: str) -> Reading:
     total = len(reading.conversations)
     if count >= total:
@@ -219,8 +223,10 @@ def _drawn(reading: Reading, count: int, seed: str) -> Reading:
     return replace(reading, conversations=_view(reading).at(places))
 
 
-def _mixed(training: Reading, options: DataOptions, seed: int) -> Reading:
+def _mixed(training: Reading, held: Sequence[Reading], options: DataOptions, seed: int) -> Reading:
     """Adds of each source of --mix as many conversations, drawn by the seed, as make its share of all.
+
+    What is equal to a conversation that is `held` out is left out.
 
     Raises:
         LabError: an entry is not SOURCE:SHARE, the shares leave nothing, or a source has too few.
@@ -242,11 +248,12 @@ def _mixed(training: Reading, options: DataOptions, seed: int) -> Reading:
     places = [_view(training).places]
     for source, share in shares.items():
         found = read_conversations(source, options.split, options)
-        count, there = round(share / own * total), len(found.conversations)
-        if count > there:
+        count = round(share / own * total)
+        apart = np.flatnonzero(~np.isin(_hashes(found), np.concatenate([_hashes(part) for part in held])))
+        if count > len(apart):
             raise LabError(f"--mix {source}:{share:g}: needs {count} conversations beside {total} of --data, and has "
-                           f"{there}; lower its share, or change --limit")  # fmt: skip
-        drawn = np.array(random.Random(f"mix {seed}").sample(range(there), count))
+                           f"{len(apart)} that are not held out; lower its share, or change --limit")  # fmt: skip
+        drawn = apart[random.Random(f"mix {seed}").sample(range(len(apart)), count)]
         places.append(drawn + sum(map(len, parts)))
         parts += _view(found).parts
         names.append(f"{count} of {source}")
@@ -285,7 +292,7 @@ def read_conversations(source: str, split: str, options: ReadingOptions, limited
     return reading
 
 
-CHATS = 1  # of the files that are written below; another number reads all data again
+CHATS = 2  # of the files that are written below; another number reads all data again
 
 
 def _write_chats(
@@ -305,8 +312,10 @@ def _write_chats(
                 continue
             if options.normalise:
                 messages = spelling.in_one_spelling(messages)
-            short = len(messages[-1]["content"].split()) <= SHORT_ANSWER
-            kept = Conversation(messages, where, bool(row.get("verifiable", short)))
+            verifiable = row.get("verifiable")
+            if verifiable is None:
+                verifiable = len(messages[-1]["content"].split()) <= SHORT_ANSWER
+            kept = Conversation(messages, where, bool(verifiable))
             content = to_json(vars(kept)).encode() + b"\n"
             out.write(content)
             starts.append(starts[-1] + len(content))

@@ -7,8 +7,13 @@
 | a half-space in the place of a space, of nothing, or of either before ها, تر and after می | yes |
 | punctuation, quotes, markdown, emoji; not within numbers (۳٫۵, -۵, ۱۰:۳۰), nor + and # (C++, C#) | yes |
 | the ezafe after ه (خانۀ, خانه‌ی), the last ء of املاء, spaces around = and + | yes |
-| یک before a noun; a, an, the before a word; upper and lower case | yes |
+| یک before a noun; a, an, the before a word; upper and lower case; don't, U.S.A. | yes |
+| پاسخ: and the like before it, the answer is; است and می‌باشد at its end | yes |
+| بلی, آری and بله, نه and خیر, where that is all | yes |
+| dates and times with and without leading zeros, zeros at a fraction's end, a plus sign, space before a unit | yes |
+| مسئله, هیئت, مسئول and مسأله, هیأت, مسوول; letters as PDF files hold them, digits of full width | yes |
 | a last ی (ایران, ایرانی), آ and ا, یک before a number, a unit or شنبه, a number in words and in digits | no |
+| a list with و and with commas (پدر و مادر is not پدر مادر), another order, a whole sentence, a unit left out | no |
 
 After the answers' normalisation of SQuAD (Rajpurkar et al. 2016), which is for English.
 """
@@ -25,6 +30,21 @@ LETTERS = str.maketrans(
     | dict.fromkeys(map(chr, range(0x064B, 0x0656)))  # vowel signs, and the hamza above
 )
 THOUSANDS = re.compile(r"(?<=\d)[٬,](?=\d{3}(?!\d))")
+# Arabic letters by their place in a word, and full width; not all of NFKC, which makes 102 of 10².
+FORMS = re.compile("[\ufb50-\ufdff\ufe70-\ufefc\uff01-\uff5e]")
+LABEL = re.compile(
+    r"^\W*(?:(?:پاسخ|جواب)(?: نهایی| درست| صحیح)?\W*:|(?:the )?(?:final |correct )?answer(?: is\b|\W*:))(?=.*\w)",
+    re.DOTALL,
+)
+# The same word in two accepted spellings, after `LETTERS`.
+SPELLINGS = {"مسیله": "مساله", "هییت": "هیات", "مسیول": "مسوول"}
+ALONE = {"بلی": "بله", "آری": "بله", "نه": "خیر", "نخیر": "خیر"}
+COPULA = re.compile(rf"(?<=\w)[ {JOINER}](?:است|می{JOINER}?باشد)$")
+DATE = re.compile(r"(?<![\d./-])(\d{2,4})[/-]0?(\d{1,2})[/-]0?(\d{1,2})(?![\d./-])")
+CLOCK = re.compile(r"(?<![\d:.])0(?=\d:\d\d(?!\d))")
+FRACTION = re.compile(r"^(-?\d+(?:\.\d*[1-9])?)\.?0*(?= \w+$|$)")
+APOSTROPHE = re.compile(r"(?<=[^\W\d])['’](?=[^\W\d])|(?<=\b[a-z])\.(?=[a-z]\.)|(?<=\.[a-z])\.")
+UNIT = re.compile(r"(?<![^\W\d])(\d+)(?=[^\W\d])|(?<=متر)(?=مربع|مکعب)")
 PERCENT_BEFORE = re.compile(r"(?<!\d)[%٪] ?(\d+(?:\.\d+)?)(?![\d%٪])")
 # Within a number these say something: a decimal, a time, a fraction, a range, a sign.
 IN_NUMBER = re.compile(r"(?<=\d)[.:/*-](?=\d)|(?<![\w.])-(?=\d)")
@@ -49,14 +69,23 @@ def same(answer: str, reference: str) -> bool:
 
 def canonical(text: str) -> str:
     """Writes a text in one spelling: words with one space between, half-spaces where they are or should be."""
-    text = unicodedata.normalize("NFC", text).translate(LETTERS)
+    text = FORMS.sub(lambda found: unicodedata.normalize("NFKC", found[0]), unicodedata.normalize("NFC", text))
+    text = LABEL.sub("", text.translate(LETTERS).casefold())
     text = PERCENT_BEFORE.sub(r"\1 درصد ", THOUSANDS.sub("", text))
-    text = re.sub(r"(?<=\w)\s*([=+])\s*(?=\w)", r"\1", re.sub("[%٪]", " درصد ", text)).casefold()
+    text = re.sub(r"(?<=\w)\s*([=+])\s*(?=\w)", r"\1", re.sub(r"[%٪]|(?<=\d )percent\b", " درصد ", text))
+    text = APOSTROPHE.sub("", re.sub(r"(?<![\w+])\+(?=\d)", "", CLOCK.sub("", DATE.sub(r"\1/\2/\3", text))))
     kept = {found.start() for found in IN_NUMBER.finditer(text)}
     text = "".join(sign if place in kept or not _says_nothing(sign) else " " for place, sign in enumerate(text))
     text = " ".join(re.sub(rf"\s*{JOINER}(?=\s|$)|(?:^|(?<=\s)){JOINER}", " ", text).split())
     text = SPACED_SUFFIX.sub(JOINER, SPACED_PREFIX.sub(rf"\1{JOINER}", EZAFE.sub("", text)))
-    return ARTICLE.sub("", text)
+    text = COPULA.sub("", UNIT.sub(r"\1 ", ARTICLE.sub("", text)))
+    for spelling, other in SPELLINGS.items():
+        text = text.replace(spelling, other)
+    return ALONE.get(text, FRACTION.sub(_without_zeros, text))
+
+
+def _without_zeros(number: re.Match[str]) -> str:
+    return number[1] if "." in number[0] else number[0]
 
 
 def _says_nothing(sign: str) -> bool:

@@ -28,7 +28,7 @@ from labs_common.progress import console
 from labs_common.report.page import Section, Table, Text, making_report, write_report
 from labs_common.run import Run
 from llm_peft_fa.answers import before_and_after, check_instruct, collected_prompts
-from llm_peft_fa.base import load_tokenizer
+from llm_peft_fa.base import load_tokenizer, positions
 from llm_peft_fa.config import EvaluateConfig, TrainConfig
 from llm_peft_fa.data import Reading, read_conversations, splits
 from llm_peft_fa.model import Adapted, PackedCausalLM, arithmetic, base_of, mean_loss, rope_boundary, virtual_tokens
@@ -36,6 +36,7 @@ from llm_peft_fa.packing import Packing
 from llm_peft_fa.rate import check_judge_file, write_judge_file
 from llm_peft_fa.report import answers_section, numbers_section, saved_answers
 from llm_peft_fa.saved import Subject, plain_base, subject_of
+from llm_peft_fa.sources import own_splits
 from llm_peft_fa.table import Rows, encode_all
 from llm_peft_fa.verification import like_prompt, settle
 
@@ -67,7 +68,8 @@ def evaluate(config: EvaluateConfig) -> None:
     prompts = collected_prompts(reading, config.generation, seed)
     tokenizer = load_tokenizer(subject.tokenizer, config.template)
     tuned = subject.load()
-    encoded = encode_all(tokenizer, held_out, config.max_length, "skip")
+    room = positions(base_of(tuned).config) - virtual_tokens(tuned)
+    encoded = encode_all(tokenizer, held_out, min(config.max_length, room), "skip")
     losses = {"after": loss_of(tuned, encoded, accelerator)}
     harness: dict[str, Harness] = {}
     if tasks:
@@ -240,7 +242,11 @@ def _with_error(value: float | None, error: float | None) -> str | float | None:
 def _readings(config: EvaluateConfig, subject: Subject) -> tuple[Reading, Reading]:
     """Reads what prompts are taken from and what the loss is of: --data, or test and validation of the run or tasks."""
     if config.reading.data is not None:
-        reading = read_conversations(config.reading.data, config.reading.split, config.reading)
+        data, split = config.reading.data, config.reading.split
+        if split == "auto":
+            split = next(iter(reversed(own_splits(data))), "train")
+            console.print(f"--data {data}: its split {split} is measured (--split)")
+        reading = read_conversations(data, split, config.reading)
         return reading, reading
     trained = subject.trained or TrainConfig()
     found = splits(trained.data, trained.run.seed)

@@ -74,7 +74,8 @@ def scores(prompts: Sequence[Prompt], said: Sequence[Answer]) -> Scores:
         found["words per reference"] = statistics.fmean(len(str(prompt.reference).split()) for _, prompt in pairs)
     persian = [
         found_in for prompt, answer in zip(prompts, said, strict=True)
-        if language(prompt.messages[-1]["content"]) == "Persian" and (found_in := language(answer.text)) != "none"
+        if language(asked := prompt.messages[-1]["content"]) == "Persian"
+        and (found_in := language(answer.text, asked)) != "none"
     ]  # fmt: skip
     if persian:
         found |= {f"in {name}": persian.count(name) / len(persian) for name in ("Persian", "English", "other")}
@@ -103,14 +104,15 @@ def answer_chrf(said: str, reference: str) -> float:
     return float(sacrebleu.sentence_chrf(said, [reference]).score) / 100
 
 
-def language(text: str) -> str:
+def language(text: str, row: str = "") -> str:
     """Names the language of a text by its letters and commonest words: Persian, English or other; "none" without any.
 
-    Latin letters are English unless one in fifty has a mark, as in most languages of Europe.
+    `row` is what was asked, for `language_of`. Latin letters are English unless one in fifty has a mark, as in most
+    languages of Europe.
     """
     if not any(map(str.isalpha, text)):
         return "none"
-    found = language_of(text)
+    found = language_of(text, row)
     if found == "Latin script":
         marked = sum("z" < letter < "\u0250" for letter in text if letter.isalpha())
         return "English" if 50 * marked <= len(text) else "other"

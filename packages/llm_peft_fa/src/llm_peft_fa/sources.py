@@ -133,9 +133,9 @@ def columns_of(options: ReadingOptions) -> dict[str, str]:
 
 
 def messages_of(row: Any, columns: dict[str, str] | None = None) -> list[Message]:
-    """Reads the messages of a row: of a column of turns, whatever its name, or of an Alpaca row.
+    """Reads the messages of a row: of a column of turns, whatever its name, of prompt and completion, or of Alpaca's.
 
-    `columns` are of `columns_of`.
+    Prompt and answer are texts, or lists of turns as TRL has them. `columns` are of `columns_of`.
 
     Raises:
         UnusableRowError: the row cannot be used, and why.
@@ -143,6 +143,8 @@ def messages_of(row: Any, columns: dict[str, str] | None = None) -> list[Message
     if not isinstance(row, dict):
         raise UnusableRowError(f"not an object: {type(row).__name__}")
     columns = columns or {}
+    if not columns and not _named_turns(row) and {"prompt", "completion"} <= row.keys():  # TRL's
+        columns = {"prompt": "prompt", "answer": "completion"}
     if missing := [column for column in columns.values() if column not in row]:
         raise UnusableRowError(f"no column {missing[0]}; it has {', '.join(map(str, list(row)[:5]))}")
     if "prompt" in columns:
@@ -173,9 +175,14 @@ def turns_column(row: dict[Any, Any]) -> str | None:
     return found[0] if found else None
 
 
+def _named_turns(row: dict[Any, Any]) -> list[str]:
+    """Lists conversations or messages, if the row has it: one that is null only if it has no other."""
+    names = [name for name in ("conversations", "messages") if name in row]
+    return sorted(names, key=lambda name: row[name] is None)[:1]
+
+
 def _turns_columns(row: dict[Any, Any]) -> list[str]:
-    named = [name for name in ("conversations", "messages") if name in row][:1]
-    return named or [
+    return _named_turns(row) or [
         name for name, value in row.items() if _is_turn(value[0] if value and isinstance(value, list) else value)
     ]
 
@@ -194,13 +201,14 @@ def _turns(value: Any) -> list[Any]:
 
 def _exchange(system: Any, asked: Any, answer: Any) -> list[Message]:
     said = [("system", system or ""), ("user", asked), ("assistant", answer)]
-    return [_turn({"role": role, "content": text}) for role, text in said]
+    parts = [text if isinstance(text, list) else [{"role": role, "content": text}] for role, text in said]
+    return [_turn(turn) for part in parts for turn in part]
 
 
 def _turn(turn: Any) -> Message:
     # Each spelling of one occurs with each of the other in the wild.
     said, content = (
-        next((turn[key] for key in keys if key in turn), None) if isinstance(turn, dict) else None
+        next((turn[key] for key in keys if turn.get(key) is not None), None) if isinstance(turn, dict) else None
         for keys in (ROLE_KEYS, CONTENT_KEYS)
     )
     if said is None:

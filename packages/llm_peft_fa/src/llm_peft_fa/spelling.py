@@ -10,8 +10,8 @@
 | diacritics, everything else | left alone |
 
 A line is Arabic if it has more signs of Arabic (ة إ, أ that begins a word, words such as في and على) than of Persian
-(پ چ ژ گ ک ی, words such as است and را). Of a line with as many of both the whole row decides, and if that does not
-either, it is Persian.
+(پ چ ژ گ ک ی, words such as است and را). Of a line with as many of both, or a single sign more of Arabic, which names
+and terms in Persian have too (بيت المقدس), the whole row decides, and if that does not either, it is Persian.
 
 The libraries for this rewrite more: hazm changes ASCII digits, punctuation, spacing and diacritics and brings a tagger
 along; parsivar and piraye rewrite or depend as much.
@@ -63,11 +63,11 @@ def _replaced(text: str) -> str:
 
 
 def is_arabic(text: str, row: str = "") -> bool:
-    """Tells whether a text is Arabic and not Persian; of one that does not show it, whether the `row` is."""
+    """Tells whether a text is Arabic and not Persian; of one that hardly shows it, whether the `row` is."""
     words = set(text.split())
     signs = text.count(" ال") + sum(map(text.count, "ةإ")) + sum(word[0] == "أ" for word in words) + len(ARABIC & words)
     signs -= sum(map(text.count, "پچژگکی")) + len(PERSIAN & words)
-    return is_arabic(row) if row and not signs else signs > 0
+    return is_arabic(row) if row and signs in (0, 1) else signs > 0
 
 
 def in_one_spelling(messages: list[Message]) -> list[Message]:

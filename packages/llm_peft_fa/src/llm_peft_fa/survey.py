@@ -39,12 +39,15 @@ PERSIAN_LETTERS, LATIN = re.compile("[\u0621-\u06d3]"), re.compile("[A-Za-z]")
 MULTIPLIERS = np.random.default_rng(0).integers(1, 2**63, (2, HASHES), np.uint64) * np.uint64(2) + np.uint64(1)
 
 
-def language_of(text: str) -> str:
-    """Names the language of most of a text's letters: Persian, Arabic, Latin (script), or other."""
+def language_of(text: str, row: str = "") -> str:
+    """Names the language of most of a text's letters: Persian, Arabic, Latin (script), or other.
+
+    `row` decides between Persian and Arabic if the text hardly shows it.
+    """
     persian, latin = len(PERSIAN_LETTERS.findall(text)), len(LATIN.findall(text))
     if 2 * max(persian, latin) <= sum(letter.isalpha() for letter in text):
         return "other"
-    return "Latin script" if latin > persian else "Arabic" if is_arabic(text) else "Persian"
+    return "Latin script" if latin > persian else "Arabic" if is_arabic(text, row) else "Persian"
 
 
 def kind_of(question: str) -> str:

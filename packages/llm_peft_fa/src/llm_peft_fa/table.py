@@ -26,7 +26,7 @@ from labs_common.cache import cached_by_one, file_sum, path_name
 from labs_common.cli import STOPPING
 from labs_common.errors import LabError
 from labs_common.progress import ProgressLine
-from llm_peft_fa import templates
+from llm_peft_fa import pieces, templates
 from llm_peft_fa.config import OnTooLong
 from llm_peft_fa.data import Chats, Conversation, Reading, View
 from llm_peft_fa.templates import THINKING, Encoded, encode_batch
@@ -108,7 +108,8 @@ def encode_all(tokenizer: PreTrainedTokenizerBase, reading: Reading, max_length:
     """Encodes what was read, or opens what was encoded before; rows that are left out are counted in `reading`.
 
     Raises:
-        LabError: see `templates.encode`; one is longer than `max_length` and `on_too_long` is error; nothing is left.
+        LabError: see `templates.encode`; one is longer than `max_length` tokens and `on_too_long` is error;
+            nothing is left.
     """
     talks = reading.conversations if isinstance(reading.conversations, View) else View([reading.conversations])
     tables = [tokens_of(tokenizer, part) for part in talks.parts]
@@ -119,9 +120,10 @@ def encode_all(tokenizer: PreTrainedTokenizerBase, reading: Reading, max_length:
     rows = Rows(View(tables, places), np.iinfo(np.int64).max)
     too_long = rows.lengths > max_length
     for place in map(int, np.flatnonzero(too_long)):
-        where, reason = rows[place].where, f"too long: {rows.lengths[place]} tokens, --max-length is {max_length}"
+        where, reason = rows[place].where, f"too long: {rows.lengths[place]} tokens, at most {max_length} can be"
         if on_too_long == "error":
-            raise LabError(f"{where}: {reason}; raise it, or choose --on-too-long truncate or skip")
+            raise LabError(f"{where}: {reason}; raise --max-length if the model reads more, or choose "
+                           "--on-too-long truncate or skip")  # fmt: skip
         if on_too_long == "skip":
             reading.refuse(where, reason)
         else:
@@ -190,7 +192,7 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, talks: Sequence[Conversation])
         "thinking": tokenizer.init_kwargs.get(THINKING),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "versions": [version(name) for name in ("transformers", "tokenizers", "jinja2")],
-        "code": [file_sum(Path(file)) for file in (__file__, str(templates.__file__))],
+        "code": [file_sum(Path(file)) for file in (__file__, str(templates.__file__), str(pieces.__file__))],
     }
 
     def make(folder: Path, parts: Path) -> None:

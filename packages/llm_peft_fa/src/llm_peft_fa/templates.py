@@ -23,6 +23,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from labs_common.errors import LabError, text_of
 from llm_peft_fa.config import Thinking
 from llm_peft_fa.data import Conversation
+from llm_peft_fa.pieces import in_pieces
 from llm_peft_fa.spelling import Message
 
 Spans = list[tuple[int, int]]  # of characters
@@ -343,10 +344,12 @@ def _tokens(
 
     Of `whole` texts the ids begin with exactly one BOS if the tokenizer adds one to plain text; the encoding lacks it.
     """
-    out: Any = tokenizer(
-        list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
-    )
-    found = list(zip(out["input_ids"], out.encodings, strict=True))
+    found = [(pieces.ids, pieces) for pieces in in_pieces(tokenizer, texts) or []]
+    if not found:
+        out: Any = tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
+        )
+        found = list(zip(out["input_ids"], out.encodings, strict=True))
     bos = tokenizer.bos_token_id
     if whole and bos is not None and tokenizer("").input_ids[:1] == [bos]:
         return [(ids if ids[:1] == [bos] else [bos, *ids], encoding) for ids, encoding in found]

@@ -26,7 +26,7 @@ from labs_common.sharding import reads_weights, whole_outside_layers, zero_stage
 from labs_common.training import total_steps
 from llm_peft_fa.answers import before_and_after, check_instruct, collected_prompts
 from llm_peft_fa.attention import NAME
-from llm_peft_fa.base import check_quantization, load_model, load_tokenizer, model_path, stop_ids
+from llm_peft_fa.base import check_quantization, load_model, load_tokenizer, longest_row, model_path, stop_ids
 from llm_peft_fa.config import TrainConfig
 from llm_peft_fa.data import plain_paragraphs, splits
 from llm_peft_fa.methods import METHODS, Setting, apply_method, complete
@@ -69,8 +69,9 @@ def train(config: TrainConfig) -> None:
     with main_process_first(accelerator):
         model_path(name)  # makes the tiny base model if this is its first use
     tokenizer = load_tokenizer(name, config.model.template, config.model.thinking)
+    longest = longest_row(config)
     rows = {
-        side: encode_all(tokenizer, readings[side], config.data.max_length, config.data.on_too_long)
+        side: encode_all(tokenizer, readings[side], longest, config.data.on_too_long)
         for side in ("training", "validation")
     }
     if accelerator.is_main_process:
@@ -86,7 +87,7 @@ def train(config: TrainConfig) -> None:
         show_learnt(tokenizer, rows["training"][: options.batch_size])
         return
     packing = packing_of(config, base, accelerator, rows["training"])
-    plain = encode_plain(tokenizer, paragraphs, config.data.max_length)
+    plain = encode_plain(tokenizer, paragraphs, longest)
     texts: dict[str, Sequence[Encoded]] = {**rows, "plain text": plain}
 
     set_seed(config.run.seed)

@@ -6,6 +6,7 @@ configuration they are launched by Accelerate instead.
 
 import dataclasses
 import gc
+import logging
 import multiprocessing
 import os
 import shutil
@@ -24,7 +25,7 @@ from labs_common.cli import STOPPING, command_of, config_to_yaml, is_ignored
 from labs_common.compare.collect import Entry, check_same_data, collect
 from labs_common.compare.plan import claim, seeds_of, slug
 from labs_common.compare.report import Findings, write_comparison
-from labs_common.errors import Interrupted, LabError, RunStopped
+from labs_common.errors import Interrupted, LabError, RunStopped, reason_of
 from labs_common.lock import in_use, locked
 from labs_common.options import ComparisonOptions, RunOptions
 from labs_common.progress import console
@@ -161,11 +162,31 @@ def _run(module: str, arguments: list[str]) -> None:
 
 
 def _launched(module: str, arguments: list[str], launch: Path) -> int:
-    start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launch)]
+    start = [sys.executable, "-c", f"from {__name__} import launcher; launcher()", "--config_file", str(launch)]
     process = subprocess.Popen([*start, "-m", module, *arguments], stdout=subprocess.DEVNULL)
     with _stopping(process) as stopped:
         code = process.wait()
     return Interrupted.exit_code if stopped else code
+
+
+def launcher() -> None:
+    """Runs `accelerate launch` with the arguments of this process, and ends as the run did, which said why.
+
+    Accelerate itself would end with 1, and with a traceback and a summary of its own around that line.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser  # of the launching process alone
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        launch_command(launch_command_parser().parse_args())
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)
+    except ChildFailedError as error:
+        sys.exit(error.get_first_failure()[1].exitcode)
+    except Exception as error:  # of a configuration that cannot be read, or that contradicts itself
+        print(f"error: --launch {sys.argv[2]}: cannot be used ({reason_of(error)})", file=sys.stderr)
+        sys.exit(LabError.exit_code)
 
 
 @contextmanager
