@@ -7,6 +7,7 @@ encoder.image(pictures), encoder.text(["a dog"])   # where pictures and captions
 ```
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from timm.data import resolve_model_data_config
 
 from clip_lab.config import FINISHED, TRAIN, ImageOptions
 from clip_lab.image import make_image_tower
@@ -139,5 +141,9 @@ def _timm(spec: str) -> Encoder:
     if how not in ("", "random") and weights is None:
         raise LabError(f"--checkpoint {spec}: after the name only ,random or ,FILE.safetensors may follow")
     tower = make_image_tower(ImageOptions(name, not how, weights))
-    view = View(tower.size, tower.mean, tower.std, tower.interpolation, squeezed=False)
+    known = resolve_model_data_config(tower.network)
+    if known["crop_mode"] == "border":
+        raise LabError(f"--checkpoint {spec}: its pictures get a border, which nothing here gives; take another network")
+    edge = math.floor(tower.size / known["crop_pct"])  # as timm's own transform counts
+    view = View(tower.size, tower.mean, tower.std, tower.interpolation, known["crop_mode"] == "squash", edge)
     return Encoder(spec, tower, view, lambda x: tower(x).feature, None, None, 1.0)
