@@ -18,9 +18,10 @@ from open_clip import coca_model
 from open_clip.transform import image_transform
 from PIL import Image
 from safetensors.torch import save_file
+from timm.data import create_transform, resolve_data_config
 from transformers import AutoTokenizer
 
-from clip_lab.encoder import View, load_encoder
+from clip_lab.encoder import View, _timm_view, load_encoder
 from clip_lab.evaluate import written
 from clip_lab.released import _processor_view
 from clip_lab.saved import load_any
@@ -218,6 +219,11 @@ def test_a_tower_alone_has_features(tmp_path: Path) -> None:
     with torch.no_grad():
         found = load_encoder(f"timm:test_vit,{tmp_path / 'vit.safetensors'}").features(pictures)
         torch.testing.assert_close(found, peer(pictures))
+    for name in ("test_vit", "resnet50", "dm_nfnet_f1"):  # the middle of a little, of a lot; squeezed
+        known = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+        theirs = create_transform(**known)
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 121, 3), dtype=np.uint8))
+        torch.testing.assert_close(_timm_view(known, "")(image), theirs(image))
     tower = load_encoder("timm:test_vit,random")
     with torch.no_grad():
         assert tower.features(pictures).shape == (2, 64)

@@ -62,8 +62,8 @@ def complete(config: TrainConfig) -> TrainConfig:
     if config.start is not None:  # it brings all the rest
         own = replace(training, learning_rate=training.learning_rate or 5e-5, epochs=training.epochs or 5)
         return replace(config, training=own)
-    drawn = config.data.data is None
-    name = encoder.encoder or (TINY if drawn or is_drawn(Path(str(config.data.data))) else REAL)
+    drawn = is_drawn(config.data.data)
+    name = encoder.encoder or (TINY if drawn else REAL)
     tiny = name == TINY
     width = decoder.width or (kind.width if tiny else 512)
     if kind.words_at_once and width % decoder.heads:
