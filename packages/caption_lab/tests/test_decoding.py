@@ -119,7 +119,5 @@ def test_drawing_from_the_nucleus() -> None:
 def test_the_same_seed_draws_the_same(decoder: tuple) -> None:
     model, features = decoder
     options = DecodingOptions(top_p=0.9)
-    one, two = (
-        write(model, features, TOKENS, 12, options, torch.Generator().manual_seed(3)).words for _ in range(2)
-    )
+    one, two = (write(model, features, TOKENS, 12, options, torch.Generator().manual_seed(3)).words for _ in range(2))
     assert one == two

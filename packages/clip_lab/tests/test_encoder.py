@@ -201,7 +201,8 @@ def test_a_released_coca_writes_as_by_the_library(
     monkeypatch.setitem(coca_model.GENERATION_TYPES, "top_k", transformers.TopKLogitsWarper)
     words = peer.generate(inputs, seq_len=9, generation_type="top_k", top_k=1, min_seq_len=0)
     assert len({tuple(row) for row in words.tolist()}) > 1, "captions depend on the picture"
-    expected = [open_clip.decode(row).removeprefix("<start_of_text>").split("<end_of_text>")[0].strip() for row in words]
+    begun = [open_clip.decode(row).split("<end_of_text>")[0] for row in words]
+    expected = [one.removeprefix("<start_of_text>").strip() for one in begun]
     assert found == expected
     lab_commands.here("clip_lab.evaluate", "--checkpoint", folder, "--data", scenes, "--limit", "32", "--output",
                       tmp_path / "run")  # fmt: skip

@@ -280,7 +280,7 @@ def test_data_that_are_all_of_the_test_name_the_way_to_measure_on_them(
 ) -> None:
     rows_of_one_caption(tmp_path / "data", pictures, said)
     (tmp_path / "data" / "all.parquet").rename(tmp_path / "data" / "test-0.parquet")
-    with pytest.raises(LabError, match="leave the train split empty; .* evaluate with --split all"):
+    with pytest.raises(LabError, match=r"leave the train split empty; .* evaluate with --split all"):
         caption_splits(read_captioned(tmp_path / "data", shown=False))
 
 

@@ -111,7 +111,8 @@ def build_index(
     `name` says which pictures they are; `kept` is --index, by default a directory in the user's cache.
 
     Raises:
-        LabError: some cannot be read and `on_bad_data` says so, or none can; the index is of another model; or another process makes it.
+        LabError: some cannot be read and `on_bad_data` says so, or none can; the index is of another model; or another
+            process makes it.
     """
     recipe = encoder.recipe()
     where = kept or cache_directory() / f"index-{recipe_key([recipe, name])}"
@@ -123,12 +124,16 @@ def build_index(
     def unknown() -> list[Path]:
         return [file for file in files if str(file) not in known or known[str(file)][0] != stamps[file]]
 
+    def clear() -> None:
+        if not done:
+            shutil.rmtree(parts, ignore_errors=True)
+
     with contextlib.ExitStack() as until:
         if missing := unknown():
             if kept is None:
                 check_cache(writes=True)  # before everything is embedded in vain
             parts.mkdir(parents=True, exist_ok=True)
-            until.callback(lambda: done or shutil.rmtree(parts, ignore_errors=True))
+            until.callback(clear)
             if trouble := locked(parts, until):
                 raise LabError(f"{name} is being indexed: {trouble}")
             done = sorted(parts.glob("[0-9]*"))

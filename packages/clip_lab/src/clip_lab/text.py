@@ -53,8 +53,8 @@ class TextTower(nn.Module):
 class PretrainedText(nn.Module):
     """A Hugging Face encoder; its feature is what `pool` says, a key of `POOLS`, or `pooler`: its own output.
 
-    Left to itself (`auto`) that is the pooler's output where it has one, else the mean over the words; `pretrained_text`
-    asks a sentence-transformer first.
+    Left to itself (`auto`) that is the pooler's output where it has one, else the mean over the words;
+    `pretrained_text` asks a sentence-transformer first.
     """
 
     def __init__(self, network: Any, length: int, end: int, pool: str = "auto") -> None:
@@ -155,6 +155,6 @@ def sentence_pool(name: str) -> str:
         key.removeprefix("pooling_mode_") for key, value in said.items() if key.startswith("pooling_mode_") and value
     ]  # fmt: skip
     if len(modes) != 1 or modes[0] not in SENTENCE_POOLS:
-        raise LabError(f"--text {name}: its sentences are pooled by {' and '.join(map(str, modes))}, which is not here; "
-                       "say another with --text-pool")  # fmt: skip
+        how = " and ".join(map(str, modes))
+        raise LabError(f"--text {name}: its sentences are pooled by {how}, which is not here; take another --text-pool")
     return SENTENCE_POOLS[modes[0]]
