@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from caption_lab.clipcap import ClipCap, language_vocabulary, load_language
 from caption_lab.config import DecoderOptions, VocabularyOptions
 from caption_lab.vocabulary import END, START, TOKENS
-from labs_common.decoding import beam_search, roll_out
+from labs_common.decoding import beam_search, write
 from labs_common.options import DecodingOptions
 
 CAPTION = "A red star, left of two moons!"
@@ -74,7 +74,7 @@ def test_it_writes_as_the_language_model_goes_on(name: str, languages: dict[str,
     torch.testing.assert_close(output[..., END], expected[..., 0], atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(output[..., 5:], expected[..., 1:], atol=1e-6, rtol=1e-4)
     assert output[..., [0, 1, 3, 4]].max() < 1e-6
-    said = roll_out(decoder, features, TOKENS, 12, DecodingOptions(beam=1)).words
+    said = write(decoder, features, TOKENS, 12, DecodingOptions(beam=1)).words
     written = theirs.generate(inputs_embeds=prefix, max_new_tokens=12, do_sample=False, pad_token_id=0).tolist()
     ended = [row[: row.index(0) + 1] if 0 in row else row for row in written]
     assert [[token + 4 if token else END for token in row] for row in ended] == said

@@ -9,7 +9,7 @@ import torch
 from caption_lab.config import DecoderOptions
 from caption_lab.decoder import CAPTIONERS, ShowTell, Sizes
 from caption_lab.vocabulary import END, PAD, START, TOKENS, UNK
-from labs_common.decoding import beam_search, log_probabilities, roll_out, write
+from labs_common.decoding import beam_search, log_probabilities, write
 from labs_common.options import DecodingOptions
 
 pytestmark = pytest.mark.quick
@@ -37,7 +37,7 @@ def decoder(request: pytest.FixtureRequest) -> tuple[torch.nn.Module, torch.Tens
 
 def test_width_one_is_greedy(decoder: tuple) -> None:
     model, features = decoder
-    greedy = roll_out(model, features, TOKENS, 12, DecodingOptions(beam=1))
+    greedy = write(model, features, TOKENS, 12, DecodingOptions(beam=1))
     beam = beam_search(model, features, TOKENS, 12, DecodingOptions(beam=1))
     assert beam.words == greedy.words
     assert beam.log_probabilities == pytest.approx(greedy.log_probabilities, abs=1e-4)
@@ -103,7 +103,7 @@ def test_drawing_from_the_nucleus() -> None:
 
     def drawn(top_p: float, temperature: float = 1.0) -> set[int]:
         options = DecodingOptions(top_p=top_p, temperature=temperature)
-        found = roll_out(model, features, TOKENS, 1, options, torch.Generator().manual_seed(0))
+        found = write(model, features, TOKENS, 1, options, torch.Generator().manual_seed(0))
         return {words[0] for words in found.words}
 
     fixed, moving = model.begin(features[:1])
@@ -120,7 +120,5 @@ def test_drawing_from_the_nucleus() -> None:
 def test_the_same_seed_draws_the_same(decoder: tuple) -> None:
     model, features = decoder
     options = DecodingOptions(top_p=0.9)
-    one, two = (
-        roll_out(model, features, TOKENS, 12, options, torch.Generator().manual_seed(3)).words for _ in range(2)
-    )
+    one, two = (write(model, features, TOKENS, 12, options, torch.Generator().manual_seed(3)).words for _ in range(2))
     assert one == two

@@ -38,8 +38,9 @@ def test_defaults_are_those_that_help_names(
 
 
 def test_photographs_are_seen_by_a_real_encoder_and_drawn_scenes_by_the_tiny_one(scenes: Path) -> None:
-    found = [complete(TrainConfig(data=CaptionDataOptions(data=data))).encoder.encoder
-             for data in (None, str(scenes), "flickr8k")]  # fmt: skip
+    every = [complete(TrainConfig(data=CaptionDataOptions(data=data))) for data in (None, str(scenes), "flickr8k")]
+    assert [(one.training.epochs, one.vocabulary.min_count) for one in every] == [(3, 1), (3, 1), (20, 3)]
+    found = [one.encoder.encoder for one in every]
     assert found == ["tiny-cnn", "tiny-cnn", "vit_base_patch32_clip_quickgelu_224.openai"]
     assert timm.get_pretrained_cfg(found[2]).has_weights
 

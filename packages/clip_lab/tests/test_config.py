@@ -1,6 +1,7 @@
 """Options: what contradicts itself is refused."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from clip_lab.defaults import complete
 from clip_lab.losses import check_objective
 from labs_common.errors import LabError
 from labs_common.options import CaptionDataOptions
+from labs_common.scenes.files import write_flickr8k
 
 
 def test_options_that_contradict_each_other_are_refused() -> None:
@@ -33,6 +35,8 @@ PHOTOGRAPHS = TrainConfig(data=CaptionDataOptions(data="flickr8k"))
     ("config", "towers", "rates"),
     [
         (TrainConfig(), ("tiny-cnn", False, "own"), (4e-3, None, None)),
+        (dataclasses.replace(PHOTOGRAPHS, data=CaptionDataOptions(data="written")), ("tiny-cnn", False, "own"),
+         (4e-3, None, None)),
         (PHOTOGRAPHS, ("resnet50", True, "distilbert-base-uncased"), (1e-3, 1e-4, 1e-5)),
         (dataclasses.replace(PHOTOGRAPHS, objective="coca"), ("resnet50", True, "own"), (5e-4, 5e-5, None)),
         (dataclasses.replace(PHOTOGRAPHS, text=TextOptions(tokenizer="clip")), ("resnet50", True, "own"), (5e-4, 5e-5, None)),
@@ -43,9 +47,18 @@ PHOTOGRAPHS = TrainConfig(data=CaptionDataOptions(data="flickr8k"))
     ],
 )  # fmt: skip
 def test_photographs_get_pretrained_towers(
-    config: TrainConfig, towers: tuple[str, bool, str], rates: tuple[float | None, ...]
+    config: TrainConfig,
+    towers: tuple[str, bool, str],
+    rates: tuple[float | None, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Rates of what starts from random weights, and of the image and text tower that do not; None is not used."""
+    """Rates of what starts from random weights, and of the image and text tower that do not; None is not used.
+
+    Drawn scenes are no photographs, whoever wrote them.
+    """
+    write_flickr8k(tmp_path / "written", range(1), side=16)
+    monkeypatch.chdir(tmp_path)
     found = complete(config)
     assert (found.image.image, found.image.image_pretrained, found.text.text) == towers
     training = found.training

@@ -1,13 +1,12 @@
 """The search page, as somebody uses it: in a browser, both ways."""
 
-import shutil
 import socket
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from labs_testing import commands as lab_commands
+from labs_testing.browser import visited
 
 from clip_lab.config import DemoConfig
 
@@ -23,16 +22,9 @@ def test_a_demo_without_a_model_is_one_line(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.long
 def test_sentences_find_pictures_and_pictures_captions_in_a_browser(run: Path, scenes: Path) -> None:
     pytest.importorskip("gradio", reason="needs the extra clip-lab[demo]")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright to drive a browser")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        pytest.skip("no Chromium on this machine")
     from clip_lab.demo import search_page
 
-    page = search_page(DemoConfig(checkpoint=str(run), data=scenes, top=3))
-    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", share=False)
     picture = sorted((scenes / "Images").iterdir())[0]
-    failures: list[BaseException] = []
 
     def thumbnails(tab: Any, where: str) -> None:
         tab.wait_for_function(
@@ -40,32 +32,19 @@ def test_sentences_find_pictures_and_pictures_captions_in_a_browser(run: Path, s
             arg=where, timeout=60_000,
         )  # fmt: skip
 
-    def visit() -> None:
-        try:
-            with sync_api.sync_playwright() as playwright:
-                browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-                tab = browser.new_page()
-                tab.goto(url)
-                tab.wait_for_selector("#sentence textarea", timeout=60_000)
-                tab.fill("#sentence textarea", "a red circle")
-                tab.click("#search")
-                thumbnails(tab, "#found")
-                tab.get_by_role("tab", name="A picture").click()
-                tab.set_input_files("#picture input[type=file]", picture)
-                tab.wait_for_selector("#picture img", timeout=60_000)
-                tab.click("#ask")
-                thumbnails(tab, "#like")
-                assert picture.name in tab.inner_text("#like"), "nothing is more like a picture than itself"
-                captions = (scenes / "Flickr8k.token.txt").read_text().splitlines()
-                shown = tab.inner_text("#captions")
-                assert sum(line.split("\t")[1] in shown for line in captions) >= 3
-                browser.close()
-        except BaseException as error:
-            failures.append(error)
+    def visit(tab: Any) -> None:
+        tab.wait_for_selector("#sentence textarea", timeout=60_000)
+        tab.fill("#sentence textarea", "a red circle")
+        tab.click("#search")
+        thumbnails(tab, "#found")
+        tab.get_by_role("tab", name="A picture").click()
+        tab.set_input_files("#picture input[type=file]", picture)
+        tab.wait_for_selector("#picture img", timeout=60_000)
+        tab.click("#ask")
+        thumbnails(tab, "#like")
+        assert picture.name in tab.inner_text("#like"), "nothing is more like a picture than itself"
+        captions = (scenes / "Flickr8k.token.txt").read_text().splitlines()
+        shown = tab.inner_text("#captions")
+        assert sum(line.split("\t")[1] in shown for line in captions) >= 3
 
-    thread = threading.Thread(target=visit)  # pytest's own thread may have an event loop
-    thread.start()
-    thread.join()
-    page.close()
-    if failures:
-        raise failures[0]
+    visited(search_page(DemoConfig(checkpoint=str(run), data=scenes, top=3)), visit)

@@ -11,10 +11,11 @@ from labs_testing import commands as lab_commands
 from PIL import Image
 
 from clip_lab.encoder import load_encoder
-from clip_lab.evaluate import likelihood_matrix, log_likelihoods, written
+from clip_lab.evaluate import likelihood_matrix, log_likelihoods, picture_rows_of, written
 from clip_lab.metrics import chance_metrics, metric_intervals, retrieval_metrics
 from clip_lab.report import RIGHT, framed
 from clip_lab.saved import load_model
+from labs_common.data.captions import read_captioned
 from labs_common.options import DecodingOptions
 
 SENTENCES = ["a red circle to the left of a blue square", "one triangle"]
@@ -93,12 +94,13 @@ def test_probabilities_of_captions(coca: Path) -> None:
     torch.testing.assert_close(found.exp().mean(1), torch.ones(2))
 
 
-def test_captions_are_the_most_probable_words_one_by_one(coca: Path) -> None:
+def test_captions_are_the_most_probable_words_one_by_one(coca: Path, scenes: Path) -> None:
     """Against reading every beginning anew; and the run keeps what it wrote with its scores."""
     loaded = load_model(coca)
     model: Any = loaded.model
-    rows = torch.randn(3, model.image.count * model.image.width)
-    found = written(loaded, rows, DecodingOptions(beam=1))
+    pictures = read_captioned(scenes).subset(range(3))
+    rows = picture_rows_of(loaded, pictures)
+    found = written(loaded, rows, pictures, DecodingOptions(beam=1))
     start, backend = loaded.words.numbers("")[0], loaded.words.backend
     never = [backend.pad_token_id, backend.unk_token_id, backend.bos_token_id]
     for row, caption in zip(rows, found, strict=True):

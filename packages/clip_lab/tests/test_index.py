@@ -1,6 +1,8 @@
 """Indexes of folders: only what is new or changed is computed, and what is found is what is there."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,56 @@ def test_a_kill_loses_the_last_few_pictures_only(
     assert seen(encoder) == 5
     assert torch.equal(build().vectors, found.vectors)
     assert seen(encoder) == 0
+
+
+# Takes the lock of a directory as another process, says whether it got it, and holds it until its input ends.
+OTHER = """import fcntl, sys
+file = open(sys.argv[1] + "/.lock", "a+")
+try:
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except OSError:
+    sys.exit(print("refused"))
+print("process 7 on another machine", file=file, flush=True)
+print("held", flush=True)
+sys.stdin.read()"""
+
+
+def other_process(parts: Path) -> tuple[Any, str]:
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process: Any = subprocess.Popen([sys.executable, "-c", OTHER, parts], **pipes)
+    return process, process.stdout.readline().strip()
+
+
+def test_two_processes_do_not_make_one_index(
+    folder: Path, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, found, module = tmp_path / "index", list[tuple[Path, str]](), encoder.module
+    forward: Any = module.forward
+
+    def build() -> Index:
+        return build_index(pictures_in(folder), "it", encoder, kept, 9, "skip")
+
+    def while_it_is_made(pictures: torch.Tensor) -> torch.Tensor:
+        (parts,) = tmp_path.glob(".index-*.parts")
+        found.append((parts, other_process(parts)[1]))
+        return forward(pictures)
+
+    with monkeypatch.context() as moment:
+        moment.setattr(module, "forward", while_it_is_made)
+        build()
+    assert seen(encoder) == 5
+    (parts, said) = found[0]
+    assert said == "refused"
+    assert not parts.exists(), "nothing is left over"
+    parts.mkdir()
+    process, said = other_process(parts)
+    assert said == "held"
+    assert len(build().files) == 5, "a finished one is read"
+    Image.new("RGB", (20, 10), "pink").save(folder / "pink.png")
+    with pytest.raises(LabError, match="process 7 on another machine is at work there"):
+        build()
+    process.communicate()
+    assert len(build().files) == 6
 
 
 def test_pictures_that_cannot_be_read_are_left_out_or_named(folder: Path, encoder: Encoder, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from clip_lab.image import ImageTower, make_image_tower
 from clip_lab.losses import OBJECTIVES, caption_loss, suffix_targets
 from clip_lab.model import ClipModel, CocaModel, Scale, SimVlmModel, tower_rows, training_mode
 from clip_lab.text import PretrainedText, TextTower, last_of
-from labs_common.decoding import SpecialTokens, Tensors, beam_search, roll_out
+from labs_common.decoding import SpecialTokens, Tensors, beam_search, write
 from labs_common.errors import LabError
 from labs_common.options import DecodingOptions
 
@@ -194,7 +194,7 @@ def test_a_model_that_knows_its_captions_by_heart_writes_them(writer: tuple[Any,
         optimizer.step()
         optimizer.zero_grad()
     expected = [[word for word in row[1:] if word] for row in words.tolist()]
-    greedy = roll_out(decoder, rows, SPECIAL, 8, DecodingOptions(beam=1))
+    greedy = write(decoder, rows, SPECIAL, 8, DecodingOptions(beam=1))
     alone = beam_search(decoder, rows, SPECIAL, 8, DecodingOptions(beam=1))
     assert greedy.words == alone.words == beam_search(decoder, rows, SPECIAL, 8, DecodingOptions(beam=4)).words
     assert greedy.words == expected

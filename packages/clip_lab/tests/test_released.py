@@ -34,7 +34,8 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     BertModel(BertConfig(vocab_size=49408, **SMALL)).save_pretrained(folders["bert"])
     for name in ("clip", "bert"):
         Words(clip_bpe(), 77).save(folders[name])
-    CLIPImageProcessor().save_pretrained(folders["clip"])
+    square = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPImageProcessor(**square).save_pretrained(folders["clip"])
     folders["open_clip"].mkdir()
     (folders["open_clip"] / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP}))
     model = open_clip.create_model(f"local-dir:{folders['open_clip']}")

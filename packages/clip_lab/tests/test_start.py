@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from labs_testing import commands as lab_commands
+from labs_testing.commands import in_two_processes
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
@@ -43,6 +44,7 @@ READER = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "l
 WAYS = {"text_to_image", "image_to_text"}
 SAID = [caption for number in range(60) for caption in captions(
     random_scene(scene_generator(3, number)), scene_generator(4, number))]  # fmt: skip
+LIBRARIES = ["clip_lab.train"]
 SENTENCES = ["a red circle to the left of a blue square", "one triangle"]
 
 
@@ -154,6 +156,30 @@ def test_a_started_run_is_resumed_to_the_same_weights(starts: dict[str, Path], s
     one, two = (load_file(folder / "model" / "model.safetensors") for folder in (whole, run))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
+    # Also of weights that train, and so are not audited, a change is noticed.
+    record = json.loads((run / "start.json").read_text())
+    (run / "start.json").write_text(json.dumps(record | {"weights": "0" * 32}))
+    refused = lab_commands.here("clip_lab.train", "--resume", run, code=2)
+    assert f"--start {starts['clip']} changed since the run began" in refused.errors[0]
+
+
+@pytest.mark.long
+def test_two_processes_adapt_a_released_model_as_one_does(
+    starts: dict[str, Path], scenes: Path, tmp_path: Path
+) -> None:
+    options = ("--start", starts["clip"], "--lora", "both", "--data", scenes, "--limit", "16", "--batch-size", "8",
+               "--max-steps", "2", "--track", "none", "--learning-rate", "0.02", "--no-report")  # fmt: skip
+    lab_commands.here("clip_lab.train", *options, "--output", tmp_path / "one")
+    in_two_processes("clip_lab.train", LIBRARIES, *options, "--output", tmp_path / "two", XDG_CACHE_HOME=str(tmp_path))
+    before, one, two = (
+        load_file(folder / "model.safetensors")
+        for folder in (starts["clip"], tmp_path / "one" / "model", tmp_path / "two" / "model")
+    )
+    moved = {name for name in one if not torch.equal(one[name], before[name])}
+    assert any("text_model" in name for name in moved)
+    assert any("vision_model" in name for name in moved)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0)
 
 
 def test_merged_adapters_are_pefts_own(starts: dict[str, Path]) -> None:
@@ -218,13 +244,16 @@ def test_what_cannot_start_is_one_line(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("side", "says"), [(0, "neither squeezes"), (10**6, "pictures of 1,000,000 pixels")])
+@pytest.mark.parametrize(
+    ("side", "says"),
+    [(0, "neither squeezes"), (10**6, "pictures of 1,000,000 pixels"), (48, r"image size \(48\*48\) doesn't match")],
+)
 def test_pictures_that_a_released_model_cannot_read_are_one_line(
     side: int, says: str, starts: dict[str, Path], tmp_path: Path
 ) -> None:
     shutil.copytree(starts["clip"], tmp_path / "clip")
     (file,) = (tmp_path / "clip").glob("*processor_config.json")
-    size = {"crop_size": {"height": side, "width": side}}
+    size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     file.write_text(json.dumps(json.loads(file.read_text()) | size))
     with pytest.raises(LabError, match=f"--start .*{says}"):
         load_any(str(tmp_path / "clip"), "--start")
@@ -232,7 +261,7 @@ def test_pictures_that_a_released_model_cannot_read_are_one_line(
         load_any(str(tmp_path / "gone"), "--start")
 
 
-@pytest.mark.parametrize("pool", ["auto", "pooler", "mean", "cls", "eot"])
+@pytest.mark.parametrize("pool", ["auto", "pooler", "mean", "max", "cls", "eot"])
 def test_a_captions_feature_is_pooled_as_asked(pool: str, tmp_path: Path) -> None:
     small = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
              "intermediate_size": 16}  # fmt: skip
@@ -247,10 +276,33 @@ def test_a_captions_feature_is_pooled_as_asked(pool: str, tmp_path: Path) -> Non
     states = found.last_hidden_state
     expected = {
         "pooler": found.pooler_output, "mean": torch.stack([states[0].mean(0), states[1, :2].mean(0)]),
-        "cls": states[:, 0], "eot": torch.stack([states[0, 3], states[1, 1]]),
+        "max": torch.stack([states[0].amax(0), states[1, :2].amax(0)]), "cls": states[:, 0], "eot": torch.stack([states[0, 3], states[1, 1]]),
     }  # fmt: skip
     torch.testing.assert_close(feature, expected["pooler" if pool == "auto" else pool])
-    assert (reader.network.pooler is None) == (pool in ("mean", "cls", "eot")), "what nothing reads does not train"
+    assert (reader.network.pooler is None) == (pool not in ("auto", "pooler")), "what nothing reads does not train"
+
+
+@pytest.mark.parametrize(
+    ("said", "pool"),
+    [
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+        ({"pooling_mode_mean_tokens": True, "word_embedding_dimension": 16}, "mean"),
+        ({"pooling_mode": "lasttoken"}, "eot"),
+        ({"pooling_mode": "weightedmean"}, "pooled by weightedmean, which is not here; take another --text-pool"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_max_tokens": True}, "pooled by cls_token and max_tokens"),
+    ],
+)
+def test_a_sentence_transformers_own_pooling_is_the_default(said: dict[str, Any], pool: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    BertConfig(vocab_size=9, **sizes).save_pretrained(tmp_path)
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(said))
+    if "which" in pool or "and" in pool:
+        with pytest.raises(LabError, match=f"--text {tmp_path}: its sentences are {pool}"):
+            pretrained_text(str(tmp_path), False, 4, 1)
+    else:
+        assert pretrained_text(str(tmp_path), False, 4, 1).pool == pool
+    assert pretrained_text(str(tmp_path), False, 4, 1, "max").pool == "max", "what is asked for comes first"
 
 
 def test_weights_without_a_pooler_are_the_same_in_two_loads(tmp_path: Path) -> None:

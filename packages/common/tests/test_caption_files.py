@@ -133,6 +133,22 @@ def tar(folder: Path, pictures: Path, said: Said) -> None:
                     archive.addfile(member, io.BytesIO(content))
 
 
+def benchmark(folder: Path, pictures: Path, said: Said) -> None:
+    """As CLIP_benchmark lays them out: a folder of tars for each split, of which the names are the same in all."""
+    tar(folder, pictures, said)
+    for split in ("train", "val", "test"):
+        (folder / split).mkdir()
+        (folder / f"{split}-000.tar").rename(folder / split / "0.tar")
+        (folder / split / "nshards.txt").write_text("1")
+
+
+def one_deeper(folder: Path, pictures: Path, said: Said) -> None:
+    """As the archives of Flickr30k unpack: the captions in a folder of their own."""
+    token(folder, pictures, said)
+    (folder / "flickr30k").mkdir()
+    (folder / "results_20130124.token").rename(folder / "flickr30k" / "results_20130124.token")
+
+
 def saved(folder: Path, pictures: Path, said: Said) -> None:
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"image": datasets.Image(), "sentences": [datasets.Value("string")]})
@@ -150,7 +166,7 @@ GIVEN, COCO, DRAWN = (12, 4, 4), (14, 2, 4), (16, 2, 2)
         (karpathy, GIVEN, "as Karpathy's dataset_coco.json says"),
         (coco, COCO, "COCO's validation is the test; validation drawn with seed 0"),
         (table, GIVEN, "as .* does"), (tables, GIVEN, "as .* does"), (rows_of_one_caption, DRAWN, "drawn with seed 0"),
-        (tar, GIVEN, "as .* does"), (saved, DRAWN, "drawn with seed 0"),
+        (tar, GIVEN, "as .* does"), (benchmark, GIVEN, "as .* does"), (one_deeper, DRAWN, "drawn with seed 0"), (saved, DRAWN, "drawn with seed 0"),
     ],
 )  # fmt: skip
 def test_every_layout_gives_the_same(
@@ -243,6 +259,29 @@ def test_what_a_tar_has_in_vain_is_counted(pictures: Path, said: Said, tmp_path:
         archive.addfile(tarfile.TarInfo("photo.1.jpg"))  # the names of WebDataset end at the first dot
     with pytest.raises(LabError, match=r"test-000.tar/photo: neither picture nor caption"):
         read_captioned(tmp_path / "tars", shown=False)
+
+
+def test_a_file_of_captions_may_be_named_beside_or_below_its_pictures(
+    pictures: Path, said: Said, tmp_path: Path
+) -> None:
+    one_deeper(tmp_path / "data", pictures, said)
+    file = tmp_path / "data" / "flickr30k" / "results_20130124.token"
+    assert len(read_captioned(file, shown=False)) == 20
+    shutil.copytree(tmp_path / "data" / "flickr30k-images", tmp_path / "data" / "flickr30k", dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "data" / "flickr30k-images")
+    assert len(read_captioned(file, shown=False)) == 20
+    shutil.copytree(tmp_path / "data" / "flickr30k", tmp_path / "data" / "more")
+    with pytest.raises(LabError, match="has no captions"):  # which of both is meant?
+        read_captioned(tmp_path / "data", shown=False)
+
+
+def test_data_that_are_all_of_the_test_name_the_way_to_measure_on_them(
+    pictures: Path, said: Said, tmp_path: Path
+) -> None:
+    rows_of_one_caption(tmp_path / "data", pictures, said)
+    (tmp_path / "data" / "all.parquet").rename(tmp_path / "data" / "test-0.parquet")
+    with pytest.raises(LabError, match=r"leave the train split empty; .* evaluate with --split all"):
+        caption_splits(read_captioned(tmp_path / "data", shown=False))
 
 
 @pytest.mark.parametrize(("groups", "stops"), [(150, False), (40, True)])

@@ -12,8 +12,8 @@ from labs_common.decoding import (
     beam_search,
     log_probabilities,
     repeating,
-    roll_out,
     sampled_places,
+    write,
 )
 from labs_common.options import DecodingOptions
 
@@ -105,7 +105,7 @@ def test_places_are_sampled_as_torch_does_and_unsound_shares_do_not_stop_it() ->
 def test_a_caption_may_be_filled_up_with_its_end(beam: int) -> None:
     """CLIP's vocabulary has one token for both; what is written does not depend on it."""
     same = SpecialTokens(START, END, END, TOKENS.never)
-    for search in (beam_search, roll_out) if beam == 1 else (beam_search,):
+    for search in (beam_search, write) if beam == 1 else (beam_search,):
         one, other = (
             search(Toy(), torch.arange(12), tokens, 6, DecodingOptions(beam=beam)) for tokens in (TOKENS, same)
         )

@@ -1,9 +1,9 @@
-import shutil
-import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import here
+from labs_testing.browser import visited
 
 from llm_peft_fa.config import DemoConfig
 from llm_peft_fa.demo import chat_page, found_subjects
@@ -17,40 +17,20 @@ def test_nothing_to_talk_to_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_two_models_answer_side_by_side_in_a_browser(llama_dir: Path) -> None:
     pytest.importorskip("gradio", reason="needs the extra llm-peft-fa[demo]")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright to drive a browser")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium on this machine")
-    page = chat_page(found_subjects(DemoConfig(models=(str(llama_dir),))), max_new_tokens=4)
-    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", share=False)
-    failures: list[BaseException] = []
 
-    def visit() -> None:
-        try:
-            with sync_api.sync_playwright() as playwright:
-                browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-                tab = browser.new_page()
-                tab.goto(url)
-                tab.wait_for_selector("#question textarea", timeout=60_000)
-                assert tab.get_attribute("#question textarea", "dir") == "rtl"
-                tab.fill("#question textarea", "پایتخت ایران کجاست؟")
-                tab.click("#send")
-                said = {}
-                for side in ("left", "right"):
-                    tab.wait_for_selector(f"#answers-{side} .bot.message", timeout=60_000)
-                    tab.wait_for_timeout(2000)
-                    assert "پایتخت ایران" in tab.inner_text(f"#answers-{side} .user.message")
-                    said[side] = tab.inner_text(f"#answers-{side} .bot.message").strip()
-                assert said["left"] == said["right"] != "", "the same model on both sides says the same"
-                tab.click("#forget")
-                tab.wait_for_selector("#answers-left .bot.message", state="detached", timeout=20_000)
-                browser.close()
-        except BaseException as error:
-            failures.append(error)
+    def visit(tab: Any) -> None:
+        tab.wait_for_selector("#question textarea", timeout=60_000)
+        assert tab.get_attribute("#question textarea", "dir") == "rtl"
+        tab.fill("#question textarea", "پایتخت ایران کجاست؟")
+        tab.click("#send")
+        said = {}
+        for side in ("left", "right"):
+            tab.wait_for_selector(f"#answers-{side} .bot.message", timeout=60_000)
+            tab.wait_for_timeout(2000)
+            assert "پایتخت ایران" in tab.inner_text(f"#answers-{side} .user.message")
+            said[side] = tab.inner_text(f"#answers-{side} .bot.message").strip()
+        assert said["left"] == said["right"] != "", "the same model on both sides says the same"
+        tab.click("#forget")
+        tab.wait_for_selector("#answers-left .bot.message", state="detached", timeout=20_000)
 
-    thread = threading.Thread(target=visit)  # pytest's own thread may have an event loop
-    thread.start()
-    thread.join()
-    page.close()
-    if failures:
-        raise failures[0]
+    visited(chat_page(found_subjects(DemoConfig(models=(str(llama_dir),))), max_new_tokens=4), visit)

@@ -11,7 +11,7 @@ from caption_lab.config import TrainConfig
 from caption_lab.data import Batch
 from caption_lab.vocabulary import END, PAD, START, TOKENS, Vocabulary, padded
 from labs_common.caption_metrics import CiderD
-from labs_common.decoding import GREEDY, Output, log_probabilities, roll_out, sampled_places
+from labs_common.decoding import GREEDY, Output, log_probabilities, sampled_places, write
 from labs_common.options import DecodingOptions
 
 # A part's shares of further means to log; on the device where they are computed there.
@@ -42,8 +42,8 @@ class SelfCritic:
         with torch.no_grad():
             features = model.encoder.back(rows)
             length = self.vocabulary.length + 1
-            greedy = roll_out(model.decoder, features, TOKENS, length, GREEDY).words
-            sampled = roll_out(model.decoder, features, TOKENS, length, SAMPLED).words
+            greedy = write(model.decoder, features, TOKENS, length, GREEDY).words
+            sampled = write(model.decoder, features, TOKENS, length, SAMPLED).words
         model.train()
         reward, baseline = (
             self.cider.scores([self.vocabulary.decode(caption).split() for caption in captions], pictures)

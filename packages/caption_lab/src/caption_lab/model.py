@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,10 +80,9 @@ def complete(config: TrainConfig) -> TrainConfig:
     if config.start is not None:  # it brings all the rest
         own = replace(training, learning_rate=training.learning_rate or 5e-5, epochs=training.epochs or 5)
         return replace(config, training=own)
-    drawn = config.data.data is None
-    scenes = drawn or is_drawn(Path(str(config.data.data)))
-    name = encoder.encoder or (TINY if scenes else REAL)
-    language = decoder.language_model or (TINY_LANGUAGE if scenes else "openai-community/gpt2") if kind.language else ""
+    drawn = is_drawn(config.data.data)
+    name = encoder.encoder or (TINY if drawn else REAL)
+    language = decoder.language_model or (TINY_LANGUAGE if drawn else "openai-community/gpt2") if kind.language else ""
     tiny = name == TINY
     width = decoder.width or (kind.width if tiny else 512)
     if kind.words_at_once and width % decoder.heads:

@@ -22,6 +22,7 @@ from labs_common.report.figures import bar_figure, count_scatter_figure
 from labs_common.report.page import Figure, Section, Table, Text, making_report, save_figure, write_report
 from labs_common.report.sections import asked_section, rerun_section
 from labs_common.run import Run, check_run_options
+from labs_common.scenes.files import is_drawn
 
 FREQUENT, RARE = 20, 40  # words that the report shows of those kept and of those left out
 
@@ -30,7 +31,7 @@ def prepare(config: PrepareConfig) -> None:
     """Writes vocabulary.json, tokenizer.json, splits.json, statistics.json and a report."""
     options = RunOptions(output=config.output, track="none")
     check_run_options(options)
-    config = dataclasses.replace(config, vocabulary=complete_words(config.vocabulary, config.data.data is None))
+    config = dataclasses.replace(config, vocabulary=complete_words(config.vocabulary, is_drawn(config.data.data)))
     data = read_data(config.data, config.seed, shown=True)
     vocabulary = build_vocabulary([c for those in data.splits["train"].captions for c in those], config.vocabulary)
     run = Run.start(config, options, "captions", Accelerator())

@@ -139,7 +139,7 @@ def measure(run: Run, config: CompareConfig, data: Captions, splits: Mapping[str
     for way, values in similarity.items():
         metrics = retrieval_metrics(values, of_picture)
         found |= {f"R@{k} by {way}": metrics[f"text_to_image/recall@{k}"] for k in (1, 5)}
-    if said := written(loaded, rows):
+    if said := written(loaded, rows, test):
         found |= {METRICS[key]: value for key, value in score_captions(said, test, {}).metrics.items()}
         run.save_json(WRITTEN, said)
     found |= _measure_classes(encoder, splits)

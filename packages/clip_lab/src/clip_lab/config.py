@@ -84,9 +84,10 @@ class TextOptions:
     """Its layers; 0 takes 12 (CLIP's own), and 2 with the tiny image tower."""
     text_heads: CountOrZero = 0
     """Its heads; 0 takes 8, and 4 with the tiny image tower."""
-    text_pool: Literal["auto", "pooler", "mean", "cls", "eot"] = "auto"
-    """With a Hugging Face encoder, the caption's feature: the pooler's output, the mean over the words, the first
-    token's state, or the end token's. auto is the pooler where the weights have one, else the mean."""
+    text_pool: Literal["auto", "pooler", "mean", "max", "cls", "eot"] = "auto"
+    """With a Hugging Face encoder, the caption's feature: the pooler's output, the mean over the words, their largest
+    values, the first token's state, or the end token's. auto is what a sentence-transformer says of itself; else the
+    pooler where the weights have one, else the mean."""
     freeze_text: bool = False
     """Leave it as it is and train only the rest."""
     tokenizer: str = ""

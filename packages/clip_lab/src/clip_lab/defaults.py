@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 from clip_lab.config import OWN, REAL, TINY, HeadOptions, ImageOptions, TextOptions, TrainConfig
 from labs_common.errors import LabError
+from labs_common.scenes.files import is_drawn
 
 Options = TypeVar("Options")
 WRITERS = ("coca", "simvlm")  # need a causal text tower, which no Hugging Face encoder is
@@ -16,7 +17,7 @@ def complete(config: TrainConfig) -> TrainConfig:
     Raises:
         LabError: options contradict each other.
     """
-    drawn = config.data.data is None
+    drawn = is_drawn(config.data.data)
     batch = _filled(config.batch, augment="none" if drawn else "crop")
     if config.start.start:  # which brings its towers
         _check(config)

@@ -7,13 +7,15 @@ encoder.image(pictures), encoder.text(["a dog"])   # where pictures and captions
 ```
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from timm.data import resolve_model_data_config
 
 from clip_lab.config import FINISHED, TRAIN, ImageOptions
 from clip_lab.image import make_image_tower
@@ -139,5 +141,14 @@ def _timm(spec: str) -> Encoder:
     if how not in ("", "random") and weights is None:
         raise LabError(f"--checkpoint {spec}: after the name only ,random or ,FILE.safetensors may follow")
     tower = make_image_tower(ImageOptions(name, not how, weights))
-    view = View(tower.size, tower.mean, tower.std, tower.interpolation, squeezed=False)
+    view = _timm_view(resolve_model_data_config(tower.network), f"--checkpoint {spec}")
     return Encoder(spec, tower, view, lambda x: tower(x).feature, None, None, 1.0)
+
+
+def _timm_view(known: Mapping[str, Any], said: str) -> View:
+    """Sees as timm's own transform of the weights does, from what `timm.data.resolve_data_config` says."""
+    if known["crop_mode"] == "border":
+        raise LabError(f"{said}: its pictures get a border, which nothing here gives; take another network")
+    side, squeezed = int(known["input_size"][-1]), known["crop_mode"] == "squash"
+    edge = math.floor(side / known["crop_pct"])
+    return View(side, tuple(known["mean"]), tuple(known["std"]), str(known["interpolation"]), squeezed, edge)

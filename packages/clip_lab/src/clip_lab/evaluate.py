@@ -32,6 +32,7 @@ from clip_lab.losses import (
 )
 from clip_lab.metrics import Evaluation, Queries, captions_of, chance_metrics, metric_intervals, retrieval_metrics
 from clip_lab.model import places_of_end, tower_rows, training_mode
+from clip_lab.released import ReleasedModel
 from clip_lab.report import finish_evaluation
 from clip_lab.saved import Loaded, load_any
 from clip_lab.tokens import Words
@@ -115,7 +116,7 @@ def evaluate_model(
     else:
         similarity = likelihood_matrix(loaded, rows[:count], captions)
     expected = perplexity(loaded, rows, pictures) if loaded.model.writes else None
-    said = written(loaded, rows)
+    said = written(loaded, rows, pictures)
     scored = score_captions(said, pictures, truth if known else {}) if said else None
     metrics, chance = retrieval_metrics(similarity, of_picture), chance_metrics(len(captions), count)
     return Evaluation(metrics, chance, similarity, of_picture, count, expected, scored, queries)
@@ -183,20 +184,27 @@ def perplexity(loaded: Loaded, rows: torch.Tensor, pictures: CaptionedPictures) 
     return float((-sums.sum() / counts.sum()).exp())
 
 
-def written(loaded: Loaded, rows: torch.Tensor, options: DecodingOptions | None = None) -> list[str]:
+def written(
+    loaded: Loaded, rows: torch.Tensor, pictures: CaptionedPictures, options: DecodingOptions | None = None
+) -> list[str]:
     """Writes a caption for each picture, of which there are rows of the image tower (pictures, width); by beam search.
 
-    None are written where the model does not write, or its tokenizer has no token to start from.
+    A released model sees the pictures themselves. None are written where the model does not write, or its tokenizer has
+    no token to start from.
     """
     model: Any = loaded.model
-    words = loaded.words
-    if not model.writes or words.special is None:
+    words, writer, read = loaded.words, model, lambda places: rows[list(places)]
+    if isinstance(model, ReleasedModel):
+        writer, read = model.writer, PictureTensors(pictures, loaded.transform).batch
+    elif not model.writes:
+        return []
+    if writer is None or words.special is None:
         return []
     # SimVLM's places see the start of the caption too.
-    begin = partial(model.begin, start=words.special.start) if model.continues else model.begin
+    begin = partial(writer.begin, start=words.special.start) if model.continues else writer.begin
     device = next(model.parameters()).device
     return written_captions(
-        SimpleNamespace(begin=begin, step=model.step), lambda places: rows[list(places)].to(device), len(rows),
+        SimpleNamespace(begin=begin, step=writer.step), lambda places: read(places).to(device), len(rows),
         words.special, words.length - 1, words.sentence, options or DecodingOptions(), task="writing captions",
     )  # fmt: skip
 

@@ -22,6 +22,7 @@ from clip_lab.encoder import Encoder
 from labs_common.cache import cache_directory, check_cache, file_sum, recipe_key
 from labs_common.data.images import SUFFIXES, BadPictureError, decoded, decoding_threads, first_of
 from labs_common.errors import LabError, json_of, reason_of
+from labs_common.lock import locked
 from labs_common.options import OnBadData
 from labs_common.progress import console, tracked
 from labs_common.run import written_whole
@@ -110,39 +111,54 @@ def build_index(
     `name` says which pictures they are; `kept` is --index, by default a directory in the user's cache.
 
     Raises:
-        LabError: some cannot be read and `on_bad_data` says so, or none can; or the index is of another model.
+        LabError: some cannot be read and `on_bad_data` says so, or none can; the index is of another model; or another
+            process makes it.
     """
     recipe = encoder.recipe()
     where = kept or cache_directory() / f"index-{recipe_key([recipe, name])}"
     # Of one that was not finished, with the same model.
     parts = where.with_name(f".{where.name}-{recipe_key(recipe)}.parts")
-    done = sorted(parts.glob("[0-9]*"))
-    known: dict[str, tuple[list[int], torch.Tensor]] = {}
-    for folder in (where, *done):
-        known |= _read(folder, recipe, f"--index {kept}" if folder == kept else "")
     stamps = {file: _stamp(file) for file in files}
-    every = {file: known[str(file)][1] for file in files if str(file) in known and known[str(file)][0] == stamps[file]}
-    missing = [file for file in files if file not in every]
-    if kept is None and missing:
-        check_cache(writes=True)  # before everything is embedded in vain
-    bad: list[str] = []
-    unwritten: dict[Path, torch.Tensor] = {}
-    for found, unreadable in _embedded(missing, encoder, batch_size):
-        every |= found
-        unwritten |= found
-        bad += unreadable
-        if len(unwritten) >= PART:
-            part, unwritten = unwritten, {}
-            done.append(parts / f"{len(done):06d}")
-            _write(done[-1], recipe, [(file, stamps[file]) for file in part], torch.stack([*part.values()]))
-    if bad:
-        _say_bad(name, bad, on_bad_data, len(bad) == len(files))
-    there = tuple(file for file in files if file in every)
-    index = Index(there, torch.stack([every[file] for file in there]), where)
-    if done or len(missing) > len(bad) or len(there) != len(known):
-        _write(where, recipe, [(file, stamps[file]) for file in there], index.vectors)
-        shutil.rmtree(parts, ignore_errors=True)
-        console.print(f"index: {len(there):,} pictures in {where} ({len(missing) - len(bad):,} computed now)")
+    known, done = _read(where, recipe, f"--index {kept}" if kept else ""), list[Path]()
+
+    def unknown() -> list[Path]:
+        return [file for file in files if str(file) not in known or known[str(file)][0] != stamps[file]]
+
+    def clear() -> None:
+        if not done:
+            shutil.rmtree(parts, ignore_errors=True)
+
+    with contextlib.ExitStack() as until:
+        if missing := unknown():
+            if kept is None:
+                check_cache(writes=True)  # before everything is embedded in vain
+            parts.mkdir(parents=True, exist_ok=True)
+            until.callback(clear)
+            if trouble := locked(parts, until):
+                raise LabError(f"{name} is being indexed: {trouble}")
+            done = sorted(parts.glob("[0-9]*"))
+            for folder in done:
+                known |= _read(folder, recipe, "")
+            missing = unknown()
+        every = {file: known[str(file)][1] for file in set(files).difference(missing)}
+        bad: list[str] = []
+        unwritten: dict[Path, torch.Tensor] = {}
+        for found, unreadable in _embedded(missing, encoder, batch_size):
+            every |= found
+            unwritten |= found
+            bad += unreadable
+            if len(unwritten) >= PART:
+                part, unwritten = unwritten, {}
+                done.append(parts / f"{len(done):06d}")
+                _write(done[-1], recipe, [(file, stamps[file]) for file in part], torch.stack([*part.values()]))
+        if bad:
+            _say_bad(name, bad, on_bad_data, len(bad) == len(files))
+        there = tuple(file for file in files if file in every)
+        index = Index(there, torch.stack([every[file] for file in there]), where)
+        if done or len(missing) > len(bad) or len(there) != len(known):
+            _write(where, recipe, [(file, stamps[file]) for file in there], index.vectors)
+            done = []
+            console.print(f"index: {len(there):,} pictures in {where} ({len(missing) - len(bad):,} computed now)")
     return index
 
 

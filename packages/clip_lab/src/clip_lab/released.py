@@ -26,6 +26,7 @@ from clip_lab.model import Embedded, Scale, tower_rows
 from clip_lab.tokens import Words
 from labs_common.data.captions import Transform
 from labs_common.data.images import MOST_PIXELS, RESAMPLING
+from labs_common.decoding import NextWord, SpecialTokens, Tensors
 from labs_common.errors import LabError
 from labs_common.run import written_whole
 from labs_common.saved import load_auto, load_network, reading_model
@@ -43,7 +44,7 @@ class View(Transform):
     """A picture as a tower sees it: squeezed into its square, or the middle square of it.
 
     Attributes:
-        squeezed: whether nothing is cut off.
+        squeezed: whether its sides become the same; then nothing is cut off but by `edge`.
         edge: what the shorter side becomes before the middle is cut out; 0 for `size`.
     """
 
@@ -52,9 +53,10 @@ class View(Transform):
 
     def levels(self, image: Image.Image) -> np.ndarray:
         """Resizes to (size, size, 3) of 0 to 255."""
-        if not self.squeezed:
+        if not self.squeezed or self.edge:
+            edge = self.edge or self.size
             # As torchvision counts: down, and half a pixel to the even side.
-            whole = [int((self.edge or self.size) * side / min(image.size)) for side in image.size]
+            whole = [edge if self.squeezed else int(edge * side / min(image.size)) for side in image.size]
             if whole[0] * whole[1] > MOST_PIXELS:  # of a strip only the middle is enlarged
                 return super().levels(ImageOps.fit(image, (min(image.size), min(image.size))))
             image = image.resize((whole[0], whole[1]), RESAMPLING.get(self.interpolation, RESAMPLING["bicubic"]))
@@ -72,6 +74,7 @@ class ReleasedWords(Words):
     """A library's own tokenizer: `read` cuts sentences into numbers, filled up where the model was trained so."""
 
     read: Callable[[Sequence[str]], Sequence[list[int]]]
+    special: SpecialTokens | None = None  # of a model that writes
 
     @property
     def end(self) -> int:
@@ -86,6 +89,11 @@ class ReleasedWords(Words):
     def __len__(self) -> int:
         return int(getattr(self.backend, "vocab_size", 0))
 
+    def sentence(self, numbers: Sequence[int]) -> str:
+        """Joins the pieces that are words; only open_clip's own tokenizer is asked."""
+        words = [number for number in numbers if number not in self.backend.all_special_ids]
+        return self.backend.decode(words).strip()
+
     def numbers(self, sentence: str) -> list[int]:
         """Cuts a sentence into numbers, at most `length` of them."""
         return list(self.read([sentence])[0])
@@ -93,6 +101,26 @@ class ReleasedWords(Words):
     def __call__(self, sentences: Sequence[str]) -> torch.Tensor:
         """Returns the sentences as numbers (sentences, length of the longest)."""
         return self.together(self.read(sentences))
+
+
+class CocaWriter:
+    """open_clip's CoCa as `labs_common.decoding` reads it: the library's own code, from the first word every time."""
+
+    def __init__(self, network: Any) -> None:
+        self.network = network
+
+    def begin(self, pictures: torch.Tensor) -> tuple[Tensors, Tensors]:
+        """Returns `fixed` and `moving` before the first word, given pictures (pictures, 3, size, size)."""
+        seen = self.network(pictures)
+        words = torch.empty(len(pictures), 1, 0, dtype=torch.long, device=pictures.device)
+        return {"feature": seen["image_features"], "places": seen["image_embs"]}, {"words": words}
+
+    def step(self, words: torch.Tensor, fixed: Tensors, moving: Tensors) -> NextWord:
+        """Reads one more word of each beam (pictures, beams)."""
+        read = torch.cat([moving["words"], words[..., None]], 2)
+        feature, places = (fixed[name].repeat_interleave(words.shape[1], 0) for name in ("feature", "places"))
+        found = self.network(None, read.flatten(0, 1), feature, places, output_labels=False)["logits"][:, -1]
+        return NextWord(found.unflatten(0, words.shape), {"words": read}, None)
 
 
 class ReleasedTower(nn.Module):
@@ -147,11 +175,14 @@ class ReleasedModel(nn.Module):
         features: maps pictures to a probe's input (pictures, width).
         write: writes a directory that the library reads, from the weights of `network` by name.
         library: its name, as `--to` of export has it.
+        writer: what writes captions of pictures, as `labs_common.decoding` says; None where nothing does. It does not
+            train.
     """
 
     made_of, reads, embeds, writes, continues = "the towers of a released model", "feature", True, False, False
     image: ReleasedTower
     text: ReleasedTower
+    writer: CocaWriter | None = None
 
     def __init__(
         self,
@@ -372,8 +403,11 @@ def read_open_clip(spec: str, name: str, pretrained: str | None, option: str) ->
         spec, "open_clip", network, view, lambda x: network.encode_image(x), lambda x: network.encode_text(x),
         _before_projection(network), write,
     )  # fmt: skip
-    length = int(getattr(tokenizer, "context_length", None) or network.context_length)
-    return model, ReleasedWords(tokenizer, length, lambda sentences: tokenizer(list(sentences)).tolist()), view
+    length, special = int(getattr(tokenizer, "context_length", None) or network.context_length), None
+    if isinstance(network, open_clip.CoCa) and isinstance(tokenizer, open_clip.SimpleTokenizer):
+        start, end, pad = tokenizer.sot_token_id, tokenizer.eot_token_id, network.pad_id
+        special, model.writer = SpecialTokens(start, end, pad, (pad, start)), CocaWriter(network)
+    return model, ReleasedWords(tokenizer, length, lambda said: tokenizer(list(said)).tolist(), special), view
 
 
 def _before_projection(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:

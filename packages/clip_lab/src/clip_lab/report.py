@@ -77,10 +77,7 @@ def finish_report(
             for kind, queries in found.queries.items()
         },
     }  # fmt: skip
-    if found.captions is not None:
-        run.save_json("captions.json", captions_json(test, found.captions.captions))
-        scored = {"metrics": found.captions.metrics, "chance": found.captions.chance, "scorer": SCORER}
-        results["written"] = scored | {"right": {k: truth.whole for k, truth in found.captions.claims.items()}}
+    results |= _written(run, found, test)
     if before is not None:
         results["before"] = before.metrics
         console.print("before training:")
@@ -124,7 +121,7 @@ def finish_evaluation(
         "config": to_plain(config), "checkpoint": checkpoint, "pictures": found.ranked,
         "captions": len(found.of_picture), "metrics": found.metrics, "intervals": intervals, "chance": found.chance,
         "perplexity": found.perplexity,
-    }  # fmt: skip
+    } | _written(run, found, pictures)  # fmt: skip
     print_scores(found)
 
     def page() -> tuple[str, list[Section]]:
@@ -134,6 +131,7 @@ def finish_evaluation(
             Section("Data", [Text(said)]),
             numbers_section(found, intervals),
             published_recall_section(found, checkpoint),
+            *written_sections(found, pictures),
             *query_sections(found, pictures),
             _matrix_section(run, found),
             *retrieval_sections(found, pictures),
@@ -142,6 +140,16 @@ def finish_evaluation(
         return summary_of(found), sections
 
     write_results(run, results, True, f"Evaluation of {checkpoint}", page)
+
+
+def _written(run: Run, found: Evaluation, test: CaptionedPictures) -> dict[str, Any]:
+    """Keeps what the model wrote with the run, and returns its scores for results.json; nothing if it wrote none."""
+    said = found.captions
+    if said is None:
+        return {}
+    run.save_json("captions.json", captions_json(test, said.captions))
+    right = {name: truth.whole for name, truth in said.claims.items()}
+    return {"written": {"metrics": said.metrics, "chance": said.chance, "scorer": SCORER, "right": right}}
 
 
 def published_recall_section(found: Evaluation, checkpoint: str) -> Section:

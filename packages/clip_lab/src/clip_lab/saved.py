@@ -139,6 +139,7 @@ def _released(model: ReleasedModel, words: Words, view: View, option: str) -> Lo
         if view.size**2 > MOST_PIXELS:
             raise ValueError(f"it reads pictures of {view.size:,} pixels a side")
         view(Image.new("RGB", (8, 8)))
+        _ = model.image.width  # a picture of the processor's size goes through: both may be of different models
     return Loaded(objective, model, words, view)
 
 

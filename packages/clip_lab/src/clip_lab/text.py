@@ -1,13 +1,15 @@
 """Text towers: our own causal transformer with its feature at the end token, or any Hugging Face encoder."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel
+from transformers.utils import cached_file
 
 from clip_lab.decoder import Block, initialise
-from labs_common.errors import LabError
+from labs_common.errors import LabError, json_of
 from labs_common.saved import load_auto, load_network
 
 HEAD = ("pooler.",)  # what encoders trained on words alone lack, such as RoBERTa
@@ -51,7 +53,8 @@ class TextTower(nn.Module):
 class PretrainedText(nn.Module):
     """A Hugging Face encoder; its feature is what `pool` says, a key of `POOLS`, or `pooler`: its own output.
 
-    Left to itself (`auto`) that is the pooler's output where it has one, else the mean over the words.
+    Left to itself (`auto`) that is the pooler's output where it has one, else the mean over the words;
+    `pretrained_text` asks a sentence-transformer first.
     """
 
     def __init__(self, network: Any, length: int, end: int, pool: str = "auto") -> None:
@@ -89,7 +92,15 @@ def last(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
 
 
-POOLS = {"mean": mean, "cls": first, "eot": last}
+def largest(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Returns the largest of each entry of the states of what `mask` holds: (captions, width)."""
+    return states.masked_fill(~mask[..., None], -torch.inf).amax(1)
+
+
+POOLS = {"mean": mean, "cls": first, "eot": last, "max": largest}
+# Theirs (in 1_Pooling/config.json: "pooling_mode", or true after "pooling_mode_") to ours.
+SENTENCE_POOLS = {"mean": "mean", "mean_tokens": "mean", "cls": "cls", "cls_token": "cls", "max": "max",
+                  "max_tokens": "max", "lasttoken": "eot"}  # fmt: skip
 
 
 def last_of(words: torch.Tensor, end: int) -> torch.Tensor:
@@ -101,10 +112,10 @@ def pretrained_text(name: str, pretrained: bool, length: int, end: int, pool: st
     """Loads the Hugging Face encoder of this name or path, or builds it with random weights.
 
     Of weights without a pooler, such as RoBERTa's, the feature is the mean, unless `pool` says otherwise: the library
-    would draw a pooler at random, another one in every load.
+    would draw a pooler at random, another one in every load. A sentence-transformer's is what its own pooling says.
 
     Raises:
-        LabError: there is none, it is no encoder, or `pool` asks for a pooler that it lacks.
+        LabError: there is none, it is no encoder, `pool` asks for a pooler that it lacks, or it pools in its own way.
     """
     said, remedy = f"--text {name}", "name a model of the hub or a directory"
     config = load_auto(AutoConfig.from_pretrained, name, said=said, remedy=remedy)
@@ -112,6 +123,7 @@ def pretrained_text(name: str, pretrained: bool, length: int, end: int, pool: st
         raise LabError(f"--text {name}: is an encoder with a decoder; take an encoder such as bert-base-uncased")
     if not hasattr(config, "hidden_size"):
         raise LabError(f"--text {name}: {config.model_type} is no text encoder; take bert-base-uncased or its like")
+    pool = sentence_pool(name) or pool if pool == "auto" else pool
     if pretrained:
         missing: list[str] = []
         network = load_network(AutoModel, name, said, remedy, new=() if pool == "pooler" else HEAD, missing=missing)
@@ -125,3 +137,24 @@ def pretrained_text(name: str, pretrained: bool, length: int, end: int, pool: st
         if getattr(found, "pooler_output", None) is None:
             raise LabError(f"--text-pool pooler: {name} has none; take mean, cls or eot")
     return reader
+
+
+def sentence_pool(name: str) -> str:
+    """Returns the key of `POOLS` by which a sentence-transformer was trained; nothing for other models.
+
+    Raises:
+        LabError: it pools in another way.
+    """
+    file = cached_file(name, "1_Pooling/config.json", _raise_exceptions_for_missing_entries=False,
+                       _raise_exceptions_for_connection_errors=False)  # fmt: skip
+    if file is None:
+        return ""
+    found = json_of(Path(file), f"--text {name}: 1_Pooling/config.json")
+    said = found if isinstance(found, dict) else {}
+    modes = [said["pooling_mode"]] if "pooling_mode" in said else [
+        key.removeprefix("pooling_mode_") for key, value in said.items() if key.startswith("pooling_mode_") and value
+    ]  # fmt: skip
+    if len(modes) != 1 or modes[0] not in SENTENCE_POOLS:
+        how = " and ".join(map(str, modes))
+        raise LabError(f"--text {name}: its sentences are pooled by {how}, which is not here; take another --text-pool")
+    return SENTENCE_POOLS[modes[0]]

@@ -8,6 +8,7 @@ if __name__ == "__main__":  # before the imports below: --help and a wrong optio
 import dataclasses
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -32,10 +33,11 @@ from labs_common.data.images import record_splits
 from labs_common.device import CPU, expect_fixed_shapes
 from labs_common.errors import LabError
 from labs_common.fitting import Fitted, Fitting, begin, channels_last, share_batch_norms
+from labs_common.frozen.audit import state_hash
 from labs_common.frozen.cache import DTYPES
 from labs_common.launch import main_process_first
 from labs_common.plan import print_plan
-from labs_common.run import Run
+from labs_common.run import Run, keep
 
 
 def train(config: TrainConfig) -> None:
@@ -52,12 +54,14 @@ def train(config: TrainConfig) -> None:
     with main_process_first(accelerator):  # weights are downloaded on their first use
         set_seed(config.run.seed)
         captions = [caption for of_picture in data.splits["train"].captions for caption in of_picture]
-        begun = start_model(config) if config.start.start else new_model(config, captions)
-    before = None
-    if config.start.start and accelerator.is_main_process:
-        before = evaluate_model(begun, data.splits["test"], data.truth, accelerator.device)
+        begun, weights = start_model(config) if config.start.start else (new_model(config, captions), "")
     run = Run.start(config, config.run, config.objective, accelerator)
     record_splits(run, data.splits)
+    before = None
+    if config.start.start:
+        keep(run, "start.json", {"weights": weights, "view": asdict(begun.transform)}, f"--start {config.start.start}")
+        if accelerator.is_main_process:
+            before = evaluate_model(begun, data.splits["test"], data.truth, accelerator.device)
     fitted = fit(config, begun, run, accelerator, data)
     clock |= fitted.clock
 
@@ -129,8 +133,8 @@ def new_model(config: TrainConfig, captions: Sequence[str]) -> Loaded:
     return Loaded(config.objective, model, read, transform_of(tower))
 
 
-def start_model(config: TrainConfig) -> Loaded:
-    """Loads the model of --start, and lets train what the options say.
+def start_model(config: TrainConfig) -> tuple[Loaded, str]:
+    """Loads the model of --start, and lets train what the options say; returns also a hash of its weights.
 
     Raises:
         LabError: it cannot be had, or cannot be trained so.
@@ -138,7 +142,7 @@ def start_model(config: TrainConfig) -> Loaded:
     options, objective = config.start, config.objective
     said = f"--start {options.start}"
     loaded = load_any(options.start, "--start")
-    model = loaded.model
+    model, weights = loaded.model, state_hash(loaded.model)
     if isinstance(model, ReleasedModel):
         if objective not in ("clip", "siglip") or (objective == "siglip" and model.scale.bias is None):
             able = "clip" if model.scale.bias is None else "clip or siglip"
@@ -159,7 +163,7 @@ def start_model(config: TrainConfig) -> Loaded:
         if text is None or model.writes:
             raise LabError(f"--freeze-text: {said} writes captions by its text tower, which has to train")
         text.requires_grad_(False)
-    return loaded
+    return loaded, weights
 
 
 def fit(config: TrainConfig, begun: Loaded, run: Run, accelerator: Accelerator, data: Captions) -> Fitted:

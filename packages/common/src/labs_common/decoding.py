@@ -79,24 +79,6 @@ class Written:
     attention: list[torch.Tensor]
 
 
-def write(
-    decoder: Any,
-    features: torch.Tensor,
-    tokens: SpecialTokens,
-    length: int,
-    options: DecodingOptions,
-    generator: torch.Generator | None = None,
-    attention: bool = False,
-) -> Written:
-    """Writes captions for features (pictures, …), of at most `length` words with `<end>`.
-
-    `decoder` is in evaluation mode; `top_p` samples from `generator`.
-    """
-    if options.top_p or options.beam == 1:
-        return roll_out(decoder, features, tokens, length, options, generator, attention)
-    return beam_search(decoder, features, tokens, length, options, attention)
-
-
 def written_captions(
     decoder: Any,
     features: Callable[[Sequence[int]], torch.Tensor],
@@ -146,7 +128,7 @@ def captions_by_parts(
 
 
 @torch.no_grad()
-def roll_out(
+def write(
     decoder: Any,
     features: torch.Tensor,
     tokens: SpecialTokens,
@@ -155,7 +137,13 @@ def roll_out(
     generator: torch.Generator | None = None,
     attention: bool = False,
 ) -> Written:
-    """Takes the most probable next word every time; with `top_p` a sampled one (Holtzman et al. 2020, eq. 2, 3)."""
+    """Writes captions for features (pictures, …), of at most `length` words with `<end>`.
+
+    With one beam it takes the most probable next word every time; with `top_p` one that is sampled from `generator`
+    (Holtzman et al. 2020, eq. 2, 3); else see `beam_search`. `decoder` is in evaluation mode.
+    """
+    if options.beam > 1 and not options.top_p:
+        return beam_search(decoder, features, tokens, length, options, attention)
     fixed, moving = decoder.begin(features)
     words = torch.full((len(features), 1, 1), tokens.start, device=features.device)
     total = torch.zeros(len(features), device=features.device)
@@ -163,9 +151,8 @@ def roll_out(
     looked = []
     while words.shape[2] <= length and not bool(over.all()):
         logits, moving, seen = decoder.step(words[:, :, -1], fixed, moving)
-        logs = log_probabilities(logits, tokens.never, _banned(words, options, tokens, logits))[
-            :, 0
-        ]  # (pictures, vocabulary)
+        every = log_probabilities(logits, tokens.never, _banned(words, options, tokens, logits))
+        logs = every[:, 0]  # (pictures, vocabulary)
         chosen = _sampled(logs, options, generator) if options.top_p else logs.argmax(-1)
         total += torch.where(over, 0.0, logs.gather(1, chosen[:, None])[:, 0])
         words = torch.cat([words, torch.where(over, tokens.pad, chosen)[:, None, None]], 2)

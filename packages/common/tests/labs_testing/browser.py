@@ -1,4 +1,4 @@
-"""Opens reports in a headless Chromium, as readers do: on a phone and on a desk, light and dark, printed."""
+"""Opens reports in a headless Chromium, as readers do: on a phone and on a desk, light and dark, printed; and demos."""
 
 import shutil
 import threading
@@ -56,39 +56,47 @@ def faults_of(pages: Sequence[Path], pictures: Path | None = None, every: bool =
     A message on the console, a request to any network and a script that fails are faults too. Screenshots and PDFs go
     to the directory `pictures`.
     """
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright to drive a browser")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        pytest.skip("no Chromium on this machine")
     faults: list[str] = []
 
-    def look() -> None:
-        with sync_api.sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-            for page in pages:
-                for name, (width, height) in VIEWS.items():
-                    for scheme in ("light", "dark"):
-                        if not every and (name, scheme) not in (("desk", "light"), ("phone", "dark")):
-                            continue
-                        tab = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
-                        found = _opened(tab, page)
-                        shot = f"{page.parent.name}-{name}-{scheme}.png"
-                        if pictures is not None:
-                            tab.screenshot(path=pictures / shot, full_page=True)
-                        if (name, scheme) == ("desk", "light"):
-                            found += _sorted(tab)
-                            printed = tab.pdf(path=pictures and pictures / f"{page.parent.name}.pdf", format="A4")
-                            found += [] if printed.startswith(b"%PDF") else ["cannot be printed"]
-                            # Paper has no scroll bars: in the width of A4 without its margins everything must fit.
-                            tab.emulate_media(media="print")
-                            tab.set_viewport_size({"width": A4, "height": 1000})
-                            found += [f"printed: {fault}" for fault in tab.evaluate(FAULTS)]
-                        faults.extend(f"{page}, {name}, {scheme}: {fault}" for fault in found)
-                        tab.close()
-            browser.close()
+    def look(browser: Any) -> None:
+        for page in pages:
+            for name, (width, height) in VIEWS.items():
+                for scheme in ("light", "dark"):
+                    if not every and (name, scheme) not in (("desk", "light"), ("phone", "dark")):
+                        continue
+                    tab = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+                    found = _opened(tab, page)
+                    shot = f"{page.parent.name}-{name}-{scheme}.png"
+                    if pictures is not None:
+                        tab.screenshot(path=pictures / shot, full_page=True)
+                    if (name, scheme) == ("desk", "light"):
+                        found += _sorted(tab)
+                        printed = tab.pdf(path=pictures and pictures / f"{page.parent.name}.pdf", format="A4")
+                        found += [] if printed.startswith(b"%PDF") else ["cannot be printed"]
+                        # Paper has no scroll bars: in the width of A4 without its margins everything must fit.
+                        tab.emulate_media(media="print")
+                        tab.set_viewport_size({"width": A4, "height": 1000})
+                        found += [f"printed: {fault}" for fault in tab.evaluate(FAULTS)]
+                    faults.extend(f"{page}, {name}, {scheme}: {fault}" for fault in found)
+                    tab.close()
 
-    _in_thread(look)
+    _in_browser(look)
     return faults
+
+
+def visited(page: Any, visit: Callable[[Any], None]) -> None:
+    """Serves a page of gradio, opens it in a tab, which `visit` uses, and closes it; skips without a browser."""
+
+    def look(browser: Any) -> None:
+        tab = browser.new_page()
+        tab.goto(url)
+        visit(tab)
+
+    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", share=False)
+    try:
+        _in_browser(look)
+    finally:
+        page.close()
 
 
 def _opened(tab: Any, page: Path) -> list[str]:
@@ -120,13 +128,20 @@ def _sorted(tab: Any) -> list[str]:
     return []
 
 
-def _in_thread(work: Callable[[], None]) -> None:
-    """Pytest's own thread may have an event loop, in which playwright does not run."""
+def _in_browser(look: Callable[[Any], None]) -> None:
+    """Gives `look` a browser, in a thread: pytest's own may have an event loop, in which playwright does not run."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright to drive a browser")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium on this machine")
     failures: list[BaseException] = []
 
     def caught() -> None:
         try:
-            work()
+            with sync_api.sync_playwright() as playwright:
+                browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+                look(browser)
+                browser.close()
         except BaseException as error:
             failures.append(error)
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import random
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,6 +46,22 @@ class Conversation:
     """Whether the last answer can be compared word for word."""
 
 
+class OneByOne(Sequence[Item]):
+    """Items that `item` reads one at a time; a slice is a list of them."""
+
+    @overload
+    def __getitem__(self, place: int) -> Item: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Item]: ...
+    def __getitem__(self, place: int | slice) -> Item | list[Item]:
+        chosen = range(len(self))[place]
+        return self.item(chosen) if isinstance(chosen, int) else [self.item(one) for one in chosen]
+
+    @abstractmethod
+    def item(self, place: int) -> Item:
+        """Reads the item at a place from 0 on."""
+
+
 class View(Sequence[Item], Generic[Item]):
     """Items at some places of several sequences one after the other, without a copy of them."""
 
@@ -72,7 +89,7 @@ class View(Sequence[Item], Generic[Item]):
         return View(self.parts, self.places[chosen])
 
 
-class Chats(Sequence[Conversation]):
+class Chats(OneByOne[Conversation]):
     """The conversations of a source, in a directory that `_write_chats` filled."""
 
     def __init__(self, folder: Path) -> None:
@@ -84,14 +101,9 @@ class Chats(Sequence[Conversation]):
     def __len__(self) -> int:
         return len(self.hashes)
 
-    @overload
-    def __getitem__(self, place: int) -> Conversation: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Conversation]: ...
-    def __getitem__(self, place: int | slice) -> Conversation | list[Conversation]:
-        if isinstance(place, slice):
-            return [self[number] for number in range(*place.indices(len(self)))]
-        begin, end = self.starts[range(len(self))[place] :][:2].tolist()
+    def item(self, place: int) -> Conversation:
+        """Reads the conversation at a place."""
+        begin, end = self.starts[place : place + 2].tolist()
         return Conversation(**json.loads(os.pread(self._file, end - begin, begin)))
 
     @cached_property

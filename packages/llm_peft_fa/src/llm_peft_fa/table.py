@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -28,7 +28,7 @@ from labs_common.errors import LabError
 from labs_common.progress import ProgressLine
 from llm_peft_fa import pieces, templates
 from llm_peft_fa.config import OnTooLong
-from llm_peft_fa.data import Chats, Conversation, Reading, View
+from llm_peft_fa.data import Chats, Conversation, OneByOne, Reading, View
 from llm_peft_fa.templates import THINKING, Encoded, encode_batch
 
 CHUNK = 2000  # conversations tokenized before they are written: a kill loses seconds, a process needs some 100 MB
@@ -37,7 +37,7 @@ COLUMNS = {"tokens": np.int32, "lengths": np.int64, "learnt": np.int32, "sums": 
            "where": np.uint8, "where_lengths": np.int64}  # fmt: skip
 
 
-class Tokens(Sequence[Encoded]):
+class Tokens(OneByOne[Encoded]):
     """The rows of a source, in a directory that `_merge` filled.
 
     Attributes:
@@ -56,13 +56,8 @@ class Tokens(Sequence[Encoded]):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @overload
-    def __getitem__(self, place: int) -> Encoded: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Encoded]: ...
-    def __getitem__(self, place: int | slice) -> Encoded | list[Encoded]:
-        if isinstance(place, slice):
-            return [self[number] for number in range(*place.indices(len(self)))]
+    def item(self, place: int) -> Encoded:
+        """Reads the row at a place."""
         end, before = self._where_ends[place], self._where_ends[place - 1] if place else 0
         where = self._where[before:end].tobytes().decode()
         end = int(self._ends[place])
@@ -71,7 +66,7 @@ class Tokens(Sequence[Encoded]):
         return Encoded(np.where(learnt, ~kept, kept).tolist(), learnt.tolist(), where)
 
 
-class Rows(Sequence[Encoded]):
+class Rows(OneByOne[Encoded]):
     """The rows that a run trains or measures on, of one table or several, each cut after `most` tokens.
 
     Attributes:
@@ -93,13 +88,8 @@ class Rows(Sequence[Encoded]):
     def __len__(self) -> int:
         return len(self.view)
 
-    @overload
-    def __getitem__(self, place: int) -> Encoded: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Encoded]: ...
-    def __getitem__(self, place: int | slice) -> Encoded | list[Encoded]:
-        if isinstance(place, slice):
-            return [self[number] for number in range(*place.indices(len(self)))]
+    def item(self, place: int) -> Encoded:
+        """Reads the row at a place."""
         item = self.view[place]
         return Encoded(item.ids[: self.most], item.learnt[: self.most], item.where)
 

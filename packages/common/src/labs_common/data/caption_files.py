@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from labs_common.data.images import SPECIAL, SUFFIXES, BadPictureError, Content, within
-from labs_common.data.tables import Columns, by_split, column_of, read_tables, split_of
+from labs_common.data.tables import SPLITS, Columns, by_split, column_of, read_tables, split_of
 from labs_common.errors import LabError, bytes_of, json_of, reason_of
 
 # The official archives have the misspelt one, and one within another; the others are of copies in use.
 PICTURE_FOLDERS = ("Images", "Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k_images/flickr30k_images",
                    "flickr30k_images", "flickr30k-images", "images")  # fmt: skip
-CAPTION_FILES = ("captions.txt", "Flickr8k.token.txt", "Flickr8k_text/Flickr8k.token.txt", "captions.csv",
-                 "results.csv", "flickr30k_images/results.csv", "results_20130124.token")  # fmt: skip
+# They lie beside the pictures' folder, or in a folder beside it, as Flickr8k_text/Flickr8k.token.txt does.
+CAPTION_FILES = "captions.txt", "Flickr8k.token.txt", "captions.csv", "results.csv", "results_20130124.token"
 KARPATHY = ("dataset_flickr8k.json", "dataset_flickr30k.json", "dataset_coco.json", "dataset.json")
 IMAGE_NAMES, CAPTION_NAMES = ("image", "image_name"), ("caption", "comment")  # columns of a .csv file
 # Of tables: a caption or a list of them; some have a column for each.
@@ -93,12 +93,16 @@ def read_described(data: str) -> Described:
     for file in files or [path / name for name in KARPATHY]:
         if file.name.startswith("dataset") and file.suffix == ".json" and file.exists():
             return _of_karpathy(file, folder)
-    for file in files or [path / name for name in CAPTION_FILES]:
-        if file.suffix in (".txt", ".csv", ".token") and file.exists():
-            return _of_lines(file, folder)
+    there = [path / name for name in CAPTION_FILES if (path / name).exists()]
+    deeper = [file for name in CAPTION_FILES for file in path.glob(f"*/{name}")]
+    for file in files or there or (deeper if len(deeper) == 1 else []):
+        if file.suffix in (".txt", ".csv", ".token"):
+            return _of_lines(file, folder, folder.parent if files else folder)
     if coco := [file for file in files or sorted((path / "annotations").glob("*.json")) if "captions_" in file.name]:
         return _of_coco(coco, folder.parent if files else folder)
-    beside = [file for place in (path, path / "data") for file in sorted(place.glob("*.tar"))]
+    # CLIP_benchmark's lie in a folder for each split.
+    folders = ("", "data", *(name for names in SPLITS.values() for name in names))
+    beside = [file for name in folders for file in sorted((path / name).glob("*.tar"))]
     if tars := [file for file in files or beside if file.suffix == ".tar"]:
         return _of_tars(data, tars)
     if path.is_dir() and (tables := read_tables(data)):
@@ -114,9 +118,15 @@ def _fault(caption: object) -> str:
     return "quote that is not closed" if SWALLOWED.search(caption) else "" if caption.strip() else "empty caption"
 
 
-def _of_lines(file: Path, folder: Path) -> Described:
-    """Reads a text file with a caption a line; its pictures lie in one of `PICTURE_FOLDERS`, or beside it."""
-    pictures = next((folder / name for name in PICTURE_FOLDERS if (folder / name).is_dir()), folder)
+def _of_lines(file: Path, folder: Path, above: Path) -> Described:
+    """Reads a text file with a caption a line; its pictures lie beside it, or in one of `PICTURE_FOLDERS` there.
+
+    Where none do, in such a folder of the directory `above`. Links may lead to what is in the data's `folder`.
+    """
+    near = [*(file.parent / name for name in PICTURE_FOLDERS), *(above / name for name in PICTURE_FOLDERS)]
+    if any(one.suffix.lower() in SUFFIXES for one in file.parent.iterdir()):
+        near.insert(len(PICTURE_FOLDERS), file.parent)
+    pictures = next((at for at in near if at.is_dir()), file.parent)
     found = Described()
     for path in sorted(pictures.iterdir()):
         if path.suffix.lower() in SUFFIXES:
@@ -283,14 +293,15 @@ def _of_tars(data: str, files: Sequence[Path]) -> Described:
         raise LabError(
             f"--data {data}: is of .tar files, which need webdataset: install labs-common[webdataset]"
         ) from error
-    found = Described()
+    found, path = Described(), Path(data).expanduser()
     for split, group in by_split(data, files).items():
         for file in group:
             if not file.is_file():
                 raise LabError(f"--data {file}: {SPECIAL}")
             try:
                 for sample in tarfile_samples([{"url": str(file.resolve())}]):
-                    _take(found, split, f"{file.name}/{sample['__key__']}", sample)
+                    where = file.relative_to(path) if path.is_dir() else file.name
+                    _take(found, split, f"{where}/{sample['__key__']}", sample)
             except Exception as error:  # tars break in many ways
                 raise LabError(f"--data {file}: truncated or broken ({type(error).__name__})") from error
     return _divided(found, data)
@@ -318,8 +329,8 @@ def _take(found: Described, split: str, name: str, sample: Mapping[str, Any]) ->
 
 
 def _divided(found: Described, data: str) -> Described:
-    """Forgets splits that are all the same, which is what data without splits have."""
-    if len(set(found.splits.values())) < 2:
+    """Forgets splits that are all training, which is what data without splits have."""
+    if set(found.splits.values()) == {"train"}:
         found.splits = {}
     found.divided = f"as {data} does" if found.splits else ""
     return found

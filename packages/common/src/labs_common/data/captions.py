@@ -177,7 +177,8 @@ def caption_splits(
         parts, by = parts | _drawn(parts["train"], seed, aside), "; ".join([by, drawn] if lists else [drawn])
     for name, part in parts.items():
         if not len(part):
-            raise LabError(f"--data {pictures.source}: {len(pictures)} pictures leave the {name} split empty")
+            line = f"--data {pictures.source}: {len(pictures)} pictures leave the {name} split empty"
+            raise LabError(f"{line}; to measure a model on all of them, evaluate with --split all")
     return {name: replace(parts[name], divided=by) for name in LISTS}
 
 

@@ -88,12 +88,16 @@ def read_tables(data: str) -> dict[str, Columns]:
 def by_split(data: str, files: Sequence[Path]) -> dict[str, list[Path]]:
     """Groups files named by their split: train.parquet, train-00000-of-00002.parquet; if none is, all is training.
 
+    So do the names of folders in `data`.
+
     Raises:
         LabError: some are named so, and others not.
     """
     groups: dict[str, list[Path]] = {}
     for file in files:
-        groups.setdefault(split_of(file.stem.split("-")[0].split("_")[0].lower()), []).append(file)
+        named = split_of(file.stem.split("-")[0].split("_")[0].lower())
+        within = "" if file.parent == Path(data).expanduser() else split_of(file.parent.name)
+        groups.setdefault(named or within, []).append(file)
     if set(groups) == {""}:
         return {"train": groups[""]}
     if "" in groups:

@@ -136,9 +136,9 @@ def write_flickr8k(
     (folder / "Flickr8k.token.txt").write_text(lines, encoding="utf-8")
 
 
-def is_drawn(folder: Path) -> bool:
-    """Says whether it is a directory of `write_flickr8k`."""
-    return (folder / TRUTH).is_file()
+def is_drawn(data: str | None) -> bool:
+    """Says whether --data is drawn scenes and no photographs: none is given, or a directory of `write_flickr8k`."""
+    return data is None or (Path(data).expanduser() / TRUTH).is_file()
 
 
 def read_truth(folder: Path) -> dict[str, Scene]:
