@@ -3,7 +3,7 @@ import torch
 
 from caption_lab.config import DecoderOptions
 from caption_lab.decoder import CAPTIONERS, Sizes
-from caption_lab.vocabulary import PAD, START
+from caption_lab.vocabulary import END, PAD, START
 
 pytestmark = pytest.mark.quick
 
@@ -32,13 +32,13 @@ def test_a_step_at_a_time_is_all_at_once(name: str) -> None:
     moving = {key: tensor.expand(-1, beams, *tensor.shape[2:]) for key, tensor in moving.items()}
     for place in range(WORDS.shape[1]):
         logits, moving, attention = model.step(WORDS[:, None, place].expand(-1, beams), fixed, moving)
-        there = WORDS[:, place] != PAD
+        there = (WORDS[:, place] != PAD) & (WORDS[:, place] != END)  # nothing is read from <end> on
         for beam in range(beams):
             torch.testing.assert_close(logits[there, beam], output.logits[there, place], atol=1e-5, rtol=1e-4)
         if attention is not None:
             torch.testing.assert_close(attention.sum(-1), torch.ones(3, beams))
             if output.attention is not None:
-                torch.testing.assert_close(attention[:, 0], output.attention[:, place], atol=1e-5, rtol=0)
+                torch.testing.assert_close(attention[there, 0], output.attention[there, place], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
@@ -67,6 +67,34 @@ def test_what_comes_later_and_padding_change_nothing(name: str) -> None:
     changed = WORDS.clone()
     changed[0, 5:] = 3
     torch.testing.assert_close(model(features, changed).logits[0, :5], whole[0, :5], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("group", [2, 16])
+@pytest.mark.parametrize("name", NAMES)
+def test_captions_of_any_length_in_any_order_are_read_as_each_alone(
+    name: str, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is over is not computed; values and gradients are those of captions without padding beside them."""
+    monkeypatch.setattr("caption_lab.decoder.GROUP", group)
+    model, features = made(name)
+    words, of = WORDS[[1, 0, 2, 1, 0]], torch.tensor([2, 0, 2, 1, 0])
+    lengths = [next((n for n, word in enumerate(row) if word == END), len(row)) for row in words.tolist()]
+    output = model(features, words, of)
+    alone = [
+        model(features[place : place + 1], row[None, :length])
+        for place, row, length in zip(of.tolist(), words, lengths, strict=True)
+    ]
+    for number, (length, one) in enumerate(zip(lengths, alone, strict=True)):
+        torch.testing.assert_close(output.logits[number, :length], one.logits[0], atol=1e-5, rtol=1e-4)
+        if one.attention is not None:
+            torch.testing.assert_close(output.attention[number, :length], one.attention[0], atol=1e-5, rtol=1e-4)
+            assert not output.attention[number, length:].any()
+    whole, each = (
+        torch.autograd.grad(sum(part.square().sum() for part in parts), list(model.parameters()), allow_unused=True)
+        for parts in ([output.logits[n, :length] for n, length in enumerate(lengths)], [one.logits for one in alone])
+    )
+    for found, true in zip(whole, each, strict=True):
+        torch.testing.assert_close(found, true, atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
