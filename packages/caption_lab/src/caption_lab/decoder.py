@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from caption_lab.config import DecoderOptions
 from caption_lab.vocabulary import END, PAD
@@ -270,10 +271,10 @@ def longest_first(words: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
     """Returns an order of captions (captions,) and the number of them, the first ones, that go on at each position.
 
     Nothing has to be read from `<end>` on, and on a CPU it would cost as much as words: four tenths of a batch. A GPU
-    computes a few captions as fast as many, and would be waited for: there all of them go on.
+    computes a few captions as fast as many, and would be waited for: there all of them go on, as with --plan.
     """
     captions, length = words.shape
-    if words.device.type != "cpu" or torch.compiler.is_compiling():
+    if words.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(words, FakeTensor):
         return torch.arange(captions, device=words.device), [captions] * length
     goes_on = (words != PAD) & (words != END)
     return goes_on.sum(1).argsort(descending=True, stable=True), goes_on.sum(0).tolist()
