@@ -1,22 +1,25 @@
 import pytest
 import torch
+from torch.nn import functional
 
 from caption_lab.config import DecoderOptions
 from caption_lab.decoder import CAPTIONERS, Sizes
 from caption_lab.vocabulary import END, PAD, START
 
 pytestmark = pytest.mark.quick
+PLAIN = " --plain"
 
 
 def made(name: str, dropout: float = 0.0) -> tuple[torch.nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     grid = torch.randn(3, 6, 10)
-    kind = CAPTIONERS[name]
-    decoder = kind.decoder(Sizes(20, 10, 6, 9), DecoderOptions(width=16, layers=3, heads=4, dropout=dropout))
+    kind, plain = CAPTIONERS[name.removesuffix(PLAIN)], name.endswith(PLAIN)
+    options = DecoderOptions(width=16, layers=3, heads=4, dropout=dropout, plain=plain)
+    decoder = kind.decoder(Sizes(20, 10, 6, 9), options)
     return decoder, grid.mean(1) if kind.one_vector else grid
 
 
-NAMES = tuple(CAPTIONERS)  # what a further captioner has to do as well
+NAMES = (*CAPTIONERS, "show_attend_tell" + PLAIN)  # what a further captioner has to do as well
 WORDS = torch.tensor(
     [[START, 5, 6, 7, 8, 9, 10, 11], [START, 5, 4, 4, 2, PAD, PAD, PAD], [START, 9, 9, 2, PAD, PAD, PAD, PAD]]
 )
@@ -129,3 +132,24 @@ def test_soft_attention_is_the_papers() -> None:
     output = model(features, WORDS[:, :1])
     torch.testing.assert_close(output.attention[0, 0], alpha)
     torch.testing.assert_close(output.logits[0, 0], logits)
+
+
+def test_plain_attention_is_the_exercises() -> None:
+    """p = softmax(W h + b) over the places, an LSTM that reads concat(x, z): written out from the weights by name."""
+    model, features = made("show_attend_tell --plain")
+    w = dict(model.named_parameters())
+    a = functional.layer_norm(features, (10,), w["scaled.weight"], w["scaled.bias"])
+    hidden, cell = model.first_hidden(a.mean(1)), model.first_cell(a.mean(1))
+    output = model(features, WORDS[:, :3])
+    for place in range(3):
+        p = (hidden @ w["of_state.weight"].T + w["of_state.bias"]).softmax(-1)
+        z = torch.einsum("np,npf->nf", p, a)
+        x = w["embedding.weight"][WORDS[:, place]]
+        gates = torch.cat([x, z], 1) @ w["cell.weight_ih"].T + hidden @ w["cell.weight_hh"].T
+        i, f, g, o = (gates + w["cell.bias_ih"] + w["cell.bias_hh"]).chunk(4, 1)
+        cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+        hidden = o.sigmoid() * cell.tanh()
+        torch.testing.assert_close(output.attention[:, place], p)
+        torch.testing.assert_close(output.logits[:, place],
+                                   model.to_words(x + model.from_state(hidden) + model.from_context(z)))  # fmt: skip
+    assert not {"gate.weight", "energy.weight", "of_place.weight"} & set(w)

@@ -75,6 +75,9 @@ class DecoderOptions:
     tiny encoder none."""
     attention_penalty: NotNegative = 1.0
     """Weight of show_attend_tell's doubly stochastic penalty: every place should be looked at as much as any other."""
+    plain: bool = False
+    """Let show_attend_tell attend by its state alone, softmax(W h + b) over the places, without a gate; by default each
+    place is compared with the state, as in the paper."""
     mask_words: ShareBelowOne = 0.0
     """Share of the transformer's input words that are replaced by a mask in training."""
 

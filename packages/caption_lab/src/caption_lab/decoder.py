@@ -108,14 +108,20 @@ class ShowAttendTell(LSTMDecoder):
 
     e_i = f_att(a_i, h), alpha = softmax(e), z = sigmoid(f_beta(h)) * sum_i alpha_i a_i; the LSTM reads the last word
     and z; the first state comes from the mean of the a_i by two MLPs; words come out by eq. 7.
+
+    With --plain, alpha = softmax(W h + b) with a row of W for each place, whatever is there, and z = sum_i alpha_i a_i.
     """
 
     def __init__(self, sizes: Sizes, options: DecoderOptions) -> None:
         super().__init__(sizes, options)
         features, width = sizes.features, options.width
-        self.of_place, self.of_state = nn.Linear(features, width), nn.Linear(width, width, bias=False)
-        self.energy = nn.Linear(width, 1, bias=False)
-        self.gate = nn.Linear(width, 1)
+        self.plain = options.plain
+        if self.plain:
+            self.of_state = nn.Linear(width, sizes.places)
+        else:
+            self.of_place, self.of_state = nn.Linear(features, width), nn.Linear(width, width, bias=False)
+            self.energy = nn.Linear(width, 1, bias=False)
+            self.gate = nn.Linear(width, 1)
         self.cell = nn.LSTMCell(width + features, width)
         open_forget_gates(self.cell.bias_ih)
         self.from_state, self.from_context = nn.Linear(width, width), nn.Linear(features, width)
@@ -143,6 +149,8 @@ class ShowAttendTell(LSTMDecoder):
         """Returns `fixed` and `moving` before the first word, with one beam."""
         features = self.scaled(features)
         moving = self.first_state(features.mean(1))
+        if self.plain:
+            return {"features": features}, moving
         # The places' half of the attention's sum is the same for every word: it is computed once.
         return {"features": features, "keys": self.of_place(features)}, moving
 
@@ -158,10 +166,14 @@ class ShowAttendTell(LSTMDecoder):
         """Returns attention (pictures, beams, places), context (pictures, beams, width of features), the next state."""
         hidden = moving["hidden"]
         beams = hidden.shape[:2]
-        # (pictures, beams, places, width)
-        mixed = torch.tanh(fixed["keys"][:, None] + self.of_state(hidden)[:, :, None])
-        attention = self.energy(mixed).squeeze(-1).softmax(-1)
-        context = torch.sigmoid(self.gate(hidden)) * (attention @ fixed["features"])
+        energies = self.of_state(hidden)
+        if not self.plain:
+            # (pictures, beams, places, width)
+            energies = self.energy(torch.tanh(fixed["keys"][:, None] + energies[:, :, None])).squeeze(-1)
+        attention = energies.softmax(-1)
+        context = attention @ fixed["features"]
+        if not self.plain:
+            context = torch.sigmoid(self.gate(hidden)) * context
         seen = torch.cat([embedded, context], -1).flatten(0, 1)
         hidden, cell = exactly(self.cell, seen, (hidden.flatten(0, 1), moving["cell"].flatten(0, 1)))
         return attention, context, {"hidden": hidden.unflatten(0, beams), "cell": cell.unflatten(0, beams)}
