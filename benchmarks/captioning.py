@@ -135,8 +135,8 @@ def show(model: str, figures: dict[str, Any]) -> None:
     console.print(table)
     print(f"captions that are the same: {beam['same']} of {beam['captions']}; {beam['words']:.1f} words each")
     step = figures["padding"]
-    print(f"a decoder's step: {step['ours']:.2f} CPU s; {step['padded']:.2f} with all padding, which is {step['share']:.0%} "
-          f"of what is read; losses differ by {step['differ']:.1e}")  # fmt: skip
+    print(f"a decoder's step: {step['ours']:.2f} CPU s; {step['padded']:.2f} with all padding, {step['share']:.0%} of "
+          f"what is read; losses differ by {step['differ']:.1e}")  # fmt: skip
     print(f"kept on disk: {ours['cache_bytes'] / ours['rows']:,.0f} bytes a picture")
 
 
