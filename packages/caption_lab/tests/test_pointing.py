@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,10 +41,10 @@ def test_words_name_the_things_that_their_whole_name_fits(caption: str, kinds: d
 
 
 def test_a_place_is_touched_where_the_thing_is() -> None:
-    """The circle's radius is 0.184 about (0.75, 0.75): of 10 × 10 places those nearer than that, corner by corner."""
-    near = np.clip(0.75, np.arange(10) / 10, np.arange(1, 11) / 10) - 0.75
-    expected = np.hypot(near[:, None], near[None]) < 0.184
-    assert (touched([CIRCLE], 10) != expected).sum() <= 2  # a polygon of 28 corners
+    """The circle's radius is 0.184 about (0.75, 0.35): of 10 × 10 places those nearer than that, corner by corner."""
+    across, down = (np.clip(at, np.arange(10) / 10, np.arange(1, 11) / 10) - at for at in (0.75, 0.35))
+    expected = np.hypot(across[None], down[:, None]) < 0.184  # (rows, columns)
+    assert (touched([replace(CIRCLE, y=0.35)], 10) != expected).sum() <= 2  # a polygon of 28 corners
     assert not touched([STAR], 10)[4:].any()
 
 
@@ -53,14 +54,14 @@ def test_maps_that_point_are_told_from_maps_that_do_not() -> None:
     swapped = Scene((CIRCLE, STAR), "dark", (1, 1, 1, 1), 0, 0, 0)
     words = ["a", "red", "star", "above", "a", "blue", "circle"]
     good = np.stack([at_star] * 4 + [at_circle] * 3)
-    found = pointing([(words, good), (words, good[::-1])], [SCENE, swapped])
+    found = pointing([(words, good), (words, np.stack([at_circle] * 7))], [SCENE, swapped])
     assert (found["colours"].words, found["objects"].words, found["relations"].words) == (4, 4, 2)
-    assert (found["colours"].hits, found["objects"].hits, found["relations"].hits) == (0.5, 0.5, 1.0)
+    assert (found["colours"].hits, found["objects"].hits, found["relations"].hits) == (0.75, 0.75, 1.0)
     star, circle = touched([STAR], 4), touched([CIRCLE], 4)
     assert found["colours"].chance == pytest.approx((star.mean() + circle.mean()) / 2)
-    right = [(at_star * star).sum(), (at_circle * circle).sum(), (at_circle * star).sum(), (at_star * circle).sum()]
+    right = [(at_star * star).sum(), (at_circle * circle).sum(), (at_circle * star).sum(), (at_circle * circle).sum()]
     assert found["colours"].mass == pytest.approx(np.mean(right) / at_star.sum())
-    # The first word of the other picture that comes next: at_circle for the first picture, at_star for the second.
+    # The next word of the other picture: its map is at_circle for the first picture, at_star for the second.
     assert found["objects"].others == np.mean([False, True, True, False])
 
 

@@ -20,7 +20,7 @@ KIND_OF = {
 
 
 class Pointing(NamedTuple):
-    """How well the maps of a kind of words point; all but the first are means over the words.
+    """Scores of the maps of a kind of words; all but the first are means over the words.
 
     Attributes:
         words: how many there are.
