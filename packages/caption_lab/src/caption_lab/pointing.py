@@ -68,8 +68,7 @@ def touched(things: Sequence[Thing], side: int) -> np.ndarray:
     canvas = Image.new("1", (side * FINE, side * FINE))
     for thing in things:
         ImageDraw.Draw(canvas).polygon([tuple(corner) for corner in thing.outline(side * FINE).tolist()], fill=1)
-    there: np.ndarray = np.asarray(canvas).reshape(side, FINE, side, FINE).any((1, 3))
-    return there
+    return np.asarray(canvas).reshape(side, FINE, side, FINE).max((1, 3))
 
 
 def pointing(maps: Sequence[tuple[Sequence[str], np.ndarray]], scenes: Sequence[Scene]) -> Mapping[str, Pointing]:
