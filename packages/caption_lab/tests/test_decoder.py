@@ -1,24 +1,26 @@
 import pytest
 import torch
+from torch.nn import functional
 
 from caption_lab.config import DecoderOptions
 from caption_lab.decoder import CAPTIONERS, Sizes
-from caption_lab.vocabulary import PAD, START
+from caption_lab.vocabulary import END, PAD, START
 
 pytestmark = pytest.mark.quick
+PLAIN = " --plain"
 
 
 def made(name: str, dropout: float = 0.0) -> tuple[torch.nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     grid = torch.randn(3, 6, 10)
-    kind = CAPTIONERS[name]
-    decoder = kind.decoder(Sizes(20, 10, 6, 9), DecoderOptions(width=16, layers=3, heads=4, dropout=dropout))
+    kind, plain = CAPTIONERS[name.removesuffix(PLAIN)], name.endswith(PLAIN)
+    options = DecoderOptions(width=16, layers=3, heads=4, dropout=dropout, plain=plain)
+    decoder = kind.decoder(Sizes(20, 10, 6, 9), options)
     return decoder, grid.mean(1) if kind.one_vector else grid
 
 
-NAMES = tuple(
-    name for name, kind in CAPTIONERS.items() if not kind.language
-)  # what a further captioner has to do as well
+WORDS_OF_OURS = [name for name, kind in CAPTIONERS.items() if not kind.language]
+NAMES = (*WORDS_OF_OURS, "show_attend_tell" + PLAIN)  # what a further captioner has to do as well
 WORDS = torch.tensor(
     [[START, 5, 6, 7, 8, 9, 10, 11], [START, 5, 4, 4, 2, PAD, PAD, PAD], [START, 9, 9, 2, PAD, PAD, PAD, PAD]]
 )
@@ -34,13 +36,13 @@ def test_a_step_at_a_time_is_all_at_once(name: str) -> None:
     moving = {key: tensor.expand(-1, beams, *tensor.shape[2:]) for key, tensor in moving.items()}
     for place in range(WORDS.shape[1]):
         logits, moving, attention = model.step(WORDS[:, None, place].expand(-1, beams), fixed, moving)
-        there = WORDS[:, place] != PAD
+        there = (WORDS[:, place] != PAD) & (WORDS[:, place] != END)  # nothing is read from <end> on
         for beam in range(beams):
             torch.testing.assert_close(logits[there, beam], output.logits[there, place], atol=1e-5, rtol=1e-4)
         if attention is not None:
             torch.testing.assert_close(attention.sum(-1), torch.ones(3, beams))
             if output.attention is not None:
-                torch.testing.assert_close(attention[:, 0], output.attention[:, place], atol=1e-5, rtol=0)
+                torch.testing.assert_close(attention[there, 0], output.attention[there, place], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
@@ -69,6 +71,34 @@ def test_what_comes_later_and_padding_change_nothing(name: str) -> None:
     changed = WORDS.clone()
     changed[0, 5:] = 3
     torch.testing.assert_close(model(features, changed).logits[0, :5], whole[0, :5], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("group", [2, 16])
+@pytest.mark.parametrize("name", NAMES)
+def test_captions_of_any_length_in_any_order_are_read_as_each_alone(
+    name: str, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is over is not computed; values and gradients are those of captions without padding beside them."""
+    monkeypatch.setattr("caption_lab.decoder.GROUP", group)
+    model, features = made(name)
+    words, of = WORDS[[1, 0, 2, 1, 0]], torch.tensor([2, 0, 2, 1, 0])
+    lengths = [next((n for n, word in enumerate(row) if word == END), len(row)) for row in words.tolist()]
+    output = model(features, words, of)
+    alone = [
+        model(features[place : place + 1], row[None, :length])
+        for place, row, length in zip(of.tolist(), words, lengths, strict=True)
+    ]
+    for number, (length, one) in enumerate(zip(lengths, alone, strict=True)):
+        torch.testing.assert_close(output.logits[number, :length], one.logits[0], atol=1e-5, rtol=1e-4)
+        if one.attention is not None:
+            torch.testing.assert_close(output.attention[number, :length], one.attention[0], atol=1e-5, rtol=1e-4)
+            assert not output.attention[number, length:].any()
+    whole, each = (
+        torch.autograd.grad(sum(part.square().sum() for part in parts), list(model.parameters()), allow_unused=True)
+        for parts in ([output.logits[n, :length] for n, length in enumerate(lengths)], [one.logits for one in alone])
+    )
+    for found, true in zip(whole, each, strict=True):
+        torch.testing.assert_close(found, true, atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -103,3 +133,24 @@ def test_soft_attention_is_the_papers() -> None:
     output = model(features, WORDS[:, :1])
     torch.testing.assert_close(output.attention[0, 0], alpha)
     torch.testing.assert_close(output.logits[0, 0], logits)
+
+
+def test_plain_attention_is_the_exercises() -> None:
+    """p = softmax(W h + b) over the places, an LSTM that reads concat(x, z): written out from the weights by name."""
+    model, features = made("show_attend_tell --plain")
+    w = dict(model.named_parameters())
+    a = functional.layer_norm(features, (10,), w["scaled.weight"], w["scaled.bias"])
+    hidden, cell = model.first_hidden(a.mean(1)), model.first_cell(a.mean(1))
+    output = model(features, WORDS[:, :3])
+    for place in range(3):
+        p = (hidden @ w["of_state.weight"].T + w["of_state.bias"]).softmax(-1)
+        z = torch.einsum("np,npf->nf", p, a)
+        x = w["embedding.weight"][WORDS[:, place]]
+        gates = torch.cat([x, z], 1) @ w["cell.weight_ih"].T + hidden @ w["cell.weight_hh"].T
+        i, f, g, o = (gates + w["cell.bias_ih"] + w["cell.bias_hh"]).chunk(4, 1)
+        cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+        hidden = o.sigmoid() * cell.tanh()
+        torch.testing.assert_close(output.attention[:, place], p)
+        torch.testing.assert_close(output.logits[:, place],
+                                   model.to_words(x + model.from_state(hidden) + model.from_context(z)))  # fmt: skip
+    assert not {"gate.weight", "energy.weight", "of_place.weight"} & set(w)

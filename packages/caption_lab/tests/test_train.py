@@ -151,6 +151,7 @@ def test_real_photographs(model: str, real_pictures: Path, tmp_path: Path) -> No
         (("--weights", "missing.safetensors"), "--weights"),
         (("--unfreeze", "9"), "--unfreeze"),
         (("--mask-words", "0.1", "--model", "show_tell"), "--mask-words"),
+        (("--plain",), "--plain: works with --model show_attend_tell only"),
         (("--scheduled-sampling", "1.5"), "--scheduled-sampling"),
         (("--objective", "scst"), "--start"),
         (("--beam", "0"), "--beam"),

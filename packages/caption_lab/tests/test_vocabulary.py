@@ -74,14 +74,23 @@ def test_the_tokenizer_file_says_the_same(tmp_path: Path) -> None:
     vocabulary.save(tmp_path)
     assert load_vocabulary(tmp_path) == vocabulary
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    for caption in [*CAPTIONS, "a zebra", ""]:
-        assert tokenizer.encode(caption).ids == vocabulary.encode(caption)
+    length = vocabulary.length + 2
+    for caption in [*CAPTIONS, "a zebra", "", "a dog " * 50]:
+        found, numbers = tokenizer.encode(caption), vocabulary.encode(caption)
+        assert found.ids == [*numbers, *[PAD] * (length - len(numbers))]
+        assert found.attention_mask == [1] * len(numbers) + [0] * (length - len(numbers))
     assert tokenizer.token_to_id("<pad>") == PAD
     fast = pytest.importorskip("transformers", reason="reads tokenizer.json too").PreTrainedTokenizerFast(
-        tokenizer_file=str(tmp_path / "tokenizer.json"), pad_token="<pad>"
+        tokenizer_file=str(tmp_path / "tokenizer.json")
     )
-    batch = fast(["a dog", "a dog jumps"], padding=True, return_tensors="pt")
-    assert torch.equal(batch["input_ids"], padded([vocabulary.encode("a dog"), vocabulary.encode("a dog jumps")])[0])
+    captions = ["a dog", "a dog jumps"]
+    whole = fast(captions, padding="max_length", max_length=length, return_tensors="pt")
+    numbers, there = padded([vocabulary.encode(caption) for caption in captions])
+    assert whole["input_ids"].shape == (2, length)
+    for batch in (fast(captions, padding=True, return_tensors="pt"), whole):
+        assert torch.equal(batch["input_ids"][:, : numbers.shape[1]], numbers)
+        assert torch.equal(batch["attention_mask"][:, : numbers.shape[1]].bool(), there)
+    assert not whole["attention_mask"][:, numbers.shape[1] :].any()
 
 
 def test_a_broken_file_is_named(tmp_path: Path) -> None:

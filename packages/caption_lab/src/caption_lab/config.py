@@ -81,6 +81,9 @@ class DecoderOptions:
     """Vectors that clipcap turns a picture into, for the language model to go on from."""
     lora: CountOrZero = 0
     """Rank of LoRA matrices that clipcap trains in the language model's linear layers; 0 trains the prefix only."""
+    plain: bool = False
+    """Let show_attend_tell attend by its state alone, softmax(W h + b) over the places, without a gate; by default each
+    place is compared with the state, as in the paper."""
     mask_words: ShareBelowOne = 0.0
     """Share of the transformer's input words that are replaced by a mask in training."""
 

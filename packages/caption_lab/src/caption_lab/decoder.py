@@ -4,17 +4,23 @@ A decoder has `forward` for training, which reads whole captions, and `begin` an
 by word with all beams of all pictures at once, as `labs_common.decoding` says.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from caption_lab.clipcap import ClipCap
 from caption_lab.config import DecoderOptions
-from caption_lab.vocabulary import PAD
+from caption_lab.vocabulary import END, PAD
 from labs_common.decoding import NextWord, Output, Tensors
+
+GROUP = 16  # captions that are read together on a CPU: fewer leave less padding, and slower matrix products
+Begun = tuple[Tensors, Tensors]  # `fixed` and `moving` before the first word
 
 
 class Sizes(NamedTuple):
@@ -65,12 +71,15 @@ class ShowTell(LSTMDecoder):
 
         `of_features` (captions,) says whose captions they are; without it there is one of each picture.
         """
-        _, first = by_caption(self.begin(features), of_features)
+        return in_groups(partial(self._read, self.begin(features)), words, of_features)
+
+    def _read(self, begun: Begun, words: torch.Tensor, of_features: torch.Tensor | None) -> torch.Tensor:
+        _, first = by_caption(begun, of_features)
         hidden, cell = first["hidden"][:, 0], first["cell"][:, 0]  # (captions, width)
         states, _ = exactly(self.lstm, self.dropout(self.embedding(words)), (hidden[None], cell[None]))
-        return Output(self.to_words(self.dropout(states)), None)
+        return self.to_words(self.dropout(states))
 
-    def begin(self, features: torch.Tensor) -> tuple[Tensors, Tensors]:
+    def begin(self, features: torch.Tensor) -> Begun:
         """Returns `fixed` and `moving` before the first word, with one beam."""
         return {}, self.first_state(self.scaled(features))
 
@@ -88,14 +97,20 @@ class ShowAttendTell(LSTMDecoder):
 
     e_i = f_att(a_i, h), alpha = softmax(e), z = sigmoid(f_beta(h)) * sum_i alpha_i a_i; the LSTM reads the last word
     and z; the first state comes from the mean of the a_i by two MLPs; words come out by eq. 7.
+
+    With --plain, alpha = softmax(W h + b) with a row of W for each place, whatever is there, and z = sum_i alpha_i a_i.
     """
 
     def __init__(self, sizes: Sizes, options: DecoderOptions) -> None:
         super().__init__(sizes, options)
         features, width = sizes.features, options.width
-        self.of_place, self.of_state = nn.Linear(features, width), nn.Linear(width, width, bias=False)
-        self.energy = nn.Linear(width, 1, bias=False)
-        self.gate = nn.Linear(width, 1)
+        self.plain = options.plain
+        if self.plain:
+            self.of_state = nn.Linear(width, sizes.places)
+        else:
+            self.of_place, self.of_state = nn.Linear(features, width), nn.Linear(width, width, bias=False)
+            self.energy = nn.Linear(width, 1, bias=False)
+            self.gate = nn.Linear(width, 1)
         self.cell = nn.LSTMCell(width + features, width)
         open_forget_gates(self.cell.bias_ih)
         self.from_state, self.from_context = nn.Linear(width, width), nn.Linear(features, width)
@@ -104,21 +119,27 @@ class ShowAttendTell(LSTMDecoder):
 
     def forward(self, features: torch.Tensor, words: torch.Tensor, of_features: torch.Tensor | None = None) -> Output:
         """Reads features (pictures, places, width of features) and words (captions, length) as `ShowTell` does."""
-        embedded = self.dropout(self.embedding(words))
-        fixed, moving = by_caption(self.begin(features), of_features)
-        states, contexts, attentions = [], [], []
-        for word in embedded.unbind(1):
-            attention, context, moving = self._attend(word[:, None], fixed, moving)
+        order, counts = longest_first(words)
+        embedded = self.dropout(self.embedding(words))[order]
+        fixed, moving = by_caption(self.begin(features), order if of_features is None else of_features[order])
+        read, states, contexts, attentions = [], [], [], []
+        for word, count in zip(embedded.unbind(1), counts, strict=True):
+            if count < len(moving["hidden"]):  # captions that are over leave
+                fixed, moving = ({name: tensor[:count] for name, tensor in part.items()} for part in (fixed, moving))
+            read.append(word[:count, None])
+            attention, context, moving = self._attend(read[-1], fixed, moving)
             states.append(moving["hidden"])
             contexts.append(context)
             attentions.append(attention)
-        state, context = torch.cat(states, 1), torch.cat(contexts, 1)  # (captions, length, …)
-        return Output(self._logits(embedded, state, context), torch.cat(attentions, 1))
+        logits = self._logits(torch.cat(read), torch.cat(states), torch.cat(contexts))  # (words, 1, vocabulary)
+        return Output(*(unpack(packed.squeeze(1), order, counts) for packed in (logits, torch.cat(attentions))))
 
-    def begin(self, features: torch.Tensor) -> tuple[Tensors, Tensors]:
+    def begin(self, features: torch.Tensor) -> Begun:
         """Returns `fixed` and `moving` before the first word, with one beam."""
         features = self.scaled(features)
         moving = self.first_state(features.mean(1))
+        if self.plain:
+            return {"features": features}, moving
         # The places' half of the attention's sum is the same for every word: it is computed once.
         return {"features": features, "keys": self.of_place(features)}, moving
 
@@ -134,10 +155,14 @@ class ShowAttendTell(LSTMDecoder):
         """Returns attention (pictures, beams, places), context (pictures, beams, width of features), the next state."""
         hidden = moving["hidden"]
         beams = hidden.shape[:2]
-        # (pictures, beams, places, width)
-        mixed = torch.tanh(fixed["keys"][:, None] + self.of_state(hidden)[:, :, None])
-        attention = self.energy(mixed).squeeze(-1).softmax(-1)
-        context = torch.sigmoid(self.gate(hidden)) * (attention @ fixed["features"])
+        energies = self.of_state(hidden)
+        if not self.plain:
+            # (pictures, beams, places, width)
+            energies = self.energy(torch.tanh(fixed["keys"][:, None] + energies[:, :, None])).squeeze(-1)
+        attention = energies.softmax(-1)
+        context = attention @ fixed["features"]
+        if not self.plain:
+            context = torch.sigmoid(self.gate(hidden)) * context
         seen = torch.cat([embedded, context], -1).flatten(0, 1)
         hidden, cell = exactly(self.cell, seen, (hidden.flatten(0, 1), moving["cell"].flatten(0, 1)))
         return attention, context, {"hidden": hidden.unflatten(0, beams), "cell": cell.unflatten(0, beams)}
@@ -177,15 +202,18 @@ class TransformerCaptioner(nn.Module):
 
     def forward(self, features: torch.Tensor, words: torch.Tensor, of_features: torch.Tensor | None = None) -> Output:
         """Reads features (pictures, places, width of features) and words (captions, length) as `ShowTell` does."""
-        length = words.shape[1]
         memory = self.from_places(features) + self.place_positions
-        memory = memory if of_features is None else memory[of_features]
+        return in_groups(partial(self._read, memory), words, of_features)
+
+    def _read(self, memory: torch.Tensor, words: torch.Tensor, of_memory: torch.Tensor | None) -> torch.Tensor:
+        length = words.shape[1]
+        memory = memory if of_memory is None else memory[of_memory]
         causal = torch.ones(length, length, dtype=torch.bool, device=words.device).triu(1)  # true: may not be looked at
         x = self.dropout(self._embedded(words) + self.positions[:length])
         x = self.layers(x, memory, tgt_mask=causal, tgt_key_padding_mask=words == PAD, tgt_is_causal=True)
-        return Output(self.to_words(x), None)
+        return self.to_words(x)
 
-    def begin(self, features: torch.Tensor) -> tuple[Tensors, Tensors]:
+    def begin(self, features: torch.Tensor) -> Begun:
         """Returns `fixed` and `moving` before the first word, with one beam: keys and values of places and of words."""
         memory = self.from_places(features) + self.place_positions
         fixed, moving = {}, {}
@@ -232,12 +260,50 @@ class TransformerCaptioner(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
-def by_caption(known: tuple[Tensors, Tensors], of_features: torch.Tensor | None) -> tuple[Tensors, Tensors]:
+def by_caption(known: Begun, of_features: torch.Tensor | None) -> Begun:
     """Repeats what `begin` says of pictures for each of their captions, so that it is computed once a picture."""
     if of_features is None:
         return known
     fixed, moving = ({name: tensor[of_features] for name, tensor in part.items()} for part in known)
     return fixed, moving
+
+
+def longest_first(words: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    """Returns an order of captions (captions,) and the number of them, the first ones, that go on at each position.
+
+    Nothing has to be read from `<end>` on, and on a CPU it would cost as much as words: four tenths of a batch. A GPU
+    computes a few captions as fast as many, and would be waited for: there all of them go on, as with --plan.
+    """
+    captions, length = words.shape
+    if words.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(words, FakeTensor):
+        return torch.arange(captions, device=words.device), [captions] * length
+    goes_on = (words != PAD) & (words != END)
+    return goes_on.sum(1).argsort(descending=True, stable=True), goes_on.sum(0).tolist()
+
+
+def unpack(packed: torch.Tensor, order: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Takes (words, …), position by position, to (captions, length, …), with 0 where nothing was read."""
+    captions, length = len(order), len(counts)
+    if len(packed) == captions * length:
+        return packed.unflatten(0, (length, captions)).transpose(0, 1)
+    places = torch.cat([order[:count] * length + position for position, count in enumerate(counts)])
+    padded = packed.new_zeros(captions * length, *packed.shape[1:]).index_copy(0, places, packed)
+    return padded.unflatten(0, (captions, length))
+
+
+def in_groups(
+    read: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor], words: torch.Tensor, of: torch.Tensor | None
+) -> Output:
+    """Calls `read` for captions of about one length at a time, see `longest_first`; all logits come in one tensor."""
+    order, counts = longest_first(words)
+    if min(counts) == len(words):
+        return Output(read(words, of), None)
+    found = []
+    for first in range(0, len(words), GROUP):
+        chosen = order[first : first + GROUP]
+        logits = read(words[chosen, : sum(count > first for count in counts)], chosen if of is None else of[chosen])
+        found.append(F.pad(logits, (0, 0, 0, len(counts) - logits.shape[1])))
+    return Output(torch.cat(found)[order.argsort()], None)
 
 
 def exactly(lstm: nn.Module, inputs: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]) -> Any:

@@ -68,6 +68,8 @@ def complete(config: TrainConfig) -> TrainConfig:
                        "--label-smoothing; drop them")  # fmt: skip
     if decoder.mask_words and not kind.words_at_once:
         raise LabError(f"--mask-words: works with --model {_names(CAPTIONERS, 'words_at_once')} only")
+    if decoder.plain and config.model != "show_attend_tell":
+        raise LabError("--plain: works with --model show_attend_tell only")
     if encoder.pool and not kind.one_vector:
         raise LabError(f"--pool: works with --model {_names(CAPTIONERS, 'one_vector')} only; the others look at places")
     if not kind.language and (decoder.language_model or decoder.lora or decoder.prefix != DecoderOptions.prefix):

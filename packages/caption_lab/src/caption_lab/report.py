@@ -14,6 +14,7 @@ from PIL import Image
 from caption_lab.config import TrainConfig
 from caption_lab.decoder import CAPTIONERS
 from caption_lab.losses import OBJECTIVES
+from caption_lab.pointing import Pointing, pointing
 from caption_lab.released import CLIP_SCORES, ReleasedCaptioner
 from caption_lab.saved import Captioner
 from labs_common.caption_metrics import (
@@ -49,6 +50,7 @@ from labs_common.scenes.world import Scene
 
 PRINTED = ("bleu-1", "bleu-4", "rouge-l", "cider", *CLIP_SCORES)
 SHOWN, LOOKED_AT, WORST = 10, 4, 8  # pictures in the sections on captions, on attention and on errors
+POINTED = 200  # pictures whose maps are judged: a standard error of 3 % at most
 SIDE, ACROSS = 150, 6  # pixels of a word's map, and maps in a row of a heat-map's file
 # BLEU-1 to BLEU-4 and METEOR in per cent, 5 references; None where the paper gives none. Figures of Xu et al. 2015,
 # table 1, which also reports those of the others.
@@ -155,6 +157,7 @@ def evaluation_sections(
             Text("The picture under the attention of each word: bright is where the captioner looked when it chose it.")
         ]
         blocks += [Gallery(word_tiles(image, *its), " ".join(its[0])) for image, its in zip(chosen, maps, strict=True)]
+        blocks += _pointing_blocks(run, pictures, truth, captioner, decoding)
         sections.append(Section("Where it looked", blocks))
     return [*sections, _error_section(found, pictures, truth)]
 
@@ -162,6 +165,27 @@ def evaluation_sections(
 def score_columns(metrics: Mapping[str, float]) -> dict[str, str]:
     """Returns the names of the scores that there are, in the order of tables."""
     return {key: name for key, name in (METRICS | CLIP_SCORES).items() if key in metrics}
+
+
+def _pointing_blocks(
+    run: Run, pictures: CaptionedPictures, truth: Mapping[str, Scene], captioner: Captioner, decoding: DecodingOptions
+) -> list[Any]:
+    """Judges the maps where it is known what is drawn; see `caption_lab.pointing`."""
+    known = [place for place in example_places(pictures, POINTED) if pictures.names[place] in truth]
+    maps: list[tuple[list[str], np.ndarray]] = []
+    for first in range(0, len(known), 64):  # pictures at once
+        images = [pictures.image(place) for place in known[first : first + 64]]
+        maps += [(words, of.float().cpu().numpy()) for words, of in attention_maps(captioner, images, decoding)]
+    found = pointing(maps, [truth[pictures.names[place]] for place in known])
+    if not found:
+        return []
+    run.save_json("pointing.json", {kind: its._asdict() for kind, its in found.items()})
+    columns = ("words that name", *Pointing._fields)
+    rows = [(kind, *found[kind]) for kind in KINDS if kind in found]
+    return [Table(columns, rows, f"Does the map point at what the word names? In {len(known)} test pictures, words of "
+                                 "things that are there. hits: the brightest place touches the named thing; mass: "
+                                 "share of the map on its places; others: hits with the map of another picture; "
+                                 "chance: share of the places that the thing touches.")]  # fmt: skip
 
 
 def published_section(ours: Mapping[str, Mapping[str, float]], data: str | None) -> Section:

@@ -123,7 +123,11 @@ class Vocabulary:
         """Writes `vocabulary.json` and `tokenizer.json`, each in one move."""
         said = {"words": self.words, "cleaning": asdict(self.cleaning), "length": self.length}
         write_atomically(folder / FILE, json.dumps(said, ensure_ascii=False, indent=1) + "\n")
-        write_atomically(folder / TOKENIZER, self.tokenizer.to_str(pretty=True) + "\n")
+        # Whoever loads it gets captions of one length, cut as `encode` cuts them, with a mask of what is padding.
+        fixed, length = Tokenizer.from_str(self.tokenizer.to_str()), self.length + 2
+        fixed.enable_truncation(length)
+        fixed.enable_padding(pad_id=PAD, pad_token=SPECIAL[PAD], length=length)
+        write_atomically(folder / TOKENIZER, fixed.to_str(pretty=True) + "\n")
 
 
 def load_vocabulary(folder: Path) -> Vocabulary:
