@@ -152,7 +152,7 @@ def evaluation_sections(
     sections = [numbers, Section("Captions", [Gallery(gallery, "Test pictures, evenly from all of them.")])]
     chosen = [pictures.image(place) for place in spread[:: max(1, len(spread) // LOOKED_AT)][:LOOKED_AT]]
     # Of a released one's attention nothing is known here.
-    if maps := attention_maps(captioner, chosen, decoding) if isinstance(captioner, Captioner) else []:
+    if isinstance(captioner, Captioner) and (maps := attention_maps(captioner, chosen, decoding)):
         blocks: list[Any] = [
             Text("The picture under the attention of each word: bright is where the captioner looked when it chose it.")
         ]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from labs_common.decoding import Tensors
+from labs_common.decoding import NextWord, Tensors
 
 
 class Attention(nn.Module):
@@ -152,3 +152,23 @@ def initialise(module: nn.Module, width: int, layers: int) -> None:
             nn.init.normal_(part.narrow.weight, std=width**-0.5 * (2 * layers) ** -0.5)
             nn.init.zeros_(part.wide.bias)
             nn.init.zeros_(part.narrow.bias)
+
+
+class CocaWriter:
+    """open_clip's CoCa as `labs_common.decoding` reads it: the library's own code, from the first word every time."""
+
+    def __init__(self, network: Any) -> None:
+        self.network = network
+
+    def begin(self, pictures: torch.Tensor) -> tuple[Tensors, Tensors]:
+        """Returns `fixed` and `moving` before the first word, given pictures (pictures, 3, size, size)."""
+        seen = self.network(pictures)
+        words = torch.empty(len(pictures), 1, 0, dtype=torch.long, device=pictures.device)
+        return {"feature": seen["image_features"], "places": seen["image_embs"]}, {"words": words}
+
+    def step(self, words: torch.Tensor, fixed: Tensors, moving: Tensors) -> NextWord:
+        """Reads one more word of each beam (pictures, beams)."""
+        read = torch.cat([moving["words"], words[..., None]], 2)
+        feature, places = (fixed[name].repeat_interleave(words.shape[1], 0) for name in ("feature", "places"))
+        found = self.network(None, read.flatten(0, 1), feature, places, output_labels=False)["logits"][:, -1]
+        return NextWord(found.unflatten(0, words.shape), {"words": read}, None)

@@ -21,18 +21,18 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from clip_lab.config import FINISHED
+from clip_lab.decoder import CocaWriter
 from clip_lab.image import Seen
 from clip_lab.model import Embedded, Scale, tower_rows
-from clip_lab.tokens import Words
+from clip_lab.tokens import FILLED, ReleasedWords, Words
 from labs_common.data.captions import Transform
 from labs_common.data.images import MOST_PIXELS, RESAMPLING
-from labs_common.decoding import NextWord, SpecialTokens, Tensors
+from labs_common.decoding import SpecialTokens
 from labs_common.errors import LabError
 from labs_common.run import written_whole
 from labs_common.saved import load_auto, load_network, reading_model
 
 SAME_PICTURE = 0.05  # mean difference of two views of a picture, in deviations of its channels
-FILLED = -1  # fills captions after their end: a library's own number for that may also be a word
 OPEN_CLIP = "open_clip_config.json", "open_clip_model.safetensors"
 # The parts of the networks of both libraries; what is in neither, such as CoCa's decoder, does not train.
 IMAGE = ("vision_model", "visual_projection", "visual")
@@ -67,60 +67,6 @@ class View(Transform):
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Returns the picture as the tower's input (3, size, size)."""
         return self.normalised([self.levels(image)])[0]
-
-
-@dataclass(frozen=True)
-class ReleasedWords(Words):
-    """A library's own tokenizer: `read` cuts sentences into numbers, filled up where the model was trained so."""
-
-    read: Callable[[Sequence[str]], Sequence[list[int]]]
-    special: SpecialTokens | None = None  # of a model that writes
-
-    @property
-    def end(self) -> int:
-        """The end token, which nothing here looks for: the library's own code does."""
-        return FILLED
-
-    @property
-    def pad(self) -> int:
-        """The number that fills a caption after its end."""
-        return FILLED
-
-    def __len__(self) -> int:
-        return int(getattr(self.backend, "vocab_size", 0))
-
-    def sentence(self, numbers: Sequence[int]) -> str:
-        """Joins the pieces that are words; only open_clip's own tokenizer is asked."""
-        words = [number for number in numbers if number not in self.backend.all_special_ids]
-        return self.backend.decode(words).strip()
-
-    def numbers(self, sentence: str) -> list[int]:
-        """Cuts a sentence into numbers, at most `length` of them."""
-        return list(self.read([sentence])[0])
-
-    def __call__(self, sentences: Sequence[str]) -> torch.Tensor:
-        """Returns the sentences as numbers (sentences, length of the longest)."""
-        return self.together(self.read(sentences))
-
-
-class CocaWriter:
-    """open_clip's CoCa as `labs_common.decoding` reads it: the library's own code, from the first word every time."""
-
-    def __init__(self, network: Any) -> None:
-        self.network = network
-
-    def begin(self, pictures: torch.Tensor) -> tuple[Tensors, Tensors]:
-        """Returns `fixed` and `moving` before the first word, given pictures (pictures, 3, size, size)."""
-        seen = self.network(pictures)
-        words = torch.empty(len(pictures), 1, 0, dtype=torch.long, device=pictures.device)
-        return {"feature": seen["image_features"], "places": seen["image_embs"]}, {"words": words}
-
-    def step(self, words: torch.Tensor, fixed: Tensors, moving: Tensors) -> NextWord:
-        """Reads one more word of each beam (pictures, beams)."""
-        read = torch.cat([moving["words"], words[..., None]], 2)
-        feature, places = (fixed[name].repeat_interleave(words.shape[1], 0) for name in ("feature", "places"))
-        found = self.network(None, read.flatten(0, 1), feature, places, output_labels=False)["logits"][:, -1]
-        return NextWord(found.unflatten(0, words.shape), {"words": read}, None)
 
 
 class ReleasedTower(nn.Module):

@@ -4,7 +4,7 @@ All three end as one kind of thing, a fast Hugging Face tokenizer, which is save
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from labs_common.saved import load_auto
 
 PAD, UNKNOWN, START, END = "<pad>", "<unk>", "<start>", "<end>"  # the end is not 2: transformers' CLIP misreads that
 LONGEST = 77  # pieces of a caption: CLIP's own context length
+FILLED = -1  # fills captions after their end: a library's own number for that may also be a word
 COVERED = 99  # per cent of the training captions that are not cut, if no length is asked for
 
 
@@ -86,6 +87,40 @@ class Words:
     def save(self, folder: Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`."""
         self.backend.save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class ReleasedWords(Words):
+    """A library's own tokenizer: `read` cuts sentences into numbers, filled up where the model was trained so."""
+
+    read: Callable[[Sequence[str]], Sequence[list[int]]]
+    special: SpecialTokens | None = None  # of a model that writes
+
+    @property
+    def end(self) -> int:
+        """The end token, which nothing here looks for: the library's own code does."""
+        return FILLED
+
+    @property
+    def pad(self) -> int:
+        """The number that fills a caption after its end."""
+        return FILLED
+
+    def __len__(self) -> int:
+        return int(getattr(self.backend, "vocab_size", 0))
+
+    def sentence(self, numbers: Sequence[int]) -> str:
+        """Joins the pieces that are words; only open_clip's own tokenizer is asked."""
+        words = [number for number in numbers if number not in self.backend.all_special_ids]
+        return self.backend.decode(words).strip()
+
+    def numbers(self, sentence: str) -> list[int]:
+        """Cuts a sentence into numbers, at most `length` of them."""
+        return list(self.read([sentence])[0])
+
+    def __call__(self, sentences: Sequence[str]) -> torch.Tensor:
+        """Returns the sentences as numbers (sentences, length of the longest)."""
+        return self.together(self.read(sentences))
 
 
 def make_words(kind: str, captions: Sequence[str], vocabulary: int, length: int, option: str = "--tokenizer") -> Words:
