@@ -36,6 +36,11 @@ def test_caption_command(finished: Path, scenes: Path, tmp_path: Path) -> None:
     assert [line.split("\t") for line in by_pattern] == rows[:3]
     said(folder / "0.png", "--heatmap", heat, "--top-p", "0.9")
     assert heat.exists()
+    word = rows[0][1].split()[0]
+    said(folder / "0.png", "--heatmap", heat, "--word", word)
+    assert Image.open(heat).size == (896, 896)
+    for wrong in (("--word", word), ("--word", "zebra", "--heatmap", heat)):
+        assert len(said(folder / "0.png", *wrong, code=2).errors) == 1
     (folder / "empty.jpg").write_bytes(b"")
     assert "empty.jpg" in said(folder, code=2).errors[0]
     assert len(said(folder, "--on-bad-data", "skip").stdout.splitlines()) == 4

@@ -27,6 +27,8 @@ def caption(config: CaptionConfig) -> None:
     checkpoint = config.checkpoint or newest_run(FINISHED, TRAIN)
     if config.heatmap is not None and config.heatmap.suffix.lower() != ".png":
         raise LabError(f"--heatmap {config.heatmap}: must end in .png")
+    if config.word and config.heatmap is None:
+        raise LabError("--word: is drawn into --heatmap FILE.png; name one")
     captioner = load_captioner(checkpoint)
     if config.heatmap is not None and captioner.model.encoder.pool:
         raise LabError(f"--heatmap: {captioner.kind} does not look at places; take show_attend_tell or transformer")
@@ -43,9 +45,11 @@ def caption(config: CaptionConfig) -> None:
             print(f"{file}\t{captioner.vocabulary.decode(words)}", flush=True)
     if config.heatmap is None:
         return
-    for number, (_, image) in enumerate(images, 1):
+    for number, (file, image) in enumerate(images, 1):
         target = config.heatmap if len(images) == 1 else config.heatmap.with_stem(f"{config.heatmap.stem}-{number}")
         with accelerator.autocast():
             ((said, attention),) = attention_maps(captioner, [image], config.decoding)
-        save_heatmap(image, said, attention, target)
+        if config.word and config.word not in said:
+            raise LabError(f"--word {config.word}: not a word of the caption of {file}; it says: {' '.join(said)}")
+        save_heatmap(image, said, attention, target, config.word)
         console.print(f"heat-map: {target}")

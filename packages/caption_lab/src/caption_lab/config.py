@@ -210,6 +210,8 @@ class CaptionConfig:
     heatmap: Path | None = None
     """Also draw into this file where the model looked for each word; of several pictures into one each (NAME-1.png,
     …)."""
+    word: str = ""
+    """Draw into --heatmap this word of the caption alone, large."""
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
     seed: CountOrZero = 0
     """Seed of --top-p."""

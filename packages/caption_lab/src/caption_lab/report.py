@@ -51,6 +51,7 @@ from labs_common.scenes.world import Scene
 PRINTED = ("bleu-1", "bleu-4", "rouge-l", "cider", *CLIP_SCORES)
 SHOWN, LOOKED_AT, WORST = 10, 4, 8  # pictures in the sections on captions, on attention and on errors
 POINTED = 200  # pictures whose maps are judged: a standard error of 3 % at most
+LARGE = 896  # pixels of the map of one word: 64 for each of 14 x 14 places
 SIDE, ACROSS = 150, 6  # pixels of a word's map, and maps in a row of a heat-map's file
 # BLEU-1 to BLEU-4 and METEOR in per cent, 5 references; None where the paper gives none. Figures of Xu et al. 2015,
 # table 1, which also reports those of the others.
@@ -220,8 +221,14 @@ def word_tiles(image: Image.Image, words: Sequence[str], attention: torch.Tensor
     return [(under_map(image, part.cpu().numpy(), SIDE), word) for word, part in zip(words, attention, strict=True)]
 
 
-def save_heatmap(image: Image.Image, words: Sequence[str], attention: torch.Tensor, file: Path) -> None:
-    """Writes a PNG: the picture, then the picture under the map of each word, row by row."""
+def save_heatmap(image: Image.Image, words: Sequence[str], attention: torch.Tensor, file: Path, word: str = "") -> None:
+    """Writes a PNG: the picture, then the picture under the map of each word, row by row; with `word`, of it alone."""
+    if word:
+        large = under_map(image, attention[list(words).index(word)].cpu().numpy(), LARGE)
+        part = file.with_name(f".{file.name}.part")
+        large.save(part, format="png")
+        part.replace(file)
+        return
     tiles = [(image.resize((SIDE, SIDE)), ""), *word_tiles(image, words, attention)]
     rows = -(-len(tiles) // ACROSS)
     canvas = figure.Figure(figsize=(1.7 * ACROSS, 1.9 * rows), layout="constrained")
@@ -265,11 +272,13 @@ def _curves(run: Run, config: TrainConfig, validation: CaptionedPictures) -> Sec
     keys = ("training/loss", "validation/loss", "validation/bleu-4", "validation/cider")
     section.blocks.append(evaluations_table(run, keys))
     if samples := list(run.lines("samples.jsonl")):
-        name = samples[0]["picture"]
-        tile = _tile(validation, validation.names.index(name), name)
-        said = "What the captioner said of this validation picture after each epoch:"
-        table = Table(("step", "caption"), [(line["step"], line["caption"]) for line in samples])
-        section.blocks += [Gallery([tile], said), table]
+        names = [*dict.fromkeys(line["picture"] for line in samples)]
+        tiles = [_tile(validation, validation.names.index(name), name) for name in names]
+        said = {(line["step"], line["picture"]): line["caption"] for line in samples}
+        steps = [*dict.fromkeys(line["step"] for line in samples)]
+        rows = [(step, *(said.get((step, name)) for name in names)) for step in steps]
+        what = "Validation pictures, drawn by chance, and what the captioner said of them after each epoch:"
+        section.blocks += [Gallery(tiles, what), Table(("step", *names), rows)]
     return section
 
 

@@ -39,6 +39,9 @@ from labs_common.plan import print_plan
 from labs_common.progress import console
 from labs_common.run import Run, training_means
 from labs_common.saved import FOLDER
+from labs_common.steps import shuffled
+
+SAMPLES = 5  # validation pictures of which reports show what was said after each epoch
 
 
 def train(config: TrainConfig) -> None:
@@ -164,7 +167,7 @@ def fit(config: TrainConfig, captioner: Captioner, run: Run, accelerator: Accele
         loss, metrics = objective.loss(learner, there, loop.step_number / loop.total)
         loop.step(loss, len(batch.pictures) if batch.of_captions else 0, **metrics)
         if loop.evaluation_due:
-            found = scores(fitting, learner, rows["validation"], references, watched.names[0])
+            found = scores(fitting, learner, rows["validation"], references, watched.names)
             loop.evaluated(found, f"validation/{options.watch}", options.watch != "loss", options.keep_best)
 
     kept = [part.rows for part in rows.values()]
@@ -172,22 +175,26 @@ def fit(config: TrainConfig, captioner: Captioner, run: Run, accelerator: Accele
 
 
 def scores(
-    fitting: Fitting, learner: Learner, data: CaptionRows, references: Sequence[Sequence[Sequence[str]]], sample: str
-) -> dict[str, float]:
+    fitting: Fitting, learner: Learner, data: CaptionRows, references: Sequence[Sequence[Sequence[str]]],
+    names: Sequence[str],
+) -> dict[str, float]:  # fmt: skip
     """Computes loss, BLEU-4 and CIDEr-D on the validation pictures, and the training loss since the last evaluation.
 
-    Captions are written greedily for as many pictures as there are references. The first one's, which is called
-    `sample`, is printed and kept in samples.jsonl.
+    Captions are written greedily for the pictures of `references`, which are called `names`. Those of some, drawn by
+    the run's seed, are kept in samples.jsonl, and one is printed.
     """
     accelerator, run, step = fitting.accelerator, fitting.run, fitting.loop.step_number
     found = {"validation/loss": validation_loss(fitting, data)}
     captions = _captions(fitting, learner, data, len(references))
     metrics = caption_metrics([*map(caption_words, captions)], references)
     found |= {f"validation/{name}": metrics[name] for name in ("bleu-4", "cider")}
-    if step not in {line["step"] for line in run.lines("samples.jsonl")}:
-        run.append("samples.jsonl", {"step": step, "picture": sample, "caption": captions[0]})
+    told = {(line["step"], line["picture"]) for line in run.lines("samples.jsonl")}
+    chosen = sorted(shuffled(learner.config.run.seed, 0, len(names))[:SAMPLES])
+    for place in chosen:
+        if (step, names[place]) not in told:  # a resumed run says again what it had said
+            run.append("samples.jsonl", {"step": step, "picture": names[place], "caption": captions[place]})
     if accelerator.is_main_process:
-        console.print(f"{sample}: {captions[0]}")
+        console.print(f"{names[chosen[0]]}: {captions[chosen[0]]}")
     fitting.model.train()
     return training_means(run, "captions", ("loss",)) | found
 
