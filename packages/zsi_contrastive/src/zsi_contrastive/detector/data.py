@@ -19,6 +19,7 @@ from labs_common.scenes.files import write_coco
 from labs_common.scenes.world import Scene, Thing
 from labs_common.steps import own_part
 from zsi_contrastive.detector.annotations import (
+    Instances,
     Split,
     ZeroShotParts,
     read_instances,
@@ -138,15 +139,26 @@ def read_parts(data: DataOptions, split: Split) -> tuple[ZeroShotParts, Path]:
     Raises:
         LabError: a file is missing, or not what it should be.
     """
+    test, folder = read_test(data)
+    train = read_instances(data.train_annotations or instances_file(folder, "train"), data.on_bad_data)
+    if data.data is None:
+        train = replace(train, source="drawn scenes, training")
+    return zero_shot_parts(train, test, split, data.protocol), folder
+
+
+def read_test(data: DataOptions) -> tuple[Instances, Path]:
+    """Reads the whole test file of the data, and says in which directory they are.
+
+    Raises:
+        LabError: the file is missing, or not what it should be.
+    """
     folder = data.data or drawn_scenes()
     if not folder.is_dir():
         raise LabError(f"--data {folder}: no such directory")
-    train = data.train_annotations or instances_file(folder, "train")
-    test = data.test_annotations or instances_file(folder, "val")
-    first, second = (read_instances(file, data.on_bad_data) for file in (train, test))
+    test = read_instances(data.test_annotations or instances_file(folder, "val"), data.on_bad_data)
     if data.data is None:  # not where this machine keeps its cache
-        first, second = replace(first, source="drawn scenes, training"), replace(second, source="drawn scenes, test")
-    return zero_shot_parts(first, second, split, data.protocol), folder
+        test = replace(test, source="drawn scenes, test")
+    return test, folder
 
 
 def instances_file(folder: Path, name: str) -> Path:
