@@ -252,6 +252,9 @@ def test_published_figures_stand_beside_the_same_pictures_alone(
     apart = sections.get("Published, not to be compared")
     assert (apart is None) == (not reason)
     assert reason in unlike_published(split, test)
+    noted = measured_sections(cast(Any, None), replace(found, note="it saw an elf"), split, test)
+    said = [str(block) for section in noted for block in section.blocks if section.title.startswith("Published")]
+    assert "it saw an elf" in said[0]
     kinds = [row[1] for table in [numbers, *(apart.blocks if apart else [])] if isinstance(table, Table)
              for row in table.rows if row[0] == "published (ZSI)"]  # fmt: skip
     assert kinds == ["box", "mask, unverified"]
