@@ -139,26 +139,23 @@ def read_parts(data: DataOptions, split: Split) -> tuple[ZeroShotParts, Path]:
     Raises:
         LabError: a file is missing, or not what it should be.
     """
-    test, folder = read_test(data)
-    train = read_instances(data.train_annotations or instances_file(folder, "train"), data.on_bad_data)
-    if data.data is None:
-        train = replace(train, source="drawn scenes, training")
-    return zero_shot_parts(train, test, split, data.protocol), folder
+    train, test = read_file(data, "train"), read_file(data, "val")
+    return zero_shot_parts(train, test, split, data.protocol), data.data or drawn_scenes()
 
 
-def read_test(data: DataOptions) -> tuple[Instances, Path]:
-    """Reads the whole test file of the data, and says in which directory they are.
+def read_file(data: DataOptions, name: str) -> Instances:
+    """Reads the whole file of the data that is called train or val.
 
     Raises:
-        LabError: the file is missing, or not what it should be.
+        LabError: it is missing, or not what it should be.
     """
     folder = data.data or drawn_scenes()
     if not folder.is_dir():
         raise LabError(f"--data {folder}: no such directory")
-    test = read_instances(data.test_annotations or instances_file(folder, "val"), data.on_bad_data)
-    if data.data is None:  # not where this machine keeps its cache
-        test = replace(test, source="drawn scenes, test")
-    return test, folder
+    asked, said = (data.train_annotations, "training") if name == "train" else (data.test_annotations, "test")
+    found = read_instances(asked or instances_file(folder, name), data.on_bad_data)
+    # Drawn scenes: not where this machine keeps its cache.
+    return found if data.data is not None else replace(found, source=f"drawn scenes, {said}")
 
 
 def instances_file(folder: Path, name: str) -> Path:

@@ -15,7 +15,7 @@ from labs_common.report.sections import asked_section
 from labs_common.run import Run, newest_run
 from zsi_contrastive.detector.annotations import Split, all_of, read_split
 from zsi_contrastive.detector.config import DataOptions, EvaluateConfig, complete_data
-from zsi_contrastive.detector.data import from_main_process, read_parts, read_pictures, read_test, read_vectors
+from zsi_contrastive.detector.data import from_main_process, read_file, read_parts, read_pictures, read_vectors
 from zsi_contrastive.detector.pictures import InstancePictures, instance_pictures
 from zsi_contrastive.detector.protocol import Evaluation, evaluated, scores_of
 from zsi_contrastive.detector.report import finding_sections, measured_sections, print_scores, summary_of
@@ -72,7 +72,7 @@ def score_file(config: EvaluateConfig, results: Path) -> None:
     split = read_split(data.split)
     output = new_folder(config.output, results.with_name(f"{results.stem}-scores"))
     rows, outlined = read_results(results)
-    part = all_of(read_test(data)[0], split) if config.all_pictures else read_parts(data, split)[0].both
+    part = all_of(read_file(data, "val"), split) if config.all_pictures else read_parts(data, split)[0].both
     pictures = instance_pictures(part, (), split.classes)
     found = scores_of(pictures, rows, split, config.detection.seen_bias, config.detection.kept, outlined)
     finish(config, output, found, split, pictures, f"Scores of {results.name}", None)
