@@ -135,6 +135,11 @@ def test_the_rule_of_open_vocabulary_detection(tmp_path: Path) -> None:
     assert [row["id"] for row in zero_shot_parts(whole, other, SPLIT).train.images] == [2]
     with pytest.raises(LabError, match="is a training picture too"):
         zero_shot_parts(whole, whole, SPLIT, "ov-coco")
+    # The same picture in another year of COCO.
+    old = replace(whole, images=[{**row, "file_name": f"COCO_val2014_{row['file_name']}"} for row in whole.images])
+    for train, test in ((whole, old), (old, whole)):
+        with pytest.raises(LabError, match=r"0\.jpg is a training picture too"):
+            zero_shot_parts(train, test, SPLIT, "ov-coco")
 
 
 @pytest.mark.parametrize("name", ["48_17", "65_15"])

@@ -1,7 +1,7 @@
 """Evaluation, prediction, preparation, word vectors and ablation: the commands on a detector that was trained here."""
 
 import json
-import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,14 +16,18 @@ from zsi_contrastive.detector.annotations import scenes_split
 from zsi_contrastive.detector.compare import PARTS, VARIANTS, plan
 from zsi_contrastive.detector.config import (
     AblateConfig,
+    DataOptions,
     DetectorTrainingOptions,
+    EvaluateConfig,
     ModelOptions,
     TrainConfig,
+    WordOptions,
     complete,
     contrastive_of,
 )
+from zsi_contrastive.detector.evaluate import chosen_words, seen_before
 from zsi_contrastive.detector.heads import CONTRASTIVE
-from zsi_contrastive.detector.saved import load_detector
+from zsi_contrastive.detector.saved import chosen_data, load_detector
 from zsi_contrastive.detector.train import contrastive_share
 
 SMALL = ("--split", "scenes", "--min-side", "48", "--max-side", "64", "--batch-size", "4", "--controls", "1",
@@ -78,6 +82,23 @@ def test_results_that_are_none(scenes: Path, tmp_path: Path) -> None:
         done = here("evaluate", "--results", tmp_path / "results.json", *shared, code=2)
         assert len(done.errors) == 1
         assert said in done.errors[0]
+    # A picture that the file has, but not the part: without an unseen object.
+    val = json.loads((scenes / "annotations" / "instances_val.json").read_text())
+    ids = {row["name"]: row["id"] for row in val["categories"]}
+    unseen = {ids[name] for name in scenes_split().unseen}
+    shown = {row["image_id"] for row in val["annotations"] if row["category_id"] in unseen}
+    box = next(row for row in val["annotations"] if row["image_id"] not in shown)
+    row = {"image_id": box["image_id"], "category_id": box["category_id"], "bbox": box["bbox"], "score": 1.0}
+    (tmp_path / "results.json").write_text(json.dumps([row]))
+    said = here("evaluate", "--results", tmp_path / "results.json", *shared, code=2).errors[0]
+    assert f"not among the {len(shown)} of {len(val['images'])} test pictures" in said
+    assert "--all-pictures" in said
+    all_of = ("--results", tmp_path / "results.json", *shared[:-1], tmp_path / "all", "--all-pictures", "--no-report")
+    here("evaluate", *all_of)
+    found = json.loads((tmp_path / "all" / "evaluation.json").read_text())
+    assert found["pictures"] == len(val["images"])
+    assert found["gzsi"]["box"]["seen"]["recall@0.5"] > 0
+    assert "--all-pictures" in here("evaluate", "--all-pictures", code=2).errors[0]
     assert "missing.json" in here("evaluate", "--results", "missing.json", *shared, code=2).stderr
     assert not (tmp_path / "never").exists()
 
@@ -122,10 +143,53 @@ def test_a_split_of_ones_own(run: Path, scenes: Path, tmp_path: Path) -> None:
     split = scenes_split()
     swapped = {"seen": [*split.seen[1:], split.unseen[0]], "unseen": [split.seen[0], *split.unseen[1:]]}
     (tmp_path / "mine.json").write_text(json.dumps(swapped))
-    here("evaluate", "--checkpoint", run, "--split", tmp_path / "mine.json", "--data", scenes, "--output",
-         tmp_path / "mine", "--no-report")  # fmt: skip
-    classes = json.loads((tmp_path / "mine" / "evaluation.json").read_text())["classes"]
-    assert [line["class"] for line in classes] == swapped["seen"] + swapped["unseen"]
+    done = here("evaluate", "--checkpoint", run, "--split", tmp_path / "mine.json", "--data", scenes, "--output",
+                tmp_path / "mine", "--no-report")  # fmt: skip
+    found = json.loads((tmp_path / "mine" / "evaluation.json").read_text())
+    assert [line["class"] for line in found["classes"]] == swapped["seen"] + swapped["unseen"]
+    assert found["note"] == f"1 of the 8 classes called unseen here were seen in training: {split.seen[0]}"
+    assert "note: 1 of the 8 classes" in " ".join((done.stdout + done.stderr).split())
+
+
+def test_what_training_saw_of_unseen_classes(run: Path) -> None:
+    loaded, split = load_detector(run), scenes_split()
+    assert seen_before(loaded, split) == ""
+    assert seen_before(loaded, replace(split, unseen=split.unseen[:2])) == ""
+    for one, other, said in (
+        (loaded, replace(split, unseen=(*split.unseen, "elf")), "may show, without labels, elf"),
+        (loaded, replace(split, seen=split.seen[1:]), "saw other classes"),
+        (replace(loaded, protocol="ov-coco"), split, "in the training pictures, without labels"),
+    ):
+        assert said in seen_before(one, other)
+
+
+def test_a_class_that_the_run_knows_keeps_its_vector(run: Path) -> None:
+    """Word for word, whatever its length: the rules for known classes find it by that."""
+    loaded = load_detector(run)
+    loaded = replace(loaded, vectors=replace(loaded.vectors, seen=loaded.vectors.seen * torch.rand(24, 1)))
+    config = EvaluateConfig(words=WordOptions("attributes"))
+    split, vectors = chosen_words(config, loaded, DataOptions(split="scenes"))
+    assert split.classes == loaded.split.classes
+    assert torch.equal(vectors.classes, loaded.vectors.classes)
+
+
+def test_other_pictures_are_taken_by_the_runs_rule(tmp_path: Path) -> None:
+    """Unless another is asked for, be it the usual one."""
+    own = DataOptions(Path("coco"), split="scenes", protocol="ov-coco", validation_fraction=0.0, limit=7)
+    config = complete(TrainConfig(own))
+    (tmp_path / "config.yaml").write_text(config_to_yaml(config))
+    other = DataOptions(Path("other"))
+    for asked, expected in (
+        (other, replace(own, data=other.data, limit=0)),
+        (DataOptions(), own),
+        (replace(other, protocol="zsi"), replace(own, data=other.data, limit=0, protocol="zsi")),
+        (DataOptions(protocol="zsi"), replace(own, protocol="zsi")),
+        (DataOptions(validation_fraction=0.3), replace(own, validation_fraction=0.3)),
+    ):
+        assert chosen_data(asked, tmp_path)[0] == expected
+    (tmp_path / "config.yaml").unlink()
+    found, _ = chosen_data(other, tmp_path)
+    assert (found.split, found.protocol, found.validation_fraction) == ("48_17", "zsi", 0.3)
 
 
 def test_predict(run: Path, tmp_path: Path) -> None:
@@ -205,9 +269,7 @@ def test_prepare(scenes: Path, tmp_path: Path) -> None:
     assert len(kept) < len(shown), "the rule had something to do"
     assert "exists already" in here("prepare", "--data", scenes, "--output", tmp_path / "parts", code=2).stderr
     # What was written trains as the whole file does.
-    for name, more in {"whole": (), "part": ("--test-annotations", tmp_path / "both.json")}.items():
-        if more:
-            shutil.copy(scenes / "annotations" / "instances_val.json", tmp_path / "both.json")
+    for name, more in {"whole": (), "part": ("--train-annotations", tmp_path / "parts" / "train_seen.json")}.items():
         here("train", "--data", scenes, *SMALL, "--max-steps", "1", "--no-report", "--output", tmp_path / name, *more)
     one, two = (load_detector(tmp_path / name).model.state_dict() for name in ("whole", "part"))
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -7,7 +7,7 @@ import torch
 from labs_testing.pretended import pretended_gpu
 from safetensors.torch import save_file
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
-from torchvision.ops import box_iou
+from torchvision.ops import batched_nms, box_iou
 
 from labs_common.errors import LabError
 from zsi_contrastive.detector.backbone import make_backbone
@@ -132,15 +132,19 @@ def test_a_model_scores_words_that_it_was_never_given() -> None:
     assert not any(tensor.shape[:1] == (11,) for tensor in other.state_dict().values()), "no class count is baked in"
 
 
-@pytest.mark.parametrize("groups", [(4, 3), (7,)])
-def test_an_unseen_class_has_the_box_of_the_seen_one_in_its_place(groups: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("groups", "numbers"), [((4, 3), [1, 3, 1, 2, 2, 1, 2]), ((7,), [1, 3, 1, 2, 2, 3, 4])])
+def test_a_known_class_has_its_own_box_and_others_have_them_in_turn(
+    groups: tuple[int, ...], numbers: list[int]
+) -> None:
     """Official boxes: each class moves a proposal by a tenth of its width, times its number."""
     model = make(Parts(official=True)).eval()
     model.regions.keep(-100.0, 1.0, 1000)
     torch.nn.init.zeros_(model.regions.box_head.box.weight)
     model.regions.box_head.box.bias.data = torch.tensor([[1.0 * n, 0, 0, 0] for n in range(5)]).flatten()
     boxes = torch.tensor([[4.0, 4, 14, 14], [10, 20, 30, 30]])
-    query = Query(torch.randn(7, D), groups, masks=False)
+    asked = torch.randn(7, D)
+    asked[[1, 2, 4]] = model.seen[[2, 0, 1]]
+    query = Query(asked, groups, masks=False)
     with torch.no_grad():
         levels = model.backbone(torch.rand(1, 3, 48, 64))
         ((found,),) = model.regions.detections(
@@ -152,8 +156,30 @@ def test_an_unseen_class_has_the_box_of_the_seen_one_in_its_place(groups: tuple[
     assert len(rows) == len(found.boxes) == 14
     for (label, top), left in rows.items():
         box = boxes[int(top == 20)]
-        number = label % 4 + 1
-        assert left == pytest.approx(float(box[0] + 0.1 * number * (box[2] - box[0])), abs=1e-4)
+        assert left == pytest.approx(float(box[0] + 0.1 * numbers[label] * (box[2] - box[0])), abs=1e-4)
+
+
+def test_the_best_that_survive_are_those_of_all_candidates() -> None:
+    """80 regions around each of five things, of 20 classes: of the best 2,000 of 8,000 too few survive."""
+    torch.manual_seed(0)
+    regions = make().regions
+    regions.keep(0.05, 0.5, 60)
+    corners = torch.rand(2, 5, 1, 2) * 500
+    boxes = (corners + torch.randn(2, 5, 80, 2) * 4).flatten(1, 2)
+    boxes = torch.cat([boxes, boxes + 60], 2)
+    boxes[1, :40] += torch.rand(40, 1) * 900  # the second picture needs fewer
+    scores = 1 - 0.03 * torch.arange(20) - 0.01 * torch.rand(2, 400, 20)
+    found = regions._kept(boxes[:, :, None], scores, None, 7, [8000, 8000])
+    enough = []
+    for (box, score, label), all_boxes, all_scores in zip(found, boxes, scores, strict=True):
+        row, column = torch.arange(8000) // 20, torch.arange(8000) % 20
+        keep = batched_nms(all_boxes[row], all_scores.flatten(), column, 0.5)[:60]
+        assert len(keep) == 60
+        assert torch.equal(box, all_boxes[row[keep]])
+        assert torch.equal(score, all_scores.flatten()[keep])
+        assert torch.equal(label, 7 + column[keep])
+        enough.append(bool(score[-1] >= all_scores.flatten().topk(2000).values[-1]))
+    assert enough == [False, True], "the first picture needs more than 2,000"
 
 
 @pytest.mark.parametrize("transfer", ["code", "direct", "things"])

@@ -105,7 +105,8 @@ def test_nothing_found_and_results_of_other_pictures(
         scored(truth, [{"image_id": 10, "category_id": 3, "bbox": [1, 1, 2, 2], "score": 1}], [3], "mask")
     outlines = [{key: value for key, value in row.items() if key != "bbox"} for row in results]
     (tmp_path / "segm.json").write_text(json.dumps(outlines))
-    filled = read_results(tmp_path / "segm.json")
+    filled, outlined = read_results(tmp_path / "segm.json")
+    assert outlined == ("mask",), "boxes around masks are nobody's result"
     assert scored(truth, filled, [3], "box").means([3]) == scored(truth, results, [3], "box").means([3])
 
 
@@ -172,12 +173,19 @@ def test_gzsi_is_the_published_codes(kind: str, case: tuple[Instances, list[dict
     assert evaluation.params.maxDets == [1, 10, 100]
     precision, recall = (evaluation.eval[name] for name in ("precision", "recall"))
     pictures = instance_pictures(truth, (), SPLIT.classes)
-    found = scores_of(pictures, read_results(tmp_path / "gzsi.json"), SPLIT, 0.0, 100, True)
+    found = scores_of(pictures, read_results(tmp_path / "gzsi.json")[0], SPLIT, 0.0, 100, ("box", "mask"))
     for name, places in (("seen", (0, 1)), ("unseen", (3, 4))):  # of the categories; there is no cow
         ours = found.gzsi[kind][name]
         assert ours["ap@0.5"] == pytest.approx(np.mean([precision[1, :, place, 0, 2].mean() for place in places]))
         assert ours["recall@0.5"] == pytest.approx(np.mean([recall[1, place, 0, 2] for place in places]))
-    assert found.zsi[kind] == found.gzsi[kind]["unseen"]
+    # ZSI is of the pictures that show an unseen object.
+    evaluation.params.imgIds = sorted({row["image_id"] for row in truth.annotations if row["category_id"] > 18})
+    assert len(evaluation.params.imgIds) < len(truth.images)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+        evaluation.accumulate()
+    alone = np.mean([evaluation.eval["precision"][1, :, place, 0, 2].mean() for place in (3, 4)])
+    assert found.zsi[kind]["ap@0.5"] == pytest.approx(alone) != found.gzsi[kind]["unseen"]["ap@0.5"]
     assert found.one_list[kind]["seen"]["recall@0.5"] == found.gzsi[kind]["seen"]["recall@0.5"]
     assert found.gzsi[kind]["unseen"]["recall@0.5"] > 0.5
     assert found.one_list[kind]["unseen"]["recall@0.5"] == 0, "100 of seen classes stand before them"
@@ -185,7 +193,7 @@ def test_gzsi_is_the_published_codes(kind: str, case: tuple[Instances, list[dict
 
 def test_both_tasks(case: tuple[Instances, list[dict[str, Any]]]) -> None:
     truth, results = case
-    found = scores_of(instance_pictures(truth, (), SPLIT.classes), results, SPLIT, 0.0, 100, True)
+    found = scores_of(instance_pictures(truth, (), SPLIT.classes), results, SPLIT, 0.0, 100, ("box", "mask"))
     seen, unseen = [3, 17, 18], [44, 90]
     everything = scored(truth, results, seen + unseen, "mask")
     assert found.gzsi["mask"]["seen"] == everything.means(seen)
@@ -237,13 +245,16 @@ def test_published_figures_stand_beside_the_same_pictures_alone(
     files = [Path(row["file_name"]) for row in part.images]
     test = replace(instance_pictures(part, (), split.classes), contents=files, digests=(b"",) * len(files))
     test = test.subset(range(len(files) - left_out))
-    found = scores_of(test, [], split, 0.0, 100, False)
+    found = scores_of(test, [], split, 0.0, 100, ("box",))
     sections = {section.title: section for section in measured_sections(cast(Any, None), found, split, test)}
     numbers = next(block for block in sections["Numbers"].blocks if isinstance(block, Table))
     assert any(row[0] == "published (ZSI)" for row in numbers.rows) == (not reason)
-    apart = sections.get("Published, on other pictures")
+    apart = sections.get("Published, not to be compared")
     assert (apart is None) == (not reason)
     assert reason in unlike_published(split, test)
+    noted = measured_sections(cast(Any, None), replace(found, note="it saw an elf"), split, test)
+    said = [str(block) for section in noted for block in section.blocks if section.title.startswith("Published")]
+    assert "it saw an elf" in said[0]
     kinds = [row[1] for table in [numbers, *(apart.blocks if apart else [])] if isinstance(table, Table)
              for row in table.rows if row[0] == "published (ZSI)"]  # fmt: skip
     assert kinds == ["box", "mask, unverified"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ RULES = {  # by --protocol
     "ov-coco": "unseen objects in training pictures have no labels, every test picture has an object, none is in both",
 }
 KEPT_BACK = 4  # of the pairings of texture and shape, one in so many is unseen
+YEAR = r"^(?:.*/)?COCO_[a-z]+\d{4}_"  # before the id in the names of COCO's pictures of 2014 and 2015
 Json = dict[str, Any]
 MOST = 2**53  # an id beyond is no longer the same number in other programs
 
@@ -288,12 +290,12 @@ def zero_shot_parts(train: Instances, test: Instances, split: Split, protocol: s
     object that can, or there is nothing to learn from it. Classes that are in neither list do not count.
 
     Raises:
-        LabError: a file lacks a class, or no picture is left.
+        LabError: the test file lacks a class, the training file a seen one, or no picture is left.
     """
     openly = protocol == "ov-coco"
     parts = ZeroShotParts(
         split,
-        _part(train, split.seen, split.seen, () if openly else split.unseen, training=True),
+        _part(train, split.seen, split.seen, () if openly else _there(train, split.unseen), training=True),
         _part(test, split.unseen, split.unseen),
         _part(test, split.classes, split.classes if openly else split.unseen),
         protocol,
@@ -305,13 +307,22 @@ def zero_shot_parts(train: Instances, test: Instances, split: Split, protocol: s
     return parts
 
 
+def all_of(test: Instances, split: Split) -> Instances:
+    """Takes all pictures of a file, with the objects of a split's classes.
+
+    Raises:
+        LabError: the file lacks a class.
+    """
+    return _with_classes(test, test.images, split.classes)
+
+
 def check_parts(parts: ZeroShotParts, train: Instances) -> None:
     """Makes sure that the parts keep the rule, by looking at the whole training file again.
 
     Raises:
         LabError: a training picture has an unseen object, a test picture none, or one is in both.
     """
-    unseen = set(train.ids(parts.split.unseen))
+    unseen = set(train.ids(_there(train, parts.split.unseen)))
     training = {row["id"]: row["file_name"] for row in parts.train.images}
     for row in (*train.annotations, *train.unusable) if parts.protocol == "zsi" else ():
         if row["category_id"] in unseen and row["image_id"] in training:
@@ -323,15 +334,26 @@ def check_parts(parts: ZeroShotParts, train: Instances) -> None:
         for row in part.images:
             if row["id"] not in shown:
                 raise LabError(f"{part.source}: the test picture {row['file_name']} has no unseen object")
-            if training.get(row["id"]) == row["file_name"]:
+            if row["id"] in training and _same_picture(training[row["id"]], row["file_name"]):
                 raise LabError(f"{part.source}: {row['file_name']} is a training picture too")
+
+
+def _same_picture(one: str, other: str) -> bool:
+    """Says whether two names of an id are of one picture: COCO's years differ in the prefix (COCO_val2014_…) alone."""
+    return re.sub(YEAR, "", one) == re.sub(YEAR, "", other)
+
+
+def _there(whole: Instances, names: Sequence[str]) -> list[str]:
+    """Takes the classes that a file knows: what `prepare` wrote for training has none of the unseen ones."""
+    known = {category["name"] for category in whole.categories}
+    return [name for name in names if name in known]
 
 
 def _part(
     whole: Instances, kept: Sequence[str], wanted: Sequence[str], refused: Sequence[str] = (), training: bool = False
 ) -> Instances:
     """Takes pictures with a `wanted` and without a `refused` object, with the annotations of the `kept` classes."""
-    keep, want, refuse = (set(whole.ids(names)) for names in (kept, wanted, refused))
+    want, refuse = (set(whole.ids(names)) for names in (wanted, refused))
     shown: dict[int, set[int]] = defaultdict(set)
     usable: dict[int, set[int]] = defaultdict(set)
     for row in [*whole.annotations, *whole.unusable]:
@@ -340,7 +362,12 @@ def _part(
         if not (training and row["iscrowd"]):
             usable[row["image_id"]].add(row["category_id"])
     chosen = [image for image in whole.images if usable[image["id"]] & want and not shown[image["id"]] & refuse]
-    ids = {image["id"] for image in chosen}
+    return _with_classes(whole, chosen, kept)
+
+
+def _with_classes(whole: Instances, chosen: list[Json], kept: Sequence[str]) -> Instances:
+    """Takes these pictures of a file, with the annotations of the `kept` classes."""
+    keep, ids = set(whole.ids(kept)), {image["id"] for image in chosen}
     rows = [row for row in whole.annotations if row["image_id"] in ids and row["category_id"] in keep]
     names = {row["id"]: row for row in whole.categories}
     categories = [names[number] for number in whole.ids(kept)]

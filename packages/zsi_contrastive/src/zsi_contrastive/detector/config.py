@@ -18,7 +18,6 @@ from labs_common.options import (
     PlanOptions,
     RunOptions,
     Share,
-    ShareBelowOne,
     TrainingOptions,
     names_in,
     number,
@@ -49,12 +48,13 @@ class DataOptions:
     split: str = ""
     """Seen and unseen classes: 48_17 or 65_15 of the literature, or a JSON file with the lists "seen" and "unseen". By
     default 48_17, and the pairings of drawn scenes without --data."""
-    protocol: Literal["zsi", "ov-coco"] = "zsi"
-    """The paper's rule: no training picture shows an unseen object, every test picture does. Or that of open-vocabulary
-    detection: unseen objects stay in training pictures without labels, and all pictures of the classes are the test."""
-    validation_fraction: ShareBelowOne = 0.3
+    protocol: Literal["auto", "zsi", "ov-coco"] = "auto"
+    """zsi, the paper's rule: no training picture shows an unseen object, every test picture does. ov-coco, that of
+    open-vocabulary detection: unseen objects stay in training pictures without labels, and all pictures of the classes
+    are the test. auto is zsi, and for a finished run its own."""
+    validation_fraction: Annotated[float, number(float, "[0, 1)", -1)] = -1.0
     """Share of the test pictures set aside to choose --seen-bias on; the others give the figures. 0 is the paper's
-    test: only then published figures stand beside."""
+    test: only then published figures stand beside. -1 takes 0.3, and for a finished run its own."""
     limit: CountOrZero = 0
     """Take at most this many pictures for training, and for validation and test each; 0 takes all."""
     on_bad_data: OnBadData = "error"
@@ -219,7 +219,9 @@ class EvaluateConfig:
     checkpoint: Path | None = None
     """Directory of a finished run; by default the newest under runs/."""
     results: Path | None = None
-    """Score this JSON of COCO results instead of looking for anything."""
+    """Score this JSON of COCO results instead of looking for anything; those without boxes by their masks alone."""
+    all_pictures: bool = False
+    """With --results: score all pictures of the test annotations, not only those that the protocol takes."""
     data: DataOptions = field(default_factory=DataOptions)
     words: WordOptions = field(default_factory=WordOptions)
     detection: DetectionOptions = field(default_factory=DetectionOptions)
@@ -327,7 +329,8 @@ def complete(config: TrainConfig) -> TrainConfig:
     Raises:
         LabError: options contradict each other.
     """
-    split = default_split(config.data)
+    data = complete_data(config.data)
+    split = data.split
     vectors = config.words.word_vectors or ("attributes" if split == SCENES else "")
     if config.data.data is None and split != SCENES:
         raise LabError(f"--split {split}: drawn scenes have classes of their own; name pictures with --data")
@@ -363,16 +366,20 @@ def complete(config: TrainConfig) -> TrainConfig:
             "reconstruction": training.reconstruction or (0.05 if tiny else 0.5),
             "clip_norm": (5.0 if tiny else 35.0) if training.clip_norm < 0 else training.clip_norm,
         },
-        "data": {"split": split},
         "words": {"word_vectors": vectors},
     }
     groups = {name: dataclasses.replace(getattr(config, name), **values) for name, values in filled.items()}
-    return dataclasses.replace(config, **groups)
+    return dataclasses.replace(config, data=data, **groups)
 
 
-def default_split(data: DataOptions) -> str:
-    """Returns the split that is asked for, or else the data's usual one."""
-    return data.split or (SCENES if data.data is None else PUBLISHED[0])
+def complete_data(data: DataOptions) -> DataOptions:
+    """Fills in what says which pictures are the test, where it is not asked for."""
+    return dataclasses.replace(
+        data,
+        split=data.split or (SCENES if data.data is None else PUBLISHED[0]),
+        protocol="zsi" if data.protocol == "auto" else data.protocol,
+        validation_fraction=0.3 if data.validation_fraction < 0 else data.validation_fraction,
+    )
 
 
 def contrastive_of(model: ModelOptions) -> tuple[str, ...]:

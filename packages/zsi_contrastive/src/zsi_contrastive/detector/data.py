@@ -19,6 +19,7 @@ from labs_common.scenes.files import write_coco
 from labs_common.scenes.world import Scene, Thing
 from labs_common.steps import own_part
 from zsi_contrastive.detector.annotations import (
+    Instances,
     Split,
     ZeroShotParts,
     read_instances,
@@ -138,15 +139,23 @@ def read_parts(data: DataOptions, split: Split) -> tuple[ZeroShotParts, Path]:
     Raises:
         LabError: a file is missing, or not what it should be.
     """
+    train, test = read_file(data, "train"), read_file(data, "val")
+    return zero_shot_parts(train, test, split, data.protocol), data.data or drawn_scenes()
+
+
+def read_file(data: DataOptions, name: str) -> Instances:
+    """Reads the whole file of the data that is called train or val.
+
+    Raises:
+        LabError: it is missing, or not what it should be.
+    """
     folder = data.data or drawn_scenes()
     if not folder.is_dir():
         raise LabError(f"--data {folder}: no such directory")
-    train = data.train_annotations or instances_file(folder, "train")
-    test = data.test_annotations or instances_file(folder, "val")
-    first, second = (read_instances(file, data.on_bad_data) for file in (train, test))
-    if data.data is None:  # not where this machine keeps its cache
-        first, second = replace(first, source="drawn scenes, training"), replace(second, source="drawn scenes, test")
-    return zero_shot_parts(first, second, split, data.protocol), folder
+    asked, said = (data.train_annotations, "training") if name == "train" else (data.test_annotations, "test")
+    found = read_instances(asked or instances_file(folder, name), data.on_bad_data)
+    # Drawn scenes: not where this machine keeps its cache.
+    return found if data.data is not None else replace(found, source=f"drawn scenes, {said}")
 
 
 def instances_file(folder: Path, name: str) -> Path:

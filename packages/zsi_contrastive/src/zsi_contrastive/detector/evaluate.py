@@ -3,16 +3,19 @@
 import dataclasses
 from pathlib import Path
 
+import torch
+
 from labs_common.cli import to_plain
 from labs_common.data.images import print_refused
 from labs_common.device import inference_accelerator
+from labs_common.errors import LabError
 from labs_common.lock import check_new, new_folder
 from labs_common.report.page import making_report, write_report
 from labs_common.report.sections import asked_section
 from labs_common.run import Run, newest_run
-from zsi_contrastive.detector.annotations import Split, read_split
-from zsi_contrastive.detector.config import DataOptions, EvaluateConfig, default_split
-from zsi_contrastive.detector.data import from_main_process, read_parts, read_pictures, read_vectors
+from zsi_contrastive.detector.annotations import Split, all_of, read_split
+from zsi_contrastive.detector.config import DataOptions, EvaluateConfig, complete_data
+from zsi_contrastive.detector.data import from_main_process, read_file, read_parts, read_pictures, read_vectors
 from zsi_contrastive.detector.pictures import InstancePictures, instance_pictures
 from zsi_contrastive.detector.protocol import Evaluation, evaluated, scores_of
 from zsi_contrastive.detector.report import finding_sections, measured_sections, print_scores, summary_of
@@ -28,6 +31,8 @@ def evaluate(config: EvaluateConfig) -> None:
         LabError: no detector is there, or no such pictures, words or results.
     """
     check_new(config.output)
+    if config.all_pictures and config.results is None:
+        raise LabError("--all-pictures: goes with --results alone; a detector looks at the test pictures of --protocol")
     if config.results is not None:
         score_file(config, config.results)
     else:
@@ -53,23 +58,23 @@ def evaluate_run(config: EvaluateConfig) -> None:
     found = evaluated(loaded.model, split, vectors, pictures, detection, accelerator, config.seed, config.at_once)
     if found is not None:
         said = dataclasses.asdict(detection)
+        found = dataclasses.replace(found, note=seen_before(loaded, split))
         finish(config, output, found, split, pictures["test"], f"Evaluation of {checkpoint.name}", said)
 
 
 def score_file(config: EvaluateConfig, results: Path) -> None:
-    """Scores a JSON of COCO results on the test part of --data.
+    """Scores a JSON of COCO results on the test part of --data, or on all its test pictures.
 
     Raises:
         LabError: the file or the data cannot be read, or do not fit.
     """
-    data = dataclasses.replace(config.data, split=default_split(config.data))
+    data = complete_data(config.data)
     split = read_split(data.split)
     output = new_folder(config.output, results.with_name(f"{results.stem}-scores"))
-    rows = read_results(results)
-    parts, _ = read_parts(data, split)
-    pictures = instance_pictures(parts.both, (), split.classes)
-    masks = all("segmentation" in row for row in rows)
-    found = scores_of(pictures, rows, split, config.detection.seen_bias, config.detection.kept, masks)
+    rows, outlined = read_results(results)
+    part = all_of(read_file(data, "val"), split) if config.all_pictures else read_parts(data, split)[0].both
+    pictures = instance_pictures(part, (), split.classes)
+    found = scores_of(pictures, rows, split, config.detection.seen_bias, config.detection.kept, outlined)
     finish(config, output, found, split, pictures, f"Scores of {results.name}", None)
 
 
@@ -110,7 +115,27 @@ def chosen_words(config: EvaluateConfig, loaded: Loaded, data: DataOptions) -> t
     vectors = read_vectors(words, split, shown=True)
     known = dict(zip(loaded.split.classes, loaded.vectors.classes, strict=True))
     check_same_space(known, split.classes, vectors.classes)
-    return split, scaled_like(vectors, loaded.vectors)
+    vectors = scaled_like(vectors, loaded.vectors)
+    # A class that the model knows keeps its very vector: by it, its rules for scores, boxes and masks know it.
+    own = [known.get(name, vector) for name, vector in zip(split.classes, vectors.classes, strict=True)]
+    seen = len(split.seen)
+    return split, dataclasses.replace(vectors, seen=torch.stack(own[:seen]), unseen=torch.stack(own[seen:]))
+
+
+def seen_before(loaded: Loaded, split: Split) -> str:
+    """Says what training saw of the classes that `split` calls unseen; empty if it is nothing."""
+    if taught := [name for name in split.unseen if name in loaded.split.seen]:
+        return (
+            f"{len(taught)} of the {len(split.unseen)} classes called unseen here were seen in training: "
+            f"{', '.join(taught)}"
+        )
+    if loaded.protocol == "ov-coco":
+        return "objects of unseen classes were in the training pictures, without labels (ov-coco)"
+    if other := [name for name in split.unseen if name not in loaded.split.unseen]:
+        return f"training pictures of {loaded.split.name} may show, without labels, {', '.join(other)}"
+    if set(split.seen) != set(loaded.split.seen):
+        return f"training saw other classes, those of {loaded.split.name}"
+    return ""
 
 
 if __name__ == "__main__":

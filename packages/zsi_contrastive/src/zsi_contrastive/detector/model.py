@@ -42,7 +42,7 @@ TINY_ANCHORS = (16, 28, 48)  # drawn things are 15 to 46 pixels across
 class Parts:
     """The paper's parts that a detector has, and its contrastive heads (keys of `CONTRASTIVE`).
 
-    `official` parts are those of the published code to the letter.
+    `official` parts are computed as in the published code, but for what docs/zsi_contrastive.md lists.
     """
 
     mask_head: bool = True

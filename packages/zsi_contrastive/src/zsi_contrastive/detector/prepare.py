@@ -8,7 +8,7 @@ from labs_common.errors import LabError
 from labs_common.lock import check_writable
 from labs_common.run import write_atomically, written_whole
 from zsi_contrastive.detector.annotations import RULES, read_split
-from zsi_contrastive.detector.config import PrepareConfig, default_split
+from zsi_contrastive.detector.config import PrepareConfig, complete_data
 from zsi_contrastive.detector.data import read_parts
 
 NAMES = {"train": "train_seen.json", "unseen": "test_unseen.json", "both": "test_both.json"}
@@ -20,7 +20,7 @@ def prepare(config: PrepareConfig) -> None:
     Raises:
         LabError: the data cannot be read, or the directory exists.
     """
-    data = dataclasses.replace(config.data, split=default_split(config.data))
+    data = complete_data(config.data)
     split = read_split(data.split)
     output = config.output or Path(f"zero-shot-{split.name}")
     if output.exists():

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from labs_common.sharding import place
-from zsi_contrastive.detector.annotations import Split
+from zsi_contrastive.detector.annotations import Instances, Split
 from zsi_contrastive.detector.config import DetectionOptions
 from zsi_contrastive.detector.model import ZeroShotMaskRCNN
 from zsi_contrastive.detector.pictures import InstancePictures
@@ -30,7 +30,7 @@ class Evaluation:
 
     Attributes:
         results: COCO's results, the best of seen and of unseen classes in every picture.
-        zsi: scores of the unseen classes alone, by box and mask.
+        zsi: scores of the unseen classes alone, by box and mask, in the pictures that show one.
         gzsi: scores by box and mask, each for `seen`, `unseen` and their `harmonic mean`, as the published code counts:
             the best of seen and of unseen classes stand in a picture apart, up to `kept` of each.
         one_list: the same where all classes compete for the `kept` places of a picture, with `bias`; and of `all`.
@@ -39,6 +39,7 @@ class Evaluation:
         others: box scores of the unseen classes alone under other rules: random vectors, vectors as they were, …
         sweep: for each bias the scores of seen and unseen boxes, by `validation` and `test`.
         bias: what seen scores are lowered by.
+        note: what training saw of the unseen classes; empty if it is nothing.
     """
 
     results: list[Result]
@@ -49,6 +50,7 @@ class Evaluation:
     others: dict[str, Scores] = field(default_factory=dict)
     sweep: dict[str, list[Scores]] = field(default_factory=dict)
     bias: float = 0.0
+    note: str = ""
 
     def plain(self) -> dict[str, Any]:
         """Returns JSON values, without the results; what could not be computed is null."""
@@ -88,18 +90,19 @@ def evaluated(
         (there,) = predictions(model, part, [query], [both], accelerator, at_once, "validating")
     if not accelerator.is_main_process:
         return None
-    drawn = [scored(test.part, rows, unseen, "box").means(unseen) for rows in found[1 : 1 + len(controls)]]
+    drawn = [zsi_scores(test.part, rows, unseen, "box") for rows in found[1 : 1 + len(controls)]]
     others = {}
     if drawn:
         others[f"random vectors (mean of {len(drawn)})"] = {
             name: sum(one[name] for one in drawn) / len(drawn) for name in drawn[0]
         }
     for name, rows in zip(rules, found[1 + len(controls) :], strict=True):
-        others[name] = scored(test.part, of_classes(rows, unseen), unseen, "box").means(unseen)
+        others[name] = zsi_scores(test.part, rows, unseen, "box")
     sweep = {"test": swept(test, found[0], split, detection.kept)}
     if len(part):
         sweep["validation"] = swept(part, there, split, detection.kept)
-    measured = scores_of(test, found[0], split, detection.seen_bias, detection.kept, model.parts.mask_head)
+    outlined = ("box", "mask") if model.parts.mask_head else ("box",)
+    measured = scores_of(test, found[0], split, detection.seen_bias, detection.kept, outlined)
     return replace(measured, others=others, sweep=sweep)
 
 
@@ -114,9 +117,9 @@ def other_rules(detection: DetectionOptions) -> dict[str, DetectionOptions]:
 
 
 def scores_of(
-    pictures: InstancePictures, results: Sequence[Result], split: Split, bias: float, kept: int, masks: bool
+    pictures: InstancePictures, results: Sequence[Result], split: Split, bias: float, kept: int, outlined: Sequence[str]
 ) -> Evaluation:
-    """Scores COCO's results, those of a file as well as our own, in both tasks.
+    """Scores what is `outlined` (box, mask or both) by COCO's results, a file's as well as our own, in both tasks.
 
     GZSI scores them as they are, as the published code does: it suppresses and cuts seen and unseen classes apart, so
     that a picture has up to twice `kept` results, of which COCO's evaluation takes 100 of each class. So the unseen
@@ -128,10 +131,11 @@ def scores_of(
     both = [*seen, *unseen]
     apart = of_classes(results, both)
     lists = apart, together(apart, seen, bias, kept)
-    scores = {
-        kind: [scored(part, rows, both, kind) for rows in lists] for kind in (("box", "mask") if masks else ("box",))
+    scores = {kind: [scored(part, rows, both, kind) for rows in lists] for kind in outlined}
+    zsi = {
+        kind: zsi_scores(part, apart, unseen, kind) if _without(part, unseen) else one.means(unseen)
+        for kind, (one, _) in scores.items()
     }
-    zsi = {kind: one.means(unseen) for kind, (one, _) in scores.items()}
     gzsi, one_list = (
         {kind: _of_kinds(found[place], seen, unseen) for kind, found in scores.items()} for place in (0, 1)
     )
@@ -145,6 +149,23 @@ def scores_of(
             line |= {f"{kind} gzsi": one.means([number]), f"{kind} one list": two.means([number])}
         classes.append(line)
     return Evaluation(list(results), zsi, gzsi, one_list, classes, bias=bias)
+
+
+def zsi_scores(part: Instances, results: Sequence[Result], unseen: Sequence[int], kind: str) -> Scores:
+    """Scores the unseen classes alone, in the pictures that show one: --protocol ov-coco has others as well."""
+    rows = of_classes(results, unseen)
+    if others := _without(part, unseen):
+        part = replace(part, images=[row for row in part.images if row["id"] not in others])
+        rows = [row for row in rows if row["image_id"] not in others]
+    return scored(part, rows, unseen, kind).means(unseen)
+
+
+def _without(part: Instances, wanted: Sequence[int]) -> set[int]:
+    """Returns the ids of pictures that show none of these categories."""
+    ids = set(wanted)
+    return {row["id"] for row in part.images} - {
+        row["image_id"] for row in part.annotations if row["category_id"] in ids
+    }
 
 
 def _of_kinds(found: ClassScores, seen: Sequence[int], unseen: Sequence[int]) -> dict[str, Scores]:

@@ -40,7 +40,8 @@ from zsi_contrastive.detector.proposals import (
 # torchvision's, as in Faster R-CNN: shifts of boxes are scaled so that their deviations are about 1.
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 OVERLAP = 0.5  # IoU from which a region is taken for an object's, in training
-CANDIDATES = 2000  # the most boxes of a picture that go into non-maximum suppression
+CANDIDATES = 2000  # boxes of a picture that go into non-maximum suppression at first: as a rule enough survive
+WIDER = 4  # times as many go into it where too few did
 NARROW = 1e-2  # pixels: smaller boxes are dropped, as torchvision does
 IGNORED = -100  # the label of what the classes' loss leaves out
 
@@ -254,7 +255,8 @@ class ZeroShotRegions(nn.Module):
         `word` (d,) is background's word vector, which the published code's masks take.
 
         The proposals go through the box head once, whatever the number of queries. The host reads once how many
-        detections score enough, and for each group twice: what suppression leaves of all pictures' and of each.
+        detections score enough, and for each group twice: what suppression leaves of all pictures' and of each; and
+        again where the best `CANDIDATES` leave too few.
         """
         vectors, shifts, _ = self.box_head(self._pooled(features, proposals, height, 0))
         counts = [len(part) for part in proposals]
@@ -263,7 +265,6 @@ class ZeroShotRegions(nn.Module):
         clipped = [clip_boxes_to_image(part, size) for part, size in zip(decoded, sizes, strict=True)]
         boxes = pad_sequence(clipped, batch_first=True)  # (pictures, proposals, kinds, 4); the filled in have no area
         big = (boxes[..., 2:] - boxes[..., :2] >= NARROW).all(3)
-        boxes = boxes.flatten(1, 2)
         logits = _in_full(vectors, known)
         candidates = []
         for query in queries:
@@ -275,15 +276,17 @@ class ZeroShotRegions(nn.Module):
             scores = pad_sequence(scores.split(counts), batch_first=True)
             first = 0
             for size in query.groups:
-                # An unseen class has the box of the seen one in the same place, as in the published code.
-                own = torch.arange(size, device=scores.device) % (kinds - 1) + 1 if kinds > 1 else None
+                # A known class has its own box; others have those of the known ones in turn, as unseen classes have in
+                # the published code.
+                own = None
+                if kinds > 1:
+                    column = known_columns(query.vectors[first : first + size], known)
+                    own = torch.where(column > 0, column, ((column == 0).cumsum(0) - 1) % (kinds - 1) + 1)
                 large = big if own is None else big[..., own]
-                part = scores[..., first : first + size].masked_fill(~large, -torch.inf).flatten(1)
-                best, place = part.topk(min(CANDIDATES, part.shape[1]))  # of (pictures, proposals · classes)
-                row = place // size if own is None else place // size * kinds + own[place % size]
-                candidates.append((best, row, first + place % size))
+                part = scores[..., first : first + size].masked_fill(~large, -torch.inf)
+                candidates.append((part, own, first))  # (pictures, proposals, classes)
                 first += size
-        enough = iter(torch.stack([(best > self.score_thresh).sum(1) for best, *_ in candidates]).tolist())
+        enough = iter(torch.stack([(part > self.score_thresh).sum((1, 2)) for part, *_ in candidates]).tolist())
         of_groups = iter(candidates)
         answers = []
         for query in queries:
@@ -301,23 +304,41 @@ class ZeroShotRegions(nn.Module):
         return answers
 
     def _kept(
-        self, boxes: torch.Tensor, scores: torch.Tensor, rows: torch.Tensor, labels: torch.Tensor, counts: list[int]
+        self,
+        boxes: torch.Tensor,
+        scores: torch.Tensor,
+        own: torch.Tensor | None,
+        first: int,
+        counts: list[int],
+        looked_at: int = CANDIDATES,
     ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Keeps the best of a group in each picture, after non-maximum suppression within each class.
 
-        The first `counts` of a picture's candidates score enough; they are `rows` of its boxes.
+        Takes `boxes` (pictures, proposals, kinds, 4), `scores` (pictures, proposals, classes) of which `counts` are
+        enough, each class's `own` kind of box, and the number of the `first` class. Suppression goes from the best
+        score down, so that what it leaves of the best few are the best of what it would leave of all: more are looked
+        at only where that is too few.
         """
-        most = max(counts)
-        rows, scores, labels = rows[:, :most], scores[:, :most], labels[:, :most]
-        boxes = boxes.gather(1, rows[..., None].expand(-1, -1, 4))
-        boxes = boxes.masked_fill(~(scores > self.score_thresh)[..., None], 0)
-        kept = surviving(boxes, scores, labels, self.nms_thresh)
+        kinds, size = boxes.shape[2], scores.shape[2]
+        best, place = scores.flatten(1).topk(min(looked_at, max(counts)))
+        label = place % size
+        row = place // size * kinds + (0 if own is None else own[label])
+        box = boxes.flatten(1, 2).gather(1, row[..., None].expand(-1, -1, 4))
+        box = box.masked_fill(~(best > self.score_thresh)[..., None], 0)
+        kept = surviving(box, best, label, self.nms_thresh)
         order = kept.sort(dim=1, descending=True, stable=True).indices
         numbers = kept.sum(1).clamp(max=self.detections_per_img).tolist()
-        return [
-            (boxes[place, own], scores[place, own], labels[place, own])
-            for place, own in enumerate(part[:number] for part, number in zip(order, numbers, strict=True))
+        found = [
+            (box[picture, part[:number]], best[picture, part[:number]], first + label[picture, part[:number]])
+            for picture, (part, number) in enumerate(zip(order, numbers, strict=True))
         ]
+        for picture, (number, count) in enumerate(zip(numbers, counts, strict=True)):
+            if number < self.detections_per_img and count > looked_at:
+                one = slice(picture, picture + 1)
+                found[picture : picture + 1] = self._kept(
+                    boxes[one], scores[one], own, first, [count], WIDER * looked_at
+                )
+        return found
 
     def _masked(self, features: Levels, height: int, found: list[Detections], query: Query) -> list[Detections]:
         assert self.semantic_masks is not None
@@ -349,5 +370,11 @@ def through_known(asked: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
 
     Classes of `known` V (1 + seen, d), background first, keep their own.
     """
-    is_known = (asked[:, None] == known[1:]).all(2).any(1, keepdim=True)
+    is_known = (known_columns(asked, known) > 0)[:, None]
     return torch.where(is_known, asked, asked @ known.T @ known)
+
+
+def known_columns(asked: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """Says which row of `known` (1 + seen, d) each asked vector (asked, d) is: (asked,), 0 if none; 0 is background."""
+    same = (asked[:, None] == known[1:]).all(2)
+    return torch.where(same.any(1), same.int().argmax(1) + 1, 0)

@@ -84,18 +84,21 @@ def summary_of(found: Evaluation) -> str:
     parts = [f"{kind} {scores['ap@0.5']:.3f}" for kind, scores in found.zsi.items()]
     chance = next(iter(found.others.items()), None)
     beside = f" ({chance[0]}: box {chance[1]['ap@0.5']:.3f})" if chance and chance[0].startswith("random") else ""
-    both, mixed = (
-        ", ".join(f"{name} {scores['ap@0.5']:.3f}" for name, scores in parts["box"].items())
+    both, mixed = (  # of boxes, or of masks where a file has these alone
+        ", ".join(f"{name} {scores['ap@0.5']:.3f}" for name, scores in next(iter(parts.values())).items())
         for parts in (found.gzsi, found.one_list)
     )
+    note = f"Note: {found.note}. " if found.note else ""
     return (
-        f"Unseen classes alone: AP at 0.5 {', '.join(parts)}{beside}. Beside seen classes, each kind cut apart: "
+        f"{note}Unseen classes alone: AP at 0.5 {', '.join(parts)}{beside}. Beside seen classes, each kind cut apart: "
         f"{both}. In one list of both: {mixed}."
     )
 
 
 def print_scores(found: Evaluation) -> None:
     """Prints the main numbers, a line each."""
+    if found.note:
+        console.print(f"note: {found.note}")
     for kind, scores in found.zsi.items():
         console.print(f"unseen alone, {kind}: {_line(scores)}")
     for name, scores in found.others.items():
@@ -115,10 +118,13 @@ def measured_sections(run: Run, found: Evaluation, split: Split, test: InstanceP
             rows += [(f"{task}: {name}", kind, *_cells(scores)) for name, scores in parts.items()]
     note = (
         f"{len(test)} test pictures. Recall and AP are means over the classes that have objects there, as COCO does "
-        "it, with the best 100 of each class in a picture. GZSI is counted as in the published code: seen and unseen "
-        "classes are suppressed and cut apart, so that unseen ones score what they do alone. In one list all classes "
-        f"compete for the places of a picture, with {found.bias:g} taken from the scores of seen ones."
+        "it, with the best 100 of each class in a picture. ZSI is of the pictures with an unseen object. GZSI is "
+        "counted as in the published code: seen and unseen classes are suppressed and cut apart, so that unseen ones "
+        "score what they do alone. In one list all classes compete for the places of a picture, with "
+        f"{found.bias:g} taken from the scores of seen ones."
     )
+    if found.note:
+        note = f"Note: {found.note}. {note}"
     sections = [Section("Numbers", [Text(note), Table(("task", "", *HEADINGS), rows)])]
     if split.name in LITERATURE:
         theirs = [("published (ZSI)", kind, *values) for kind, values in LITERATURE[split.name].items()]
@@ -126,12 +132,12 @@ def measured_sections(run: Run, found: Evaluation, split: Split, test: InstanceP
             "Zheng et al. 2021, ResNet-101: not measured here. What is marked as unverified was quoted from memory; "
             "the boxes of 48/17 are the scores of the authors' result file."
         )
-        if reason := unlike_published(split, test):
+        if reason := found.note or unlike_published(split, test):
             blocks: list[Any] = [
                 Text(f"Not to be compared with the numbers above: {reason}."),
                 Table(("task", "", *HEADINGS), theirs),
             ]
-            sections.append(Section("Published, on other pictures", [*blocks, Text(said)]))
+            sections.append(Section("Published, not to be compared", [*blocks, Text(said)]))
         else:
             rows += theirs
             sections[0].blocks.append(Text(said))

@@ -13,7 +13,7 @@ from labs_common.errors import LabError
 from labs_common.saved import load_model, save_model
 from zsi_contrastive.detector.annotations import Split
 from zsi_contrastive.detector.backbone import make_backbone
-from zsi_contrastive.detector.config import DataOptions, DetectionOptions, TrainConfig, complete, default_split
+from zsi_contrastive.detector.config import DataOptions, DetectionOptions, TrainConfig, complete, complete_data
 from zsi_contrastive.detector.model import Parts, Sizes, ZeroShotMaskRCNN, channels_of, sizes_of
 from zsi_contrastive.detector.regions import Sampling
 from zsi_contrastive.detector.vectors import ClassVectors
@@ -30,6 +30,7 @@ class Loaded:
     split: Split
     vectors: ClassVectors
     detection: DetectionOptions
+    protocol: str
 
 
 def save_detector(
@@ -50,6 +51,7 @@ def save_detector(
         "sampling": asdict(sampling),
         "detection": asdict(config.detection),
         "split": asdict(split),
+        "protocol": config.data.protocol,
         "word_vectors": vectors.source,
         "by_column": vectors.by_column,
         "words": None if words is None else list(words.shape),
@@ -72,6 +74,7 @@ def load_detector(path: Path) -> Loaded:
         known["split"] = Split(split["name"], tuple(split["seen"]), tuple(split["unseen"]))
         known["vectors"] = ClassVectors(said["word_vectors"], background, seen, unseen, said["by_column"])
         known["detection"] = DetectionOptions(**said["detection"])
+        known["protocol"] = said.get("protocol", "zsi")
         sizes: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in said["sizes"].items()
         }
@@ -100,11 +103,12 @@ def chosen_data(asked: DataOptions, checkpoint: Path) -> tuple[DataOptions, int]
     if not file.is_file():
         if asked.data is None:
             raise LabError(f"--checkpoint {checkpoint}: holds no config.yaml that names its pictures; name --data")
-        return dataclasses.replace(asked, split=default_split(asked)), 0
+        return complete_data(asked), 0
     trained = complete(config_from_yaml(TrainConfig, file))
-    if asked.data is not None:
-        return dataclasses.replace(asked, split=asked.split or trained.data.split), trained.run.seed
-    return changed(trained.data, asked), trained.run.seed
+    own = trained.data
+    if asked.data is not None:  # other pictures: of the run's options only the rule by which they are taken
+        own = DataOptions(split=own.split, protocol=own.protocol, validation_fraction=own.validation_fraction)
+    return changed(own, asked), trained.run.seed
 
 
 def changed(trained: Options, asked: Options) -> Options:

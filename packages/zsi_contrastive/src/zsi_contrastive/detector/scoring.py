@@ -61,7 +61,13 @@ def scored(truth: Instances, results: Sequence[Mapping[str, Any]], categories: S
     rows = [row for row in results if row["category_id"] in wanted]
     for row in rows:
         if row["image_id"] not in pictures:
-            raise LabError(f"results: one is of the picture {row['image_id']}, which {truth.source} does not have")
+            some = f"is not among the {len(pictures)} of {truth.file_pictures} test pictures taken from {truth.source}"
+            lacks = (
+                f"{some}; score all of them with --all-pictures"
+                if truth.file_pictures > len(pictures)
+                else f"{truth.source} does not have"
+            )
+            raise LabError(f"results: one is of the picture {row['image_id']}, which {lacks}")
         if kind == "mask" and "segmentation" not in row:
             raise LabError("results: have no segmentation; score their boxes alone")
     known = {row["category_id"] for row in truth.annotations if not row["iscrowd"]}
@@ -159,8 +165,10 @@ def iou(one: Sequence[float], other: Sequence[float]) -> float:
     return shared / (one[2] * one[3] + other[2] * other[3] - shared)
 
 
-def read_results(path: Path) -> list[Result]:
-    """Reads COCO's result JSON; results that have masks alone get the boxes around them.
+def read_results(path: Path) -> tuple[list[Result], tuple[str, ...]]:
+    """Reads COCO's result JSON, and says what of it can be scored: keys of `KINDS`.
+
+    Results that have masks alone get the boxes around them, which say where they are but are not scored.
 
     Raises:
         LabError: it cannot be read, or is something else.
@@ -168,6 +176,7 @@ def read_results(path: Path) -> list[Result]:
     content = json_of(path, f"--results {path}")
     if not isinstance(content, list):
         raise LabError(f"--results {path}: is not a list, as COCO's results are")
+    around = False
     for place, row in enumerate(content):
         if not isinstance(row, dict) or not {"image_id", "category_id", "score"} <= row.keys():
             raise LabError(f"--results {path}: [{place}] lacks image_id, category_id or score")
@@ -183,7 +192,9 @@ def read_results(path: Path) -> list[Result]:
             raise LabError(f"--results {path}: [{place}] has neither a bbox nor a segmentation")
         if "bbox" not in row:
             row["bbox"] = [float(value) for value in rle.toBbox(outline)]
-    return content
+            around = True
+    masks = all("segmentation" in row for row in content)
+    return content, (("mask",) if masks and around else ("box", "mask") if masks else ("box",))
 
 
 def _is_compressed(outline: Any) -> bool:
