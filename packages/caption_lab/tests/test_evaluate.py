@@ -25,6 +25,25 @@ def test_evaluate_command(finished: Path, scenes: Path, tmp_path: Path) -> None:
     assert "--beams" in said("--beams", "none", code=2).stderr
 
 
+def test_pictures_that_a_run_learnt_from_are_not_its_test(
+    options: tuple[object, ...], scenes: Path, tmp_path: Path
+) -> None:
+    """Without lists the seed divides: a run with --seed 1 has other test pictures than one with --seed 0."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    lab_commands.here("caption_lab.train", *options, "--max-steps", "1", "--seed", "1", "--no-report", "--output", run)
+    said = ("--checkpoint", run / "model", "--data", scenes, "--beams", "1", "--output", out)
+    refused = lab_commands.here("caption_lab.evaluate", *said, "--seed", "0", code=2).errors
+    assert len(refused) == 1
+    assert "of these 6 pictures; divide them as it did: --seed 1" in refused[0]
+    lab_commands.here("caption_lab.evaluate", *said)
+    splits, asked = (json.loads((run / "splits.json").read_text()), json.loads((out / "captions.json").read_text()))
+    assert [row["image"] for row in asked] == splits["test"]["pictures"]
+    scst = ("--model", "show_attend_tell", "--objective", "scst", "--data", scenes, "--output", tmp_path / "scst")
+    refused = lab_commands.here("caption_lab.train", *scst, "--start", run, code=2).errors
+    assert len(refused) == 1
+    assert f"--start {run}: was trained on" in refused[0]
+
+
 def test_scores_of_an_earlier_version_are_marked() -> None:
     def entry(name: str, *scorers: str | None) -> Entry:
         results = {seed: {"test": {} if one is None else {"scorer": one}} for seed, one in enumerate(scorers)}

@@ -187,6 +187,8 @@ class EvaluateConfig:
     data: CaptionDataOptions = field(default_factory=CaptionDataOptions)
     split: Literal["train", "validation", "test", "all"] = "test"
     """The pictures to describe; without --data, of the run's own."""
+    seed: Annotated[int | None, number(int, "[0, inf)", None)] = None
+    """Seed by which pictures without official lists are divided; by default the run's, and 0 for a released model."""
     beams: str = "1,3,5"
     """Beam widths to compare, separated by commas."""
     decoding: DecodingOptions = field(default_factory=DecodingOptions)

@@ -14,14 +14,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from caption_lab.config import FINISHED, TRAIN, EvaluateConfig, TrainConfig
-from caption_lab.data import drawn_scenes, read_data
+from caption_lab.config import FINISHED, TRAIN, EvaluateConfig
+from caption_lab.data import check_unseen, drawn_scenes, options_of_run, read_data, same_data
 from caption_lab.released import ClipJudge, JudgedPictures, ReleasedCaptioner, is_released, load_released
 from caption_lab.report import evaluation_sections, print_scores, published_section, score_columns
 from caption_lab.saved import Captioner, load_captioner
 from caption_lab.vocabulary import TOKENS
 from labs_common.caption_metrics import METRICS, SCORER, CaptionScores, captions_of_others, score_captions
-from labs_common.cli import config_from_yaml, to_plain
+from labs_common.cli import to_plain
 from labs_common.data.captions import CaptionedPictures, PictureTensors, read_undivided
 from labs_common.decoding import written_captions
 from labs_common.device import inference_accelerator
@@ -160,22 +160,25 @@ def chosen_pictures(config: EvaluateConfig, checkpoint: Path) -> tuple[Captioned
     """Reads the pictures of --data, or of the run itself; returns with them what drawn ones show and --data.
 
     Raises:
-        LabError: they cannot be read, or the run does not say which pictures it had.
+        LabError: they cannot be read, or the run does not say which pictures it had, or learnt from some of them.
     """
-    options, seed = config.data, 0
+    options, trained = config.data, options_of_run(checkpoint)
     if options.data is None:
-        file = checkpoint / "config.yaml"
-        if not file.is_file():
+        if trained is None:
             raise LabError(f"--checkpoint {checkpoint}: holds no config.yaml that names its pictures; name --data")
-        trained = config_from_yaml(TrainConfig, file)
-        options = replace(
-            trained.data, on_bad_data=config.data.on_bad_data, limit=options.limit or trained.data.limit,
-            splits=options.splits or trained.data.splits,
-        )  # fmt: skip
-        seed = trained.run.seed
-    whole = config.split == "all"
-    data = read_undivided(options, seed, drawn_scenes) if whole else read_data(options, seed, shown=True)
-    return data.splits[config.split], data.truth, options.data
+        options = replace(options, data=trained.data.data, limit=options.limit or trained.data.limit)
+    if trained and options.splits is None and same_data(options.data, trained.data.data):
+        options = replace(options, splits=trained.data.splits)
+    # Data without lists are divided as for the run: its test pictures stay those that it did not learn from.
+    seed = config.seed if config.seed is not None else trained.run.seed if trained else 0
+    if config.split == "all":
+        data = read_undivided(options, seed, drawn_scenes)
+    else:
+        data = read_data(options, seed, shown=True)
+    pictures = data.splits[config.split]
+    if config.split in ("validation", "test"):
+        check_unseen(pictures, checkpoint, options.data, "--checkpoint")
+    return pictures, data.truth, options.data
 
 
 def _beams(config: EvaluateConfig) -> list[int]:
