@@ -1,5 +1,6 @@
 """Metrics of captions against coco-caption's own code and nltk's."""
 
+import math
 import shutil
 from typing import Any
 
@@ -60,6 +61,14 @@ def test_bleu_is_that_of_coco_caption_and_nltk(corpus: tuple) -> None:
     for order in range(1, 5):
         weights = tuple(1 / order for _ in range(order))
         assert ours[order - 1] == pytest.approx(100 * nltk.corpus_bleu(references, captions, weights), rel=1e-6)
+
+
+def test_length_ratio_is_what_the_brevity_penalty_sees() -> None:
+    references = [[["a", "red", "dog", "runs"], ["one", "dog"]], [["two", "cats", "sit", "there", "now"]]]
+    captions = [["a", "red", "dog"], ["two", "cats", "sit"]]  # 3 words are as near to 4 as to 2: the shorter counts
+    found = caption_metrics(captions, references)
+    assert found["length-ratio"] == pytest.approx(6 / 7)
+    assert found["bleu-1"] == pytest.approx(100 * math.exp(1 - 7 / 6)), "all words are right: the penalty alone is left"
 
 
 def test_rouge_l_and_cider_are_those_of_coco_caption(corpus: tuple) -> None:

@@ -55,7 +55,7 @@ def evaluate(config: EvaluateConfig) -> None:
     name = f"evaluation-{config.split}"
     folder = Path("runs") / f"{checkpoint.name}-{name}" if released else checkpoint / name
     output = new_folder(config.output, folder)
-    pictures, truth, source = chosen_pictures(config, checkpoint)
+    pictures, truth = chosen_pictures(config, checkpoint)
     accelerator = inference_accelerator()
     judged = clip.look(pictures, accelerator.device) if clip else None
     kept: dict[int, torch.Tensor] = {}
@@ -86,7 +86,7 @@ def evaluate(config: EvaluateConfig) -> None:
             asked_section(config),
             Section("Beam widths", [Table(("beam", *columns.values()), rows, caption)]),
             *evaluation_sections(run, found[best], pictures, truth, captioner, replace(config.decoding, beam=best)),
-            published_section({captioner.kind: metrics}, source),
+            published_section({captioner.kind: metrics}, pictures, config.split, bool(truth)),
         ]
         said = ", ".join(f"{METRICS[key]} {metrics[key]:.3g}" for key in ("bleu-1", "bleu-4", "cider"))
         summary = f"{len(pictures)} pictures, beam {best}: {said}."
@@ -156,8 +156,8 @@ def _captions(
     )  # fmt: skip
 
 
-def chosen_pictures(config: EvaluateConfig, checkpoint: Path) -> tuple[CaptionedPictures, dict[str, Scene], str | None]:
-    """Reads the pictures of --data, or of the run itself; returns with them what drawn ones show and --data.
+def chosen_pictures(config: EvaluateConfig, checkpoint: Path) -> tuple[CaptionedPictures, dict[str, Scene]]:
+    """Reads the pictures of --data, or of the run itself; returns with them what drawn ones show.
 
     Raises:
         LabError: they cannot be read, or the run does not say which pictures it had, or learnt from some of them.
@@ -178,7 +178,7 @@ def chosen_pictures(config: EvaluateConfig, checkpoint: Path) -> tuple[Captioned
     pictures = data.splits[config.split]
     if config.split in ("validation", "test"):
         check_unseen(pictures, checkpoint, options.data, "--checkpoint")
-    return pictures, data.truth, options.data
+    return pictures, data.truth
 
 
 def _beams(config: EvaluateConfig) -> list[int]:
