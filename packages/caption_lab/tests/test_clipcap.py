@@ -10,7 +10,8 @@ import torch
 from labs_testing.commands import here
 from labs_testing.trainings import newest
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from caption_lab.clipcap import ClipCap, language_vocabulary, load_language
 from caption_lab.config import DecoderOptions, VocabularyOptions
@@ -54,9 +55,19 @@ def test_captions_are_tokens_of_the_model(name: str, languages: dict[str, Path],
     assert len(vocabulary) == 4 + AutoModelForCausalLM.from_pretrained(languages[name]).config.vocab_size
     short = language_vocabulary([CAPTION], VocabularyOptions(max_length=3), str(languages[name]))
     assert short.encode(CAPTION) == [*numbers[:4], END]
-    vocabulary.save(tmp_path)
-    again = load_language(tmp_path)
-    assert (again.words, again.length, again.encode(CAPTION)) == (vocabulary.words, vocabulary.length, numbers)
+    roomy = language_vocabulary([CAPTION], VocabularyOptions(max_length=30), str(languages[name]))
+    for padded in (False, True):  # as it is saved, and as it was in earlier versions
+        roomy.save(tmp_path)
+        theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+        assert theirs("a red star left of two moons").input_ids == [number - 4 for number in numbers[1:-1]]
+        if padded:
+            fixed = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+            fixed.enable_padding(pad_id=0, pad_token="<pad>", length=12)
+            fixed.enable_truncation(4)
+            fixed.save(str(tmp_path / "tokenizer.json"))
+        again = load_language(tmp_path)
+        assert (again.words, again.length) == (roomy.words, 30)
+        assert again.encode(CAPTION) == numbers
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

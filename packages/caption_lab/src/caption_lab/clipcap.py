@@ -53,6 +53,10 @@ class LanguageVocabulary(Vocabulary):
         """The model's own."""
         return self.language
 
+    def for_others(self) -> Tokenizer:
+        """Returns the model's own as it is: it knows none of the special words here."""
+        return self.language
+
     def encode(self, caption: str) -> list[int]:
         """Turns a caption into numbers: `<start>`, the first `length` tokens of its cleaned words, `<end>`."""
         tokens = self.language.encode(" ".join(self.cleaning.words(caption)), add_special_tokens=False).ids
@@ -105,6 +109,8 @@ def load_language(folder: Path) -> LanguageVocabulary:
         language = Tokenizer.from_file(str(folder / TOKENIZER))
     except Exception as error:  # tokenizers raises nothing more special
         raise LabError(f"{folder / TOKENIZER}: cannot be read ({error})") from error
+    language.no_padding()  # which those of before have: pads would be read as words
+    language.no_truncation()
     return LanguageVocabulary(found.words, found.cleaning, found.length, language)
 
 

@@ -123,11 +123,14 @@ class Vocabulary:
         """Writes `vocabulary.json` and `tokenizer.json`, each in one move."""
         said = {"words": self.words, "cleaning": asdict(self.cleaning), "length": self.length}
         write_atomically(folder / FILE, json.dumps(said, ensure_ascii=False, indent=1) + "\n")
-        # Whoever loads it gets captions of one length, cut as `encode` cuts them, with a mask of what is padding.
+        write_atomically(folder / TOKENIZER, self.for_others().to_str(pretty=True) + "\n")
+
+    def for_others(self) -> Tokenizer:
+        """Returns a tokenizer that gives captions of one length, cut as `encode` does, with a mask of the padding."""
         fixed, length = Tokenizer.from_str(self.tokenizer.to_str()), self.length + 2
         fixed.enable_truncation(length)
         fixed.enable_padding(pad_id=PAD, pad_token=SPECIAL[PAD], length=length)
-        write_atomically(folder / TOKENIZER, fixed.to_str(pretty=True) + "\n")
+        return fixed
 
 
 def load_vocabulary(folder: Path) -> Vocabulary:
