@@ -194,6 +194,9 @@ class EvaluateConfig:
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
     clip_score: str = ""
     """Judge captions by this CLIP of transformers too, a hub id or directory: openai/clip-vit-base-patch32."""
+    prompt: str = ""
+    """What the captions of a released BLIP or GIT begin with, which is cut off; by default "a picture of" for BLIP, as
+    its authors do; none goes without."""
     batch_size: Count = 64
     """Pictures at once."""
     output: Path | None = None

@@ -16,7 +16,14 @@ from accelerate.utils import set_seed
 
 from caption_lab.config import FINISHED, TRAIN, EvaluateConfig
 from caption_lab.data import check_unseen, drawn_scenes, options_of_run, read_data, same_data
-from caption_lab.released import ClipJudge, JudgedPictures, ReleasedCaptioner, is_released, load_released
+from caption_lab.released import (
+    NO_PROMPT,
+    ClipJudge,
+    JudgedPictures,
+    ReleasedCaptioner,
+    is_released,
+    load_released,
+)
 from caption_lab.report import evaluation_sections, print_scores, published_section, score_columns
 from caption_lab.saved import Captioner, load_captioner
 from caption_lab.vocabulary import TOKENS
@@ -50,7 +57,14 @@ def evaluate(config: EvaluateConfig) -> None:
     check_new(config.output)
     checkpoint = config.checkpoint or newest_run(FINISHED, TRAIN)
     released = is_released(checkpoint)
-    captioner: Captioner | ReleasedCaptioner = load_released(checkpoint) if released else load_captioner(checkpoint)
+    captioner: Captioner | ReleasedCaptioner
+    if released:
+        captioner = load_released(checkpoint, config.prompt)
+        config = replace(config, prompt=captioner.prompt or NO_PROMPT)  # what is used, for the report
+    elif config.prompt:
+        raise LabError("--prompt: works with a released model only; drop it")
+    else:
+        captioner = load_captioner(checkpoint)
     clip = ClipJudge(config.clip_score) if config.clip_score else None
     name = f"evaluation-{config.split}"
     folder = Path("runs") / f"{checkpoint.name}-{name}" if released else checkpoint / name
