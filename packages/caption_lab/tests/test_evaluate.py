@@ -23,6 +23,7 @@ def test_evaluate_command(finished: Path, scenes: Path, tmp_path: Path) -> None:
     said("--beams", "1", "--data", scenes, "--split", "all", "--output", tmp_path / "all")
     assert json.loads((tmp_path / "all" / "evaluation.json").read_text())["pictures"] == 60
     assert "--beams" in said("--beams", "none", code=2).stderr
+    assert "--prompt: works with a released model only" in said("--prompt", "a", code=2).errors[0]
 
 
 def test_pictures_that_a_run_learnt_from_are_not_its_test(

@@ -163,6 +163,7 @@ def test_a_prompt_is_gone_on_from_and_cut_off(
     monkeypatch.setattr(released.network, "generate", lambda **how: [asked.append(how), generate(**how)][1])
     released.captions(few, inference_accelerator(), 4, DecodingOptions(top_p=0.9), "")
     assert (asked[0]["top_p"], asked[0]["top_k"]) == (0.9, 0), "transformers' own is 50"
+    assert ("input_ids" in asked[0]) == (family is blip)
 
 
 @pytest.mark.parametrize("family", [blip, git, vit_gpt2])
@@ -170,12 +171,8 @@ def test_captions_are_those_of_generate(family: Any, test_pictures: CaptionedPic
     torch.manual_seed(1)
     model = family(tmp_path).from_pretrained(tmp_path).eval()
     processor, tokenizer = AutoImageProcessor.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    prompt = "" if family is vit_gpt2 else "none"
-    released, accelerator, few = (
-        load_released(tmp_path, prompt),
-        inference_accelerator(),
-        test_pictures.subset([0, 2, 4]),
-    )
+    released, accelerator = load_released(tmp_path, "none"), inference_accelerator()
+    few = test_pictures.subset([0, 2, 4])
     different = set()
     for beam in (1, 3):
         options = DecodingOptions(beam=beam, no_repeat=2)
@@ -264,6 +261,9 @@ def test_what_is_no_captioner_and_no_clip(
         done = here("caption_lab.evaluate", option, value, "--data", scenes, code=2)
         assert len(done.errors) == 1
         assert said in done.errors[0]
+    vit_gpt2(tmp_path / "vit_gpt2")
+    with pytest.raises(LabError, match="--prompt: works with blip and git only"):
+        load_released(tmp_path / "vit_gpt2", "a")
     git(tmp_path)
     with pytest.raises(LabError, match=r"--clip-score .* is no CLIP"):
         ClipJudge(str(tmp_path))
