@@ -102,6 +102,34 @@ def test_a_step_at_a_time_is_all_at_once(name: str, prefix: int, lora: int, lang
         assert total == pytest.approx(float(logs.gather(1, torch.tensor(words)[:, None]).sum()), abs=1e-3)
 
 
+def test_captions_of_about_one_length_are_read_together(
+    languages: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is computed from <end> on; what is read is as each caption alone has it, and so is the gradient."""
+    monkeypatch.setattr("caption_lab.vocabulary.GROUP", 2)
+    decoder, features = made(languages["gpt2"])
+    captions = [[START, 9], [START, 11, 24, 13, 14, 40], [START, 13, 11], [START]]
+    words = torch.tensor([[*caption, END, *[0] * 6][:7] for caption in captions])
+    of, lengths = torch.tensor([3, 0, 3, 1]), []
+    decoder.language.register_forward_pre_hook(
+        lambda module, given, named: lengths.append(named["logits_to_keep"]), with_kwargs=True
+    )
+    logits = decoder(features, words, of).logits
+    assert lengths == [6, 2], "captions of 6 and 3 words, then of 2 and 1"
+    alone = [
+        decoder(features[place : place + 1], torch.tensor([caption])).logits[0]
+        for place, caption in zip(of.tolist(), captions, strict=True)
+    ]
+    there = [logits[row, : len(caption)] for row, caption in enumerate(captions)]
+    parameter = decoder.to_prefix[0].weight
+    gradients = [
+        torch.autograd.grad(sum(p.softmax(-1).square().sum() for p in parts), parameter)[0] for parts in (there, alone)
+    ]
+    for one, other in zip([*there, gradients[0]], [*alone, gradients[1]], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    assert gradients[0].any()
+
+
 @pytest.mark.parametrize("lora", [0, 2])
 def test_only_the_prefix_and_low_rank_matrices_learn(lora: int, languages: dict[str, Path]) -> None:
     decoder, features = made(languages["gpt2"], lora=lora)

@@ -5,7 +5,7 @@ transformers and PEFT are imported where a language model is built: they take se
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from caption_lab.vocabulary import (
     Vocabulary,
     cleaning_of,
     covering_length,
+    in_groups,
     load_vocabulary,
 )
 from labs_common.decoding import NextWord, Output, Tensors
@@ -209,11 +210,7 @@ class ClipCap(nn.Module):
 
         `of_features` (captions,) says whose captions they are; without it there is one of each picture.
         """
-        prefix = self._prefix(features)
-        prefix = prefix if of_features is None else prefix[of_features]
-        given = torch.cat([prefix, self._embedded(words[:, 1:])], 1)  # (captions, prefix + length - 1, width)
-        logits = self.language(inputs_embeds=given, use_cache=False, logits_to_keep=words.shape[1]).logits
-        return Output(self._of_words(logits), None)
+        return in_groups(self, partial(self._read_all, self._prefix(features)), words, of_features)
 
     def begin(self, features: torch.Tensor) -> tuple[Tensors, Tensors]:
         """Returns `fixed` and `moving` before the first word, with one beam: keys and values of the prefix.
@@ -229,6 +226,12 @@ class ClipCap(nn.Module):
         given = torch.where((words == START)[..., None], fixed["last"][:, None], self._embedded(words))
         logits, moved = self._read(given.flatten(0, 1)[:, None], moving, words.shape[1])
         return NextWord(self._of_words(logits).unflatten(0, words.shape), moved, None)
+
+    def _read_all(self, prefix: torch.Tensor, words: torch.Tensor, of_prefix: torch.Tensor | None) -> torch.Tensor:
+        """Reads words (captions, length) after prefixes (pictures, prefix, width); returns the logits of the next."""
+        prefix = prefix if of_prefix is None else prefix[of_prefix]
+        given = torch.cat([prefix, self._embedded(words[:, 1:])], 1)  # (captions, prefix + length - 1, width)
+        return self._of_words(self.language(inputs_embeds=given, use_cache=False, logits_to_keep=words.shape[1]).logits)
 
     def _read(self, given: torch.Tensor, moving: Tensors, beams: int) -> tuple[torch.Tensor, Tensors]:
         """Reads embeddings (pictures * beams, …, width) after what is in `moving`; returns the last one's logits."""
