@@ -11,7 +11,7 @@ from labs_testing.commands import here
 from labs_testing.trainings import newest
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, PreTrainedTokenizerFast
 
 from caption_lab.clipcap import ClipCap, language_vocabulary, load_language
 from caption_lab.config import DecoderOptions, VocabularyOptions
@@ -182,6 +182,8 @@ BAD: list[tuple[tuple[Any, ...], str]] = [
     (("--model", "clipcap", "--min-count", "2"), "--min-count"),
     (("--model", "clipcap", "--language-model", "LLAMA", "--prefix", "2040"), "reads 2048 vectors and tokens"),
     (("--model", "clipcap", "--language-model", "no/such/model"), "--language-model no/such/model"),
+    (("--model", "clipcap", "--language-model", "MAMBA"), "does not go on from keys and values"),
+    (("--model", "clipcap", "--heads", "4"), "--width, --layers, --heads: --model clipcap has those of"),
 ]
 
 
@@ -189,7 +191,12 @@ BAD: list[tuple[tuple[Any, ...], str]] = [
 def test_bad_input_is_one_line(
     arguments: tuple[Any, ...], said: str, languages: dict[str, Path], scenes: Path, tmp_path: Path
 ) -> None:
-    arguments = tuple(str(languages["llama"]) if one == "LLAMA" else one for one in arguments)
+    if "MAMBA" in arguments:
+        shutil.copytree(languages["llama"], tmp_path / "mamba", ignore=shutil.ignore_patterns("*.safetensors"))
+        config = MambaConfig(vocab_size=300, hidden_size=16, state_size=4, num_hidden_layers=1, eos_token_id=0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mamba")
+    places = {"LLAMA": str(languages["llama"]), "MAMBA": str(tmp_path / "mamba")}
+    arguments = tuple(places.get(one, one) for one in arguments)
     done = here(
         "caption_lab.train", *arguments, "--data", scenes, "--no-pretrained", "--output", tmp_path / "run", code=2
     )

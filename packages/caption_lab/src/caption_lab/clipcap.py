@@ -120,6 +120,20 @@ def language_path(name: str) -> str:
     return str(tiny_language_model()) if name == TINY_LANGUAGE else name
 
 
+@torch.no_grad()
+def keeps_keys(model: Any) -> bool:
+    """Tells whether a language model goes on from keys and values of each layer: reads one vector and looks."""
+    from transformers import DynamicCache  # takes seconds
+
+    cache: Any = DynamicCache()
+    given = model.get_input_embeddings().weight[:1, None]
+    try:
+        model.eval()(inputs_embeds=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    except Exception:  # recurrent and mixed models fail at any place
+        return False
+    return bool(cache.layers) and all(getattr(layer, "keys", None) is not None for layer in cache.layers)
+
+
 class TiedHead(nn.Module):
     """Turns states into logits by the input embeddings, so that weights which are one are saved once."""
 
@@ -157,6 +171,9 @@ class ClipCap(nn.Module):
                            f"captions have up to {length}")  # fmt: skip
         model.tie_weights()
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        if getattr(head, "weight", None) is None or not (embedding.weight.is_meta or keeps_keys(model)):
+            raise LabError(f"{said}: {type(model).__name__} has no plain head, or does not go on from keys and values; "
+                           f"{REMEDY}")  # fmt: skip
         if head.weight is embedding.weight:
             model.set_output_embeddings(TiedHead(embedding))
         if options.lora:
