@@ -5,8 +5,11 @@ import pytest
 from labs_testing import commands as lab_commands
 
 from caption_lab.compare import scorer_notes
+from caption_lab.config import EvaluateConfig
+from caption_lab.evaluate import _shown
 from labs_common.caption_metrics import SCORER
 from labs_common.compare.collect import Entry
+from labs_common.options import DecodingOptions
 
 
 @pytest.mark.alone
@@ -18,8 +21,13 @@ def test_evaluate_command(finished: Path, scenes: Path, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "own" / "evaluation.json").read_text())
     results = json.loads((finished / "results.json").read_text())
     assert found["by beam"]["3"] == pytest.approx(results["test"]["metrics"]), "the run's own test pictures again"
-    assert "Beam widths" in (tmp_path / "own" / "report.html").read_text()
+    assert (tmp_path / "own" / "captions.json").read_bytes() == (finished / "captions.json").read_bytes()
+    assert "What follows is of beam 3" in (tmp_path / "own" / "report.html").read_text()
     assert found["scorer"] == results["test"]["scorer"] == SCORER
+    beams = (([1, 5], 3, 1, 1), ([1, 3], 3, 3, 3), ([1, 3], 3, 1, 1), ([1, 3, 5], 5, 1, 5))
+    for widths, asked, of_run, shown in beams:  # whatever their scores
+        (tmp_path / "config.yaml").write_text(f"decoding:\n  beam: {of_run}\n")
+        assert _shown(EvaluateConfig(decoding=DecodingOptions(beam=asked)), widths, tmp_path) == shown
     said("--beams", "1", "--data", scenes, "--split", "all", "--output", tmp_path / "all")
     assert json.loads((tmp_path / "all" / "evaluation.json").read_text())["pictures"] == 60
     assert "--beams" in said("--beams", "none", code=2).stderr

@@ -245,9 +245,9 @@ def test_a_released_captioner_is_evaluated_as_ours_are(
     here("caption_lab.evaluate", *asked, "--data", scenes)
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     said = [row["caption"] for row in json.loads((tmp_path / "out" / "captions.json").read_text())]
-    best = max(found["by beam"].values(), key=lambda metrics: metrics["cider"])
+    first = found["by beam"]["1"]  # --beam 3 is not among them
     judged = ClipJudge(str(clip)).look(test_pictures, torch.device("cpu")).scores(said)
-    assert {key: best[key] for key in judged} == pytest.approx(judged)
+    assert {key: first[key] for key in judged} == pytest.approx(judged)
     html = (tmp_path / "out" / "report.html").read_text()
     assert "RefCLIPScore" in html
     assert "favour captioners" in html

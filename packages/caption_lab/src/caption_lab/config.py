@@ -190,7 +190,8 @@ class EvaluateConfig:
     seed: Annotated[int | None, number(int, "[0, inf)", None)] = None
     """Seed by which pictures without official lists are divided; by default the run's, and 0 for a released model."""
     beams: str = "1,3,5"
-    """Beam widths to compare, separated by commas."""
+    """Beam widths to compare, separated by commas. Captions shown are of --beam, by default the run's; if it is not
+    among these, of the first."""
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
     clip_score: str = ""
     """Judge captions by this CLIP of transformers too, a hub id or directory: openai/clip-vit-base-patch32."""

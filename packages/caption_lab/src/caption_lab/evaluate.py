@@ -72,7 +72,7 @@ def evaluate(config: EvaluateConfig) -> None:
     pictures, truth = chosen_pictures(config, checkpoint)
     accelerator = inference_accelerator()
     judged = clip.look(pictures, accelerator.device) if clip else None
-    kept: dict[int, torch.Tensor] = {}
+    kept: dict[int, torch.Tensor] | None = {} if len(beams) > 1 else None
     found = {
         beam: evaluate_captioner(captioner, pictures, truth, replace(config.decoding, beam=beam), accelerator,
                                  config.batch_size, kept, judged)
@@ -82,28 +82,28 @@ def evaluate(config: EvaluateConfig) -> None:
         return
     (output / "figures").mkdir(parents=True, exist_ok=True)
     run = Run(output)
-    best = max(beams, key=lambda beam: found[beam].metrics["cider"])
-    metrics = found[best].metrics
+    shown = _shown(config, beams, checkpoint)
+    metrics = found[shown].metrics
     scores = {str(beam): found[beam].metrics for beam in beams}
     run.save_json(
         "evaluation.json", {"config": to_plain(config), "pictures": len(pictures), "scorer": SCORER, "by beam": scores}
     )
-    run.save_json("captions.json", captions_json(pictures, found[best].captions))
+    run.save_json("captions.json", captions_json(pictures, found[shown].captions))
     for beam in beams:
         console.print(f"beam {beam}")
         print_scores(found[beam])
     columns = score_columns(metrics)
     rows = [(beam, *(found[beam].metrics[key] for key in columns)) for beam in beams]
-    caption = f"What follows is of beam {best}, with the highest CIDEr-D."
+    caption = f"What follows is of beam {shown}, chosen beforehand: the best here would be chosen on these pictures."
     with making_report():
         sections = [
             asked_section(config),
             Section("Beam widths", [Table(("beam", *columns.values()), rows, caption)]),
-            *evaluation_sections(run, found[best], pictures, truth, captioner, replace(config.decoding, beam=best)),
+            *evaluation_sections(run, found[shown], pictures, truth, captioner, replace(config.decoding, beam=shown)),
             published_section({captioner.kind: metrics}, pictures, config.split, bool(truth)),
         ]
         said = ", ".join(f"{METRICS[key]} {metrics[key]:.3g}" for key in ("bleu-1", "bleu-4", "cider"))
-        summary = f"{len(pictures)} pictures, beam {best}: {said}."
+        summary = f"{len(pictures)} pictures, beam {shown}: {said}."
         print(f"report: {write_report(run, f'Evaluation of {checkpoint.name}', summary, sections)}")
 
 
@@ -193,6 +193,14 @@ def chosen_pictures(config: EvaluateConfig, checkpoint: Path) -> tuple[Captioned
     if config.split in ("validation", "test"):
         check_unseen(pictures, checkpoint, options.data, "--checkpoint")
     return pictures, data.truth
+
+
+def _shown(config: EvaluateConfig, beams: Sequence[int], checkpoint: Path) -> int:
+    """Returns the width whose captions are shown: that of --beam, of the run or the first, whatever their scores."""
+    asked, trained = config.decoding.beam, options_of_run(checkpoint)
+    if trained and asked == DecodingOptions.beam:
+        asked = trained.decoding.beam
+    return asked if asked in beams else beams[0]
 
 
 def _beams(config: EvaluateConfig) -> list[int]:
