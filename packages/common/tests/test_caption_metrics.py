@@ -51,13 +51,13 @@ def as_dicts(captions: list[list[str]], references: list[list[list[str]]]) -> tu
 
 def test_bleu_is_that_of_coco_caption_and_nltk(corpus: tuple) -> None:
     captions, references = corpus
-    ours = bleu(captions, references)
+    ours = [found.score for found in bleu(captions, references)]
     peer = pytest.importorskip("pycocoevalcap.bleu.bleu", reason="an independent BLEU")
     theirs, _ = peer.Bleu(4).compute_score(*as_dicts(captions, references), verbose=0)
     assert ours == pytest.approx([100 * value for value in theirs], rel=1e-6)
     nltk = pytest.importorskip("nltk.translate.bleu_score", reason="another independent BLEU")
     captions, references = captions[1:], references[1:]  # nltk counts n-grams of captions that are too short for one
-    ours = bleu(captions, references)
+    ours = [found.score for found in bleu(captions, references)]
     for order in range(1, 5):
         weights = tuple(1 / order for _ in range(order))
         assert ours[order - 1] == pytest.approx(100 * nltk.corpus_bleu(references, captions, weights), rel=1e-6)
@@ -89,7 +89,7 @@ def test_as_many_references_as_there_are(corpus: tuple) -> None:
     captions, references = captions[1:], references[1:]
     fewer = [those[: 1 + place % 5] for place, those in enumerate(references)]
     nltk = pytest.importorskip("nltk.translate.bleu_score", reason="an independent BLEU")
-    assert bleu(captions, fewer)[3] == pytest.approx(100 * nltk.corpus_bleu(fewer, captions), rel=1e-6)
+    assert bleu(captions, fewer)[3].score == pytest.approx(100 * nltk.corpus_bleu(fewer, captions), rel=1e-6)
 
 
 def test_perfect_and_empty_captions() -> None:

@@ -124,7 +124,7 @@ def caption_metrics(captions: Sequence[Words], references: Sequence[Sequence[Wor
     BLEU and ROUGE-L are in per cent as in the papers, CIDEr-D as coco-caption gives it (1.0 is usually printed as 100).
     The length ratio is words of the captions over those of the nearest references: what BLEU's brevity penalty sees.
     """
-    scores = _bleu(captions, references)
+    scores = bleu(captions, references)
     found = {f"bleu-{order}": float(score.score) for order, score in enumerate(scores, 1)}
     found["length-ratio"] = scores[0].sys_len / scores[0].ref_len
     found["rouge-l"] = 100 * float(np.mean([rouge_l(c, r) for c, r in zip(captions, references, strict=True)]))
@@ -132,12 +132,8 @@ def caption_metrics(captions: Sequence[Words], references: Sequence[Sequence[Wor
     return found | diversity(captions)
 
 
-def bleu(captions: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
+def bleu(captions: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[BLEUScore]:
     """Computes BLEU-1 to BLEU-4 in per cent, of the corpus, not smoothed (Papineni et al. 2002)."""
-    return [float(score.score) for score in _bleu(captions, references)]
-
-
-def _bleu(captions: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[BLEUScore]:
     most = max(map(len, references))
     # sacrebleu takes the first reference of every picture, then the second, …; None where there is none.
     streams: Any = [[" ".join(r[place]) if place < len(r) else None for r in references] for place in range(most)]
