@@ -188,7 +188,7 @@ class EvaluateConfig:
     split: Literal["train", "validation", "test", "all"] = "test"
     """The pictures to describe; without --data, of the run's own."""
     seed: Annotated[int | None, number(int, "[0, inf)", None)] = None
-    """Seed by which pictures without official lists are divided; by default the run's, and 0 for a released model."""
+    """Seed of the splits of data without official lists; by default the run's, and 0 for a released model."""
     beams: str = "1,3,5"
     """Beam widths to compare, separated by commas. Captions shown are of --beam, by default the run's; if it is not
     among these, of the first."""
