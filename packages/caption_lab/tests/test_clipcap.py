@@ -10,7 +10,8 @@ import torch
 from labs_testing.commands import here
 from labs_testing.trainings import newest
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, PreTrainedTokenizerFast
 
 from caption_lab.clipcap import ClipCap, language_vocabulary, load_language
 from caption_lab.config import DecoderOptions, VocabularyOptions
@@ -54,9 +55,19 @@ def test_captions_are_tokens_of_the_model(name: str, languages: dict[str, Path],
     assert len(vocabulary) == 4 + AutoModelForCausalLM.from_pretrained(languages[name]).config.vocab_size
     short = language_vocabulary([CAPTION], VocabularyOptions(max_length=3), str(languages[name]))
     assert short.encode(CAPTION) == [*numbers[:4], END]
-    vocabulary.save(tmp_path)
-    again = load_language(tmp_path)
-    assert (again.words, again.length, again.encode(CAPTION)) == (vocabulary.words, vocabulary.length, numbers)
+    roomy = language_vocabulary([CAPTION], VocabularyOptions(max_length=30), str(languages[name]))
+    for padded in (False, True):  # as it is saved, and as it was in earlier versions
+        roomy.save(tmp_path)
+        theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+        assert theirs("a red star left of two moons").input_ids == [number - 4 for number in numbers[1:-1]]
+        if padded:
+            fixed = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+            fixed.enable_padding(pad_id=0, pad_token="<pad>", length=12)
+            fixed.enable_truncation(4)
+            fixed.save(str(tmp_path / "tokenizer.json"))
+        again = load_language(tmp_path)
+        assert (again.words, again.length) == (roomy.words, 30)
+        assert again.encode(CAPTION) == numbers
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -89,6 +100,34 @@ def test_a_step_at_a_time_is_all_at_once(name: str, prefix: int, lora: int, lang
         logits = decoder(features[place : place + 1], torch.tensor([[START, *words[:-1]]])).logits.detach()
         logs = logits.index_fill(-1, torch.tensor(TOKENS.never), -torch.inf).log_softmax(-1)[0]
         assert total == pytest.approx(float(logs.gather(1, torch.tensor(words)[:, None]).sum()), abs=1e-3)
+
+
+def test_captions_of_about_one_length_are_read_together(
+    languages: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is computed from <end> on; what is read is as each caption alone has it, and so is the gradient."""
+    monkeypatch.setattr("caption_lab.vocabulary.GROUP", 2)
+    decoder, features = made(languages["gpt2"])
+    captions = [[START, 9], [START, 11, 24, 13, 14, 40], [START, 13, 11], [START]]
+    words = torch.tensor([[*caption, END, *[0] * 6][:7] for caption in captions])
+    of, lengths = torch.tensor([3, 0, 3, 1]), []
+    decoder.language.register_forward_pre_hook(
+        lambda module, given, named: lengths.append(named["logits_to_keep"]), with_kwargs=True
+    )
+    logits = decoder(features, words, of).logits
+    assert lengths == [6, 2], "captions of 6 and 3 words, then of 2 and 1"
+    alone = [
+        decoder(features[place : place + 1], torch.tensor([caption])).logits[0]
+        for place, caption in zip(of.tolist(), captions, strict=True)
+    ]
+    there = [logits[row, : len(caption)] for row, caption in enumerate(captions)]
+    parameter = decoder.to_prefix[0].weight
+    gradients = [
+        torch.autograd.grad(sum(p.softmax(-1).square().sum() for p in parts), parameter)[0] for parts in (there, alone)
+    ]
+    for one, other in zip([*there, gradients[0]], [*alone, gradients[1]], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    assert gradients[0].any()
 
 
 @pytest.mark.parametrize("lora", [0, 2])
@@ -143,6 +182,8 @@ BAD: list[tuple[tuple[Any, ...], str]] = [
     (("--model", "clipcap", "--min-count", "2"), "--min-count"),
     (("--model", "clipcap", "--language-model", "LLAMA", "--prefix", "2040"), "reads 2048 vectors and tokens"),
     (("--model", "clipcap", "--language-model", "no/such/model"), "--language-model no/such/model"),
+    (("--model", "clipcap", "--language-model", "MAMBA"), "does not go on from keys and values"),
+    (("--model", "clipcap", "--heads", "4"), "--width, --layers, --heads: --model clipcap has those of"),
 ]
 
 
@@ -150,7 +191,12 @@ BAD: list[tuple[tuple[Any, ...], str]] = [
 def test_bad_input_is_one_line(
     arguments: tuple[Any, ...], said: str, languages: dict[str, Path], scenes: Path, tmp_path: Path
 ) -> None:
-    arguments = tuple(str(languages["llama"]) if one == "LLAMA" else one for one in arguments)
+    if "MAMBA" in arguments:
+        shutil.copytree(languages["llama"], tmp_path / "mamba", ignore=shutil.ignore_patterns("*.safetensors"))
+        config = MambaConfig(vocab_size=300, hidden_size=16, state_size=4, num_hidden_layers=1, eos_token_id=0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mamba")
+    places = {"LLAMA": str(languages["llama"]), "MAMBA": str(tmp_path / "mamba")}
+    arguments = tuple(places.get(one, one) for one in arguments)
     done = here(
         "caption_lab.train", *arguments, "--data", scenes, "--no-pretrained", "--output", tmp_path / "run", code=2
     )

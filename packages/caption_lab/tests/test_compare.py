@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 from labs_testing import commands as lab_commands
 
-from caption_lab.compare import plan
+from caption_lab.compare import equal_to, judges_of, plan
 from caption_lab.config import CaptionTrainingOptions, CompareConfig
-from caption_lab.report import PUBLISHED
+from caption_lab.data import read_data
+from caption_lab.report import PUBLISHED, published_section
+from labs_common.caption_metrics import caption_words
+from labs_common.data.captions import CaptionedPictures
 from labs_common.errors import LabError
 from labs_common.options import CaptionDataOptions
+from labs_common.report.page import Table
 
 
 def test_an_entry_becomes_a_run_with_its_own_options() -> None:
@@ -24,6 +28,46 @@ def test_an_entry_becomes_a_run_with_its_own_options() -> None:
     for wrong in ("lstm", "show_tell:mask_words=0.1", "transformer:depth=3", "transformer:mask_words=2"):
         with pytest.raises(LabError, match=f"--models {wrong}"):
             plan(replace(config, models=wrong))
+
+
+def test_each_seeds_captions_are_judged_by_its_own_pictures(scenes: Path) -> None:
+    """Without lists every seed has other test pictures: true captions of seed 1's are nothing beside seed 0's."""
+    config = CompareConfig(data=CaptionDataOptions(data=str(scenes)))
+    tests = {seed: read_data(config.data, seed, shown=False).splits["test"] for seed in (0, 1)}
+    assert set(tests[0].names) != set(tests[1].names)
+    true = {seed: [its[0] for its in test.captions] for seed, test in tests.items()}
+    captions = {"true": true, "wrong": {0: true[1], 1: true[0]}}
+    judges = judges_of(config, tests[0], (0, 1))
+    assert equal_to("true", captions, judges) == ["true"]
+    assert min(judges[1].scores([*map(caption_words, true[1])], range(6))) > 1
+
+
+@pytest.mark.parametrize(
+    ("count", "divided", "split", "drawn", "beside"),
+    [
+        (1000, "by the official lists", "test", False, True),
+        (1000, "as Karpathy's dataset_flickr8k.json says", "test", False, True),
+        (1000, "by the official lists", "train", False, False),
+        (1000, "by the official lists", "test", True, False),
+        (125, "by the official lists", "test", False, False),
+        (1000, "as Karpathy's dataset_coco.json says", "test", False, False),
+        (1000, "validation and test drawn with seed 0, 10% of the pictures each", "test", False, False),
+    ],
+)
+def test_published_figures_stand_beside_the_same_pictures_alone(
+    count: int, divided: str, split: str, drawn: bool, beside: bool
+) -> None:
+    names = [str(number) for number in range(count)]
+    pictures = CaptionedPictures(
+        source="here", contents=names, names=names, captions=(("a",),) * count, divided=divided
+    )
+    ours = {"ours": {"bleu-1": 50.0, "bleu-4": 20.0, "length-ratio": 0.9}}
+    tables = [block for block in published_section(ours, pictures, split, drawn).blocks if isinstance(block, Table)]
+    assert [[row[0] for row in table.rows] for table in tables] == (
+        [["ours", *PUBLISHED]] if beside else [["ours"], [*PUBLISHED]]
+    )
+    assert all(len(row) == len(table.columns) for table in tables for row in table.rows)
+    assert beside or (f"split: {split}" in tables[0].caption and "Not to be compared" in tables[1].caption)
 
 
 @pytest.mark.long

@@ -79,7 +79,7 @@ def test_captions_of_any_length_in_any_order_are_read_as_each_alone(
     name: str, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is over is not computed; values and gradients are those of captions without padding beside them."""
-    monkeypatch.setattr("caption_lab.decoder.GROUP", group)
+    monkeypatch.setattr("caption_lab.vocabulary.GROUP", group)
     model, features = made(name)
     words, of = WORDS[[1, 0, 2, 1, 0]], torch.tensor([2, 0, 2, 1, 0])
     lengths = [next((n for n, word in enumerate(row) if word == END), len(row)) for row in words.tolist()]
@@ -99,6 +99,21 @@ def test_captions_of_any_length_in_any_order_are_read_as_each_alone(
     )
     for found, true in zip(whole, each, strict=True):
         torch.testing.assert_close(found, true, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("marked", "calls"), [(False, [2, 1]), (True, [3])])
+def test_where_weights_are_spread_all_is_read_at_once(
+    marked: bool, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes gather a layer together: a number of calls that follows from the captions would have them wait."""
+    monkeypatch.setattr("caption_lab.vocabulary.GROUP", 2)
+    model, features = made("transformer")
+    if marked:
+        next(model.layers.parameters()).ds_id = 0  # as DeepSpeed's ZeRO-3 does
+    seen: list[int] = []
+    model.layers.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    model(features, WORDS)
+    assert seen == calls
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,15 +1,21 @@
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from caption_lab.config import DecoderOptions, VocabularyOptions
+from caption_lab.config import DecoderOptions, TrainConfig, VocabularyOptions
+from caption_lab.data import Batch
 from caption_lab.decoder import Output, ShowTell, Sizes
 from caption_lab.losses import (
+    Learner,
     SelfCritic,
     attention_penalty,
     masked,
     next_word_loss,
     policy_loss,
+    self_critical,
     with_own_guesses,
 )
 from caption_lab.vocabulary import END, PAD, START, UNK, build_vocabulary
@@ -102,9 +108,39 @@ def test_policy_gradient_is_minus_advantage_times_log_probability() -> None:
             reference[row, t, TARGETS[row, t]] - reference[row, t][allowed].logsumexp(0)
             for t in places
         ]  # fmt: skip
-        total = total - advantages[row] * sum(logs) / len(logs)
-    (total / 2).backward()
+        total = total - advantages[row] * sum(logs)
+    (total / int((TARGETS != PAD).sum())).backward()  # a word of a short caption counts as one of a long one
     torch.testing.assert_close(logits.grad, reference.grad)
+
+
+@pytest.mark.parametrize("parts", [[[0, 1, 2], [3]], [[0, 1, 2, 3], []]])
+def test_processes_together_have_the_loss_of_one(parts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    words = torch.tensor(
+        [[START, 5, 6, 7, END], [START, 8, END, PAD, PAD], [START, END, PAD, PAD, PAD], [START, 5, 5, 5, 5]]
+    )
+    logits, advantages = torch.randn(4, 4, 9), torch.tensor([2.0, -1.0, 0.5, -3.0])
+
+    def loss(places: list[int], share: float) -> torch.Tensor:
+        sampled: Any = SimpleNamespace(sample=lambda *of: (words[places], advantages[places], 1.0))
+        model: Any = lambda *of: Output(logits[places], None)  # noqa: E731
+        batch = Batch(torch.zeros(len(places)), torch.arange(len(places)), words, places, 1.0, share)
+        return self_critical(Learner(TrainConfig(), model, model, None, sampled), batch, 0.0)[0]  # type: ignore[arg-type]
+
+    whole = loss([0, 1, 2, 3], 1.0)
+    counts = [sum(int((words[place, 1:] != PAD).sum()) for place in part) for part in parts]
+    monkeypatch.setattr("caption_lab.losses.reduce", lambda counted: torch.tensor(sum(counts) / 2))
+    found = [loss(part or [0], len(part) / 2) for part in parts]  # a process without a part repeats a caption
+    torch.testing.assert_close(sum(found) / 2, whole)
+
+
+def test_an_unfinished_caption_is_worth_less() -> None:
+    references = [["a man riding a wave on a surfboard", "a man is riding a wave"], ["two dogs run", "dogs that run"]]
+    vocabulary = build_vocabulary([one for its in references for one in its], VocabularyOptions(min_count=1))
+    critic, whole = SelfCritic(references, vocabulary), vocabulary.encode(references[0][0])[1:]
+    assert whole[-1] == END
+    cut, half, full = critic.rewards([whole[:-1], whole[:-2], whole], [0, 0, 0])
+    assert half < full
+    assert cut < full, "the same words, but it was cut off before its end"
 
 
 @pytest.mark.alone
@@ -126,7 +162,6 @@ def test_self_critical_training_raises_the_reward() -> None:
         optimizer.step()
     assert np.mean(rewards[-5:]) > 2 * np.mean(rewards[:5])
     # The reward is the metric itself.
-    expected = CiderD([[c.split() for c in those] for those in captions]).scores(
-        [vocabulary.decode(row).split() for row in words[:, 1:].tolist()], pictures
-    )
+    said = [[vocabulary.words[number] for number in row if number != PAD] for row in words[:, 1:].tolist()]
+    expected = CiderD([[[*c.split(), "<end>"] for c in those] for those in captions]).scores(said, pictures)
     assert rewards[-1] == pytest.approx(float(expected.mean()))

@@ -1,5 +1,6 @@
 """Metrics of captions against coco-caption's own code and nltk's."""
 
+import math
 import shutil
 from typing import Any
 
@@ -50,16 +51,24 @@ def as_dicts(captions: list[list[str]], references: list[list[list[str]]]) -> tu
 
 def test_bleu_is_that_of_coco_caption_and_nltk(corpus: tuple) -> None:
     captions, references = corpus
-    ours = bleu(captions, references)
+    ours = [found.score for found in bleu(captions, references)]
     peer = pytest.importorskip("pycocoevalcap.bleu.bleu", reason="an independent BLEU")
     theirs, _ = peer.Bleu(4).compute_score(*as_dicts(captions, references), verbose=0)
     assert ours == pytest.approx([100 * value for value in theirs], rel=1e-6)
     nltk = pytest.importorskip("nltk.translate.bleu_score", reason="another independent BLEU")
     captions, references = captions[1:], references[1:]  # nltk counts n-grams of captions that are too short for one
-    ours = bleu(captions, references)
+    ours = [found.score for found in bleu(captions, references)]
     for order in range(1, 5):
         weights = tuple(1 / order for _ in range(order))
         assert ours[order - 1] == pytest.approx(100 * nltk.corpus_bleu(references, captions, weights), rel=1e-6)
+
+
+def test_length_ratio_is_what_the_brevity_penalty_sees() -> None:
+    references = [[["a", "red", "dog", "runs"], ["one", "dog"]], [["two", "cats", "sit", "there", "now"]]]
+    captions = [["a", "red", "dog"], ["two", "cats", "sit"]]  # 3 words are as near to 4 as to 2: the shorter counts
+    found = caption_metrics(captions, references)
+    assert found["length-ratio"] == pytest.approx(6 / 7)
+    assert found["bleu-1"] == pytest.approx(100 * math.exp(1 - 7 / 6)), "all words are right: the penalty alone is left"
 
 
 def test_rouge_l_and_cider_are_those_of_coco_caption(corpus: tuple) -> None:
@@ -80,7 +89,7 @@ def test_as_many_references_as_there_are(corpus: tuple) -> None:
     captions, references = captions[1:], references[1:]
     fewer = [those[: 1 + place % 5] for place, those in enumerate(references)]
     nltk = pytest.importorskip("nltk.translate.bleu_score", reason="an independent BLEU")
-    assert bleu(captions, fewer)[3] == pytest.approx(100 * nltk.corpus_bleu(fewer, captions), rel=1e-6)
+    assert bleu(captions, fewer)[3].score == pytest.approx(100 * nltk.corpus_bleu(fewer, captions), rel=1e-6)
 
 
 def test_perfect_and_empty_captions() -> None:

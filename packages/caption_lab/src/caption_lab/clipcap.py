@@ -5,7 +5,7 @@ transformers and PEFT are imported where a language model is built: they take se
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from caption_lab.vocabulary import (
     Vocabulary,
     cleaning_of,
     covering_length,
+    in_groups,
     load_vocabulary,
 )
 from labs_common.decoding import NextWord, Output, Tensors
@@ -51,6 +52,10 @@ class LanguageVocabulary(Vocabulary):
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The model's own."""
+        return self.language
+
+    def for_others(self) -> Tokenizer:
+        """Returns the model's own as it is: it knows none of the special words here."""
         return self.language
 
     def encode(self, caption: str) -> list[int]:
@@ -105,12 +110,28 @@ def load_language(folder: Path) -> LanguageVocabulary:
         language = Tokenizer.from_file(str(folder / TOKENIZER))
     except Exception as error:  # tokenizers raises nothing more special
         raise LabError(f"{folder / TOKENIZER}: cannot be read ({error})") from error
+    language.no_padding()  # which those of before have: pads would be read as words
+    language.no_truncation()
     return LanguageVocabulary(found.words, found.cleaning, found.length, language)
 
 
 def language_path(name: str) -> str:
     """Returns the hub id or directory of a language model; makes the tiny one on first use."""
     return str(tiny_language_model()) if name == TINY_LANGUAGE else name
+
+
+@torch.no_grad()
+def keeps_keys(model: Any) -> bool:
+    """Tells whether a language model goes on from keys and values of each layer: reads one vector and looks."""
+    from transformers import DynamicCache  # takes seconds
+
+    cache: Any = DynamicCache()
+    given = model.get_input_embeddings().weight[:1, None]
+    try:
+        model.eval()(inputs_embeds=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    except Exception:  # recurrent and mixed models fail at any place
+        return False
+    return bool(cache.layers) and all(getattr(layer, "keys", None) is not None for layer in cache.layers)
 
 
 class TiedHead(nn.Module):
@@ -150,6 +171,9 @@ class ClipCap(nn.Module):
                            f"captions have up to {length}")  # fmt: skip
         model.tie_weights()
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        if getattr(head, "weight", None) is None or not (embedding.weight.is_meta or keeps_keys(model)):
+            raise LabError(f"{said}: {type(model).__name__} has no plain head, or does not go on from keys and values; "
+                           f"{REMEDY}")  # fmt: skip
         if head.weight is embedding.weight:
             model.set_output_embeddings(TiedHead(embedding))
         if options.lora:
@@ -203,11 +227,7 @@ class ClipCap(nn.Module):
 
         `of_features` (captions,) says whose captions they are; without it there is one of each picture.
         """
-        prefix = self._prefix(features)
-        prefix = prefix if of_features is None else prefix[of_features]
-        given = torch.cat([prefix, self._embedded(words[:, 1:])], 1)  # (captions, prefix + length - 1, width)
-        logits = self.language(inputs_embeds=given, use_cache=False, logits_to_keep=words.shape[1]).logits
-        return Output(self._of_words(logits), None)
+        return in_groups(self, partial(self._read_all, self._prefix(features)), words, of_features)
 
     def begin(self, features: torch.Tensor) -> tuple[Tensors, Tensors]:
         """Returns `fixed` and `moving` before the first word, with one beam: keys and values of the prefix.
@@ -223,6 +243,12 @@ class ClipCap(nn.Module):
         given = torch.where((words == START)[..., None], fixed["last"][:, None], self._embedded(words))
         logits, moved = self._read(given.flatten(0, 1)[:, None], moving, words.shape[1])
         return NextWord(self._of_words(logits).unflatten(0, words.shape), moved, None)
+
+    def _read_all(self, prefix: torch.Tensor, words: torch.Tensor, of_prefix: torch.Tensor | None) -> torch.Tensor:
+        """Reads words (captions, length) after prefixes (pictures, prefix, width); returns the logits of the next."""
+        prefix = prefix if of_prefix is None else prefix[of_prefix]
+        given = torch.cat([prefix, self._embedded(words[:, 1:])], 1)  # (captions, prefix + length - 1, width)
+        return self._of_words(self.language(inputs_embeds=given, use_cache=False, logits_to_keep=words.shape[1]).logits)
 
     def _read(self, given: torch.Tensor, moving: Tensors, beams: int) -> tuple[torch.Tensor, Tensors]:
         """Reads embeddings (pictures * beams, …, width) after what is in `moving`; returns the last one's logits."""

@@ -5,7 +5,7 @@ from caption_lab import commands
 if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
     commands.compare()
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from operator import methodcaller
@@ -89,7 +89,7 @@ def findings(
     measures: dict[str, Measure] = metrics | (TRUTH if ordered[0].values("claims", "written", "whole") else {}) | COSTS
     rows = rows_of("model", ordered, measures)
     best = ordered[0].name
-    equal = equal_to(best, captions, test)
+    equal = equal_to(best, captions, judges_of(config, test, {seed for its in captions.values() for seed in its}))
     summary = (
         f"{len(entries)} captioners, {seeds_text(config.comparison)} each. Highest CIDEr-D: {best} "
         f"({rows[0]['CIDEr-D']:.2f}); within one standard error of it: {', '.join(equal)}."
@@ -108,7 +108,7 @@ def findings(
     sections = [
         Section("Numbers", numbers),
         *([truth_section(run, entries)] if truth else []),
-        published_section(ours, config.data.data),
+        published_section(ours, test, "test", bool(truth)),
         examples_section({name: its[seed] for name, its in captions.items() if seed in its}, test),
         looks_section(entries, test, config),
         *([errors_section(captions, test, truth, seed)] if truth else []),
@@ -131,14 +131,20 @@ def scorer_notes(entries: Mapping[str, Entry]) -> list[Text]:
     return [Text(said)] if older else []
 
 
-def equal_to(best: str, captions: Mapping[str, Mapping[int, list[str]]], test: CaptionedPictures) -> list[str]:
+def judges_of(config: CompareConfig, test: CaptionedPictures, seeds: Collection[int]) -> dict[int, CiderD]:
+    """Returns the judge of each seed's captions: by the references of its own test, `test` being the first seed's."""
+    tests = {seed: read_data(config.data, seed, shown=False).splits["test"] for seed in seeds
+             if seed != config.comparison.seed}  # fmt: skip
+    return {seed: CiderD(references_of(its)) for seed, its in ({config.comparison.seed: test} | tests).items()}
+
+
+def equal_to(best: str, captions: Mapping[str, Mapping[int, list[str]]], judges: Mapping[int, CiderD]) -> list[str]:
     """Names the entries whose CIDEr-D is no more than one standard error below that of `best`, on the same pictures.
 
-    `captions` are those of the test pictures by entry and seed.
+    `captions` are those of the test pictures by entry and seed, `judges` have the references of each seed's.
     """
-    judge = CiderD(references_of(test))
     scores = {
-        name: {seed: judge.scores([*map(caption_words, said)], range(len(test))) for seed, said in its.items()}
+        name: {seed: judges[seed].scores([*map(caption_words, said)], range(len(said))) for seed, said in its.items()}
         for name, its in captions.items()
     }
     found = []

@@ -66,12 +66,12 @@ class DecoderOptions:
     width: CountOrZero = 0
     """Width of words and states; 0 takes 512, and with the tiny encoder 256 for an LSTM and 128 for the transformer."""
     layers: Count = 2
-    """Layers of the transformer. The LSTMs have one."""
+    """Layers of the transformer. The LSTMs have one, clipcap those of its language model."""
     heads: Count = 8
     """Attention heads of the transformer."""
     dropout: Annotated[float | None, number(float, "[0, 1)", None)] = None
-    """Share of values that are dropped in training; by default 0.1 for the transformer and 0.3 for the LSTMs, with the
-    tiny encoder none."""
+    """Share of values that are dropped in training; by default 0.1 for the transformer and clipcap and 0.3 for the
+    LSTMs, with the tiny encoder none."""
     attention_penalty: NotNegative = 1.0
     """Weight of show_attend_tell's doubly stochastic penalty: every place should be looked at as much as any other."""
     language_model: str = ""
@@ -120,8 +120,8 @@ class CaptionTrainingOptions(TrainingOptions):
     batch_size: Count = 64
     """Captions per optimizer step, over all processes together; pictures with --objective scst."""
     learning_rate: NotNegative = 0.0
-    """Highest learning rate, reached after the warm-up; 0 takes 3e-3 for an LSTM and 2e-3 for the transformer with the
-    tiny encoder, 4e-4 and 3e-4 with a real one, 5e-5 for --objective scst."""
+    """Highest learning rate, reached after the warm-up; 0 takes 3e-3 for an LSTM and 2e-3 for the transformer and
+    clipcap with the tiny encoder, 4e-4, 3e-4 and 1e-4 with a real one, 5e-5 for --objective scst."""
     encoder_learning_rate: NotNegative = 1e-4
     """That of the encoder's stages that train."""
     weight_decay: NotNegative = 0.01
@@ -187,11 +187,17 @@ class EvaluateConfig:
     data: CaptionDataOptions = field(default_factory=CaptionDataOptions)
     split: Literal["train", "validation", "test", "all"] = "test"
     """The pictures to describe; without --data, of the run's own."""
+    seed: Annotated[int | None, number(int, "[0, inf)", None)] = None
+    """Seed of the splits of data without official lists; by default the run's, and 0 for a released model."""
     beams: str = "1,3,5"
-    """Beam widths to compare, separated by commas."""
+    """Beam widths to compare, separated by commas. Captions shown are of --beam, by default the run's; if it is not
+    among these, of the first."""
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
     clip_score: str = ""
     """Judge captions by this CLIP of transformers too, a hub id or directory: openai/clip-vit-base-patch32."""
+    prompt: str = ""
+    """What the captions of a released BLIP or GIT begin with, which is cut off; by default "a picture of" for BLIP, as
+    its authors do; none goes without."""
     batch_size: Count = 64
     """Pictures at once."""
     output: Path | None = None

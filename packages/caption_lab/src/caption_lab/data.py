@@ -12,13 +12,17 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from caption_lab.config import TrainConfig
 from caption_lab.encoder import Encoder
 from caption_lab.tiny import RECIPE, demo_scene
 from caption_lab.vocabulary import Vocabulary, padded
+from labs_common.cli import config_from_yaml
 from labs_common.data.captions import CaptionedPictures, Captions, PictureTensors, read_captions
 from labs_common.device import CPU, each_tensor, pinned
+from labs_common.errors import LabError, json_of
 from labs_common.frozen.cache import ComputedRows, Rows, front_rows
 from labs_common.options import CacheOptions, CaptionDataOptions
+from labs_common.saved import FOLDER
 from labs_common.scenes.files import cached_flickr8k
 from labs_common.steps import ShuffledSteps, own_part, shuffled
 
@@ -38,6 +42,40 @@ def drawn_scenes() -> Path:
     """Returns the directory of the drawn scenes with five captions each; draws them if that was never done."""
     recipe = {"side": DEMO_SIDE, "count": DEMO_COUNT, "scenes": RECIPE, "format": 1}
     return cached_flickr8k("captioned-scenes", recipe, DEMO_COUNT, DEMO_SIDE, demo_scene)
+
+
+def options_of_run(checkpoint: Path) -> TrainConfig | None:
+    """Returns what the run of a captioner was asked for; None if it is of no run."""
+    file = _run_of(checkpoint) / "config.yaml"
+    return config_from_yaml(TrainConfig, file) if file.is_file() else None
+
+
+def _run_of(checkpoint: Path) -> Path:
+    return checkpoint.parent if checkpoint.name == FOLDER else checkpoint
+
+
+def same_data(one: str | None, other: str | None) -> bool:
+    """Tells whether two values of --data name the same pictures."""
+    return one == other or (one is not None and other is not None and Path(one).resolve() == Path(other).resolve())
+
+
+def check_unseen(pictures: CaptionedPictures, checkpoint: Path, data: str | None, option: str) -> None:
+    """Makes sure that the captioner that `option` names was not trained on these pictures of `data`.
+
+    Pictures of other data may have the same names and are not asked for.
+
+    Raises:
+        LabError: it was: they were divided by another seed or by other lists.
+    """
+    file, trained = _run_of(checkpoint) / "splits.json", options_of_run(checkpoint)
+    if trained is None or not same_data(data, trained.data.data) or not file.is_file():
+        return
+    learnt = set(json_of(file, str(file))["train"]["pictures"])
+    known = sum(name in learnt for name in pictures.names)
+    if known:
+        remedy = f"--seed {trained.run.seed}" + (f" --splits {trained.data.splits}" if trained.data.splits else "")
+        raise LabError(f"{option} {checkpoint}: was trained on {known} of these {len(pictures)} pictures; divide them "
+                       f"as it did: {remedy}")  # fmt: skip
 
 
 class Batch(NamedTuple):

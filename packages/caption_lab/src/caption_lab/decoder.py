@@ -4,7 +4,6 @@ A decoder has `forward` for training, which reads whole captions, and `begin` an
 by word with all beams of all pictures at once, as `labs_common.decoding` says.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,14 +11,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from caption_lab.clipcap import ClipCap
 from caption_lab.config import DecoderOptions
-from caption_lab.vocabulary import END, PAD
+from caption_lab.vocabulary import PAD, in_groups, longest_first
 from labs_common.decoding import NextWord, Output, Tensors
 
-GROUP = 16  # captions that are read together on a CPU: fewer leave less padding, and slower matrix products
 Begun = tuple[Tensors, Tensors]  # `fixed` and `moving` before the first word
 
 
@@ -71,7 +68,7 @@ class ShowTell(LSTMDecoder):
 
         `of_features` (captions,) says whose captions they are; without it there is one of each picture.
         """
-        return in_groups(partial(self._read, self.begin(features)), words, of_features)
+        return in_groups(self, partial(self._read, self.begin(features)), words, of_features)
 
     def _read(self, begun: Begun, words: torch.Tensor, of_features: torch.Tensor | None) -> torch.Tensor:
         _, first = by_caption(begun, of_features)
@@ -203,7 +200,7 @@ class TransformerCaptioner(nn.Module):
     def forward(self, features: torch.Tensor, words: torch.Tensor, of_features: torch.Tensor | None = None) -> Output:
         """Reads features (pictures, places, width of features) and words (captions, length) as `ShowTell` does."""
         memory = self.from_places(features) + self.place_positions
-        return in_groups(partial(self._read, memory), words, of_features)
+        return in_groups(self, partial(self._read, memory), words, of_features)
 
     def _read(self, memory: torch.Tensor, words: torch.Tensor, of_memory: torch.Tensor | None) -> torch.Tensor:
         length = words.shape[1]
@@ -268,19 +265,6 @@ def by_caption(known: Begun, of_features: torch.Tensor | None) -> Begun:
     return fixed, moving
 
 
-def longest_first(words: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-    """Returns an order of captions (captions,) and the number of them, the first ones, that go on at each position.
-
-    Nothing has to be read from `<end>` on, and on a CPU it would cost as much as words: four tenths of a batch. A GPU
-    computes a few captions as fast as many, and would be waited for: there all of them go on, as with --plan.
-    """
-    captions, length = words.shape
-    if words.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(words, FakeTensor):
-        return torch.arange(captions, device=words.device), [captions] * length
-    goes_on = (words != PAD) & (words != END)
-    return goes_on.sum(1).argsort(descending=True, stable=True), goes_on.sum(0).tolist()
-
-
 def unpack(packed: torch.Tensor, order: torch.Tensor, counts: list[int]) -> torch.Tensor:
     """Takes (words, …), position by position, to (captions, length, …), with 0 where nothing was read."""
     captions, length = len(order), len(counts)
@@ -289,21 +273,6 @@ def unpack(packed: torch.Tensor, order: torch.Tensor, counts: list[int]) -> torc
     places = torch.cat([order[:count] * length + position for position, count in enumerate(counts)])
     padded = packed.new_zeros(captions * length, *packed.shape[1:]).index_copy(0, places, packed)
     return padded.unflatten(0, (captions, length))
-
-
-def in_groups(
-    read: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor], words: torch.Tensor, of: torch.Tensor | None
-) -> Output:
-    """Calls `read` for captions of about one length at a time, see `longest_first`; all logits come in one tensor."""
-    order, counts = longest_first(words)
-    if min(counts) == len(words):
-        return Output(read(words, of), None)
-    found = []
-    for first in range(0, len(words), GROUP):
-        chosen = order[first : first + GROUP]
-        logits = read(words[chosen, : sum(count > first for count in counts)], chosen if of is None else of[chosen])
-        found.append(F.pad(logits, (0, 0, 0, len(counts) - logits.shape[1])))
-    return Output(torch.cat(found)[order.argsort()], None)
 
 
 def exactly(lstm: nn.Module, inputs: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]) -> Any:

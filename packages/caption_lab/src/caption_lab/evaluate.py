@@ -14,14 +14,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from caption_lab.config import FINISHED, TRAIN, EvaluateConfig, TrainConfig
-from caption_lab.data import drawn_scenes, read_data
-from caption_lab.released import ClipJudge, JudgedPictures, ReleasedCaptioner, is_released, load_released
+from caption_lab.config import FINISHED, TRAIN, EvaluateConfig
+from caption_lab.data import check_unseen, drawn_scenes, options_of_run, read_data, same_data
+from caption_lab.released import (
+    NO_PROMPT,
+    ClipJudge,
+    JudgedPictures,
+    ReleasedCaptioner,
+    is_released,
+    load_released,
+)
 from caption_lab.report import evaluation_sections, print_scores, published_section, score_columns
 from caption_lab.saved import Captioner, load_captioner
 from caption_lab.vocabulary import TOKENS
 from labs_common.caption_metrics import METRICS, SCORER, CaptionScores, captions_of_others, score_captions
-from labs_common.cli import config_from_yaml, to_plain
+from labs_common.cli import to_plain
 from labs_common.data.captions import CaptionedPictures, PictureTensors, read_undivided
 from labs_common.decoding import written_captions
 from labs_common.device import inference_accelerator
@@ -50,15 +57,22 @@ def evaluate(config: EvaluateConfig) -> None:
     check_new(config.output)
     checkpoint = config.checkpoint or newest_run(FINISHED, TRAIN)
     released = is_released(checkpoint)
-    captioner: Captioner | ReleasedCaptioner = load_released(checkpoint) if released else load_captioner(checkpoint)
+    captioner: Captioner | ReleasedCaptioner
+    if released:
+        captioner = load_released(checkpoint, config.prompt)
+        config = replace(config, prompt=captioner.prompt or NO_PROMPT)  # what is used, for the report
+    elif config.prompt:
+        raise LabError("--prompt: works with a released model only; drop it")
+    else:
+        captioner = load_captioner(checkpoint)
     clip = ClipJudge(config.clip_score) if config.clip_score else None
     name = f"evaluation-{config.split}"
     folder = Path("runs") / f"{checkpoint.name}-{name}" if released else checkpoint / name
     output = new_folder(config.output, folder)
-    pictures, truth, source = chosen_pictures(config, checkpoint)
+    pictures, truth = chosen_pictures(config, checkpoint)
     accelerator = inference_accelerator()
     judged = clip.look(pictures, accelerator.device) if clip else None
-    kept: dict[int, torch.Tensor] = {}
+    kept: dict[int, torch.Tensor] | None = {} if len(beams) > 1 else None
     found = {
         beam: evaluate_captioner(captioner, pictures, truth, replace(config.decoding, beam=beam), accelerator,
                                  config.batch_size, kept, judged)
@@ -68,28 +82,28 @@ def evaluate(config: EvaluateConfig) -> None:
         return
     (output / "figures").mkdir(parents=True, exist_ok=True)
     run = Run(output)
-    best = max(beams, key=lambda beam: found[beam].metrics["cider"])
-    metrics = found[best].metrics
+    shown = _shown(config, beams, checkpoint)
+    metrics = found[shown].metrics
     scores = {str(beam): found[beam].metrics for beam in beams}
     run.save_json(
         "evaluation.json", {"config": to_plain(config), "pictures": len(pictures), "scorer": SCORER, "by beam": scores}
     )
-    run.save_json("captions.json", captions_json(pictures, found[best].captions))
+    run.save_json("captions.json", captions_json(pictures, found[shown].captions))
     for beam in beams:
         console.print(f"beam {beam}")
         print_scores(found[beam])
     columns = score_columns(metrics)
     rows = [(beam, *(found[beam].metrics[key] for key in columns)) for beam in beams]
-    caption = f"What follows is of beam {best}, with the highest CIDEr-D."
+    caption = f"What follows is of beam {shown}, chosen beforehand: the best here would be chosen on these pictures."
     with making_report():
         sections = [
             asked_section(config),
             Section("Beam widths", [Table(("beam", *columns.values()), rows, caption)]),
-            *evaluation_sections(run, found[best], pictures, truth, captioner, replace(config.decoding, beam=best)),
-            published_section({captioner.kind: metrics}, source),
+            *evaluation_sections(run, found[shown], pictures, truth, captioner, replace(config.decoding, beam=shown)),
+            published_section({captioner.kind: metrics}, pictures, config.split, bool(truth)),
         ]
         said = ", ".join(f"{METRICS[key]} {metrics[key]:.3g}" for key in ("bleu-1", "bleu-4", "cider"))
-        summary = f"{len(pictures)} pictures, beam {best}: {said}."
+        summary = f"{len(pictures)} pictures, beam {shown}: {said}."
         print(f"report: {write_report(run, f'Evaluation of {checkpoint.name}', summary, sections)}")
 
 
@@ -156,26 +170,37 @@ def _captions(
     )  # fmt: skip
 
 
-def chosen_pictures(config: EvaluateConfig, checkpoint: Path) -> tuple[CaptionedPictures, dict[str, Scene], str | None]:
-    """Reads the pictures of --data, or of the run itself; returns with them what drawn ones show and --data.
+def chosen_pictures(config: EvaluateConfig, checkpoint: Path) -> tuple[CaptionedPictures, dict[str, Scene]]:
+    """Reads the pictures of --data, or of the run itself; returns with them what drawn ones show.
 
     Raises:
-        LabError: they cannot be read, or the run does not say which pictures it had.
+        LabError: they cannot be read, or the run does not say which pictures it had, or learnt from some of them.
     """
-    options, seed = config.data, 0
+    options, trained = config.data, options_of_run(checkpoint)
     if options.data is None:
-        file = checkpoint / "config.yaml"
-        if not file.is_file():
+        if trained is None:
             raise LabError(f"--checkpoint {checkpoint}: holds no config.yaml that names its pictures; name --data")
-        trained = config_from_yaml(TrainConfig, file)
-        options = replace(
-            trained.data, on_bad_data=config.data.on_bad_data, limit=options.limit or trained.data.limit,
-            splits=options.splits or trained.data.splits,
-        )  # fmt: skip
-        seed = trained.run.seed
-    whole = config.split == "all"
-    data = read_undivided(options, seed, drawn_scenes) if whole else read_data(options, seed, shown=True)
-    return data.splits[config.split], data.truth, options.data
+        options = replace(options, data=trained.data.data, limit=options.limit or trained.data.limit)
+    if trained and options.splits is None and same_data(options.data, trained.data.data):
+        options = replace(options, splits=trained.data.splits)
+    # Data without lists are divided as for the run: its test pictures stay those that it did not learn from.
+    seed = config.seed if config.seed is not None else trained.run.seed if trained else 0
+    if config.split == "all":
+        data = read_undivided(options, seed, drawn_scenes)
+    else:
+        data = read_data(options, seed, shown=True)
+    pictures = data.splits[config.split]
+    if config.split in ("validation", "test"):
+        check_unseen(pictures, checkpoint, options.data, "--checkpoint")
+    return pictures, data.truth
+
+
+def _shown(config: EvaluateConfig, beams: Sequence[int], checkpoint: Path) -> int:
+    """Returns the width whose captions are shown: that of --beam, of the run or the first, whatever their scores."""
+    asked, trained = config.decoding.beam, options_of_run(checkpoint)
+    if trained and asked == DecodingOptions.beam:
+        asked = trained.decoding.beam
+    return asked if asked in beams else beams[0]
 
 
 def _beams(config: EvaluateConfig) -> list[int]:

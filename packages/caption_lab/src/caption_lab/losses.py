@@ -4,12 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import reduce
 
 from caption_lab.config import TrainConfig
 from caption_lab.data import Batch
-from caption_lab.vocabulary import END, PAD, START, TOKENS, Vocabulary, padded
+from caption_lab.vocabulary import END, PAD, SPECIAL, START, TOKENS, Vocabulary, padded
 from labs_common.caption_metrics import CiderD
 from labs_common.decoding import GREEDY, Output, log_probabilities, sampled_places, write
 from labs_common.options import DecodingOptions
@@ -22,14 +24,21 @@ SAMPLED = DecodingOptions(beam=1, top_p=1.0)
 class SelfCritic:
     """Self-critical sequence training (Rennie et al. 2017, eq. 8): a sampled caption's reward less the greedy one's.
 
-    The reward is CIDEr-D against the picture's training captions.
+    The reward is CIDEr-D against the picture's training captions. `<end>` is a word on both sides, as in the code that
+    is in use (ruotianluo/self-critical.pytorch): without it, a caption that stops in its middle is worth more.
     """
 
     def __init__(self, references: Sequence[Sequence[str]], vocabulary: Vocabulary) -> None:
         """`references` are the captions of each training picture."""
         self.vocabulary = vocabulary
-        words = [[vocabulary.cleaning.words(caption) for caption in of_picture] for of_picture in references]
-        self.cider = CiderD(words)
+        cleaned = vocabulary.cleaning.words
+        self.cider = CiderD([[[*cleaned(caption), SPECIAL[END]] for caption in its] for its in references])
+
+    def rewards(self, captions: Sequence[Sequence[int]], pictures: Sequence[int]) -> np.ndarray:
+        """Scores the captions of pictures, as numbers; one that was cut off has no `<end>`."""
+        ends = ([SPECIAL[END]] if END in caption else [] for caption in captions)
+        said = [self.vocabulary.decode(caption).split() + end for caption, end in zip(captions, ends, strict=True)]
+        return self.cider.scores(said, pictures)
 
     def sample(
         self, model: Any, rows: torch.Tensor, pictures: Sequence[int]
@@ -45,10 +54,7 @@ class SelfCritic:
             greedy = write(model.decoder, features, TOKENS, length, GREEDY).words
             sampled = write(model.decoder, features, TOKENS, length, SAMPLED).words
         model.train()
-        reward, baseline = (
-            self.cider.scores([self.vocabulary.decode(caption).split() for caption in captions], pictures)
-            for captions in (sampled, greedy)
-        )
+        reward, baseline = (self.rewards(captions, pictures) for captions in (sampled, greedy))
         words, _ = padded([[START, *caption] for caption in sampled])
         advantages = torch.from_numpy(reward - baseline).float()
         return words.to(rows.device), advantages.to(rows.device), float(reward.mean())
@@ -97,7 +103,9 @@ def self_critical(learner: Learner, batch: Batch, progress: float) -> tuple[torc
     assert learner.critic is not None
     words, advantages, reward = learner.critic.sample(learner.plain, batch.rows[batch.of_rows], batch.pictures)
     logits = learner.model(batch.rows, batch.of_rows, words[:, :-1]).logits
-    loss = policy_loss(logits, words[:, 1:], advantages) * batch.of_captions
+    # How many words the step has is known now: captions of all processes together, but for one that repeats a sample.
+    counted = (words[:, 1:] != PAD).sum().float() * bool(batch.of_captions)
+    loss = policy_loss(logits, words[:, 1:], advantages) * (counted / reduce(counted))
     return loss, {"reward": reward * batch.of_captions}
 
 
@@ -161,11 +169,11 @@ def with_own_guesses(words: torch.Tensor, output: Output, share: float) -> torch
 
 
 def policy_loss(logits: torch.Tensor, targets: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-    """Returns the mean over captions of minus advantage times the mean log-probability of its words.
+    """Returns the mean over words of minus their caption's advantage times their log-probability.
 
-    That is Rennie et al. 2017, eq. 8. Log-probabilities are those that the words were sampled by: among the words that
-    may be written.
+    That is Rennie et al. 2017, eq. 8, over the number of words. Log-probabilities are those that the words were
+    sampled by: among the words that may be written.
     """
     there = targets != PAD
     logs = log_probabilities(logits, TOKENS.never).gather(2, targets[..., None])[..., 0]
-    return -(advantages * torch.where(there, logs, 0.0).sum(1) / there.sum(1)).mean()
+    return -(advantages * torch.where(there, logs, 0.0).sum(1)).sum() / there.sum()

@@ -76,6 +76,9 @@ def complete(config: TrainConfig) -> TrainConfig:
         raise LabError(
             f"--language-model, --lora, --prefix: work with --model {_names(CAPTIONERS, 'language')} only; drop them"
         )
+    fixed = ("width", "layers", "heads")
+    if kind.language and any(getattr(decoder, name) != getattr(DecoderOptions, name) for name in fixed):
+        raise LabError(f"--width, --layers, --heads: --model {config.model} has those of --language-model; drop them")
     if kind.language and (words.min_count or words.vocabulary_size):
         raise LabError(f"--min-count, --vocabulary-size: --model {config.model} writes the tokens of --language-model; "
                        "drop them")  # fmt: skip
@@ -96,7 +99,7 @@ def complete(config: TrainConfig) -> TrainConfig:
         encoder=replace(encoder, encoder=name, pool=(encoder.pool or (3 if tiny else 1)) if kind.one_vector else 0),
         decoder=replace(
             decoder,
-            width=width,
+            width=0 if kind.language else width,
             dropout=dropout if decoder.dropout is None else decoder.dropout,
             language_model=language,
         ),

@@ -20,6 +20,8 @@ from labs_common.options import DecodingOptions
 from labs_common.saved import load_auto, load_network
 
 REMEDY = "name a run, or an image-to-text model of transformers, such as Salesforce/blip-image-captioning-base"
+# The prompt of families that take one: BLIP's authors train and measure with theirs, and cut it off (models/blip.py).
+PROMPTS, NO_PROMPT = {"blip": "a picture of ", "git": ""}, "none"
 LENGTH = 30  # most tokens of a caption; the models' own defaults, 16 to 20, cut off sentences
 BATCH = 64  # pictures or sentences through a CLIP at once
 # Hessel et al. 2021, section 3: the factor that spreads scores over 0 to 1, and what captions begin with.
@@ -42,9 +44,11 @@ class ReleasedCaptioner:
 
     Attributes:
         kind: its name, for the report.
+        prompt: what its captions begin with, which is cut off; it may be empty.
     """
 
     kind: str
+    prompt: str
     network: Any
     processor: Any
     tokenizer: Any
@@ -65,18 +69,24 @@ class ReleasedCaptioner:
         network = self.network.to(accelerator.device)
         search: dict[str, Any] = {"do_sample": bool(options.top_p), "max_new_tokens": LENGTH}
         if options.top_p:
-            search |= {"top_p": options.top_p, "temperature": options.temperature, "num_beams": 1}
+            search |= {"top_p": options.top_p, "top_k": 0, "temperature": options.temperature, "num_beams": 1}
         else:
             search |= {"num_beams": options.beam, "no_repeat_ngram_size": options.no_repeat}
         if search["num_beams"] > 1:
             search["length_penalty"] = options.length_penalty
 
+        # [CLS], words, [SEP]: of the end BLIP itself takes care, and puts its own start in the place of [CLS].
+        prompt = self.tokenizer(self.prompt).input_ids if self.prompt else []
+        given = prompt if network.config.model_type == "blip" else prompt[:-1]
+
         @torch.no_grad()
         def describe(places: Sequence[int]) -> list[str]:
             images = list(decoding_threads().map(pictures.image, places))
             inputs = self.processor(images=images, return_tensors="pt").to(accelerator.device)
+            begun = {"input_ids": torch.tensor([given] * len(places), device=accelerator.device)} if prompt else {}
             try:
-                written = network.generate(pixel_values=inputs["pixel_values"], **search)
+                written = network.generate(pixel_values=inputs["pixel_values"], **begun, **search)
+                written = written[:, len(prompt[:-1]) :]
             except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:  # a prompt is missing, say
                 said = f"--checkpoint {self.kind}: cannot describe a picture by that alone ({reason_of(error)[:300]})"
                 raise LabError(f"{said}; {REMEDY}") from error
@@ -85,11 +95,13 @@ class ReleasedCaptioner:
         return captions_by_parts(describe, len(pictures), accelerator, size, task)
 
 
-def load_released(checkpoint: Path) -> ReleasedCaptioner:
+def load_released(checkpoint: Path, prompt: str = "") -> ReleasedCaptioner:
     """Loads an image-to-text model by its hub id or directory; no code of its own runs.
 
+    `prompt` is that of `--prompt`.
+
     Raises:
-        LabError: it cannot be had, or writes nothing of pictures.
+        LabError: it cannot be had, or writes nothing of pictures, or takes no prompt.
     """
     from transformers import AutoModelForImageTextToText  # takes seconds
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -98,8 +110,12 @@ def load_released(checkpoint: Path) -> ReleasedCaptioner:
     config, processor, tokenizer = _parts(source, said, REMEDY)
     if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise LabError(f"{said}: is of the kind {config.model_type}, which writes no captions; {REMEDY}")
+    if prompt not in ("", NO_PROMPT) and config.model_type not in PROMPTS:
+        raise LabError(f"--prompt: works with {' and '.join(PROMPTS)} only, {checkpoint} is of the kind "
+                       f"{config.model_type}; drop it")  # fmt: skip
+    prompt = "" if prompt == NO_PROMPT else prompt or PROMPTS.get(config.model_type, "")
     network = load_network(AutoModelForImageTextToText, source, said, REMEDY, dtype=torch.float32).eval()
-    return ReleasedCaptioner(source, network, processor, tokenizer)
+    return ReleasedCaptioner(source, prompt, network, processor, tokenizer)
 
 
 class ClipJudge:

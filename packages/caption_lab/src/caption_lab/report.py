@@ -62,6 +62,13 @@ PUBLISHED: dict[str, tuple[float | None, ...]] = {
     "Show, Attend and Tell, hard attention": (67.0, 45.7, 31.4, 21.3, 20.30),
 }
 SOURCE = "arXiv 1502.03044, table 1"
+# What says that pictures are divided as the papers' are, and how many their test has.
+OFFICIAL, OFFICIAL_TEST = ("by the official lists", "as Karpathy's dataset_flickr8k.json says"), 1000
+THEIRS = "Flickr8k, official test pictures, five references."
+ABOUT_BREVITY = (
+    "Xu et al. give BLEU without the brevity penalty, ours has it, as coco-caption's does. Where the length ratio r "
+    "(words of the captions over those of the nearest references) is below 1, ours over exp(1 - 1 / r) is theirs."
+)
 ABOUT_CLIP = (
     "CLIPScore (Hessel et al. 2021) is how near a CLIP finds caption and picture, without references; RefCLIPScore "
     "also how near the caption is to the nearest true one. They notice wrong things rather than wrong counts, places "
@@ -104,7 +111,7 @@ def finish_report(
             _structure_section(run, config, captioner, fitted),
             _curves(run, config, data.splits["validation"]),
             *evaluation_sections(run, found, test, data.truth, captioner, config.decoding),
-            published_section({config.model: found.metrics}, config.data.data),
+            published_section({config.model: found.metrics}, test, "test", bool(data.truth)),
             cost,
             rerun_section(run),
         ]
@@ -189,16 +196,23 @@ def _pointing_blocks(
                                  "chance: share of the places that the thing touches.")]  # fmt: skip
 
 
-def published_section(ours: Mapping[str, Mapping[str, float]], data: str | None) -> Section:
-    """Shows our numbers beside what the papers report on Flickr8k."""
-    keys = ("bleu-1", "bleu-2", "bleu-3", "bleu-4")
-    here = data or "drawn scenes, which are much easier: not to be compared"
-    rows: list[tuple[Any, ...]] = [
-        (name, *(metrics[key] for key in keys), None, f"here, on {here}") for name, metrics in ours.items()
-    ]
-    rows += [(name, *values, SOURCE) for name, values in PUBLISHED.items()]
-    columns = ("model", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "source")
-    return Section("Beside the papers", [Table(columns, rows, "Flickr8k, official test pictures, five references.")])
+def published_section(
+    ours: Mapping[str, Mapping[str, float]], pictures: CaptionedPictures, split: str, drawn: bool
+) -> Section:
+    """Shows our numbers of these pictures beside what the papers report on Flickr8k's test, or apart from it."""
+    keys = ("bleu-1", "bleu-2", "bleu-3", "bleu-4", "length-ratio")
+    here = [(name, *map(metrics.get, keys), None, "here") for name, metrics in ours.items()]
+    papers = [(name, *values[:4], None, values[4], SOURCE) for name, values in PUBLISHED.items()]
+    columns = ("model", *(METRICS[key] for key in keys), "METEOR", "source")
+    if split == "test" and pictures.divided in OFFICIAL and len(pictures) == OFFICIAL_TEST and not drawn:
+        blocks: list[Any] = [Table(columns, here + papers, THEIRS)]
+    else:
+        division = f", divided {pictures.divided}" if pictures.divided and split != "all" else ""
+        what = f"{len(pictures):,} pictures of {pictures.source}, split: {split}{division}."
+        why = "drawn scenes, which are much easier" if drawn else f"not the {OFFICIAL_TEST:,} official test pictures"
+        apart = f"{THEIRS} Not to be compared with ours, which are of {why}."
+        blocks = [Table(columns, here, what), Table(columns, papers, apart)]
+    return Section("Beside the papers", [*blocks, Text(ABOUT_BREVITY)])
 
 
 def attention_maps(

@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 
 from caption_lab.clipcap import ClipCap
 from caption_lab.config import TrainConfig
-from caption_lab.data import Batch, CaptionRows, caption_rows, caption_steps, drawn_scenes, read_data
+from caption_lab.data import Batch, CaptionRows, caption_rows, caption_steps, check_unseen, drawn_scenes, read_data
 from caption_lab.encoder import make_encoder
 from caption_lab.evaluate import evaluate_captioner
 from caption_lab.losses import OBJECTIVES, Learner, SelfCritic, next_word, next_word_loss
@@ -55,6 +55,9 @@ def train(config: TrainConfig) -> None:
     clip = ClipJudge(config.clip_score) if config.clip_score else None  # before anything is trained: it may be missing
     with main_process_first(accelerator):
         data = read_data(config.data, config.run.seed, accelerator.is_main_process)
+    if config.start is not None:
+        for split in ("validation", "test"):
+            check_unseen(data.splits[split], config.start, config.data.data, "--start")
     captioner = make(config, data, accelerator)
     run = Run.start(config, config.run, config.model.replace("_", "-"), accelerator)
     config = replace(config, decoder=captioner.options)  # which --start brought; config.yaml has what was asked for

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.bleu import BLEU, BLEUScore
 
 from labs_common.data.captions import CaptionedPictures
 from labs_common.scenes.captions import Claim, claims_of
@@ -38,8 +38,9 @@ PUNCTUATION = frozenset("'\"`“”‘.?!,:-;")
 NOTHING = "<nothing>"  # the one word of references that have none: no caption says it
 # As tables call them, in their order.
 METRICS = {
-    "bleu-1": "BLEU-1", "bleu-2": "BLEU-2", "bleu-3": "BLEU-3", "bleu-4": "BLEU-4", "rouge-l": "ROUGE-L",
-    "cider": "CIDEr-D", "distinct": "distinct captions", "words used": "words used", "length": "words a caption",
+    "bleu-1": "BLEU-1", "bleu-2": "BLEU-2", "bleu-3": "BLEU-3", "bleu-4": "BLEU-4", "length-ratio": "length ratio",
+    "rouge-l": "ROUGE-L", "cider": "CIDEr-D", "distinct": "distinct captions", "words used": "words used",
+    "length": "words a caption",
 }  # fmt: skip
 
 
@@ -121,24 +122,26 @@ def caption_metrics(captions: Sequence[Words], references: Sequence[Sequence[Wor
     """Computes all metrics of captions, one for each picture, against that picture's references.
 
     BLEU and ROUGE-L are in per cent as in the papers, CIDEr-D as coco-caption gives it (1.0 is usually printed as 100).
+    The length ratio is words of the captions over those of the nearest references: what BLEU's brevity penalty sees.
     """
-    found = {f"bleu-{order}": value for order, value in enumerate(bleu(captions, references), 1)}
+    scores = bleu(captions, references)
+    found = {f"bleu-{order}": float(score.score) for order, score in enumerate(scores, 1)}
+    found["length-ratio"] = scores[0].sys_len / scores[0].ref_len
     found["rouge-l"] = 100 * float(np.mean([rouge_l(c, r) for c, r in zip(captions, references, strict=True)]))
     found["cider"] = float(np.mean(CiderD(references).scores(captions, range(len(captions)))))
     return found | diversity(captions)
 
 
-def bleu(captions: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
+def bleu(captions: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[BLEUScore]:
     """Computes BLEU-1 to BLEU-4 in per cent, of the corpus, not smoothed (Papineni et al. 2002)."""
     most = max(map(len, references))
     # sacrebleu takes the first reference of every picture, then the second, …; None where there is none.
     streams: Any = [[" ".join(r[place]) if place < len(r) else None for r in references] for place in range(most)]
     said = [" ".join(caption) for caption in captions]
-    scores = []
-    for order in range(1, ORDERS + 1):
-        metric = BLEU(tokenize="none", smooth_method="none", max_ngram_order=order, force=True)
-        scores.append(float(metric.corpus_score(said, streams).score))
-    return scores
+    return [
+        BLEU(tokenize="none", smooth_method="none", max_ngram_order=order, force=True).corpus_score(said, streams)
+        for order in range(1, ORDERS + 1)
+    ]
 
 
 def rouge_l(caption: Words, references: Sequence[Words]) -> float:

@@ -120,6 +120,12 @@ def spreads_weights(accelerator: Accelerator) -> bool:
     return spreads and accelerator.num_processes > 1
 
 
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Tells whether layers of a prepared model are spread, so that all processes have to call each equally often."""
+    spread = any(isinstance(part, FSDPModule) for part in model.modules())
+    return spread or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
 def reads_weights(accelerator: Accelerator) -> bool:
     """Tells whether this process has to read a model: where weights are spread, others take the main one's."""
     return accelerator.is_main_process or not spreads_weights(accelerator)
