@@ -153,6 +153,7 @@ def test_two_processes_do_not_make_one_index(
     Image.new("RGB", (20, 10), "pink").save(folder / "pink.png")
     with pytest.raises(LabError, match="process 7 on another machine is at work there"):
         build()
+    assert (parts / ".lock").exists(), "what the other process did so far, and its lock, are its own"
     process.communicate()
     assert len(build().files) == 6
 

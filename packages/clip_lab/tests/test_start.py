@@ -9,6 +9,8 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from httpx import Request, Response
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from labs_testing import commands as lab_commands
 from labs_testing.commands import in_two_processes
 from safetensors.torch import load_file, save_file
@@ -29,7 +31,7 @@ from transformers import (
 from clip_lab.encoder import load_encoder
 from clip_lab.released import ReleasedModel, merged
 from clip_lab.saved import load_any, load_model
-from clip_lab.text import pretrained_text
+from clip_lab.text import pretrained_text, sentence_pool
 from clip_lab.tokens import make_words
 from labs_common.errors import LabError
 from labs_common.scenes.captions import captions
@@ -290,6 +292,9 @@ def test_a_captions_feature_is_pooled_as_asked(pool: str, tmp_path: Path) -> Non
         ({"pooling_mode": "lasttoken"}, "eot"),
         ({"pooling_mode": "weightedmean"}, "pooled by weightedmean, which is not here; take another --text-pool"),
         ({"pooling_mode_cls_token": True, "pooling_mode_max_tokens": True}, "pooled by cls_token and max_tokens"),
+        ({"pooling_mode": ["mean", "max"]}, "pooled by mean and max, which"),
+        ({"pooling_mode": ["mean"]}, "mean"),
+        ({}, "pooled in no way that it says; take another --text-pool"),
     ],
 )
 def test_a_sentence_transformers_own_pooling_is_the_default(said: dict[str, Any], pool: str, tmp_path: Path) -> None:
@@ -297,12 +302,36 @@ def test_a_sentence_transformers_own_pooling_is_the_default(said: dict[str, Any]
     BertConfig(vocab_size=9, **sizes).save_pretrained(tmp_path)
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(said))
-    if "which" in pool or "and" in pool:
+    if pool.startswith("pooled"):
         with pytest.raises(LabError, match=f"--text {tmp_path}: its sentences are {pool}"):
             pretrained_text(str(tmp_path), False, 4, 1)
     else:
         assert pretrained_text(str(tmp_path), False, 4, 1).pool == pool
     assert pretrained_text(str(tmp_path), False, 4, 1, "max").pool == "max", "what is asked for comes first"
+
+
+def test_a_hub_that_does_not_say_the_pooling_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gone = OSError("We couldn't connect\nto the hub")
+    gone.__cause__ = LocalEntryNotFoundError("no route")
+    busy = OSError("503")
+    busy.__cause__ = HfHubHTTPError("503", response=Response(503, request=Request("GET", "https://hub")))
+    raised: list[Exception] = [gone]
+
+    def asked(name: str, file: str) -> str:
+        raise raised[-1]
+
+    monkeypatch.setattr("clip_lab.text.cached_file", asked)
+    for error in (gone, busy, ConnectionError("no route")):
+        raised.append(error)
+        monkeypatch.setattr("clip_lab.text.is_offline_mode", lambda: False)
+        with pytest.raises(LabError, match=r"--text a/b: the hub does not say .* or say it with --text-pool") as stop:
+            sentence_pool("a/b")
+        assert "\n" not in str(stop.value)
+        monkeypatch.setattr("clip_lab.text.is_offline_mode", lambda: True)
+        if error is gone:
+            assert not sentence_pool("a/b"), "whoever works without the hub has all files that there are"
+    monkeypatch.undo()
+    assert not sentence_pool(str(tmp_path)), "a directory without the file"
 
 
 def test_weights_without_a_pooler_are_the_same_in_two_loads(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pyarrow import parquet
 
 from labs_common.data.classes import read_pictures, stratified_parts
 from labs_common.data.images import BadPictureError, checked, decoded, picture_files, readable, within
+from labs_common.data.tables import by_split
 from labs_common.errors import LabError
 from labs_common.scenes.files import write_parquet
 
@@ -264,6 +265,21 @@ def test_a_wrong_path_gets_one_line(tmp_path: Path, path: str, said: str) -> Non
     with pytest.raises(LabError, match=said) as caught:
         read_pictures(str(tmp_path / path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("cc3m-train-0000.tar", "train"),
+        ("cc3m_validation_0000.tar", "validation"),
+        ("coco.val2017.parquet", "validation"),
+        ("Test.parquet", "test"),
+        ("testimonials-0.parquet", "train"),
+        ("train_val.parquet", "train"),
+    ],
+)
+def test_any_word_of_a_name_says_the_split(name: str, split: str, tmp_path: Path) -> None:
+    assert by_split(str(tmp_path), [tmp_path / name]) == {split: [tmp_path / name]}
 
 
 def test_labels_outside_of_the_classes_are_bad(tmp_path: Path, levels: np.ndarray) -> None:

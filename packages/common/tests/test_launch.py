@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,11 +12,12 @@ import torch
 from accelerate.state import AcceleratorState
 from labs_testing.commands import free_port
 from test_training import OPTIONS, finish
+from torch.distributed.elastic.multiprocessing import SignalException
 from toy import commands
 
 from labs_common.compare.processes import launcher
 from labs_common.device import mixed_precision
-from labs_common.errors import LabError
+from labs_common.errors import Interrupted, LabError
 from labs_common.launch import check_launch
 from labs_common.options import Precision, TrainingOptions
 from labs_common.training import make_accelerator
@@ -163,10 +166,8 @@ def test_fewer_gpus_than_processes_stop_all_of_them(tmp_path: Path, visible: str
 def test_a_launched_run_that_fails_says_its_own_line_alone(
     several: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Not a traceback of Accelerate's after it; and the exit code is the run's."""
+    """Not a traceback of Accelerate's after it; and the exit code is the run's, also of one that a signal killed."""
     run, launch, kind = tmp_path / "run.py", tmp_path / "launch.yaml", "MULTI_GPU" if several else "NO"
-    run.write_text("import os, sys\nif os.environ.get('RANK', '0') == '0':\n"
-                   "    print('error: --data x: no such file', file=sys.stderr)\nsys.exit(2)\n")  # fmt: skip
     launch.write_text(
         f"compute_environment: LOCAL_MACHINE\ndistributed_type: '{kind}'\n"
         f"mixed_precision: 'no'\nnum_machines: 1\nnum_processes: {1 + several}\nuse_cpu: {not several}\n"
@@ -176,11 +177,36 @@ def test_a_launched_run_that_fails_says_its_own_line_alone(
     monkeypatch.setattr(
         "sys.argv", ["-c", "--config_file", str(launch), "--num_cpu_threads_per_process", "1", str(run)]
     )
-    with pytest.raises(SystemExit) as stop:
-        launcher()
-    assert stop.value.code == 2
-    assert capfd.readouterr().err == "error: --data x: no such file\n"
+
+    def end(code: int | str) -> None:
+        raise SystemExit(code)
+
+    # One process takes the launcher's place, which here is this test's own; so is who dies of a signal.
+    monkeypatch.setattr(
+        "os.execvpe", lambda _, command, environment: end(subprocess.run(command, env=environment).returncode)
+    )
+    monkeypatch.setattr("os.kill", lambda process, number: end(f"own {number}" if process == os.getpid() else 0))
+    for code, last in ((2, "sys.exit(2)"), ("own 9" if several else -9, "os.kill(os.getpid(), 9)")):
+        run.write_text("import os, sys\nif os.environ.get('RANK', '0') == '0':\n"
+                       f"    print('error: --data x: no such file', file=sys.stderr, flush=True)\n{last}\n")  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            launcher()
+        assert stop.value.code == code
+        assert capfd.readouterr().err == "error: --data x: no such file\n"
     launch.write_text("")
     with pytest.raises(SystemExit) as stop:
         launcher()
     assert (stop.value.code, capfd.readouterr().err.count("\n")) == (2, 1)
+
+
+def test_a_stopped_launch_of_several_is_no_unusable_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(args: object) -> None:  # as torch's elastic agent ends once it has passed SIGTERM on
+        raise SignalException("Process 7 got signal: 15", sigval=signal.SIGTERM)
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", stopped)
+    monkeypatch.setattr("sys.argv", ["-c", "--config_file", "two.yaml", "run.py"])
+    with pytest.raises(SystemExit) as stop:
+        launcher()
+    assert (stop.value.code, capfd.readouterr().err) == (Interrupted.exit_code, "")

@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -5,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    GPT2Config,
+    LlamaConfig,
+    Qwen2Config,
+)
 
 from labs_common.errors import LabError
 from llm_peft_fa import base, general_text
@@ -18,7 +26,7 @@ from llm_peft_fa.answers import (
     collected_prompts,
     streamed_answer,
 )
-from llm_peft_fa.base import load_model, load_tokenizer, longest_row
+from llm_peft_fa.base import load_model, load_tokenizer, longest_row, positions
 from llm_peft_fa.config import GenerationOptions, MethodOptions, TrainConfig
 from llm_peft_fa.data import Conversation, Reading
 from llm_peft_fa.methods import Setting, apply_method, resolved
@@ -68,7 +76,7 @@ def test_batched_answers_of_soft_prompts_equal_one_by_one(model_dir: Path, metho
 
 
 def test_rows_and_answers_stay_within_the_positions_of_a_model(
-    llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+    llama_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer, model = load_tokenizer(str(llama_dir)), load_model(str(llama_dir))
     model.config.max_position_embeddings = 60
@@ -82,7 +90,11 @@ def test_rows_and_answers_stay_within_the_positions_of_a_model(
     prompts = [Prompt([{"role": "user", "content": "کتاب " * n}]) for n in (1, 10, 90)]
     options = GenerationOptions(max_new_tokens=30, generation_batch=1)
     answers(model, tokenizer, prompts, options, Accelerator(cpu=True))
-    (short, most), middle, (cut, left) = asked
+    said = "answering: 1 of 3 prompts lost their beginning: the model reads 60 tokens"
+    assert [line for line in capsys.readouterr().err.splitlines() if "beginning" in line] == [said]
+    answers(model, tokenizer, prompts[:1], options, Accelerator(cpu=True))
+    assert "beginning" not in capsys.readouterr().err
+    (short, most), middle, (cut, left), _ = asked
     assert (most, left) == (30, 30)
     assert short < middle[0] < cut == 30, "a prompt that is too long loses its beginning"
     assert all(sum(one) <= 60 for one in asked)
@@ -95,6 +107,41 @@ def test_rows_and_answers_stay_within_the_positions_of_a_model(
     assert longest_row(config) == 52
     config.data.max_length = 40
     assert longest_row(config) == 40
+
+
+ROPE = {"rope_theta": 10000.0, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (Qwen2Config(max_position_embeddings=100), 100),
+        (Qwen2Config(max_position_embeddings=100, rope_parameters=ROPE | {"rope_type": "yarn"}), 400),
+        (
+            Qwen2Config(
+                max_position_embeddings=400,
+                rope_parameters=ROPE | {"rope_type": "yarn", "original_max_position_embeddings": 100},
+            ),
+            400,
+        ),
+        (LlamaConfig(max_position_embeddings=100, rope_scaling={"type": "linear", "factor": 4.0}), 400),
+        (
+            LlamaConfig(
+                max_position_embeddings=800,
+                rope_parameters=ROPE
+                | {"rope_type": "llama3", "original_max_position_embeddings": 100}
+                | {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+            ),
+            800,
+        ),
+        (FalconConfig(alibi=True), sys.maxsize),
+        (FalconConfig(alibi=False), 2048),
+        (BloomConfig(), sys.maxsize),
+        (GPT2Config(n_positions=300), 300),
+    ],
+)
+def test_scaled_rotary_positions_count_as_scaled_and_alibi_has_no_limit(config: Any, expected: int) -> None:
+    assert positions(config) == expected
 
 
 def test_own_prompts_come_first(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ import struct
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import datasets
 import pyarrow
@@ -13,8 +14,9 @@ import pytest
 
 from labs_common.errors import LabError
 from llm_peft_fa import sources
-from llm_peft_fa.config import DataOptions, ReadingOptions
+from llm_peft_fa.config import DataOptions, EvaluateConfig, ReadingOptions
 from llm_peft_fa.data import read_conversations, splits
+from llm_peft_fa.evaluate import _readings
 from llm_peft_fa.sources import UnusableRowError, columns_of, messages_of, own_splits
 
 EXPECTED = [
@@ -38,7 +40,8 @@ ALPACA = {"system": "س", "instruction": "پ", "input": "", "output": "ج"}
         {"prompt": EXPECTED[:2], "completion": EXPECTED[2:]}, {"prompt": EXPECTED[:2], "completion": "ج"},
         {"conversations": None, "messages": EXPECTED}, {"conversations": None, "message": None, **ALPACA} | MESSAGES,
         {"messages": [{"from": None, "value": None} | turn for turn in EXPECTED], "prompt": None, "completion": None},
-        SHAREGPT | {"messages": None},
+        SHAREGPT | {"messages": None}, {"messages": None, "prompt": EXPECTED[:2], "completion": "ج"},
+        {"conversations": None, "prompt": None, "completion": None, "dialogue": EXPECTED},
         {"conversations": [{"role": None, "content": None} | turn for turn in SHAREGPT["conversations"]]},
     ],
 )  # fmt: skip
@@ -47,7 +50,9 @@ def test_every_shape_of_row_gives_the_same_messages(row: dict[str, Any]) -> None
 
 
 def test_alpaca_input_follows_the_instruction() -> None:
-    assert messages_of({"instruction": "جمع کن", "input": "۱ و ۲", "output": "۳"})[0]["content"] == "جمع کن\n\n۱ و ۲"
+    row = {"instruction": "جمع کن", "input": "۱ و ۲", "output": "۳"}
+    for nothing in ({}, {"messages": None}, {"prompt": None, "completion": None}):
+        assert messages_of(row | nothing)[0]["content"] == "جمع کن\n\n۱ و ۲"
 
 
 def test_prompt_and_completion_are_texts_or_lists_of_turns() -> None:
@@ -55,10 +60,11 @@ def test_prompt_and_completion_are_texts_or_lists_of_turns() -> None:
     named = columns_of(ReadingOptions(columns=("prompt=a", "answer=b", "system=c")))
     assert messages_of({"a": EXPECTED[1:2], "b": EXPECTED[2:], "c": "س"}, named) == EXPECTED
     for row, reason in (
-        ({"prompt": None, "completion": "ج"}, "not text: user holds NoneType"),
+        ({"prompt": None, "completion": "ج"}, r"unknown columns: prompt \(null\), completion;"),
         ({"prompt": [], "completion": EXPECTED[2:]}, "roles out of order"),
         ({"prompt": EXPECTED, "completion": EXPECTED[2:]}, "roles out of order"),
-        ({"conversations": None}, "no turns"),
+        ({"conversations": None}, r"unknown columns: conversations \(null\)"),
+        ({"conversations": []}, "no turns"),
     ):
         with pytest.raises(UnusableRowError, match=reason):
             messages_of(row)
@@ -240,6 +246,8 @@ def test_files_of_a_split_are_held_out_and_halved_where_there_is_no_test(tmp_pat
     assert sides_of(data=data)["test"] == ["c 0", "c 1", "c 2"]
     assert sides_of(data=data)["validation"] == [f"b {n}" for n in range(9)]
     assert len(sides_of(data=data, validation_limit=4)["validation"]) == 4
+    write_chats(tmp_path / "data" / "testimonials.jsonl", "t", 3)
+    assert sides_of(data=data)["test"] == ["c 0", "c 1", "c 2"], "whole words are a split's name"
     named = sides_of(data=data, test_data=write_chats(tmp_path / "d.jsonl", "d", 2))
     assert named["test"] == ["d 0", "d 1"]
 
@@ -253,6 +261,10 @@ def test_a_hub_that_does_not_say_which_splits_there_are_is_one_line(monkeypatch:
     monkeypatch.setattr(datasets, "get_dataset_split_names", asked)
     with pytest.raises(LabError, match=r"a/b: its splits cannot be listed \(.*no route"):
         own_splits("a/b")
+    evaluation, model = EvaluateConfig(), SimpleNamespace(trained=None)
+    evaluation.reading.data = "a/b"
+    with pytest.raises(LabError, match=r"no route.*or name one with --split"):
+        _readings(evaluation, cast(Any, model))
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: ["train", "test"])
     assert own_splits("a/b") == ["test"]
 

@@ -1,5 +1,6 @@
 """Tokens from space to space are those of the whole text."""
 
+import logging
 import random
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from llm_peft_fa.pieces import PATTERNS, in_pieces
+from llm_peft_fa.pieces import PATTERNS, _known, in_pieces
 
 pytestmark = pytest.mark.quick
 WORDS = ("سلام", "می‌روم", "کتاب‌ها", "۱۲۳۴", "1234567", "don't", "x", "ﷺ", "é", "e\u0301", "🙂👍🏽", "...", "«تهران»،", "a\tb",
@@ -76,7 +77,26 @@ def test_what_may_go_over_a_space_is_not_cut() -> None:
     found, whole = in_pieces(plain, texts()), plain(texts(), add_special_tokens=False)["input_ids"]
     assert found is not None
     assert [one.ids for one in found] == whole, "what was known of the smaller vocabulary is forgotten"
-    for token in (AddedToken("<x>", rstrip=True), AddedToken("c d")):
+    for token in (AddedToken("<x>", rstrip=True), AddedToken("c d"), AddedToken(" foo", single_word=True)):
         plain.add_tokens([token])
         assert in_pieces(plain, ["a b"]) is None
         plain = PreTrainedTokenizerFast(tokenizer_object=byte_level(None))
+
+
+def test_what_is_remembered_is_bounded_in_tokens(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(None), model_max_length=20)
+    monkeypatch.setattr("llm_peft_fa.pieces.REMEMBERED", 100)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    known = _known(tokenizer, len(tokenizer))
+    assert known is not None
+    for call in range(20):
+        texts = [f"a {'xz' * call}{n} {'qj' * 500}{n} b" for n in range(3)]
+        found = in_pieces(tokenizer, texts)
+        assert found is not None
+        assert [one.ids for one in found] == tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        sizes = [len(ids) for ids, _ in known.values()]
+        assert known.tokens == sum(sizes) <= 100 + 3 * 32
+        assert 0 < max(sizes) <= 32, "long ones are not kept"
+    assert not caplog.records, "transformers does not warn of pieces that are long together"

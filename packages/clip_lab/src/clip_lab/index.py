@@ -133,9 +133,9 @@ def build_index(
             if kept is None:
                 check_cache(writes=True)  # before everything is embedded in vain
             parts.mkdir(parents=True, exist_ok=True)
-            until.callback(clear)
             if trouble := locked(parts, until):
                 raise LabError(f"{name} is being indexed: {trouble}")
+            until.callback(clear)  # of what is ours, and before another process gets the lock
             done = sorted(parts.glob("[0-9]*"))
             for folder in done:
                 known |= _read(folder, recipe, "")

@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import _CACHED_NO_EXIST, is_offline_mode, try_to_load_from_cache
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 from transformers import AutoConfig, AutoModel
 from transformers.utils import cached_file
 
 from clip_lab.decoder import Block, initialise
-from labs_common.errors import LabError, json_of
+from labs_common.errors import LabError, json_of, reason_of
 from labs_common.saved import load_auto, load_network
 
 HEAD = ("pooler.",)  # what encoders trained on words alone lack, such as RoBERTa
@@ -143,18 +145,27 @@ def sentence_pool(name: str) -> str:
     """Returns the key of `POOLS` by which a sentence-transformer was trained; nothing for other models.
 
     Raises:
-        LabError: it pools in another way.
+        LabError: it pools in another way, or the hub does not say: silently, it would be another feature.
     """
-    file = cached_file(name, "1_Pooling/config.json", _raise_exceptions_for_missing_entries=False,
-                       _raise_exceptions_for_connection_errors=False)  # fmt: skip
+    try:
+        file = cached_file(name, "1_Pooling/config.json")
+    except Exception as error:  # of the hub, the network, the library; with no cause there is no such file
+        known = isinstance(error.__cause__, LocalEntryNotFoundError) and (
+            is_offline_mode() or try_to_load_from_cache(name, "1_Pooling/config.json") is _CACHED_NO_EXIST
+        )
+        if known or (type(error) is OSError and error.__cause__ is None):
+            return ""
+        failure = f"the hub does not say how its sentences are pooled ({reason_of(error)})"
+        raise LabError(f"--text {name}: {failure}; try again, or say it with --text-pool") from error
     if file is None:
         return ""
     found = json_of(Path(file), f"--text {name}: 1_Pooling/config.json")
     said = found if isinstance(found, dict) else {}
-    modes = [said["pooling_mode"]] if "pooling_mode" in said else [
+    mode = said.get("pooling_mode")
+    modes = [*map(str, mode if isinstance(mode, list) else [mode])] if mode is not None else [
         key.removeprefix("pooling_mode_") for key, value in said.items() if key.startswith("pooling_mode_") and value
     ]  # fmt: skip
     if len(modes) != 1 or modes[0] not in SENTENCE_POOLS:
-        how = " and ".join(map(str, modes))
-        raise LabError(f"--text {name}: its sentences are pooled by {how}, which is not here; take another --text-pool")
+        how = f"by {' and '.join(modes)}, which is not here" if modes else "in no way that it says"
+        raise LabError(f"--text {name}: its sentences are pooled {how}; take another --text-pool")
     return SENTENCE_POOLS[modes[0]]

@@ -149,7 +149,8 @@ def answers(
 
     Prompts of like length go together, padded on the left. With virtual tokens among the inputs only those of equal
     length do: the padding would stand between a soft prompt and its text, where PEFT counts it as positions. An answer
-    ends, truncated, where the model's positions do; a prompt that leaves it no room for one loses its beginning.
+    ends, truncated, where the model's positions do; a prompt that leaves it no room for one loses its beginning, and a
+    line says how many did.
     """
     if not prompts:
         return []
@@ -162,6 +163,7 @@ def answers(
     limit = answer_limit(tokenizer, prompts, options)
     room = positions(base.config) - virtual_tokens(model)
     kept = max(1, room - min(limit, SHORTEST_LIMIT))  # of a prompt
+    cut = {number for number, ids in encoded.items() if len(ids) > kept}
     encoded = {number: ids[-kept:] for number, ids in encoded.items()}
     order = sorted(mine, key=lambda number: (len(encoded[number]), number))
     alike = groupby(order, lambda number: len(encoded[number]) if virtual_tokens(model) else 0)
@@ -186,6 +188,8 @@ def answers(
             until = next((place for place, token in enumerate(answer) if token in stops), len(answer))
             text = str(tokenizer.decode(answer[:until], skip_special_tokens=True)).strip()
             said[number] = Answer(text, truncated=until == len(answer))
+    if (lost := len(set(gather_object(list(cut))))) and accelerator.is_main_process:
+        console.print(f"{task}: {lost} of {len(prompts)} prompts lost their beginning: the model reads {room:,} tokens")
     everyone = dict(gather_object(list(said.items())))
     return [everyone[number] for number in range(len(prompts))]
 

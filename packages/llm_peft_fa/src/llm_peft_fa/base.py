@@ -135,8 +135,18 @@ def base_config(model: str) -> PretrainedConfig:
 
 
 def positions(config: PretrainedConfig) -> int:
-    """Returns how many tokens a model can read at once; one that does not say (Mamba, ALiBi) has no limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    """Returns how many tokens a model can read at once; with ALiBi, or if it does not say (Mamba), there is no limit.
+
+    What rotary positions are scaled by may be in `max_position_embeddings` already (DeepSeek), or not (Qwen's YaRN).
+    """
+    text = config.get_text_config()
+    limit: int | None = getattr(text, "max_position_embeddings", None)
+    if limit is None or getattr(text, "alibi", False):
+        return sys.maxsize
+    rope: dict[str, Any] = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in ("linear", "yarn"):
+        return limit
+    return max(limit, int((rope.get("original_max_position_embeddings") or limit) * (rope.get("factor") or 1)))
 
 
 def longest_row(config: TrainConfig) -> int:

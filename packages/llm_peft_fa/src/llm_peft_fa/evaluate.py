@@ -244,7 +244,7 @@ def _readings(config: EvaluateConfig, subject: Subject) -> tuple[Reading, Readin
     if config.reading.data is not None:
         data, split = config.reading.data, config.reading.split
         if split == "auto":
-            split = next(iter(reversed(own_splits(data))), "train")
+            split = next(iter(reversed(own_splits(data, "name one with --split"))), "train")
             console.print(f"--data {data}: its split {split} is measured (--split)")
         reading = read_conversations(data, split, config.reading)
         return reading, reading

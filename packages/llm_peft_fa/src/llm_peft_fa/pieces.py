@@ -22,13 +22,20 @@ from transformers import PreTrainedTokenizerBase
 Piece = tuple[list[int], list[tuple[int, int]]]  # ids, and which characters each covers
 
 CUT = re.compile(r" (?<=\S )")  # begins with the space, for which the text is searched ten times as fast
-REMEMBERED = 50_000  # pieces: some 20 MB in each process
+REMEMBERED = 150_000  # tokens: some 20 MB in each process
+LONGEST = 32  # tokens of a piece that is remembered: what is longer (a link, Chinese, base64) hardly comes again
 # Of `Split` before ByteLevel, as in tokenizer.json: Llama 3's, and Qwen's with single digits.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
 PATTERNS = [PATTERN % digits for digits in ("{1,3}", "")]
+
+
+class Known(dict[str, Piece]):
+    """The look-up of pieces; `tokens` is how many they have together."""
+
+    tokens = 0
 
 
 class Pieces:
@@ -65,8 +72,9 @@ def in_pieces(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
     if known is None:
         return None
     cut = [CUT.split(text) for text in texts]
-    if len(known) > REMEMBERED:
+    if known.tokens > REMEMBERED:
         known.clear()
+        known.tokens = 0
     # The first may begin with white space and the last end with it; all between end with something else, so that they
     # can be tokenized one after the other. Behind a letter: some tokenizers say of a text's first token that it covers
     # the space before it.
@@ -80,11 +88,19 @@ def in_pieces(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
         first = ids, [(begin + 1, end + 1) for begin, end in offsets]
         rest = [known[piece] for piece in pieces[1:-1]] + [_apart(next(last), pieces[-1:])[0] for _ in pieces[1:2]]
         found.append(Pieces([first, *rest], pieces))
+    for piece in missing:
+        if len(known[piece][0]) > LONGEST:
+            del known[piece]
+        else:
+            known.tokens += len(known[piece][0])
     return found
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Piece]:
-    out: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
+    # Not verbose: all missing pieces together may be longer than the model reads, which is no reason for a warning.
+    out: Any = tokenizer(
+        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )
     return [(ids, encoding.offsets) for ids, encoding in zip(out["input_ids"], out.encodings, strict=True)]
 
 
@@ -100,7 +116,7 @@ def _apart(joined: Piece, pieces: Sequence[str]) -> list[Piece]:
 
 
 @lru_cache(maxsize=4)
-def _known(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[str, Piece] | None:
+def _known(tokenizer: PreTrainedTokenizerBase, size: int) -> Known | None:
     """Begins the look-up of a tokenizer of so many tokens, if it cuts at spaces."""
     backend: Any = tokenizer.backend_tokenizer
     normalizer, cuts = backend.normalizer, backend.pre_tokenizer
@@ -114,6 +130,9 @@ def _known(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[str, Piece] | 
         return None
     if before and before not in [[SPLIT | {"pattern": {"Regex": pattern}}] for pattern in PATTERNS]:
         return None
-    # One that takes the space behind it with it, or holds one, is not the same without what is there.
-    added = backend.get_added_tokens_decoder().values()
-    return None if any(token.rstrip or CUT.search(token.content) for token in added) else {}
+    # One that takes the space behind it with it, or holds one, is not the same without what is there; nor is one that
+    # begins with a space and asks what is before it.
+    for token in backend.get_added_tokens_decoder().values():
+        if token.rstrip or CUT.search(token.content) or (token.single_word and token.content.startswith(" ")):
+            return None
+    return Known()

@@ -29,8 +29,10 @@ ROLES = {
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 PARTS = ("conversations", "prompt", "answer", "system")  # of a row, that --columns names
 FILE_KINDS = (".json", ".jsonl", ".parquet")
-# How the files of a split begin: train-00000-of-00002.parquet, valid.jsonl.
-SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+# With what words the names of a split's files begin: train-00000-of-00002.parquet, valid.jsonl; not testimonials.jsonl.
+SPLITS = {
+    "train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "testing"),
+}  # fmt: skip
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 PARQUET_ROWS = 1000  # read at a time: some megabytes
 
@@ -74,8 +76,10 @@ def files_of(source: str, split: str) -> list[Path] | None:
     return None
 
 
-def own_splits(source: str) -> list[str]:
+def own_splits(source: str, remedy: str = "give --validation-data and --test-data") -> list[str]:
     """Lists which of validation and test a directory or dataset has besides what is trained on.
+
+    `remedy` is what the command has to get along without the list.
 
     Raises:
         LabError: the hub does not say: silently, other conversations would be held out than before.
@@ -83,7 +87,7 @@ def own_splits(source: str) -> list[str]:
     path = Path(source)
     if path.is_dir() and not _saved(path):
         names = [file.name for file in path.iterdir() if file.suffix in FILE_KINDS]
-        return [split for split in ("validation", "test") if any(name.startswith(SPLITS[split]) for name in names)]
+        return [split for split in ("validation", "test") if any(_is_of(name, split) for name in names)]
     if path.is_dir() and (path / "dataset_dict.json").exists():
         return [split for split in ("validation", "test") if (path / split).is_dir()]
     if path.exists() or files_of(source, "train") is not None:
@@ -93,8 +97,8 @@ def own_splits(source: str) -> list[str]:
     try:
         found = datasets.get_dataset_split_names(source)
     except Exception as error:  # of the hub, the network, the library
-        raise LabError(f"--data {source}: its splits cannot be listed ({reason_of(error)}); try again, or give "
-                       "--validation-data and --test-data") from error  # fmt: skip
+        said = f"its splits cannot be listed ({reason_of(error)})"
+        raise LabError(f"--data {source}: {said}; try again, or {remedy}") from error
     return [split for split in ("validation", "test") if split in found]
 
 
@@ -143,20 +147,22 @@ def messages_of(row: Any, columns: dict[str, str] | None = None) -> list[Message
     if not isinstance(row, dict):
         raise UnusableRowError(f"not an object: {type(row).__name__}")
     columns = columns or {}
-    if not columns and not _named_turns(row) and {"prompt", "completion"} <= row.keys():  # TRL's
+    there = {name: value for name, value in row.items() if value is not None}  # parquet has all columns in all rows
+    if not columns and not _named_turns(there) and {"prompt", "completion"} <= there.keys():  # TRL's
         columns = {"prompt": "prompt", "answer": "completion"}
     if missing := [column for column in columns.values() if column not in row]:
         raise UnusableRowError(f"no column {missing[0]}; it has {', '.join(map(str, list(row)[:5]))}")
     if "prompt" in columns:
         turns = _exchange(*(row[columns[part]] if part in columns else "" for part in ("system", "prompt", "answer")))
-    elif (column := columns.get("conversations") or turns_column(row)) is not None:
+    elif (column := columns.get("conversations") or turns_column(there)) is not None:
         turns = [_turn(turn) for turn in _turns(row[column])]
-    elif "instruction" in row and "output" in row:
+    elif {"instruction", "output"} <= there.keys():
         parts = [row["instruction"], row.get("input")]
         asked = "\n\n".join(str(part).strip() for part in parts if part)
         turns = _exchange(row.get("system"), asked, row["output"])
     else:
-        raise UnusableRowError(f"unknown columns: {', '.join(map(str, list(row)[:5]))}; name them with --columns")
+        names = ", ".join(f"{name}{'' if name in there else ' (null)'}" for name in list(row)[:5])
+        raise UnusableRowError(f"unknown columns: {names}; name them with --columns")
     if turns[0]["role"] == "system" and not turns[0]["content"].strip():  # says nothing, and some templates refuse it
         turns = turns[1:]
     _check_order(turns)
@@ -176,9 +182,7 @@ def turns_column(row: dict[Any, Any]) -> str | None:
 
 
 def _named_turns(row: dict[Any, Any]) -> list[str]:
-    """Lists conversations or messages, if the row has it: one that is null only if it has no other."""
-    names = [name for name in ("conversations", "messages") if name in row]
-    return sorted(names, key=lambda name: row[name] is None)[:1]
+    return [name for name in ("conversations", "messages") if row.get(name) is not None][:1]
 
 
 def _turns_columns(row: dict[Any, Any]) -> list[str]:
@@ -308,12 +312,17 @@ def _one(batch: Any) -> Any:
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
     files = sorted(file for file in folder.iterdir() if file.suffix in FILE_KINDS and file.is_file())
-    named = [file for file in files if file.name.startswith(SPLITS.get(split, (split,)))]
+    named = [file for file in files if _is_of(file.name, split)]
     if named:
         return named
-    if not files or any(file.name.startswith(sum(SPLITS.values(), ())) for file in files):
+    if not files or any(_is_of(file.name, other) for file in files for other in SPLITS):
         raise LabError(f"{folder}: has no .json, .jsonl or .parquet file of the split {split!r}")
     return files
+
+
+def _is_of(name: str, split: str) -> bool:
+    """Tells whether a file's name begins with a word for the split, and not with a longer one."""
+    return re.match(rf"(?:{'|'.join(map(re.escape, SPLITS.get(split, (split,))))})(?![^\W\d_])", name) is not None
 
 
 def _saved(path: Path) -> bool:

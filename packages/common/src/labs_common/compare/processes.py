@@ -4,6 +4,7 @@ Processes are forked from a server that has imported the libraries once and done
 configuration they are launched by Accelerate instead.
 """
 
+import argparse
 import dataclasses
 import gc
 import logging
@@ -174,19 +175,41 @@ def launcher() -> None:
 
     Accelerate itself would end with 1, and with a traceback and a summary of its own around that line.
     """
-    from accelerate.commands.launch import launch_command, launch_command_parser  # of the launching process alone
+    from accelerate.commands import launch  # these three of the launching process alone
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    launch.simple_launcher = _become_the_run
     try:
-        launch_command(launch_command_parser().parse_args())
+        launch.launch_command(launch.launch_command_parser().parse_args())
     except subprocess.CalledProcessError as error:
-        sys.exit(error.returncode)
+        _end_with(error.returncode)
     except ChildFailedError as error:
-        sys.exit(error.get_first_failure()[1].exitcode)
+        _end_with(error.get_first_failure()[1].exitcode)
+    except SignalException:  # the processes got it too, and saved their run
+        sys.exit(Interrupted.exit_code)
     except Exception as error:  # of a configuration that cannot be read, or that contradicts itself
         print(f"error: --launch {sys.argv[2]}: cannot be used ({reason_of(error)})", file=sys.stderr)
         sys.exit(LabError.exit_code)
+
+
+def _become_the_run(args: argparse.Namespace) -> None:
+    """Lets a run of one process take the place of this one, so that signals reach it and its exit code is this one's.
+
+    Accelerate would start it beside, pass no signal on and not wait for it.
+    """
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env  # as above
+
+    command, environment = prepare_simple_launcher_cmd_env(args)
+    os.execvpe(command[0], command, environment)
+
+
+def _end_with(code: int) -> None:
+    """Ends with an exit code; of a run that a signal killed (-9), as it did, since `exit` would make 247 of it."""
+    if code < 0:
+        os.kill(os.getpid(), -code)
+    sys.exit(code)
 
 
 @contextmanager

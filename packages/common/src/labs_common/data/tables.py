@@ -1,6 +1,7 @@
 """Rows of pictures in tables, from parquet files or a Hugging Face data set, by split; what splits are called."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,16 +87,16 @@ def read_tables(data: str) -> dict[str, Columns]:
 
 
 def by_split(data: str, files: Sequence[Path]) -> dict[str, list[Path]]:
-    """Groups files named by their split: train.parquet, train-00000-of-00002.parquet; if none is, all is training.
+    """Groups files by the split that a word of their names says; if none does, all is training.
 
-    So do the names of folders in `data`.
+    So do train.parquet, train-00000-of-00002.parquet, cc3m-train-0000.tar, and the names of folders in `data`.
 
     Raises:
         LabError: some are named so, and others not.
     """
     groups: dict[str, list[Path]] = {}
     for file in files:
-        named = split_of(file.stem.split("-")[0].split("_")[0].lower())
+        named = next(filter(None, map(split_of, re.split(r"[\W\d_]+", file.stem.lower()))), "")
         within = "" if file.parent == Path(data).expanduser() else split_of(file.parent.name)
         groups.setdefault(named or within, []).append(file)
     if set(groups) == {""}:
