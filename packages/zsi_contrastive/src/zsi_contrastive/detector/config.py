@@ -335,10 +335,7 @@ def complete(config: TrainConfig) -> TrainConfig:
     if config.data.data is None and split != SCENES:
         raise LabError(f"--split {split}: drawn scenes have classes of their own; name pictures with --data")
     if not vectors:
-        raise LabError(
-            f"--word-vectors: name the vectors of the classes of {split}: a matrix, a text file of GloVe or fastText, "
-            "or encoder:NAME"
-        )
+        raise LabError(f"--word-vectors: name those of {split}: a matrix, a file of GloVe or fastText, or encoder:NAME")
     check(config)
     tiny = config.model.backbone == TINY
     # The learning rate of 65/15 is the lower one of the published configurations.
@@ -374,12 +371,9 @@ def complete(config: TrainConfig) -> TrainConfig:
 
 def complete_data(data: DataOptions) -> DataOptions:
     """Fills in what says which pictures are the test, where it is not asked for."""
-    return dataclasses.replace(
-        data,
-        split=data.split or (SCENES if data.data is None else PUBLISHED[0]),
-        protocol="zsi" if data.protocol == "auto" else data.protocol,
-        validation_fraction=0.3 if data.validation_fraction < 0 else data.validation_fraction,
-    )
+    split = data.split or (SCENES if data.data is None else PUBLISHED[0])
+    protocol, share = "zsi" if data.protocol == "auto" else data.protocol, data.validation_fraction
+    return dataclasses.replace(data, split=split, protocol=protocol, validation_fraction=0.3 if share < 0 else share)
 
 
 def contrastive_of(model: ModelOptions) -> tuple[str, ...]:
@@ -395,9 +389,7 @@ def check(config: TrainConfig) -> None:
     """
     model, training = config.model, config.training
     if model.sync_background and not model.background_rpn:
-        raise LabError(
-            "--sync-background: there is nothing to take over without --background-rpn; add --no-sync-background"
-        )
+        raise LabError("--sync-background: nothing to take over without --background-rpn; add --no-sync-background")
     for name, file in (("backbone", model.backbone_weights), ("greedy", model.greedy_weights)):
         if file is not None and file.suffix != ".safetensors":
             raise LabError(f"--{name}-weights {file}: must be a .safetensors file")
