@@ -107,7 +107,7 @@ def vit_gpt2(folder: Path) -> type:
 
 
 @pytest.fixture(scope="module")
-def test_pictures(scenes: Path) -> CaptionedPictures:
+def unseen(scenes: Path) -> CaptionedPictures:
     return read_data(CaptionDataOptions(data=str(scenes)), 0, False).splits["test"]
 
 
@@ -132,12 +132,12 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("family", [blip, git])
 def test_a_prompt_is_gone_on_from_and_cut_off(
-    family: Any, test_pictures: CaptionedPictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: Any, unseen: CaptionedPictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(1)
     model = family(tmp_path).from_pretrained(tmp_path).eval()
     processor, tokenizer = AutoImageProcessor.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    few, options = test_pictures.subset([0, 2, 4]), DecodingOptions(beam=1, no_repeat=2)
+    few, options = unseen.subset([0, 2, 4]), DecodingOptions(beam=1, no_repeat=2)
     by_hand = {}
     for prompt in ("two red", "a"):
         begin = [
@@ -167,12 +167,12 @@ def test_a_prompt_is_gone_on_from_and_cut_off(
 
 
 @pytest.mark.parametrize("family", [blip, git, vit_gpt2])
-def test_captions_are_those_of_generate(family: Any, test_pictures: CaptionedPictures, tmp_path: Path) -> None:
+def test_captions_are_those_of_generate(family: Any, unseen: CaptionedPictures, tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = family(tmp_path).from_pretrained(tmp_path).eval()
     processor, tokenizer = AutoImageProcessor.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     released, accelerator = load_released(tmp_path, "none"), inference_accelerator()
-    few = test_pictures.subset([0, 2, 4])
+    few = unseen.subset([0, 2, 4])
     different = set()
     for beam in (1, 3):
         options = DecodingOptions(beam=beam, no_repeat=2)
@@ -214,13 +214,11 @@ def by_formula(folder: Path, pictures: CaptionedPictures, captions: list[str]) -
     return tuple(np.mean(each, 0))
 
 
-def test_clip_score_is_the_papers(clip: Path, test_pictures: CaptionedPictures) -> None:
-    captions = captions_of_others(test_pictures)
+def test_clip_score_is_the_papers(clip: Path, unseen: CaptionedPictures) -> None:
+    captions = captions_of_others(unseen)
     captions[0] += " and a red star" * 9  # is cut to what the CLIP reads
-    found = ClipJudge(str(clip)).look(test_pictures, torch.device("cpu")).scores(captions)
-    assert (found["clip-score"], found["ref-clip-score"]) == pytest.approx(
-        by_formula(clip, test_pictures, captions), abs=1e-5
-    )
+    found = ClipJudge(str(clip)).look(unseen, torch.device("cpu")).scores(captions)
+    assert (found["clip-score"], found["ref-clip-score"]) == pytest.approx(by_formula(clip, unseen, captions), abs=1e-5)
 
 
 def test_the_nearest_reference_counts_and_nothing_below_zero() -> None:
@@ -237,7 +235,7 @@ def test_the_nearest_reference_counts_and_nothing_below_zero() -> None:
 
 
 def test_a_released_captioner_is_evaluated_as_ours_are(
-    clip: Path, scenes: Path, test_pictures: CaptionedPictures, tmp_path: Path
+    clip: Path, scenes: Path, unseen: CaptionedPictures, tmp_path: Path
 ) -> None:
     git(tmp_path / "git")
     asked = ("--checkpoint", tmp_path / "git", "--beams", "1,2", "--clip-score", clip, "--output", tmp_path / "out")
@@ -246,7 +244,7 @@ def test_a_released_captioner_is_evaluated_as_ours_are(
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     said = [row["caption"] for row in json.loads((tmp_path / "out" / "captions.json").read_text())]
     first = found["by beam"]["1"]  # --beam 3 is not among them
-    judged = ClipJudge(str(clip)).look(test_pictures, torch.device("cpu")).scores(said)
+    judged = ClipJudge(str(clip)).look(unseen, torch.device("cpu")).scores(said)
     assert {key: first[key] for key in judged} == pytest.approx(judged)
     html = (tmp_path / "out" / "report.html").read_text()
     assert "RefCLIPScore" in html
