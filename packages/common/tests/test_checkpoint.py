@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from labs_testing.commands import in_two_processes
 from test_training import OPTIONS, finish
 
-from labs_common.checkpoint import check_resumed, checkpoints
+from labs_common.checkpoint import check_resumed, checkpoints, load_checkpoint, save_checkpoint
 from labs_common.data.captions import CaptionedPictures
 from labs_common.data.classes import LabelledPictures
 from labs_common.data.images import record_splits
@@ -352,3 +352,32 @@ def test_a_file_whose_sum_was_taken_out(run: Path) -> None:
     del sums["optimizer.pt"]
     (newest(run) / SUMS).write_text(json.dumps(sums))
     assert "optimizer.pt: has no check sum" in refusal(run)
+
+
+def test_moments_have_the_layout_of_their_weights(tmp_path: Path) -> None:
+    """A fused optimizer goes through both as they lie in memory, and a GPU's convolutions lie otherwise than a CPU's."""
+
+    def made(memory_format: torch.memory_format) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        layer = torch.nn.Conv2d(3, 4, 3).to(memory_format=memory_format)
+        return layer, torch.optim.AdamW(layer.parameters(), 0.1, fused=True)
+
+    def step(layer: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        layer(torch.ones(2, 3, 5, 5)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    accelerator, first = Accelerator(), made(torch.channels_last)
+    step(*first)
+    save_checkpoint(tmp_path / "step-1", accelerator, *first, {})
+    then = made(torch.contiguous_format)
+    load_checkpoint(tmp_path / "step-1", accelerator, *then)
+    step(*first)
+    step(*then)
+    torch.testing.assert_close(then[0].weight, first[0].weight, rtol=0, atol=1e-6)
+
+    state = torch.load(tmp_path / "step-1" / "optimizer.pt", weights_only=True)
+    state["optimizer"]["param_groups"][0]["fused"] = None  # as in a run of before
+    torch.save(state, tmp_path / "step-1" / "optimizer.pt")
+    load_checkpoint(tmp_path / "step-1", accelerator, *then)
+    assert then[1].param_groups[0]["fused"] is True

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +12,7 @@ from labs_common.device import (
     constant,
     exact_float32,
     expect_fixed_shapes,
+    mixed_precision,
     pinned,
     to_device,
     widest_float,
@@ -69,3 +72,28 @@ def test_on_a_cpu_nothing_is_copied() -> None:
     assert pinned(tensor, CPU) is tensor
     assert to_device(tensor, CPU) is tensor
     assert Later(tensor).read() is tensor
+
+
+@pytest.mark.parametrize(
+    ("gpu", "native", "expected"), [(True, True, "bf16"), (True, False, "fp16"), (False, False, "no")]
+)
+def test_auto_is_the_precision_that_the_gpu_computes_in(
+    gpu: bool, native: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A T4 says that it supports bf16, but emulates it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    assert mixed_precision("auto") == expected
+    assert (mixed_precision("fp32"), mixed_precision("bf16"), mixed_precision("fp16")) == ("no", "bf16", "fp16")
+
+
+@pytest.mark.alone
+def test_memory() -> None:
+    # In a process of its own: another test may have held more before.
+    code = """import torch
+from labs_common.device import peak_memory
+before = peak_memory()
+block = torch.ones(1 << 30, dtype=torch.uint8)
+print(peak_memory() - before)"""
+    grown = int(subprocess.check_output([sys.executable, "-c", code], text=True))
+    assert 1 << 29 <= grown <= 3 << 29, "importing torch may have held more than is held now"

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import toy.training
-from accelerate import Accelerator
 from labs_testing.commands import in_two_processes
 from labs_testing.pretended_runs import Budget
 from labs_testing.promises import KILLS
@@ -22,8 +21,6 @@ from safetensors.torch import load_file
 from toy import commands
 
 from labs_common import training
-from labs_common.checkpoint import load_checkpoint, save_checkpoint
-from labs_common.device import mixed_precision
 from labs_common.fitting import begin
 from labs_common.training import Loop, learning_rate_share
 
@@ -284,35 +281,6 @@ def test_another_number_of_processes_is_refused_in_all(tmp_path: Path, first: in
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_moments_have_the_layout_of_their_weights(tmp_path: Path) -> None:
-    """A fused optimizer goes through both as they lie in memory, and a GPU's convolutions lie otherwise than a CPU's."""
-
-    def made(memory_format: torch.memory_format) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-        torch.manual_seed(0)
-        layer = torch.nn.Conv2d(3, 4, 3).to(memory_format=memory_format)
-        return layer, torch.optim.AdamW(layer.parameters(), 0.1, fused=True)
-
-    def step(layer: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        layer(torch.ones(2, 3, 5, 5)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    accelerator, first = Accelerator(), made(torch.channels_last)
-    step(*first)
-    save_checkpoint(tmp_path / "step-1", accelerator, *first, {})
-    then = made(torch.contiguous_format)
-    load_checkpoint(tmp_path / "step-1", accelerator, *then)
-    step(*first)
-    step(*then)
-    torch.testing.assert_close(then[0].weight, first[0].weight, rtol=0, atol=1e-6)
-
-    state = torch.load(tmp_path / "step-1" / "optimizer.pt", weights_only=True)
-    state["optimizer"]["param_groups"][0]["fused"] = None  # as in a run of before
-    torch.save(state, tmp_path / "step-1" / "optimizer.pt")
-    load_checkpoint(tmp_path / "step-1", accelerator, *then)
-    assert then[1].param_groups[0]["fused"] is True
-
-
 def test_a_moved_frozen_tensor_fails_the_run(tmp_path: Path) -> None:
     said = finish("--output", tmp_path / "moved", "--move-frozen", "--epochs", 1, *OPTIONS, code=1)
     assert "0.bias" in said
@@ -394,28 +362,3 @@ def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
 def test_tensorboard_gets_the_curves(tmp_path: Path) -> None:
     finish("--output", tmp_path / "run", "--track", "tensorboard", "--max-steps", 2)
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
-
-
-@pytest.mark.parametrize(
-    ("gpu", "native", "expected"), [(True, True, "bf16"), (True, False, "fp16"), (False, False, "no")]
-)
-def test_auto_is_the_precision_that_the_gpu_computes_in(
-    gpu: bool, native: bool, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A T4 says that it supports bf16, but emulates it."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
-    assert mixed_precision("auto") == expected
-    assert (mixed_precision("fp32"), mixed_precision("bf16"), mixed_precision("fp16")) == ("no", "bf16", "fp16")
-
-
-@pytest.mark.alone
-def test_memory() -> None:
-    # In a process of its own: another test may have held more before.
-    code = """import torch
-from labs_common.device import peak_memory
-before = peak_memory()
-block = torch.ones(1 << 30, dtype=torch.uint8)
-print(peak_memory() - before)"""
-    grown = int(subprocess.check_output([sys.executable, "-c", code], text=True))
-    assert 1 << 29 <= grown <= 3 << 29, "importing torch may have held more than is held now"
