@@ -1,9 +1,12 @@
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 
+from labs_common.data.images import decoding_threads
 from labs_common.steps import ShuffledSteps, own_part, read_ahead
 
 pytestmark = pytest.mark.quick
@@ -53,3 +56,17 @@ def test_the_next_step_is_read_while_one_is_computed() -> None:
         time.sleep(0.01)
     assert read == [2, 3], "the next, and no more than the next"
     assert list(ahead) == [3, 4, 5]
+
+
+def test_torch_starts_no_threads_where_steps_are_read() -> None:
+    """They would be more than there are cores, and every operator of the training would wait for sleeping ones."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert list(read_ahead(lambda step: torch.get_num_threads(), range(2))) == [1, 1]
+        assert decoding_threads().submit(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(before)

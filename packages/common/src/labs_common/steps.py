@@ -17,6 +17,8 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from labs_common.device import one_torch_thread
+
 Part = TypeVar("Part")
 # Gets the samples of one optimizer step over all processes, its epoch, and its number in the run (from 0); returns this
 # process's micro-batches.
@@ -45,8 +47,7 @@ class ShuffledSteps:
     Attributes:
         samples: how many there are.
         batch_size: samples of a step, over all processes together.
-        batch: see `Batch`; it is called in a thread that reads ahead, and should compute nothing with torch there:
-            torch would give that thread threads of its own, which take the time of the computing ones.
+        batch: see `Batch`; it is called in a thread that reads ahead, where torch computes with one thread.
         order: the samples of an epoch in their order, if not by `shuffled`.
         whole: leave out the samples that do not fill a last step.
     """
@@ -85,7 +86,7 @@ def own_part(places: Sequence[int], rank: int = 0, processes: int = 1) -> tuple[
 
 def read_ahead(read: Callable[[int], Part], steps: range) -> Iterator[Part]:
     """Yields `read` of each step, reading the next one in a thread while the caller computes."""
-    with ThreadPoolExecutor(1, "reading") as reader:
+    with ThreadPoolExecutor(1, "reading", one_torch_thread) as reader:
         coming = deque(reader.submit(read, step) for step in steps[:1])
         for step in steps:
             part = coming.popleft().result()

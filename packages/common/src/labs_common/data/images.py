@@ -23,6 +23,7 @@ from PIL import Image, ImageOps
 from PIL import __version__ as PILLOW
 
 from labs_common.cache import cache_directory, recipe_key
+from labs_common.device import one_torch_thread
 from labs_common.errors import LabError, reason_of
 from labs_common.options import OnBadData
 from labs_common.progress import console, print_left_out, tracked
@@ -274,7 +275,8 @@ def decoding_threads() -> ThreadPoolExecutor:
     """Returns threads in which pictures are decoded and resized: Pillow does both without the interpreter's lock."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
     # The processes of a machine share what a scheduler gave to all of them.
-    return ThreadPoolExecutor(max(2, allowed // (int(os.environ.get("LOCAL_WORLD_SIZE", "1")) or 1)), "decoding")
+    count = max(2, allowed // (int(os.environ.get("LOCAL_WORLD_SIZE", "1")) or 1))
+    return ThreadPoolExecutor(count, "decoding", one_torch_thread)
 
 
 def picture_files(named: Sequence[str]) -> list[Path]:
