@@ -1,3 +1,4 @@
+import re
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 from labs_common import cli
 from labs_common.options import RunOptions
 from labs_common.report.classes import Predictions, wilson_interval
-from labs_common.report.figures import bar_figure, curve_figure, histogram_figure
+from labs_common.report.figures import bar_figure, curve_figure, histogram_figure, loss_figure
 from labs_common.report.page import Code, Figure, Section, Table, Text, write_report
 from labs_common.report.sections import asked_section, structure_of
 from labs_common.run import Run
@@ -65,6 +66,22 @@ def test_figures_take_the_pages_colour_and_are_reproducible() -> None:
         assert svg == figure()
         assert "currentColor" in svg
         assert ET.fromstring(svg).tag.endswith("svg")
+
+
+def test_first_steps_and_peaks_do_not_squash_the_loss() -> None:
+    steps = list(range(1, 401))
+    values = [1000 / step for step in steps[:8]] + [2 + (step % 7) / 10 for step in steps[8:]]
+    values[200] = 500.0
+    svg = loss_figure((steps, values), {"validation": ([0, 100, 400], [900.0, 3.0, 2.0])})
+    ticks = [float(found) for found in re.findall(r">([\d.]+)</text>", svg)]
+    assert {2.2, 2.8} <= set(ticks), "the axis shows what lies between 2 and 3"
+    assert 500 not in ticks, "and neither the peak nor the first steps"
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [float("nan")] * 40, [2.0] * 60])
+def test_any_losses_make_a_figure(values: list[float]) -> None:
+    steps = list(range(len(values)))
+    assert ET.fromstring(loss_figure((steps, values), {"validation": (steps[:2], values[:2])})).tag.endswith("svg")
 
 
 def test_the_interval_of_a_share_is_scipys() -> None:

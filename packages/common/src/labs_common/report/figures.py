@@ -68,6 +68,45 @@ def curve_figure(
     return _svg(canvas)
 
 
+def loss_figure(
+    training: tuple[Sequence[float], Sequence[float]],
+    evaluations: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+) -> str:
+    """Draws the loss by optimizer step: of training smoothed over a 25th of the run, with every step faint behind it.
+
+    The lowest evaluation of a curve has a ring. The axis fits what comes after the first twentieth of the steps;
+    what was before, and single peaks, may lie above it. Returns SVG.
+    """
+    canvas, axes = _canvas("optimizer step", "loss")
+    (steps, values), colours = training, _colours(1 + len(evaluations))
+    settled = values[len(values) // 20 :]
+    low, high = np.quantile(settled, [0.01, 0.98]) if settled else (np.nan, np.nan)
+    rest = max(1 - 2 / (1 + len(values) / 25), 0.0)
+    smooth, weights = 0.0, 0.0
+    smoothed = []
+    for value in values:
+        smooth, weights = rest * smooth + min(value, high), rest * weights + 1  # a peak would lift what follows
+        smoothed.append(smooth / weights)
+    if rest:
+        axes.plot(steps, values, color=colours[0], linewidth=0.8, alpha=0.3)
+    axes.plot(steps, smoothed, label="training, smoothed" if rest else "training", color=colours[0], linewidth=1.8)
+    first = steps[len(steps) // 20] if steps else 0
+    seen = [low, high, *smoothed[len(steps) // 20 :]]
+    for colour, (name, (xs, ys)) in zip(colours[1:], evaluations.items(), strict=True):
+        marker = "o" if len(xs) <= 20 else ""
+        axes.plot(xs, ys, label=printable(name), color=colour, linewidth=1.6, marker=marker, markersize=4)
+        if len(ys) > 1 and np.isfinite(ys).all():
+            lowest = int(np.argmin(ys))
+            axes.plot(xs[lowest], ys[lowest], "o", color=colour, markersize=10, fillstyle="none", markeredgewidth=1.6)
+        seen += [y for x, y in zip(xs, ys, strict=True) if x >= first]
+    fit = np.asarray(seen)[np.isfinite(seen)]
+    if len(fit) and (room := float(np.ptp(fit)) / 20):
+        axes.set_ylim(fit.min() - room, fit.max() + room)
+    if evaluations:
+        _legend(axes)
+    return _svg(canvas)
+
+
 def histogram_figure(values: Sequence[float], across: str, up: str = "count", bins: int = 40) -> str:
     """Draws how often each range of `values` occurs. Returns SVG."""
     canvas, axes = _canvas(across, up)

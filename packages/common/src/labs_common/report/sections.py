@@ -13,7 +13,7 @@ import torch
 
 from labs_common.cli import chosen, flat_options, to_plain
 from labs_common.frozen.audit import FrozenAudit
-from labs_common.report.figures import Cell, Row, architecture_figure, curve_figure
+from labs_common.report.figures import Cell, Row, architecture_figure, curve_figure, loss_figure
 from labs_common.report.page import Code, Figure, Section, Table, Text, save_figure
 from labs_common.run import Run, cost_of
 
@@ -55,11 +55,13 @@ def drawn_section(run: Run, audit: FrozenAudit, rows: Sequence[Row], caption: st
 
 def curves_section(run: Run, evaluations: Sequence[str] = ("validation/loss",)) -> Section:
     """Draws loss and learning rate by step; `evaluations` are drawn into the figure of the loss."""
-    losses = {"training": run.curve("loss")} | {name.replace("/", " "): run.curve(name) for name in evaluations}
-    loss = save_figure(run, "loss", curve_figure(losses, "optimizer step", "loss"))
+    found = {name.replace("/", " "): curve for name in evaluations if (curve := run.curve(name))[0]}
+    loss = save_figure(run, "loss", loss_figure(run.curve("loss"), found))
+    said = "Loss by step; faint behind it that of every step, some of which may lie above the figure."
+    said += " A ring marks the lowest evaluation." if found else ""
     rates = {"learning rate": run.curve("learning_rate")}
     rate = save_figure(run, "learning_rate", curve_figure(rates, "optimizer step", "learning rate"))
-    return Section("Curves", [Figure(loss, "Loss by step."), Figure(rate, "Learning rate by step.")])
+    return Section("Curves", [Figure(loss, said), Figure(rate, "Learning rate by step.")])
 
 
 def evaluations_table(run: Run, keys: Sequence[str] = ()) -> Table:
