@@ -72,26 +72,22 @@ def loss_figure(
     training: tuple[Sequence[float], Sequence[float]],
     evaluations: Mapping[str, tuple[Sequence[float], Sequence[float]]],
 ) -> str:
-    """Draws the loss by optimizer step: of training smoothed over a 25th of the run, with every step faint behind it.
+    """Draws the loss by optimizer step: of training as the median of a 25th of the run, every step faint behind it.
 
     The lowest evaluation of a curve has a ring. The axis fits what comes after the first twentieth of the steps;
     what was before, and single peaks, may lie above it. Returns SVG.
     """
     canvas, axes = _canvas("optimizer step", "loss")
     (steps, values), colours = training, _colours(1 + len(evaluations))
-    settled = values[len(values) // 20 :]
-    low, high = np.quantile(settled, [0.01, 0.98]) if settled else (np.nan, np.nan)
-    rest = max(1 - 2 / (1 + len(values) / 25), 0.0)
-    smooth, weights = 0.0, 0.0
-    smoothed = []
-    for value in values:
-        smooth, weights = rest * smooth + min(value, high), rest * weights + 1  # a peak would lift what follows
-        smoothed.append(smooth / weights)
-    if rest:
+    settled, wing = values[len(values) // 20 :], len(values) // 50
+    places = [int(at) for at in np.unique(np.linspace(0, len(values) - 1, 400).astype(int))] if values else []
+    smooth = [float(np.median(values[max(0, place - wing) : place + wing + 1])) for place in places]
+    if wing:
         axes.plot(steps, values, color=colours[0], linewidth=0.8, alpha=0.3)
-    axes.plot(steps, smoothed, label="training, smoothed" if rest else "training", color=colours[0], linewidth=1.8)
+    name = "training, smoothed" if wing else "training"
+    axes.plot([steps[place] for place in places], smooth, label=name, color=colours[0], linewidth=1.8)
+    seen = [*np.quantile(settled, [0.01, 0.98]), *smooth[len(smooth) // 20 :]] if values else []
     first = steps[len(steps) // 20] if steps else 0
-    seen = [low, high, *smoothed[len(steps) // 20 :]]
     for colour, (name, (xs, ys)) in zip(colours[1:], evaluations.items(), strict=True):
         marker = "o" if len(xs) <= 20 else ""
         axes.plot(xs, ys, label=printable(name), color=colour, linewidth=1.6, marker=marker, markersize=4)
