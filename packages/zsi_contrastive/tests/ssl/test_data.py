@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import RandomResizedCrop
 from zsi_contrastive.ssl import data
 from zsi_contrastive.ssl.config import ViewOptions
 
-FULL = data.Recipe(32, (0.08, 1.0), ViewOptions(flip=0.5, jitter=0.8, grey=0.2, blur=0.5, solarize=0.2))
+FULL = data.Recipe(32, (0.08, 1.0), ViewOptions(flip=0.5, jitter=0.8, saturation=0.8, grey=0.2), 0.5, 0.2)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ def test_neighbours_are_lightlys() -> None:
     torch.manual_seed(0)
     bank, labels = torch.randn(300, 12), torch.randint(7, (300,))
     asked = torch.randn(50, 12)
-    found = evaluate.knn_classes(evaluate.Features(bank, labels, 7, torch.arange(300)), asked, 21)
+    found = evaluate.knn_classes(evaluate.Features(bank, labels, 7, torch.arange(300)), asked, 21, 0.1)
     normal = torch.nn.functional.normalize
     expected = peer(normal(asked, dim=1), normal(bank, dim=1).T, labels, 7, 21, 0.1)[:, 0]
     assert (found == expected).float().mean() > 0.99  # of equal votes either may win

@@ -33,7 +33,7 @@ def learner(of: PretrainConfig) -> torch.nn.Module:
 def step_of(of: PretrainConfig, network: torch.nn.Module, memory: Memory, seed: int = 1) -> Step:
     generator = torch.Generator().manual_seed(seed)
     views = [torch.randn(6, 3, 32, 32, generator=generator) for _ in range(METHODS[of.method].full_views)]
-    return Step(network, memory, of.own, Accelerator(cpu=True), views)
+    return Step(network, memory, of.own, Accelerator(cpu=True), views, of.own.teacher_temperature or 0.04)
 
 
 @pytest.mark.parametrize("method", ["moco", "byol", "dino"])

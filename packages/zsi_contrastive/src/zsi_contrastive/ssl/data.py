@@ -71,8 +71,8 @@ def read_splits(options: PretrainDataOptions, seed: int, shown: bool) -> dict[st
     train, validation = stratified_parts(whole.labels[rest], options.validation_fraction, seed)
     if shown:
         print_refused({"all": whole})
-    return {"train": whole.subset(rest[train]), "validation": whole.subset(rest[validation]),
-            "test": whole.subset(test)}  # fmt: skip
+    parts = {"train": rest[train], "validation": rest[validation], "test": test}
+    return {name: whole.subset(places) for name, places in parts.items() if len(places)}
 
 
 def drawn_scenes() -> Path:
@@ -155,18 +155,23 @@ def training_steps(data: Pixels, batch_size: int, seed: int, accelerator: Accele
 
 @dataclass(frozen=True)
 class Recipe:
-    """One kind of view: its side in pixels, the share of the area that it shows, and how it is changed."""
+    """One kind of view: side in pixels, share of the area that it shows, changes, shares with blur, solarized."""
 
     side: int
     scale: tuple[float, float]
     changes: ViewOptions
+    blur: float
+    solarize: float
 
 
 def recipes_of(encoder: EncoderOptions, views: ViewOptions, full_views: int) -> list[Recipe]:
     """Lists the recipe of every view of a picture by completed options: `full_views`, then the small ones."""
-    full = Recipe(encoder.side, views.crop_scale, views)
-    small = Recipe(views.local_side, views.local_scale, views)
-    return [full] * full_views + [small] * views.local_crops
+    sizes = [(encoder.side, views.crop_scale)] * 2 + [(views.local_side, views.local_scale)]
+    first, second, small = (
+        Recipe(side, scale, views, blur, solarize)
+        for (side, scale), blur, solarize in zip(sizes, views.blur, views.solarize, strict=True)
+    )
+    return [first, second][:full_views] + [small] * views.local_crops
 
 
 def views_of(
@@ -210,8 +215,8 @@ def sample(recipe: Recipe, aspects: torch.Tensor, generator: torch.Generator) ->
     strength = changes.jitter
     jittered = uniform(0, 1) < JITTERED * (strength > 0)
     factors = {
-        name: torch.where(jittered, uniform(max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength), 1.0)
-        for name in ("brightness", "contrast", "saturation")
+        name: torch.where(jittered, uniform(max(0.0, 1 - change * strength), 1 + change * strength), 1.0)
+        for name, change in (("brightness", 0.8), ("contrast", 0.8), ("saturation", changes.saturation))
     }
     turns = torch.where(jittered, uniform(-HUE * strength, HUE * strength), 0.0)
     area = uniform(*recipe.scale, ATTEMPTS, count)
@@ -232,9 +237,9 @@ def sample(recipe: Recipe, aspects: torch.Tensor, generator: torch.Generator) ->
         **factors,
         "hue": turns * 2 * math.pi,
         "grey": uniform(0, 1) < changes.grey,
-        "blurred": uniform(0, 1) < changes.blur,
+        "blurred": uniform(0, 1) < recipe.blur,
         "sigma": uniform(*SIGMA),
-        "solarized": uniform(0, 1) < changes.solarize,
+        "solarized": uniform(0, 1) < recipe.solarize,
     }
 
 

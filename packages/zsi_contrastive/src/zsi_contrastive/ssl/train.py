@@ -27,7 +27,7 @@ from labs_common.training import Loop, total_steps
 from zsi_contrastive.ssl.config import PretrainConfig, PretrainTrainingOptions
 from zsi_contrastive.ssl.data import Pixels, read_splits, recipes_of, training_steps, views_of
 from zsi_contrastive.ssl.evaluate import COLLAPSED, features_of_splits, scores
-from zsi_contrastive.ssl.methods import METHODS, Memory, Step, complete
+from zsi_contrastive.ssl.methods import METHODS, Memory, Step, complete, measured
 from zsi_contrastive.ssl.model import DinoHead, Learner, encoder_of, features_of
 from zsi_contrastive.ssl.report import finish_report
 from zsi_contrastive.ssl.saved import save_encoder
@@ -77,11 +77,13 @@ def fit(
         Interrupted: Ctrl-C; the run can be resumed.
     """
     options, own, method = config.training, config.own, METHODS[config.method]
-    network = share_batch_norms(network, accelerator).to(accelerator.device)
+    if not own.norm_splits:
+        network = share_batch_norms(network, accelerator)
+    network = network.to(accelerator.device)
     channels_last(network, accelerator)
     expect_fixed_shapes(accelerator.device)
     memory = Memory(config, network, accelerator.device)
-    teacher = memory.teacher if method.measured == "teacher" else None
+    teacher = memory.teacher if measured(config) == "teacher" else None
     encoder = encoder_of(network if teacher is None else teacher)
     optimizer = make_optimizer(options, network)
     source = training_steps(pixels["train"], options.batch_size, config.run.seed, accelerator)
@@ -95,7 +97,7 @@ def fit(
 
     def evaluation() -> dict[str, float]:
         features = features_of_splits(encoder, pixels, config.encoder.side, bank, accelerator)
-        found = scores(features, config.measure.neighbours)
+        found = scores(features, config.measure)
         if found["test/spread"] < COLLAPSED and accelerator.is_main_process:
             console.print(f"the features have collapsed: all pictures look alike (spread {found['test/spread']:.3f})")
         return found
@@ -104,14 +106,16 @@ def fit(
         loop.evaluated(evaluation())
     for batch in loop.batches():
         views = views_of(batch.pixels, batch.aspects, recipes, config.run.seed, batch.step, batch.own)
-        loss = method.loss(Step(fitting.model, memory, own, accelerator, views))
+        warm = min(1.0, loop.step_number / max(1, own.teacher_warmup * len(source)))
+        temperature = own.teacher_temperature * warm + own.teacher_temperature_start * (1 - warm)
+        loss = method.loss(Step(fitting.model, memory, own, accelerator, views, temperature))
         decay = cosine(loop.step_number, loop.total, options.weight_decay, options.weight_decay_end)
         for group in fitting.optimizer.param_groups:
             group["weight_decay"] = decay if group["decays"] else 0.0
         loop.step(loss, len(batch.pixels))
         memory.update_teacher(fitting.plain, cosine(loop.step_number, loop.total, own.momentum, own.momentum_end))
         if loop.evaluation_due:
-            loop.evaluated(evaluation(), "validation/knn", higher_is_better=True)
+            loop.evaluated(evaluation(), "validation/knn" if "validation" in pixels else None, higher_is_better=True)
     teacher_tensors = memory.check_teacher(fitting.optimizer)
     return encoder, fitting.finish(lambda _: save_encoder(config, encoder, run.path)), teacher_tensors
 
@@ -135,7 +139,7 @@ def print_needs(config: PretrainConfig) -> None:
             if (tensor := getattr(memory, name)) is not None:
                 setattr(memory, name, torch.empty(tensor.shape))
         pictures = [torch.empty(count, 3, side, side) for side in sides]
-        return method.loss(Step(network, memory, config.own, accelerator, pictures))
+        return method.loss(Step(network, memory, config.own, accelerator, pictures, 1.0))
 
     title = f"{config.method} of {config.encoder.backbone}"
     moments = 2 if config.training.optimizer == "adamw" else 1
@@ -177,8 +181,8 @@ def check_pictures(config: PretrainConfig, splits: Mapping[str, LabelledPictures
     options, pictures = config.training, splits["train"]
     if len(pictures) < options.batch_size:
         raise LabError(f"--batch-size {options.batch_size}: there are only {len(pictures)} training pictures")
-    if options.patience and len(pictures.classes) < 2:
-        raise LabError("--patience: there is nothing to watch without classes")
+    if options.patience and (len(pictures.classes) < 2 or "validation" not in splits):
+        raise LabError("--patience: there is nothing to watch without classes and validation pictures")
 
 
 def make_optimizer(options: PretrainTrainingOptions, network: torch.nn.Module) -> torch.optim.Optimizer:
