@@ -87,14 +87,16 @@ class ViewOptions:
 class MethodOptions:
     """Options of single methods. 0 or -1 takes the method's own value."""
 
-    loss: Literal["nt-xent", "debiased", "hard-negative"] = "nt-xent"
-    """The loss of simclr."""
+    loss: Literal["nt-xent", "debiased", "hard-negative", "nce", "hadsell", "supervised"] = "nt-xent"
+    """The loss of simclr. nce tells data from noise, hadsell draws pairs together and pushes others a margin of 1
+    apart, supervised draws pictures of one class together and is the only one that learns from labels."""
     prior: ShareBelowOne = 0.1
     """Share of negatives that are of the same class, for debiased and hard-negative."""
     hardness: NotNegative = 1.0
     """Weight of near negatives over far ones, for hard-negative; 0 weighs all alike."""
     temperature: NotNegative = 0.0
-    """By which cosines are divided: 0.5 for simclr (0.2 with tiny), 0.1 for moco and dino's student."""
+    """By which cosines are divided: 0.5 for simclr (0.2 with tiny; 0.1 is the paper's of supervised), 0.1 for moco and
+    dino's student."""
     momentum: Annotated[float, number(float, "[0, 1]", -1)] = -1.0
     """Share of the teacher's weights kept at every step: 0.99 for moco, byol and dino. 0 copies the student."""
     momentum_end: Annotated[float, number(float, "[0, 1]", -1)] = -1.0
@@ -102,14 +104,14 @@ class MethodOptions:
     queue: CountOrZero = 0
     """Keys of earlier steps that moco compares with; 4096."""
     hidden: CountOrZero = 0
-    """Width of the heads inside: 512, byol 1024, dino 2048; a quarter of that for tiny."""
+    """Width of the heads inside: 512, byol 1024, dino, barlow and vicreg 2048; a quarter of that for tiny."""
     outputs: CountOrZero = 0
-    """Width of their outputs: 128, byol 256, dino 2048 prototypes; 512 prototypes for tiny."""
+    """Width of their outputs: 128, byol 256, dino 2048 prototypes, barlow and vicreg 2048; 512 of these for tiny."""
     head_norm: Literal["auto", "batch", "layer", "none"] = "auto"
     """Normalisation in the heads; auto is none for dino, but batch with tiny, and batch for others. With layer, and an
     encoder without batch norms, several processes equal one."""
     head_layers: CountOrZero = 0
-    """Layers of the projection; 2, and 3 for dino before its prototypes."""
+    """Layers of the projection; 2, and 3 for barlow, vicreg and, before its prototypes, dino."""
     norm_splits: CountOrZero = 0
     """Parts of each view's batch that go through the network apart, so that batch norms see no other: 1 keeps the two
     views apart, 8 is moco's in lightly's benchmark, with shuffled keys. 0 takes all views together."""
@@ -177,6 +179,11 @@ class MeasureOptions:
     """Whose features are measured and saved; auto is the learner's, and the teacher's for dino."""
     probe: bool = True
     """Fit a linear layer on the features at the end."""
+    probe_epochs: CountOrZero = 0
+    """Epochs of a second probe by the papers' protocol: SGD on features of pictures that are cropped and mirrored by
+    chance; 100 is usual, 0 leaves it out."""
+    projected: bool = False
+    """Measure kNN accuracy after the projection too, where the loss is; features are taken before it."""
     map: Literal["tsne", "pca", "none"] = "tsne"
     """Method that draws the features in two dimensions."""
 
@@ -193,6 +200,7 @@ class PretrainConfig:
 
     method: MethodName = "simclr"
     """simclr: negatives in the batch; moco: in a queue; byol: none, but a teacher; dino: a teacher's distributions;
+    barlow, vicreg: outputs that do not correlate;
     gim: patches, three modules that learn alone; cpc: the same in one with a context."""
     data: PretrainDataOptions = field(default_factory=PretrainDataOptions)
     encoder: EncoderOptions = field(default_factory=EncoderOptions)

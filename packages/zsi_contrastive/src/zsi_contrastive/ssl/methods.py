@@ -15,17 +15,23 @@ from timm.layers import DropPath
 from labs_common.errors import LabError, RunStopped
 from labs_common.gathering import gathered
 from zsi_contrastive import TINY
+from zsi_contrastive.losses import own_places
 from zsi_contrastive.ssl.config import RESNET50_V2, RESNETS, MethodOptions, PretrainConfig
 from zsi_contrastive.ssl.losses import (
+    barlow_twins_loss,
     byol_loss,
     debiased_loss,
     dino_loss,
+    hadsell_loss,
     koleo_loss,
     moco_loss,
     moved_centre,
+    nce_of_views,
     nt_xent_loss,
     sharpened,
     sinkhorn_knopp,
+    supervised_loss,
+    vicreg_loss,
 )
 from zsi_contrastive.ssl.model import Learner, on_patches, with_projection, with_prototypes
 
@@ -147,6 +153,7 @@ class Step(NamedTuple):
         network: the prepared network.
         views: of this process's pictures, each (own, 3, side, side).
         teacher_temperature: dino's, as warm as it is now.
+        labels: of this process's pictures (own,), where the loss learns from them.
     """
 
     network: torch.nn.Module
@@ -155,6 +162,7 @@ class Step(NamedTuple):
     accelerator: Accelerator
     views: list[torch.Tensor]
     teacher_temperature: float
+    labels: torch.Tensor | None = None
 
     def learner_outputs(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Computes the learner's output for every view, and its encoder's features for full ones, in float32."""
@@ -180,11 +188,18 @@ class Step(NamedTuple):
 
 
 def simclr(step: Step) -> torch.Tensor:
-    """Tells both views from all others of the batch, by one of three losses (Chen et al. 2020)."""
+    """Tells both views from all others of the batch (Chen et al. 2020), by one of several losses."""
     (first, second), _ = step.learner_outputs()
     own = step.own
     if own.loss == "nt-xent":
         return nt_xent_loss(first, second, own.temperature)
+    if own.loss == "nce":
+        return nce_of_views(first, second, own.temperature)
+    if own.loss == "hadsell":  # a picture's two views are of one class, which is theirs alone
+        return hadsell_loss(F.normalize(torch.cat([first, second]), dim=1), own_places(first).repeat(2))
+    if own.loss == "supervised":
+        assert step.labels is not None
+        return supervised_loss(first, second, step.labels, own.temperature)
     return debiased_loss(first, second, own.temperature, own.prior, own.hardness if own.loss == "hard-negative" else 0)
 
 
@@ -208,6 +223,12 @@ def byol(step: Step) -> torch.Tensor:
     (predicted, _), targets = step.learner_outputs(), step.teacher_outputs()
     pairs = zip(predicted, reversed(targets), strict=True)
     return torch.stack([byol_loss(one, other) for one, other in pairs]).mean() / 2
+
+
+def decorrelated(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], step: Step) -> torch.Tensor:
+    """Compares the outputs of both views by a loss that looks at correlations over the batch."""
+    (first, second), _ = step.learner_outputs()
+    return loss(first, second)
 
 
 def dino(step: Step) -> torch.Tensor:
@@ -244,6 +265,8 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 TINY_DEFAULTS = {"side": 32, "epochs": 15, "batch_size": 256}  # under three minutes on two cores
 OF_BYOL = {"saturation": 0.4, "solarize": (0.0, 0.2, 0.0)}  # its colours, which DINO took over
+# A head of three layers that all are as wide, and BYOL's views; the papers have 8,192 on ImageNet.
+OF_CORRELATIONS = {**OF_BYOL, "hidden": 2048, "outputs": 2048, "head_layers": 3}
 # As in Löwe et al. 2019: crops of 64 pixels, Adam without decay.
 OF_PATCHES = {"side": 64, "optimizer": "adamw", "learning_rate": 2e-4, "weight_decay": 0.0}
 
@@ -260,6 +283,14 @@ METHODS: dict[str, Method] = {
         byol, partial(with_projection, prediction=True), "no negatives: a prediction of a teacher's output",
         remembers=("teacher",), defaults={**OF_BYOL, "hidden": 1024, "outputs": 256, "momentum_end": 1.0},
         tiny={"optimizer": "lars"},  # with AdamW it nearly collapses before it learns
+    ),
+    "barlow": Method(
+        partial(decorrelated, barlow_twins_loss), with_projection, "no negatives: outputs that do not correlate",
+        defaults=OF_CORRELATIONS, tiny={"outputs": 512},
+    ),
+    "vicreg": Method(
+        partial(decorrelated, vicreg_loss), with_projection, "no negatives: outputs that vary and do not correlate",
+        defaults=OF_CORRELATIONS, tiny={"outputs": 512},
     ),
     "dino": Method(
         dino, with_prototypes, "no negatives: a teacher's distributions, centred and sharpened",

@@ -33,6 +33,7 @@ EXAMPLES = 6  # test pictures beside their neighbours
 ACROSS = 4  # pictures beside the first of a row: a row of the page has five
 MAPPED = 1000  # test pictures on the map: t-SNE takes seconds for these, and more would hide each other
 THUMBNAIL = 96  # pixels
+MORE = {"probe by sgd": "linear probe by SGD on crops, test", "knn projected": "kNN, test, after the projection"}
 
 
 def finish_report(
@@ -43,6 +44,7 @@ def finish_report(
     fitted: Fitted,
     teacher_tensors: int,
     clock: dict[str, float],
+    more: Mapping[str, float],
 ) -> None:
     """Probes the features, writes results.json and the report, and prints the main numbers."""
     splits = {name: part.pictures for name, part in pixels.items()}
@@ -63,6 +65,7 @@ def finish_report(
             worth["knn validation"] = final["validation/knn"]
     if probe is not None:
         worth["probe"] = probe.accuracy
+    worth |= more
     seconds, summary = seconds_between(clock), summary_of(config, worth)
     console.print(summary)
     print(f"encoder: {run.path / FOLDER / WEIGHTS}")
@@ -131,6 +134,7 @@ def worth_section(
              "pictures.")  # fmt: skip
     if "probe" in worth:
         rows.append(("linear probe, test", worth["probe"]))
+    rows += [(said, worth[name]) for name, said in MORE.items() if name in worth]
     rows += [("spread", worth["spread"]), ("effective rank", worth["effective rank"])]
     draw("spread", {"spread": [line["test/spread"] for line in evaluations]}, "spread",
          "Deviation of the features' directions; 0 is collapse, all pictures look alike.")  # fmt: skip
@@ -169,7 +173,8 @@ def views_gallery(config: PretrainConfig, pixels: Pixels) -> Gallery:
     places = torch.linspace(0, len(pixels) - 1, 4).long()
     of_method = recipes_of(config.encoder, config.views, METHODS[config.method].full_views)
     recipes = (of_method * ACROSS)[:ACROSS]
-    views = views_of(pixels.batch(places), pixels.aspects[places], recipes, config.run.seed, 0, slice(0, len(places)))
+    aspects, own, seed = pixels.aspects[places], slice(0, len(places)), config.run.seed
+    views = views_of(pixels.to_crop(places, recipes, aspects, seed, 0, own), aspects, recipes, seed, 0, own)
     rows: list[tuple[Image.Image, str]] = []
     for number, place in enumerate(places.tolist()):
         rows.append((_thumbnail(pixels.pictures.image(place)), "picture"))
