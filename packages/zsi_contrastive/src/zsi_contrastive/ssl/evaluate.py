@@ -136,8 +136,9 @@ def probe_by_sgd(
     layers = torch.nn.ModuleList()
     evaluated = {name: features_from(encoder, pixels[name], side, accelerator) for name in ("validation", "test")}
     for _ in RATES:
-        layers.append(torch.nn.Linear(evaluated["test"].values.shape[1], evaluated["test"].classes, device=device))
-        torch.nn.init.zeros_(layers[-1].weight)
+        layer = torch.nn.Linear(evaluated["test"].values.shape[1], evaluated["test"].classes, device=device)
+        torch.nn.init.zeros_(layer.weight)
+        layers.append(layer)
     groups = [{"params": layer.parameters(), "lr": rate} for layer, rate in zip(layers, RATES, strict=True)]
     optimizer = torch.optim.SGD(groups, momentum=0.9)
     recipe = Recipe(side, (0.08, 1.0), ViewOptions(jitter=0.0, grey=0.0), 0.0, 0.0)
