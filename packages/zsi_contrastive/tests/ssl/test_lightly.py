@@ -1,5 +1,6 @@
 """The configurations of lightly's CIFAR-10 benchmark against lightly's own heads, losses and transforms."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from labs_common.cli import config_from_yaml
 from zsi_contrastive.ssl.config import PretrainConfig
-from zsi_contrastive.ssl.data import pixels_of, recipes_of, views_of
+from zsi_contrastive.ssl.data import pixels_of, recipes_of, sample, views_of
 from zsi_contrastive.ssl.methods import METHODS, Memory, Step, complete
 from zsi_contrastive.ssl.model import Encoder, Learner
 
@@ -132,6 +133,30 @@ def their_transform(method: str) -> Any:
             transforms.BYOLView2Transform(input_size=32, gaussian_blur=0.0, normalize=None),
         )
     return transforms.SimCLRTransform(input_size=32, cj_strength=0.5, gaussian_blur=0.0, normalize=None)
+
+
+@pytest.mark.parametrize("method", BENCHMARKED)
+def test_views_are_sampled_by_the_settings_of_lightlys(method: str) -> None:
+    config = configured(method)
+    recipes = recipes_of(config.encoder, config.views, 2)
+    for recipe, view in zip(recipes, their_transform(method).transforms, strict=True):
+        theirs = {type(part).__name__: part for part in view.transform.transforms}
+        found = sample(recipe, torch.ones(4000), torch.Generator().manual_seed(0))
+        jitter = theirs["RandomApply"].transforms[0]
+        turns = {"hue": found["hue"] / (2 * math.pi)}
+        for name in ("brightness", "contrast", "saturation", "hue"):
+            values = (dict(found) | turns)[name]
+            assert [float(values.min()), float(values.max())] == pytest.approx(getattr(jitter, name), abs=0.01), name
+        area = float((found["width"] * found["height"]).min())
+        assert area == pytest.approx(theirs["RandomResizedCrop"].scale[0], abs=0.01)
+        for ours, share in (
+            (found["brightness"] != 1, theirs["RandomApply"].p),
+            (found["mirrored"], theirs["RandomHorizontalFlip"].p),
+            (found["grey"], theirs["RandomGrayscale"].p),
+            (found["blurred"], theirs["GaussianBlur"].prob),
+            (found["solarized"], theirs["RandomSolarization"].prob if "RandomSolarization" in theirs else 0.0),
+        ):
+            assert float(ours.float().mean()) == pytest.approx(share, abs=0.03)
 
 
 def statistics(views: torch.Tensor) -> dict[str, torch.Tensor]:
