@@ -1,5 +1,7 @@
 """Greedy InfoMax: modules learn alone, and what that saves."""
 
+import math
+
 import pytest
 import torch
 from benchmarks.memory import held_bytes
@@ -63,6 +65,51 @@ def test_gradients_taken_early_are_the_same() -> None:
         loss.sum().backward()
         found.append((loss.detach(), [p.grad for p in network.parameters()]))
     torch.testing.assert_close(found[0], found[1])
+
+
+def test_gradients_do_not_vanish_in_fp16() -> None:
+    """Tiny ones, which a scaler makes large for the backward pass, are those without autocast."""
+    found = []
+    for scale, low in ((1.0, False), (2.0**16, True)):
+        network, pictures = modules()
+        for parameter in network.predictions.parameters():
+            parameter.data *= 1e-4
+        with torch.autocast("cpu", torch.float16, enabled=low):
+            loss = losses_of(network, pictures).sum()
+        (loss * scale).backward()
+        found.append(torch.cat([p.grad.flatten() / scale for p in network.parts[0].parameters()]))
+    exact, rounded = found
+    assert (rounded - exact).norm() < 0.1 * exact.norm()
+
+
+@pytest.mark.parametrize(("skip", "least", "most"), [(1, math.log(17) - 0.05, math.log(17) + 0.15), (0, 0.0, 1.0)])
+def test_nothing_can_be_copied_from_the_half_that_patches_share(skip: int, least: float, most: float) -> None:
+    """Random blocks of half a patch: a patch says nothing of those below but of the half that it shares with one."""
+    torch.manual_seed(0)
+    network = PatchModules(TINY_SIZES, ahead=1, skip=skip)
+    layer = torch.nn.Linear(12, 12, bias=False)
+    optimizer = torch.optim.Adam(layer.parameters(), 0.03)
+    losses = []
+    for _ in range(150):
+        pictures = torch.randn(16, 3, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3)
+        blocks = patches_of(pictures)[:, :, ::4, ::4]  # the colours of a patch's four (n · 49, 3, 2, 2)
+        loss = network._loss(blocks.reshape(16, GRID, GRID, 12), torch.nn.ModuleList([layer]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert least < sum(losses[-30:]) / 30 < most
+
+
+def test_info_nce_is_exact_under_autocast() -> None:
+    network, _ = modules()
+    seen, layers = 3 * torch.randn(8, GRID, GRID, network.width), network.predictions[-1]
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(network._loss(seen, layers))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
 
 
 def test_module_by_module_training_frees_activations() -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import Conv2dNormActivation
 
+from labs_common.device import exact_float32
 from zsi_contrastive.losses import info_nce_loss
 
 TINY_CHANNELS = (24, 48, 64, 96)  # of the tiny body, at strides 2, 4, 8 and 16
@@ -115,14 +116,18 @@ class PatchModules(nn.Module):
         ahead: int = 5,
         negatives: int = 16,
         early: bool = True,
+        skip: int = 1,
     ) -> None:
         """Modules are `isolated` (Greedy InfoMax), or all learn by the last one's loss, through a context (CPC).
 
-        Each predicts `ahead` rows below and tells the right patch from `negatives`. With `early`, an isolated module's
-        gradients are taken as soon as it has its loss, so that its activations are forgotten before the next begins.
+        Each predicts `ahead` rows below, the first `skip` left out, and tells the right patch from `negatives`. A row
+        is skipped as in the authors' code: half of the next one's pixels are a patch's own and could be copied. With
+        `early`, an isolated module's gradients are taken as soon as it has its loss, so that its activations are
+        forgotten before the next begins; in fp16 they wait for the backward pass, for which the loss is scaled.
         """
         super().__init__()
-        self.isolated, self.ahead, self.negatives, self.early = isolated, min(ahead, GRID - 1), negatives, early
+        self.isolated, self.ahead, self.negatives = isolated, min(ahead, GRID - 1 - skip), negatives
+        self.early, self.skip = early, skip
         self.parts = nn.ModuleList()
         before = 3
         for place, (blocks, channels) in enumerate(zip(sizes.blocks, sizes.channels, strict=True)):
@@ -154,7 +159,8 @@ class PatchModules(nn.Module):
                 loss = self._loss(_by_patch(maps), self.predictions[place if self.isolated else 0])
                 if self.isolated:
                     own = [*part.parameters(), *self.predictions[place].parameters()]
-                    losses.append(_early(loss, own) if self.early and torch.is_grad_enabled() else loss)
+                    early = self.early and torch.is_grad_enabled() and not _in_fp16(loss.device)
+                    losses.append(_early(loss, own) if early else loss)
                 else:
                     losses.append(loss)
             maps = maps.detach() if self.isolated else maps
@@ -168,15 +174,16 @@ class PatchModules(nn.Module):
         return _by_patch(maps).mean((1, 2))
 
     def _loss(self, seen: torch.Tensor, predictions: nn.Module) -> torch.Tensor:
-        """Averages InfoNCE of what lies 1 to `ahead` rows below over these; `seen` (n, rows, columns, width)."""
-        seen = seen.float()
+        """Averages InfoNCE of `ahead` rows below, from row 1 + `skip`, over these; `seen` (n, rows, columns, width)."""
         contexts = seen
         if self.context is not None:
             contexts = self.context(seen.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels first, and last again
+        seen, contexts = seen.float(), contexts.float()
         losses = []
         assert isinstance(predictions, nn.ModuleList)
-        for rows, layer in enumerate(predictions, 1):
-            asked = layer(contexts[:, :-rows]).flatten(0, 2)  # (n · rows · columns, width)
+        for rows, layer in enumerate(predictions, 1 + self.skip):
+            with exact_float32(seen.device):
+                asked = layer(contexts[:, :-rows]).flatten(0, 2)  # (n · rows · columns, width)
             right = seen[:, rows:].flatten(0, 2)  # of the patches that lie so many rows below
             # In random groups every patch is told from `negatives` others of the batch: one small matrix product.
             order = torch.randperm(len(right), device=right.device)
@@ -195,6 +202,12 @@ def patches_of(pictures: torch.Tensor) -> torch.Tensor:
 def _by_patch(maps: torch.Tensor) -> torch.Tensor:
     """Averages maps (n · 49, width, h, w) over each patch (n, 7, 7, width)."""
     return maps.mean((2, 3)).view(-1, GRID, GRID, maps.shape[1])
+
+
+def _in_fp16(device: torch.device) -> bool:
+    """Says whether autocast computes in fp16, whose gradients vanish unless the loss is scaled."""
+    kind = device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
 
 
 def _early(loss: torch.Tensor, parameters: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -2,15 +2,17 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as V
 from torchvision.transforms.v2 import RandomResizedCrop
 
+from labs_common.data.classes import LabelledPictures
 from zsi_contrastive.ssl import data
 from zsi_contrastive.ssl.config import ViewOptions
 
-FULL = data.Recipe(32, (0.08, 1.0), ViewOptions(flip=0.5, jitter=0.8, grey=0.2, blur=0.5, solarize=0.2))
+FULL = data.Recipe(32, (0.08, 1.0), ViewOptions(flip=0.5, jitter=0.8, saturation=0.8, grey=0.2), 0.5, 0.2)
 
 
 @pytest.fixture
@@ -116,6 +118,36 @@ def test_a_process_has_its_part_of_what_one_would_have(pictures: torch.Tensor) -
     assert not torch.allclose(whole[0], whole[1])
     other = data.views_of(pictures, aspects, [FULL], 3, 18, slice(0, 6))
     assert not torch.allclose(other[0], whole[0])
+
+
+def test_large_pictures_are_cropped_as_they_are(pictures: torch.Tensor) -> None:
+    """As torchvision crops them, antialiased; from copies that were shrunk first, fine stripes would be gone."""
+    large = torch.nn.functional.interpolate(pictures.float(), (90, 180), mode="bicubic").clamp(0, 255).byte()
+    large[..., ::2, :] //= 4
+    levels = [picture.permute(1, 2, 0).numpy() for picture in large]
+    split = LabelledPictures(
+        source="it", contents=levels, names=tuple("abcdef"), classes=("x",), labels=np.zeros(6, int)
+    )
+    pixels = data.Pixels(split, 24, torch.device("cpu"), False)
+    plain = data.Recipe(24, (0.05, 0.1), ViewOptions(jitter=0.0, grey=0.0), 0.0, 0.0)
+    found, sampled = [], data.sampled_views([plain, plain], pixels.aspects, 3, 5)
+    for own in (slice(0, 2), slice(2, 6)):  # of two processes
+        crops = pixels.to_crop(torch.arange(6)[own], [plain, plain], pixels.aspects, 3, 5, own)
+        found.append(data.views_of(crops, pixels.aspects, [plain, plain], 3, 5, own))
+    for view, of_view in zip([torch.cat(parts) for parts in zip(*found, strict=True)], sampled, strict=True):
+        for place, image in enumerate(large):
+            left, top, width, height = (float(of_view[name][place]) for name in ("left", "top", "width", "height"))
+            box = [round(top * 90), round(left * 180), round(height * 90), round(width * 180)]
+            expected = V.resized_crop(image, *box, [24, 24], antialias=True)
+            if of_view["mirrored"][place]:
+                expected = expected.flip(2)
+            pixel = data.pixels_of(view[place : place + 1])[0].permute(2, 0, 1)
+            # Whole pixels in torchvision, parts of them here: alike in the deviation that the stripes make.
+            assert float(pixel.float().std()) == pytest.approx(float(expected.float().std()), rel=0.2)
+            assert float((pixel.float() - expected.float()).abs().mean()) < 25
+    copies = data.views_of(pixels.batch(torch.arange(6)), pixels.aspects, [plain], 3, 5, slice(0, 6))[0]
+    stripes = [view.diff(dim=2).abs().mean() for view in (copies, torch.cat([parts[0] for parts in found]))]
+    assert stripes[0] < 0.5 * stripes[1]
 
 
 def test_features_are_taken_from_the_middle_square() -> None:

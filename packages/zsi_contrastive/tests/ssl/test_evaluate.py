@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 from labs_common.data.classes import LabelledPictures
 from labs_common.report.page import Gallery
 from labs_common.run import Run
 from zsi_contrastive.ssl import evaluate
+from zsi_contrastive.ssl.data import Pixels
 from zsi_contrastive.ssl.report import class_attention, map_section, neighbours_section
 
 
@@ -18,10 +20,32 @@ def test_neighbours_are_lightlys() -> None:
     torch.manual_seed(0)
     bank, labels = torch.randn(300, 12), torch.randint(7, (300,))
     asked = torch.randn(50, 12)
-    found = evaluate.knn_classes(evaluate.Features(bank, labels, 7, torch.arange(300)), asked, 21)
+    found = evaluate.knn_classes(evaluate.Features(bank, labels, 7, torch.arange(300)), asked, 21, 0.1)
     normal = torch.nn.functional.normalize
     expected = peer(normal(asked, dim=1), normal(bank, dim=1).T, labels, 7, 21, 0.1)[:, 0]
     assert (found == expected).float().mean() > 0.99  # of equal votes either may win
+
+
+def test_a_probe_by_sgd_learns_from_crops_and_leaves_the_encoder_alone() -> None:
+    """Pictures are red or green, hardly; the encoder's features are their mean colours and a batch norm of them."""
+    generator = np.random.default_rng(0)
+    levels = generator.integers(100, 140, (60, 8, 8, 3), dtype=np.uint8)
+    labels = np.arange(60) % 2
+    for place, label in enumerate(labels):
+        levels[place, ..., label] += 15
+    whole = LabelledPictures(
+        source="it", contents=list(levels), names=[str(n) for n in range(60)], classes=("red", "green"), labels=labels
+    )
+    places = {"train": range(40), "validation": range(40, 50), "test": range(50, 60)}
+    pixels = {name: Pixels(whole.subset(part), 8, torch.device("cpu"), False) for name, part in places.items()}
+    layers = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.BatchNorm1d(3)
+    encoder = torch.nn.Sequential(*layers).train()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    found = evaluate.probe_by_sgd(encoder, pixels, 8, 10, 0, Accelerator(cpu=True))
+    assert found == 1.0
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    without = evaluate.probe_by_sgd(encoder, pixels, 8, 0, 0, Accelerator(cpu=True))
+    assert without == 0.5
 
 
 def test_few_pictures_have_few_neighbours_and_no_map() -> None:

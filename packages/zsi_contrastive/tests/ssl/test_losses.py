@@ -199,6 +199,39 @@ def test_dino_and_its_centre_are_lightlys() -> None:
         torch.testing.assert_close(centre, peer.center.flatten())
 
 
+@pytest.mark.parametrize("chunk", [4096, 7])
+def test_nce_of_views(views, chunk: int) -> None:
+    def loops(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        rows = F.normalize(torch.cat([first, second]), dim=1)
+        total = []
+        for place in range(20):
+            twin = (place + 10) % 20
+            odds = [(rows[place] @ rows[other] / 0.5).exp() / 18 for other in range(20)]
+            wrong = [1 / (1 + odds[other]) for other in range(20) if other not in (place, twin)]
+            total.append(-torch.stack([odds[twin] / (1 + odds[twin]), *wrong]).log().sum())
+        return torch.stack(total).mean()
+
+    assert_same(lambda a, b: losses.nce_of_views(a, b, 0.5, chunk), loops, *views)
+
+
+@pytest.mark.parametrize("chunk", [4096, 7])
+def test_supervised_is_pytorch_metric_learnings(views, chunk: int) -> None:
+    peers = pytest.importorskip("pytorch_metric_learning.losses")
+    labels = torch.arange(10) % 4
+    peer = peers.SupConLoss(temperature=0.1)
+    assert_same(
+        lambda a, b: losses.supervised_loss(a, b, labels, 0.1, chunk),
+        lambda a, b: peer(torch.cat([a, b]), labels.repeat(2)),
+        *views,
+    )
+
+
+def test_barlow_twins_and_vicreg_are_lightlys(views) -> None:
+    assert_same(losses.barlow_twins_loss, lightly().BarlowTwinsLoss(), *views)
+    small = [0.3 * view for view in views]  # of a deviation below 1, which the variance's term holds against them
+    assert_same(losses.vicreg_loss, lightly().VICRegLoss(), *small)
+
+
 def test_koleo_is_lightlys(views) -> None:
     assert_same(lambda rows: losses.koleo_loss(rows, 3), lightly().KoLeoLoss(), views[0])
 
@@ -213,11 +246,16 @@ def test_sinkhorn_knopp_is_lightlys_and_balances() -> None:
     assert losses.sinkhorn_knopp(logits * 1000, 0.04).isfinite().all()
 
 
+LABELS = torch.arange(8) % 4  # the same in both halves
 LOSSES = {
     "nt-xent": losses.nt_xent_loss,
     "debiased": losses.debiased_loss,
     "hard": lambda first, second: losses.debiased_loss(first, second, hardness=1.0),
     "info-nce": losses.info_nce_loss,
+    "nce": losses.nce_of_views,
+    "supervised": lambda first, second: losses.supervised_loss(first, second, LABELS[: len(first)], 0.5),
+    "barlow": losses.barlow_twins_loss,
+    "vicreg": losses.vicreg_loss,
     "koleo": lambda first, second: losses.koleo_loss(first) + 0 * second.sum(),
     "hadsell": lambda first, second: losses.hadsell_loss(first, second[:, 0] > 0, 3.0) + 0 * second.sum(),
     "sinkhorn": lambda first, second: (losses.sinkhorn_knopp(first, 0.5) * second).sum(1).mean() + 0 * first.sum(),

@@ -33,7 +33,7 @@ def learner(of: PretrainConfig) -> torch.nn.Module:
 def step_of(of: PretrainConfig, network: torch.nn.Module, memory: Memory, seed: int = 1) -> Step:
     generator = torch.Generator().manual_seed(seed)
     views = [torch.randn(6, 3, 32, 32, generator=generator) for _ in range(METHODS[of.method].full_views)]
-    return Step(network, memory, of.own, Accelerator(cpu=True), views)
+    return Step(network, memory, of.own, Accelerator(cpu=True), views, of.own.teacher_temperature or 0.04)
 
 
 @pytest.mark.parametrize("method", ["moco", "byol", "dino"])
@@ -93,6 +93,49 @@ def test_views_of_one_size_go_through_together_and_small_ones_too() -> None:
         torch.testing.assert_close(out, network.projection(network.encoder(view)), rtol=1e-4, atol=1e-5)
     for view, seen in zip(views[:2], features, strict=True):
         torch.testing.assert_close(seen, network.encoder(view), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["hadsell", "nce", "supervised"])
+def test_other_losses_of_simclr_learn(loss: str) -> None:
+    """Steps on one batch lower them."""
+    given = config("simclr", loss=loss)
+    network = learner(given)
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3)
+    memory = Memory(given, network, torch.device("cpu"))
+    step = step_of(given, network, memory)._replace(labels=torch.arange(6) % 3)
+    found = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        value = METHODS["simclr"].loss(step)
+        value.backward()
+        optimizer.step()
+        found.append(float(value.detach()))
+    assert found[-1] < 0.9 * found[0]
+
+
+def test_a_teacher_drops_no_paths_and_a_byol_without_predictor_compares_projections() -> None:
+    given = PretrainConfig(method="dino")
+    given.encoder = dataclasses.replace(given.encoder, backbone="test_vit", side=32, drop_path=0.3)
+    given = complete(given)
+    network = learner(given)
+    memory = Memory(given, network, torch.device("cpu"))
+    views = step_of(given, network, memory).views
+    assert torch.equal(memory.teacher(views)[0][0], memory.teacher(views)[0][0])
+    assert not torch.equal(network(views)[0][0], network(views)[0][0])
+    bare = learner(config("byol", predictor="none"))
+    assert bare.prediction is None
+
+
+@pytest.mark.parametrize(("centring", "same"), [("mean", False), ("none", True)])
+def test_without_centring_a_common_answer_of_the_teacher_stays(centring: str, same: bool) -> None:
+    given = config("dino", centring=centring)
+    network = learner(given)
+    memory = Memory(given, network, torch.device("cpu"))
+    step = step_of(given, network, memory)
+    memory.centre = torch.zeros(8)
+    without = METHODS["dino"].loss(step)
+    memory.centre = torch.linspace(-1, 1, 8)
+    assert torch.allclose(without, METHODS["dino"].loss(step), rtol=1e-5) == same
 
 
 def test_options_that_contradict_are_refused() -> None:

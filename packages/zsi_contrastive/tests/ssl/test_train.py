@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import types
 from pathlib import Path
 
@@ -154,7 +155,36 @@ def test_pictures_without_classes(tmp_path: Path) -> None:
     assert "nothing to watch" in said.errors[0]
 
 
+def test_labels_can_be_learnt_from_and_features_probed_as_in_papers(looks: Path, tmp_path: Path) -> None:
+    here("--data", looks, *SMALL, "--loss", "supervised", "--max-steps", "2", "--probe-epochs", "1", "--projected",
+         "--knn-temperature", "0.07", "--no-report", "--output", tmp_path / "run")  # fmt: skip
+    test = json.loads((tmp_path / "run" / "results.json").read_text())["test"]
+    assert 0 <= test["probe by sgd"] <= 1
+    assert 0 <= test["knn projected"] <= 1
+    assert test["knn projected"] != test["knn"]
+
+
+def test_all_training_pictures_can_be_trained_on(looks: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for file in looks.glob("*.parquet"):
+        if not file.name.startswith("validation"):
+            shutil.copy(file, tmp_path / "data")
+    options = ("--data", tmp_path / "data", *SMALL, "--validation-fraction", "0", "--map", "none")
+    here(*options, "--loss", "nce", "--output", tmp_path / "run")
+    test = json.loads((tmp_path / "run" / "results.json").read_text())["test"]
+    curve = [line["test/knn"] for line in lines(tmp_path / "run") if "test/knn" in line]
+    assert test["knn max"] == max(curve)
+    assert test["knn"] == curve[-1]
+    assert "knn validation" not in test
+    assert "probe" in test
+    assert "best of all evaluations" in (tmp_path / "run" / "report.html").read_text()
+    for option in (("--patience", "1"), ("--probe-epochs", "2")):
+        assert "validation pictures" in here(*options, *option, code=2).errors[0]
+
+
 @pytest.mark.parametrize(("arguments", "said"), [
+    (("--drop-path", "0.1"), "--drop-path: tiny has no stochastic depth"),
+    (("--measured", "teacher"), "--measured teacher: simclr has none"),
     (("--batch-size", "500"), "only 96 training pictures"),
     (("--backbone", "vit_huge_typo"), "timm has no such model"),
     (("--backbone", "test_vit", "--side", "20", "--method", "dino"), "does not take pictures of"),

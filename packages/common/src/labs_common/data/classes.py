@@ -84,7 +84,8 @@ def read_classes(
 ) -> dict[str, LabelledPictures]:
     """Reads training, validation and test pictures, each decoded once; splits that the data lacks are set aside.
 
-    What was left out is printed if `shown`; `drawn` gives the directory of the scenes that are read without --data.
+    What was left out is printed if `shown`; `drawn` gives the directory of the scenes that are read without --data. A
+    split that the data lacks and of which the options ask for a share of 0 is left out.
 
     Raises:
         LabError: the data cannot be read, or some of it and --on-bad-data says so, or it is too small.
@@ -97,7 +98,7 @@ def read_classes(
             part = part if options.data else replace(part, source="drawn scenes")
             splits[name] = checked(part, options.on_bad_data, shown)
     for name, share in (("test", options.test_fraction), ("validation", options.validation_fraction)):
-        if name not in splits:
+        if name not in splits and share:
             train = splits["train"]
             kept, aside = stratified_parts(train.labels, share, seed)
             if not len(aside):
@@ -113,7 +114,7 @@ def read_classes(
         )
     if shown:
         print_refused(splits)
-    return {name: splits[name] for name in SPLITS}
+    return {name: splits[name] for name in SPLITS if name in splits}
 
 
 def read_pictures(data: str) -> PictureSplits:

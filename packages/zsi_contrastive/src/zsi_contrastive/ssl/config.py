@@ -33,6 +33,9 @@ class PretrainDataOptions(ClassDataOptions):
     data: str | None = None
     """CIFAR-10, a directory per class, .parquet files, a Hugging Face id, or a directory of pictures without classes
     (coco/train2017). Without it, drawn scenes."""
+    validation_fraction: Annotated[float, number(float, "[0, 0.9)")] = 0.1
+    """Share of the training pictures of every class set aside for validation, unless the data has its own; 0 trains on
+    all of them, as benchmarks do."""
 
 
 @dataclass
@@ -46,6 +49,8 @@ class EncoderOptions:
     """small gives a torchvision ResNet a 3 × 3 first convolution and no pooling, as is usual for CIFAR-10."""
     side: Annotated[int, number(int, "[8, inf)", 0)] = 0
     """Side of the views in pixels; 0 takes 32 for tiny networks and small stems, and 224."""
+    drop_path: ShareBelowOne = 0.0
+    """Stochastic depth of the network that learns, for networks of timm: 0.1 in DINO. A teacher has none."""
 
 
 @dataclass
@@ -65,26 +70,33 @@ class ViewOptions:
     """Share of views that are mirrored."""
     jitter: Share = 0.5
     """Strength of random brightness, contrast, saturation and hue, for four views of five; 0 turns it off."""
+    saturation: NotNegative = 0.0
+    """Change of saturation at strength 1, where that of brightness and contrast is 0.8; 0 takes the method's: 0.8, and
+    0.4 for byol and dino."""
     grey: Share = 0.2
     """Share of views without colours."""
-    blur: Share = 0.0
-    """Share of views that are blurred; 0.5 is usual for large pictures."""
-    solarize: Share = 0.0
-    """Share of views with inverted highlights."""
+    blur: Annotated[tuple[float, float, float], number(float, "[0, 1]", count=3)] = (0.0, 0.0, 0.0)
+    """Shares of first, second and small views that are blurred. For large pictures 0.5 0.5 0.5 is usual, and
+    1.0 0.1 0.5 for byol and dino."""
+    solarize: Annotated[tuple[float, float, float], number(float, "[0, 1]", -1, count=3)] = (-1.0, -1.0, -1.0)
+    """Shares of first, second and small views with inverted highlights; -1 takes the method's: 0, and 0.2 of the
+    second for byol and dino."""
 
 
 @dataclass
 class MethodOptions:
     """Options of single methods. 0 or -1 takes the method's own value."""
 
-    loss: Literal["nt-xent", "debiased", "hard-negative"] = "nt-xent"
-    """The loss of simclr."""
+    loss: Literal["nt-xent", "debiased", "hard-negative", "nce", "hadsell", "supervised"] = "nt-xent"
+    """The loss of simclr. nce tells data from noise, hadsell draws pairs together and pushes others a margin of 1
+    apart, supervised draws pictures of one class together and is the only one that learns from labels."""
     prior: ShareBelowOne = 0.1
     """Share of negatives that are of the same class, for debiased and hard-negative."""
     hardness: NotNegative = 1.0
     """Weight of near negatives over far ones, for hard-negative; 0 weighs all alike."""
     temperature: NotNegative = 0.0
-    """By which cosines are divided: 0.5 for simclr (0.2 with tiny), 0.1 for moco and dino's student."""
+    """By which cosines are divided: 0.5 for simclr (0.2 with tiny; 0.1 is the paper's of supervised), 0.1 for moco and
+    dino's student."""
     momentum: Annotated[float, number(float, "[0, 1]", -1)] = -1.0
     """Share of the teacher's weights kept at every step: 0.99 for moco, byol and dino. 0 copies the student."""
     momentum_end: Annotated[float, number(float, "[0, 1]", -1)] = -1.0
@@ -92,15 +104,28 @@ class MethodOptions:
     queue: CountOrZero = 0
     """Keys of earlier steps that moco compares with; 4096."""
     hidden: CountOrZero = 0
-    """Width of the heads inside: 512, byol 1024, dino 2048; a quarter of that for tiny."""
+    """Width of the heads inside: 512, byol 1024, dino, barlow and vicreg 2048; a quarter of that for tiny."""
     outputs: CountOrZero = 0
-    """Width of their outputs: 128, byol 256, dino 2048 prototypes; 512 prototypes for tiny."""
-    head_norm: Literal["batch", "layer"] = "batch"
-    """Normalisation in the heads. With layer, and an encoder without batch norms, several processes equal one."""
-    teacher_temperature: Positive = 0.04
-    """dino's, after centring."""
-    centring: Literal["mean", "sinkhorn"] = "mean"
-    """Keeps dino's teacher from one answer for all: the mean of its answers is subtracted, or Sinkhorn-Knopp."""
+    """Width of their outputs: 128, byol 256, dino 2048 prototypes, barlow and vicreg 2048; 512 of these for tiny."""
+    head_norm: Literal["auto", "batch", "layer", "none"] = "auto"
+    """Normalisation in the heads; auto is none for dino, but batch with tiny, and batch for others. With layer, and an
+    encoder without batch norms, several processes equal one."""
+    head_layers: CountOrZero = 0
+    """Layers of the projection; 2, and 3 for barlow, vicreg and, before its prototypes, dino."""
+    norm_splits: CountOrZero = 0
+    """Parts of each view's batch that go through the network apart, so that batch norms see no other: 1 keeps the two
+    views apart, 8 is moco's in lightly's benchmark, with shuffled keys. 0 takes all views together."""
+    predictor: Literal["mlp", "none"] = "mlp"
+    """byol's prediction of the teacher's output; without it features collapse."""
+    teacher_temperature: NotNegative = 0.0
+    """dino's, after centring, when it is warm; 0 takes 0.07, and 0.04 with tiny."""
+    teacher_temperature_start: Positive = 0.04
+    """From which it rises evenly."""
+    teacher_warmup: CountOrZero = 30
+    """Epochs in which it does."""
+    centring: Literal["mean", "sinkhorn", "none"] = "mean"
+    """Keeps dino's teacher from one answer for all: the mean of its answers is subtracted, or Sinkhorn-Knopp. With none
+    features collapse."""
     koleo: NotNegative = 0.0
     """Weight of the KoLeo regulariser on dino's student, as in DINOv2 (there 0.1)."""
     freeze_last: CountOrZero = 1
@@ -145,10 +170,20 @@ class MeasureOptions:
 
     neighbours: CountOrZero = 0
     """Training pictures that vote on a picture's class; 0 takes 200, and 20 of fewer than 10,000."""
+    knn_temperature: Positive = 0.1
+    """By which a voter's cosine is divided before it counts as exp of that: 0.1 in lightly's benchmark, 0.07 in Wu et
+    al. 2018 and DINO."""
     bank: Count = 50_000
     """Training pictures that are asked at most."""
+    measured: Literal["auto", "learner", "teacher"] = "auto"
+    """Whose features are measured and saved; auto is the learner's, and the teacher's for dino."""
     probe: bool = True
     """Fit a linear layer on the features at the end."""
+    probe_epochs: CountOrZero = 0
+    """Epochs of a second probe by the papers' protocol: SGD on features of pictures that are cropped and mirrored by
+    chance; 100 is usual, 0 leaves it out."""
+    projected: bool = False
+    """Measure kNN accuracy after the projection too, where the loss is; features are taken before it."""
     map: Literal["tsne", "pca", "none"] = "tsne"
     """Method that draws the features in two dimensions."""
 
@@ -165,6 +200,7 @@ class PretrainConfig:
 
     method: MethodName = "simclr"
     """simclr: negatives in the batch; moco: in a queue; byol: none, but a teacher; dino: a teacher's distributions;
+    barlow, vicreg: outputs that do not correlate;
     gim: patches, three modules that learn alone; cpc: the same in one with a context."""
     data: PretrainDataOptions = field(default_factory=PretrainDataOptions)
     encoder: EncoderOptions = field(default_factory=EncoderOptions)
@@ -185,7 +221,8 @@ class CompareConfig:
     """
 
     methods: str = (
-        "simclr,simclr:batch_size=64,moco,moco:queue=256,byol,byol:momentum=0,dino,dino:local_crops=0,gim,cpc"
+        "simclr,simclr:batch_size=64,moco,moco:queue=256,byol,byol:momentum=0,byol:predictor=none,"
+        "dino,dino:local_crops=0,dino:centring=none,gim,cpc"
     )
     """Methods to compare, each with options of pretrain after colons."""
     data: PretrainDataOptions = field(default_factory=PretrainDataOptions)

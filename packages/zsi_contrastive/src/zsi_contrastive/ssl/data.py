@@ -71,8 +71,8 @@ def read_splits(options: PretrainDataOptions, seed: int, shown: bool) -> dict[st
     train, validation = stratified_parts(whole.labels[rest], options.validation_fraction, seed)
     if shown:
         print_refused({"all": whole})
-    return {"train": whole.subset(rest[train]), "validation": whole.subset(rest[validation]),
-            "test": whole.subset(test)}  # fmt: skip
+    parts = {"train": rest[train], "validation": rest[validation], "test": test}
+    return {name: whole.subset(places) for name, places in parts.items() if len(places)}
 
 
 def drawn_scenes() -> Path:
@@ -86,12 +86,14 @@ class Pixels:
     Attributes:
         pictures: the pictures that they are from.
         aspects: width by height of each (n,), on the CPU.
+        large: whether pictures have more pixels than these, so that crops are made of the pictures themselves.
     """
 
     def __init__(self, pictures: LabelledPictures, side: int, device: torch.device, shown: bool) -> None:
         """`side` is that of a full view; pictures are kept a little larger, if the first one is."""
         self.pictures, self.device = pictures, device
-        self.side = side if max(pictures.image(0).size) <= side else round(side * STORED)
+        self.large = max(pictures.image(0).size) > side
+        self.side = round(side * STORED) if self.large else side
         sizes = np.empty((len(pictures), 2))
         kept = len(pictures) * 3 * self.side**2 <= HELD
         held = torch.empty(len(pictures) if kept else 0, 3, self.side, self.side, dtype=torch.uint8)
@@ -118,6 +120,33 @@ class Pixels:
         read = decoding_threads().map(lambda place: self._squeezed(self.pictures.image(place)), places.tolist())
         return to_device(pinned(torch.from_numpy(np.stack(list(read))), self.device), self.device)
 
+    def to_crop(
+        self, places: torch.Tensor, recipes: Sequence["Recipe"], aspects: torch.Tensor, seed: int, step: int, own: slice
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Returns the pixels that `views_of` makes views of: as `batch` does, or large pictures' crops by each recipe.
+
+        A crop of 8 % of a picture's area has so all the pixels that the picture has there, and none is skipped where it
+        has more than the view. `aspects` are of the whole step, of which `places` are this process's part `own`.
+        """
+        if not self.large:
+            return self.batch(places)
+        boxes = [torch.stack([of_view[name][own] for name in ("left", "top", "width", "height")], 1).tolist()
+                 for of_view in sampled_views(recipes, aspects, seed, step)]  # fmt: skip
+
+        def read(number: int) -> list[np.ndarray]:
+            image = self.pictures.image(int(places[number]))
+            crops = []
+            for recipe, of_view in zip(recipes, boxes, strict=True):
+                left, top, width, height = of_view[number]
+                box = (left * image.width, top * image.height, min(1.0, left + width) * image.width,
+                       min(1.0, top + height) * image.height)  # fmt: skip
+                crop = image.resize((recipe.side, recipe.side), Image.Resampling.BILINEAR, box)
+                crops.append(np.array(crop).transpose(2, 0, 1))
+            return crops
+
+        views = zip(*decoding_threads().map(read, range(len(places))), strict=True)
+        return [to_device(pinned(torch.from_numpy(np.stack(view)), self.device), self.device) for view in views]
+
     def _squeezed(self, image: Image.Image) -> np.ndarray:
         """Resizes an image to pixels (3, s, s), whatever its proportions."""
         size = (self.side, self.side)
@@ -129,66 +158,93 @@ class Batch(NamedTuple):
     """This process's part of a step.
 
     Attributes:
-        pixels: (own, 3, s, s).
+        pixels: (own, 3, s, s), or of large pictures crops for each view, each (own, 3, side, side).
         aspects: width by height of the whole step's pictures (n,).
+        labels: of this process's pictures (own,), on the CPU.
         own: this process's part of the whole step.
         step: number of the optimizer step in the run.
     """
 
-    pixels: torch.Tensor
+    pixels: torch.Tensor | list[torch.Tensor]
     aspects: torch.Tensor
+    labels: torch.Tensor
     own: slice
     step: int
 
 
-def training_steps(data: Pixels, batch_size: int, seed: int, accelerator: Accelerator) -> ShuffledSteps:
+def training_steps(
+    data: Pixels, recipes: Sequence["Recipe"], batch_size: int, seed: int, accelerator: Accelerator
+) -> ShuffledSteps:
     """Cuts the pictures into steps of whole batches: the losses compare as many pictures in every step."""
 
     def batch(places: list[int], epoch: int, step: int) -> list[Batch]:
         each = len(places) // accelerator.num_processes
         own = slice(accelerator.process_index * each, (accelerator.process_index + 1) * each)
         whole = torch.tensor(places)
-        return [Batch(data.batch(whole[own]), data.aspects[whole], own, step)]
+        of = pinned(torch.from_numpy(data.pictures.labels[places[own]]), data.device)
+        aspects = data.aspects[whole]
+        return [Batch(data.to_crop(whole[own], recipes, aspects, seed, step, own), aspects, of, own, step)]
 
     return ShuffledSteps(len(data), batch_size, seed, batch, whole=True)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One kind of view: its side in pixels, the share of the area that it shows, and how it is changed."""
+    """One kind of view: side in pixels, share of the area that it shows, changes, shares with blur, solarized."""
 
     side: int
     scale: tuple[float, float]
     changes: ViewOptions
+    blur: float
+    solarize: float
 
 
 def recipes_of(encoder: EncoderOptions, views: ViewOptions, full_views: int) -> list[Recipe]:
     """Lists the recipe of every view of a picture by completed options: `full_views`, then the small ones."""
-    full = Recipe(encoder.side, views.crop_scale, views)
-    small = Recipe(views.local_side, views.local_scale, views)
-    return [full] * full_views + [small] * views.local_crops
+    sizes = [(encoder.side, views.crop_scale)] * 2 + [(views.local_side, views.local_scale)]
+    first, second, small = (
+        Recipe(side, scale, views, blur, solarize)
+        for (side, scale), blur, solarize in zip(sizes, views.blur, views.solarize, strict=True)
+    )
+    return [first, second][:full_views] + [small] * views.local_crops
 
 
 def views_of(
-    pixels: torch.Tensor, aspects: torch.Tensor, recipes: Sequence[Recipe], seed: int, step: int, own: slice
+    pixels: torch.Tensor | list[torch.Tensor],
+    aspects: torch.Tensor,
+    recipes: Sequence[Recipe],
+    seed: int,
+    step: int,
+    own: slice,
 ) -> list[torch.Tensor]:
     """Makes one batch of normalised views (own, 3, side, side) by each recipe, from the run's `seed` and the `step`.
 
-    `pixels` (own, 3, s, s), from 0 to 255, are this process's part `own` of the step's batch; `aspects` (n,), on the
-    CPU, are width by height of every picture of the whole batch.
+    `pixels` (own, 3, s, s), from 0 to 255, are this process's part `own` of the step's batch, or crops of it by each
+    recipe (`Pixels.to_crop`); `aspects` (n,), on the CPU, are width by height of every picture of the whole batch.
     """
-    generator = torch.Generator().manual_seed(((seed << 32) + step) % 2**63)
-    views, drawn = [], [sample(recipe, aspects, generator) for recipe in recipes]
+    views, drawn = [], sampled_views(recipes, aspects, seed, step)
     # All numbers of all views in one copy; that of truth values to floats and back is exact.
     numbers = torch.stack([all_[own].float() for of_view in drawn for all_ in of_view.values()])
-    coming = iter(to_device(pinned(numbers, pixels.device), pixels.device))
-    for recipe, of_view in zip(recipes, drawn, strict=True):
+    device = pixels[0].device
+    coming = iter(to_device(pinned(numbers, device), device))
+    for place, (recipe, of_view) in enumerate(zip(recipes, drawn, strict=True)):
         sampled = {name: next(coming).to(all_.dtype) for name, all_ in of_view.items()}
         if not of_view["blurred"][own].any():  # asked of the CPU, which nobody has to wait for
             del sampled["blurred"]
-        view = normalised(recoloured(cropped(pixels, sampled, recipe.side), sampled))
+        if isinstance(pixels, list):
+            levels = pixels[place].float() / 255
+            view = torch.where(sampled["mirrored"][:, None, None, None], levels.flip(3), levels)
+        else:
+            view = cropped(pixels, sampled, recipe.side)
+        view = normalised(recoloured(view, sampled))
         views.append(view.contiguous(memory_format=torch.channels_last))  # convolutions are faster so
     return views
+
+
+def sampled_views(recipes: Sequence[Recipe], aspects: torch.Tensor, seed: int, step: int) -> list[Sampled]:
+    """Samples what is random of the views by each recipe of all pictures of a step; the same whenever it is asked."""
+    generator = torch.Generator().manual_seed(((seed << 32) + step) % 2**63)
+    return [sample(recipe, aspects, generator) for recipe in recipes]
 
 
 def normalised(pictures: torch.Tensor) -> torch.Tensor:
@@ -210,8 +266,8 @@ def sample(recipe: Recipe, aspects: torch.Tensor, generator: torch.Generator) ->
     strength = changes.jitter
     jittered = uniform(0, 1) < JITTERED * (strength > 0)
     factors = {
-        name: torch.where(jittered, uniform(max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength), 1.0)
-        for name in ("brightness", "contrast", "saturation")
+        name: torch.where(jittered, uniform(max(0.0, 1 - change * strength), 1 + change * strength), 1.0)
+        for name, change in (("brightness", 0.8), ("contrast", 0.8), ("saturation", changes.saturation))
     }
     turns = torch.where(jittered, uniform(-HUE * strength, HUE * strength), 0.0)
     area = uniform(*recipe.scale, ATTEMPTS, count)
@@ -232,16 +288,16 @@ def sample(recipe: Recipe, aspects: torch.Tensor, generator: torch.Generator) ->
         **factors,
         "hue": turns * 2 * math.pi,
         "grey": uniform(0, 1) < changes.grey,
-        "blurred": uniform(0, 1) < changes.blur,
+        "blurred": uniform(0, 1) < recipe.blur,
         "sigma": uniform(*SIGMA),
-        "solarized": uniform(0, 1) < changes.solarize,
+        "solarized": uniform(0, 1) < recipe.solarize,
     }
 
 
 def cropped(pixels: torch.Tensor, sampled: Sampled, side: int) -> torch.Tensor:
     """Crops each picture (n, 3, s, s), 0 to 255, to (n, 3, side, side), 0 to 1, mirrored where sampled.
 
-    Bilinear between pixels. Pictures are kept hardly larger than a view, so shrinking skips no pixels.
+    Bilinear between pixels. These pictures are hardly larger than a view, so shrinking skips no pixels.
     """
     width, height = sampled["width"], sampled["height"]
     across = torch.where(sampled["mirrored"], -width, width)

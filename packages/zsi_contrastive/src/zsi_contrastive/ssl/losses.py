@@ -112,6 +112,79 @@ def debiased_loss(
     return in_chunks(part, (rows, own, other), (columns,), chunk) / len(rows)
 
 
+def nce_of_views(
+    first: torch.Tensor, second: torch.Tensor, temperature: float = 0.5, chunk: int = CHUNK
+) -> torch.Tensor:
+    """Tells the other view of a picture from those of all others by `nce_loss`.
+
+    The others of the batch are the noise, and a cosine of `first` and `second` (n, d), divided by `temperature`, is
+    log p − log q.
+    """
+    rows, own, other, columns = _two_views(first, second)
+    # Of its row of 2n cosines each keeps 2n − 2 as noise; the two that do not count are infinitely unlikely.
+    shift = math.log1p(-2 / len(columns))
+
+    def part(rows: torch.Tensor, own: torch.Tensor, other: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        products = rows @ columns.T / temperature
+        noise = products.scatter(1, torch.stack([own, other], 1), -math.inf)
+        density = products.new_full((), shift)
+        return nce_loss(products.gather(1, other[:, None])[:, 0], noise, density, density) * len(rows)
+
+    return in_chunks(part, (rows, own, other), (columns,), chunk) / len(rows)
+
+
+def supervised_loss(
+    first: torch.Tensor, second: torch.Tensor, labels: torch.Tensor, temperature: float = 0.1, chunk: int = CHUNK
+) -> torch.Tensor:
+    """Draws all views of one class together: the supervised contrastive loss (Khosla et al. 2020, eq. 2, L_out).
+
+    `first` and `second` (n, d) are two views of the same pictures, of these `labels` (n,).
+    """
+    rows, own, _, columns = _two_views(first, second)
+    of = gathered(labels).repeat(2)
+
+    def part(
+        rows: torch.Tensor, own: torch.Tensor, label: torch.Tensor, columns: torch.Tensor, of: torch.Tensor
+    ) -> torch.Tensor:
+        logs = (rows @ columns.T / temperature).scatter(1, own[:, None], -math.inf).log_softmax(1)
+        alike = (label[:, None] == of).scatter(1, own[:, None], False)
+        return -(logs.masked_fill(~alike, 0.0).sum(1) / alike.sum(1)).sum()
+
+    return in_chunks(part, (rows, own, labels.repeat(2)), (columns, of), chunk) / len(rows)
+
+
+def barlow_twins_loss(first: torch.Tensor, second: torch.Tensor, off_diagonal: float = 5e-3) -> torch.Tensor:
+    """Makes the correlations (d, d) of two views' outputs the identity (Zbontar et al. 2021, Barlow Twins, eq. 1).
+
+    `first` and `second` (n, d) are two views of the same pictures; what is not on the diagonal has this weight.
+    """
+    one, two = (F.batch_norm(gathered(full_precision(rows)), None, None, training=True) for rows in (first, second))
+    with exact_float32(one.device):
+        correlations = one.T @ two / len(one)
+    on = correlations.diagonal()
+    return (on - 1).square().sum() + off_diagonal * (correlations.square().sum() - on.square().sum())
+
+
+def vicreg_loss(
+    first: torch.Tensor, second: torch.Tensor, invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0
+) -> torch.Tensor:
+    """Keeps outputs alike for two views, spread over the batch and uncorrelated (Bardes et al. 2022, VICReg, eq. 6).
+
+    `first` and `second` (n, d) are two views of the same pictures; the rest are the three terms' weights. That of the
+    variance is of the mean of both views, as in the authors' code.
+    """
+    views = [gathered(full_precision(rows)) for rows in (first, second)]
+    loss = invariance * F.mse_loss(views[0], views[1])
+    for rows in views:
+        rows = rows - rows.mean(0)
+        with exact_float32(rows.device):
+            covariances = rows.T @ rows / (len(rows) - 1)  # (d, d)
+        variances = covariances.diagonal()
+        loss = loss + variance / 2 * (1 - (variances + 1e-4).sqrt()).clamp(min=0).mean()  # 1e-4 is the authors'
+        loss = loss + covariance * (covariances.square().sum() - variances.square().sum()) / rows.shape[1]
+    return loss
+
+
 def byol_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Measures how far predicted is from target (n, d): 2 − 2 cos (Grill et al. 2020, BYOL, eq. 2).
 

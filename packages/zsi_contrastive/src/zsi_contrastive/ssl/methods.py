@@ -10,21 +10,28 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from timm.layers import DropPath
 
 from labs_common.errors import LabError, RunStopped
 from labs_common.gathering import gathered
 from zsi_contrastive import TINY
+from zsi_contrastive.losses import own_places
 from zsi_contrastive.ssl.config import RESNET50_V2, RESNETS, MethodOptions, PretrainConfig
 from zsi_contrastive.ssl.losses import (
+    barlow_twins_loss,
     byol_loss,
     debiased_loss,
     dino_loss,
+    hadsell_loss,
     koleo_loss,
     moco_loss,
     moved_centre,
+    nce_of_views,
     nt_xent_loss,
     sharpened,
     sinkhorn_knopp,
+    supervised_loss,
+    vicreg_loss,
 )
 from zsi_contrastive.ssl.model import Learner, on_patches, with_projection, with_prototypes
 
@@ -78,7 +85,11 @@ class Memory:
         self.place = 0
         if "teacher" in parts:
             assert isinstance(learner, Learner)
-            self.teacher = Learner(copy.deepcopy(learner.encoder), copy.deepcopy(learner.projection))
+            parts_of = copy.deepcopy((learner.encoder, learner.projection))
+            self.teacher = Learner(*parts_of, splits=learner.splits)
+            for module in self.teacher.modules():
+                if isinstance(module, DropPath):
+                    module.drop_prob = 0.0
             self.teacher.requires_grad_(False).to(device)
         if "queue" in parts:  # random directions until there are keys, as in MoCo's own code
             generator = torch.Generator().manual_seed(config.run.seed)
@@ -141,6 +152,8 @@ class Step(NamedTuple):
     Attributes:
         network: the prepared network.
         views: of this process's pictures, each (own, 3, side, side).
+        teacher_temperature: dino's, as warm as it is now.
+        labels: of this process's pictures (own,), where the loss learns from them.
     """
 
     network: torch.nn.Module
@@ -148,6 +161,8 @@ class Step(NamedTuple):
     own: MethodOptions
     accelerator: Accelerator
     views: list[torch.Tensor]
+    teacher_temperature: float
+    labels: torch.Tensor | None = None
 
     def learner_outputs(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Computes the learner's output for every view, and its encoder's features for full ones, in float32."""
@@ -156,19 +171,35 @@ class Step(NamedTuple):
 
     @torch.no_grad()
     def teacher_outputs(self) -> list[torch.Tensor]:
-        """Computes the teacher's output for the two full views, in float32."""
-        assert self.memory.teacher is not None
+        """Computes the teacher's output for the two full views, in float32.
+
+        In split batches its pictures are shuffled, so that no part holds those of a part of the learner: their common
+        statistics would tell which are which (MoCo, section 3.3).
+        """
+        teacher, views = self.memory.teacher, self.views[:2]
+        assert teacher is not None
+        order = None
+        if teacher.splits > 1:
+            order = torch.randperm(len(views[0]), device=views[0].device)
+            views = [view[order] for view in views]
         with self.accelerator.autocast():
-            outputs, _ = self.memory.teacher(self.views[:2])
-        return [out.float() for out in outputs]
+            outputs, _ = teacher(views)
+        return [out.float() if order is None else out.float()[order.argsort()] for out in outputs]
 
 
 def simclr(step: Step) -> torch.Tensor:
-    """Tells both views from all others of the batch, by one of three losses (Chen et al. 2020)."""
+    """Tells both views from all others of the batch (Chen et al. 2020), by one of several losses."""
     (first, second), _ = step.learner_outputs()
     own = step.own
     if own.loss == "nt-xent":
         return nt_xent_loss(first, second, own.temperature)
+    if own.loss == "nce":
+        return nce_of_views(first, second, own.temperature)
+    if own.loss == "hadsell":  # a picture's two views are of one class, which is theirs alone
+        return hadsell_loss(F.normalize(torch.cat([first, second]), dim=1), own_places(first).repeat(2))
+    if own.loss == "supervised":
+        assert step.labels is not None
+        return supervised_loss(first, second, step.labels, own.temperature)
     return debiased_loss(first, second, own.temperature, own.prior, own.hardness if own.loss == "hard-negative" else 0)
 
 
@@ -184,10 +215,20 @@ def moco(step: Step) -> torch.Tensor:
 
 
 def byol(step: Step) -> torch.Tensor:
-    """Predicts the teacher's other view from each view in turn (Grill et al. 2020)."""
+    """Predicts the teacher's other view from each view in turn (Grill et al. 2020).
+
+    The loss is 1 − cos, as in lightly's benchmark; the paper's sum of both directions is four times that. Where the
+    optimizer is LARS or AdamW such a factor does nothing; with SGD it belongs to the learning rate.
+    """
     (predicted, _), targets = step.learner_outputs(), step.teacher_outputs()
     pairs = zip(predicted, reversed(targets), strict=True)
-    return torch.stack([byol_loss(one, other) for one, other in pairs]).mean()
+    return torch.stack([byol_loss(one, other) for one, other in pairs]).mean() / 2
+
+
+def decorrelated(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], step: Step) -> torch.Tensor:
+    """Compares the outputs of both views by a loss that looks at correlations over the batch."""
+    (first, second), _ = step.learner_outputs()
+    return loss(first, second)
 
 
 def dino(step: Step) -> torch.Tensor:
@@ -195,10 +236,11 @@ def dino(step: Step) -> torch.Tensor:
     own, memory = step.own, step.memory
     (outputs, features), logits = step.learner_outputs(), torch.stack(step.teacher_outputs())
     assert memory.centre is not None
-    if own.centring == "mean":
-        targets = sharpened(logits, memory.centre, own.teacher_temperature)
+    if own.centring == "sinkhorn":
+        targets = torch.stack([sinkhorn_knopp(of_view, step.teacher_temperature) for of_view in logits])
     else:
-        targets = torch.stack([sinkhorn_knopp(of_view, own.teacher_temperature) for of_view in logits])
+        centre = memory.centre if own.centring == "mean" else torch.zeros_like(memory.centre)
+        targets = sharpened(logits, centre, step.teacher_temperature)
     memory.centre = moved_centre(memory.centre, logits)
     loss = dino_loss(torch.stack(outputs), targets, own.temperature)
     if own.koleo:
@@ -216,16 +258,21 @@ def patches(step: Step) -> torch.Tensor:
 # The values of options that are left open, where the method has none of its own.
 DEFAULTS: dict[str, Any] = {
     "side": 224, "crop_scale": (0.08, 1.0), "local_crops": 0,
-    "temperature": 0.1, "momentum": 0.99, "queue": 4096, "hidden": 512, "outputs": 128,
+    "saturation": 0.8, "solarize": (0.0, 0.0, 0.0),
+    "temperature": 0.1, "momentum": 0.99, "queue": 4096, "hidden": 512, "outputs": 128, "head_norm": "batch",
+    "head_layers": 2, "teacher_temperature": 0.07,
     "epochs": 200, "batch_size": 512, "clip_norm": 0.0,
 }  # fmt: skip
 TINY_DEFAULTS = {"side": 32, "epochs": 15, "batch_size": 256}  # under three minutes on two cores
+OF_BYOL = {"saturation": 0.4, "solarize": (0.0, 0.2, 0.0)}  # its colours, which DINO took over
+# A head of three layers that all are as wide, and BYOL's views; the papers have 8,192 on ImageNet.
+OF_CORRELATIONS = {**OF_BYOL, "hidden": 2048, "outputs": 2048, "head_layers": 3}
 # As in Löwe et al. 2019: crops of 64 pixels, Adam without decay.
 OF_PATCHES = {"side": 64, "optimizer": "adamw", "learning_rate": 2e-4, "weight_decay": 0.0}
 
 METHODS: dict[str, Method] = {
     "simclr": Method(
-        simclr, with_projection, "negatives: the batch's other pictures",
+        simclr, partial(with_projection, closed=True), "negatives: the batch's other pictures",
         defaults={"temperature": 0.5}, tiny={"temperature": 0.2},
     ),
     "moco": Method(
@@ -234,15 +281,23 @@ METHODS: dict[str, Method] = {
     ),
     "byol": Method(
         byol, partial(with_projection, prediction=True), "no negatives: a prediction of a teacher's output",
-        remembers=("teacher",), defaults={"hidden": 1024, "outputs": 256, "momentum_end": 1.0},
+        remembers=("teacher",), defaults={**OF_BYOL, "hidden": 1024, "outputs": 256, "momentum_end": 1.0},
         tiny={"optimizer": "lars"},  # with AdamW it nearly collapses before it learns
+    ),
+    "barlow": Method(
+        partial(decorrelated, barlow_twins_loss), with_projection, "no negatives: outputs that do not correlate",
+        defaults=OF_CORRELATIONS, tiny={"outputs": 512},
+    ),
+    "vicreg": Method(
+        partial(decorrelated, vicreg_loss), with_projection, "no negatives: outputs that vary and do not correlate",
+        defaults=OF_CORRELATIONS, tiny={"outputs": 512},
     ),
     "dino": Method(
         dino, with_prototypes, "no negatives: a teacher's distributions, centred and sharpened",
         remembers=("teacher", "centre"), measured="teacher", small_views=True,
-        defaults={"crop_scale": (0.14, 1.0), "local_crops": 4, "hidden": 2048, "outputs": 2048, "momentum_end": 1.0,
-                  "clip_norm": 3.0},
-        tiny={"outputs": 512},
+        defaults={**OF_BYOL, "crop_scale": (0.14, 1.0), "local_crops": 4, "hidden": 2048, "outputs": 2048,
+                  "momentum_end": 1.0, "clip_norm": 3.0, "head_norm": "none", "head_layers": 3},
+        tiny={"outputs": 512, "head_norm": "batch", "teacher_temperature": 0.04},
     ),
     "gim": Method(
         patches, partial(on_patches, isolated=True), "negatives: other patches, for three modules with a loss each",
@@ -295,6 +350,12 @@ def complete(config: PretrainConfig) -> PretrainConfig:
     return dataclasses.replace(config, encoder=encoder, views=views, own=own, training=training)
 
 
+def measured(config: PretrainConfig) -> str:
+    """Says whose features count, and are saved: the learner's or the teacher's."""
+    asked = config.measure.measured
+    return METHODS[config.method].measured if asked == "auto" else asked
+
+
 def _filled(options: Any, defaults: Mapping[str, Any]) -> Any:
     """Returns the options with a default for each that was left open: 0, auto, or below 0 where -1 is the mark."""
     values = {option.name: (getattr(options, option.name), option.default) for option in dataclasses.fields(options)}
@@ -310,11 +371,15 @@ def _check(config: PretrainConfig) -> None:
     for name, (low, high) in (("crop-scale", config.views.crop_scale), ("local-scale", config.views.local_scale)):
         if not low <= high or not high:
             raise LabError(f"--{name}: must be two shares of the area, the smaller first, not both 0")
+    if config.encoder.drop_path and (backbone in (TINY, RESNET50_V2) or backbone.startswith(RESNETS)):
+        raise LabError(f"--drop-path: {backbone} has no stochastic depth; networks of timm have")
     if method.on_patches and backbone not in (TINY, RESNET50_V2):
         raise LabError(f"--backbone {backbone}: {config.method} has networks of its own: take {TINY} or {RESNET50_V2}")
     if not method.on_patches and backbone == RESNET50_V2:
         raise LabError(f"--backbone {RESNET50_V2}: is for gim and cpc alone; take resnet50")
     if method.on_patches and side % 8:
         raise LabError(f"--side {side}: {config.method} cuts pictures into patches: take a multiple of 8")
+    if config.measure.measured == "teacher" and "teacher" not in method.remembers:
+        raise LabError(f"--measured teacher: {config.method} has none")
     if config.views.local_crops > 0 and not method.small_views:
         raise LabError(f"--local-crops: only dino's student sees more views than two; {config.method} does not")

@@ -1,5 +1,7 @@
 """The networks: encoders by name, and the heads that methods put on them."""
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import timm
@@ -14,7 +16,7 @@ from zsi_contrastive import TINY
 from zsi_contrastive.networks import TINY_CHANNELS, TINY_SIZES, GreedySizes, PatchModules, TinyBody
 from zsi_contrastive.ssl.config import RESNETS, EncoderOptions, PretrainConfig
 
-NORMS = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "": nn.Identity}
+NORMS = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
 
 
 class Encoder(nn.Module):
@@ -54,6 +56,8 @@ def make_encoder(options: EncoderOptions) -> Encoder:
             network.maxpool = nn.Identity()
         return Encoder(network, width)
     arguments = timm_arguments(name, options.side, "--backbone")
+    if options.drop_path:
+        arguments["drop_path_rate"] = options.drop_path
     if "img_size" in arguments:
         arguments["dynamic_img_size"] = True  # local crops are smaller
     plain = name.removeprefix("timm/")
@@ -68,23 +72,41 @@ def make_encoder(options: EncoderOptions) -> Encoder:
     return Encoder(network, network.num_features)
 
 
-def make_head(inputs: int, hidden: int, outputs: int, norm: str) -> nn.Sequential:
-    """Makes two layers with a normalisation (`batch`, `layer` or none, "") and a ReLU between."""
-    return nn.Sequential(
-        nn.Linear(inputs, hidden, bias=not norm), NORMS[norm](hidden), nn.ReLU(), nn.Linear(hidden, outputs)
-    )
+def make_head(
+    widths: Sequence[int], norm: str, closed: bool = False, activation: type[nn.Module] = nn.ReLU
+) -> nn.Sequential:
+    """Makes linear layers between these widths, with a normalisation (`batch`, `layer`, `none`) and an activation each.
+
+    The last has no activation, and a normalisation only if it is `closed`. Layers before one have no bias.
+    """
+    layers: list[nn.Module] = []
+    for place, (before, after) in enumerate(pairwise(widths), 2):
+        last = place == len(widths)
+        normed = norm != "none" and (closed or not last)
+        layers.append(nn.Linear(before, after, bias=not normed))
+        if normed:
+            layers.append(NORMS[norm](after))
+        if not last:
+            layers.append(activation())
+    return nn.Sequential(*layers)
 
 
 class DinoHead(nn.Module):
-    """Three layers, a bottleneck of length 1, and cosines with prototypes (Caron et al. 2021, appendix C)."""
+    """Layers, a bottleneck of length 1, and cosines with prototypes (Caron et al. 2021, appendix C).
 
-    def __init__(self, inputs: int, hidden: int, bottleneck: int, prototypes: int, norm: str) -> None:
+    First weights are those of its authors' code.
+    """
+
+    def __init__(self, widths: Sequence[int], prototypes: int, norm: str) -> None:
+        """`widths` are those of features, hidden layers and bottleneck."""
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(inputs, hidden), NORMS[norm](hidden), nn.GELU(),
-            nn.Linear(hidden, hidden), NORMS[norm](hidden), nn.GELU(), nn.Linear(hidden, bottleneck),
-        )  # fmt: skip
-        self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck) * 0.02)
+        self.layers = make_head(widths, norm, activation=nn.GELU)
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        self.prototypes = nn.Parameter(nn.Linear(widths[-1], prototypes, bias=False).weight.detach())
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Computes logits (n, prototypes)."""
@@ -97,42 +119,55 @@ class Learner(nn.Module):
     A teacher is a copy of it without the prediction.
     """
 
-    def __init__(self, encoder: Encoder, projection: nn.Module, prediction: nn.Module | None = None) -> None:
+    def __init__(
+        self, encoder: Encoder, projection: nn.Module, prediction: nn.Module | None = None, splits: int = 0
+    ) -> None:
+        """`splits` are the parts of each view that go through apart; 0 takes views together."""
         super().__init__()
-        self.encoder, self.projection, self.prediction = encoder, projection, prediction
+        self.encoder, self.projection, self.prediction, self.splits = encoder, projection, prediction, splits
 
     def forward(self, views: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Computes the output for each view (n, outputs), and the features of those of the first size (n, width).
 
-        Views of one size go through together, so they share the statistics of batch norms.
+        Views of one size go through together, so they share the statistics of batch norms, unless there are `splits`:
+        then each view has its own in the heads, and each part of it in the encoder.
         """
         outputs: list[torch.Tensor] = []
         features: list[torch.Tensor] = []  # of the first size
         while len(outputs) < len(views):
             first = len(outputs)
             alike = [view for view in views[first:] if view.shape == views[first].shape]
-            seen = self.encoder(torch.cat(alike))  # (alike · n, width)
-            features = features or list(seen.chunk(len(alike)))
+            if self.splits:
+                alike = alike[:1]
+            parts = torch.cat(alike).chunk(self.splits or 1)
+            seen = torch.cat([self.encoder(part) for part in parts])  # (alike · n, width)
+            if views[first].shape == views[0].shape:
+                features += seen.chunk(len(alike))
             out = self.projection(seen)
             out = out if self.prediction is None else self.prediction(out)
             outputs += out.chunk(len(alike))
         return outputs, features
 
 
-def with_projection(config: PretrainConfig, norm: bool = True, prediction: bool = False) -> Learner:
-    """Makes the learner of SimCLR, MoCo (no norm in its projection) and BYOL (with a prediction)."""
+def with_projection(
+    config: PretrainConfig, norm: bool = True, closed: bool = False, prediction: bool = False
+) -> Learner:
+    """Makes the learner of SimCLR (`closed` by a norm), MoCo (without any) and BYOL (with a prediction)."""
     encoder, own = make_encoder(config.encoder), config.own
-    projection = make_head(encoder.width, own.hidden, own.outputs, own.head_norm if norm else "")
-    return Learner(
-        encoder, projection, make_head(own.outputs, own.hidden, own.outputs, own.head_norm) if prediction else None
-    )
+    inside = [own.hidden] * (own.head_layers - 1)
+    projection = make_head([encoder.width, *inside, own.outputs], own.head_norm if norm else "none", closed)
+    predicted = None
+    if prediction and own.predictor == "mlp":
+        predicted = make_head([own.outputs, own.hidden, own.outputs], own.head_norm)
+    return Learner(encoder, projection, predicted, own.norm_splits)
 
 
 def with_prototypes(config: PretrainConfig) -> Learner:
     """Makes the learner of DINO."""
     encoder, own = make_encoder(config.encoder), config.own
     bottleneck = min(256, own.hidden)  # 256 in the paper, with 2,048 hidden
-    return Learner(encoder, DinoHead(encoder.width, own.hidden, bottleneck, own.outputs, own.head_norm))
+    widths = [encoder.width, *[own.hidden] * (own.head_layers - 1), bottleneck]
+    return Learner(encoder, DinoHead(widths, own.outputs, own.head_norm), splits=own.norm_splits)
 
 
 def on_patches(config: PretrainConfig, isolated: bool) -> PatchModules:

@@ -25,7 +25,7 @@ from zsi_contrastive.networks import PatchModules
 from zsi_contrastive.ssl.config import PretrainConfig
 from zsi_contrastive.ssl.data import Pixels, middle_square, pixels_of, recipes_of, views_of
 from zsi_contrastive.ssl.evaluate import COLLAPSED, Features, linear_probe, scores
-from zsi_contrastive.ssl.methods import METHODS
+from zsi_contrastive.ssl.methods import METHODS, measured
 from zsi_contrastive.ssl.model import Encoder
 from zsi_contrastive.ssl.saved import WEIGHTS, load_encoder
 
@@ -33,6 +33,7 @@ EXAMPLES = 6  # test pictures beside their neighbours
 ACROSS = 4  # pictures beside the first of a row: a row of the page has five
 MAPPED = 1000  # test pictures on the map: t-SNE takes seconds for these, and more would hide each other
 THUMBNAIL = 96  # pixels
+MORE = {"probe by sgd": "linear probe by SGD on crops, test", "knn projected": "kNN, test, after the projection"}
 
 
 def finish_report(
@@ -43,11 +44,12 @@ def finish_report(
     fitted: Fitted,
     teacher_tensors: int,
     clock: dict[str, float],
+    more: Mapping[str, float],
 ) -> None:
     """Probes the features, writes results.json and the report, and prints the main numbers."""
     splits = {name: part.pictures for name, part in pixels.items()}
     test, classes = features["test"], features["test"].classes
-    final = scores(features, config.measure.neighbours)
+    final = scores(features, config.measure)
     probe: Predictions | None = None
     if classes > 1 and config.measure.probe:
         probe = linear_probe(features)
@@ -57,10 +59,13 @@ def finish_report(
     worth = {"spread": final["test/spread"], "effective rank": final["test/effective_rank"],
              "spread before": first["test/spread"]}  # fmt: skip
     if classes > 1:
-        worth |= {"knn": final["test/knn"], "knn before": first["test/knn"], "knn validation": final["validation/knn"],
-                  "chance": 1 / classes}  # fmt: skip
+        worth |= {"knn": final["test/knn"], "knn before": first["test/knn"], "chance": 1 / classes,
+                  "knn max": max(line["test/knn"] for line in evaluations)}  # fmt: skip
+        if "validation/knn" in final:
+            worth["knn validation"] = final["validation/knn"]
     if probe is not None:
         worth["probe"] = probe.accuracy
+    worth |= more
     seconds, summary = seconds_between(clock), summary_of(config, worth)
     console.print(summary)
     print(f"encoder: {run.path / FOLDER / WEIGHTS}")
@@ -120,19 +125,22 @@ def worth_section(
     if "knn" in worth:
         low, high = wilson_interval(worth["knn"], pictures)
         rows += [("kNN, test", worth["knn"]), ("95 % interval", f"{low:.3f} to {high:.3f}"),
+                 ("kNN, test, best of all evaluations", worth["knn max"]),
                  ("kNN, test, random weights", worth["knn before"]), ("chance", worth["chance"])]  # fmt: skip
-        curves = {name: [line[f"{name}/knn"] for line in evaluations] for name in ("test", "validation")}
+        curves = {name: [line[f"{name}/knn"] for line in evaluations] for name in ("test", "validation")
+                  if f"{name}/knn" in evaluations[0]}  # fmt: skip
         draw("knn", curves | {"random weights, test": [worth["knn before"]] * len(steps)}, "kNN accuracy",
              "Share of pictures whose nearest training pictures name their class. Nothing is chosen by the test "
              "pictures.")  # fmt: skip
     if "probe" in worth:
         rows.append(("linear probe, test", worth["probe"]))
+    rows += [(said, worth[name]) for name, said in MORE.items() if name in worth]
     rows += [("spread", worth["spread"]), ("effective rank", worth["effective rank"])]
     draw("spread", {"spread": [line["test/spread"] for line in evaluations]}, "spread",
          "Deviation of the features' directions; 0 is collapse, all pictures look alike.")  # fmt: skip
     draw("rank", {"rank": [line["test/effective_rank"] for line in evaluations]}, "effective rank",
          "How many dimensions the features use.")  # fmt: skip
-    of_teacher = ", of the teacher" if METHODS[config.method].measured == "teacher" else ""
+    of_teacher = ", of the teacher" if measured(config) == "teacher" else ""
     note = (f"Method: {METHODS[config.method].about}. Features are those before the heads{of_teacher}. Spread is 1 "
             "where directions fill all of the space (SimSiam's measure times the root of the width).")  # fmt: skip
     return Section("What the features are worth", [Text(note), Table(("", ""), rows), *figures])
@@ -165,7 +173,8 @@ def views_gallery(config: PretrainConfig, pixels: Pixels) -> Gallery:
     places = torch.linspace(0, len(pixels) - 1, 4).long()
     of_method = recipes_of(config.encoder, config.views, METHODS[config.method].full_views)
     recipes = (of_method * ACROSS)[:ACROSS]
-    views = views_of(pixels.batch(places), pixels.aspects[places], recipes, config.run.seed, 0, slice(0, len(places)))
+    aspects, own, seed = pixels.aspects[places], slice(0, len(places)), config.run.seed
+    views = views_of(pixels.to_crop(places, recipes, aspects, seed, 0, own), aspects, recipes, seed, 0, own)
     rows: list[tuple[Image.Image, str]] = []
     for number, place in enumerate(places.tolist()):
         rows.append((_thumbnail(pixels.pictures.image(place)), "picture"))

@@ -16,7 +16,7 @@ from timm.optim import Lars
 from labs_common.checkpoint import SHARDED
 from labs_common.data.classes import LabelledPictures
 from labs_common.data.images import record_splits
-from labs_common.device import expect_fixed_shapes
+from labs_common.device import expect_fixed_shapes, to_device
 from labs_common.errors import LabError, reason_of
 from labs_common.fitting import Fitted, Fitting, begin, channels_last, share_batch_norms
 from labs_common.launch import main_process_first
@@ -26,8 +26,8 @@ from labs_common.run import Run
 from labs_common.training import Loop, total_steps
 from zsi_contrastive.ssl.config import PretrainConfig, PretrainTrainingOptions
 from zsi_contrastive.ssl.data import Pixels, read_splits, recipes_of, training_steps, views_of
-from zsi_contrastive.ssl.evaluate import COLLAPSED, features_of_splits, scores
-from zsi_contrastive.ssl.methods import METHODS, Memory, Step, complete
+from zsi_contrastive.ssl.evaluate import COLLAPSED, features_of_splits, probe_by_sgd, scores
+from zsi_contrastive.ssl.methods import METHODS, Memory, Step, complete, measured
 from zsi_contrastive.ssl.model import DinoHead, Learner, encoder_of, features_of
 from zsi_contrastive.ssl.report import finish_report
 from zsi_contrastive.ssl.saved import save_encoder
@@ -52,11 +52,20 @@ def train(config: PretrainConfig) -> None:
     run = Run.start(config, config.run, f"{config.method}-{config.encoder.backbone}", accelerator)
     record_splits(run, splits)
     pixels = {name: Pixels(part, config.encoder.side, accelerator.device, main) for name, part in splits.items()}
-    encoder, fitted, teacher_tensors = fit(config, network, run, accelerator, pixels)
-    features = features_of_splits(encoder, pixels, config.encoder.side, config.measure.bank, accelerator, shown=True)
+    learnt, fitted, teacher_tensors = fit(config, network, run, accelerator, pixels)
+    encoder, side, measure = encoder_of(learnt), config.encoder.side, config.measure
+    features = features_of_splits(encoder, pixels, side, measure.bank, accelerator, shown=True)
+    more: dict[str, float] = {}
+    if measure.projected and isinstance(learnt, Learner):
+        projection = torch.nn.Sequential(encoder, learnt.projection)
+        more["knn projected"] = scores(
+            features_of_splits(projection, pixels, side, measure.bank, accelerator), measure
+        )["test/knn"]
+    if measure.probe_epochs:
+        more["probe by sgd"] = probe_by_sgd(encoder, pixels, side, measure.probe_epochs, config.run.seed, accelerator)
     clock |= fitted.clock | {"measured": time.perf_counter()}
     if main:
-        finish_report(run, config, pixels, features, fitted, teacher_tensors, clock)
+        finish_report(run, config, pixels, features, fitted, teacher_tensors, clock, more)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -70,32 +79,36 @@ def fit(
 ) -> tuple[torch.nn.Module, Fitted, int]:
     """Trains the network and writes its encoder, or the teacher's, to `model/` under the run.
 
-    Returns that encoder, what the training leaves behind, and the number of the teacher's tensors.
+    Returns the network whose encoder that is, what the training leaves behind, and the number of the teacher's tensors.
 
     Raises:
         RunStopped: the loss is NaN, something frozen has moved, or the teacher was given a gradient.
         Interrupted: Ctrl-C; the run can be resumed.
     """
     options, own, method = config.training, config.own, METHODS[config.method]
-    network = share_batch_norms(network, accelerator).to(accelerator.device)
+    if not own.norm_splits:
+        network = share_batch_norms(network, accelerator)
+    network = network.to(accelerator.device)
     channels_last(network, accelerator)
     expect_fixed_shapes(accelerator.device)
     memory = Memory(config, network, accelerator.device)
-    teacher = memory.teacher if method.measured == "teacher" else None
-    encoder = encoder_of(network if teacher is None else teacher)
+    whole = memory.teacher if measured(config) == "teacher" else network
+    assert whole is not None
+    encoder = encoder_of(whole)
     optimizer = make_optimizer(options, network)
-    source = training_steps(pixels["train"], options.batch_size, config.run.seed, accelerator)
+    recipes = recipes_of(config.encoder, config.views, method.full_views)
+    source = training_steps(pixels["train"], recipes, options.batch_size, config.run.seed, accelerator)
     every = options.evaluate_every or max(1, round(total_steps(options, source) / EVALUATIONS))
     options = dataclasses.replace(options, evaluate_every=every)
     fitting = Fitting.start(run, accelerator, network, optimizer, source, options, config.run.seed, "pictures", memory)
-    loop, recipes = fitting.loop, recipes_of(config.encoder, config.views, method.full_views)
+    loop = fitting.loop
     keep_prototypes(network, loop, own.freeze_last * len(source))
     # Without classes no training picture votes.
     bank = config.measure.bank if len(pixels["train"].pictures.classes) > 1 else 1
 
     def evaluation() -> dict[str, float]:
         features = features_of_splits(encoder, pixels, config.encoder.side, bank, accelerator)
-        found = scores(features, config.measure.neighbours)
+        found = scores(features, config.measure)
         if found["test/spread"] < COLLAPSED and accelerator.is_main_process:
             console.print(f"the features have collapsed: all pictures look alike (spread {found['test/spread']:.3f})")
         return found
@@ -104,16 +117,19 @@ def fit(
         loop.evaluated(evaluation())
     for batch in loop.batches():
         views = views_of(batch.pixels, batch.aspects, recipes, config.run.seed, batch.step, batch.own)
-        loss = method.loss(Step(fitting.model, memory, own, accelerator, views))
+        warm = min(1.0, loop.step_number / max(1, own.teacher_warmup * len(source)))
+        temperature = own.teacher_temperature * warm + own.teacher_temperature_start * (1 - warm)
+        labels = to_device(batch.labels, accelerator.device) if own.loss == "supervised" else None
+        loss = method.loss(Step(fitting.model, memory, own, accelerator, views, temperature, labels))
         decay = cosine(loop.step_number, loop.total, options.weight_decay, options.weight_decay_end)
         for group in fitting.optimizer.param_groups:
             group["weight_decay"] = decay if group["decays"] else 0.0
-        loop.step(loss, len(batch.pixels))
+        loop.step(loss, len(batch.labels))
         memory.update_teacher(fitting.plain, cosine(loop.step_number, loop.total, own.momentum, own.momentum_end))
         if loop.evaluation_due:
-            loop.evaluated(evaluation(), "validation/knn", higher_is_better=True)
+            loop.evaluated(evaluation(), "validation/knn" if "validation" in pixels else None, higher_is_better=True)
     teacher_tensors = memory.check_teacher(fitting.optimizer)
-    return encoder, fitting.finish(lambda _: save_encoder(config, encoder, run.path)), teacher_tensors
+    return whole, fitting.finish(lambda _: save_encoder(config, encoder, run.path)), teacher_tensors
 
 
 def print_needs(config: PretrainConfig) -> None:
@@ -135,7 +151,8 @@ def print_needs(config: PretrainConfig) -> None:
             if (tensor := getattr(memory, name)) is not None:
                 setattr(memory, name, torch.empty(tensor.shape))
         pictures = [torch.empty(count, 3, side, side) for side in sides]
-        return method.loss(Step(network, memory, config.own, accelerator, pictures))
+        labels = torch.zeros(count, dtype=torch.long)
+        return method.loss(Step(network, memory, config.own, accelerator, pictures, 1.0, labels))
 
     title = f"{config.method} of {config.encoder.backbone}"
     moments = 2 if config.training.optimizer == "adamw" else 1
@@ -175,10 +192,18 @@ def check_pictures(config: PretrainConfig, splits: Mapping[str, LabelledPictures
         LabError: there are fewer training pictures than a batch has, or nothing to watch for --patience.
     """
     options, pictures = config.training, splits["train"]
+    classes = len(pictures.classes) > 1
+    for option, asked in (("--loss supervised", config.own.loss == "supervised"),
+                          ("--projected", config.measure.projected),
+                          ("--probe-epochs", config.measure.probe_epochs > 0)):  # fmt: skip
+        if asked and not classes:
+            raise LabError(f"{option}: the pictures have no classes")
+    if config.measure.probe_epochs and "validation" not in splits:
+        raise LabError("--probe-epochs: its learning rate is chosen by validation pictures; give --validation-fraction")
     if len(pictures) < options.batch_size:
         raise LabError(f"--batch-size {options.batch_size}: there are only {len(pictures)} training pictures")
-    if options.patience and len(pictures.classes) < 2:
-        raise LabError("--patience: there is nothing to watch without classes")
+    if options.patience and (len(pictures.classes) < 2 or "validation" not in splits):
+        raise LabError("--patience: there is nothing to watch without classes and validation pictures")
 
 
 def make_optimizer(options: PretrainTrainingOptions, network: torch.nn.Module) -> torch.optim.Optimizer:
