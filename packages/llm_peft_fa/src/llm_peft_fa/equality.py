@@ -14,7 +14,7 @@
 | dates and times with and without leading zeros, ۳٫۵۰ and ۳٫۵, 3.50 m, 3.0, a plus sign, space before a unit | yes |
 | مسئله, هیئت, مسئول and مسأله, هیأت, مسوول; letters as PDF files hold them, digits of full width | yes |
 | a last ی (ایران, ایرانی), آ and ا, یک before a number, a unit or شنبه, a number in words and in digits | no |
-| a minus left out (-۵, -√2, -x, 2-x, x-y, Cl-); A before a word (a blood group), 3.10 and 3.1 (versions); ✅ and ❌ | no |
+| a minus left out (-۵, -√2, -x, 2-x, x-y, Cl-); A before a word (a blood group), 3.10 and 3.1; ✅ and ❌ | no |
 | a list with و and with commas (پدر و مادر is not پدر مادر), another order, a whole sentence, a unit left out | no |
 
 After the answers' normalisation of SQuAD (Rajpurkar et al. 2016), which is for English.
