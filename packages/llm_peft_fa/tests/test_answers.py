@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     FalconConfig,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     Qwen2Config,
@@ -124,7 +125,24 @@ ROPE = {"rope_theta": 10000.0, "factor": 4.0}
             ),
             400,
         ),
-        (LlamaConfig(max_position_embeddings=100, rope_scaling={"type": "linear", "factor": 4.0}), 400),
+        # DeepSeek-Coder and Chinese-Alpaca-2-16K count the factor, Vicuna-16K does not; Gemma 3's is one layer type's.
+        (LlamaConfig(max_position_embeddings=400, rope_scaling={"type": "linear", "factor": 4.0}), 400),
+        (
+            LlamaConfig(
+                max_position_embeddings=100, max_sequence_length=400, rope_scaling={"type": "linear", "factor": 4.0}
+            ),
+            400,
+        ),
+        (
+            Gemma3TextConfig(
+                max_position_embeddings=800,
+                rope_parameters={
+                    "full_attention": ROPE | {"rope_type": "linear"},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                },
+            ),
+            800,
+        ),
         (
             LlamaConfig(
                 max_position_embeddings=800,

@@ -90,6 +90,13 @@ def test_a_table_holds_the_rows_of_its_conversations_in_their_order(
     assert not list(cache.glob(".*")), "no parts are left"
 
 
+def test_parts_of_a_source_share_one_open_table(tokenizer: PreTrainedTokenizerBase, cache: Path) -> None:
+    first, second = (encode_all(tokenizer, Reading(name, talks(6)), 10**6, "error") for name in ("training", "test"))
+    assert first.view.parts[0] is second.view.parts[0]
+    assert list(first) == list(second)
+    assert encode_all(tokenizer, Reading("other", talks(5)), 10**6, "error").view.parts[0] is not first.view.parts[0]
+
+
 def test_packing_a_table_is_packing_its_rows(tokenizer: PreTrainedTokenizerBase, cache: Path) -> None:
     found = encode_all(tokenizer, Reading("a", talks()), 10**6, "error")
     sides = [

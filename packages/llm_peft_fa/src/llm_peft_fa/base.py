@@ -137,14 +137,18 @@ def base_config(model: str) -> PretrainedConfig:
 def positions(config: PretrainedConfig) -> int:
     """Returns how many tokens a model can read at once; with ALiBi, or if it does not say (Mamba), there is no limit.
 
-    What rotary positions are scaled by may be in `max_position_embeddings` already (DeepSeek), or not (Qwen's YaRN).
+    What rotary positions are scaled by may be in `max_position_embeddings` already (DeepSeek's YaRN, Gemma's linear
+    scaling), or not (Qwen's YaRN). With linear scaling nothing says which; it is taken as counted, as a row that is too
+    short is a smaller harm than one that the model cannot read. FastChat's Vicuna says its length beside it.
     """
     text = config.get_text_config()
     limit: int | None = getattr(text, "max_position_embeddings", None)
     if limit is None or getattr(text, "alibi", False):
         return sys.maxsize
     rope: dict[str, Any] = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type") not in ("linear", "yarn"):
+    if rope.get("rope_type") == "linear":
+        return max(limit, getattr(text, "max_sequence_length", 0))
+    if rope.get("rope_type") != "yarn":
         return limit
     return max(limit, int((rope.get("original_max_position_embeddings") or limit) * (rope.get("factor") or 1)))
 

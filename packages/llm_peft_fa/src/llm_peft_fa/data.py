@@ -10,10 +10,10 @@ import json
 import os
 import random
 from abc import abstractmethod
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
@@ -89,12 +89,28 @@ class View(Sequence[Item], Generic[Item]):
         return View(self.parts, self.places[chosen])
 
 
+class Parts:
+    """A file of which parts are read: pages of a memory map would add up to all of it in every process."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb", buffering=0)
+
+    def read(self, begin: int, end: int) -> bytes:
+        """Reads the bytes from `begin` to before `end`."""
+        return os.pread(self._file.fileno(), end - begin, begin)
+
+    def __del__(self) -> None:
+        if "_file" in vars(self):
+            self._file.close()
+
+
 class Chats(OneByOne[Conversation]):
     """The conversations of a source, in a directory that `_write_chats` filled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        self.lines = Parts(folder / "chats.jsonl")
         self.starts = np.load(folder / "starts.npy", mmap_mode="r")
         self.hashes = np.load(folder / "hashes.npy", mmap_mode="r")
 
@@ -104,15 +120,7 @@ class Chats(OneByOne[Conversation]):
     def item(self, place: int) -> Conversation:
         """Reads the conversation at a place."""
         begin, end = self.starts[place : place + 2].tolist()
-        return Conversation(**json.loads(os.pread(self._file, end - begin, begin)))
-
-    @cached_property
-    def _file(self) -> int:
-        return os.open(self.folder / "chats.jsonl", os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if "_file" in vars(self):
-            os.close(self._file)
+        return Conversation(**json.loads(self.lines.read(begin, end)))
 
 
 @dataclass
@@ -311,7 +319,7 @@ def _write_chats(
     folder: Path, source: str, split: str, options: ReadingOptions, columns: dict[str, str], limit: int
 ) -> None:
     """Reads the source row by row into chats.jsonl, with where each line begins and a hash of its messages."""
-    reading, starts, hashes, total = Reading(source), [0], [], 0
+    reading, starts, hashes, total = Reading(source), array("q", [0]), array("Q"), 0
     summed, to_json = hashlib.sha256(), json.JSONEncoder(ensure_ascii=False).encode
     with (folder / "chats.jsonl").open("wb") as out, ProgressLine(f"reading {source}, thousand rows", None) as line:
         for total, (where, row) in enumerate(sources.rows(source, split, options.streaming), 1):
@@ -340,8 +348,8 @@ def _write_chats(
                 line.advance()
     if total == 0:
         raise LabError(f"{source}: is empty; expected conversations, one per row")
-    np.save(folder / "starts.npy", np.array(starts, np.int64))
-    np.save(folder / "hashes.npy", np.array(hashes, np.uint64))
+    np.save(folder / "starts.npy", np.array(starts))
+    np.save(folder / "hashes.npy", np.array(hashes))
     meta = {"sum": summed.hexdigest(), "reasons": reading.reasons, "examples": reading.examples}
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 

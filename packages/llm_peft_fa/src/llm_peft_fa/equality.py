@@ -5,15 +5,16 @@
 | Arabic and Persian letters (ي ی, ك ک, ة ه, أ ا, ؤ و, ئ ی), with and without vowel signs | yes |
 | Persian, Arabic and Latin digits; separators of thousands; ٫ and . ; ٪ on either side, and درصد | yes |
 | a half-space in the place of a space, of nothing, or of either before ها, تر and after می | yes |
+| a hyphen within a word or name in the place of any of these (e-mail, F-16, کم-حرف) | yes |
 | punctuation, quotes, markdown, emoji beside words; not within numbers (۳٫۵, ۱۰:۳۰), nor + and # (C++, C#) | yes |
-| the ezafe after ه (خانۀ, خانه‌ی), the last ء of املاء, spaces around = and +, behind the first minus | yes |
+| the ezafe after ه (خانۀ, خانه‌ی), the last ء of املاء, spaces around =, + and the minus of terms and ranges | yes |
 | یک before a noun; an, the, a small a before a word; upper and lower case; don't, U.S.A. | yes |
 | پاسخ: and the like before it, the answer is; است and می‌باشد at its end | yes |
 | بلی, آری and بله, نه and خیر, where that is all | yes |
 | dates and times with and without leading zeros, ۳٫۵۰ and ۳٫۵, 3.50 m, 3.0, a plus sign, space before a unit | yes |
 | مسئله, هیئت, مسئول and مسأله, هیأت, مسوول; letters as PDF files hold them, digits of full width | yes |
 | a last ی (ایران, ایرانی), آ and ا, یک before a number, a unit or شنبه, a number in words and in digits | no |
-| a minus left out (-۵, -√2, -x, 2-x, Cl-); A before a word (a blood group), 3.10 and 3.1 (versions); ✅ and ❌ | no |
+| a minus left out (-۵, -√2, -x, 2-x, x-y, Cl-); A before a word (a blood group), 3.10 and 3.1; ✅ and ❌ | no |
 | a list with و and with commas (پدر و مادر is not پدر مادر), another order, a whole sentence, a unit left out | no |
 
 After the answers' normalisation of SQuAD (Rajpurkar et al. 2016), which is for English.
@@ -53,6 +54,11 @@ IN_NUMBER = re.compile(r"(?<=\d)[.:/*-](?=\d)")
 # dash before any other word makes a list.
 SPACED_MINUS = re.compile(r"(^|=)\s*- +(?=\.?[\d√])")
 MINUS = re.compile(r"(?<![\w.])-(?=\.?[\d√]|[a-z]\b)|(?<=\d)-(?=√|[a-z]\b)")
+# x-y is a difference, whatever the spaces, but T-shirt, F-16 and A-B are none: a term ends with a small letter alone.
+BEHIND_TERM = r"(?:(?<=(?<![^\W\d])[a-z])|(?<=(?<![^\W\d])[a-z][²³]))"
+DIFFERENCE = re.compile(rf"{BEHIND_TERM}\s*-\s*(?=\d|[a-z√](?![^\W\d]))|(?<=\d)\s+-\s+(?=\d*[a-z](?![^\W\d]))")
+RANGE = re.compile(r"^(\s*\d[\d.]*) - (?=\d[\d.]*(?: \w+)?\s*$)")
+HYPHEN = re.compile(r"(?<=[^\W\d]{2})-(?=\w)|(?<=[^\W\d])-(?=[^\W\d]{2}|\d)")
 CHARGE = re.compile(r"\b((?:[A-Z][a-z]?\d*)+)-(?!\w)")
 EZAFE = re.compile(rf"(?<=ه)[ {JOINER}]ی\b|(?<=ا)ء\b")
 SPACED_PREFIX = re.compile(r"\b(ن?می) (?=[^\W\d])")
@@ -81,7 +87,8 @@ def canonical(text: str) -> str:
     """Writes a text in one spelling: words with one space between, half-spaces where they are or should be."""
     text = FORMS.sub(lambda found: unicodedata.normalize("NFKC", found[0]), unicodedata.normalize("NFC", text))
     text = re.sub(r"٫(\d*?)[0۰٠]+(?!\d)", r"٫\1", text)
-    text = SPACED_MINUS.sub(r"\1-", LABEL.sub("", text.translate(LETTERS)))
+    text = DIFFERENCE.sub("−", SPACED_MINUS.sub(r"\1-", LABEL.sub("", text.translate(LETTERS))))
+    text = HYPHEN.sub(JOINER, RANGE.sub(r"\1-", text))
     text = ARTICLE.sub(r"\1", CHARGE.sub(r"\1−", MINUS.sub("−", text))).casefold()
     text = re.sub(r"(?<![\w.])\.(?=\d)", "0.", text.replace("‰", " در هزار "))
     text = PERCENT_BEFORE.sub(r"\1 درصد ", THOUSANDS.sub("", text))

@@ -1,7 +1,7 @@
 """Conversations as tokens on disk: made once, by all cores, opened by every process, held by none.
 
-The tokens of all rows of a source are one array of int32, memory-mapped; those that are learnt are kept as their
-complement (-1 - token). It is keyed by the conversations, the tokenizer and its template, so the runs of a comparison
+The tokens of all rows of a source are one array of int32 in a file; those that are learnt are kept as their complement
+(-1 - token). It is keyed by the conversations, the tokenizer and its template, so the runs of a comparison
 share it, and `--max-length` and the split only choose from it.
 """
 
@@ -17,18 +17,19 @@ from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 from zipfile import BadZipFile
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from labs_common.cache import cached_by_one, file_sum, path_name
+from labs_common.cache import cache_directory, cached_by_one, file_sum, path_name, recipe_key
 from labs_common.cli import STOPPING
 from labs_common.errors import LabError
 from labs_common.progress import ProgressLine
 from llm_peft_fa import pieces, templates
 from llm_peft_fa.config import OnTooLong
-from llm_peft_fa.data import Chats, Conversation, OneByOne, Reading, View
+from llm_peft_fa.data import Chats, Conversation, OneByOne, Parts, Reading, View
 from llm_peft_fa.templates import THINKING, Encoded, encode_batch
 
 CHUNK = 2000  # conversations tokenized before they are written: a kill loses seconds, a process needs some 100 MB
@@ -41,29 +42,30 @@ class Tokens(OneByOne[Encoded]):
     """The rows of a source, in a directory that `_merge` filled.
 
     Attributes:
-        tokens: (all tokens,) memory-mapped.
         lengths, learnt, sums: (rows,) tokens of a row, those learnt but for the first, and its CRC-32.
         rows: (conversations,) how many rows each has become.
     """
 
     def __init__(self, folder: Path) -> None:
-        found = {name: np.memmap(folder / name, kind, "r") for name, kind in COLUMNS.items()}
-        self.tokens, self.learnt, self.sums, self.rows = (found[key] for key in ("tokens", "learnt", "sums", "rows"))
-        self.lengths = np.array(found["lengths"])
-        self._where = found["where"]
-        self._ends, self._where_ends = self.lengths.cumsum(), found["where_lengths"].cumsum()
+        self.lengths, self.learnt, self.sums, self.rows, where_lengths = (
+            np.fromfile(folder / name, COLUMNS[name]) for name in ("lengths", "learnt", "sums", "rows", "where_lengths")
+        )
+        self._tokens, self._where = Parts(folder / "tokens"), Parts(folder / "where")
+        self._ends, self._where_ends = self.lengths.cumsum(), where_lengths.cumsum()
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def item(self, place: int) -> Encoded:
         """Reads the row at a place."""
-        end, before = self._where_ends[place], self._where_ends[place - 1] if place else 0
-        where = self._where[before:end].tobytes().decode()
-        end = int(self._ends[place])
-        kept = np.array(self.tokens[end - int(self.lengths[place]) : end])
+        where = self._where.read(int(self._where_ends[place - 1]) if place else 0, int(self._where_ends[place]))
+        end, size = int(self._ends[place]), np.dtype(COLUMNS["tokens"]).itemsize
+        kept = np.frombuffer(self._tokens.read((end - int(self.lengths[place])) * size, end * size), COLUMNS["tokens"])
         learnt = kept < 0
-        return Encoded(np.where(learnt, ~kept, kept).tolist(), learnt.tolist(), where)
+        return Encoded(np.where(learnt, ~kept, kept).tolist(), learnt.tolist(), where.decode())
+
+
+TABLES = WeakValueDictionary[str, Tokens]()  # which are open: training, validation and test are often of one
 
 
 class Rows(OneByOne[Encoded]):
@@ -190,7 +192,10 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, talks: Sequence[Conversation])
         _fill(parts, tokenizer, talks, chunks)
         _merge(parts, folder, chunks)
 
-    return Tokens(cached_by_one(f"tokens-{path_name(tokenizer.name_or_path)}", recipe, make))
+    key = f"{cache_directory()} {recipe_key(recipe)}"
+    if (table := TABLES.get(key)) is None:
+        TABLES[key] = table = Tokens(cached_by_one(f"tokens-{path_name(tokenizer.name_or_path)}", recipe, make))
+    return table
 
 
 def _sum(talks: Sequence[Conversation]) -> str:
