@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -60,6 +61,28 @@ def test_the_key_of_the_pictures(pictures: LabelledPictures) -> None:
     seeded = dataclasses.replace(transform, seed=1)
     assert Tensors(pictures, seeded).recipe(1) == first
     assert Tensors(pictures, seeded).recipe(2) != Tensors(pictures, transform).recipe(2)
+
+
+def test_few_labels_are_stratified_and_nested(scenes: Path) -> None:
+    def labelled(share: float, seed: int = 0) -> LabelledPictures:
+        return read_splits(DataOptions(data=str(scenes), label_fraction=share), seed, shown=False)["train"]
+
+    whole, half, few = (labelled(share) for share in (1.0, 0.5, 0.01))
+    counts = [np.bincount(part.labels, minlength=len(whole.classes)) for part in (whole, half, few)]
+    assert counts[1].tolist() == [round(int(count) / 2) for count in counts[0]]
+    assert set(counts[2].tolist()) == {1}, "one of each class at least"
+    assert set(few.names) < set(half.names) < set(whole.names)
+    assert labelled(0.5).names == half.names != labelled(0.5, seed=1).names
+
+
+def test_mirrored_in_every_other_view(pictures: LabelledPictures) -> None:
+    plain, one, two, three = (
+        Tensors(pictures, Transform(32, (0.5,) * 3, (0.25,) * 3, "bilinear", "mirror", 0)).batch(view, range(4))
+        for view in range(4)
+    )
+    torch.testing.assert_close(one, plain.flip(3), atol=0.05, rtol=0)
+    assert torch.equal(plain, two)
+    assert torch.equal(one, three)
 
 
 def test_views_are_augmented_and_repeatable(pictures: LabelledPictures) -> None:

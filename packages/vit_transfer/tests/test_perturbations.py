@@ -1,5 +1,6 @@
 """Perturbations against foolbox, and against their definitions."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -45,8 +46,9 @@ def test_deepfool_is_foolboxs(model: OnLevels, pictures: torch.Tensor) -> None:
     attack = foolbox.attacks.L2DeepFoolAttack(steps=50, candidates=6, overshoot=0.02)
     predicted = predicted_classes(model, pictures)
     expected, _, fooled = attack(peer, pictures, predicted, epsilons=None)
-    own = torch.stack([deepfool(model, picture, classes=6) for picture in pictures])
+    own = deepfool(model, pictures, classes=6)
     torch.testing.assert_close(own, expected - pictures, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(deepfool(model, pictures[3], classes=6), own[3], atol=1e-4, rtol=1e-4)
     assert fooled.all()
     assert fooling_rate(predicted, predicted_classes(model, pictures, own)) == 1.0
     # Nearly the shortest: half of it does not do.
@@ -110,6 +112,41 @@ def test_a_universal_perturbation_stays_in_its_ball_and_fools(
     assert torch.equal(change, again)
     one = universal_fast_gradient(model, pictures, before, norm, radius)
     assert (one.abs().max() if norm == "linf" else one.norm()) == pytest.approx(radius, rel=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_universal_perturbation_fools_as_arts_does(
+    norm: str, batch: int, model: OnLevels, pictures: torch.Tensor
+) -> None:
+    """The same network, pictures, DeepFool inside, radius and passes: one picture at a time, and several."""
+    attacks = pytest.importorskip("art.attacks.evasion", reason="an independent universal perturbation")
+    estimators = pytest.importorskip("art.estimators.classification", reason="wraps the network for it")
+    radius, passes = (30.0, 4) if norm == "linf" else (250.0, 4)
+    peer = estimators.PyTorchClassifier(
+        model, nn.CrossEntropyLoss(), (3, 8, 8), 6, clip_values=(0, 255), device_type="cpu"
+    )
+    inside = {"max_iter": 50, "epsilon": 0.02, "nb_grads": 6, "verbose": False}
+    np.random.seed(0)
+    theirs = attacks.UniversalPerturbation(
+        peer,
+        "deepfool",
+        inside,
+        delta=1e-6,
+        max_iter=passes,
+        eps=radius,
+        norm=np.inf if norm == "linf" else 2,
+        verbose=False,
+    )
+    theirs.generate(pictures.numpy())
+    own = universal_perturbation(model, pictures, norm, radius, wanted=1.0, passes=passes, seed=0, batch=batch)
+    before = predicted_classes(model, pictures)
+    rates = [fooling_rate(before, predicted_classes(model, pictures, change))
+             for change in (own, torch.from_numpy(theirs.noise)[0])]  # fmt: skip
+    sizes = [float(change.abs().max() if norm == "linf" else change.norm())
+             for change in (own, torch.from_numpy(theirs.noise))]  # fmt: skip
+    assert rates[0] >= rates[1] - 0.05 > 0.4
+    assert sizes == pytest.approx([radius, radius], rel=0.02)
 
 
 def test_projection_is_the_nearest_point() -> None:

@@ -1,5 +1,6 @@
 """The training command, with the options that a user types."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,9 @@ from labs_testing.promises import TrainingPromises
 from labs_testing.trainings import Otherwise, Training
 from safetensors.torch import load_file
 
+from labs_common.cli import config_to_yaml, parse
+from vit_transfer.compare import plan
+from vit_transfer.config import CompareConfig, TrainConfig, complete
 from vit_transfer.saved import class_names, load_model
 
 LIBRARIES = ["vit_transfer.train"]
@@ -102,10 +106,56 @@ class TestPromises(TrainingPromises):
         )
 
 
+def test_the_papers_recipe_is_below_the_flags(tmp_path: Path) -> None:
+    config = complete(parse(TrainConfig, "train", ["--recipe", "paper", "--epochs", "3"]))
+    model, data, training = config.model, config.data, config.training
+    assert (model.unfreeze, model.head, model.head_width, model.image_size) == ("block", "paper", 256, 224)
+    assert (data.interpolation, data.views, data.augment) == ("bilinear", 2, "mirror")
+    assert (training.learning_rate, training.schedule, training.batch_size) == (1e-4, "plateau", 512)
+    assert (training.weight_decay, training.clip_norm, training.warmup, training.epochs) == (0, 0, 0, 3)
+    file = tmp_path / "config.yaml"
+    file.write_text(config_to_yaml(config))
+    assert parse(TrainConfig, "train", ["--config", str(file)]) == config
+    file.write_text("recipe: paper\nmodel: swin_base_patch4_window7_224\nepochs: 5\n")
+    swin = complete(parse(TrainConfig, "train", ["--config", str(file)])).training
+    assert (swin.batch_size, swin.epochs, swin.schedule) == (256, 5, "plateau")
+    (compared,) = plan(parse(CompareConfig, "compare", ["--recipe", "paper", "--models", "vgg19"])).values()
+    assert dataclasses.replace(compared, baselines="auto") == dataclasses.replace(
+        complete(parse(TrainConfig, "train", ["--recipe", "paper", "--model", "vgg19"])), baselines="auto"
+    )
+
+
+@pytest.mark.parametrize("rate", [3e-3, 3e-7])
+def test_a_plateau_lowers_the_rate_and_resumes_exactly(
+    rate: float, cnn_file: Path, scenes: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    here("--model", "tiny-cnn", "--weights", cnn_file, "--data", scenes, *SMALL, "--schedule", "plateau", "--warmup", "0",
+         "--learning-rate", rate, "--evaluate-every", "2", "--save-every", "5", "--keep", "9", "--head", "paper",
+         "--unfreeze", "head", "--no-report", "--output", run)  # fmt: skip
+    expected, best = rate, -1.0  # the rule of arXiv 2110.05270, section 3
+    falls, rises = 0, 0
+    for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+        if "learning_rate" in line:
+            assert line["learning_rate"] == pytest.approx(max(expected, 1e-7))
+        elif line["validation/accuracy"] > best:
+            best, rises = line["validation/accuracy"], rises + 1
+        else:
+            expected, falls = 0.6 * expected, falls + 1
+    assert falls > 3 if rate < 1e-6 else rises > 1
+    _, *later = sorted((run / "checkpoints").glob("step-*"))
+    paths = [run / "model" / "model.safetensors", run / "metrics.jsonl"]
+    before = [path.read_bytes() for path in paths]
+    for path in (*later, run / "model"):
+        shutil.rmtree(path)
+    here("--resume", run, "--no-report")
+    assert [path.read_bytes() for path in paths] == before
+
+
 def test_only_what_should_move_has_moved(finished: Path, vit_file: Path) -> None:
     before, after = load_file(vit_file), trained(finished)
     moved = {name for name in before if name in after and not torch.equal(before[name], after[name])}
-    assert moved == {name for name in after if name.startswith(("blocks.3.", "head."))}
+    assert moved == {name for name in after if name.startswith(("blocks.3.", "norm.", "head."))}
 
 
 @pytest.mark.alone

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from PIL import Image, ImageOps
 from timm.data import resolve_model_data_config
 
-from labs_common.data.classes import LabelledPictures, read_classes
+from labs_common.data.classes import LabelledPictures, read_classes, stratified_parts
 from labs_common.data.images import RESAMPLING, decoding_threads
 from labs_common.device import constant, each_tensor, pinned
 from labs_common.frozen.cache import ComputedRows, Rows, front_rows
@@ -40,11 +40,11 @@ class Transform:
     seed: int
 
     def levels(self, image: Image.Image, view: int, place: int) -> np.ndarray:
-        """Returns (3, size, size) in 0 to 255; view 0 is plain, every other its own augmentation of picture `place`."""
+        """Returns (3, size, size) in 0 to 255; view 0 is plain, others are augmentations of picture `place`."""
         side: float = min(image.size)
         left, top = (image.width - side) / 2, (image.height - side) / 2
-        mirrored = False
-        if view:
+        mirrored = self.augment == "mirror" and view % 2 == 1
+        if view and self.augment != "mirror":
             generator = np.random.default_rng([self.seed, view, place])
             mirrored = generator.random() < 0.5
             if self.augment == "crop":
@@ -61,10 +61,13 @@ class Transform:
         return (levels.float() / 255 - mean) / std
 
 
-def transform_of(model: torch.nn.Module, size: int, augment: Augment, seed: int) -> Transform:
+def transform_of(
+    model: torch.nn.Module, size: int, augment: Augment, seed: int, interpolation: str = "auto"
+) -> Transform:
     """Takes what timm says that the model was trained on, without its crop: small pictures have nothing to spare."""
     known = resolve_model_data_config(model)
-    interpolation = known["interpolation"] if known["interpolation"] in RESAMPLING else "bicubic"
+    if interpolation == "auto":
+        interpolation = known["interpolation"] if known["interpolation"] in RESAMPLING else "bicubic"
     return Transform(size, tuple(known["mean"]), tuple(known["std"]), interpolation, augment, seed)
 
 
@@ -109,8 +112,15 @@ class Tensors:
 
 
 def read_splits(options: DataOptions, seed: int, shown: bool) -> Splits:
-    """Reads the splits of --data, or of drawn scenes; see `labs_common.data.classes.read_classes`."""
-    return read_classes(options, seed, shown, drawn_scenes)
+    """Reads the splits of --data, or of drawn scenes, and leaves training pictures out by --label-fraction.
+
+    See `labs_common.data.classes.read_classes`.
+    """
+    splits = read_classes(options, seed, shown, drawn_scenes)
+    if options.label_fraction == 1:
+        return splits
+    _, labelled = stratified_parts(splits["train"].labels, options.label_fraction, seed)
+    return splits | {"train": splits["train"].subset(labelled)}
 
 
 def drawn_scenes() -> Path:

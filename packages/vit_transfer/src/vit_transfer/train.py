@@ -6,6 +6,7 @@ if __name__ == "__main__":  # before the imports below: --help and a wrong optio
     commands.train()
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -102,7 +103,7 @@ def print_needs(config: TrainConfig, loss_for: Callable[[int], Loss], by_head: b
         LabError: there is no such data or network.
     """
     found = read_pictures(config.data.data or str(drawn_scenes()))
-    classes, pictures = len(found.train.classes), len(found.train)
+    classes, pictures = len(found.train.classes), math.ceil(len(found.train) * config.data.label_fraction)
     validation = (
         round(pictures * config.data.validation_fraction) if found.validation is None else len(found.validation)
     )
@@ -150,7 +151,7 @@ def fit(
         channels_last(network, accelerator)
     expect_fixed_shapes(accelerator.device)
     model = transfer(network, config.model, config.cache.cache, accelerator, by_head)
-    transform = transform_of(network, model.size, data.augment, config.run.seed)
+    transform = transform_of(network, model.size, data.augment, config.run.seed, data.interpolation)
     training, validation = (
         boundary_rows(name, Tensors(splits[name], transform), model, config.cache, views, accelerator)
         for name, views in (("train", data.views), ("validation", 1))
@@ -168,7 +169,8 @@ def fit(
         if loop.evaluation_due:
             found = training_means(run, "pictures", ("loss", "accuracy"))  # since the last evaluation
             found |= scores(fitting.model, validation, options.batch_size, accelerator)
-            loop.evaluated(found, watch="validation/loss")
+            by_accuracy = options.schedule == "plateau"  # as arXiv 2110.05270 has it
+            loop.evaluated(found, "validation/accuracy" if by_accuracy else "validation/loss", by_accuracy)
     save = partial(save_model, model, config.model, transform, splits["train"].classes, run.path)
     return fitting.finish(save, [training.rows, validation.rows])
 
