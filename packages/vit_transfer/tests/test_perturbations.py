@@ -1,5 +1,7 @@
 """Perturbations against foolbox, and against their definitions."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -114,39 +116,33 @@ def test_a_universal_perturbation_stays_in_its_ball_and_fools(
     assert (one.abs().max() if norm == "linf" else one.norm()) == pytest.approx(radius, rel=1e-5)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize(("norm", "radius"), [("linf", 12.0), ("l2", 100.0)])
 def test_a_universal_perturbation_fools_as_arts_does(
-    norm: str, batch: int, model: OnLevels, pictures: torch.Tensor
+    norm: str, radius: float, model: OnLevels, pictures: torch.Tensor
 ) -> None:
-    """The same network, pictures, DeepFool inside, radius and passes: one picture at a time, and several."""
+    """The same network, pictures, DeepFool inside, radius and passes; three orders of the pictures."""
     attacks = pytest.importorskip("art.attacks.evasion", reason="an independent universal perturbation")
     estimators = pytest.importorskip("art.estimators.classification", reason="wraps the network for it")
-    radius, passes = (30.0, 4) if norm == "linf" else (250.0, 4)
     peer = estimators.PyTorchClassifier(
         model, nn.CrossEntropyLoss(), (3, 8, 8), 6, clip_values=(0, 255), device_type="cpu"
     )
     inside = {"max_iter": 50, "epsilon": 0.02, "nb_grads": 6, "verbose": False}
-    np.random.seed(0)
-    theirs = attacks.UniversalPerturbation(
-        peer,
-        "deepfool",
-        inside,
-        delta=1e-6,
-        max_iter=passes,
-        eps=radius,
-        norm=np.inf if norm == "linf" else 2,
-        verbose=False,
-    )
-    theirs.generate(pictures.numpy())
-    own = universal_perturbation(model, pictures, norm, radius, wanted=1.0, passes=passes, seed=0, batch=batch)
+    measure = np.inf if norm == "linf" else 2
+    theirs = attacks.UniversalPerturbation(peer, "deepfool", inside, delta=1e-6, max_iter=4, eps=radius, norm=measure,
+                                           verbose=False)  # fmt: skip
     before = predicted_classes(model, pictures)
-    rates = [fooling_rate(before, predicted_classes(model, pictures, change))
-             for change in (own, torch.from_numpy(theirs.noise)[0])]  # fmt: skip
-    sizes = [float(change.abs().max() if norm == "linf" else change.norm())
-             for change in (own, torch.from_numpy(theirs.noise))]  # fmt: skip
-    assert rates[0] >= rates[1] - 0.05 > 0.4
-    assert sizes == pytest.approx([radius, radius], rel=0.02)
+    rates = []
+    for seed in range(3):
+        random.seed(seed)  # of its order
+        theirs.generate(pictures.numpy())
+        own = universal_perturbation(model, pictures, norm, radius, wanted=1.0, passes=4, seed=10 * seed)
+        both = own, torch.from_numpy(theirs.noise)[0]
+        rates.append([fooling_rate(before, predicted_classes(model, pictures, change)) for change in both])
+        sizes = [float(torch.linalg.vector_norm(change, measure)) for change in both]
+        assert sizes == pytest.approx([radius, radius], rel=0.01)
+    mine, peers = np.mean(rates, 0)
+    assert mine >= peers - 0.02
+    assert peers > 0.3
 
 
 def test_projection_is_the_nearest_point() -> None:

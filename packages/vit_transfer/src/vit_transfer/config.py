@@ -140,7 +140,8 @@ class DistillConfig(TrainConfig):
     teacher: str = "tiny-cnn"
     """A finished run's directory, or a network's name: its last block is then trained on the same pictures first."""
     distillation: Distillation = "hard"
-    """What the distillation head learns: the teacher's class, or its probabilities at --temperature."""
+    """What the distillation head learns: the teacher's class, or its probabilities at --temperature; soft_mean divides
+    the loss of the latter by the number of classes, as DeiT's repository does and its equation 2 does not."""
     weight: Share = 0.0
     """Share of the loss that is the teacher's; 0 takes the paper's, 0.5 for hard and 0.1 for soft."""
     temperature: Positive = 3.0
