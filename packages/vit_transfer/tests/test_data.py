@@ -1,6 +1,7 @@
 """The key of a cached front, the augmented views, and how pictures are dealt to steps and processes."""
 
 import dataclasses
+import random
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from labs_common.data.images import checked
 from labs_common.frozen.cache import front_key
 from labs_common.steps import ShuffledSteps
 from vit_transfer.config import DataOptions, ModelOptions
-from vit_transfer.data import PictureRows, Tensors, Transform, read_splits, training_batches, transform_of
+from vit_transfer.data import PictureRows, Tensors, Transform, erased, read_splits, training_batches, transform_of
 from vit_transfer.model import Transfer, create, transfer
 
 
@@ -83,6 +84,32 @@ def test_mirrored_in_every_other_view(pictures: LabelledPictures) -> None:
     torch.testing.assert_close(one, plain.flip(3), atol=0.05, rtol=0)
     assert torch.equal(plain, two)
     assert torch.equal(one, three)
+
+
+def test_deits_views_depend_on_their_seed_alone(pictures: LabelledPictures) -> None:
+    """They are drawn in threads, by generators that timm takes from Python and NumPy."""
+    tensors = Tensors(pictures, Transform(32, (0.5,) * 3, (0.25,) * 3, "bilinear", "deit", 0))
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    first = tensors.levels(1, range(16))
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+    random.seed(5)
+    assert torch.equal(first, tensors.levels(1, range(16)))
+    assert torch.equal(first[3:5], tensors.levels(1, range(3, 5)))
+    cropped = Tensors(pictures, dataclasses.replace(tensors.transform, augment="crop"))
+    assert not torch.equal(first, tensors.levels(2, range(16)))
+    assert not torch.equal(first, cropped.levels(1, range(16)))
+    assert torch.equal(tensors.levels(0, range(16)), cropped.levels(0, range(16)))
+
+
+def test_erasing() -> None:
+    levels, generator = np.full((3, 32, 32), 300), np.random.default_rng(0)  # 300 is no level
+    gone = np.array([(erased(levels, generator) != 300)[0] for _ in range(400)])  # (pictures, height, width)
+    share = gone.mean((1, 2))
+    assert 0.2 < (share > 0).mean() < 0.3
+    assert 0.015 < share[share > 0].min() < share.max() < 0.36
+    for some in gone[share > 0]:
+        rows, columns = some.any(1), some.any(0)
+        assert some.sum() == rows.sum() * columns.sum(), "a rectangle"
 
 
 def test_views_are_augmented_and_repeatable(pictures: LabelledPictures) -> None:

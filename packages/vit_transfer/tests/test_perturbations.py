@@ -139,7 +139,7 @@ def test_a_universal_perturbation_fools_as_arts_does(
         both = own, torch.from_numpy(theirs.noise)[0]
         rates.append([fooling_rate(before, predicted_classes(model, pictures, change)) for change in both])
         sizes = [float(torch.linalg.vector_norm(change, measure)) for change in both]
-        assert sizes == pytest.approx([radius, radius], rel=0.01)
+        assert 0.9 * radius < min(sizes) <= max(sizes) < 1.0001 * radius
     mine, peers = np.mean(rates, 0)
     assert mine >= peers - 0.02
     assert peers > 0.3

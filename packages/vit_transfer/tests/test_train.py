@@ -151,6 +151,25 @@ def test_a_plateau_lowers_the_rate_and_resumes_exactly(
     assert [path.read_bytes() for path in paths] == before
 
 
+def test_the_moving_average_is_saved_and_resumed(cnn_file: Path, scenes: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    here("--model", "tiny-cnn", "--weights", cnn_file, "--data", scenes, *SMALL, "--unfreeze", "all", "--ema", "0.6",
+         "--max-steps", "3", "--save-every", "1", "--keep", "9", "--no-report", "--output", run)  # fmt: skip
+    after = [load_file(file) for file in sorted((run / "checkpoints").glob("step-*/trainable.safetensors"))]
+    assert len(after) == 3
+    saved, first = trained(run), load_file(cnn_file)
+    for name in (name for name in after[0] if not name.removeprefix("model.").startswith("fc.")):
+        expected = first[name.removeprefix("model.")]
+        for weights in after:
+            expected = 0.6 * expected + 0.4 * weights[name]
+        torch.testing.assert_close(saved[name.removeprefix("model.")], expected)
+    before = (run / "model" / "model.safetensors").read_bytes()
+    for path in (*sorted((run / "checkpoints").glob("step-*"))[1:], run / "model"):
+        shutil.rmtree(path)
+    here("--resume", run, "--no-report")
+    assert (run / "model" / "model.safetensors").read_bytes() == before
+
+
 def test_only_what_should_move_has_moved(finished: Path, vit_file: Path) -> None:
     before, after = load_file(vit_file), trained(finished)
     moved = {name for name in before if name in after and not torch.equal(before[name], after[name])}
@@ -228,6 +247,7 @@ def test_real_pictures_cached_uncached_and_exported(name: str, head: str, real_p
         (("--model", "resnt18"), "resnet18"),
         (("--model", "convnext_tiny"), "--block"),
         (("--block", "blocks.9"), "blocks.9"),
+        (("--ema", "0.9"), "--unfreeze all"),
         (("--block", "blocks.3", "--unfreeze", "head"), "--block"),
         (("--weights", "missing.safetensors"), "--weights"),
         (("--weights", "{broken}"), "--weights"),

@@ -27,7 +27,7 @@ from labs_common.options import (
 
 Unfreeze = Literal["block", "head", "all"]
 Head = Annotated[str, one_of("vit_transfer.model:HEADS")]
-Augment = Literal["flip", "crop", "mirror"]
+Augment = Literal["flip", "crop", "mirror", "deit"]
 Asked = Literal["auto", "yes", "no"]
 Interpolation = Literal["auto", "bilinear", "bicubic"]
 Recipe = Literal["own", "paper"]
@@ -75,8 +75,8 @@ class DataOptions(ClassDataOptions):
     """Versions of each training picture, one per epoch in turn: the first is the picture itself, the others are
     augmented. Each takes its own room in the cache."""
     augment: Augment = "flip"
-    """How: mirrored by chance, a random crop that is mirrored by chance, or mirrored in every other view: of such views
-    there are two."""
+    """How: mirrored by chance, a random crop that is mirrored by chance, mirrored in every other view (of such views
+    there are two), or the crop with DeiT's RandAugment and random erasing."""
     interpolation: Interpolation = "auto"
     """How pictures are brought to the network's size; auto takes what timm says that it was trained with."""
     label_fraction: Annotated[float, number(float, "(0, 1]")] = 1.0
@@ -97,6 +97,9 @@ class PictureTrainingOptions(TrainingOptions):
     """AdamW's decoupled weight decay."""
     label_smoothing: ShareBelowOne = 0.0
     """Share of the target's weight that is spread over all classes."""
+    ema: ShareBelowOne = 0.0
+    """With --unfreeze all: evaluate and save a moving average of the weights that keeps this share of itself in each
+    step (DeiT: 0.99996, over 300 epochs of ImageNet); 0 takes the weights themselves."""
 
 
 @dataclass
@@ -248,6 +251,8 @@ def complete(config: Config) -> Config:
         raise LabError(f"--weights {model.weights}: must be a .safetensors file; convert it with safetensors.torch")
     if model.block is not None and model.unfreeze != "block":
         raise LabError(f"--block: is what --unfreeze block trains; drop it, or --unfreeze {model.unfreeze}")
+    if training.ema and model.unfreeze != "all":
+        raise LabError(f"--ema: is of --unfreeze all; drop it, or --unfreeze {model.unfreeze}")
     tiny = model.model in TINY
     usual = {"block": 3e-3, "head": 3e-3, "all": 2e-3} if tiny else {"block": 1e-3, "head": 1e-3, "all": 1e-4}
     # Head alone and from scratch are other things than this run only if it trains a block of a pre-trained network.

@@ -1,8 +1,11 @@
 """Pictures in, batches out: the three splits, the tensors that a network sees, and the rows of its frozen front."""
 
+import math
+import random
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image, ImageOps
 from timm.data import resolve_model_data_config
+from timm.data.auto_augment import RandAugment, rand_augment_transform
 
 from labs_common.data.classes import LabelledPictures, read_classes, stratified_parts
 from labs_common.data.images import RESAMPLING, decoding_threads
@@ -26,6 +30,9 @@ Splits = Mapping[str, LabelledPictures]  # the pictures of "train", "validation"
 # The offline data: few enough pictures to train on that what was learnt before has to help.
 DEMO_TASK, DEMO_SIDE = "count", 48
 DEMO_SPLITS: dict[str, Sequence[int]] = {"train": range(400), "validation": range(400, 600), "test": range(600, 1600)}
+
+RANDAUGMENT, ERASING = "rand-m9-mstd0.5-inc1", 0.25  # Touvron et al. 2021 (DeiT), table 9; the second a probability
+_drawing = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -47,18 +54,56 @@ class Transform:
         if view and self.augment != "mirror":
             generator = np.random.default_rng([self.seed, view, place])
             mirrored = generator.random() < 0.5
-            if self.augment == "crop":
+            if self.augment in ("crop", "deit"):
                 cut = side * generator.uniform(0.7, 1.0)  # of at least half the area
                 left, top = left + generator.uniform(0, side - cut), top + generator.uniform(0, side - cut)
                 side = cut
         box = (left, top, left + side, top + side)
         resized = image.resize((self.size, self.size), RESAMPLING[self.interpolation], box)
-        return np.asarray(ImageOps.mirror(resized) if mirrored else resized).transpose(2, 0, 1)
+        seen = ImageOps.mirror(resized) if mirrored else resized
+        if view and self.augment == "deit":
+            return erased(np.asarray(rand_augmented(seen, generator)).transpose(2, 0, 1), generator)
+        return np.asarray(seen).transpose(2, 0, 1)
 
     def normalised(self, levels: torch.Tensor) -> torch.Tensor:
         """Turns levels (batch, 3, size, size) of 0 to 255 into what the network reads."""
         mean, std = (constant(values, levels.device)[:, None, None] for values in (self.mean, self.std))
         return (levels.float() / 255 - mean) / std
+
+
+@cache
+def _policy(side: int) -> RandAugment:
+    return rand_augment_transform(RANDAUGMENT, {"translate_const": int(0.45 * side), "img_mean": (128, 128, 128)})
+
+
+def rand_augmented(image: Image.Image, generator: np.random.Generator) -> Image.Image:
+    """Applies timm's RandAugment (Cubuk et al. 2020) as DeiT does; what is drawn depends on `generator` alone."""
+    with _drawing:  # timm draws from Python's and NumPy's own generators, which all threads share
+        before = random.getstate(), np.random.get_state()
+        random.seed(int(generator.integers(2**32)))
+        np.random.seed(int(generator.integers(2**32)))
+        try:
+            augmented: Image.Image = _policy(image.width)(image)
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+    return augmented
+
+
+def erased(levels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Puts noise in a rectangle of levels (3, side, side), with probability `ERASING` (Zhong et al. 2020, algorithm 1).
+
+    It has 2 to 33 % of the area and sides in a ratio of up to 3.3, as in timm.
+    """
+    if generator.random() >= ERASING:
+        return levels
+    side, area = levels.shape[1], generator.uniform(0.02, 1 / 3)
+    ratio = math.exp(generator.uniform(-math.log(3.3), math.log(3.3)))
+    height, width = (min(side, max(1, round(side * math.sqrt(area * part)))) for part in (ratio, 1 / ratio))
+    top, left = (int(generator.integers(side - length + 1)) for length in (height, width))
+    changed = levels.copy()
+    changed[:, top : top + height, left : left + width] = generator.integers(0, 256, (3, height, width))
+    return changed
 
 
 def transform_of(
