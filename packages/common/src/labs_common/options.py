@@ -183,9 +183,9 @@ class TrainingOptions:
     learning_rate: NotNegative = 1e-3
     """Highest learning rate, reached after the warm-up."""
     schedule: Schedule = "cosine"
-    """How the learning rate falls after the warm-up: cosine or linear to zero, not at all, in steps to a tenth after
-    two thirds and a hundredth after eleven twelfths of all steps, or times 0.6 after each evaluation without a new best
-    (plateau)."""
+    """How the learning rate falls after the warm-up: cosine or linear to zero, not at all, or in steps to a tenth after
+    two thirds and a hundredth after eleven twelfths of all steps; plateau: times 0.6 after an evaluation without a new
+    best."""
     warmup: Share = 0.03
     """Share of all steps over which the learning rate rises from zero."""
     warmup_from: ClassVar[float] = 0.0  # of the highest rate; a lab may make it an option
