@@ -14,14 +14,12 @@ from labs_common.compare.plan import slug
 from labs_common.data.classes import LabelledPictures
 from labs_common.errors import LabError
 from labs_common.run import Run
-from vit_transfer.catalogue import FAMILIES
 from vit_transfer.compare import (
     best_of_kind,
     findings,
     hard_pictures,
     kind,
     paper_section,
-    paper_table,
     plan,
     recommended,
     within_noise,
@@ -47,7 +45,7 @@ class Comparison:
             marks = (np.arange(10) < count)[:: -1 if last else 1]
             run.save_json("predictions.json", {"said": marks.astype(int).tolist(), "labels": [1] * 10})
             run.append("metrics.jsonl", {"step": 5, "epoch": 1.0, "loss": 1.0})
-            run.append("metrics.jsonl", {"step": 5, "validation/accuracy": 0.5})
+            run.append("metrics.jsonl", {"step": 5, "validation/accuracy": 0.5, "validation/loss": 1.0})
             results = {
                 "config": {
                     "model": {"model": model, "unfreeze": "block", "pretrained": pretrained, "weights": None},
@@ -128,26 +126,18 @@ def test_the_best_of_each_kind_starts_from_pretrained_weights(comparison: Compar
     assert hard_pictures(entries.values(), 0).tolist() == [9]
 
 
-def test_the_papers_table(comparison: Comparison, tmp_path: Path) -> None:
-    table = paper_table()
-    papers = list(dict.fromkeys(row.family for row in table))  # the catalogue may have others too
-    assert papers == [*FAMILIES][: len(papers)]
-    assert [row.network for row in table] == [name for family in papers for name in FAMILIES[family].networks]
-    assert len(table) == 38
-    comparison.add("mine", "resnet50", [9], 1)
-    section = paper_section(comparison.entries().values(), None)
-    shown = section.blocks[1].rows
-    unknown = [row for row in table if row.accuracy is None]
-    assert [row[1] for row in shown] == ["resnet50"]
-    assert shown[0][3] == "90.00"
-    assert ("not on file" in shown[0]) == (next(row for row in table if row.network == "resnet50") in unknown)
-    wrong = tmp_path / "table.csv"
-    for line in ("resnet50,ResNet,120,Table 1", "resnet50,ResNet,90,", "resnet5,ResNet,90,Table 1"):
-        wrong.write_text(f"# why\nnetwork,family,accuracy,source\n{line}\n")
-        with pytest.raises(ValueError, match="resnet5"):
-            paper_table(wrong)
-    wrong.write_text("network,family,accuracy,source\nresnet50,ResNet,93.5,Table 1\n")
-    assert paper_table(wrong)[0].accuracy == 93.5
+def test_ours_beside_the_papers_table(comparison: Comparison) -> None:
+    comparison.add("mine", "timm/densenet201.tv_in1k", [9], 1)
+    lines = [{"step": step, "validation/accuracy": accuracy, "validation/loss": loss}
+             for step, accuracy, loss in ((10, 0.5, 2.0), (15, 0.9, 1.0), (20, 0.8, 1.5))]  # fmt: skip
+    entries = comparison.entries()
+    for line in lines:
+        entries["mine"].run.append("metrics.jsonl", line)
+    _, shown, whole = paper_section(entries.values(), None).blocks
+    (row,) = [dict(zip(shown.columns, row, strict=True)) for row in shown.rows]
+    assert (row["network"], row["paper, %"], row["trainable there"]) == ("densenet201", "94.757", 6_982_400)
+    assert [row[name] for name in ("maximum, %", "last epoch, %", "its loss", "test, %")] == [90, 80, 1.5, 90]
+    assert len(whole.rows) == 10
 
 
 @pytest.mark.long

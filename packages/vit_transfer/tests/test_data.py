@@ -1,9 +1,11 @@
 """The key of a cached front, the augmented views, and how pictures are dealt to steps and processes."""
 
 import dataclasses
+import random
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -13,7 +15,7 @@ from labs_common.data.images import checked
 from labs_common.frozen.cache import front_key
 from labs_common.steps import ShuffledSteps
 from vit_transfer.config import DataOptions, ModelOptions
-from vit_transfer.data import PictureRows, Tensors, Transform, read_splits, training_batches, transform_of
+from vit_transfer.data import PictureRows, Tensors, Transform, erased, read_splits, training_batches, transform_of
 from vit_transfer.model import Transfer, create, transfer
 
 
@@ -60,6 +62,54 @@ def test_the_key_of_the_pictures(pictures: LabelledPictures) -> None:
     seeded = dataclasses.replace(transform, seed=1)
     assert Tensors(pictures, seeded).recipe(1) == first
     assert Tensors(pictures, seeded).recipe(2) != Tensors(pictures, transform).recipe(2)
+
+
+def test_few_labels_are_stratified_and_nested(scenes: Path) -> None:
+    def labelled(share: float, seed: int = 0) -> LabelledPictures:
+        return read_splits(DataOptions(data=str(scenes), label_fraction=share), seed, shown=False)["train"]
+
+    whole, half, few = (labelled(share) for share in (1.0, 0.5, 0.01))
+    counts = [np.bincount(part.labels, minlength=len(whole.classes)) for part in (whole, half, few)]
+    assert counts[1].tolist() == [round(int(count) / 2) for count in counts[0]]
+    assert set(counts[2].tolist()) == {1}, "one of each class at least"
+    assert set(few.names) < set(half.names) < set(whole.names)
+    assert labelled(0.5).names == half.names != labelled(0.5, seed=1).names
+
+
+def test_mirrored_in_every_other_view(pictures: LabelledPictures) -> None:
+    plain, one, two, three = (
+        Tensors(pictures, Transform(32, (0.5,) * 3, (0.25,) * 3, "bilinear", "mirror", 0)).batch(view, range(4))
+        for view in range(4)
+    )
+    torch.testing.assert_close(one, plain.flip(3), atol=0.05, rtol=0)
+    assert torch.equal(plain, two)
+    assert torch.equal(one, three)
+
+
+def test_deits_views_depend_on_their_seed_alone(pictures: LabelledPictures) -> None:
+    """They are drawn in threads, by generators that timm takes from Python and NumPy."""
+    tensors = Tensors(pictures, Transform(32, (0.5,) * 3, (0.25,) * 3, "bilinear", "deit", 0))
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    first = tensors.levels(1, range(16))
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+    random.seed(5)
+    assert torch.equal(first, tensors.levels(1, range(16)))
+    assert torch.equal(first[3:5], tensors.levels(1, range(3, 5)))
+    cropped = Tensors(pictures, dataclasses.replace(tensors.transform, augment="crop"))
+    assert not torch.equal(first, tensors.levels(2, range(16)))
+    assert not torch.equal(first, cropped.levels(1, range(16)))
+    assert torch.equal(tensors.levels(0, range(16)), cropped.levels(0, range(16)))
+
+
+def test_erasing() -> None:
+    levels, generator = np.full((3, 32, 32), 300), np.random.default_rng(0)  # 300 is no level
+    gone = np.array([(erased(levels, generator) != 300)[0] for _ in range(400)])  # (pictures, height, width)
+    share = gone.mean((1, 2))
+    assert 0.2 < (share > 0).mean() < 0.3
+    assert 0.015 < share[share > 0].min() < share.max() < 0.36
+    for some in gone[share > 0]:
+        rows, columns = some.any(1), some.any(0)
+        assert some.sum() == rows.sum() * columns.sum(), "a rectangle"
 
 
 def test_views_are_augmented_and_repeatable(pictures: LabelledPictures) -> None:

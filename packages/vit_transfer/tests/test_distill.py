@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from labs_common.errors import LabError
 from vit_transfer.config import DistillConfig
-from vit_transfer.distill import complete_distillation, hard, soft
+from vit_transfer.distill import complete_distillation, hard, soft, soft_mean
 from vit_transfer.saved import saved_model
 
 LIBRARIES = ["vit_transfer.distill"]
@@ -51,6 +51,9 @@ def test_losses_are_those_of_the_paper() -> None:
     divergence = 9 * (p * (np.log(p) - np.log(q))).sum(1).mean()
     assert float(soft(student, teacher, 3.0)) == pytest.approx(divergence)
     assert float(soft(teacher, teacher, 3.0)) == pytest.approx(0, abs=1e-12)
+    # facebookresearch/deit, losses.py: the sum over batch and classes, times tau ** 2, over the number of logits.
+    summed = 9 * (p * (np.log(p) - np.log(q))).sum() / student.numel()
+    assert float(soft_mean(student, teacher, 3.0)) == pytest.approx(summed)
 
 
 @pytest.fixture(scope="module")

@@ -61,6 +61,30 @@ def test_gradients_through_the_cut(trained: tuple[str, ...]) -> None:
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
 
 
+def test_weights_that_blocks_share_are_behind_the_cut() -> None:
+    """CoaT's last block has its position encodings in common with those before it."""
+    torch.manual_seed(0)
+    network = create(options := ModelOptions(model="coat_lite_tiny", pretrained=False, image_size=32), 10)
+    model = transfer(network, options, cached=True)
+    images, targets = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    trained = {name: own for name, own in network.named_parameters() if own.requires_grad}
+    assert {name.split(".")[0] for name in trained} == {"cpe4", "crpe4", "serial_blocks4", "norm4", "head"}
+    plain = torch.autograd.grad(nn.functional.cross_entropy(network(images), targets), [*trained.values()])
+    assert model.cut is not None
+    through = nn.functional.cross_entropy(model(model.cut.front(images).detach()), targets)
+    for one, other in zip(plain, torch.autograd.grad(through, [*trained.values()]), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+def test_timm_builds_the_papers_head_again() -> None:
+    with torch.device("meta"):
+        own = create(ModelOptions(model="vgg11", pretrained=False, head="paper", head_width=16), 3)
+        again = timm.create_model("with_paper_head", base="vgg11", hidden=16, num_classes=3)
+    assert {name: value.shape for name, value in again.state_dict().items()} == {
+        name: value.shape for name, value in own.state_dict().items()
+    }
+
+
 def test_by_head_gives_both_in_training_and_their_mean_otherwise() -> None:
     network, options, size = made("tiny-deit")
     images = torch.randn(2, 3, size, size)

@@ -1,5 +1,8 @@
 """Perturbations against foolbox, and against their definitions."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -45,8 +48,9 @@ def test_deepfool_is_foolboxs(model: OnLevels, pictures: torch.Tensor) -> None:
     attack = foolbox.attacks.L2DeepFoolAttack(steps=50, candidates=6, overshoot=0.02)
     predicted = predicted_classes(model, pictures)
     expected, _, fooled = attack(peer, pictures, predicted, epsilons=None)
-    own = torch.stack([deepfool(model, picture, classes=6) for picture in pictures])
+    own = deepfool(model, pictures, classes=6)
     torch.testing.assert_close(own, expected - pictures, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(deepfool(model, pictures[3], classes=6), own[3], atol=1e-4, rtol=1e-4)
     assert fooled.all()
     assert fooling_rate(predicted, predicted_classes(model, pictures, own)) == 1.0
     # Nearly the shortest: half of it does not do.
@@ -110,6 +114,35 @@ def test_a_universal_perturbation_stays_in_its_ball_and_fools(
     assert torch.equal(change, again)
     one = universal_fast_gradient(model, pictures, before, norm, radius)
     assert (one.abs().max() if norm == "linf" else one.norm()) == pytest.approx(radius, rel=1e-5)
+
+
+@pytest.mark.parametrize(("norm", "radius"), [("linf", 12.0), ("l2", 100.0)])
+def test_a_universal_perturbation_fools_as_arts_does(
+    norm: str, radius: float, model: OnLevels, pictures: torch.Tensor
+) -> None:
+    """The same network, pictures, DeepFool inside, radius and passes; three orders of the pictures."""
+    attacks = pytest.importorskip("art.attacks.evasion", reason="an independent universal perturbation")
+    estimators = pytest.importorskip("art.estimators.classification", reason="wraps the network for it")
+    peer = estimators.PyTorchClassifier(
+        model, nn.CrossEntropyLoss(), (3, 8, 8), 6, clip_values=(0, 255), device_type="cpu"
+    )
+    inside = {"max_iter": 50, "epsilon": 0.02, "nb_grads": 6, "verbose": False}
+    measure = np.inf if norm == "linf" else 2
+    theirs = attacks.UniversalPerturbation(peer, "deepfool", inside, delta=1e-6, max_iter=4, eps=radius, norm=measure,
+                                           verbose=False)  # fmt: skip
+    before = predicted_classes(model, pictures)
+    rates = []
+    for seed in range(3):
+        random.seed(seed)  # of its order
+        theirs.generate(pictures.numpy())
+        own = universal_perturbation(model, pictures, norm, radius, wanted=1.0, passes=4, seed=10 * seed)
+        both = own, torch.from_numpy(theirs.noise)[0]
+        rates.append([fooling_rate(before, predicted_classes(model, pictures, change)) for change in both])
+        sizes = [float(torch.linalg.vector_norm(change, measure)) for change in both]
+        assert 0.9 * radius < min(sizes) <= max(sizes) < 1.0001 * radius
+    mine, peers = np.mean(rates, 0)
+    assert mine >= peers - 0.02
+    assert peers > 0.3
 
 
 def test_projection_is_the_nearest_point() -> None:

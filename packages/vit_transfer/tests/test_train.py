@@ -16,6 +16,9 @@ from labs_testing.promises import TrainingPromises
 from labs_testing.trainings import Otherwise, Training
 from safetensors.torch import load_file
 
+from labs_common.cli import config_to_yaml, parse
+from vit_transfer.compare import plan
+from vit_transfer.config import CompareConfig, TrainConfig, complete
 from vit_transfer.saved import class_names, load_model
 
 LIBRARIES = ["vit_transfer.train"]
@@ -102,10 +105,77 @@ class TestPromises(TrainingPromises):
         )
 
 
+def test_the_papers_recipe_is_below_the_flags(tmp_path: Path) -> None:
+    config = complete(parse(TrainConfig, "train", ["--recipe", "paper", "--epochs", "3"]))
+    model, data, training = config.model, config.data, config.training
+    assert (model.unfreeze, model.head, model.head_width, model.image_size) == ("block", "paper", 256, 224)
+    assert (data.interpolation, data.views, data.augment) == ("bilinear", 2, "mirror")
+    assert (training.learning_rate, training.schedule, training.batch_size) == (1e-4, "plateau", 512)
+    assert (training.weight_decay, training.clip_norm, training.warmup, training.epochs) == (0, 0, 0, 3)
+    file = tmp_path / "config.yaml"
+    file.write_text(config_to_yaml(config))
+    again = parse(TrainConfig, "train", ["--config", str(file)])
+    assert (again.model, again.data, again.training) == (model, data, training)
+    file.write_text("recipe: paper\nmodel: swin_base_patch4_window7_224\nepochs: 5\n")
+    swin = complete(parse(TrainConfig, "train", ["--config", str(file)])).training
+    assert (swin.batch_size, swin.epochs, swin.schedule) == (256, 5, "plateau")
+    (compared,) = plan(parse(CompareConfig, "compare", ["--recipe", "paper", "--models", "vgg19"])).values()
+    alone = complete(parse(TrainConfig, "train", ["--recipe", "paper", "--model", "vgg19"]))
+    assert (compared.model, compared.data, compared.training) == (alone.model, alone.data, alone.training)
+
+
+@pytest.mark.parametrize("rate", [3e-3, 3e-7])
+def test_a_plateau_lowers_the_rate_and_resumes_exactly(
+    rate: float, cnn_file: Path, scenes: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    here("--model", "tiny-cnn", "--weights", cnn_file, "--data", scenes, *SMALL, "--schedule", "plateau", "--warmup", "0",
+         "--learning-rate", rate, "--evaluate-every", "2", "--save-every", "5", "--keep", "9", "--head", "paper",
+         "--unfreeze", "all", "--no-report", "--output", run)  # fmt: skip
+    expected, best = rate, -1.0  # the rule of arXiv 2110.05270, section 3
+    falls, rises = 0, 0
+    for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+        if "learning_rate" in line:
+            assert line["learning_rate"] == pytest.approx(max(expected, 1e-7))
+        elif line["validation/accuracy"] > best:
+            best, rises = line["validation/accuracy"], rises + 1
+        else:
+            expected, falls = 0.6 * expected, falls + 1
+    assert falls > 3 if rate < 1e-6 else rises > 1
+    _, *later = sorted((run / "checkpoints").glob("step-*"))
+    paths = [run / "model" / "model.safetensors", run / "metrics.jsonl"]
+    before = [path.read_bytes() for path in paths]
+    for path in (*later, run / "model"):
+        shutil.rmtree(path)
+    here("--resume", run, "--no-report")
+    assert [path.read_bytes() for path in paths] == before
+
+
+def test_the_moving_average_is_saved_and_resumed(cnn_file: Path, scenes: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    here("--model", "tiny-cnn", "--weights", cnn_file, "--data", scenes, *SMALL, "--unfreeze", "all", "--ema", "0.6",
+         "--max-steps", "3", "--save-every", "1", "--keep", "9", "--no-report", "--output", run)  # fmt: skip
+    after = [load_file(file) for file in sorted((run / "checkpoints").glob("step-*/trainable.safetensors"))]
+    assert len(after) == 3
+    saved, first = trained(run), load_file(cnn_file)
+    followed = {name for name, weights in after[0].items() if weights.is_floating_point() and ".fc." not in name}
+    assert len(followed) > 20
+    for name in followed:  # the head has other classes than the file
+        expected = first[name.removeprefix("model.")]
+        for weights in after:
+            expected = 0.6 * expected + 0.4 * weights[name]
+        torch.testing.assert_close(saved[name.removeprefix("model.")], expected)
+    before = (run / "model" / "model.safetensors").read_bytes()
+    for path in (*sorted((run / "checkpoints").glob("step-*"))[1:], run / "model"):
+        shutil.rmtree(path)
+    here("--resume", run, "--no-report")
+    assert (run / "model" / "model.safetensors").read_bytes() == before
+
+
 def test_only_what_should_move_has_moved(finished: Path, vit_file: Path) -> None:
     before, after = load_file(vit_file), trained(finished)
     moved = {name for name in before if name in after and not torch.equal(before[name], after[name])}
-    assert moved == {name for name in after if name.startswith(("blocks.3.", "head."))}
+    assert moved == {name for name in after if name.startswith(("blocks.3.", "norm.", "head."))}
 
 
 @pytest.mark.alone
@@ -179,6 +249,7 @@ def test_real_pictures_cached_uncached_and_exported(name: str, head: str, real_p
         (("--model", "resnt18"), "resnet18"),
         (("--model", "convnext_tiny"), "--block"),
         (("--block", "blocks.9"), "blocks.9"),
+        (("--ema", "0.9"), "--unfreeze all"),
         (("--block", "blocks.3", "--unfreeze", "head"), "--block"),
         (("--weights", "missing.safetensors"), "--weights"),
         (("--weights", "{broken}"), "--weights"),

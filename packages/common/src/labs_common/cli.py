@@ -293,6 +293,8 @@ def chosen(config: Any) -> list[str]:
 
 def _parse_flags(config_type: type[Config], default: Config, prog: str, arguments: Sequence[str]) -> Config:
     said = io.StringIO()
+    recipes = getattr(config_type, "recipes", {})  # sets of flags by name, below those that are given
+    arguments = [*recipes.get(_value_of("--recipe", arguments), ()), *arguments]
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(

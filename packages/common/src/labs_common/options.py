@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-Schedule = Literal["cosine", "linear", "constant", "steps"]
+Schedule = Literal["cosine", "linear", "constant", "steps", "plateau"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Tracker = Literal["tensorboard", "wandb", "none"]
 OnBadData = Literal["error", "skip"]
@@ -184,7 +184,8 @@ class TrainingOptions:
     """Highest learning rate, reached after the warm-up."""
     schedule: Schedule = "cosine"
     """How the learning rate falls after the warm-up: cosine or linear to zero, not at all, or in steps to a tenth after
-    two thirds and a hundredth after eleven twelfths of all steps."""
+    two thirds and a hundredth after eleven twelfths of all steps; plateau: times 0.6 after an evaluation without a new
+    best."""
     warmup: Share = 0.03
     """Share of all steps over which the learning rate rises from zero."""
     warmup_from: ClassVar[float] = 0.0  # of the highest rate; a lab may make it an option

@@ -3,8 +3,7 @@
 ```
 loop = Loop(run, accelerator, model, optimizer, source, options)
 for batch in loop.batches():
-    loss = model(**batch)
-    loop.step(loss, count=tokens)
+    loop.step(model(**batch), count=tokens)
     if loop.evaluation_due:
         loop.evaluated({"validation/loss": ...}, watch="validation/loss")
 ```
@@ -48,6 +47,7 @@ from labs_common.steps import Source
 # Processes wait for what the main one does alone: reading all of COCO, scoring a test, writing a report. NCCL's own ten
 # minutes would end a training that is done; a process that died is noticed by the launcher at once.
 WAIT = datetime.timedelta(hours=4)
+PLATEAU_FACTOR, PLATEAU_FLOOR = 0.6, 1e-7  # of --schedule plateau, the second a learning rate: arXiv 2110.05270
 
 
 def learning_rate_share(step: int, total: int, warmup: float, schedule: Schedule, start: float = 0.0) -> float:
@@ -152,10 +152,9 @@ class Loop:
         self.source, self.options, self.unit, self.also = source, options, unit, also
         self.total = total_steps(options, source)
         self._identity = identity(run, options, source)
-        self.step_number = 0
-        self.count = 0  # tokens or samples so far, over all processes
+        self.step_number = self.count = 0  # so far: steps; and tokens or samples, over all processes
         self.evaluation_due = False
-        self._best: dict[str, float] = {}  # the best watched score, its step, and evaluations waited since
+        self._best: dict[str, float] = {}  # the watched score, its step if kept, evaluations since, all worse ones
         self._rates = [group["lr"] for group in optimizer.param_groups]
         self._signal = 0  # the number of the signal that this process received
         self._stop = 0  # the signal that any process received, agreed on with the figures of each step
@@ -199,7 +198,7 @@ class Loop:
                             break
             if self._signal:
                 self._stop_interrupted(self._signal)
-        if self._best:
+        if "step" in self._best:
             load_checkpoint(self._best_path(), self.accelerator, self.model, self.optimizer, self.also)
 
     def step(self, loss: torch.Tensor, count: int, **metrics: torch.Tensor | float) -> None:
@@ -239,13 +238,15 @@ class Loop:
         if self.accelerator.is_main_process:
             said = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             console.print(f"step {self.step_number}: {said}")
-        if watch is not None and (self.options.patience or keep_best):
+        keeps = bool(self.options.patience or keep_best)
+        if watch is not None and (keeps or self.options.schedule == "plateau"):
             score = -metrics[watch] if higher_is_better else metrics[watch]
             if not self._best or score < self._best["score"]:
-                self._best = {"score": score, "step": self.step_number, "waited": 0}
-                self._save(self._best_path())
+                self._best |= {"score": score, "waited": 0} | ({"step": self.step_number} if keeps else {})
+                if keeps:
+                    self._save(self._best_path())
             else:
-                self._best["waited"] += 1
+                self._best |= {"waited": self._best["waited"] + 1, "worse": self._best.get("worse", 0) + 1}
         self.evaluation_due = False
         reset_peak_memory()
         self._clock = time.perf_counter()
@@ -265,6 +266,10 @@ class Loop:
     def _set_learning_rate(self) -> float:
         options = self.options
         share = learning_rate_share(self.step_number, self.total, options.warmup, options.schedule, options.warmup_from)
+        if options.schedule == "plateau":
+            share *= max(
+                PLATEAU_FACTOR ** self._best.get("worse", 0), PLATEAU_FLOOR / max(PLATEAU_FLOOR, options.learning_rate)
+            )
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * share
         return self.options.learning_rate * share

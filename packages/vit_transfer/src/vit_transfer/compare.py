@@ -5,12 +5,9 @@ from vit_transfer import commands
 if __name__ == "__main__":  # before the imports below: --help and a wrong option answer at once
     commands.compare()
 
-import csv
 import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,10 +33,10 @@ from labs_common.run import Run
 from vit_transfer.catalogue import CNN, FAMILIES, TRANSFORMER, family
 from vit_transfer.config import TINY, CompareConfig, ComparedOptions, ModelOptions, TrainConfig, complete
 from vit_transfer.data import read_splits
+from vit_transfer.report import beside_the_paper, ours_of
 from vit_transfer.tiny import RECIPES, tiny_model
 from vit_transfer.train import check_network
 
-PAPER = Path(__file__).with_name("paper_table.csv")
 HARD = 12  # pictures that defeat every network, in the report
 COSTS = cost_measures("pictures", ("front seconds", "preparation seconds"))
 MEASURES: dict[str, Measure] = {
@@ -75,7 +72,8 @@ def plan(config: CompareConfig) -> dict[str, TrainConfig]:
         options = {field.name: getattr(found, field.name) for field in dataclasses.fields(ModelOptions)}
         rate = found.learning_rate or config.training.learning_rate
         training = dataclasses.replace(config.training, learning_rate=rate)
-        return complete(TrainConfig(ModelOptions(**options), config.data, config.cache, training, baselines="no"))
+        chosen = TrainConfig(ModelOptions(**options), config.data, config.cache, training, recipe=config.recipe)
+        return complete(dataclasses.replace(chosen, baselines="no"))
 
     return plan_runs(config.comparison, "--models", config.models, "network", run_of)
 
@@ -239,55 +237,16 @@ def kinds_section(entries: Mapping[str, Entry]) -> Section:
     return Section("CNNs beside transformers", [Table(columns, rows, "The best of each kind."), Text(text)])
 
 
-@dataclass(frozen=True)
-class Printed:
-    """The paper's result for a network: `accuracy` in per cent, None where it is not on file."""
-
-    network: str
-    family: str
-    accuracy: float | None
-    source: str
-
-
-def paper_table(file: Path = PAPER) -> list[Printed]:
-    """Reads the reference table, in its order.
-
-    Raises:
-        ValueError: a network is not in the catalogue, or an accuracy is no percentage or has no source.
-    """
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    rows = []
-    for row in csv.DictReader(lines):
-        accuracy = float(row["accuracy"]) if row["accuracy"] else None
-        known = FAMILIES.get(row["family"])
-        if known is None or row["network"] not in known.networks:
-            raise ValueError(f"{file}: {row['network']} is not in the catalogue as a {row['family']}")
-        if accuracy is not None and not (0 <= accuracy <= 100 and row["source"]):
-            raise ValueError(f"{file}: {row['network']}: an accuracy is a percentage and has a source")
-        rows.append(Printed(row["network"], row["family"], accuracy, row["source"]))
-    return rows
-
-
 def paper_section(entries: Iterable[Entry], data: str | None) -> Section:
-    """Shows the paper's results for the same networks."""
-    ours: dict[str, list[Entry]] = {}
-    for entry in entries:
-        if trained(entry) == "last block":
-            ours.setdefault(model_of(entry).removeprefix("timm/").split(".")[0], []).append(entry)
-    rows = []
-    for printed in paper_table():
-        found = ", ".join(f"{100 * accuracy(entry):.2f}" for entry in ours.get(printed.network, ()))
-        there = "not on file" if printed.accuracy is None else f"{printed.accuracy:.2f}"
-        rows.append((printed.family, printed.network, there, found or None, printed.source or None))
-    columns = ("family", "network", "paper, %", "here, %", "source")
-    compared = [row for row in rows if row[3] is not None]
-    here = data or "drawn scenes, which are other data"
-    text = f"Accuracy on CIFAR-10 with one trainable block, from arXiv 2110.05270, beside that on {here}."
-    blocks: list[Any] = [Text(text)]
-    if compared:
-        blocks.append(Table(columns, compared))
-    blocks.append(Table(columns, rows, "the whole table", folded=True))
-    return Section("Reference table of the paper", blocks)
+    """Shows the paper's results beside those of the same networks, first seed."""
+    ours = [
+        ours_of(
+            entry.run, model_of(entry), int(entry.cost("trainable")[0]), entry.first["test"]["this run"]["accuracy"]
+        )
+        for entry in entries
+        if trained(entry) == "last block"
+    ]
+    return beside_the_paper(ours, data)
 
 
 def pictures_section(entries: Iterable[Entry], test: LabelledPictures, seed: int) -> Section:

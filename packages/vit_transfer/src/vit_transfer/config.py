@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 from labs_common.errors import LabError
 from labs_common.options import (
@@ -27,11 +27,19 @@ from labs_common.options import (
 
 Unfreeze = Literal["block", "head", "all"]
 Head = Annotated[str, one_of("vit_transfer.model:HEADS")]
-Augment = Literal["flip", "crop"]
+Augment = Literal["flip", "crop", "mirror", "deit"]
 Asked = Literal["auto", "yes", "no"]
+Interpolation = Literal["auto", "bilinear", "bicubic"]
+Recipe = Literal["own", "paper"]
 Distillation = Annotated[str, one_of("vit_transfer.distill:DISTILLATIONS")]
 Norm = Annotated[str, one_of("vit_transfer.perturbations:NORMS")]
 TINY = names_in("vit_transfer.tiny:RECIPES")
+# The training of arXiv 2110.05270, section 3. Without decay AdamW is Adam, which its notebooks have.
+PAPER = (
+    "--head=paper", "--head-width=256", "--image-size=224", "--interpolation=bilinear", "--views=2", "--augment=mirror",
+    "--epochs=20", "--batch-size=512", "--learning-rate=1e-4", "--schedule=plateau", "--warmup=0", "--weight-decay=0",
+    "--clip-norm=0",
+)  # fmt: skip
 
 
 @dataclass
@@ -48,14 +56,15 @@ class ModelOptions:
     image_size: CountOrZero = 0
     """Side of the pictures that the network sees, in pixels; 0 takes the network's own."""
     unfreeze: Unfreeze = "block"
-    """What trains: the last block and the head, the head alone, or everything."""
+    """What trains: the last block with all that follows it, the head alone, or everything."""
     block: str | None = None
-    """The block to unfreeze, as prefixes of parameter names with commas between (layer4.2); by default the last one of
-    the model's family."""
+    """The block from which on everything trains (layer4.2); by default the last one of the model's family. Several
+    names, with commas between, train by themselves, with the head."""
     head: Head = "linear"
-    """New head: one linear layer, or an MLP with one hidden layer."""
+    """New head: one linear layer, an MLP with one hidden layer and a ReLU, or the paper's: hidden layer, ELU,
+    dropout."""
     head_width: Count = 512
-    """Hidden width of the MLP head."""
+    """Hidden width of the MLP and of the paper's head."""
 
 
 @dataclass
@@ -66,7 +75,13 @@ class DataOptions(ClassDataOptions):
     """Versions of each training picture, one per epoch in turn: the first is the picture itself, the others are
     augmented. Each takes its own room in the cache."""
     augment: Augment = "flip"
-    """How: mirrored by chance, or a random crop that is mirrored by chance."""
+    """How: mirrored by chance, a random crop that is mirrored by chance, mirrored in every other view (of such views
+    there are two), or the crop with DeiT's RandAugment and random erasing."""
+    interpolation: Interpolation = "auto"
+    """How pictures are brought to the network's size; auto takes what timm says that it was trained with."""
+    label_fraction: Annotated[float, number(float, "(0, 1]")] = 1.0
+    """Train on this share of the training pictures of every class, at least one each: 0.01 and 0.1 are usual for few
+    labels. The same seed takes a part of what a larger share takes."""
 
 
 @dataclass
@@ -82,6 +97,9 @@ class PictureTrainingOptions(TrainingOptions):
     """AdamW's decoupled weight decay."""
     label_smoothing: ShareBelowOne = 0.0
     """Share of the target's weight that is spread over all classes."""
+    ema: ShareBelowOne = 0.0
+    """With --unfreeze all: evaluate and save a moving average of the weights that keeps this share of itself in each
+    step (DeiT: 0.99996, over 300 epochs of ImageNet); 0 takes the weights themselves."""
 
 
 @dataclass
@@ -100,6 +118,10 @@ class TrainConfig:
     training: PictureTrainingOptions = field(default_factory=PictureTrainingOptions)
     run: RunOptions = field(default_factory=RunOptions)
     plan: PlanOptions = field(default_factory=PlanOptions)
+    recipe: Recipe = "own"
+    """paper: the training of arXiv 2110.05270 (its head of 256, pictures of 224 by bilinear interpolation and mirrored,
+    20 epochs of batches of 512, of 256 for a Swin, Adam at 1e-4, times 0.6 on a plateau); further flags change it."""
+    recipes: ClassVar[dict[str, tuple[str, ...]]] = {"paper": PAPER}
     baselines: Asked = "auto"
     """Also train the head alone, and the whole network from scratch, on the same pictures for as many epochs; auto does
     for a tiny model."""
@@ -121,7 +143,8 @@ class DistillConfig(TrainConfig):
     teacher: str = "tiny-cnn"
     """A finished run's directory, or a network's name: its last block is then trained on the same pictures first."""
     distillation: Distillation = "hard"
-    """What the distillation head learns: the teacher's class, or its probabilities at --temperature."""
+    """What the distillation head learns: the teacher's class, or its probabilities at --temperature; soft_mean divides
+    the loss of the latter by the number of classes, as DeiT's repository does and its equation 2 does not."""
     weight: Share = 0.0
     """Share of the loss that is the teacher's; 0 takes the paper's, 0.5 for hard and 0.1 for soft."""
     temperature: Positive = 3.0
@@ -175,10 +198,14 @@ class CompareConfig:
         "tiny-vit:unfreeze=all:no-pretrained,tiny-cnn:unfreeze=all:no-pretrained"
     )
     """Networks, separated by commas; options of one follow after colons: resnet50:unfreeze=head:learning_rate=1e-3."""
+    recipe: Recipe = "own"
+    """paper: all train as in arXiv 2110.05270 (see vit_transfer.train); further flags change it."""
+    recipes: ClassVar[dict[str, tuple[str, ...]]] = {"paper": PAPER}
     head: Head = "linear"
-    """New head of all: one linear layer, or an MLP with one hidden layer."""
+    """New head of all: one linear layer, an MLP with one hidden layer and a ReLU, or the paper's: hidden layer, ELU,
+    dropout."""
     head_width: Count = 512
-    """Hidden width of the MLP head."""
+    """Hidden width of the MLP and of the paper's head."""
     image_size: CountOrZero = 0
     """Side of the pictures that the networks see, in pixels; 0 takes each one's own."""
     data: DataOptions = field(default_factory=DataOptions)
@@ -224,6 +251,8 @@ def complete(config: Config) -> Config:
         raise LabError(f"--weights {model.weights}: must be a .safetensors file; convert it with safetensors.torch")
     if model.block is not None and model.unfreeze != "block":
         raise LabError(f"--block: is what --unfreeze block trains; drop it, or --unfreeze {model.unfreeze}")
+    if training.ema and model.unfreeze != "all":
+        raise LabError(f"--ema: is of --unfreeze all; drop it, or --unfreeze {model.unfreeze}")
     tiny = model.model in TINY
     usual = {"block": 3e-3, "head": 3e-3, "all": 2e-3} if tiny else {"block": 1e-3, "head": 1e-3, "all": 1e-4}
     # Head alone and from scratch are other things than this run only if it trains a block of a pre-trained network.
@@ -234,4 +263,7 @@ def complete(config: Config) -> Config:
     if baselines == "yes" and not comparable:
         raise LabError("--baselines yes: compares with --unfreeze block of a pre-trained model; drop one of them")
     rate = training.learning_rate or usual[model.unfreeze]
-    return dataclasses.replace(config, training=dataclasses.replace(training, learning_rate=rate), baselines=baselines)
+    training = dataclasses.replace(training, learning_rate=rate)
+    if config.recipe == "paper" and "swin" in model.model and training.batch_size == 512:
+        training = dataclasses.replace(training, batch_size=256)  # as the paper says of it
+    return dataclasses.replace(config, training=training, baselines=baselines)

@@ -1,8 +1,11 @@
 """Pictures in, batches out: the three splits, the tensors that a network sees, and the rows of its frozen front."""
 
+import math
+import random
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +14,9 @@ import torch
 from accelerate import Accelerator
 from PIL import Image, ImageOps
 from timm.data import resolve_model_data_config
+from timm.data.auto_augment import RandAugment, rand_augment_transform
 
-from labs_common.data.classes import LabelledPictures, read_classes
+from labs_common.data.classes import LabelledPictures, read_classes, stratified_parts
 from labs_common.data.images import RESAMPLING, decoding_threads
 from labs_common.device import constant, each_tensor, pinned
 from labs_common.frozen.cache import ComputedRows, Rows, front_rows
@@ -27,6 +31,9 @@ Splits = Mapping[str, LabelledPictures]  # the pictures of "train", "validation"
 DEMO_TASK, DEMO_SIDE = "count", 48
 DEMO_SPLITS: dict[str, Sequence[int]] = {"train": range(400), "validation": range(400, 600), "test": range(600, 1600)}
 
+RANDAUGMENT, ERASING = "rand-m9-mstd0.5-inc1", 0.25  # Touvron et al. 2021 (DeiT), table 9; the second a probability
+_drawing = threading.Lock()
+
 
 @dataclass(frozen=True)
 class Transform:
@@ -40,20 +47,23 @@ class Transform:
     seed: int
 
     def levels(self, image: Image.Image, view: int, place: int) -> np.ndarray:
-        """Returns (3, size, size) in 0 to 255; view 0 is plain, every other its own augmentation of picture `place`."""
+        """Returns (3, size, size) in 0 to 255; view 0 is plain, others are augmentations of picture `place`."""
         side: float = min(image.size)
         left, top = (image.width - side) / 2, (image.height - side) / 2
-        mirrored = False
-        if view:
+        mirrored = self.augment == "mirror" and view % 2 == 1
+        if view and self.augment != "mirror":
             generator = np.random.default_rng([self.seed, view, place])
             mirrored = generator.random() < 0.5
-            if self.augment == "crop":
+            if self.augment in ("crop", "deit"):
                 cut = side * generator.uniform(0.7, 1.0)  # of at least half the area
                 left, top = left + generator.uniform(0, side - cut), top + generator.uniform(0, side - cut)
                 side = cut
         box = (left, top, left + side, top + side)
         resized = image.resize((self.size, self.size), RESAMPLING[self.interpolation], box)
-        return np.asarray(ImageOps.mirror(resized) if mirrored else resized).transpose(2, 0, 1)
+        seen = ImageOps.mirror(resized) if mirrored else resized
+        if view and self.augment == "deit":
+            return erased(np.asarray(rand_augmented(seen, generator)).transpose(2, 0, 1), generator)
+        return np.asarray(seen).transpose(2, 0, 1)
 
     def normalised(self, levels: torch.Tensor) -> torch.Tensor:
         """Turns levels (batch, 3, size, size) of 0 to 255 into what the network reads."""
@@ -61,10 +71,48 @@ class Transform:
         return (levels.float() / 255 - mean) / std
 
 
-def transform_of(model: torch.nn.Module, size: int, augment: Augment, seed: int) -> Transform:
+@cache
+def _policy(side: int) -> RandAugment:
+    return rand_augment_transform(RANDAUGMENT, {"translate_const": int(0.45 * side), "img_mean": (128, 128, 128)})
+
+
+def rand_augmented(image: Image.Image, generator: np.random.Generator) -> Image.Image:
+    """Applies timm's RandAugment (Cubuk et al. 2020) as DeiT does; what is drawn depends on `generator` alone."""
+    with _drawing:  # timm draws from Python's and NumPy's own generators, which all threads share
+        before = random.getstate(), np.random.get_state()
+        random.seed(int(generator.integers(2**32)))
+        np.random.seed(int(generator.integers(2**32)))
+        try:
+            augmented: Image.Image = _policy(image.width)(image)
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+    return augmented
+
+
+def erased(levels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Puts noise in a rectangle of levels (3, side, side), with probability `ERASING` (Zhong et al. 2020, algorithm 1).
+
+    It has 2 to 33 % of the area and sides in a ratio of up to 3.3, as in timm.
+    """
+    if generator.random() >= ERASING:
+        return levels
+    side, area = levels.shape[1], generator.uniform(0.02, 1 / 3)
+    ratio = math.exp(generator.uniform(-math.log(3.3), math.log(3.3)))
+    height, width = (min(side, max(1, round(side * math.sqrt(area * part)))) for part in (ratio, 1 / ratio))
+    top, left = (int(generator.integers(side - length + 1)) for length in (height, width))
+    changed = levels.copy()
+    changed[:, top : top + height, left : left + width] = generator.integers(0, 256, (3, height, width))
+    return changed
+
+
+def transform_of(
+    model: torch.nn.Module, size: int, augment: Augment, seed: int, interpolation: str = "auto"
+) -> Transform:
     """Takes what timm says that the model was trained on, without its crop: small pictures have nothing to spare."""
     known = resolve_model_data_config(model)
-    interpolation = known["interpolation"] if known["interpolation"] in RESAMPLING else "bicubic"
+    if interpolation == "auto":
+        interpolation = known["interpolation"] if known["interpolation"] in RESAMPLING else "bicubic"
     return Transform(size, tuple(known["mean"]), tuple(known["std"]), interpolation, augment, seed)
 
 
@@ -109,8 +157,15 @@ class Tensors:
 
 
 def read_splits(options: DataOptions, seed: int, shown: bool) -> Splits:
-    """Reads the splits of --data, or of drawn scenes; see `labs_common.data.classes.read_classes`."""
-    return read_classes(options, seed, shown, drawn_scenes)
+    """Reads the splits of --data, or of drawn scenes, and leaves training pictures out by --label-fraction.
+
+    See `labs_common.data.classes.read_classes`.
+    """
+    splits = read_classes(options, seed, shown, drawn_scenes)
+    if options.label_fraction == 1:
+        return splits
+    _, labelled = stratified_parts(splits["train"].labels, options.label_fraction, seed)
+    return splits | {"train": splits["train"].subset(labelled)}
 
 
 def drawn_scenes() -> Path:

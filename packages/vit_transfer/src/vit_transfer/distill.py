@@ -99,6 +99,11 @@ def soft(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> to
     return temperature**2 * F.kl_div(own, its, reduction="batchmean", log_target=True)
 
 
+def soft_mean(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Computes `soft` divided by the number of classes: DeiT's repository divides by all logits of a batch."""
+    return soft(student, teacher, temperature) / student.shape[1]
+
+
 @dataclass(frozen=True)
 class Distillation:
     """A way to learn from a teacher.
@@ -117,6 +122,7 @@ class Distillation:
 DISTILLATIONS: dict[str, Distillation] = {
     "hard": Distillation(hard, weight=0.5, has_temperature=False),
     "soft": Distillation(soft, weight=0.1, has_temperature=True),
+    "soft_mean": Distillation(soft_mean, weight=0.1, has_temperature=True),
 }
 
 

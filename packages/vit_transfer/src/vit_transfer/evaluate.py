@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
+from timm.models.cait import Cait
+from timm.models.coat import CoaT
 from timm.models.vision_transformer import Attention, VisionTransformer
 
 from labs_common.data.classes import LabelledPictures
@@ -73,11 +75,13 @@ def predictions_of(
 def heat_maps(model: Any, images: torch.Tensor, classes: torch.Tensor) -> tuple[str, torch.Tensor]:
     """Returns a method's name and its maps (batch, height, width) from 0 to 1 of what spoke for `classes` (batch,).
 
-    The method is attention roll-out for plain vision transformers, which does not depend on the class, and Grad-CAM
-    for everything else.
+    The method is attention roll-out for plain vision transformers, which does not depend on the class, the gradient of
+    the picture for CaiT and CoaT, whose heads read a class token and no place, and Grad-CAM for everything else.
     """
     if isinstance(model, VisionTransformer) and all(type(block.attn) is Attention for block in model.blocks):
         name, maps = "attention roll-out", attention_rollout(model, images)
+    elif isinstance(model, (Cait, CoaT)):
+        name, maps = "gradient of the picture", input_gradient(model, images, classes)
     else:
         name, maps = "Grad-CAM", grad_cam(model, images, classes)
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
@@ -122,6 +126,17 @@ def grad_cam(model: Any, images: torch.Tensor, classes: torch.Tensor) -> torch.T
     channels = 3 if features.dim() == 4 and features.shape[-1] == model.num_features != features.shape[1] else 1
     space = (1, 2) if channels == 3 else (2, 3)
     return F.relu((gradient.mean(space, keepdim=True) * features).sum(channels)).detach()
+
+
+@torch.enable_grad()
+def input_gradient(model: Any, images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """Computes the largest slope over the channels (batch, height, width) of each class's logit by each pixel.
+
+    Simonyan et al. 2014, section 3.
+    """
+    images = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(images).gather(1, classes[:, None]).sum(), images)
+    return gradient.abs().amax(1)
 
 
 def overlaid(image: Image.Image, heat: torch.Tensor, side: int = 160) -> Image.Image:

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from timm.data import resolve_model_data_config
 from timm.models import load_pretrained, register_model, resolve_pretrained_cfg
+from timm.models.vgg import VGG
 
 from labs_common.checkpoint import SHARDED
 from labs_common.errors import LabError, reason_of
@@ -23,16 +24,28 @@ from vit_transfer.tiny import tiny_model
 
 
 class MlpHead(torch.nn.Sequential):
-    """width -> hidden -> classes with a ReLU between: the head of arXiv 2110.05270."""
+    """width -> hidden -> classes with a ReLU between."""
 
     def __init__(self, width: int, hidden: int, classes: int) -> None:
         super().__init__(torch.nn.Linear(width, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, classes))
+
+
+class PaperHead(torch.nn.Sequential):
+    """The head of arXiv 2110.05270, section 3.5: flatten, width -> hidden, ELU, dropout, hidden -> classes.
+
+    The paper prints a dropout of "0.5%"; notebooks of its second author have 0.5.
+    """
+
+    def __init__(self, width: int, hidden: int, classes: int) -> None:
+        layers = torch.nn.Linear(width, hidden), torch.nn.ELU(), torch.nn.Dropout(0.5), torch.nn.Linear(hidden, classes)
+        super().__init__(torch.nn.Flatten(), *layers)
 
 
 # `--head`: makes a head of (width, --head-width, classes); None keeps the linear one that timm makes.
 HEADS: dict[str, Callable[[int, int, int], torch.nn.Module] | None] = {
     "linear": None,
     "mlp": MlpHead,
+    "paper": PaperHead,
 }
 
 
@@ -84,8 +97,8 @@ def _load(model: torch.nn.Module, file: Path) -> None:
         model.load_state_dict(given, strict=False)
 
 
-def _with_head(model: torch.nn.Module, head: str, hidden: int) -> torch.nn.Module:
-    """Replaces the linear heads of a model.
+def _with_head(model: Any, head: str, hidden: int) -> torch.nn.Module:
+    """Replaces the linear heads of a model; a VGG's two wide layers before its head are a part of it.
 
     Raises:
         LabError: its head is not linear.
@@ -95,9 +108,13 @@ def _with_head(model: torch.nn.Module, head: str, hidden: int) -> torch.nn.Modul
         return model
     for name in classifiers(model):
         own = model.get_submodule(name)
-        if not isinstance(own, torch.nn.Linear):
+        # As a convolution of 1 x 1 it gets (batch, width, 1, 1), which only the paper's head makes flat.
+        if not isinstance(own, torch.nn.Linear) and not (made is PaperHead and isinstance(own, torch.nn.Conv2d)):
             raise LabError(f"--head {head}: the head of this model is a {type(own).__name__}; take --head linear")
-        model.set_submodule(name, made(own.in_features, hidden, own.out_features))
+        width, classes = own.weight.shape[1], own.weight.shape[0]
+        if made is PaperHead and isinstance(model, VGG):  # the paper's VGG ends with its convolutions
+            model.pre_logits, width = torch.nn.Identity(), model.num_features
+        model.set_submodule(name, made(width, hidden, classes))
     return model
 
 
@@ -241,9 +258,17 @@ def unfreeze(model: torch.nn.Module, part: str, block: str | None) -> tuple[str,
     if part == "all":
         train_only(model, lambda name: True)
         return ("",)
-    prefixes = (*(block_of(model, block) if part == "block" else ()), *classifiers(model))
-    train_only(model, lambda name: name.startswith(tuple(f"{prefix}." for prefix in prefixes)))
+    inside = block_of(model, block) if part == "block" else ()
+    prefixes = (*inside, *(name for name in classifiers(model) if not f"{name}.".startswith(_under(inside))))
+    # By the parameters and not by their names: one that several modules share has only the first one's.
+    ours = {id(own) for prefix in prefixes for own in model.get_submodule(prefix).parameters()}
+    names = {name for name, own in model.named_parameters() if id(own) in ours}
+    train_only(model, names.__contains__)
     return prefixes
+
+
+def _under(prefixes: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"{prefix}." for prefix in prefixes)
 
 
 def input_size(model: torch.nn.Module, image_size: int = 0) -> int:

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from labs_common.errors import LabError
-from vit_transfer.catalogue import FAMILIES, block_of, family
+from vit_transfer.catalogue import FAMILIES, block_of, classifiers, family
 from vit_transfer.config import TINY, ModelOptions, ModelsConfig
-from vit_transfer.model import create, input_size
+from vit_transfer.model import create, input_size, unfreeze
 
 
 def models(config: ModelsConfig) -> None:
@@ -29,21 +29,24 @@ def models(config: ModelsConfig) -> None:
         names = [name.strip() for name in config.names.split(",") if name.strip()]
     if not names:
         raise LabError("--names: is empty; name some networks, such as resnet50,deit_small_patch16_224")
-    table = Table("family", "network", "last block", "of it, M", "all, M", "side")
+    table = Table("family", "network", "trains from", "trained without head, M", "all, M", "side")
     details = {}
     for name in names:
         with torch.device("meta"):  # sizes without weights
             network = create(ModelOptions(model=name, pretrained=False), 1000)
         sizes = {key: parameter.numel() for key, parameter in network.named_parameters()}
         try:
-            block = block_of(network, None)
-            inside = [key for key in sizes if key.startswith(tuple(f"{prefix}." for prefix in block))]
+            unfreeze(network, "block", None)
+            block, *_ = block_of(network, None)
+            heads = tuple(f"{head}." for head in classifiers(network))
+            free = [key for key, parameter in network.named_parameters() if parameter.requires_grad]
+            inside = [key for key in free if not key.startswith(heads)]
             details[f"{name}, trained by --unfreeze block:"] = inside
         except LabError:
-            block, inside = ("name one with --block",), []
+            block, inside = "name one with --block", []
             details[f"{name}, its parts:"] = [part for part, _ in network.named_children()]
         millions = [f"{sum(sizes[key] for key in keys) / 1e6:.2f}" for keys in (inside, sizes)]
-        table.add_row(family(name) or "–", name, ", ".join(block), *millions, str(input_size(network)))
+        table.add_row(family(name) or "–", name, block, *millions, str(input_size(network)))
     console = Console(width=None if sys.stdout.isatty() else 140)  # a file has no width of its own
     console.print(table)
     if config.names is None:

@@ -1,7 +1,10 @@
 """Writes results.json and the report of a training, with the sections that only this lab has."""
 
+import csv
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +34,7 @@ from vit_transfer.model import unfreeze
 from vit_transfer.saved import FOLDER, load_model
 
 MAPS = 8  # pictures with a heat-map
+PAPER = Path(__file__).with_name("paper_table.csv")
 
 
 def finish_report(
@@ -63,6 +67,9 @@ def finish_report(
 
     def page() -> tuple[str, list[Section]]:
         network = load_model(run.path / FOLDER)
+        ours = ours_of(run, config.model.model, fitted.trained, own.accuracy)
+        known = config.model.unfreeze == "block" and ours["network"] in {row.network for row in paper_table()}
+        paper = [beside_the_paper([ours], config.data.data)] if known or config.recipe == "paper" else []
         cost = cost_section(run, "pictures", seconds)
         cost.blocks.append(Table(("", ""), [*results["cost"].items()]))
         sections = [
@@ -71,6 +78,7 @@ def finish_report(
             structure_section(run, config, fitted, network),
             _curves(run),
             numbers_section(run, results["test"], compared),
+            *paper,
             *more,
             *class_sections(run, test, own),
             heat_map_section(network, test, own),
@@ -132,6 +140,68 @@ def numbers_section(run: Run, scores: Mapping[str, Mapping[str, Any]], compared:
     )
     section.blocks.append(Text(note))
     return section
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A row of the paper's Table 1.
+
+    Attributes:
+        network: timm's name; `paper` is the paper's.
+        trainable: parameters, as printed; `more` is what the same recipe trains beyond that here, for this `reason`.
+        accuracy: in per cent, the maximum over epochs on CIFAR-10's test set.
+    """
+
+    network: str
+    family: str
+    paper: str
+    trainable: int
+    more: int
+    reason: str
+    accuracy: float
+
+
+def paper_table(file: Path = PAPER) -> list[Printed]:
+    """Reads the reference table, in its order."""
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    return [
+        Printed(row["network"], row["family"], row["paper"], int(row["trainable"]), int(row["more"]), row["reason"],
+                float(row["accuracy"]))
+        for row in csv.DictReader(lines)
+    ]  # fmt: skip
+
+
+def ours_of(run: Run, model: str, trainable: int, test: float) -> dict[str, Any]:
+    """Gathers what stands beside the paper's row: of validation the best and the last epoch, accuracies in per cent."""
+    accuracies, losses = (run.curve(f"validation/{name}")[1] for name in ("accuracy", "loss"))
+    name = model.removeprefix("timm/").split(".")[0]
+    return {"network": name, "trainable here": trainable, "maximum, %": 100 * max(accuracies),
+            "last epoch, %": 100 * accuracies[-1], "its loss": losses[-1], "test, %": 100 * test}  # fmt: skip
+
+
+def beside_the_paper(ours: Sequence[Mapping[str, Any]], data: str | None) -> Section:
+    """Shows rows of `ours_of` beside the paper's of the same network, and the paper's whole table."""
+    printed = {row.network: row for row in paper_table()}
+    rows = []
+    for own in ours:
+        of = printed.get(own["network"])
+        rows.append((own["network"], of and f"{of.accuracy:.3f}", of and of.trainable, *[*own.values()][1:]))
+    columns = ("network", "paper, %", "trainable there", *ours[0]) if ours else ()
+    text = (
+        "arXiv 2110.05270, Table 1: one trainable block on CIFAR-10. The paper's figure is the maximum over epochs on "
+        "the test set, which was its validation set; here maximum and last epoch are of validation pictures that were "
+        f"set aside, and the test is measured once. Here on {data or 'drawn scenes, which are other data'}."
+    )
+    blocks: list[Any] = [Text(text)]
+    if rows:
+        blocks.append(Table([name for place, name in enumerate(columns) if place != 3], rows))
+    whole = [
+        (row.family, row.paper, row.network, f"{row.accuracy:.3f}", row.trainable, row.trainable + row.more, row.reason)
+        for row in printed.values()
+    ]
+    names = ("family", "paper's name", "network", "paper, %", "trainable there", "trainable here", "why they differ")
+    blocks.append(Table(names, whole, "the whole table, by --recipe paper", folded=True))
+    return Section("Beside the paper", blocks)
 
 
 def heat_map_section(network: Any, test: LabelledPictures, found: Predictions) -> Section:

@@ -33,7 +33,7 @@ def save_model(
 
     `state` are the weights by name, which may be sharded in `moving`.
     `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it, and so does transformers'
-    `AutoModelForImageClassification.from_pretrained(FOLDER)`; that of `--head mlp` after `import vit_transfer.model`.
+    `AutoModelForImageClassification.from_pretrained(FOLDER)`; of another `--head` after `import vit_transfer.model`.
     """
     model: Any = moving.model
     whole = {name.removeprefix("model."): tensor.cpu().contiguous() for name, tensor in state.items()}

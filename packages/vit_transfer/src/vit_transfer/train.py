@@ -6,6 +6,7 @@ if __name__ == "__main__":  # before the imports below: --help and a wrong optio
     commands.train()
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,12 +17,14 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from timm.utils import ModelEmaV3
 
 from labs_common.cache import path_name
+from labs_common.checkpoint import SHARDED
 from labs_common.data.classes import read_pictures
 from labs_common.data.images import record_splits
 from labs_common.device import each_tensor, expect_fixed_shapes, to_device
-from labs_common.errors import Interrupted
+from labs_common.errors import Interrupted, LabError
 from labs_common.fitting import Fitted, Fitting, begin, channels_last
 from labs_common.frozen.cache import DTYPES
 from labs_common.launch import main_process_first
@@ -102,7 +105,7 @@ def print_needs(config: TrainConfig, loss_for: Callable[[int], Loss], by_head: b
         LabError: there is no such data or network.
     """
     found = read_pictures(config.data.data or str(drawn_scenes()))
-    classes, pictures = len(found.train.classes), len(found.train)
+    classes, pictures = len(found.train.classes), math.ceil(len(found.train) * config.data.label_fraction)
     validation = (
         round(pictures * config.data.validation_fraction) if found.validation is None else len(found.validation)
     )
@@ -150,7 +153,7 @@ def fit(
         channels_last(network, accelerator)
     expect_fixed_shapes(accelerator.device)
     model = transfer(network, config.model, config.cache.cache, accelerator, by_head)
-    transform = transform_of(network, model.size, data.augment, config.run.seed)
+    transform = transform_of(network, model.size, data.augment, config.run.seed, data.interpolation)
     training, validation = (
         boundary_rows(name, Tensors(splits[name], transform), model, config.cache, views, accelerator)
         for name, views in (("train", data.views), ("validation", 1))
@@ -159,17 +162,26 @@ def fit(
     optimizer = torch.optim.AdamW(trainable, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
     batch_of = training_batches(training, data.views, accelerator)
     source = ShuffledSteps(len(training.labels), options.batch_size, config.run.seed, batch_of)
-    fitting = Fitting.start(run, accelerator, model, optimizer, source, options, config.run.seed, "pictures")
+    if options.ema and accelerator.distributed_type in SHARDED:
+        raise LabError("--ema: cannot follow weights that are sharded; drop it, or launch without FSDP or ZeRO")
+    average = ModelEmaV3(model, options.ema) if options.ema else None
+    fitting = Fitting.start(run, accelerator, model, optimizer, source, options, config.run.seed, "pictures", average)
     loop, loss_of = fitting.loop, loss_of or label_loss(options.label_smoothing)
     for batch in loop.batches():
         loss, means = loss_of(fitting.model, each_tensor(to_device, batch, accelerator.device))
         shares = {name: value * batch.share for name, value in means.items()}
         loop.step(loss * batch.share, len(batch.targets) if batch.share else 0, **shares)
+        if average is not None:
+            average.update(fitting.plain)
         if loop.evaluation_due:
             found = training_means(run, "pictures", ("loss", "accuracy"))  # since the last evaluation
-            found |= scores(fitting.model, validation, options.batch_size, accelerator)
-            loop.evaluated(found, watch="validation/loss")
+            used = fitting.model if average is None else average.module
+            found |= scores(used, validation, options.batch_size, accelerator)
+            by_accuracy = options.schedule == "plateau"  # as arXiv 2110.05270 has it
+            loop.evaluated(found, "validation/accuracy" if by_accuracy else "validation/loss", by_accuracy)
     save = partial(save_model, model, config.model, transform, splits["train"].classes, run.path)
+    if average is not None:
+        return fitting.finish(lambda _: save(average.module.state_dict()), [training.rows, validation.rows])
     return fitting.finish(save, [training.rows, validation.rows])
 
 

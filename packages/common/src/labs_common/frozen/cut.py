@@ -32,7 +32,7 @@ class Cut:
             LabError: the network's forward cannot be traced, or what crosses is no tensor with a row per picture.
         """
         graph = _traced(model, trained)
-        behind = _behind(graph, trained)
+        behind = _behind(model, graph, trained)
         crossing = [
             node for node in graph.nodes
             if node not in behind and any(user in behind for user in node.users)
@@ -115,13 +115,16 @@ def _module(model: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
     return module
 
 
-def _behind(graph: fx.Graph, trained: Sequence[str]) -> set[fx.Node]:
-    """Finds the nodes that call a trained module, or come after one that does."""
+def _behind(model: torch.nn.Module, graph: fx.Graph, trained: Sequence[str]) -> set[fx.Node]:
+    """Finds the nodes that call a trained module, or one that shares a parameter with it, or come after such a node."""
     found: set[fx.Node] = set()
+    moving = {id(own) for prefix in trained for own in model.get_submodule(prefix).parameters()}
     for node in graph.nodes:
         own = node.op in ("call_module", "get_attr") and any(
             node.target == prefix or str(node.target).startswith(f"{prefix}.") for prefix in trained
         )
+        if node.op == "call_module":
+            own = own or any(id(one) in moving for one in model.get_submodule(str(node.target)).parameters())
         if own or node.op == "output" or any(before in found for before in node.all_input_nodes):
             found.add(node)
     return found
