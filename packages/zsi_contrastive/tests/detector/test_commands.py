@@ -22,9 +22,8 @@ from zsi_contrastive.detector.config import (
     ModelOptions,
     TrainConfig,
     WordOptions,
-    complete,
-    contrastive_of,
 )
+from zsi_contrastive.detector.defaults import complete, contrastive_of
 from zsi_contrastive.detector.evaluate import chosen_words, seen_before
 from zsi_contrastive.detector.heads import CONTRASTIVE
 from zsi_contrastive.detector.saved import chosen_data, load_detector

@@ -13,8 +13,9 @@ from labs_common.errors import LabError
 from labs_common.report.figures import bar_figure
 from labs_common.report.page import Figure, Section, Text, save_figure
 from labs_common.run import Run
-from zsi_contrastive.detector.config import OWN_SHARES, AblateConfig, ModelOptions, TrainConfig, complete
+from zsi_contrastive.detector.config import OWN_SHARES, AblateConfig, ModelOptions, TrainConfig
 from zsi_contrastive.detector.data import read_data
+from zsi_contrastive.detector.defaults import complete
 from zsi_contrastive.detector.heads import CONTRASTIVE
 
 LIBRARIES = ["zsi_contrastive.detector.train"]  # a fork server imports them once for all runs

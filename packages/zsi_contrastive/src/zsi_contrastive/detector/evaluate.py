@@ -14,8 +14,9 @@ from labs_common.report.page import making_report, write_report
 from labs_common.report.sections import asked_section
 from labs_common.run import Run, newest_run
 from zsi_contrastive.detector.annotations import Split, all_of, read_split
-from zsi_contrastive.detector.config import DataOptions, EvaluateConfig, complete_data
+from zsi_contrastive.detector.config import DataOptions, EvaluateConfig
 from zsi_contrastive.detector.data import from_main_process, read_file, read_parts, read_pictures, read_vectors
+from zsi_contrastive.detector.defaults import complete_data
 from zsi_contrastive.detector.pictures import InstancePictures, instance_pictures
 from zsi_contrastive.detector.protocol import Evaluation, evaluated, scores_of
 from zsi_contrastive.detector.report import finding_sections, measured_sections, print_scores, summary_of

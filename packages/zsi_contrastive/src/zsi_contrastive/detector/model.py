@@ -14,7 +14,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from labs_common.device import constant
 from zsi_contrastive import TINY
 from zsi_contrastive.detector.backbone import make_backbone
-from zsi_contrastive.detector.config import TrainConfig, contrastive_of
+from zsi_contrastive.detector.config import TrainConfig
+from zsi_contrastive.detector.defaults import contrastive_of
 from zsi_contrastive.detector.heads import (
     CONTRASTIVE,
     START,

@@ -13,7 +13,8 @@ from labs_common.errors import LabError
 from labs_common.saved import load_model, save_model
 from zsi_contrastive.detector.annotations import Split
 from zsi_contrastive.detector.backbone import make_backbone
-from zsi_contrastive.detector.config import DataOptions, DetectionOptions, TrainConfig, complete, complete_data
+from zsi_contrastive.detector.config import DataOptions, DetectionOptions, TrainConfig
+from zsi_contrastive.detector.defaults import complete, complete_data
 from zsi_contrastive.detector.model import Parts, Sizes, ZeroShotMaskRCNN, channels_of, sizes_of
 from zsi_contrastive.detector.regions import Sampling
 from zsi_contrastive.detector.vectors import ClassVectors
