@@ -97,6 +97,8 @@ class ModelOptions:
     """Learn background as a word vector where regions are proposed."""
     sync_background: bool = True
     """Use that vector for background in the detector as well."""
+    sync_masks: bool = False
+    """And, with --transfer code, where masks go through known classes, as the published 65/15 and its GZSI do."""
     contrastive: tuple[ContrastiveHead, ...] = ()
     """Add these contrastive heads, each with a loss of its own."""
     greedy_infomax: bool = False
@@ -298,6 +300,26 @@ class PrepareConfig:
     data: DataOptions = field(default_factory=DataOptions)
     output: Path | None = None
     """Directory of the files; it must not exist yet. By default zero-shot-SPLIT."""
+    command: CommandOptions = field(default_factory=CommandOptions)
+
+
+@dataclass
+class ConvertConfig:
+    """Turns a checkpoint of others into one of ours; which of its tensors are not used is said.
+
+    `python -m zsi_contrastive.convert ZSI_48_17.pth --split 48_17 --word-vectors word_w2v_withbg_48_17.txt --vocabulary
+    vocabulary_w2v.txt --output zsi-48-17` makes a detector for evaluate and predict of the one published with Zheng et
+    al. 2021. Of torchvision's and Detectron2's detectors, and of MoCo, it takes the ResNet and its pyramid:
+    `--backbone-weights` of train reads them.
+    """
+
+    file: tyro.conf.Positional[Path]
+    """Checkpoint: .pth, .pt, .pth.tar or .safetensors. Only tensors are read of it, its code is never run."""
+    output: Path | None = None
+    """Directory to write; it must not hold anything yet. By default the checkpoint's name."""
+    split: str = "48_17"
+    """Classes that the published detector was trained on: 48_17 or 65_15."""
+    words: WordOptions = field(default_factory=WordOptions)
     command: CommandOptions = field(default_factory=CommandOptions)
 
 

@@ -49,7 +49,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
     checkpoint = config.checkpoint or newest_run(FILE, "zsi_contrastive.train")
     loaded = load_detector(checkpoint)
     output = new_folder(config.output, checkpoint / "evaluation")
-    data, seed = chosen_data(config.data, checkpoint)
+    data, seed = chosen_data(config.data, checkpoint, loaded.split.name)
     split, vectors = chosen_words(config, loaded, data)
     accelerator = inference_accelerator()
     pictures, _ = from_main_process(accelerator, lambda: read_pictures(data, split, seed, shown=True, training=False))

@@ -53,6 +53,7 @@ class Parts:
     sync_background: bool = True
     contrastive: tuple[str, ...] = ()
     official: bool = False
+    sync_masks: bool = False
 
     def plain(self) -> dict[str, bool]:
         """Returns a yes or no for each part and head: what is kept on disk."""
@@ -83,6 +84,7 @@ class Sizes:
         sides: of what RoIAlign gives, for boxes and masks.
         points: samples across a cell of RoIAlign.
         tiny_modules: whether the modules of contrastive heads are small ones, or the paper's.
+        strides: of the levels, for anchors as in the published code; without, they are torchvision's.
     """
 
     width: int = 1024
@@ -97,6 +99,7 @@ class Sizes:
     sides: tuple[int, int] = (7, 14)
     points: int = 2
     tiny_modules: bool = False
+    strides: tuple[int, ...] = ()
 
 
 class Transform(GeneralizedRCNNTransform):
@@ -150,10 +153,10 @@ class ZeroShotMaskRCNN(nn.Module):
         """Takes vectors of `background` (d,) and of `seen` classes (seen, d), and perhaps a vocabulary (n, d)."""
         super().__init__()
         channels = int(backbone.out_channels)  # type: ignore[arg-type]
-        self.parts = parts
+        self.parts, self.sizes = parts, sizes
         self.transform = Transform(sizes.min_side, sizes.max_side, MEAN, STD, sizes.divisible)
         self.backbone = backbone
-        anchors = Anchors(tuple((side,) for side in sizes.anchors), (RATIOS,) * len(sizes.anchors))
+        anchors = Anchors(sizes.anchors, RATIOS, sizes.strides)
         head = (
             BackgroundAwareRPNHead(channels, len(RATIOS), background, 1.0 if parts.official else START)
             if parts.background_rpn
@@ -239,10 +242,10 @@ class ZeroShotMaskRCNN(nn.Module):
             features = head.joined(pictures, features)  # type: ignore[operator]
         proposals, _ = self.rpn(batch, features)
         height = batch.tensors.shape[-2]
+        known = self.classes()
         assert isinstance(self.background.word, torch.Tensor)
-        found = self.regions.detections(
-            features, proposals, height, batch.image_sizes, self.classes(), self.background.word, queries
-        )
+        word = known[0] if self.parts.sync_masks else self.background.word
+        found = self.regions.detections(features, proposals, height, batch.image_sizes, known, word, queries)
         originals = [tuple(picture.shape[-2:]) for picture in pictures]
         return [
             [
@@ -274,6 +277,7 @@ def make_model(config: TrainConfig, vectors: ClassVectors) -> ZeroShotMaskRCNN:
         options.sync_background,
         contrastive_of(options),
         official,
+        options.sync_masks,
     )
     model = ZeroShotMaskRCNN(backbone, vectors.background, vectors.seen, parts, *sizes_of(config), words)
     for name, head in model.contrastive().items():
@@ -285,8 +289,10 @@ def make_model(config: TrainConfig, vectors: ClassVectors) -> ZeroShotMaskRCNN:
 def sizes_of(config: TrainConfig) -> tuple[Sizes, Sampling]:
     """Returns widths and numbers for a completed config's backbone; tiny's fit drawn scenes of 96 pixels."""
     shorter, longer = config.model.min_side, config.model.max_side
+    # Level by level from 4 on, also over the tiny body.
+    strides = (4, 8, 16, 32, 64) if config.model.form == "official" else ()
     if config.model.backbone != TINY:
-        return Sizes(min_side=shorter, max_side=longer), Sampling()
+        return Sizes(min_side=shorter, max_side=longer, strides=strides), Sampling()
     sizes = Sizes(
         width=256,
         mask_width=48,
@@ -300,6 +306,7 @@ def sizes_of(config: TrainConfig) -> tuple[Sizes, Sampling]:
         sides=(5, 7),
         points=1,
         tiny_modules=True,
+        strides=strides[: len(TINY_ANCHORS)],
     )
     return sizes, Sampling(per_picture=24)
 
