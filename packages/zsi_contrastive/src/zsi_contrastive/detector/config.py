@@ -313,7 +313,7 @@ class ConvertConfig:
     `--backbone-weights` of train reads them.
     """
 
-    file: tyro.conf.Positional[Path]
+    file: tyro.conf.Positional[Path | None] = None
     """Checkpoint: .pth, .pt, .pth.tar or .safetensors. Only tensors are read of it, its code is never run."""
     output: Path | None = None
     """Directory to write; it must not hold anything yet. By default the checkpoint's name."""

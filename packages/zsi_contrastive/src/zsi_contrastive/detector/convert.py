@@ -2,8 +2,10 @@
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -68,6 +70,9 @@ SPELLINGS = (
     (r"^fpn\.(inner|layer)_blocks\.(\d)\.(weight|bias)$", r"fpn.\1_blocks.\2.0.\3"),  # torchvision's of before 0.13
 )
 
+# Depths of torchvision's ResNets by their blocks in the third stage.
+DEPTHS = {2: "18", 6: "34|50", 23: "101", 36: "152"}
+
 
 def convert(config: ConvertConfig) -> None:
     """Writes a detector or a backbone, and conversion.json: which tensor became which, and which are not used.
@@ -75,11 +80,13 @@ def convert(config: ConvertConfig) -> None:
     Raises:
         LabError: the file holds more than tensors, or not those of a network that is known.
     """
+    if config.file is None:
+        raise LabError("FILE: name the checkpoint to convert")
     check_new(config.output)
     state = read_tensors(config.file)
     folder = new_folder(config.output, Path(config.file.name.partition(".")[0]))
     make = detector if ROWS in state else backbone
-    used, left_out = make(state, config, folder)
+    used, left_out = make(state, config.file, config, folder)
     said = {"file": config.file.name, "used": used, "not used": left_out}
     write_atomically(folder / "conversion.json", json.dumps(said, indent=2) + "\n")
     print(f"used: {len(used)} of {len(state)} tensors")
@@ -98,7 +105,8 @@ def read_tensors(file: Path) -> State:
         found = read_weights(file, "FILE")
     else:
         try:
-            found = torch.load(file, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings(action="ignore"):  # of a pickle that it will not read
+                found = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # a pickle can fail anywhere
             other = re.search(r"GLOBAL (\S+)", str(error))
             reason = f"it holds {other[1]}, which is no tensor" if other else reason_of(error)
@@ -112,13 +120,13 @@ def read_tensors(file: Path) -> State:
     return {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
 
 
-def detector(state: State, config: ConvertConfig, folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+def detector(state: State, file: Path, config: ConvertConfig, folder: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Writes the published detector as a run's model; returns our names of tensors by its own, and why others are not.
 
     Raises:
         LabError: a tensor is missing, spare or of another shape, or the classes' vectors are others.
     """
-    said, split = str(config.file), read_split(config.split)
+    said, split = str(file), read_split(config.split)
     words = config.words
     if not words.word_vectors or words.vocabulary is None:
         raise LabError(f"{said}: the published detector needs its matrices: name --word-vectors and --vocabulary")
@@ -139,8 +147,9 @@ def detector(state: State, config: ConvertConfig, folder: Path) -> tuple[dict[st
         DataOptions(split=config.split, protocol="zsi"), words, options, DetectionOptions("code", temperature=1.0)
     )
     sizes, sampling = sizes_of(trained)
-    narrow = {"width": "bbox_head.shared_fcs.1.weight", "mask_width": "mask_head.upsample.weight"}
-    sizes = replace(sizes, **{name: len(state[tensor]) for name, tensor in narrow.items() if tensor in state})
+    width = "bbox_head.shared_fcs.1.weight"
+    if width in state:
+        sizes = replace(sizes, width=len(state[width]))
     with torch.device("meta"):  # its shapes alone: every value is read
         body = make_backbone(network, False, None, 0, CHANNELS)
         parts = Parts(official=True, sync_masks=synchronised)
@@ -171,7 +180,7 @@ def detector(state: State, config: ConvertConfig, folder: Path) -> tuple[dict[st
     return used, left_out
 
 
-def backbone(state: State, config: ConvertConfig, folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+def backbone(state: State, file: Path, config: ConvertConfig, folder: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Writes backbone.safetensors, a ResNet and its pyramid if there is one; returns what `detector` does.
 
     Raises:
@@ -180,8 +189,8 @@ def backbone(state: State, config: ConvertConfig, folder: Path) -> tuple[dict[st
     ours = {name: spelt(name) for name in state}
     by_name = {new: state[name] for name, new in ours.items()}
     if len(by_name) < len(state):
-        raise LabError(f"{config.file}: holds two networks in one; save one of them by itself")
-    network = network_of(by_name, str(config.file))
+        raise LabError(f"{file}: holds two networks in one; save one of them by itself")
+    network = network_of(by_name, str(file))
     with torch.device("meta"):
         pyramid = make_backbone(network, False, None, 0, CHANNELS).get_submodule("fpn").state_dict()
     wanted = {**plain(network), **{f"fpn.{name}": tensor for name, tensor in pyramid.items()}}
@@ -205,6 +214,7 @@ def spelt(name: str) -> str:
     return name
 
 
+@cache
 def plain(network: str) -> Mapping[str, torch.Tensor]:
     """Returns the shapes of a network's tensors, without the classifier."""
     with torch.device("meta"):
@@ -218,8 +228,10 @@ def network_of(state: State, said: str) -> str:
     Raises:
         LabError: there is none; what the nearest one has and these do not is named.
     """
+    blocks = {int(found[1]) for name in state if (found := re.match(r"layer3\.(\d+)\.", name))}
+    depth = DEPTHS.get(len(blocks), "50$")
     lacking: dict[str, list[str]] = {}
-    for network in sorted(name for name in list_models() if re.match(r"(wide_)?resne[xt]", name)):
+    for network in (name for name in list_models() if re.match(rf"(wide_)?resne(t|xt)({depth})", name)):
         wanted = plain(network)
         lacking[network] = [
             name for name, tensor in wanted.items()
