@@ -26,8 +26,8 @@ from zsi_contrastive import TINY
 PUBLISHED = ("48_17", "65_15")  # the splits of COCO in the literature (Zheng et al. 2021): seen_unseen
 SCENES = "scenes"
 Aggregate = Annotated[str, one_of("zsi_contrastive.detector.vectors:AGGREGATES")]
-HEADS = names_in("zsi_contrastive.detector.heads:CONTRASTIVE")
-ContrastiveHead = Annotated[str, one_of("zsi_contrastive.detector.heads:CONTRASTIVE")]
+HEADS = names_in("zsi_contrastive.detector.contrastive:CONTRASTIVE")
+ContrastiveHead = Annotated[str, one_of("zsi_contrastive.detector.contrastive:CONTRASTIVE")]
 # The first two heads have a switch each, of the same name, and an option for their weight: older than --contrastive.
 OWN_SHARES = {"greedy_infomax": "greedy_share", "patch_infonce": "patch_share"}
 
@@ -106,13 +106,30 @@ class ModelOptions:
     greedy_weights: Path | None = None
     """Start its modules from this .safetensors file, which `zsi_contrastive.pretrain --method gim` wrote."""
     patch_infonce: bool = False
-    """Add patch_infonce to --contrastive: patches of a thing against those of other classes and of background."""
+    """Add patch_infonce to --contrastive: related patches against unrelated ones."""
+    thumbnail: Annotated[int, number(int, "[16, 512]")] = 32
+    """Side in pixels of what greedy_infomax sees, in seven rows of patches of a quarter; a multiple of 8."""
+    patches_by: Literal["label", "place"] = "label"
+    """Related patches of patch_infonce. label: two of one thing, by its mask, against other classes' and background's.
+    place: neighbours anywhere in a picture, without any label, against all other patches of the batch."""
+    patch_loss: Literal["infonce", "hadsell"] = "infonce"
+    """Loss of patch_infonce: InfoNCE, or Hadsell's contrastive loss with a margin of 1."""
+    patch_size: Count = 3
+    """Side of a patch of patch_infonce, in places of the finest level (4 pixels each); odd."""
+    patches: Count = 8
+    """Patches that patch_infonce draws in each picture: of its background, or all with --patches-by place."""
+    patch_temperature: Annotated[float, number(float, "(0, 10]")] = 0.1
+    """By which patch_infonce divides cosines."""
     form: Literal["own", "official"] = "own"
     """Heads, first weights and box loss of our own, or those of the published code (docs/zsi_contrastive.md)."""
     min_side: CountOrZero = 0
     """Shorter side of the pictures that the network sees, in pixels; 0 takes 800, and 96 for tiny."""
     max_side: CountOrZero = 0
     """Longest side; 0 takes 1333, and 160 for tiny."""
+    contrast: Annotated[float, number(float, "[0, 10]")] = 1.0
+    """Contrast of the pictures that the network sees, in training and in use; 1 leaves it, 2 doubles differences."""
+    sharpness: Annotated[float, number(float, "[0, 10]")] = 1.0
+    """Sharpness of these pictures; 1 leaves it, 0 blurs, 2 sharpens."""
 
 
 @dataclass
@@ -279,7 +296,8 @@ class AblateConfig:
         f"detector,mask-head,mask-decoder,box-decoder,background-rpn,sync-background,{','.join(HEADS)},both"
     ).replace("_", "-")
     """Variants: up to sync-background each has what those before it have, and what it is called; the others add a
-    contrastive head to all of that, and both all there are. none is another name of sync-background."""
+    contrastive head to all of that, and both all there are. none is another name of sync-background. Not by default:
+    thumbnail, patch-place, -hadsell, -size, -number and -temperature change a head, contrast and sharpness pictures."""
     data: DataOptions = field(default_factory=DataOptions)
     words: WordOptions = field(default_factory=WordOptions)
     model: ModelOptions = field(default_factory=ModelOptions)

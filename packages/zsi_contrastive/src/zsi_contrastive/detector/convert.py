@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -101,6 +102,7 @@ def read_tensors(file: Path) -> State:
     Raises:
         LabError: the file cannot be read so.
     """
+    found: Any
     if file.suffix == ".safetensors":
         found = read_weights(file, "FILE")
     else:
@@ -114,7 +116,8 @@ def read_tensors(file: Path) -> State:
                 f"{file}: its tensors cannot be read alone ({reason}), and nothing else of it is run; save the "
                 "state_dict by itself, with torch.save, where you trust the file"
             ) from error
-        found = next((found[key] for key in ("state_dict", "model") if isinstance(found, dict) and key in found), found)
+        for key in ("state_dict", "model"):
+            found = found.get(key, found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
         raise LabError(f"{file}: holds no state_dict, a dictionary of tensors alone")
     return {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
@@ -240,5 +243,5 @@ def network_of(state: State, said: str) -> str:
         if not lacking[network]:
             return network
     nearest = min(lacking, key=lambda network: len(lacking[network]))
-    found = f"for {nearest} it lacks {named(lacking[nearest])}, or has other shapes there"
-    raise LabError(f"{said}: holds no ResNet of torchvision; {found}")
+    lacks = f"for {nearest} it lacks {named(lacking[nearest])}, or has other shapes there"
+    raise LabError(f"{said}: holds no ResNet of torchvision; {lacks}")

@@ -83,5 +83,9 @@ def check(config: TrainConfig) -> None:
             raise LabError(f"--{name}-weights {file}: must be a .safetensors file")
     if model.greedy_weights is not None and "greedy_infomax" not in contrastive_of(model):
         raise LabError("--greedy-weights: there is no such head; add --greedy-infomax")
+    if model.thumbnail % 8:
+        raise LabError(f"--thumbnail {model.thumbnail}: must be a multiple of 8, as half a patch is an eighth of it")
+    if model.patch_size % 2 == 0:
+        raise LabError(f"--patch-size {model.patch_size}: must be odd, for a place in the middle")
     if training.patience and not config.data.validation_fraction:
         raise LabError("--patience: there is nothing to watch with --validation-fraction 0")

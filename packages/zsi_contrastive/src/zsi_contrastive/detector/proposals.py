@@ -168,7 +168,8 @@ class Anchors(AnchorGenerator):
         super().__init__(tuple((side,) for side in sides), (ratios,) * len(sides))
         self.strides = strides
         if strides:
-            self.cell_anchors = [cell + side / 2 for cell, side in zip(self.cell_anchors, strides, strict=True)]
+            cells: list[torch.Tensor] = self.cell_anchors  # type: ignore[has-type]
+            self.cell_anchors = [cell + side / 2 for cell, side in zip(cells, strides, strict=True)]
 
     def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
         """Moves the anchors of a cell to the device."""
