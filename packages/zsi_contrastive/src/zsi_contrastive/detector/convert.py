@@ -81,9 +81,9 @@ def convert(config: ConvertConfig) -> None:
     Raises:
         LabError: the file holds more than tensors, or not those of a network that is known.
     """
+    check_new(config.output)
     if config.file is None:
         raise LabError("FILE: name the checkpoint to convert")
-    check_new(config.output)
     state = read_tensors(config.file)
     folder = new_folder(config.output, Path(config.file.name.partition(".")[0]))
     make = detector if ROWS in state else backbone
