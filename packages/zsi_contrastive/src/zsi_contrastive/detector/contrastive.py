@@ -83,7 +83,8 @@ class PatchInfoNCEHead(nn.Module):
         """Computes the loss on maps (pictures, channels, h, w) of a batch of `size` pixels; 0 without any thing."""
         side, drawn = self.options.patch_size, self.options.patches
         embedded = self.embed(F.avg_pool2d(maps, side, 1, side // 2)).float()
-        queries, keys, labels, others = [], [], [], []
+        labels: list[torch.Tensor] = []
+        queries, keys, others = [], [], []
         for picture, target in zip(embedded, targets, strict=True):
             masks = target["masks"].bool()
             if self.options.patches_by == "place":

@@ -163,7 +163,7 @@ class ZeroShotMaskRCNN(nn.Module):
         self.parts, self.sizes = parts, sizes
         self.transform = Transform(sizes.min_side, sizes.max_side, MEAN, STD, sizes.divisible)
         self.backbone = backbone
-        anchors = Anchors(sizes.anchors, RATIOS, sizes.strides)
+        anchors = Anchors(tuple((side,) for side in sizes.anchors), (RATIOS,) * len(sizes.anchors), sizes.strides)
         head = (
             BackgroundAwareRPNHead(channels, len(RATIOS), background, 1.0 if parts.official else START)
             if parts.background_rpn

@@ -163,9 +163,14 @@ class Anchors(AnchorGenerator):
     a side of 800).
     """
 
-    def __init__(self, sides: Sequence[int], ratios: tuple[float, ...], strides: Sequence[int] = ()) -> None:
-        """Makes an anchor of each of the `ratios`, height to width, for each level's side in pixels."""
-        super().__init__(tuple((side,) for side in sides), (ratios,) * len(sides))
+    def __init__(
+        self,
+        sides: tuple[tuple[int, ...], ...],
+        ratios: tuple[tuple[float, ...], ...],
+        strides: Sequence[int] = (),
+    ) -> None:
+        """Makes anchors of each level's sides in pixels and ratios, height to width."""
+        super().__init__(sides, ratios)
         self.strides = strides
         if strides:
             cells: list[torch.Tensor] = self.cell_anchors  # type: ignore[has-type]
