@@ -40,8 +40,8 @@ SHELL = {
     # tests/test_launcher.py runs the script.
     "sbatch --nodes=2 --gpus-per-node=8 --time=24:00:00 launch/slurm.sbatch --data cifar-10-batches-py --epochs 20",
 }  # fmt: skip
-# Each has a test of its own: a comparison starts processes, a page serves until it is stopped.
-PARSED_ONLY = ("compare", "ablate", "demo", ".rate")
+# Each has a test of its own: a comparison starts processes, a page serves until it is stopped, a checkpoint of others.
+PARSED_ONLY = ("compare", "ablate", "demo", ".rate", ".convert")
 # What makes a documented command small, after its own options. {…} are things that `workplace` makes.
 SMALL = {
     "llm_peft_fa.train": "--epochs 1 --max-steps 2 --test-prompts 2 --max-new-tokens 4 --batch-size 4 --learning-rate 1e-3",

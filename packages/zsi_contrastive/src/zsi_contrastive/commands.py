@@ -5,6 +5,7 @@ from functools import partial
 from labs_common.cli import run_command
 from zsi_contrastive.detector.config import (
     AblateConfig,
+    ConvertConfig,
     EvaluateConfig,
     PredictConfig,
     PrepareConfig,
@@ -22,6 +23,7 @@ predict = partial(run_command, "zsi_contrastive.detector.predict:predict", Predi
 ablate = partial(run_command, "zsi_contrastive.detector.compare:ablate", AblateConfig, "zsi_contrastive.ablate")
 prepare = partial(run_command, "zsi_contrastive.detector.prepare:prepare", PrepareConfig, "zsi_contrastive.prepare")
 words = partial(run_command, "zsi_contrastive.detector.words:words", WordsConfig, "zsi_contrastive.words")
+convert = partial(run_command, "zsi_contrastive.detector.convert:convert", ConvertConfig, "zsi_contrastive.convert")
 
 # Self-supervised pre-training.
 pretrain = partial(run_command, "zsi_contrastive.ssl.train:train", PretrainConfig, "zsi_contrastive.pretrain")

@@ -22,11 +22,10 @@ from zsi_contrastive.detector.config import (
     ModelOptions,
     TrainConfig,
     WordOptions,
-    complete,
-    contrastive_of,
 )
+from zsi_contrastive.detector.contrastive import CONTRASTIVE
+from zsi_contrastive.detector.defaults import complete, contrastive_of
 from zsi_contrastive.detector.evaluate import chosen_words, seen_before
-from zsi_contrastive.detector.heads import CONTRASTIVE
 from zsi_contrastive.detector.saved import chosen_data, load_detector
 from zsi_contrastive.detector.train import contrastive_share
 

@@ -6,20 +6,14 @@ import torch
 import torch.nn.functional as F
 
 from zsi_contrastive.detector.heads import (
-    TEMPERATURE,
     BackgroundAwareRPNHead,
-    GreedyInfoMaxHead,
-    PatchInfoNCEHead,
     SemanticBoxHead,
     SemanticMaskHead,
     SynchronisedBackground,
     mask_logits,
-    patch_info_nce,
-    thumbnails,
     transferred,
 )
 from zsi_contrastive.detector.regions import direct, through_known
-from zsi_contrastive.networks import TINY_SIZES
 
 pytestmark = pytest.mark.quick
 
@@ -213,59 +207,3 @@ def test_official_heads_start_as_the_published_code_says() -> None:
         assert float(weight.detach().std()) == pytest.approx(deviation, rel=0.06)
     for bias in (box.first.bias, box.semantic.bias, box.box.bias, box.from_words.bias, masks.encoder[2].bias):
         assert not bias.any()
-
-
-def test_the_head_adds_nothing_at_first_and_takes_no_gradient_from_the_detector() -> None:
-    torch.manual_seed(0)
-    head = GreedyInfoMaxHead(8, TINY_SIZES)
-    pictures = [torch.rand(3, 40, 50), torch.rand(3, 60, 30)]
-    assert thumbnails(pictures).shape == (2, 3, 32, 32)
-    levels = {"0": torch.randn(2, 8, 10, 12), "1": torch.randn(2, 8, 5, 6)}
-    torch.manual_seed(1)
-    _, joined = head(pictures, levels, [], (40, 48))
-    torch.testing.assert_close(joined, levels)
-    torch.nn.init.normal_(head.join.weight)
-    loss, joined = head(pictures, levels, [], (40, 48))
-    sum(level.square().sum() for level in joined.values()).backward()
-    assert head.join.weight.grad.abs().sum() > 0
-    assert all(parameter.grad is None for parameter in head.isolated.parameters())
-    loss.backward()
-    assert all(parameter.grad is not None for parameter in head.isolated.parameters())
-    torch.testing.assert_close(head.eval().joined(pictures, levels), joined)
-
-
-def test_patch_info_nce_is_its_double_loop() -> None:
-    torch.manual_seed(0)
-    queries, keys, others = torch.randn(5, 6), torch.randn(5, 6), torch.randn(3, 6)
-    labels = torch.tensor([0, 1, 0, 2, 1])
-    total = 0.0
-    for one in range(5):
-
-        def like(key: torch.Tensor, one: int = one) -> torch.Tensor:
-            return (F.cosine_similarity(queries[one], key, dim=0) / TEMPERATURE).exp()
-
-        right = like(keys[one])
-        wrong = sum(like(keys[two]) for two in range(5) if labels[two] != labels[one]) + sum(map(like, others))
-        total -= float((right / (right + wrong)).log())
-    assert float(patch_info_nce(queries, keys, labels, others)) == pytest.approx(total / 5, rel=1e-4)
-
-
-def test_patches_are_of_things_and_of_background() -> None:
-    """A map that is one vector on each thing and another elsewhere has the loss of an answer that is right."""
-    torch.manual_seed(0)
-    head = PatchInfoNCEHead(3)
-    head.embed = torch.nn.Identity()
-    masks = torch.zeros(2, 32, 32)
-    masks[0, 4:16, 4:16] = 1
-    masks[1, 20:30, 20:30] = 1
-    maps = torch.zeros(1, 3, 32, 32)
-    maps[0, 0] = 1 - masks.sum(0)
-    maps[0, 1:] = masks
-    target = {"masks": masks, "labels": torch.tensor([1, 2])}
-    apart = float(head.loss(maps, [target], (32, 32)))
-    alike = float(head.loss(torch.ones(1, 3, 32, 32), [target], (32, 32)))
-    assert apart < 0.5 < alike
-    nothing = {"masks": masks[:0], "labels": torch.zeros(0, dtype=torch.int64)}
-    assert float(head.loss(maps, [nothing], (32, 32))) == 0
-    everywhere = {"masks": torch.ones(1, 32, 32), "labels": torch.tensor([1])}
-    assert float(head.loss(maps, [everywhere], (32, 32))) == 0, "no background"

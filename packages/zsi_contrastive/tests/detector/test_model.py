@@ -11,7 +11,8 @@ from torchvision.ops import batched_nms, box_iou
 
 from labs_common.errors import LabError
 from zsi_contrastive.detector.backbone import make_backbone
-from zsi_contrastive.detector.heads import CONTRASTIVE, Samples
+from zsi_contrastive.detector.contrastive import CONTRASTIVE
+from zsi_contrastive.detector.heads import Samples
 from zsi_contrastive.detector.model import MEAN, STD, Parts, Sizes, ZeroShotMaskRCNN, scaled
 from zsi_contrastive.detector.regions import Detections, Query, Sampling
 

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from labs_common.cli import parse
 from labs_common.training import learning_rate_share
 from zsi_contrastive.detector.compare import LIBRARIES
-from zsi_contrastive.detector.config import TrainConfig, complete
+from zsi_contrastive.detector.config import TrainConfig
+from zsi_contrastive.detector.defaults import complete
 from zsi_contrastive.detector.model import sizes_of
 
 LAUNCH, CONFIGS = (Path(__file__).parents[2] / name for name in ("launch", "configs"))

@@ -72,7 +72,11 @@ def make_backbone(
             backbone = resnet_fpn_backbone(
                 backbone_name=name, weights=chosen, trainable_layers=STAGES + (frozen_stages == 0) - frozen_stages
             )
-            _load(backbone.body, weights)
+            given = _load(backbone.body, weights)
+            # A converted detector has its pyramid too.
+            pyramid = {name.removeprefix("fpn."): given[name] for name in given if name.startswith("fpn.")}
+            if pyramid:
+                load_exactly(backbone.fpn, pyramid, f"--backbone-weights {weights}")
             return backbone
         return _of_timm(name, bool(pretrained), weights, frozen_stages, channels)
     except LabError:
@@ -107,12 +111,13 @@ def _of_timm(name: str, pretrained: bool, weights: Path | None, frozen_stages: i
     return Pyramid(body, body.feature_info.channels(), channels, pooled=True)
 
 
-def _load(body: nn.Module, weights: Path | None) -> None:
+def _load(body: nn.Module, weights: Path | None) -> dict[str, torch.Tensor]:
     if weights is None:
-        return
+        return {}
     state = read_weights(weights, "--backbone-weights")
     for child, _ in body.named_children():  # a feature network of timm calls stages_0 what is stages.0 in the plain one
         whole = child.replace("_", ".") + "."
         renamed = {name: name.replace(whole, f"{child}.", 1) if name.startswith(whole) else name for name in state}
         state = {renamed[name]: tensor for name, tensor in state.items()}
     load_exactly(body, state, f"--backbone-weights {weights}")
+    return state

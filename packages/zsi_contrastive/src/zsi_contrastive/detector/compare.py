@@ -1,7 +1,7 @@
 """Trains the paper's variants under one budget and reports on them: `python -m zsi_contrastive.ablate`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -13,23 +13,26 @@ from labs_common.errors import LabError
 from labs_common.report.figures import bar_figure
 from labs_common.report.page import Figure, Section, Text, save_figure
 from labs_common.run import Run
-from zsi_contrastive.detector.config import OWN_SHARES, AblateConfig, ModelOptions, TrainConfig, complete
+from zsi_contrastive.detector.config import OWN_SHARES, AblateConfig, ModelOptions, TrainConfig
+from zsi_contrastive.detector.contrastive import CONTRASTIVE
 from zsi_contrastive.detector.data import read_data
-from zsi_contrastive.detector.heads import CONTRASTIVE
+from zsi_contrastive.detector.defaults import complete
 
 LIBRARIES = ["zsi_contrastive.detector.train"]  # a fork server imports them once for all runs
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the ablation: what a report calls it, and the parts and contrastive heads that it has."""
+    """A row of the ablation: what a report calls it, the parts and contrastive heads that it has, and its options."""
 
     said: str
     parts: tuple[str, ...]
     contrastive: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 # In the order in which the paper adds them.
+PATCH = ("patch_infonce",)
 PARTS = ("mask_head", "mask_decoder", "box_decoder", "background_rpn", "sync_background")
 VARIANTS: dict[str, Variant] = {
     "detector": Variant("detector alone: boxes", ()),
@@ -41,6 +44,15 @@ VARIANTS: dict[str, Variant] = {
     "none": Variant("no contrastive head", PARTS),  # the same beside contrastive heads
     **{name.replace("_", "-"): Variant(head.said, PARTS, (name,)) for name, head in CONTRASTIVE.items()},
     "both": Variant("all contrastive heads", PARTS, tuple(CONTRASTIVE)),
+    # Not among those that run by default: one option each, beside the row of its head, or beside none.
+    "thumbnail": Variant("Greedy InfoMax at 64 × 64", PARTS, ("greedy_infomax",), {"thumbnail": 64}),
+    "patch-place": Variant("patches related by place", PARTS, PATCH, {"patches_by": "place"}),
+    "patch-hadsell": Variant("Hadsell's loss on patches", PARTS, PATCH, {"patch_loss": "hadsell"}),
+    "patch-size": Variant("patches of 5 places", PARTS, PATCH, {"patch_size": 5}),
+    "patch-number": Variant("32 patches", PARTS, PATCH, {"patches": 32}),
+    "patch-temperature": Variant("temperature 0.5 for patches", PARTS, PATCH, {"patch_temperature": 0.5}),
+    "contrast": Variant("contrast 1.5", PARTS, (), {"contrast": 1.5}),
+    "sharpness": Variant("sharpness 2", PARTS, (), {"sharpness": 2.0}),
 }
 USUAL = ModelOptions()
 ZSI, GZSI, LIST = "ZSI box AP 0.5", "GZSI box harmonic mean", "one list, box harmonic mean"
@@ -102,7 +114,7 @@ def plan(config: AblateConfig) -> dict[str, TrainConfig]:
         for name, head in CONTRASTIVE.items():
             if name not in variant.contrastive:
                 parts |= {option: getattr(USUAL, option) for option in head.options}
-        model = replace(config.model, **parts)
+        model = replace(config.model, **parts | variant.options)
         return complete(TrainConfig(config.data, config.words, model, config.detection, config.training))
 
     return plan_runs(config.comparison, "--rows", config.rows, "variant", run_of, tuple(VARIANTS))

@@ -1,13 +1,11 @@
 """Every option of the detector's commands, once, with its help text and default. Nothing heavy: `--help` is fast."""
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from labs_common.errors import LabError
 from labs_common.options import (
     CommandOptions,
     ComparisonOptions,
@@ -28,8 +26,8 @@ from zsi_contrastive import TINY
 PUBLISHED = ("48_17", "65_15")  # the splits of COCO in the literature (Zheng et al. 2021): seen_unseen
 SCENES = "scenes"
 Aggregate = Annotated[str, one_of("zsi_contrastive.detector.vectors:AGGREGATES")]
-HEADS = names_in("zsi_contrastive.detector.heads:CONTRASTIVE")
-ContrastiveHead = Annotated[str, one_of("zsi_contrastive.detector.heads:CONTRASTIVE")]
+HEADS = names_in("zsi_contrastive.detector.contrastive:CONTRASTIVE")
+ContrastiveHead = Annotated[str, one_of("zsi_contrastive.detector.contrastive:CONTRASTIVE")]
 # The first two heads have a switch each, of the same name, and an option for their weight: older than --contrastive.
 OWN_SHARES = {"greedy_infomax": "greedy_share", "patch_infonce": "patch_share"}
 
@@ -99,6 +97,8 @@ class ModelOptions:
     """Learn background as a word vector where regions are proposed."""
     sync_background: bool = True
     """Use that vector for background in the detector as well."""
+    sync_masks: bool = False
+    """And, with --transfer code, where masks go through known classes, as the published 65/15 and its GZSI do."""
     contrastive: tuple[ContrastiveHead, ...] = ()
     """Add these contrastive heads, each with a loss of its own."""
     greedy_infomax: bool = False
@@ -106,13 +106,30 @@ class ModelOptions:
     greedy_weights: Path | None = None
     """Start its modules from this .safetensors file, which `zsi_contrastive.pretrain --method gim` wrote."""
     patch_infonce: bool = False
-    """Add patch_infonce to --contrastive: patches of a thing against those of other classes and of background."""
+    """Add patch_infonce to --contrastive: related patches against unrelated ones."""
+    thumbnail: Annotated[int, number(int, "[16, 512]")] = 32
+    """Side in pixels of what greedy_infomax sees, in seven rows of patches of a quarter; a multiple of 8."""
+    patches_by: Literal["label", "place"] = "label"
+    """Related patches of patch_infonce. label: two of one thing, by its mask, against other classes' and background's.
+    place: neighbours anywhere in a picture, without any label, against all other patches of the batch."""
+    patch_loss: Literal["infonce", "hadsell"] = "infonce"
+    """Loss of patch_infonce: InfoNCE, or Hadsell's contrastive loss with a margin of 1."""
+    patch_size: Count = 3
+    """Side of a patch of patch_infonce, in places of the finest level (4 pixels each); odd."""
+    patches: Count = 8
+    """Patches that patch_infonce draws in each picture: of its background, or all with --patches-by place."""
+    patch_temperature: Annotated[float, number(float, "(0, 10]")] = 0.1
+    """By which patch_infonce divides cosines."""
     form: Literal["own", "official"] = "own"
     """Heads, first weights and box loss of our own, or those of the published code (docs/zsi_contrastive.md)."""
     min_side: CountOrZero = 0
     """Shorter side of the pictures that the network sees, in pixels; 0 takes 800, and 96 for tiny."""
     max_side: CountOrZero = 0
     """Longest side; 0 takes 1333, and 160 for tiny."""
+    contrast: Annotated[float, number(float, "[0, 10]")] = 1.0
+    """Contrast of the pictures that the network sees, in training and in use; 1 leaves it, 2 doubles differences."""
+    sharpness: Annotated[float, number(float, "[0, 10]")] = 1.0
+    """Sharpness of these pictures; 1 leaves it, 0 blurs, 2 sharpens."""
 
 
 @dataclass
@@ -279,7 +296,8 @@ class AblateConfig:
         f"detector,mask-head,mask-decoder,box-decoder,background-rpn,sync-background,{','.join(HEADS)},both"
     ).replace("_", "-")
     """Variants: up to sync-background each has what those before it have, and what it is called; the others add a
-    contrastive head to all of that, and both all there are. none is another name of sync-background."""
+    contrastive head to all of that, and both all there are. none is another name of sync-background. Not by default:
+    thumbnail, patch-place, -hadsell, -size, -number and -temperature change a head, contrast and sharpness pictures."""
     data: DataOptions = field(default_factory=DataOptions)
     words: WordOptions = field(default_factory=WordOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -304,6 +322,26 @@ class PrepareConfig:
 
 
 @dataclass
+class ConvertConfig:
+    """Turns a checkpoint of others into one of ours; which of its tensors are not used is said.
+
+    `python -m zsi_contrastive.convert ZSI_48_17.pth --split 48_17 --word-vectors word_w2v_withbg_48_17.txt --vocabulary
+    vocabulary_w2v.txt --output zsi-48-17` makes a detector for evaluate and predict of the one published with Zheng et
+    al. 2021. Of torchvision's and Detectron2's detectors, and of MoCo, it takes the ResNet and its pyramid:
+    `--backbone-weights` of train reads them.
+    """
+
+    file: tyro.conf.Positional[Path | None] = None
+    """Checkpoint: .pth, .pt, .pth.tar or .safetensors. Only tensors are read of it, its code is never run."""
+    output: Path | None = None
+    """Directory to write; it must not hold anything yet. By default the checkpoint's name."""
+    split: str = "48_17"
+    """Classes that the published detector was trained on: 48_17 or 65_15."""
+    words: WordOptions = field(default_factory=WordOptions)
+    command: CommandOptions = field(default_factory=CommandOptions)
+
+
+@dataclass
 class WordsConfig:
     """Shows which vector is which class and checks the order, or writes a matrix from any source of word vectors.
 
@@ -318,82 +356,3 @@ class WordsConfig:
     write: Path | None = None
     """Write the vectors as a matrix to this file."""
     command: CommandOptions = field(default_factory=CommandOptions)
-
-
-def complete(config: TrainConfig) -> TrainConfig:
-    """Fills in the defaults that depend on the backbone and the data, and checks that the options fit together.
-
-    For photographs they are those of Zheng et al. 2021 and their published code; those of `tiny` were found on drawn
-    scenes (docs/zsi_contrastive.md).
-
-    Raises:
-        LabError: options contradict each other.
-    """
-    data = complete_data(config.data)
-    split = data.split
-    vectors = config.words.word_vectors or ("attributes" if split == SCENES else "")
-    if config.data.data is None and split != SCENES:
-        raise LabError(f"--split {split}: drawn scenes have classes of their own; name pictures with --data")
-    if not vectors:
-        raise LabError(f"--word-vectors: name those of {split}: a matrix, a file of GloVe or fastText, or encoder:NAME")
-    check(config)
-    tiny = config.model.backbone == TINY
-    # The learning rate of 65/15 is the lower one of the published configurations.
-    rate = 3e-3 if tiny else 0.0075 if split == "65_15" else 0.01
-    model, detection, training = config.model, config.detection, config.training
-    filled: dict[str, dict[str, Any]] = {
-        "model": {
-            "frozen_stages": (0 if tiny else 1) if model.frozen_stages < 0 else model.frozen_stages,
-            "min_side": model.min_side or (96 if tiny else 800),
-            "max_side": model.max_side or (160 if tiny else 1333),
-            # In one place each, so that a flag over a run's config.yaml changes it, and a run of before has the same.
-            "contrastive": tuple(name for name in contrastive_of(model) if name not in OWN_SHARES),
-            **{name: name in contrastive_of(model) for name in OWN_SHARES},
-        },
-        "detection": {
-            "transfer": ("things" if tiny else "code") if detection.transfer == "auto" else detection.transfer,
-            "temperature": detection.temperature or (4.0 if tiny else 1.0),
-        },
-        "training": {
-            "epochs": training.epochs or (6 if tiny else 12),
-            "batch_size": training.batch_size or (16 if tiny else 8),
-            "optimizer": ("adamw" if tiny else "sgd") if training.optimizer == "auto" else training.optimizer,
-            "learning_rate": training.learning_rate or rate,
-            "schedule": ("cosine" if tiny else "steps") if training.schedule == "auto" else training.schedule,
-            "reconstruction": training.reconstruction or (0.05 if tiny else 0.5),
-            "clip_norm": (5.0 if tiny else 35.0) if training.clip_norm < 0 else training.clip_norm,
-        },
-        "words": {"word_vectors": vectors},
-    }
-    groups = {name: dataclasses.replace(getattr(config, name), **values) for name, values in filled.items()}
-    return dataclasses.replace(config, data=data, **groups)
-
-
-def complete_data(data: DataOptions) -> DataOptions:
-    """Fills in what says which pictures are the test, where it is not asked for."""
-    split = data.split or (SCENES if data.data is None else PUBLISHED[0])
-    protocol, share = "zsi" if data.protocol == "auto" else data.protocol, data.validation_fraction
-    return dataclasses.replace(data, split=split, protocol=protocol, validation_fraction=0.3 if share < 0 else share)
-
-
-def contrastive_of(model: ModelOptions) -> tuple[str, ...]:
-    """Returns the contrastive heads that are asked for in either way, in the order of their table."""
-    return tuple(name for name in HEADS if name in model.contrastive or (name in OWN_SHARES and getattr(model, name)))
-
-
-def check(config: TrainConfig) -> None:
-    """Checks options that do not depend on the data.
-
-    Raises:
-        LabError: options contradict each other.
-    """
-    model, training = config.model, config.training
-    if model.sync_background and not model.background_rpn:
-        raise LabError("--sync-background: nothing to take over without --background-rpn; add --no-sync-background")
-    for name, file in (("backbone", model.backbone_weights), ("greedy", model.greedy_weights)):
-        if file is not None and file.suffix != ".safetensors":
-            raise LabError(f"--{name}-weights {file}: must be a .safetensors file")
-    if model.greedy_weights is not None and "greedy_infomax" not in contrastive_of(model):
-        raise LabError("--greedy-weights: there is no such head; add --greedy-infomax")
-    if training.patience and not config.data.validation_fraction:
-        raise LabError("--patience: there is nothing to watch with --validation-fraction 0")

@@ -14,8 +14,9 @@ from labs_common.report.page import making_report, write_report
 from labs_common.report.sections import asked_section
 from labs_common.run import Run, newest_run
 from zsi_contrastive.detector.annotations import Split, all_of, read_split
-from zsi_contrastive.detector.config import DataOptions, EvaluateConfig, complete_data
+from zsi_contrastive.detector.config import DataOptions, EvaluateConfig
 from zsi_contrastive.detector.data import from_main_process, read_file, read_parts, read_pictures, read_vectors
+from zsi_contrastive.detector.defaults import complete_data
 from zsi_contrastive.detector.pictures import InstancePictures, instance_pictures
 from zsi_contrastive.detector.protocol import Evaluation, evaluated, scores_of
 from zsi_contrastive.detector.report import finding_sections, measured_sections, print_scores, summary_of
@@ -48,7 +49,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
     checkpoint = config.checkpoint or newest_run(FILE, "zsi_contrastive.train")
     loaded = load_detector(checkpoint)
     output = new_folder(config.output, checkpoint / "evaluation")
-    data, seed = chosen_data(config.data, checkpoint)
+    data, seed = chosen_data(config.data, checkpoint, loaded.split.name)
     split, vectors = chosen_words(config, loaded, data)
     accelerator = inference_accelerator()
     pictures, _ = from_main_process(accelerator, lambda: read_pictures(data, split, seed, shown=True, training=False))

@@ -1,30 +1,18 @@
-"""The heads of the network: those that know words, and contrastive ones.
+"""The heads of the network that know words.
 
 Proposals, boxes and masks are scored against class vectors as in Zheng et al., "Zero-Shot Instance Segmentation", CVPR
 2021, section 3. Shapes: d is the length of a word vector, and class vectors are rows, with the background's first.
-Contrastive heads act before the features reach the proposals, and add a loss to the detector's own.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
-from torchvision.transforms.v2.functional import normalize
-
-from labs_common.saved import load_exactly, read_weights
-from zsi_contrastive.detector.config import ModelOptions
-from zsi_contrastive.networks import TINY_SIZES, GreedySizes, PatchModules
 
 DECONV = 2  # the mask head doubles the side of what RoIAlign gives
 START = 0.01  # standard deviation of new weights of the proposals, as in Faster R-CNN (Ren et al. 2015, section 3.1.3)
-THUMBNAIL = 32  # pixels: the side of what Greedy InfoMax's modules see
-PATCH = 3  # places of the map, across and down
-PATCH_WIDTH, TEMPERATURE = 64, 0.1  # of patch InfoNCE; SimCLR's best temperature (Chen et al. 2020, table 5)
-BACKGROUND = 8  # patches of each picture that lie on no thing
 Levels = dict[str, torch.Tensor]
 Target = dict[str, torch.Tensor]  # of a picture: `boxes` (n, 4), `labels` (n,) from 1, `masks` (n, height, width)
 
@@ -237,160 +225,3 @@ def transferred(
         return (logits / temperature).softmax(-1) @ known @ asked.T
     thing = 1 - logits.softmax(-1)[:, :1]
     return thing * ((logits[:, 1:] / temperature).softmax(-1) @ known[1:] @ asked.T)
-
-
-class GreedyInfoMaxHead(nn.Module):
-    """Three gradient-isolated modules on the whole picture at 32 × 32, each with an InfoNCE loss of its own.
-
-    What the last one sees is added to every level of the pyramid as one vector, through a layer that starts at zero:
-    the detector can use it, but its losses do not reach the modules.
-    """
-
-    def __init__(self, channels: int, sizes: GreedySizes = GreedySizes()) -> None:  # noqa: B008
-        """Makes modules of these sizes, for a pyramid of `channels`."""
-        super().__init__()
-        self.isolated = PatchModules(sizes)
-        self.join = nn.Linear(self.isolated.width, channels)
-        nn.init.zeros_(self.join.weight)
-        nn.init.zeros_(self.join.bias)
-
-    def forward(
-        self, pictures: Sequence[torch.Tensor], levels: Levels, targets: Sequence[Target], size: tuple[int, int]
-    ) -> tuple[torch.Tensor, Levels]:
-        """Returns the sum of the modules' losses, and the levels with what the modules see; see `Contrastive`."""
-        losses, seen = self.isolated(thumbnails(pictures))
-        return losses.sum(), self._added(levels, seen)
-
-    def joined(self, pictures: Sequence[torch.Tensor], levels: Levels) -> Levels:
-        """Adds what the modules see of each picture to the pyramid's levels (n, channels, h, w)."""
-        return self._added(levels, self.isolated.features(thumbnails(pictures)))
-
-    def _added(self, levels: Levels, seen: torch.Tensor) -> Levels:
-        added = self.join(seen)[:, :, None, None]  # (n, channels, 1, 1)
-        return {name: level + added for name, level in levels.items()}
-
-
-def thumbnails(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Shrinks pictures (3, height, width) of 0 to 1 to 32 × 32, and normalises them (n, 3, 32, 32)."""
-    small = [
-        F.interpolate(picture[None], (THUMBNAIL, THUMBNAIL), mode="bilinear", antialias=True) for picture in pictures
-    ]
-    return normalize(torch.cat(small), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-
-
-class PatchInfoNCEHead(nn.Module):
-    """Tells patches of one thing from those of other classes' things and of background.
-
-    Two patches of a thing are related; patches of other things of its class are neither. Only annotated things count,
-    so nothing is learnt about unseen classes.
-    """
-
-    def __init__(self, channels: int) -> None:
-        """Makes the embedding for maps of `channels`."""
-        super().__init__()
-        self.embed = nn.Sequential(
-            nn.Conv2d(channels, PATCH_WIDTH, 1), nn.ReLU(), nn.Conv2d(PATCH_WIDTH, PATCH_WIDTH, 1)
-        )
-
-    def forward(
-        self, pictures: Sequence[torch.Tensor], levels: Levels, targets: Sequence[Target], size: tuple[int, int]
-    ) -> tuple[torch.Tensor, Levels]:
-        """Returns the InfoNCE of related patches of the finest level, and the levels as they are; see `Contrastive`."""
-        return self.loss(next(iter(levels.values())), targets, size), levels
-
-    def loss(self, maps: torch.Tensor, targets: Sequence[Target], size: tuple[int, int]) -> torch.Tensor:
-        """Computes the loss on maps (pictures, channels, h, w) of a batch of `size` pixels; 0 without any thing."""
-        embedded = self.embed(F.avg_pool2d(maps, PATCH, 1, PATCH // 2)).float()
-        queries, keys, labels, others = [], [], [], []
-        for picture, target in zip(embedded, targets, strict=True):
-            masks = target["masks"].bool()
-            for mask, label in zip(masks, target["labels"], strict=True):
-                if (spots := _drawn_spots(mask, 2)) is not None:
-                    one, other = _at(picture, spots, size)
-                    queries.append(one)
-                    keys.append(other)
-                    labels.append(label)
-            outside = ~masks.any(0) if len(masks) else torch.ones(1, 1, dtype=torch.bool, device=maps.device)
-            if (spots := _drawn_spots(outside, BACKGROUND)) is not None:
-                others.append(_at(picture, spots, size))
-        if not queries:
-            return embedded.sum() * 0  # every process's weights take part in every step
-        background = torch.cat(others or [embedded.new_zeros(0, embedded.shape[1])])
-        return patch_info_nce(torch.stack(queries), torch.stack(keys), torch.stack(labels), background)
-
-    def joined(self, pictures: Sequence[torch.Tensor], levels: Levels) -> Levels:
-        """Returns the levels as they are: the head teaches the backbone, and does nothing in use."""
-        return levels
-
-
-def patch_info_nce(
-    queries: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, others: torch.Tensor
-) -> torch.Tensor:
-    """Computes InfoNCE of queries and their keys (n, d) against those of other `labels` (n,) and `others` (m, d)."""
-    columns = F.normalize(torch.cat([keys, others]), dim=1)
-    logits = F.normalize(queries, dim=1) @ columns.T / TEMPERATURE
-    same = (labels[:, None] == labels) & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    logits = logits.masked_fill(F.pad(same, (0, len(others))), -torch.inf)
-    return F.cross_entropy(logits, torch.arange(len(queries), device=logits.device))
-
-
-def _drawn_spots(mask: torch.Tensor, count: int) -> torch.Tensor | None:
-    """Draws `count` different pixels (count, 2) of a mask, as row and column; None if it has fewer."""
-    spots = mask.nonzero()
-    if len(spots) < count:
-        return None
-    return spots[torch.randperm(len(spots), device=mask.device)[:count]]
-
-
-def _at(picture: torch.Tensor, spots: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Takes the vectors (count, d) of a map (d, h, w) at pixels of a batch of `size`."""
-    rows = spots[:, 0] * picture.shape[1] // size[0]
-    columns = spots[:, 1] * picture.shape[2] // size[1]
-    return picture[:, rows, columns].T
-
-
-@dataclass(frozen=True)
-class Contrastive:
-    """A contrastive head that a detector may have.
-
-    The module is called with the pictures (3, height, width) of 0 to 1, the pyramid's levels (n, channels, h, w), the
-    targets in the batch's pixels, and the batch's height and width; it returns its loss and the levels that the
-    detector goes on with. In use, its `joined` gets pictures and levels and returns the levels.
-
-    Attributes:
-        make: returns the module for a pyramid of so many channels; small ones for tiny.
-        module: the detector's attribute, which names its weights on disk.
-        said: what a report calls it.
-        share: what its loss is multiplied by, unless an option says otherwise.
-        start: gives a new module what the model options say of it, such as weights.
-        options: the model options that `start` reads; ablate leaves them out where the head is not.
-    """
-
-    make: Callable[[int, bool], nn.Module]
-    module: str
-    said: str
-    share: float = 0.1
-    start: Callable[[nn.Module, ModelOptions], None] | None = None
-    options: tuple[str, ...] = ()
-
-
-def _start_greedy(head: nn.Module, options: ModelOptions) -> None:
-    assert isinstance(head, GreedyInfoMaxHead)
-    if options.greedy_weights is not None:
-        state = read_weights(options.greedy_weights, "--greedy-weights")
-        load_exactly(head.isolated, state, f"--greedy-weights {options.greedy_weights}")
-
-
-# By the choice of --contrastive, which also names their losses and, with hyphens, their rows in ablate.
-CONTRASTIVE: dict[str, Contrastive] = {
-    "greedy_infomax": Contrastive(
-        lambda channels, tiny: GreedyInfoMaxHead(channels, TINY_SIZES if tiny else GreedySizes()),
-        module="greedy",
-        said="Greedy InfoMax",
-        start=_start_greedy,
-        options=("greedy_weights",),
-    ),
-    "patch_infonce": Contrastive(
-        lambda channels, tiny: PatchInfoNCEHead(channels), module="patch", said="patch InfoNCE"
-    ),
-}

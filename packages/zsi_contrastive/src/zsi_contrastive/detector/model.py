@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,13 +11,15 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.transforms.v2.functional import adjust_contrast, adjust_sharpness
 
 from labs_common.device import constant
 from zsi_contrastive import TINY
 from zsi_contrastive.detector.backbone import make_backbone
-from zsi_contrastive.detector.config import TrainConfig, contrastive_of
+from zsi_contrastive.detector.config import TrainConfig
+from zsi_contrastive.detector.contrastive import CONTRASTIVE, THUMBNAIL, GreedyInfoMaxHead
+from zsi_contrastive.detector.defaults import contrastive_of
 from zsi_contrastive.detector.heads import (
-    CONTRASTIVE,
     START,
     BackgroundAwareRPNHead,
     Samples,
@@ -52,6 +55,7 @@ class Parts:
     sync_background: bool = True
     contrastive: tuple[str, ...] = ()
     official: bool = False
+    sync_masks: bool = False
 
     def plain(self) -> dict[str, bool]:
         """Returns a yes or no for each part and head: what is kept on disk."""
@@ -82,6 +86,9 @@ class Sizes:
         sides: of what RoIAlign gives, for boxes and masks.
         points: samples across a cell of RoIAlign.
         tiny_modules: whether the modules of contrastive heads are small ones, or the paper's.
+        thumbnail: side of what Greedy InfoMax sees, in pixels.
+        contrast: of the pictures that are seen, and their `sharpness`; 1 leaves them as they are.
+        strides: of the levels, for anchors as in the published code; without, they are torchvision's.
     """
 
     width: int = 1024
@@ -96,6 +103,10 @@ class Sizes:
     sides: tuple[int, int] = (7, 14)
     points: int = 2
     tiny_modules: bool = False
+    strides: tuple[int, ...] = ()
+    thumbnail: int = THUMBNAIL
+    contrast: float = 1.0
+    sharpness: float = 1.0
 
 
 class Transform(GeneralizedRCNNTransform):
@@ -149,10 +160,10 @@ class ZeroShotMaskRCNN(nn.Module):
         """Takes vectors of `background` (d,) and of `seen` classes (seen, d), and perhaps a vocabulary (n, d)."""
         super().__init__()
         channels = int(backbone.out_channels)  # type: ignore[arg-type]
-        self.parts = parts
+        self.parts, self.sizes = parts, sizes
         self.transform = Transform(sizes.min_side, sizes.max_side, MEAN, STD, sizes.divisible)
         self.backbone = backbone
-        anchors = Anchors(tuple((side,) for side in sizes.anchors), (RATIOS,) * len(sizes.anchors))
+        anchors = Anchors(tuple((side,) for side in sizes.anchors), (RATIOS,) * len(sizes.anchors), sizes.strides)
         head = (
             BackgroundAwareRPNHead(channels, len(RATIOS), background, 1.0 if parts.official else START)
             if parts.background_rpn
@@ -186,7 +197,10 @@ class ZeroShotMaskRCNN(nn.Module):
         beta = 1.0 if official else BETA
         self.regions = ZeroShotRegions(levels, box_head, mask_head, sampling, sizes.sides, sizes.points, beta)
         for name in parts.contrastive:
-            self.add_module(CONTRASTIVE[name].module, CONTRASTIVE[name].make(channels, sizes.tiny_modules))
+            contrastive = CONTRASTIVE[name].make(channels, sizes.tiny_modules)
+            if isinstance(contrastive, GreedyInfoMaxHead):
+                contrastive.thumbnail = sizes.thumbnail
+            self.add_module(CONTRASTIVE[name].module, contrastive)
 
     def contrastive(self) -> dict[str, nn.Module]:
         """Returns the contrastive heads that there are, by their names in `CONTRASTIVE`."""
@@ -216,15 +230,23 @@ class ZeroShotMaskRCNN(nn.Module):
 
     def losses(self, samples: Samples) -> dict[str, torch.Tensor]:
         """Returns the losses by name; see `forward`."""
-        batch, targets = self.transform(samples.pictures, samples.targets)
+        pictures = self.enhanced(samples.pictures)
+        batch, targets = self.transform(pictures, samples.targets)
         size = tuple(batch.tensors.shape[-2:])
         features = self.backbone(batch.tensors)
         contrast = {}
         for name, head in self.contrastive().items():
-            contrast[name], features = head(samples.pictures, features, targets, size)
+            contrast[name], features = head(pictures, features, targets, size)
         proposals, losses = self.rpn(batch, features, targets)
         found = self.regions.losses(features, proposals, size[0], targets, self.classes())
         return {**losses, **found, **contrast}
+
+    def enhanced(self, pictures: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Changes contrast and sharpness of pictures (3, height, width) as the sizes say, in training and in use."""
+        contrast, sharpness = self.sizes.contrast, self.sizes.sharpness
+        if contrast != 1:
+            pictures = [adjust_contrast(picture, contrast) for picture in pictures]
+        return pictures if sharpness == 1 else [adjust_sharpness(picture, sharpness) for picture in pictures]
 
     @torch.no_grad()
     def detect(self, pictures: list[torch.Tensor], queries: Sequence[Query]) -> list[list[Detections]]:
@@ -232,16 +254,17 @@ class ZeroShotMaskRCNN(nn.Module):
 
         Masks stay as small as the head gives them; see `zsi_contrastive.detector.pictures.run_lengths`.
         """
+        pictures = self.enhanced(pictures)
         batch, _ = self.transform(pictures)
         features = self.backbone(batch.tensors)
         for head in self.contrastive().values():
             features = head.joined(pictures, features)  # type: ignore[operator]
         proposals, _ = self.rpn(batch, features)
         height = batch.tensors.shape[-2]
+        known = self.classes()
         assert isinstance(self.background.word, torch.Tensor)
-        found = self.regions.detections(
-            features, proposals, height, batch.image_sizes, self.classes(), self.background.word, queries
-        )
+        word = known[0] if self.parts.sync_masks else self.background.word
+        found = self.regions.detections(features, proposals, height, batch.image_sizes, known, word, queries)
         originals = [tuple(picture.shape[-2:]) for picture in pictures]
         return [
             [
@@ -273,6 +296,7 @@ def make_model(config: TrainConfig, vectors: ClassVectors) -> ZeroShotMaskRCNN:
         options.sync_background,
         contrastive_of(options),
         official,
+        options.sync_masks,
     )
     model = ZeroShotMaskRCNN(backbone, vectors.background, vectors.seen, parts, *sizes_of(config), words)
     for name, head in model.contrastive().items():
@@ -283,22 +307,27 @@ def make_model(config: TrainConfig, vectors: ClassVectors) -> ZeroShotMaskRCNN:
 
 def sizes_of(config: TrainConfig) -> tuple[Sizes, Sampling]:
     """Returns widths and numbers for a completed config's backbone; tiny's fit drawn scenes of 96 pixels."""
-    shorter, longer = config.model.min_side, config.model.max_side
-    if config.model.backbone != TINY:
-        return Sizes(min_side=shorter, max_side=longer), Sampling()
+    options = config.model
+    shared: dict[str, Any] = {
+        name: getattr(options, name) for name in ("min_side", "max_side", "thumbnail", "contrast", "sharpness")
+    }
+    # Level by level from 4 on, also over the tiny body.
+    strides = (4, 8, 16, 32, 64) if options.form == "official" else ()
+    if options.backbone != TINY:
+        return Sizes(strides=strides, **shared), Sampling()
     sizes = Sizes(
         width=256,
         mask_width=48,
         mask_depth=2,
         anchors=TINY_ANCHORS,
-        min_side=shorter,
-        max_side=longer,
         rpn_samples=64,
         proposals=(100, 200, 50, 100),
         divisible=16,
         sides=(5, 7),
         points=1,
         tiny_modules=True,
+        strides=strides[: len(TINY_ANCHORS)],
+        **shared,
     )
     return sizes, Sampling(per_picture=24)
 

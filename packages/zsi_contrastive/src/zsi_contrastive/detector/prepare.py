@@ -8,8 +8,9 @@ from labs_common.errors import LabError
 from labs_common.lock import check_writable
 from labs_common.run import write_atomically, written_whole
 from zsi_contrastive.detector.annotations import RULES, read_split
-from zsi_contrastive.detector.config import PrepareConfig, complete_data
+from zsi_contrastive.detector.config import PrepareConfig
 from zsi_contrastive.detector.data import read_parts
+from zsi_contrastive.detector.defaults import complete_data
 
 NAMES = {"train": "train_seen.json", "unseen": "test_unseen.json", "both": "test_both.json"}
 

@@ -8,6 +8,7 @@ pictures (of at most 65,536 boxes), and for the numbers of regions by level and 
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -155,11 +156,34 @@ def numbered(boxes: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 class Anchors(AnchorGenerator):
-    """torchvision's anchors, in 32 bits whatever the features are in."""
+    """torchvision's anchors, in 32 bits whatever the features are in.
+
+    With `strides`, one of each level, they lie around the middle of their place as in the published code, half a stride
+    further right and down; and a level whose side was rounded up keeps its stride (torchvision: 61 pixels, not 64, of
+    a side of 800).
+    """
+
+    def __init__(
+        self,
+        sides: tuple[tuple[int, ...], ...],
+        ratios: tuple[tuple[float, ...], ...],
+        strides: Sequence[int] = (),
+    ) -> None:
+        """Makes anchors of each level's sides in pixels and ratios, height to width."""
+        super().__init__(sides, ratios)
+        self.strides = strides
+        if strides:
+            cells: list[torch.Tensor] = self.cell_anchors  # type: ignore[has-type]
+            self.cell_anchors = [cell + side / 2 for cell, side in zip(cells, strides, strict=True)]
 
     def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
         """Moves the anchors of a cell to the device."""
         super().set_cell_anchors(torch.float32, device)
+
+    def grid_anchors(self, grid_sizes: list[list[int]], strides: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+        """Places the anchors of each level (h · w · anchors, 4) by the exact strides, where there are any."""
+        exact: list[list[Any]] = [[side, side] for side in self.strides]
+        return super().grid_anchors(grid_sizes, exact or strides)
 
 
 class Proposals(RegionProposalNetwork):

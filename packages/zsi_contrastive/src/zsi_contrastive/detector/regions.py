@@ -252,7 +252,7 @@ class ZeroShotRegions(nn.Module):
     ) -> list[list[Detections]]:
         """Answers each query for every picture; `known` (1 + seen, d) are the classes trained on, after background.
 
-        `word` (d,) is background's word vector, which the published code's masks take.
+        `word` (d,) is what stands for background where masks go through known classes.
 
         The proposals go through the box head once, whatever the number of queries. The host reads once how many
         detections score enough, and for each group twice: what suppression leaves of all pictures' and of each; and

@@ -13,8 +13,9 @@ from labs_common.errors import LabError
 from labs_common.saved import load_model, save_model
 from zsi_contrastive.detector.annotations import Split
 from zsi_contrastive.detector.backbone import make_backbone
-from zsi_contrastive.detector.config import DataOptions, DetectionOptions, TrainConfig, complete, complete_data
-from zsi_contrastive.detector.model import Parts, Sizes, ZeroShotMaskRCNN, channels_of, sizes_of
+from zsi_contrastive.detector.config import PUBLISHED, DataOptions, DetectionOptions, TrainConfig
+from zsi_contrastive.detector.defaults import complete, complete_data
+from zsi_contrastive.detector.model import Parts, Sizes, ZeroShotMaskRCNN, channels_of
 from zsi_contrastive.detector.regions import Sampling
 from zsi_contrastive.detector.vectors import ClassVectors
 
@@ -42,13 +43,12 @@ def save_detector(
     folder: Path,
 ) -> None:
     """Writes the whole model in one move; `state` are its weights, which may be sharded in `model` itself."""
-    sizes, sampling = sizes_of(config)
     words = model.regions.box_head.words
     description = {
         "backbone": config.model.backbone,
         "parts": model.parts.plain(),
-        "sizes": asdict(sizes),
-        "sampling": asdict(sampling),
+        "sizes": asdict(model.sizes),
+        "sampling": asdict(model.regions.sampling),
         "detection": asdict(config.detection),
         "split": asdict(split),
         "protocol": config.data.protocol,
@@ -93,8 +93,10 @@ def load_detector(path: Path) -> Loaded:
     return Loaded(model, **known)
 
 
-def chosen_data(asked: DataOptions, checkpoint: Path) -> tuple[DataOptions, int]:
+def chosen_data(asked: DataOptions, checkpoint: Path, split: str = "") -> tuple[DataOptions, int]:
     """Completes data options with what is left to the run, and returns the seed of its splits with them.
+
+    A converted detector has no run: only its published `split` is known.
 
     Raises:
         LabError: the run does not say which pictures it had.
@@ -103,7 +105,8 @@ def chosen_data(asked: DataOptions, checkpoint: Path) -> tuple[DataOptions, int]
     if not file.is_file():
         if asked.data is None:
             raise LabError(f"--checkpoint {checkpoint}: holds no config.yaml that names its pictures; name --data")
-        return complete_data(asked), 0
+        known = split if split in PUBLISHED else ""
+        return complete_data(dataclasses.replace(asked, split=asked.split or known)), 0
     trained = complete(config_from_yaml(TrainConfig, file))
     own = trained.data
     if asked.data is not None:  # other pictures: of the run's options only the rule by which they are taken

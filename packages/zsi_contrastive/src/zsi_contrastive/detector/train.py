@@ -23,7 +23,8 @@ from labs_common.saved import FOLDER
 from labs_common.steps import ShuffledSteps
 from labs_common.training import total_steps
 from zsi_contrastive.detector.annotations import read_split
-from zsi_contrastive.detector.config import OWN_SHARES, DetectionOptions, DetectorTrainingOptions, TrainConfig, complete
+from zsi_contrastive.detector.config import OWN_SHARES, DetectionOptions, DetectorTrainingOptions, TrainConfig
+from zsi_contrastive.detector.contrastive import CONTRASTIVE
 from zsi_contrastive.detector.data import (
     PictureBatches,
     ZeroShotData,
@@ -32,7 +33,8 @@ from zsi_contrastive.detector.data import (
     read_parts,
     read_vectors,
 )
-from zsi_contrastive.detector.heads import CONTRASTIVE, Samples, Target
+from zsi_contrastive.detector.defaults import complete
+from zsi_contrastive.detector.heads import Samples, Target
 from zsi_contrastive.detector.model import ZeroShotMaskRCNN, make_model
 from zsi_contrastive.detector.predict import predictions, query_of
 from zsi_contrastive.detector.protocol import AT_ONCE, evaluated
