@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
@@ -70,7 +71,7 @@ class InstancePictures(Pictures):
         row = self.part.images[place]
         height, width = row["height"], row["width"]
         kept = []
-        for annotation in self._objects.get(row["id"], []):
+        for annotation in self.objects_of(row):
             left, top, across, down = annotation["bbox"]
             box = [max(0.0, left), max(0.0, top), min(width, left + across), min(height, top + down)]
             # torchvision refuses boxes without area; some of COCO's lie at or beyond the edge.
@@ -85,6 +86,10 @@ class InstancePictures(Pictures):
             "labels": torch.tensor(numbers, dtype=torch.int64),
             "masks": torch.from_numpy(np.stack(masks) if kept else np.zeros((0, height, width), dtype=np.uint8)),
         }
+
+    def objects_of(self, row: Json) -> list[Json]:
+        """Returns the annotations of the picture `row`, a row of `part.images`, crowds among them."""
+        return self._objects.get(row["id"], [])
 
     def subset(self, places: Sequence[int] | np.ndarray) -> Self:
         """Takes the pictures at these places, in this order, with their annotations."""
@@ -178,17 +183,18 @@ def _runs(pixels: np.ndarray, row: int, column: int, height: int, width: int) ->
 
     Runs go down the columns, one after the other, and begin with pixels that are off.
     """
-    down = pixels.shape[0]
-    # A pixel that is off below each column: no run goes from one to the next in what was cut out.
-    columns = np.zeros((pixels.shape[1], down + 1), dtype=np.int8)
-    columns[:, :down] = pixels.T
-    (changes,) = np.diff(columns.ravel(), prepend=0).nonzero()  # where runs begin and end, in turn
-    places = (column + changes // (down + 1)) * height + row + changes % (down + 1)
+    down, across = pixels.shape
+    # A pixel that is off below each column, and one before all: no run goes from one to the next in what was cut out.
+    columns = np.zeros(1 + across * (down + 1), dtype=bool)
+    columns[1:].reshape(across, down + 1)[:, :down] = pixels.T
+    changes = np.flatnonzero(columns[1:] != columns[:-1])  # where runs begin and end, in turn
+    places = changes + (changes // (down + 1)) * (height - down - 1) + (column * height + row)
     # A run to the picture's lower edge goes on at the top of the next column: its end is that one's beginning.
-    again = np.flatnonzero(places[1:-1:2] == places[2::2])
-    places = np.delete(places, np.concatenate([2 * again + 1, 2 * again + 2]))
-    counts = np.diff(places, prepend=0, append=height * width)
-    return [int(count) for count in (counts if counts[-1] else counts[:-1])]
+    if row + down == height and (again := np.flatnonzero(places[1:-1:2] == places[2::2])).size:
+        places = np.delete(places, np.concatenate([2 * again + 1, 2 * again + 2]))
+    ends = [0, *places.tolist(), height * width]
+    counts = [after - before for before, after in pairwise(ends)]
+    return counts if counts[-1] else counts[:-1]
 
 
 def _text(counts: bytes | str) -> str:
