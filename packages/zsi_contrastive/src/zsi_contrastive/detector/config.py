@@ -184,6 +184,8 @@ class DetectorTrainingOptions(TrainingOptions):
     """Weight of the patch InfoNCE head's loss."""
     flip: bool = True
     """Mirror training pictures by chance."""
+    save_every: Annotated[int, number(int, "[1, inf)", -1)] = -1
+    """Optimizer steps between checkpoints. Ctrl-C writes one as well. -1: once per epoch (0.5 GB each), tiny 200."""
     validation_pictures: Count = 200
     """Pictures that evaluations during training look at."""
 
@@ -211,15 +213,16 @@ class TrainConfig:
 class EvaluateConfig:
     """Measures a finished detector, or a file of COCO results: unseen classes alone, and all together.
 
-    `python -m zsi_contrastive.evaluate` alone takes the newest run and the pictures that it had. Another split or other
-    words: `--split my_72_8.json --word-vectors glove.txt --data coco`. A published file: `--results results.bbox.json
-    --data coco --split 48_17`.
+    `python -m zsi_contrastive.evaluate` alone takes the newest run and the pictures it had. Another split: `--split
+    my_72_8.json --word-vectors glove.txt --data coco`. A file: `--results results.bbox.json --data coco --split 48_17`.
     """
 
     checkpoint: Path | None = None
     """Directory of a finished run; by default the newest under runs/."""
     results: Path | None = None
     """Score this JSON of COCO results instead of looking for anything; those without boxes by their masks alone."""
+    peer: str = ""
+    """Released detector beside the run: google/owlv2-base-patch16-ensemble, IDEA-Research/grounding-dino-tiny, …"""
     all_pictures: bool = False
     """With --results: score all pictures of the test annotations, not only those that the protocol takes."""
     data: DataOptions = field(default_factory=DataOptions)
@@ -290,11 +293,10 @@ class AblateConfig:
 
 @dataclass
 class PrepareConfig:
-    """Writes the zero-shot parts of COCO as annotation files, and checks them.
+    """Writes the zero-shot parts of COCO as annotation files, for other tools and --train-annotations; checks them.
 
     `python -m zsi_contrastive.prepare --data coco --split 48_17 --output coco-48-17` gives train_seen.json (pictures
-    with a seen object and no unseen one), test_unseen.json (ZSI), test_both.json (GZSI) and counts.json. Training
-    makes the same parts by itself; the files are for other tools, and for --train-annotations.
+    with a seen object and no unseen one), test_unseen.json (ZSI), test_both.json (GZSI) and counts.json.
     """
 
     data: DataOptions = field(default_factory=DataOptions)
@@ -329,7 +331,7 @@ def complete(config: TrainConfig) -> TrainConfig:
     Raises:
         LabError: options contradict each other.
     """
-    data = complete_data(config.data)
+    data, tiny = complete_data(config.data), config.model.backbone == TINY
     split = data.split
     vectors = config.words.word_vectors or ("attributes" if split == SCENES else "")
     if config.data.data is None and split != SCENES:
@@ -337,9 +339,7 @@ def complete(config: TrainConfig) -> TrainConfig:
     if not vectors:
         raise LabError(f"--word-vectors: name those of {split}: a matrix, a file of GloVe or fastText, or encoder:NAME")
     check(config)
-    tiny = config.model.backbone == TINY
-    # The learning rate of 65/15 is the lower one of the published configurations.
-    rate = 3e-3 if tiny else 0.0075 if split == "65_15" else 0.01
+    rate = 3e-3 if tiny else 0.0075 if split == "65_15" else 0.01  # those of the published configurations
     model, detection, training = config.model, config.detection, config.training
     filled: dict[str, dict[str, Any]] = {
         "model": {
@@ -361,6 +361,7 @@ def complete(config: TrainConfig) -> TrainConfig:
             "learning_rate": training.learning_rate or rate,
             "schedule": ("cosine" if tiny else "steps") if training.schedule == "auto" else training.schedule,
             "reconstruction": training.reconstruction or (0.05 if tiny else 0.5),
+            "save_every": 200 if tiny and training.save_every < 0 else training.save_every,
             "clip_norm": (5.0 if tiny else 35.0) if training.clip_norm < 0 else training.clip_norm,
         },
         "words": {"word_vectors": vectors},

@@ -19,9 +19,10 @@ from torchvision.models.detection.roi_heads import expand_boxes
 from labs_common.data.images import BadPictureError, Pictures, checked, decoded, digests_of, within
 from labs_common.errors import LabError
 from labs_common.options import OnBadData
-from zsi_contrastive.detector.annotations import Instances, Json
+from zsi_contrastive.detector.annotations import Instances
 from zsi_contrastive.detector.heads import Target
 from zsi_contrastive.detector.regions import NARROW
+from zsi_contrastive.detector.table import Json
 
 MASK_FROM = 0.5  # the probability from which a pixel belongs to a thing
 
@@ -59,8 +60,9 @@ class InstancePictures(Pictures):
 
     def fingerprint(self) -> str:
         """Returns a hash that changes with any picture or annotation."""
-        objects = repr([[row["image_id"], row["category_id"], row["bbox"]] for row in self.part.annotations]).encode()
-        return digests_of([*self.digests, objects])
+        rows = self.part.rows
+        columns = (rows.image_ids, rows.category_ids, rows.boxes)
+        return digests_of([*self.digests, *(column.tobytes() for column in columns)])
 
     def target(self, place: int) -> Target:
         """Returns boxes (n, 4), labels (n,) and masks (n, height, width) of a picture's objects, without crowds.
@@ -71,7 +73,7 @@ class InstancePictures(Pictures):
         row = self.part.images[place]
         height, width = row["height"], row["width"]
         kept = []
-        for annotation in self.objects_of(row):
+        for annotation in self.part.of_image(row["id"]):
             left, top, across, down = annotation["bbox"]
             box = [max(0.0, left), max(0.0, top), min(width, left + across), min(height, top + down)]
             # torchvision refuses boxes without area; some of COCO's lie at or beyond the edge.
@@ -87,20 +89,12 @@ class InstancePictures(Pictures):
             "masks": torch.from_numpy(np.stack(masks) if kept else np.zeros((0, height, width), dtype=np.uint8)),
         }
 
-    def objects_of(self, row: Json) -> list[Json]:
-        """Returns the annotations of the picture `row`, a row of `part.images`, crowds among them."""
-        return self._objects.get(row["id"], [])
-
     def subset(self, places: Sequence[int] | np.ndarray) -> Self:
         """Takes the pictures at these places, in this order, with their annotations."""
         images = [self.part.images[place] for place in places]
-        ids = {row["id"] for row in images}
-        rows = [row for row in self.part.annotations if row["image_id"] in ids]
+        ids = np.array([row["id"] for row in images], dtype=np.int64)
+        rows = self.part.rows.take(np.isin(self.part.rows.image_ids, ids))
         return replace(super().subset(places), part=replace(self.part, images=images, annotations=rows))
-
-    @cached_property
-    def _objects(self) -> dict[int, list[Json]]:
-        return self.part.by_image()
 
     @cached_property
     def _labels(self) -> dict[int, int]:
@@ -130,11 +124,12 @@ def found_pictures(
     """
     files = []
     for row in part.images:
+        # Of 118,287 names only what is there is followed through links: each of a name's folders would take a minute.
+        there = (folder for folder in folders if os.path.isfile(os.path.join(folder, row["file_name"])))
         try:
-            places = [within(row["file_name"], folder) for folder in folders]
+            files.append(within(row["file_name"], next(there, folders[0])))
         except BadPictureError as error:
             raise LabError(f"{part.source}: the picture {row['file_name']!r} {error}") from error
-        files.append(next((file for file in places if os.path.isfile(file)), places[0]))
     return checked(instance_pictures(part, files, classes), on_bad_data, shown)
 
 

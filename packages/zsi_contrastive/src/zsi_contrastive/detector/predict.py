@@ -182,7 +182,9 @@ def predictions(
         coming = [
             decoding_threads().map(as_results, of_query[: len(rows)], rows, [ids] * len(rows))
             if query.groups
-            else decoding_threads().map(first_proposals, of_query[: len(rows)], map(pictures.objects_of, rows))
+            else decoding_threads().map(
+                first_proposals, of_query[: len(rows)], [pictures.part.of_image(row["id"]) for row in rows]
+            )
             for query, of_query, ids in zip(queries, on_host(found), categories, strict=True)
         ]
     _take(coming, results)

@@ -42,6 +42,7 @@ class Evaluation:
         proposals: of objects of `seen` and of `unseen` classes, how many have one of a picture's best 100, … proposals
             on them (IoU 0.5), and what became of them; see `fates`. Empty without a detector.
         bias: what seen scores are lowered by.
+        peer: what is to be known of a released detector whose boxes are beside ours; empty without one.
         note: what training saw of the unseen classes; empty if it is nothing.
     """
 
@@ -54,6 +55,7 @@ class Evaluation:
     sweep: dict[str, list[Scores]] = field(default_factory=dict)
     proposals: dict[str, Scores] = field(default_factory=dict)
     bias: float = 0.0
+    peer: str = ""
     note: str = ""
 
     def plain(self) -> dict[str, Any]:

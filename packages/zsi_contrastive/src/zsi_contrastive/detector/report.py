@@ -106,8 +106,8 @@ def lost_objects(found: Evaluation) -> str:
 
 def print_scores(found: Evaluation) -> None:
     """Prints the main numbers, a line each."""
-    if found.note:
-        console.print(f"note: {found.note}")
+    for note in filter(None, (found.note, found.peer)):
+        console.print(f"note: {note}")
     for kind, scores in found.zsi.items():
         console.print(f"unseen alone, {kind}: {_line(scores)}")
     for name, scores in found.others.items():
@@ -134,6 +134,8 @@ def measured_sections(run: Run, found: Evaluation, split: Split, test: InstanceP
         "score what they do alone. In one list all classes compete for the places of a picture, with "
         f"{found.bias:g} taken from the scores of seen ones."
     )
+    if found.peer:
+        note += f" {found.peer}."
     if found.note:
         note = f"Note: {found.note}. {note}"
     sections = [Section("Numbers", [Text(note), Table(("task", "", *HEADINGS), rows)])]
@@ -282,11 +284,10 @@ def _curves(run: Run) -> Section:
 
 def data_gallery(pictures: InstancePictures) -> Gallery:
     """Shows the first pictures with their annotations."""
-    by_image = pictures.part.by_image()
     names = dict(zip(pictures.part.ids(pictures.classes), pictures.classes, strict=True))
     shown = []
     for place in range(min(6, len(pictures))):
-        rows = [row for row in by_image.get(pictures.part.images[place]["id"], []) if not row["iscrowd"]]
+        rows = [row for row in pictures.part.of_image(pictures.part.images[place]["id"]) if not row["iscrowd"]]
         said = [names[row["category_id"]] for row in rows]
         shown.append((drawn_on(pictures.image(place), rows, said), ", ".join(dict.fromkeys(said))))
     return Gallery(shown, "Training pictures with what their annotations outline.")
