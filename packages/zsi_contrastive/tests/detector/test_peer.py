@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from PIL import Image
 from transformers import (
     BertTokenizer,
     CLIPTokenizer,
@@ -22,8 +24,11 @@ from transformers import (
 )
 
 from labs_common.errors import LabError
+from zsi_contrastive.detector.annotations import Instances, Split
+from zsi_contrastive.detector.evaluate import peer_scores
 from zsi_contrastive.detector.heads import Samples
 from zsi_contrastive.detector.peer import Peer, beside
+from zsi_contrastive.detector.pictures import instance_pictures
 from zsi_contrastive.detector.protocol import Evaluation
 from zsi_contrastive.detector.regions import Query
 
@@ -33,11 +38,13 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def owl(folder: Path) -> None:
-    vocabulary = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
+    # As in CLIP's own: a name that begins with token 0 is taken for padding, and the end is the largest number.
+    vocabulary = ["!", *LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(vocab={word: n for n, word in enumerate(vocabulary)}, merges=[], model_max_length=40)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = Owlv2Config(
-        text_config={**sizes, "vocab_size": len(vocabulary), "max_position_embeddings": 40, "eos_token_id": 1},
+        text_config={**sizes, "vocab_size": len(vocabulary), "max_position_embeddings": 40, "bos_token_id": 53,
+                     "eos_token_id": 54},
         vision_config={**sizes, "image_size": 32, "patch_size": 8}, projection_dim=16,
     )  # fmt: skip
     Owlv2ForObjectDetection(config).save_pretrained(folder)
@@ -52,7 +59,7 @@ def dino(folder: Path) -> None:
     text = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
             "intermediate_size": 16, "vocab_size": len(words)}  # fmt: skip
     config = GroundingDinoConfig(
-        backbone_config=swin, text_config=text, d_model=16, num_queries=12, max_text_len=24, encoder_layers=1,
+        backbone_config=swin, text_config=text, d_model=32, num_queries=12, max_text_len=24, encoder_layers=1,
         decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
     )  # fmt: skip
     GroundingDinoForObjectDetection(config).save_pretrained(folder)
@@ -103,6 +110,23 @@ def test_boxes_and_scores_are_transformers_own(folder: Path) -> None:
             here = (whole.classes >= low) & (whole.classes < high) & (whole.scores > few.score)
             mine = (one.classes >= low) & (one.classes < high)
             assert torch.equal(one.scores[mine], whole.scores[here][:4]), "the best four of each kind"
+
+
+def test_a_peer_looks_at_the_same_pictures(folder: Path, tmp_path: Path) -> None:
+    images = [{"id": 7 + n, "file_name": f"{n}.png", "width": 40, "height": 30} for n in range(3)]
+    rows = [{"id": 1 + n, "image_id": 7 + n, "category_id": 9 - n, "bbox": [0, 0, 40, 30], "area": 1200, "iscrowd": 0}
+            for n in range(3)]  # fmt: skip
+    for row in images:
+        Image.effect_noise((40, 30), 90).convert("RGB").save(tmp_path / str(row["file_name"]))
+    split = Split("mine", ("cat", "tv"), ("elf",))
+    categories = [{"id": number, "name": name} for number, name in zip((7, 8, 9), split.classes, strict=True)]
+    part = Instances("x", categories, images, rows)
+    test = instance_pictures(part, [tmp_path / str(row["file_name"]) for row in images], split.classes)
+    peer = Peer(str(folder), split.classes, 0.0, 4)
+    found = peer_scores(peer, split, test, Accelerator(cpu=True), 2)
+    assert [row["image_id"] for row in found.results] == [*[7] * 8, *[8] * 8, *[9] * 8]
+    assert [row["category_id"] == 9 for row in found.results] == ([False] * 4 + [True] * 4) * 3, "four of each kind"
+    assert set(found.zsi) == {"box"}
 
 
 def test_peers_that_are_none(folder: Path, tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from labs_common.report.page import making_report, write_report
 from labs_common.report.sections import asked_section
 from labs_common.run import Run, newest_run
 from zsi_contrastive.detector.annotations import Split, all_of, read_split
-from zsi_contrastive.detector.config import DataOptions, DetectionOptions, EvaluateConfig, complete_data
+from zsi_contrastive.detector.config import DataOptions, EvaluateConfig, complete_data
 from zsi_contrastive.detector.data import from_main_process, read_file, read_parts, read_pictures, read_vectors
 from zsi_contrastive.detector.peer import Peer, beside
 from zsi_contrastive.detector.pictures import InstancePictures, instance_pictures
-from zsi_contrastive.detector.predict import Result, predictions
+from zsi_contrastive.detector.predict import predictions
 from zsi_contrastive.detector.protocol import Evaluation, evaluated, scores_of
 from zsi_contrastive.detector.regions import Query
 from zsi_contrastive.detector.report import finding_sections, measured_sections, print_scores, summary_of
@@ -62,34 +62,26 @@ def evaluate_run(config: EvaluateConfig) -> None:
     if accelerator.is_main_process:
         print_refused({"test": pictures["test"]})
     detection = changed(loaded.detection, config.detection)
+    peer: Peer | None = None
+    if config.peer:
+        with main_process_first(accelerator):  # it is downloaded on its first use
+            peer = Peer(config.peer, split.classes, detection.score_threshold, detection.kept)
     found = evaluated(loaded.model, split, vectors, pictures, detection, accelerator, config.seed, config.at_once)
-    theirs = peer_results(config.peer, split, pictures["test"], detection, accelerator, config.at_once)
+    theirs = None if peer is None else peer_scores(peer, split, pictures["test"], accelerator, config.at_once)
     if found is not None:
         if theirs is not None:
-            scores = scores_of(pictures["test"], theirs, split, 0.0, detection.kept, ("box",))
-            found = beside(found, scores, config.peer)
+            found = beside(found, theirs, config.peer)
         said = dataclasses.asdict(detection)
         found = dataclasses.replace(found, note=seen_before(loaded, split))
         finish(config, output, found, split, pictures["test"], f"Evaluation of {checkpoint.name}", said)
 
 
-def peer_results(
-    peer: str, split: Split, test: InstancePictures, detection: DetectionOptions, accelerator: Accelerator, at_once: int
-) -> list[Result] | None:
-    """Lets the detector `peer` look for all classes in the test pictures; None if there is none.
-
-    Called by all processes together; see `predictions`.
-
-    Raises:
-        LabError: there is no such detector.
-    """
-    if not peer:
-        return None
-    with main_process_first(accelerator):  # it is downloaded on its first use
-        network = Peer(peer, split.classes, detection.score_threshold, detection.kept)
+def peer_scores(peer: Peer, split: Split, test: InstancePictures, accelerator: Accelerator, at_once: int) -> Evaluation:
+    """Lets a peer look for all classes in the test pictures; called by all processes, the main one gets the scores."""
     asked = Query(torch.empty(len(split.classes), 0), (len(split.seen), len(split.unseen)), masks=False)
-    ids = test.part.ids(split.classes)
-    return predictions(network.to(accelerator.device), test, [asked], [ids], accelerator, at_once, f"testing {peer}")[0]
+    ids, network = test.part.ids(split.classes), peer.to(accelerator.device)
+    (rows,) = predictions(network, test, [asked], [ids], accelerator, at_once, "testing the peer")
+    return scores_of(test, rows, split, 0.0, peer.kept, ("box",))
 
 
 def score_file(config: EvaluateConfig, results: Path) -> None:

@@ -42,10 +42,10 @@ class Rows(Sequence[Json]):
     @classmethod
     def of(cls, rows: Sequence[Json]) -> "Rows":
         """Makes columns of rows in memory."""
-        ids = (np.array([row[name] for row in rows], dtype=np.int64) for name in ("image_id", "category_id"))
+        images, kinds = (np.array([row[name] for row in rows], dtype=np.int64) for name in ("image_id", "category_id"))
         crowds = np.array([row.get("iscrowd", 0) for row in rows], dtype=bool)
         boxes = np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(-1, 4)
-        return cls(rows, np.arange(len(rows)), *ids, crowds, boxes)
+        return cls(rows, np.arange(len(rows)), images, kinds, crowds, boxes)
 
     def take(self, chosen: np.ndarray) -> "Rows":
         """Takes the rows that a mask or places (n,) choose."""
