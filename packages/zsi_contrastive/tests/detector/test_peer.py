@@ -54,13 +54,13 @@ def owl(folder: Path) -> None:
 def dino(folder: Path) -> None:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "cat", "hot", "dog", "tv", "teddy", "bear", "elf", "?"]
     tokenizer = BertTokenizer(vocab={word: n for n, word in enumerate(words)})
-    swin = SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=2, image_size=64,
-                      out_features=["stage2", "stage3", "stage4"])  # fmt: skip
+    levels: dict[str, Any] = {"out_features": ["stage2", "stage3", "stage4"]}
+    swin = SwinConfig(embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=2, image_size=64, **levels)
     text = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
             "intermediate_size": 16, "vocab_size": len(words)}  # fmt: skip
     config = GroundingDinoConfig(
         backbone_config=swin, text_config=text, d_model=32, num_queries=12, max_text_len=24, encoder_layers=1,
-        decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
+        decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
     )  # fmt: skip
     GroundingDinoForObjectDetection(config).save_pretrained(folder)
     pictures = GroundingDinoImageProcessor(size={"shortest_edge": 64, "longest_edge": 80})

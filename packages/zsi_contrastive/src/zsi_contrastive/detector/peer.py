@@ -26,6 +26,8 @@ LEAKAGE = "learnt from data that names these classes and boxes their things: to 
 class Peer(torch.nn.Module):
     """Answers as `ZeroShotMaskRCNN` does in evaluation, by names in the place of vectors."""
 
+    columns: torch.Tensor
+
     def __init__(self, source: str, names: Sequence[str], score: float, kept: int) -> None:
         """Loads a model from the hub or a directory; `score` and `kept` are those of `DetectionOptions`.
 
@@ -92,7 +94,8 @@ class Peer(torch.nn.Module):
             place = place[best > self.score]
             parts.append((boxes[place // part.shape[1]], best[: len(place)], first + place % part.shape[1]))
             first += part.shape[1]
-        return Detections(*(torch.cat(column) for column in zip(*parts, strict=True)), None)
+        found, best, names = (torch.cat(column) for column in zip(*parts, strict=True))
+        return Detections(found, best, names, None)
 
 
 def beside(found: Evaluation, theirs: Evaluation, name: str) -> Evaluation:
