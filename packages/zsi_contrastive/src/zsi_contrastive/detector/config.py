@@ -222,7 +222,7 @@ class EvaluateConfig:
     results: Path | None = None
     """Score this JSON of COCO results instead of looking for anything; those without boxes by their masks alone."""
     peer: str = ""
-    """Released detector beside the run: google/owlv2-base-patch16-ensemble, IDEA-Research/grounding-dino-tiny, …"""
+    """Released detector of transformers beside the run, such as google/owlv2-base-patch16-ensemble: its boxes."""
     all_pictures: bool = False
     """With --results: score all pictures of the test annotations, not only those that the protocol takes."""
     data: DataOptions = field(default_factory=DataOptions)

@@ -125,7 +125,7 @@ def found_pictures(
     files = []
     for row in part.images:
         # Of 118,287 names only what is there is followed through links: each of a name's folders would take a minute.
-        there = (folder for folder in folders if os.path.isfile(os.path.join(folder, row["file_name"])))
+        there = (folder for folder in folders if os.path.isfile(f"{folder}/{row['file_name']}"))
         try:
             files.append(within(row["file_name"], next(there, folders[0])))
         except BadPictureError as error:
