@@ -247,7 +247,7 @@ def test_colabs_config() -> None:
     config = complete(parse(TrainConfig, "train", ["--config", str(CONFIGS / "zsi_colab.yaml"), "--data", "coco"]))
     training, model = config.training, config.model
     assert (model.backbone, model.min_side, training.precision, training.optimizer) == ("resnet50", 480, "fp16", "sgd")
-    assert (training.max_steps, training.batch_size, training.at_once, training.save_every) == (8000, 8, 4, 500)
+    assert (training.max_steps, training.batch_size, training.at_once, training.save_every) == (6000, 8, 4, 500)
 
 
 @pytest.mark.parametrize(
