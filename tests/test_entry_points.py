@@ -41,7 +41,7 @@ SHARED = {
     "precision": r"Arithmetic of forward and backward\. auto is bf16 on a GPU that computes in it, fp16 on older",
     "evaluate_every": r"Optimizer steps between evaluations; 0 m",
     "patience": r"Stop after this many evaluations without improvement and go back to the best weights; 0 never does\.$",
-    "save_every": r"Optimizer steps between checkpoints\. Ctrl-C writes one as well\.$",
+    "save_every": r"Optimizer steps between checkpoints\. Ctrl-C writes one as well\.( -1: once per epoch|$)",
     "keep": r"How many of the newest checkpoints stay on disk\.$",
     "resume": r"Directory of an unfinished run to go on with, under its own config; options that would change it are",
     "config": r"YAML file whose values take the place of the defaults; flags win\.",

@@ -1,6 +1,7 @@
 """Splits, the rule that makes zero-shot parts, and odd annotations and pictures."""
 
 import json
+import pickle
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -8,22 +9,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from faster_coco_eval.core import mask as rle
 from PIL import Image
 
 from labs_common.errors import LabError
+from zsi_contrastive.detector import annotations
 from zsi_contrastive.detector.annotations import (
     Instances,
     Split,
     check_parts,
     coco_groups,
-    is_run_lengths,
     read_instances,
     read_split,
     scenes_split,
     zero_shot_parts,
 )
 from zsi_contrastive.detector.pictures import found_pictures, instance_pictures, mask_of
+from zsi_contrastive.detector.prepare import write_part
+from zsi_contrastive.detector.table import StoredRows, is_run_lengths
 
 pytestmark = pytest.mark.quick
 
@@ -38,10 +42,10 @@ def annotation(image: int, name: str, **more: Any) -> dict[str, Any]:
     return usual | more
 
 
-def file_of(folder: Path, annotations: list[dict[str, Any]], **more: Any) -> Path:
+def file_of(folder: Path, rows: list[dict[str, Any]], **more: Any) -> Path:
     content = {
         "images": [{"id": n, "file_name": f"{n}.jpg", "width": 20, "height": 16} for n in range(6)],
-        "annotations": annotations,
+        "annotations": rows,
         "categories": [{"id": number, "name": name} for name, number in IDS.items()],
     } | more
     path = folder / "annotations.json"
@@ -195,6 +199,51 @@ def test_what_cannot_be_used_is_counted(tmp_path: Path) -> None:
     assert found.annotations[0]["id"] == 1, "ids that are missing are made"
     kept = read_instances(file_of(tmp_path, [annotation(0, "cat", id=7, area=3.5), annotation(1, "cat", id=9)]))
     assert [(row["id"], row["area"]) for row in kept.annotations] == [(7, 3.5), (9, 48)]
+
+
+def test_large_files_are_read_from_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rows = [annotation(2, "cat", note="ö"), annotation(0, "elf"), annotation(1, "dog", bbox=[1, 1, 0, 5]),
+            annotation(0, "cat", iscrowd=1, segmentation={"size": [16, 20], "counts": [0, 20, 300]}),
+            annotation(4, "dog", bbox=[1.25, 2, 3, 4]), annotation(2, "tree")]  # fmt: skip
+    file = file_of(tmp_path, rows)
+    small = read_instances(file)
+    monkeypatch.setattr(annotations, "LARGE", 1)
+    first = read_instances(file)
+    with monkeypatch.context() as patched:
+        patched.setattr(annotations, "_checked", None)  # it is not read again, neither here nor by another process
+        found = read_instances(file)
+        pickled = pickle.dumps(found)
+        other = pickle.loads(pickled)
+        with pytest.raises(LabError, match=r"annotations\[2\]: box without area; mend them"):
+            read_instances(file, "error")
+        with pytest.raises(TypeError):
+            read_instances(file_of(tmp_path, rows[1:]))
+    assert b"note" not in pickled, "rows stay on disk"
+    for one in (first, found, other):
+        assert isinstance(one.rows.source, StoredRows)
+        assert {**vars(one), "annotations": list(one.annotations), "rows": None} == {
+            **vars(small), "annotations": list(small.annotations), "rows": None
+        }  # fmt: skip
+        assert [row["category_id"] for row in one.of_image(0)] == [90, 3]
+        assert one.of_image(3) == []
+    # The parts, as they are written and as training takes them.
+    for one, two in zip(*(vars(zero_shot_parts(w, w, SPLIT)).items() for w in (small, found)), strict=True):
+        assert one[0] == two[0]
+        if isinstance(one[1], Instances):
+            assert two[1].plain() == one[1].plain()
+            write_part(two[1], tmp_path / "part.json")
+            assert (tmp_path / "part.json").read_text() == json.dumps(one[1].plain())
+    part = zero_shot_parts(
+        found, replace(small, images=[{**r, "file_name": f"t{r['id']}"} for r in small.images]), SPLIT
+    )
+    pictures = instance_pictures(part.train, [Path("x")] * len(part.train.images), SPLIT.seen)
+    plain = instance_pictures(part.train.in_memory(), pictures.contents, SPLIT.seen)
+    for place in range(len(pictures)):
+        one, two = pictures.subset([place]), plain.subset([place])
+        assert one.fingerprint() == two.fingerprint() != pictures.fingerprint()
+        assert torch.equal(one.target(0)["masks"], two.target(0)["masks"])
+        assert one.target(0)["boxes"].tolist() == plain.target(place)["boxes"].tolist()
 
 
 def test_masks_of_polygons_and_run_lengths() -> None:

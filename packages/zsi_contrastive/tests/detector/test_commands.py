@@ -49,8 +49,11 @@ def test_evaluate_says_what_training_said(run: Path, scenes: Path, tmp_path: Pat
     here("evaluate", "--checkpoint", run, "--output", tmp_path / "again")
     results = json.loads((run / "results.json").read_text())["test"]
     again = json.loads((tmp_path / "again" / "evaluation.json").read_text())
-    for key in ("zsi", "gzsi", "one_list", "classes", "sweep"):
+    for key in ("zsi", "gzsi", "one_list", "classes", "sweep", "proposals"):
         assert again[key] == results[key]
+    lost = again["proposals"]["unseen"]
+    assert sum(lost[name] for name in ("named", "misnamed", "dropped", "not proposed")) == pytest.approx(1)
+    assert "Where objects are lost" in (tmp_path / "again" / "report.html").read_text()
     assert (tmp_path / "again" / "report.html").is_file()
     # A file of results, scored without any model.
     test = json.loads((run / "splits.json").read_text())["test"]["pictures"]
@@ -65,6 +68,7 @@ def test_evaluate_says_what_training_said(run: Path, scenes: Path, tmp_path: Pat
     assert scored["zsi"] == results["zsi"]
     assert scored["gzsi"] == results["gzsi"]
     assert scored["one_list"] == results["one_list"]
+    assert not scored["proposals"], "a file does not say what was proposed"
 
 
 def test_results_that_are_none(scenes: Path, tmp_path: Path) -> None:

@@ -114,7 +114,14 @@ def test_a_model_scores_words_that_it_was_never_given() -> None:
         Query(model.seen, (4,)),
         Query(vectors, (4, 7)),
     ]
-    one, two = model.detect(pictures, queries)
+    proposed: list[torch.Tensor] = []
+    hook = model.rpn.register_forward_hook(lambda _, given, answer: proposed.extend(answer[0]))
+    one, proposals, two = model.detect(pictures, [queries[0], Query(vectors[:0], ()), queries[1]])
+    hook.remove()
+    for found, boxes, picture in zip(proposals, proposed, pictures, strict=True):
+        size = model.transform.resize(picture)[0].shape[-2:]
+        torch.testing.assert_close(found.boxes, resize_boxes(boxes, tuple(size), tuple(picture.shape[-2:])))
+        assert (found.masks, len(found.scores), len(found.classes)) == (None, len(boxes), len(boxes))
     assert all(int(found.classes.max()) < 4 for found in one)
     for found, picture in zip(two, pictures, strict=True):
         first = int((found.classes < 4).sum())

@@ -9,13 +9,16 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from faster_coco_eval.core import mask as rle
 
 from labs_common.errors import LabError
 from labs_common.report.page import Table
 from zsi_contrastive.detector.annotations import Instances, Split, read_split, zero_shot_parts
 from zsi_contrastive.detector.pictures import instance_pictures
-from zsi_contrastive.detector.protocol import named_objects, scores_of
+from zsi_contrastive.detector.predict import first_proposals
+from zsi_contrastive.detector.protocol import fates, named_objects, scores_of
+from zsi_contrastive.detector.regions import Detections
 from zsi_contrastive.detector.report import measured_sections, unlike_published
 from zsi_contrastive.detector.scoring import THRESHOLDS, harmonic_mean, iou, read_results, scored, together
 
@@ -134,6 +137,39 @@ def test_what_an_object_is_called() -> None:
     assert (second.truth, second.said()) == ("cat", "nothing")
     assert iou([0, 0, 10, 10], [5, 0, 10, 10]) == pytest.approx(1 / 3)
     assert iou([0, 0, 10, 10], [10, 0, 10, 10]) == 0.0
+
+
+def test_where_objects_are_lost() -> None:
+    boxes = [[0, 0, 10, 10], [30, 30, 10, 10], [50, 0, 8, 8], [20, 50, 6, 6], [40, 40, 5, 5]]
+    kinds = [44, 44, 90, 44, 3]  # elf, elf, orc, elf, cat
+    truth = Instances("x", [{"id": number, "name": name} for name, number in IDS.items()], [{"id": 1, "file_name": "1"}],
+                      [{"id": n, "image_id": 1, "category_id": kind, "bbox": box, "iscrowd": 0}
+                       for n, (box, kind) in enumerate(zip(boxes, kinds, strict=True), 1)]
+                      + [{"id": 9, "image_id": 1, "category_id": 44, "bbox": [0, 0, 60, 60], "iscrowd": 1}])  # fmt: skip
+    # Of 350 proposals, whose corners stand in a row, the 120th is on the first object, the 2nd and the 340th on others.
+    proposals = torch.tensor([[100.0 + n, 100, 110 + n, 110] for n in range(350)])
+    for rank, (left, top, across, down) in {120: boxes[0], 121: boxes[0], 2: boxes[1], 340: boxes[2]}.items():
+        proposals[rank - 1] = torch.tensor([left, top, left + across, top + down + 4])
+    first = first_proposals(Detections(proposals, proposals[:, 0], proposals[:, 0], None), truth.annotations)
+    expected = {1: 120, 2: 2, 3: 340, 4: 0, 5: 0}
+    assert {row["id"]: row["rank"] for row in first} == expected, "crowds are nobody's object"
+    nothing = Detections(proposals[:0], proposals[:0, 0], proposals[:0, 0], None)
+    assert {row["rank"] for row in first_proposals(nothing, truth.annotations)} == {0}
+    rows = [
+        {"image_id": 1, "category_id": kind, "bbox": box, "score": 0.5}
+        for kind, box in ((3, boxes[0]), (44, boxes[0]), (90, boxes[1]), (44, boxes[2]), (44, [0, 40, 6, 6]))
+    ]
+    found = fates(instance_pictures(truth, (), SPLIT.classes), rows, first, SPLIT)
+    assert found["unseen"] == {
+        "objects": 4, "recall@100": 0.25, "recall@300": 0.5, "recall@1000": 0.75,
+        "named": 0.25, "misnamed": 0.5, "dropped": 0.0, "not proposed": 0.25,
+    }  # fmt: skip
+    assert found["seen"] == {
+        "objects": 1, "recall@100": 0.0, "recall@300": 0.0, "recall@1000": 0.0,
+        "named": 0.0, "misnamed": 0.0, "dropped": 0.0, "not proposed": 1.0,
+    }  # fmt: skip
+    lost = fates(instance_pictures(truth, (), SPLIT.classes), rows[:1], first, SPLIT)["unseen"]
+    assert (lost["misnamed"], lost["dropped"]) == (0.25, 0.5)
 
 
 @pytest.mark.parametrize("kind", ["box", "mask"])

@@ -3,11 +3,13 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from labs_testing import commands as lab_commands
 from labs_testing.commands import in_two_processes, losses
 from labs_testing.pretended_runs import Budget
@@ -18,10 +20,13 @@ from safetensors.torch import load_file
 
 from labs_common.cli import parse
 from labs_common.training import learning_rate_share
+from zsi_contrastive.detector import train as detector_train
+from zsi_contrastive.detector.annotations import Instances
 from zsi_contrastive.detector.compare import LIBRARIES
 from zsi_contrastive.detector.config import TrainConfig
 from zsi_contrastive.detector.defaults import complete
 from zsi_contrastive.detector.model import sizes_of
+from zsi_contrastive.detector.pictures import instance_pictures
 
 LAUNCH, CONFIGS = (Path(__file__).parents[2] / name for name in ("launch", "configs"))
 SMALL = ("--split", "scenes", "--min-side", "48", "--max-side", "64", "--batch-size", "4", "--epochs", "2",
@@ -218,6 +223,32 @@ def test_the_papers_configs_are_those_of_the_published_code(split: str, rate: fl
 
     assert [share(step) for step in (0, warmup // 2, warmup, 8 * epoch - 1)] == pytest.approx([1 / 3, 2 / 3, 1, 1])
     assert [share(step) for step in (8 * epoch, 11 * epoch - 1, 11 * epoch)] == pytest.approx([0.1, 0.1, 0.01])
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"), [((), 200), (("--backbone", "resnet18"), 20), (("--save-every", "7"), 7)]
+)
+def test_checkpoints_once_per_epoch(asked: tuple[str, ...], expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 pictures, two a step: 20 steps; tiny, whose epochs are short, as all labs."""
+    config = complete(parse(TrainConfig, "train", ["--batch-size", "2", *asked]))
+
+    def started(*given: Any) -> None:
+        raise InterruptedError(given[5].save_every)
+
+    monkeypatch.setattr(detector_train.Fitting, "start", started)
+    images = [{"id": n, "file_name": str(n), "width": 9, "height": 9} for n in range(40)]
+    pictures = instance_pictures(Instances("x", [{"id": 1, "name": "cat"}], images, []), (), ("cat",))
+    data: Any = SimpleNamespace(pictures={"train": pictures})
+    model: Any = torch.nn.Conv2d(3, 4, 3)
+    with pytest.raises(InterruptedError, match=f"^{expected}$"):
+        detector_train.fit(config, model, cast(Any, None), Accelerator(cpu=True), data)
+
+
+def test_colabs_config() -> None:
+    config = complete(parse(TrainConfig, "train", ["--config", str(CONFIGS / "zsi_colab.yaml"), "--data", "coco"]))
+    training, model = config.training, config.model
+    assert (model.backbone, model.min_side, training.precision, training.optimizer) == ("resnet50", 480, "fp16", "sgd")
+    assert (training.max_steps, training.batch_size, training.at_once, training.save_every) == (6000, 8, 4, 500)
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,22 @@
 """Classes that are seen in training and classes that are not; COCO's instances files, and their zero-shot parts."""
 
 import json
-import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from labs_common.data.images import MOST_PIXELS, first_of
 from labs_common.errors import LabError, json_of
 from labs_common.options import OnBadData
 from labs_common.scenes.world import SHAPES, TEXTURES
 from zsi_contrastive.detector.config import PUBLISHED, SCENES
+from zsi_contrastive.detector.table import Json, Rows, StoredRows, digest_of, fault_of, read_stored, stored
 
 CLASSES = files("zsi_contrastive.detector") / "classes"  # the published splits, and COCO's supercategories
 RULES = {  # by --protocol
@@ -24,7 +25,7 @@ RULES = {  # by --protocol
 }
 KEPT_BACK = 4  # of the pairings of texture and shape, one in so many is unseen
 YEAR = r"^(?:.*/)?COCO_[a-z]+\d{4}_"  # before the id in the names of COCO's pictures of 2014 and 2015
-Json = dict[str, Any]
+LARGE = 2**26  # bytes from which a file gets a table: val2017's 20 MB are read in a second
 MOST = 2**53  # an id beyond is no longer the same number in other programs
 
 
@@ -96,7 +97,7 @@ class Instances:
         source: the file, for messages.
         categories: as in the file; ids may have gaps.
         images: as in the file.
-        annotations: as in the file, crowds among them.
+        annotations: as in the file, crowds among them; of a large file `Rows`, which lie on disk.
         left_out: annotations that cannot be used, with counts, by reason.
         unusable: these annotations; they still say what a picture shows.
         file_pictures: of a part, how many pictures its file has.
@@ -106,11 +107,31 @@ class Instances:
     source: str
     categories: list[Json]
     images: list[Json]
-    annotations: list[Json]
+    annotations: Sequence[Json]
     left_out: Counter[str] = field(default_factory=Counter)
     unusable: list[Json] = field(default_factory=list)
     file_pictures: int = 0
     part_pictures: int = 0
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The annotations with their columns."""
+        return self.annotations if isinstance(self.annotations, Rows) else Rows.of(self.annotations)
+
+    def of_image(self, number: int) -> list[Json]:
+        """Returns the annotations of the picture with this id."""
+        order, ids = self._by_image_id
+        first, last = np.searchsorted(ids, (number, number + 1))
+        return [self.rows[int(place)] for place in order[first:last]]
+
+    @cached_property
+    def _by_image_id(self) -> tuple[np.ndarray, np.ndarray]:
+        order = self.rows.image_ids.argsort(kind="stable")
+        return order, self.rows.image_ids[order]
+
+    def in_memory(self) -> "Instances":
+        """Reads all annotations, for those that are looked at over and over."""
+        return replace(self, annotations=list(self.annotations))
 
     def by_image(self) -> dict[int, list[Json]]:
         """Sorts the annotations by picture; pictures without any are missing."""
@@ -118,6 +139,12 @@ class Instances:
         for annotation in self.annotations:
             found[annotation["image_id"]].append(annotation)
         return found
+
+    def showing(self, names: Sequence[str]) -> set[int]:
+        """Returns the ids of pictures with an object of these classes, be it a crowd or one that cannot be used."""
+        wanted = self.ids(names)
+        shown = self.rows.image_ids[np.isin(self.rows.category_ids, wanted)].tolist()
+        return {*shown, *(row["image_id"] for row in self.unusable if row["category_id"] in wanted)}
 
     def ids(self, names: Sequence[str]) -> list[int]:
         """Returns the category ids of classes, in their order.
@@ -133,16 +160,48 @@ class Instances:
 
     def plain(self) -> Json:
         """Returns COCO's JSON."""
-        return {"images": self.images, "annotations": self.annotations, "categories": self.categories}
+        return {"images": self.images, "annotations": list(self.annotations), "categories": self.categories}
 
 
 def read_instances(path: Path, on_bad_data: OnBadData = "skip") -> Instances:
     """Reads and checks a file; what cannot be used of it (boxes without area, no outline) is left out and counted.
 
+    A large file is read once: later its checked annotations are taken from a table in the cache.
+
     Raises:
         LabError: it cannot be read, or is not COCO's format, or something cannot be used and `on_bad_data` is "error";
             the fault is named.
     """
+    if path.is_file() and path.stat().st_size >= LARGE:
+        digest = digest_of(path)
+        rows, rest = read_stored(_table(path, digest), (_stored_rows, (path, digest)))
+        named = rest.pop("named")
+        found = Instances(str(path), annotations=rows, **rest | {"left_out": Counter(rest["left_out"])})
+    else:
+        found, named = _checked(path)
+    if named and on_bad_data == "error":
+        raise LabError(f"{path}: {first_of(named)}; mend them, or leave them out with --on-bad-data skip")
+    return found
+
+
+def _table(path: Path, digest: str) -> Path:
+    def make() -> tuple[Sequence[Json], Json]:
+        found, named = _checked(path)
+        kept = {name: getattr(found, name) for name in ("categories", "images", "left_out", "unusable")}
+        return found.annotations, kept | {"named": named}
+
+    return stored(path, digest, make)
+
+
+def _stored_rows(path: Path, digest: str) -> StoredRows:
+    """Opens a file's table in another process, or makes it on another machine."""
+    rows, _ = read_stored(_table(path, digest), (_stored_rows, (path, digest)))
+    assert isinstance(rows.source, StoredRows)
+    return rows.source
+
+
+def _checked(path: Path) -> tuple[Instances, list[str]]:
+    """Reads a file without a table, and names what cannot be used of it."""
     categories, images, annotations = _lists(path)
     for key, rows in (("categories", categories), ("images", images)):
         if twice := [number for number, count in Counter(row["id"] for row in rows).items() if count > 1]:
@@ -158,16 +217,14 @@ def read_instances(path: Path, on_bad_data: OnBadData = "skip") -> Instances:
             raise LabError(f"{path}: annotations[{place}] is of the unknown category {row['category_id']}")
         if row["image_id"] not in pictures:
             raise LabError(f"{path}: annotations[{place}] is of the unknown picture {row['image_id']}")
-        if reason := _fault(row, *pictures[row["image_id"]]):
+        if reason := fault_of(row, *pictures[row["image_id"]]):
             left_out[reason] += 1
             unusable.append(row)
             named.append(f"annotations[{place}]: {reason}")
         else:
             usual = {"iscrowd": 0, "area": row["bbox"][2] * row["bbox"][3], "id": place + 1}
             kept.append({**usual, **row} | ({"id": place + 1} if renumber else {}))
-    if named and on_bad_data == "error":
-        raise LabError(f"{path}: {first_of(named)}; mend them, or leave them out with --on-bad-data skip")
-    return Instances(str(path), categories, images, kept, left_out, unusable)
+    return Instances(str(path), categories, images, kept, left_out, unusable), named
 
 
 def _lists(path: Path) -> list[list[Json]]:
@@ -199,63 +256,6 @@ def _lists(path: Path) -> list[list[Json]]:
     return lists
 
 
-def _fault(annotation: Mapping[str, Any], height: int, width: int) -> str:
-    """Says why an annotation of a picture of that size cannot be used; empty if it can."""
-    outline = annotation.get("segmentation")
-    if reason := box_fault(annotation["bbox"]):
-        return reason
-    if not is_number(annotation.get("area", 0)) or annotation.get("iscrowd", 0) not in (0, 1):
-        return "area that is no number, or iscrowd neither 0 nor 1"
-    if isinstance(outline, list):
-        # A polygon is x, y, x, y, …: three points are six numbers.
-        polygons = [part for part in outline if isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0]
-        if not polygons:
-            return "outline of fewer than three points"
-        near = 10 * max(height, width)  # a line to a point far away would be drawn pixel by pixel
-        try:
-            fine = all(math.isfinite(sum(part)) and -near < min(part) <= max(part) < near for part in polygons)
-        except (TypeError, OverflowError):
-            fine = False
-        return "" if fine else "outline of something other than points near the picture"
-    if isinstance(outline, dict):
-        return "" if is_run_lengths(outline, height, width) else "run lengths that are not COCO's"
-    return "no outline"
-
-
-def box_fault(box: Any) -> str:
-    """Says why a value is no box (left, top, width, height); empty if it is one."""
-    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
-        return "box that is not four numbers"
-    return "box without area" if box[2] <= 0 or box[3] <= 0 else ""
-
-
-def is_number(value: Any) -> bool:
-    """Says whether a value of a JSON file is a number that can be computed with in float32."""
-    return isinstance(value, (int, float)) and -1e30 < value < 1e30
-
-
-def is_run_lengths(outline: Mapping[str, Any], height: int, width: int) -> bool:
-    """Says whether COCO's run lengths, plain or compressed, are of a picture of that size: its library reads any."""
-    counts = outline.get("counts")
-    if outline.get("size") != [height, width] or not isinstance(counts, (list, str)):
-        return False
-    found: list[Any] = counts if isinstance(counts, list) else []
-    value = shift = 0
-    for letter in counts if isinstance(counts, str) else "":
-        # Six bits of a letter from "0" on: five of the number, the lowest first, and whether more follow.
-        bits = ord(letter) - 48
-        if not 0 <= bits < 64 or shift > 60:
-            return False
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            value -= (bits & 16) << (shift - 4)  # the highest bit is the sign
-            found.append(value + (found[-2] if len(found) > 2 else 0))  # but for the first three, a difference
-            value = shift = 0
-    whole = all(isinstance(run, int) and run >= 0 for run in found)
-    return whole and not shift and sum(found) == height * width
-
-
 @dataclass(frozen=True)
 class ZeroShotParts:
     """The parts into which a split cuts a training and a test file.
@@ -277,7 +277,7 @@ class ZeroShotParts:
     def counts(self) -> list[tuple[str, int, int, int]]:
         """Counts pictures, objects and crowds of each part, after its name."""
         parts = {"training, seen": self.train, "test, unseen": self.unseen, "test, both": self.both}
-        crowds = {name: sum(bool(row["iscrowd"]) for row in part.annotations) for name, part in parts.items()}
+        crowds = {name: int(part.rows.crowds.sum()) for name, part in parts.items()}
         return [
             (name, len(part.images), len(part.annotations) - crowds[name], crowds[name]) for name, part in parts.items()
         ]
@@ -322,15 +322,14 @@ def check_parts(parts: ZeroShotParts, train: Instances) -> None:
     Raises:
         LabError: a training picture has an unseen object, a test picture none, or one is in both.
     """
-    unseen = set(train.ids(_there(train, parts.split.unseen)))
     training = {row["id"]: row["file_name"] for row in parts.train.images}
-    for row in (*train.annotations, *train.unusable) if parts.protocol == "zsi" else ():
-        if row["category_id"] in unseen and row["image_id"] in training:
-            raise LabError(f"{train.source}: the training picture {training[row['image_id']]} has an unseen object")
-    unseen = set(parts.unseen.ids(parts.split.unseen))
+    for number in train.showing(_there(train, parts.split.unseen)) if parts.protocol == "zsi" else ():
+        if number in training:
+            raise LabError(f"{train.source}: the training picture {training[number]} has an unseen object")
     for part in (parts.unseen, parts.both):
-        tested = unseen if parts.protocol == "zsi" else set(part.ids([row["name"] for row in part.categories]))
-        shown = {row["image_id"] for row in part.annotations if row["category_id"] in tested}
+        shown = part.showing(
+            parts.split.unseen if parts.protocol == "zsi" else [row["name"] for row in part.categories]
+        )
         for row in part.images:
             if row["id"] not in shown:
                 raise LabError(f"{part.source}: the test picture {row['file_name']} has no unseen object")
@@ -353,22 +352,17 @@ def _part(
     whole: Instances, kept: Sequence[str], wanted: Sequence[str], refused: Sequence[str] = (), training: bool = False
 ) -> Instances:
     """Takes pictures with a `wanted` and without a `refused` object, with the annotations of the `kept` classes."""
-    want, refuse = (set(whole.ids(names)) for names in (wanted, refused))
-    shown: dict[int, set[int]] = defaultdict(set)
-    usable: dict[int, set[int]] = defaultdict(set)
-    for row in [*whole.annotations, *whole.unusable]:
-        shown[row["image_id"]].add(row["category_id"])
-    for row in whole.annotations:
-        if not (training and row["iscrowd"]):
-            usable[row["image_id"]].add(row["category_id"])
-    chosen = [image for image in whole.images if usable[image["id"]] & want and not shown[image["id"]] & refuse]
+    rows = whole.rows
+    usable = rows.image_ids[np.isin(rows.category_ids, whole.ids(wanted)) & ~(rows.crowds & training)]
+    good = set(usable.tolist()) - whole.showing(refused)
+    chosen = [image for image in whole.images if image["id"] in good]
     return _with_classes(whole, chosen, kept)
 
 
 def _with_classes(whole: Instances, chosen: list[Json], kept: Sequence[str]) -> Instances:
     """Takes these pictures of a file, with the annotations of the `kept` classes."""
-    keep, ids = set(whole.ids(kept)), {image["id"] for image in chosen}
-    rows = [row for row in whole.annotations if row["image_id"] in ids and row["category_id"] in keep]
+    ids = np.array([image["id"] for image in chosen], dtype=np.int64)
+    rows = whole.rows.take(np.isin(whole.rows.image_ids, ids) & np.isin(whole.rows.category_ids, whole.ids(kept)))
     names = {row["id"]: row for row in whole.categories}
     categories = [names[number] for number in whole.ids(kept)]
     counts = len(whole.images), len(chosen)

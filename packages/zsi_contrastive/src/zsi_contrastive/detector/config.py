@@ -201,6 +201,8 @@ class DetectorTrainingOptions(TrainingOptions):
     """Weight of the patch InfoNCE head's loss."""
     flip: bool = True
     """Mirror training pictures by chance."""
+    save_every: Annotated[int, number(int, "[1, inf)", -1)] = -1
+    """Optimizer steps between checkpoints. Ctrl-C writes one as well. -1: once per epoch (0.5 GB each), tiny 200."""
     validation_pictures: Count = 200
     """Pictures that evaluations during training look at."""
 
@@ -228,15 +230,16 @@ class TrainConfig:
 class EvaluateConfig:
     """Measures a finished detector, or a file of COCO results: unseen classes alone, and all together.
 
-    `python -m zsi_contrastive.evaluate` alone takes the newest run and the pictures that it had. Another split or other
-    words: `--split my_72_8.json --word-vectors glove.txt --data coco`. A published file: `--results results.bbox.json
-    --data coco --split 48_17`.
+    `python -m zsi_contrastive.evaluate` alone takes the newest run and the pictures it had. Another split: `--split
+    my_72_8.json --word-vectors glove.txt --data coco`. A file: `--results results.bbox.json --data coco --split 48_17`.
     """
 
     checkpoint: Path | None = None
     """Directory of a finished run; by default the newest under runs/."""
     results: Path | None = None
     """Score this JSON of COCO results instead of looking for anything; those without boxes by their masks alone."""
+    peer: str = ""
+    """Released detector of transformers beside the run, such as google/owlv2-base-patch16-ensemble: its boxes."""
     all_pictures: bool = False
     """With --results: score all pictures of the test annotations, not only those that the protocol takes."""
     data: DataOptions = field(default_factory=DataOptions)
@@ -308,11 +311,10 @@ class AblateConfig:
 
 @dataclass
 class PrepareConfig:
-    """Writes the zero-shot parts of COCO as annotation files, and checks them.
+    """Writes the zero-shot parts of COCO as annotation files, for other tools and --train-annotations; checks them.
 
     `python -m zsi_contrastive.prepare --data coco --split 48_17 --output coco-48-17` gives train_seen.json (pictures
-    with a seen object and no unseen one), test_unseen.json (ZSI), test_both.json (GZSI) and counts.json. Training
-    makes the same parts by itself; the files are for other tools, and for --train-annotations.
+    with a seen object and no unseen one), test_unseen.json (ZSI), test_both.json (GZSI) and counts.json.
     """
 
     data: DataOptions = field(default_factory=DataOptions)

@@ -106,7 +106,7 @@ def read_pictures(
     """
     parts, folder = read_parts(data, split)
     folders = picture_folders(folder)
-    both = found_pictures(parts.both, folders, split.classes, data.on_bad_data, shown)
+    both = found_pictures(parts.both.in_memory(), folders, split.classes, data.on_bad_data, shown)
     order = np.random.default_rng([seed, 1]).permutation(len(both))
     first = round(data.validation_fraction * len(both))
     pictures = {"validation": both.subset(np.sort(order[:first])), "test": both.subset(np.sort(order[first:]))}
@@ -238,7 +238,7 @@ class PictureBatches:
         """Takes `at_once` pictures into a micro-batch, 0 for a process's whole part of a step."""
         self.pictures, self.at_once, self.flip, self.seed = pictures, at_once, flip, seed
         self.rank, self.processes = rank, processes
-        objects = Counter(row["image_id"] for row in pictures.part.annotations)
+        objects = Counter(pictures.part.rows.image_ids.tolist())
         # Bytes: three colours and a mask for each object, of every pixel.
         size = sum(row["width"] * row["height"] * (3 + objects[row["id"]]) for row in pictures.part.images)
         self._kept: dict[int, tuple[torch.Tensor, Target]] | None = {} if size < KEPT_BYTES else None

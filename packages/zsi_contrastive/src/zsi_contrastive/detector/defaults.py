@@ -49,6 +49,7 @@ def complete(config: TrainConfig) -> TrainConfig:
             "learning_rate": training.learning_rate or rate,
             "schedule": ("cosine" if tiny else "steps") if training.schedule == "auto" else training.schedule,
             "reconstruction": training.reconstruction or (0.05 if tiny else 0.5),
+            "save_every": 200 if tiny and training.save_every < 0 else training.save_every,
             "clip_norm": (5.0 if tiny else 35.0) if training.clip_norm < 0 else training.clip_norm,
         },
         "words": {"word_vectors": vectors},

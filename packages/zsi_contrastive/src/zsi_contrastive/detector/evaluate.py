@@ -4,11 +4,13 @@ import dataclasses
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from labs_common.cli import to_plain
 from labs_common.data.images import print_refused
 from labs_common.device import inference_accelerator
 from labs_common.errors import LabError
+from labs_common.launch import main_process_first
 from labs_common.lock import check_new, new_folder
 from labs_common.report.page import making_report, write_report
 from labs_common.report.sections import asked_section
@@ -17,8 +19,11 @@ from zsi_contrastive.detector.annotations import Split, all_of, read_split
 from zsi_contrastive.detector.config import DataOptions, EvaluateConfig
 from zsi_contrastive.detector.data import from_main_process, read_file, read_parts, read_pictures, read_vectors
 from zsi_contrastive.detector.defaults import complete_data
+from zsi_contrastive.detector.peer import Peer, beside
 from zsi_contrastive.detector.pictures import InstancePictures, instance_pictures
+from zsi_contrastive.detector.predict import predictions
 from zsi_contrastive.detector.protocol import Evaluation, evaluated, scores_of
+from zsi_contrastive.detector.regions import Query
 from zsi_contrastive.detector.report import finding_sections, measured_sections, print_scores, summary_of
 from zsi_contrastive.detector.saved import FILE, Loaded, changed, chosen_data, load_detector
 from zsi_contrastive.detector.scoring import read_results
@@ -34,6 +39,8 @@ def evaluate(config: EvaluateConfig) -> None:
     check_new(config.output)
     if config.all_pictures and config.results is None:
         raise LabError("--all-pictures: goes with --results alone; a detector looks at the test pictures of --protocol")
+    if config.peer and config.results is not None:
+        raise LabError("--peer: looks at the pictures of a run, beside it; leave out --results")
     if config.results is not None:
         score_file(config, config.results)
     else:
@@ -56,11 +63,26 @@ def evaluate_run(config: EvaluateConfig) -> None:
     if accelerator.is_main_process:
         print_refused({"test": pictures["test"]})
     detection = changed(loaded.detection, config.detection)
+    peer: Peer | None = None
+    if config.peer:
+        with main_process_first(accelerator):  # it is downloaded on its first use
+            peer = Peer(config.peer, split.classes, detection.score_threshold, detection.kept)
     found = evaluated(loaded.model, split, vectors, pictures, detection, accelerator, config.seed, config.at_once)
+    theirs = None if peer is None else peer_scores(peer, split, pictures["test"], accelerator, config.at_once)
     if found is not None:
+        if theirs is not None:
+            found = beside(found, theirs, config.peer)
         said = dataclasses.asdict(detection)
         found = dataclasses.replace(found, note=seen_before(loaded, split))
         finish(config, output, found, split, pictures["test"], f"Evaluation of {checkpoint.name}", said)
+
+
+def peer_scores(peer: Peer, split: Split, test: InstancePictures, accelerator: Accelerator, at_once: int) -> Evaluation:
+    """Lets a peer look for all classes in the test pictures; called by all processes, the main one gets the scores."""
+    asked = Query(torch.empty(len(split.classes), 0), (len(split.seen), len(split.unseen)), masks=False)
+    ids, network = test.part.ids(split.classes), peer.to(accelerator.device)
+    (rows,) = predictions(network, test, [asked], [ids], accelerator, at_once, "testing the peer")
+    return scores_of(test, rows, split, 0.0, peer.kept, ("box",))
 
 
 def score_file(config: EvaluateConfig, results: Path) -> None:
@@ -74,7 +96,7 @@ def score_file(config: EvaluateConfig, results: Path) -> None:
     output = new_folder(config.output, results.with_name(f"{results.stem}-scores"))
     rows, outlined = read_results(results)
     part = all_of(read_file(data, "val"), split) if config.all_pictures else read_parts(data, split)[0].both
-    pictures = instance_pictures(part, (), split.classes)
+    pictures = instance_pictures(part.in_memory(), (), split.classes)
     found = scores_of(pictures, rows, split, config.detection.seen_bias, config.detection.kept, outlined)
     finish(config, output, found, split, pictures, f"Scores of {results.name}", None)
 

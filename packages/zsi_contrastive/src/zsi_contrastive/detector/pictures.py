@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
@@ -18,9 +19,10 @@ from torchvision.models.detection.roi_heads import expand_boxes
 from labs_common.data.images import BadPictureError, Pictures, checked, decoded, digests_of, within
 from labs_common.errors import LabError
 from labs_common.options import OnBadData
-from zsi_contrastive.detector.annotations import Instances, Json
+from zsi_contrastive.detector.annotations import Instances
 from zsi_contrastive.detector.heads import Target
 from zsi_contrastive.detector.regions import NARROW
+from zsi_contrastive.detector.table import Json
 
 MASK_FROM = 0.5  # the probability from which a pixel belongs to a thing
 
@@ -58,8 +60,9 @@ class InstancePictures(Pictures):
 
     def fingerprint(self) -> str:
         """Returns a hash that changes with any picture or annotation."""
-        objects = repr([[row["image_id"], row["category_id"], row["bbox"]] for row in self.part.annotations]).encode()
-        return digests_of([*self.digests, objects])
+        rows = self.part.rows
+        columns = (rows.image_ids, rows.category_ids, rows.boxes)
+        return digests_of([*self.digests, *(column.tobytes() for column in columns)])
 
     def target(self, place: int) -> Target:
         """Returns boxes (n, 4), labels (n,) and masks (n, height, width) of a picture's objects, without crowds.
@@ -70,7 +73,7 @@ class InstancePictures(Pictures):
         row = self.part.images[place]
         height, width = row["height"], row["width"]
         kept = []
-        for annotation in self._objects.get(row["id"], []):
+        for annotation in self.part.of_image(row["id"]):
             left, top, across, down = annotation["bbox"]
             box = [max(0.0, left), max(0.0, top), min(width, left + across), min(height, top + down)]
             # torchvision refuses boxes without area; some of COCO's lie at or beyond the edge.
@@ -89,13 +92,9 @@ class InstancePictures(Pictures):
     def subset(self, places: Sequence[int] | np.ndarray) -> Self:
         """Takes the pictures at these places, in this order, with their annotations."""
         images = [self.part.images[place] for place in places]
-        ids = {row["id"] for row in images}
-        rows = [row for row in self.part.annotations if row["image_id"] in ids]
+        ids = np.array([row["id"] for row in images], dtype=np.int64)
+        rows = self.part.rows.take(np.isin(self.part.rows.image_ids, ids))
         return replace(super().subset(places), part=replace(self.part, images=images, annotations=rows))
-
-    @cached_property
-    def _objects(self) -> dict[int, list[Json]]:
-        return self.part.by_image()
 
     @cached_property
     def _labels(self) -> dict[int, int]:
@@ -125,11 +124,12 @@ def found_pictures(
     """
     files = []
     for row in part.images:
+        # Of 118,287 names only what is there is followed through links: each of a name's folders would take a minute.
+        there = (folder for folder in folders if os.path.isfile(f"{folder}/{row['file_name']}"))
         try:
-            places = [within(row["file_name"], folder) for folder in folders]
+            files.append(within(row["file_name"], next(there, folders[0])))
         except BadPictureError as error:
             raise LabError(f"{part.source}: the picture {row['file_name']!r} {error}") from error
-        files.append(next((file for file in places if os.path.isfile(file)), places[0]))
     return checked(instance_pictures(part, files, classes), on_bad_data, shown)
 
 
@@ -178,17 +178,18 @@ def _runs(pixels: np.ndarray, row: int, column: int, height: int, width: int) ->
 
     Runs go down the columns, one after the other, and begin with pixels that are off.
     """
-    down = pixels.shape[0]
-    # A pixel that is off below each column: no run goes from one to the next in what was cut out.
-    columns = np.zeros((pixels.shape[1], down + 1), dtype=np.int8)
-    columns[:, :down] = pixels.T
-    (changes,) = np.diff(columns.ravel(), prepend=0).nonzero()  # where runs begin and end, in turn
-    places = (column + changes // (down + 1)) * height + row + changes % (down + 1)
+    down, across = pixels.shape
+    # A pixel that is off below each column, and one before all: no run goes from one to the next in what was cut out.
+    columns = np.zeros(1 + across * (down + 1), dtype=bool)
+    columns[1:].reshape(across, down + 1)[:, :down] = pixels.T
+    changes = np.flatnonzero(columns[1:] != columns[:-1])  # where runs begin and end, in turn
+    places = changes + (changes // (down + 1)) * (height - down - 1) + (column * height + row)
     # A run to the picture's lower edge goes on at the top of the next column: its end is that one's beginning.
-    again = np.flatnonzero(places[1:-1:2] == places[2::2])
-    places = np.delete(places, np.concatenate([2 * again + 1, 2 * again + 2]))
-    counts = np.diff(places, prepend=0, append=height * width)
-    return [int(count) for count in (counts if counts[-1] else counts[:-1])]
+    if row + down == height and (again := np.flatnonzero(places[1:-1:2] == places[2::2])).size:
+        places = np.delete(places, np.concatenate([2 * again + 1, 2 * again + 2]))
+    ends = [0, *places.tolist(), height * width]
+    counts = [after - before for before, after in pairwise(ends)]
+    return counts if counts[-1] else counts[:-1]
 
 
 def _text(counts: bytes | str) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image, ImageColor, ImageDraw, ImageFont
+from torchvision.ops import box_convert, box_iou
 
 from labs_common.data.images import decoding_threads, picture_files, readable
 from labs_common.device import inference_accelerator
@@ -30,6 +31,7 @@ from zsi_contrastive.detector.saved import FILE, Loaded, changed, chosen_data, l
 from zsi_contrastive.detector.vectors import ClassVectors, check_same_space, of_length, refined, word_vectors
 
 OF_THE_TEST = 8  # pictures of the run's test that are taken where none is named
+ON_IT = 0.5  # IoU from which a box is on an object
 TINT = 120  # of 255: how much of its colour a mask gets
 Result = dict[str, Any]  # a row of COCO's result JSON
 
@@ -153,6 +155,8 @@ def predictions(
 ) -> list[list[Result]]:
     """Returns COCO's results for each query in the main process; each process looks at its share of the pictures.
 
+    Of a query for the proposals it returns a row for each object instead: see `first_proposals`.
+
     Others return empty lists: half a million masks need not be sent to all. `model` is a `ZeroShotMaskRCNN` in
     evaluation mode, or what `Accelerator.prepare` made of it; `categories` are, for each query, the category ids of its
     rows; `task` names the progress line.
@@ -177,7 +181,11 @@ def predictions(
         # Masks are drawn in C, outside Python's lock: threads do it while the next batch is computed.
         coming = [
             decoding_threads().map(as_results, of_query[: len(rows)], rows, [ids] * len(rows))
-            for of_query, ids in zip(on_host(found), categories, strict=True)
+            if query.groups
+            else decoding_threads().map(
+                first_proposals, of_query[: len(rows)], [pictures.part.of_image(row["id"]) for row in rows]
+            )
+            for query, of_query, ids in zip(queries, on_host(found), categories, strict=True)
         ]
     _take(coming, results)
     if accelerator.num_processes > 1:
@@ -211,6 +219,20 @@ def on_host(found: Sequence[Sequence[Detections]]) -> list[list[Detections]]:
         ]
         for of_query in found
     ]
+
+
+def first_proposals(found: Detections, objects: Sequence[Mapping[str, Any]]) -> list[Result]:
+    """Says of a picture's `objects`, crowds left out, which proposal is the first on it: its `rank` from 1, 0 if none.
+
+    `found` are the proposals, best first; one is on an object from an IoU of `ON_IT` on.
+    """
+    things = [row for row in objects if not row["iscrowd"]]
+    if not things or not len(found.boxes):
+        return [{"image_id": row["image_id"], "id": row["id"], "rank": 0} for row in things]
+    boxes = box_convert(torch.tensor([row["bbox"] for row in things], dtype=torch.float32), "xywh", "xyxy")
+    on = box_iou(boxes, found.boxes) >= ON_IT  # (objects, proposals)
+    ranks = torch.where(on.any(1), on.int().argmax(1) + 1, 0).tolist()  # argmax: the first of the largest
+    return [{"image_id": row["image_id"], "id": row["id"], "rank": n} for row, n in zip(things, ranks, strict=True)]
 
 
 def as_results(found: Detections, row: Mapping[str, Any], categories: Sequence[Any]) -> list[Result]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from labs_common.errors import LabError
 from labs_common.lock import check_writable
 from labs_common.run import write_atomically, written_whole
-from zsi_contrastive.detector.annotations import RULES, read_split
+from zsi_contrastive.detector.annotations import RULES, Instances, read_split
 from zsi_contrastive.detector.config import PrepareConfig
 from zsi_contrastive.detector.data import read_parts
 from zsi_contrastive.detector.defaults import complete_data
@@ -30,7 +30,7 @@ def prepare(config: PrepareConfig) -> None:
     parts, _ = read_parts(data, split)
     with written_whole(output) as folder:
         for name, file in NAMES.items():
-            write_atomically(folder / file, json.dumps(getattr(parts, name).plain()))
+            write_part(getattr(parts, name), folder / file)
         counts = {
             name: {"pictures": pictures, "objects": objects, "crowds": crowds}
             for name, pictures, objects, crowds in parts.counts()
@@ -45,6 +45,15 @@ def prepare(config: PrepareConfig) -> None:
             print(f"{name}: left out {count} × {reason}")
     print(f"checked: {RULES[data.protocol]}")
     print(f"written: {', '.join(str(output / file) for file in NAMES.values())}")
+
+
+def write_part(part: Instances, file: Path) -> None:
+    """Writes a part as COCO's JSON, a row after the other: they need not be in memory together."""
+    with file.open("w", encoding="utf-8") as stream:
+        stream.write(f'{{"images": {json.dumps(part.images)}, "annotations": [')
+        for place, text in enumerate(part.rows.texts()):
+            stream.write(f", {text}" if place else text)
+        stream.write(f'], "categories": {json.dumps(part.categories)}}}')
 
 
 if __name__ == "__main__":

@@ -13,14 +13,15 @@ from zsi_contrastive.detector.annotations import Instances, Split
 from zsi_contrastive.detector.config import DetectionOptions
 from zsi_contrastive.detector.model import ZeroShotMaskRCNN
 from zsi_contrastive.detector.pictures import InstancePictures
-from zsi_contrastive.detector.predict import Result, predictions, query_of, random_queries
+from zsi_contrastive.detector.predict import ON_IT, Result, predictions, query_of, random_queries
+from zsi_contrastive.detector.regions import Query
 from zsi_contrastive.detector.scoring import ClassScores, harmonic_mean, iou, of_classes, scored, together
 from zsi_contrastive.detector.vectors import ClassVectors
 
 # Dense at first: scores of unseen classes lie only a little below those of seen ones.
 BIASES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5)
 AT_ONCE = 8  # pictures that the network sees at once
-ON_IT = 0.5  # IoU from which a detection is on an object
+RANKS = (100, 300, 1000)  # proposals of a picture whose recall is measured
 Scores = dict[str, float]
 
 
@@ -38,7 +39,10 @@ class Evaluation:
         classes: of every class its scores by box and mask in GZSI, and in one list.
         others: box scores of the unseen classes alone under other rules: random vectors, vectors as they were, …
         sweep: for each bias the scores of seen and unseen boxes, by `validation` and `test`.
+        proposals: of objects of `seen` and of `unseen` classes, how many have one of a picture's best 100, … proposals
+            on them (IoU 0.5), and what became of them; see `fates`. Empty without a detector.
         bias: what seen scores are lowered by.
+        peer: what is to be known of a released detector whose boxes are beside ours; empty without one.
         note: what training saw of the unseen classes; empty if it is nothing.
     """
 
@@ -49,7 +53,9 @@ class Evaluation:
     classes: list[dict[str, Any]]
     others: dict[str, Scores] = field(default_factory=dict)
     sweep: dict[str, list[Scores]] = field(default_factory=dict)
+    proposals: dict[str, Scores] = field(default_factory=dict)
     bias: float = 0.0
+    peer: str = ""
     note: str = ""
 
     def plain(self) -> dict[str, Any]:
@@ -81,8 +87,9 @@ def evaluated(
     # One pass over the pictures answers all of them: the network's work is shared.
     queries = [query_of(vectors, detection), *controls]
     queries += [query_of(vectors, options, masks=False) for options in rules.values()]
-    kinds = [both, *([unseen] * len(controls)), *([both] * len(rules))]
-    found = predictions(model, test, queries, kinds, accelerator, at_once, "testing")
+    queries.append(Query(vectors.unseen[:0], (), masks=False))  # the proposals themselves
+    kinds = [both, *([unseen] * len(controls)), *([both] * len(rules)), []]
+    *found, first = predictions(model, test, queries, kinds, accelerator, at_once, "testing")
     part = pictures["validation"]
     there: list[Result] = []
     if len(part):
@@ -103,7 +110,7 @@ def evaluated(
         sweep["validation"] = swept(part, there, split, detection.kept)
     outlined = ("box", "mask") if model.parts.mask_head else ("box",)
     measured = scores_of(test, found[0], split, detection.seen_bias, detection.kept, outlined)
-    return replace(measured, others=others, sweep=sweep)
+    return replace(measured, others=others, sweep=sweep, proposals=fates(test, found[0], first, split))
 
 
 def other_rules(detection: DetectionOptions) -> dict[str, DetectionOptions]:
@@ -210,6 +217,40 @@ def named_objects(pictures: InstancePictures, results: Sequence[Result], split: 
                     best[kind] = (names[one["category_id"]], one["score"])
             said.append(Named(names[row["category_id"]], best.get(False), best.get(True)))
     return said
+
+
+def fates(
+    pictures: InstancePictures, results: Sequence[Result], first: Sequence[Result], split: Split
+) -> dict[str, Scores]:
+    """Says what became of the objects of seen and of unseen classes: where in the detector each was lost.
+
+    Of each kind the number of `objects` and shares of it: `recall@100`, … is of those that one of so many proposals of
+    their picture is on, whatever it is called. Each object is one of `named` (a detection on it has its class),
+    `misnamed` (there are detections on it, of other classes), `dropped` (a proposal was on it, but no detection is
+    left) and `not proposed`. `results` are the best of each kind in a picture, `first` is what `first_proposals` says.
+    """
+    part = pictures.part
+    unseen = set(part.ids(split.unseen))
+    ranks = {row["id"]: row["rank"] for row in first}
+    by_picture: dict[int, list[Result]] = defaultdict(list)
+    for row in results:
+        by_picture[row["image_id"]].append(row)
+    counts: dict[str, Counter[str]] = {"seen": Counter(), "unseen": Counter()}
+    for image_id, objects in part.by_image().items():
+        for row in objects:
+            if row["iscrowd"]:
+                continue
+            rank, category = ranks[row["id"]], row["category_id"]
+            on = {one["category_id"] for one in by_picture[image_id] if iou(one["bbox"], row["bbox"]) >= ON_IT}
+            fate = "named" if category in on else "misnamed" if on else "dropped" if rank else "not proposed"
+            count = counts["unseen" if category in unseen else "seen"]
+            count.update(["objects", fate, *(f"recall@{most}" for most in RANKS if 0 < rank <= most)])
+    names = [*(f"recall@{most}" for most in RANKS), "named", "misnamed", "dropped", "not proposed"]
+    return {
+        kind: {"objects": count["objects"]}
+        | {name: count[name] / count["objects"] if count["objects"] else math.nan for name in names}
+        for kind, count in counts.items()
+    }
 
 
 def swept(pictures: InstancePictures, results: Sequence[Result], split: Split, kept: int) -> list[Scores]:

@@ -50,6 +50,8 @@ IGNORED = -100  # the label of what the classes' loss leaves out
 class Query:
     """Classes to look for, which may be any that have vectors.
 
+    Without groups it asks for the proposals themselves, best first: their scores and classes are 0.
+
     Attributes:
         vectors: (classes, d).
         groups: sizes of groups of consecutive classes: of each the best detections of a picture are kept.
@@ -268,6 +270,8 @@ class ZeroShotRegions(nn.Module):
         logits = _in_full(vectors, known)
         candidates = []
         for query in queries:
+            if not query.groups:
+                continue
             with torch.autocast(logits.device.type, enabled=False):  # scores that differ little keep their order
                 if query.transfer == "direct":
                     scores = direct(logits[:, :1], _in_full(vectors, query.vectors), query.groups, query.temperature)
@@ -290,6 +294,11 @@ class ZeroShotRegions(nn.Module):
         of_groups = iter(candidates)
         answers = []
         for query in queries:
+            if not query.groups:
+                nothing = [torch.zeros(count, device=logits.device) for count in counts]
+                pairs = zip(proposals, nothing, strict=True)
+                answers.append([Detections(box.float(), zero, zero, None) for box, zero in pairs])
+                continue
             groups = [self._kept(boxes, *next(of_groups), next(enough)) for _ in query.groups]
             found = []
             for of_picture in zip(*groups, strict=True):

@@ -26,8 +26,8 @@ from zsi_contrastive.detector.config import TrainConfig
 from zsi_contrastive.detector.data import ZeroShotData
 from zsi_contrastive.detector.model import ZeroShotMaskRCNN
 from zsi_contrastive.detector.pictures import InstancePictures
-from zsi_contrastive.detector.predict import drawn_on
-from zsi_contrastive.detector.protocol import ON_IT, Evaluation, Named, named_objects
+from zsi_contrastive.detector.predict import ON_IT, drawn_on
+from zsi_contrastive.detector.protocol import Evaluation, Named, named_objects
 from zsi_contrastive.detector.scoring import iou
 
 COLUMNS = ("recall@0.4", "recall@0.5", "recall@0.6", "ap@0.4", "ap@0.5", "ap@0.6", "ap")
@@ -95,14 +95,25 @@ def summary_of(found: Evaluation) -> str:
     )
 
 
+def lost_objects(found: Evaluation) -> str:
+    """Says in a sentence whether unseen objects are missed or misnamed."""
+    line = found.proposals["unseen"]
+    if not line["objects"]:
+        return "No test picture shows an unseen object."
+    shares = ", ".join(f"{line[name]:.1%} {name}" for name in ("named", "misnamed", "dropped", "not proposed"))
+    return f"Of {line['objects']} objects of unseen classes {shares}."
+
+
 def print_scores(found: Evaluation) -> None:
     """Prints the main numbers, a line each."""
-    if found.note:
-        console.print(f"note: {found.note}")
+    for note in filter(None, (found.note, found.peer)):
+        console.print(f"note: {note}")
     for kind, scores in found.zsi.items():
         console.print(f"unseen alone, {kind}: {_line(scores)}")
     for name, scores in found.others.items():
         console.print(f"unseen alone, box, {name}: {_line(scores)}")
+    if found.proposals:
+        console.print(lost_objects(found))
     for task, kinds in (("apart", found.gzsi), ("in one list", found.one_list)):
         for kind, parts in kinds.items():
             said = ", ".join(f"{name} {scores['ap@0.5']:.3f}" for name, scores in parts.items())
@@ -123,6 +134,8 @@ def measured_sections(run: Run, found: Evaluation, split: Split, test: InstanceP
         "score what they do alone. In one list all classes compete for the places of a picture, with "
         f"{found.bias:g} taken from the scores of seen ones."
     )
+    if found.peer:
+        note += f" {found.peer}."
     if found.note:
         note = f"Note: {found.note}. {note}"
     sections = [Section("Numbers", [Text(note), Table(("task", "", *HEADINGS), rows)])]
@@ -141,6 +154,15 @@ def measured_sections(run: Run, found: Evaluation, split: Split, test: InstanceP
         else:
             rows += theirs
             sections[0].blocks.append(Text(said))
+    if found.proposals:
+        rows = [(f"{kind} classes", *line.values()) for kind, line in found.proposals.items()]
+        said = (
+            f"{lost_objects(found)} R@100 is the share of objects on which one of a picture's best 100 proposals lies "
+            f"(IoU {ON_IT}), whatever it is called; a small network has no more. Dropped: proposed, but no detection "
+            "on it scored enough or survived suppression."
+        )
+        columns = ("objects of", *(name.replace("recall", "R") for name in next(iter(found.proposals.values()))))
+        sections.append(Section("Where objects are lost", [Text(said), Table(columns, rows)]))
     return [*sections, *([_sweep_section(run, found)] if found.sweep else []), _class_section(found)]
 
 
@@ -262,11 +284,10 @@ def _curves(run: Run) -> Section:
 
 def data_gallery(pictures: InstancePictures) -> Gallery:
     """Shows the first pictures with their annotations."""
-    by_image = pictures.part.by_image()
     names = dict(zip(pictures.part.ids(pictures.classes), pictures.classes, strict=True))
     shown = []
     for place in range(min(6, len(pictures))):
-        rows = [row for row in by_image.get(pictures.part.images[place]["id"], []) if not row["iscrowd"]]
+        rows = [row for row in pictures.part.of_image(pictures.part.images[place]["id"]) if not row["iscrowd"]]
         said = [names[row["category_id"]] for row in rows]
         shown.append((drawn_on(pictures.image(place), rows, said), ", ".join(dict.fromkeys(said))))
     return Gallery(shown, "Training pictures with what their annotations outline.")

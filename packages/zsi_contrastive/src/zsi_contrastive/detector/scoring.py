@@ -14,7 +14,8 @@ from faster_coco_eval.core import mask as rle
 
 from labs_common.data.images import MOST_PIXELS
 from labs_common.errors import LabError, json_of
-from zsi_contrastive.detector.annotations import Instances, box_fault, is_number, is_run_lengths
+from zsi_contrastive.detector.annotations import Instances
+from zsi_contrastive.detector.table import box_fault, is_number, is_run_lengths
 
 LOW = (0.4, 0.5, 0.6)  # IoU, of the zero-shot literature
 USUAL = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))  # COCO's

@@ -151,6 +151,8 @@ def fit(config: TrainConfig, model: ZeroShotMaskRCNN, run: Run, accelerator: Acc
     source = ShuffledSteps(len(pictures), options.batch_size, config.run.seed, batches)
     if options.warmup_steps:
         options = replace(options, warmup=min(1.0, options.warmup_steps / total_steps(options, source)))
+    if options.save_every < 0:
+        options = replace(options, save_every=len(source))
     fitting = Fitting.start(
         run, accelerator, model, optimizer_of(model, options), source, options, config.run.seed, "pictures"
     )
