@@ -55,7 +55,10 @@ def evaluate_run(config: EvaluateConfig) -> None:
     if accelerator.is_main_process:
         print_refused({"test": pictures["test"]})
     detection = changed(loaded.detection, config.detection)
-    found = evaluated(loaded.model, split, vectors, pictures, detection, accelerator, config.seed, config.at_once)
+    known = loaded.calibration if vectors is loaded.vectors else None  # the same classes
+    found = evaluated(
+        loaded.model, split, vectors, pictures, detection, accelerator, config.seed, config.at_once, known
+    )
     if found is not None:
         said = dataclasses.asdict(detection)
         found = dataclasses.replace(found, note=seen_before(loaded, split))
@@ -112,7 +115,7 @@ def chosen_words(config: EvaluateConfig, loaded: Loaded, data: DataOptions) -> t
     if split.classes == loaded.split.classes and split.seen == loaded.split.seen and not config.words.word_vectors:
         return loaded.split, loaded.vectors
     words = dataclasses.replace(config.words, word_vectors=config.words.word_vectors or loaded.vectors.source)
-    vectors = read_vectors(words, split, shown=True)
+    vectors = read_vectors(words, split, shown=True, like=loaded.vectors)
     known = dict(zip(loaded.split.classes, loaded.vectors.classes, strict=True))
     check_same_space(known, split.classes, vectors.classes)
     vectors = scaled_like(vectors, loaded.vectors)
