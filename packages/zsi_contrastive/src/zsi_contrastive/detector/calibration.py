@@ -1,4 +1,4 @@
-"""What validation pictures choose: the bias of seen classes, and the scores from which a word is said to be there."""
+"""Chooses on validation pictures: the bias of seen classes, and the scores from which a word is said to be there."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -118,8 +118,8 @@ def print_scores(found: Evaluation) -> None:
             said = ", ".join(f"{name} {scores['ap@0.5']:.3f}" for name, scores in parts.items())
             console.print(f"seen and unseen {task}, {kind}, AP at 0.5: {said}")
     for name, line in found.named.items():
-        parts = [f"{kind} {line[f'named {kind}']:.3f}" for kind in ("seen", "unseen", "harmonic mean")]
-        console.print(f"objects that get their name, {name}: {', '.join(parts)}")
+        shares = [f"{kind} {line[f'named {kind}']:.3f}" for kind in ("seen", "unseen", "harmonic mean")]
+        console.print(f"objects that get their name, {name}: {', '.join(shares)}")
     for kind, line in found.presence.items():
         console.print(
             f"{kind} words, there from a score of {line['threshold']:.3f}: found {line['found']:.3f} of those there, "
