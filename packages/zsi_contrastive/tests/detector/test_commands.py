@@ -48,11 +48,17 @@ def run(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.alone
 def test_evaluate_says_what_training_said(run: Path, scenes: Path, tmp_path: Path) -> None:
+    file = run / "model" / "calibration.json"
+    saved = file.read_text()
+    file.write_text(json.dumps(json.loads(saved) | {"seen_bias": 0.3}))
     here("evaluate", "--checkpoint", run, "--output", tmp_path / "again")
+    file.write_text(saved)
     results = json.loads((run / "results.json").read_text())["test"]
     again = json.loads((tmp_path / "again" / "evaluation.json").read_text())
     for key in ("zsi", "gzsi", "one_list", "classes", "sweep"):
         assert again[key] == results[key]
+    row = again["named"]["with validation's bias"]
+    assert row == next(line for line in again["sweep"]["test"] if line["bias"] == 0.3), "the bias that the run has"
     assert (tmp_path / "again" / "report.html").is_file()
     # A file of results, scored without any model.
     test = json.loads((run / "splits.json").read_text())["test"]["pictures"]
