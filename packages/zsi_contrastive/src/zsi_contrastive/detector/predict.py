@@ -70,10 +70,9 @@ def predict(config: PredictConfig) -> None:
         for number, ((file, image), one) in enumerate(zip(part, found, strict=True), first + 1):
             row = {"id": file.name, "width": image.width, "height": image.height}
             results = sorted(as_results(one, row, names), key=lambda result: -result["score"])
-            best = dict.fromkeys(names, 0.0)
             for result in results:
-                best[result["category_id"]] = max(best[result["category_id"]], result["score"])
                 result["there"] = result["score"] >= thresholds[result["category_id"]]
+            best = {result["category_id"]: result["score"] for result in reversed(results)}
             drawn = [result for result in results if result["there"]][: config.most]
             said = [f"{result['category_id']} {result['score']:.2f}" for result in drawn]
             drawn_on(image, drawn, said, max(320, *image.size)).save(output / f"{number:03d}-{file.stem}.png")
@@ -81,9 +80,9 @@ def predict(config: PredictConfig) -> None:
                 box = ", ".join(f"{value:.0f}" for value in result["bbox"])
                 print(f"{file}\t{result['category_id']}\t{result['score']:.3f}\t{box}", flush=True)
             for name in names if config.words is not None else ():
-                if best[name] < thresholds[name]:
+                if best.get(name, 0.0) < thresholds[name]:
                     like = f"\tnearest known class: {near[name]}" if name in near else ""
-                    print(f"{file}\t{name}\t{best[name]:.3f}\tnot there{like}", flush=True)
+                    print(f"{file}\t{name}\t{best.get(name, 0.0):.3f}\tnot there{like}", flush=True)
             for result in results:
                 del result["image_id"]
                 everything.append({"picture": str(file), "class": result.pop("category_id"), **result})
