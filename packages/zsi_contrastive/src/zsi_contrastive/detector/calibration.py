@@ -15,7 +15,7 @@ SCORES_BY = ("transfer", "temperature", "refine", "neighbours", "refine_share") 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was chosen, and by which rules.
+    """The choice, and the rules that it holds for.
 
     Attributes:
         seen_bias: what is taken from seen scores so that most objects get their name; None where nothing could choose.
