@@ -21,11 +21,12 @@ from zsi_contrastive.detector.config import (
     EvaluateConfig,
     ModelOptions,
     TrainConfig,
-    WordOptions,
 )
 from zsi_contrastive.detector.contrastive import CONTRASTIVE
 from zsi_contrastive.detector.defaults import complete, contrastive_of
 from zsi_contrastive.detector.evaluate import chosen_words, seen_before
+from zsi_contrastive.detector.options import WordOptions
+from zsi_contrastive.detector.predict import query_of, words_query
 from zsi_contrastive.detector.saved import chosen_data, load_detector
 from zsi_contrastive.detector.train import contrastive_share
 
@@ -46,7 +47,11 @@ def run(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.alone
 def test_evaluate_says_what_training_said(run: Path, scenes: Path, tmp_path: Path) -> None:
+    file = run / "model" / "calibration.json"
+    saved = file.read_text()
+    file.write_text(json.dumps(json.loads(saved) | {"seen_bias": 0.3}))
     here("evaluate", "--checkpoint", run, "--output", tmp_path / "again")
+    file.write_text(saved)
     results = json.loads((run / "results.json").read_text())["test"]
     again = json.loads((tmp_path / "again" / "evaluation.json").read_text())
     for key in ("zsi", "gzsi", "one_list", "classes", "sweep", "proposals"):
@@ -54,6 +59,8 @@ def test_evaluate_says_what_training_said(run: Path, scenes: Path, tmp_path: Pat
     lost = again["proposals"]["unseen"]
     assert sum(lost[name] for name in ("named", "misnamed", "dropped", "not proposed")) == pytest.approx(1)
     assert "Where objects are lost" in (tmp_path / "again" / "report.html").read_text()
+    row = again["named"]["with validation's bias"]
+    assert row == next(line for line in again["sweep"]["test"] if line["bias"] == 0.3), "the bias that the run has"
     assert (tmp_path / "again" / "report.html").is_file()
     # A file of results, scored without any model.
     test = json.loads((run / "splits.json").read_text())["test"]["pictures"]
@@ -196,12 +203,12 @@ def test_other_pictures_are_taken_by_the_runs_rule(tmp_path: Path) -> None:
 
 
 def test_predict(run: Path, tmp_path: Path) -> None:
-    done = here("predict", "--checkpoint", run, "--output", tmp_path / "usual")
+    done = here("predict", "--checkpoint", run, "--score", "0", "--output", tmp_path / "usual")
     pictures = sorted((tmp_path / "usual").glob("*.png"))
     assert pictures
     assert len(done.stdout.splitlines()) == 5 * len(pictures) + 1
     found = json.loads((tmp_path / "usual" / "detections.json").read_text())
-    assert {"picture", "class", "score", "bbox", "segmentation"} == found[0].keys()
+    assert {"picture", "class", "score", "bbox", "segmentation", "there"} == found[0].keys()
     assert {row["class"] for row in found} <= set(scenes_split().classes)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70), dtype=np.uint8)).save(tmp_path / "grey.png")
     # Words that the model has never been given: a texture with a shape in another order, a shape alone.
@@ -215,6 +222,8 @@ def test_predict(run: Path, tmp_path: Path) -> None:
         (("--words", "zebra"), "zebra"),
         (("--words", " , "), "--words"),
         (("--words", "circle,circle"), "occurs twice"),
+        (("--words", "striped circle,Striped-Circle"), "occurs twice, also as Striped-Circle"),
+        (("--words", "stripy circle"), "the run knows striped circle"),
         ((tmp_path / "bad.png",), "bad.png"),
         ((tmp_path / "none.png",), "none.png"),
         (("--checkpoint", tmp_path), "no trained model"),
@@ -225,6 +234,59 @@ def test_predict(run: Path, tmp_path: Path) -> None:
         assert len(done.errors) == 1
         assert said in done.errors[0]
     assert not (tmp_path / "never").exists()
+
+
+def test_words_are_there_or_not(run: Path, tmp_path: Path) -> None:
+    """By the thresholds of the run's validation pictures, which its own test pictures were measured with."""
+    calibration = json.loads((run / "model" / "calibration.json").read_text())
+    test = json.loads((run / "results.json").read_text())["test"]
+    assert test["calibration"] == calibration
+    bias = calibration["seen_bias"]
+    validation, swept = test["sweep"]["validation"], {line["bias"]: line for line in test["sweep"]["test"]}
+    most = max(line["named harmonic mean"] for line in validation)
+    assert next(line["bias"] for line in validation if line["named harmonic mean"] == most) == (bias or 0)
+    assert test["named"]["without a bias"] == swept[0.0]
+    assert bias is None or test["named"]["with validation's bias"] == swept[bias]
+    file = run / "model" / "calibration.json"
+    calibration["thresholds"] = {"seen": 0.1, "unseen": 1.0}
+    kept = file.read_text()
+    file.write_text(json.dumps(calibration))
+    words = "STRIPED circle,hearts," + scenes_split().unseen[0]
+    shared = ("predict", "--checkpoint", run, "--words", words, "--most", "2")
+    try:
+        done = here(*shared, "--output", tmp_path / "words")
+        Image.new("RGB", (48, 48)).save(tmp_path / "grey.png")
+        other = here(*shared, tmp_path / "grey.png", "--temperature", "2", "--output", tmp_path / "other")
+    finally:
+        file.write_text(kept)
+    assert "no thresholds for these options" in other.stderr
+    rows = json.loads((tmp_path / "words" / "detections.json").read_text())
+    assert {row["class"] for row in rows} <= {"striped circle", "hearts", scenes_split().unseen[0]}, "the run's names"
+    assert all(row["there"] == (row["class"] == "striped circle" and row["score"] >= 0.1) for row in rows)
+    lines = [line.split("\t") for line in done.stdout.splitlines() if "\t" in line]
+    absent = [line for line in lines if line[3] == "not there"]
+    pictures = len(list((tmp_path / "words").glob("*.png")))
+    assert sum(line[1] == "hearts" for line in absent) == sum(line[1] == scenes_split().unseen[0] for line in absent)
+    assert sum(line[1] == "hearts" for line in absent) == pictures
+    assert all(
+        ("nearest known class: " in line[-1] and "heart (" in line[-1]) == (line[1] == "hearts") for line in absent
+    )
+
+
+def test_a_known_word_scores_what_it_does_in_an_evaluation(run: Path) -> None:
+    """Whatever is asked for beside it, also where classes compete."""
+    loaded = load_detector(run)
+    asked = dict(zip(loaded.split.classes, loaded.vectors.classes, strict=True))
+    some = {name: asked[name] for name in (loaded.split.seen[3], loaded.split.unseen[2])}
+    picture = torch.rand(3, 48, 60, generator=torch.Generator().manual_seed(0))
+    detection = replace(loaded.detection, transfer="direct")
+    loaded.model.regions.keep(0.0, 1.0, 10_000)
+    queries = [query_of(loaded.vectors, detection, masks=False), words_query(some, loaded, detection)]
+    (whole,), (part,) = loaded.model.detect([picture], queries)
+    for place, name in enumerate(some):
+        expected = whole.scores[whole.classes == list(asked).index(name)].sort().values
+        assert len(expected)
+        torch.testing.assert_close(part.scores[part.classes == place].sort().values, expected)
 
 
 @pytest.mark.alone

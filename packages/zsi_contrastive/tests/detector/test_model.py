@@ -14,7 +14,7 @@ from zsi_contrastive.detector.backbone import make_backbone
 from zsi_contrastive.detector.contrastive import CONTRASTIVE
 from zsi_contrastive.detector.heads import Samples
 from zsi_contrastive.detector.model import MEAN, STD, Parts, Sizes, ZeroShotMaskRCNN, scaled
-from zsi_contrastive.detector.regions import Detections, Query, Sampling
+from zsi_contrastive.detector.regions import Detections, Query, Sampling, direct
 
 D = 6
 SIZES = Sizes(16, 8, 1, (8, 16, 24), 48, 64, 16, (40, 40, 20, 20), 16, (5, 7), 1, True)
@@ -95,6 +95,31 @@ def test_the_detectors_loss_trains_the_background_only_if_synchronised() -> None
         assert torch.equal(model.classes()[0], model.rpn.head.background_vector()) == parts.sync_background
         model.rpn.head.background.data += 1
         assert torch.equal(model.classes()[0], model.rpn.head.background_vector()) == parts.sync_background
+
+
+def test_cosines_know_directions_alone_and_learn_their_temperature() -> None:
+    model = make(Parts(cosine=True))
+    scale = model.regions.logit_scale
+    assert float(scale.detach().exp()) == pytest.approx(1 / 0.07)
+    vectors, classes = torch.randn(3, D), torch.randn(4, D)
+    found = model.regions.logits(vectors, classes)
+    expected = torch.cosine_similarity(vectors[:, None], classes[None], dim=2) / 0.07
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(model.regions.logits(3 * vectors, 5 * classes), expected)
+    model.losses(samples(2))["classes"].backward()
+    assert float(scale.grad.abs()) > 0
+    with torch.no_grad():
+        scale += 100
+    assert float(model.regions.logits(vectors, vectors).detach().max()) == pytest.approx(100), "as in CLIP"
+    assert model.parts == Parts.from_plain(model.parts.plain())
+
+
+def test_rivals_take_their_share() -> None:
+    """Of a group's softmax: a class scores the same whether its rivals are looked for or not."""
+    background, asked = torch.randn(5, 1), torch.randn(5, 6)
+    whole = direct(background, asked, (4, 2), 2.0)
+    rivals = [asked[:, 1:4], asked[:, 5:]]
+    torch.testing.assert_close(direct(background, asked[:, [0, 4]], (1, 1), 2.0, rivals), whole[:, [0, 4]])
 
 
 def test_pictures_without_objects() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from labs_testing.damage import OWN_CODE, cut, edited, hostile, without
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from labs_common.errors import LabError
 from zsi_contrastive.detector.annotations import PUBLISHED, Split, coco_groups, read_instances, read_split
@@ -18,6 +18,7 @@ from zsi_contrastive.detector.columns import checked_order, neighbours
 from zsi_contrastive.detector.pictures import instance_pictures
 from zsi_contrastive.detector.vectors import (
     AGGREGATES,
+    PROMPTS,
     attribute_vectors,
     check_same_space,
     neighbour_graph,
@@ -132,48 +133,97 @@ def test_text_files(form: str, tmp_path: Path) -> None:
     torch.testing.assert_close(found.background, expected.mean(0))
     assert [note.split(":")[0] for note in found.notes] == ["hot dog", "teddy bear"]
     assert not found.by_column
+    if form != "gzip":
+        torch.testing.assert_close(read_class_vectors(f"{form}:{file}", split).classes, expected)
     with pytest.raises(LabError, match="no vector for unicorn, elf"):
         word_vectors(str(file), ["cat", "unicorn", "elf"])
 
 
-def test_a_text_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "hot", "dog"]
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
-    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP of transformers in its real form, small and with random weights; its tokenizer knows letters alone."""
+    folder = tmp_path_factory.mktemp("clip")
+    letters = [chr(code) for code in range(33, 127)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    CLIPTokenizer({word: place for place, word in enumerate(words)}, []).save_pretrained(folder)
     torch.manual_seed(0)
-    model = BertModel(
-        BertConfig(
-            vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-        )
-    ).eval()
-    model.save_pretrained(tmp_path)
-    found, notes = word_vectors(f"encoder:{tmp_path}", ["cat", "hot dog"])
-    assert (found.shape, notes) == ((2, 16), ())
-    with torch.no_grad():
-        alone = model(torch.tensor([[2, 5, 3]])).last_hidden_state[0].mean(0)
-    torch.testing.assert_close(found[0], alone / alone.norm(), atol=1e-5, rtol=1e-5)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**small, "vocab_size": len(words), "bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1}
+    pictures = {**small, "image_size": 8, "patch_size": 4}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=pictures, projection_dim=12)).save_pretrained(folder)
+    return folder
+
+
+def test_texts_of_a_clip(clip: Path) -> None:
+    """Each prompt read alone, without padding, by transformers: unit mean of unit features, less the seen mean."""
+    model, tokenizer = CLIPModel.from_pretrained(clip).eval(), CLIPTokenizer.from_pretrained(clip)
+
+    def by_hand(name: str) -> np.ndarray:
+        rows = []
+        for prompt in PROMPTS:
+            with torch.no_grad():
+                ids = tokenizer(prompt.format(name), return_tensors="pt")["input_ids"]
+                pooled = model.text_model(ids).pooler_output.numpy()[0]
+            row = model.text_projection.weight.detach().numpy() @ pooled
+            rows.append(row / np.linalg.norm(row))
+        return np.mean(rows, 0) / np.linalg.norm(np.mean(rows, 0))
+
+    split = Split("mine", ("cat", "hot dog"), ("a giraffe",))
+    expected = np.stack([by_hand(name) for name in split.classes])
+    raw, _ = word_vectors(f"clip:{clip}", split.classes)
+    np.testing.assert_allclose(raw, expected, atol=1e-5)
+    found = read_class_vectors(f"clip:{clip}", split)
+    mean = expected[:2].mean(0)
+    centred = (expected - mean) / np.linalg.norm(expected - mean, axis=1, keepdims=True)
+    np.testing.assert_allclose(found.classes, centred, atol=1e-4)
+    np.testing.assert_allclose(found.background, mean / np.linalg.norm(mean), atol=1e-5)
+    assert float(found.classes[0] @ found.classes[2]) < 0.9, "other words point elsewhere"
+    # A word of later, and another split of the same run, are measured from the same mean.
+    torch.testing.assert_close(word_vectors(f"clip:{clip}", ["cat"], found.mean)[0], found.seen[:1])
+    other = read_class_vectors(f"clip:{clip}", Split("other", ("a giraffe", "cat"), ("elf",)), found)
+    torch.testing.assert_close(other.seen, torch.stack([found.unseen[0], found.seen[0]]))
+    with pytest.raises(LabError, match="has one seen class"):
+        read_class_vectors(f"clip:{clip}", Split("one", ("cat",), ("elf",)))
+
+
+def test_models_that_are_no_clip(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its files say: no code of theirs runs, and no weight is random."""
     with pytest.raises(LabError, match="cannot be loaded"):
-        word_vectors("encoder:no/such-model", ["cat"])
-    # Whatever its files say: no code of theirs runs, and only the pooler, which is not asked, may be missing.
+        word_vectors("clip:no/such-model", ["cat"])
+    with pytest.raises(LabError, match="take the texts of a CLIP"):
+        word_vectors("encoder:any", ["cat"])
     weights = "model.safetensors"
     for place, (damage, said) in enumerate(
         (
             (edited("config.json", model_type="mine", auto_map=OWN_CODE), "code of its own"),
             (edited("config.json", auto_map=OWN_CODE), None),
-            (without(weights, "pooler"), None),
-            (without(weights, "key.weight"), "lack encoder.layer.0.attention.self.key.weight"),
+            (edited("config.json", model_type="clip_text_model"), "projects no texts|cannot be loaded|lack"),
+            (without(weights, "text_projection"), "lack text_projection.weight"),
             (cut(weights), "model.safetensors is truncated"),
             (cut("tokenizer.json"), "tokenizer.json: is not JSON"),
             (cut("config.json"), "config.json: is not JSON"),
         )
     ):
         folder = tmp_path / str(place) / "model"
-        shutil.copytree(tmp_path, folder, ignore=lambda *_: map(str, range(9)))
+        shutil.copytree(clip, folder)
         ran = hostile(folder, monkeypatch)
         damage(folder)
         with pytest.raises(LabError, match=said) if said else nullcontext():
-            word_vectors(f"encoder:{folder}", ["cat"])
+            word_vectors(f"clip:{folder}", ["cat"])
         assert not ran.exists()
+
+
+def test_noisy_words_of_drawn_things() -> None:
+    """Words that are shared make names alike, less than attributes say; a name is the same in any order of words."""
+    rows, _ = word_vectors("noisy", ["striped circle", "circle striped", "striped square", "dotted heart"])
+    assert rows.shape == (4, 300)
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(4))
+    cosines = rows @ rows.T
+    assert cosines[0, 1] == pytest.approx(1)
+    assert 0.2 < cosines[0, 2] < 0.45, "1/2 by attributes, 1/3 with noise"
+    assert abs(cosines[0, 3]) < 0.2
+    with pytest.raises(LabError, match="furry circle"):
+        word_vectors("noisy", ["furry circle"])
 
 
 def test_broken_files(tmp_path: Path) -> None:

@@ -22,10 +22,10 @@ from labs_common.options import (
     one_of,
 )
 from zsi_contrastive import TINY
+from zsi_contrastive.detector.options import DetectionOptions, WordOptions
 
 PUBLISHED = ("48_17", "65_15")  # the splits of COCO in the literature (Zheng et al. 2021): seen_unseen
 SCENES = "scenes"
-Aggregate = Annotated[str, one_of("zsi_contrastive.detector.vectors:AGGREGATES")]
 HEADS = names_in("zsi_contrastive.detector.contrastive:CONTRASTIVE")
 ContrastiveHead = Annotated[str, one_of("zsi_contrastive.detector.contrastive:CONTRASTIVE")]
 # The first two heads have a switch each, of the same name, and an option for their weight: older than --contrastive.
@@ -58,19 +58,6 @@ class DataOptions:
     on_bad_data: OnBadData = "error"
     """What to do with pictures and annotations that cannot be used (COCO 2017 has boxes without height): stop and name
     them, or leave them out and count them."""
-
-
-@dataclass
-class WordOptions:
-    """The vectors that stand for classes."""
-
-    word_vectors: str = ""
-    """A matrix of the reference (a row for each dimension; columns for background, seen and unseen classes), a text
-    file of GloVe or fastText, or encoder:NAME for a text encoder of Hugging Face. Drawn scenes have attributes."""
-    vocabulary: Path | None = None
-    """Vectors of more words, of the same kind and length: what the detector sees is compared with these words first."""
-    columns: Literal["check", "trust"] = "check"
-    """Make sure that a matrix's columns stand in the order of the classes, or take it as it is."""
 
 
 @dataclass
@@ -122,6 +109,9 @@ class ModelOptions:
     """By which patch_infonce divides cosines."""
     form: Literal["own", "official"] = "own"
     """Heads, first weights and box loss of our own, or those of the published code (docs/zsi_contrastive.md)."""
+    similarity: Literal["auto", "product", "cosine"] = "auto"
+    """How a region is compared with class vectors: by the paper's product, or by the cosine over a learnt temperature.
+    auto is the product, and the cosine with --word-vectors clip:NAME."""
     min_side: CountOrZero = 0
     """Shorter side of the pictures that the network sees, in pixels; 0 takes 800, and 96 for tiny."""
     max_side: CountOrZero = 0
@@ -130,38 +120,6 @@ class ModelOptions:
     """Contrast of the pictures that the network sees, in training and in use; 1 leaves it, 2 doubles differences."""
     sharpness: Annotated[float, number(float, "[0, 10]")] = 1.0
     """Sharpness of these pictures; 1 leaves it, 0 blurs, 2 sharpens."""
-
-
-@dataclass
-class DetectionOptions:
-    """The rules by which things are looked for."""
-
-    transfer: Literal["auto", "code", "direct", "things", "paper"] = "auto"
-    """Rule for classes never seen. code (of before: paper): known classes' probabilities, background's too, mix their
-    vectors; masks go through known classes as well. direct, the paper's text: a class's own product with what was
-    seen. things: as code for boxes, but among things alone, and direct for masks. auto is code, and things for tiny."""
-    temperature: NotNegative = 0.0
-    """By which logits of known classes are divided for that; 0 takes 1, as in the paper, and 4 for tiny."""
-    seen_bias: Annotated[float, number(float, "[-1, 1]")] = 0.0
-    """Taken from the scores of seen classes where both kinds compete in one list (calibrated stacking)."""
-    refine: Aggregate = "none"
-    """Mix each unseen class's vector with those of its neighbours: their sum, mean or largest values."""
-    neighbours: Count = 3
-    """Nearest classes, seen and unseen, that are mixed in."""
-    refine_share: Share = 0.3
-    """Share of the refined vector that is the neighbours'."""
-    score_threshold: Share = 0.05
-    """Detections that score less are dropped."""
-    nms_threshold: Annotated[float, number(float, "(0, 1]")] = 0.5
-    """Overlap (IoU) from which the weaker of two boxes of a class is dropped."""
-    kept: Count = 100
-    """Most detections of a picture, of seen and of unseen classes each; and of both in one list."""
-    controls: CountOrZero = 3
-    """Times that random vectors take the place of the unseen classes', to see what chance gives; 0 does not."""
-
-    def __post_init__(self) -> None:
-        """Takes the rule's name of before."""
-        self.transfer = "code" if self.transfer == "paper" else self.transfer
 
 
 @dataclass
@@ -269,11 +227,13 @@ class PredictConfig:
     checkpoint: Path | None = None
     """Directory of a finished run; by default the newest under runs/."""
     words: str | None = None
-    """Words to look for, separated by commas; by default all classes of the run's split."""
+    """Words to look for, separated by commas, in any case, also synonyms such as television; by default all classes of
+    the run's split."""
     word_vectors: str | None = None
     """Source of vectors of words that the run does not know: the file or encoder that its own are from."""
-    score: Share = 0.0
-    """Draw detections that score at least this; 0 draws the best ones of each picture."""
+    score: Annotated[float, number(float, "[0, 1]", -1)] = -1.0
+    """Draw detections that score at least this; 0 draws the best ones of each picture. -1 takes the thresholds that the
+    run chose on its validation pictures: below them a word is not there."""
     most: Count = 5
     """Most detections that are drawn into a picture."""
     output: Path | None = None

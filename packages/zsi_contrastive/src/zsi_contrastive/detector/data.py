@@ -28,8 +28,9 @@ from zsi_contrastive.detector.annotations import (
     zero_shot_parts,
 )
 from zsi_contrastive.detector.columns import checked_order
-from zsi_contrastive.detector.config import DataOptions, WordOptions
+from zsi_contrastive.detector.config import DataOptions
 from zsi_contrastive.detector.heads import Samples, Target
+from zsi_contrastive.detector.options import WordOptions
 from zsi_contrastive.detector.pictures import InstancePictures, Packed, found_pictures, levels_of, mirrored, packed
 from zsi_contrastive.detector.vectors import ClassVectors, read_class_vectors
 
@@ -118,13 +119,13 @@ def read_pictures(
     return pictures, parts.counts()
 
 
-def read_vectors(words: WordOptions, split: Split, shown: bool) -> ClassVectors:
+def read_vectors(words: WordOptions, split: Split, shown: bool, like: ClassVectors | None = None) -> ClassVectors:
     """Reads the classes' vectors and prints notes on them; a matrix's columns are checked against the names.
 
     Raises:
         LabError: they cannot be read, or stand in another order.
     """
-    vectors = read_class_vectors(words.word_vectors, split)
+    vectors = read_class_vectors(words.word_vectors, split, like)
     if vectors.by_column and words.columns == "check":
         verdict = checked_order(vectors.classes, split, words.word_vectors).verdict
         vectors = replace(vectors, notes=(*vectors.notes, verdict))

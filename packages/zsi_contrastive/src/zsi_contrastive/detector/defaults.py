@@ -23,9 +23,12 @@ def complete(config: TrainConfig) -> TrainConfig:
     if config.data.data is None and split != SCENES:
         raise LabError(f"--split {split}: drawn scenes have classes of their own; name pictures with --data")
     if not vectors:
-        raise LabError(f"--word-vectors: name those of {split}: a matrix, a file of GloVe or fastText, or encoder:NAME")
+        raise LabError(f"--word-vectors: name those of {split}: a matrix, a file of GloVe or fastText, or clip:NAME")
     check(config)
-    tiny = config.model.backbone == TINY
+    tiny, similarity = config.model.backbone == TINY, config.model.similarity
+    if similarity == "auto":
+        similarity = "cosine" if vectors.startswith("clip:") else "product"
+    rule = "things" if tiny else "direct" if similarity == "cosine" else "code"
     # The learning rate of 65/15 is the lower one of the published configurations.
     rate = 3e-3 if tiny else 0.0075 if split == "65_15" else 0.01
     model, detection, training = config.model, config.detection, config.training
@@ -34,12 +37,13 @@ def complete(config: TrainConfig) -> TrainConfig:
             "frozen_stages": (0 if tiny else 1) if model.frozen_stages < 0 else model.frozen_stages,
             "min_side": model.min_side or (96 if tiny else 800),
             "max_side": model.max_side or (160 if tiny else 1333),
+            "similarity": similarity,
             # In one place each, so that a flag over a run's config.yaml changes it, and a run of before has the same.
             "contrastive": tuple(name for name in contrastive_of(model) if name not in OWN_SHARES),
             **{name: name in contrastive_of(model) for name in OWN_SHARES},
         },
         "detection": {
-            "transfer": ("things" if tiny else "code") if detection.transfer == "auto" else detection.transfer,
+            "transfer": rule if detection.transfer == "auto" else detection.transfer,
             "temperature": detection.temperature or (4.0 if tiny else 1.0),
         },
         "training": {

@@ -67,7 +67,10 @@ def evaluate_run(config: EvaluateConfig) -> None:
     if config.peer:
         with main_process_first(accelerator):  # it is downloaded on its first use
             peer = Peer(config.peer, split.classes, detection.score_threshold, detection.kept)
-    found = evaluated(loaded.model, split, vectors, pictures, detection, accelerator, config.seed, config.at_once)
+    known = loaded.calibration if vectors is loaded.vectors else None  # the same classes
+    found = evaluated(
+        loaded.model, split, vectors, pictures, detection, accelerator, config.seed, config.at_once, known
+    )
     theirs = None if peer is None else peer_scores(peer, split, pictures["test"], accelerator, config.at_once)
     if found is not None:
         if theirs is not None:
@@ -135,7 +138,7 @@ def chosen_words(config: EvaluateConfig, loaded: Loaded, data: DataOptions) -> t
     if split.classes == loaded.split.classes and split.seen == loaded.split.seen and not config.words.word_vectors:
         return loaded.split, loaded.vectors
     words = dataclasses.replace(config.words, word_vectors=config.words.word_vectors or loaded.vectors.source)
-    vectors = read_vectors(words, split, shown=True)
+    vectors = read_vectors(words, split, shown=True, like=loaded.vectors)
     known = dict(zip(loaded.split.classes, loaded.vectors.classes, strict=True))
     check_same_space(known, split.classes, vectors.classes)
     vectors = scaled_like(vectors, loaded.vectors)

@@ -45,7 +45,8 @@ TINY_ANCHORS = (16, 28, 48)  # drawn things are 15 to 46 pixels across
 class Parts:
     """The paper's parts that a detector has, and its contrastive heads (keys of `CONTRASTIVE`).
 
-    `official` parts are computed as in the published code, but for what docs/zsi_contrastive.md lists.
+    `official` parts are computed as in the published code, but for what docs/zsi_contrastive.md lists; with `cosine`
+    regions are compared with class vectors by their directions alone.
     """
 
     mask_head: bool = True
@@ -56,6 +57,7 @@ class Parts:
     contrastive: tuple[str, ...] = ()
     official: bool = False
     sync_masks: bool = False
+    cosine: bool = False
 
     def plain(self) -> dict[str, bool]:
         """Returns a yes or no for each part and head: what is kept on disk."""
@@ -195,7 +197,9 @@ class ZeroShotMaskRCNN(nn.Module):
         # torchvision pools from four levels: the fifth, coarsest one is for proposals alone.
         levels = [str(place) for place in range(min(4, len(sizes.anchors)))]
         beta = 1.0 if official else BETA
-        self.regions = ZeroShotRegions(levels, box_head, mask_head, sampling, sizes.sides, sizes.points, beta)
+        self.regions = ZeroShotRegions(
+            levels, box_head, mask_head, sampling, sizes.sides, sizes.points, beta, parts.cosine
+        )
         for name in parts.contrastive:
             contrastive = CONTRASTIVE[name].make(channels, sizes.tiny_modules)
             if isinstance(contrastive, GreedyInfoMaxHead):
@@ -297,6 +301,7 @@ def make_model(config: TrainConfig, vectors: ClassVectors) -> ZeroShotMaskRCNN:
         contrastive_of(options),
         official,
         options.sync_masks,
+        options.similarity == "cosine",
     )
     model = ZeroShotMaskRCNN(backbone, vectors.background, vectors.seen, parts, *sizes_of(config), words)
     for name, head in model.contrastive().items():

@@ -1,13 +1,16 @@
 """Finds things in pictures, writes COCO's results, and draws them: `python -m zsi_contrastive.predict FILE …`."""
 
 import dataclasses
+import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torchvision.ops import box_convert, box_iou
@@ -16,15 +19,17 @@ from labs_common.data.images import decoding_threads, picture_files, readable
 from labs_common.device import inference_accelerator
 from labs_common.errors import LabError
 from labs_common.lock import check_new, new_folder
-from labs_common.progress import tracked
+from labs_common.progress import console, tracked
 from labs_common.report.figures import COLOURS
 from labs_common.report.page import shown
 from labs_common.run import newest_run, write_atomically
 from labs_common.steps import read_ahead
-from zsi_contrastive.detector.annotations import read_split
-from zsi_contrastive.detector.config import DataOptions, DetectionOptions, PredictConfig
+from zsi_contrastive.detector.annotations import CLASSES, read_split
+from zsi_contrastive.detector.calibration import rules_of
+from zsi_contrastive.detector.config import DataOptions, PredictConfig
 from zsi_contrastive.detector.data import read_pictures
 from zsi_contrastive.detector.heads import Samples
+from zsi_contrastive.detector.options import DetectionOptions
 from zsi_contrastive.detector.pictures import InstancePictures, Packed, levels_of, mask_of, packed, run_lengths
 from zsi_contrastive.detector.regions import Detections, Query
 from zsi_contrastive.detector.saved import FILE, Loaded, changed, chosen_data, load_detector
@@ -46,14 +51,16 @@ def predict(config: PredictConfig) -> None:
     checkpoint = config.checkpoint or newest_run(FILE, "zsi_contrastive.train")
     output = new_folder(config.output, checkpoint / "predictions")
     loaded = load_detector(checkpoint)
-    names, vectors = wanted_words(config, loaded)
+    asked = wanted_words(config, loaded)
+    names = list(asked)
     detection = changed(loaded.detection, config.detection)
+    thresholds = thresholds_of(config, loaded, detection, names)
+    near = nearest_known(asked, loaded)
     images = chosen_pictures(config, checkpoint)
     accelerator = inference_accelerator()
     loaded.model.to(accelerator.device)
     loaded.model.regions.keep(detection.score_threshold, detection.nms_threshold, detection.kept)
-    # One group: all words compete.
-    query = Query(vectors.to(accelerator.device), (len(names),), detection.temperature, detection.transfer)
+    query = words_query(asked, loaded, detection).to(accelerator.device)
     output.mkdir(parents=True, exist_ok=True)
     everything: list[Result] = []
     starts = range(0, len(images), config.at_once)
@@ -65,12 +72,19 @@ def predict(config: PredictConfig) -> None:
         for number, ((file, image), one) in enumerate(zip(part, found, strict=True), first + 1):
             row = {"id": file.name, "width": image.width, "height": image.height}
             results = sorted(as_results(one, row, names), key=lambda result: -result["score"])
-            drawn = [result for result in results if result["score"] >= config.score][: config.most]
+            for result in results:
+                result["there"] = result["score"] >= thresholds[result["category_id"]]
+            best = {result["category_id"]: result["score"] for result in reversed(results)}
+            drawn = [result for result in results if result["there"]][: config.most]
             said = [f"{result['category_id']} {result['score']:.2f}" for result in drawn]
             drawn_on(image, drawn, said, max(320, *image.size)).save(output / f"{number:03d}-{file.stem}.png")
             for result in drawn:
                 box = ", ".join(f"{value:.0f}" for value in result["bbox"])
                 print(f"{file}\t{result['category_id']}\t{result['score']:.3f}\t{box}", flush=True)
+            for name in names if config.words is not None else ():
+                if best.get(name, 0.0) < thresholds[name]:
+                    like = f"\tnearest known class: {near[name]}" if name in near else ""
+                    print(f"{file}\t{name}\t{best.get(name, 0.0):.3f}\tnot there{like}", flush=True)
             for result in results:
                 del result["image_id"]
                 everything.append({"picture": str(file), "class": result.pop("category_id"), **result})
@@ -78,33 +92,93 @@ def predict(config: PredictConfig) -> None:
     print(f"drawn: {output}")
 
 
-def wanted_words(config: PredictConfig, loaded: Loaded) -> tuple[list[str], torch.Tensor]:
-    """Returns the words to look for, and their vectors (words, d).
+def wanted_words(config: PredictConfig, loaded: Loaded) -> dict[str, torch.Tensor]:
+    """Returns the words to look for and their vectors (d,): seen classes first, under the names that the run has.
 
     Raises:
         LabError: a word has no vector, or --word-vectors is of another space.
     """
-    known = dict(zip(loaded.split.classes, loaded.vectors.classes, strict=True))
-    names = list(known) if config.words is None else [word.strip() for word in config.words.split(",") if word.strip()]
-    if not names:
+    own = loaded.vectors
+    known = dict(zip(loaded.split.classes, own.classes, strict=True))
+    words = list(known) if config.words is None else [word.strip() for word in config.words.split(",") if word.strip()]
+    if not words:
         raise LabError("--words: is empty; name what to look for, separated by commas")
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise LabError(f"--words: {twice[0]} occurs twice")
-    missing = [name for name in names if name not in known]
-    if not missing:
-        return names, torch.stack([known[name] for name in names])
-    source = config.word_vectors or loaded.vectors.source
-    if config.word_vectors is None and loaded.vectors.by_column:
+    names: dict[str, str] = {}  # to the word that asked for it
+    for word in words:
+        name = class_of(word, loaded.split.classes) or word
+        if name in names:
+            raise LabError(f"--words: {name} occurs twice{'' if word == names[name] else f', also as {word}'}")
+        names[name] = word
+    found = {name: known[name] for name in known if name in names}
+    if not (missing := [name for name in names if name not in known]):
+        return found
+    like = [near for word in missing for near in difflib.get_close_matches(word.lower(), known, 1)]
+    hint = f" (the run knows {', '.join(dict.fromkeys(like))})" if like else ""
+    if config.word_vectors is None and own.by_column:
         raise LabError(
-            f"--words: the run knows no {', '.join(missing)}, and its vectors are a matrix without words; name the "
-            "text file that the matrix was made from with --word-vectors"
+            f"--words: the run knows no {', '.join(missing)}{hint}, and its vectors are a matrix without words; name "
+            "the text file that the matrix was made from with --word-vectors"
         )
+    source = config.word_vectors or own.source
     if config.word_vectors is not None:
         some = loaded.split.seen[:3]
-        check_same_space(known, some, word_vectors(source, some)[0])
-    found, _ = word_vectors(source, missing)
-    new = dict(zip(missing, of_length(found, loaded.vectors.seen), strict=True))
-    return names, torch.stack([known[name] if name in known else new[name] for name in names])
+        check_same_space(known, some, word_vectors(source, some, own.mean, own.prompts)[0])
+    try:
+        new, _ = word_vectors(source, missing, own.mean, own.prompts)
+    except LabError as error:
+        raise LabError(f"{error}{hint}") from error
+    return found | dict(zip(missing, of_length(new, own.seen), strict=True))
+
+
+def class_of(word: str, classes: Sequence[str]) -> str | None:
+    """Finds the class that a word means, whatever its case, hyphens and underscores, also by a synonym; else None."""
+
+    def plain(text: str) -> str:
+        return " ".join(re.split(r"[\s_-]+", text.casefold()))
+
+    known = {plain(name): name for name in classes}
+    content = json.loads((CLASSES / "synonyms.json").read_text(encoding="utf-8"))["synonyms"]
+    groups = [[name, *others] for name, others in content.items()]
+    same = next((group for group in groups if plain(word) in group), [])
+    return next((known[one] for one in (plain(word), *same) if one in known), None)
+
+
+def thresholds_of(
+    config: PredictConfig, loaded: Loaded, detection: DetectionOptions, names: Sequence[str]
+) -> dict[str, float]:
+    """Returns the score from which each word is there: --score, or what the run's validation pictures chose."""
+    if config.score >= 0:
+        return dict.fromkeys(names, config.score)
+    chosen = loaded.calibration
+    if chosen is None or chosen.rules != rules_of(detection):
+        console.print("the run has no thresholds for these options: the best detections are drawn, there or not")
+        return dict.fromkeys(names, 0.0)
+    kinds = {name: "seen" if name in loaded.split.seen else "unseen" for name in names}
+    return {name: chosen.thresholds.get(kind, 0.0) for name, kind in kinds.items()}
+
+
+def nearest_known(asked: Mapping[str, torch.Tensor], loaded: Loaded) -> dict[str, str]:
+    """Names for each word that is new the class of the run that is most like it, with the cosine."""
+    classes = loaded.split.classes
+    cosines = {
+        word: torch.cosine_similarity(vector[None], loaded.vectors.classes)
+        for word, vector in asked.items()
+        if word not in classes
+    }
+    return {word: f"{classes[int(one.argmax())]} ({float(one.max()):.2f})" for word, one in cosines.items()}
+
+
+def words_query(asked: Mapping[str, torch.Tensor], loaded: Loaded, detection: DetectionOptions) -> Query:
+    """Asks for words so that a known class scores what it does in `query_of`, whatever is asked for besides."""
+    split, vectors = loaded.split, query_of(loaded.vectors, detection).vectors
+    known = dict(zip(split.classes, vectors, strict=True))  # refined
+    rows = [known.get(name, vector) for name, vector in asked.items()]
+    first = sum(name in split.seen for name in asked)
+    groups = tuple(size for size in (first, len(rows) - first) if size)
+    others = [[known[name] for name in kind if name not in asked] for kind in (split.seen, split.unseen)]
+    kinds = [kind for kind, size in zip(others, (first, len(rows) - first), strict=True) if size]
+    rivals = tuple(torch.stack(kind) if kind else vectors[:0] for kind in kinds)
+    return Query(torch.stack(rows), groups, detection.temperature, detection.transfer, rivals=rivals)
 
 
 def chosen_pictures(config: PredictConfig, checkpoint: Path) -> list[tuple[Path, Image.Image]]:
@@ -142,6 +216,13 @@ def random_queries(vectors: ClassVectors, detection: DetectionOptions, seed: int
         drawn = drawn / drawn.norm(dim=1, keepdim=True) * vectors.unseen.norm(dim=1, keepdim=True)
         queries.append(Query(drawn, (len(drawn),), detection.temperature, detection.transfer, masks=False))
     return queries
+
+
+def nearest_seen_query(vectors: ClassVectors, detection: DetectionOptions) -> Query:
+    """Asks for the most similar seen class in the place of each unseen one: what it gives to know no new word."""
+    cosines = F.normalize(vectors.unseen, dim=1) @ F.normalize(vectors.seen, dim=1).T
+    nearest = vectors.seen[cosines.argmax(1)]
+    return Query(nearest, (len(nearest),), detection.temperature, detection.transfer, masks=False)
 
 
 def predictions(

@@ -3,17 +3,26 @@
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from labs_common.sharding import place
 from zsi_contrastive.detector.annotations import Instances, Split
-from zsi_contrastive.detector.config import DetectionOptions
+from zsi_contrastive.detector.calibration import Calibration, calibrated, presence, rules_of
 from zsi_contrastive.detector.model import ZeroShotMaskRCNN
+from zsi_contrastive.detector.options import DetectionOptions
 from zsi_contrastive.detector.pictures import InstancePictures
-from zsi_contrastive.detector.predict import ON_IT, Result, predictions, query_of, random_queries
+from zsi_contrastive.detector.predict import (
+    ON_IT,
+    Result,
+    nearest_seen_query,
+    predictions,
+    query_of,
+    random_queries,
+)
 from zsi_contrastive.detector.regions import Query
 from zsi_contrastive.detector.scoring import ClassScores, harmonic_mean, iou, of_classes, scored, together
 from zsi_contrastive.detector.vectors import ClassVectors
@@ -37,12 +46,17 @@ class Evaluation:
         one_list: the same where all classes compete for the `kept` places of a picture, with `bias`; and of `all`.
             Open-vocabulary detection calls AP at 0.5 there novel (unseen), base (seen) and all.
         classes: of every class its scores by box and mask in GZSI, and in one list.
-        others: box scores of the unseen classes alone under other rules: random vectors, vectors as they were, …
+        others: box scores of the unseen classes alone under other rules: random vectors, shuffled
+            names, the vector of the nearest seen class, vectors as they were, …
         sweep: for each bias the scores of seen and unseen boxes, by `validation` and `test`.
         proposals: of objects of `seen` and of `unseen` classes, how many have one of a picture's best 100, … proposals
             on them (IoU 0.5), and what became of them; see `fates`. Empty without a detector.
         bias: what seen scores are lowered by.
         peer: what is to be known of a released detector whose boxes are beside ours; empty without one.
+        named: shares of `seen` and `unseen` objects that get their own name in one list, their `harmonic mean`, and AP
+            at 0.5 of boxes beside: without a bias, and with that which validation chose (calibrated stacking).
+        presence: see `zsi_contrastive.detector.calibration.presence`.
+        calibration: what validation chose.
         note: what training saw of the unseen classes; empty if it is nothing.
     """
 
@@ -56,12 +70,16 @@ class Evaluation:
     proposals: dict[str, Scores] = field(default_factory=dict)
     bias: float = 0.0
     peer: str = ""
+    named: dict[str, Scores] = field(default_factory=dict)
+    presence: dict[str, Scores] = field(default_factory=dict)
+    calibration: Calibration | None = None
     note: str = ""
 
     def plain(self) -> dict[str, Any]:
         """Returns JSON values, without the results; what could not be computed is null."""
         said = {name: value for name, value in vars(self).items() if name not in ("results", "others")}
-        return _without_nan({**said, "other rules": self.others})
+        calibration = asdict(self.calibration) if self.calibration else None
+        return _without_nan({**said, "calibration": calibration, "other rules": self.others})
 
 
 def evaluated(
@@ -73,23 +91,25 @@ def evaluated(
     accelerator: Accelerator,
     seed: int = 0,
     at_once: int = AT_ONCE,
+    known: Calibration | None = None,
 ) -> Evaluation | None:
     """Looks for all classes in the test pictures, and in those of validation to see what a bias does.
 
-    Called by all processes together; the main one gets the evaluation. `seed` is that of the random vectors.
+    Called by all processes together; the main one gets the evaluation. `seed` is that of the random vectors, `known` a
+    calibration that holds if scores are made by the same rules.
     """
     place(model.eval(), accelerator)
     model.regions.keep(detection.score_threshold, detection.nms_threshold, detection.kept)
     test = pictures["test"]
     both, unseen = test.part.ids(split.classes), test.part.ids(split.unseen)
     controls = random_queries(vectors, detection, seed)
-    rules = other_rules(detection)
+    others = {"nearest seen class": nearest_seen_query(vectors, detection)} if controls else {}
+    others |= {name: query_of(vectors, rule, masks=False) for name, rule in other_rules(detection).items()}
     # One pass over the pictures answers all of them: the network's work is shared.
-    queries = [query_of(vectors, detection), *controls]
-    queries += [query_of(vectors, options, masks=False) for options in rules.values()]
+    queries = [query_of(vectors, detection), *controls, *others.values()]
+    kinds = [both if len(query.groups) == 2 else unseen for query in queries]
     queries.append(Query(vectors.unseen[:0], (), masks=False))  # the proposals themselves
-    kinds = [both, *([unseen] * len(controls)), *([both] * len(rules)), []]
-    *found, first = predictions(model, test, queries, kinds, accelerator, at_once, "testing")
+    *found, proposed = predictions(model, test, queries, [*kinds, []], accelerator, at_once, "testing")
     part = pictures["validation"]
     there: list[Result] = []
     if len(part):
@@ -97,20 +117,49 @@ def evaluated(
         (there,) = predictions(model, part, [query], [both], accelerator, at_once, "validating")
     if not accelerator.is_main_process:
         return None
-    drawn = [zsi_scores(test.part, rows, unseen, "box") for rows in found[1 : 1 + len(controls)]]
-    others = {}
-    if drawn:
-        others[f"random vectors (mean of {len(drawn)})"] = {
-            name: sum(one[name] for one in drawn) / len(drawn) for name in drawn[0]
-        }
-    for name, rows in zip(rules, found[1 + len(controls) :], strict=True):
-        others[name] = zsi_scores(test.part, rows, unseen, "box")
+    first = 1 + len(controls)
+    tries = {"random vectors": found[1:first]}
+    if len(unseen) > 1:
+        tries["shuffled names"] = [shuffled_names(found[0], unseen, seed, number) for number in range(len(controls))]
+    rows = {f"{name} (mean of {len(parts)})": parts for name, parts in tries.items() if parts}
+    rows |= {name: [part] for name, part in zip(others, found[first:], strict=True)}
+    measured_others = {name: _mean_scores(test.part, parts, unseen) for name, parts in rows.items()}
     sweep = {"test": swept(test, found[0], split, detection.kept)}
     if len(part):
         sweep["validation"] = swept(part, there, split, detection.kept)
+    calibration = known if known is not None and known.rules == rules_of(detection) else None
+    if calibration is None and len(part):
+        calibration = calibrated(part.part, there, split, sweep["validation"], rules_of(detection))
+    named = {"without a bias": sweep["test"][0]}
+    there_rows: dict[str, Scores] = {}
+    if calibration is not None:
+        there_rows = presence(test.part, found[0], split, calibration)
+        if (bias := calibration.seen_bias) is not None:
+            line = min(sweep["test"], key=lambda line: abs(line["bias"] - bias))
+            named["with validation's bias"] = line
     outlined = ("box", "mask") if model.parts.mask_head else ("box",)
     measured = scores_of(test, found[0], split, detection.seen_bias, detection.kept, outlined)
-    return replace(measured, others=others, sweep=sweep, proposals=fates(test, found[0], first, split))
+    return replace(
+        measured,
+        others=measured_others,
+        sweep=sweep,
+        proposals=fates(test, found[0], proposed, split),
+        named=named,
+        presence=there_rows,
+        calibration=calibration,
+    )
+
+
+def shuffled_names(results: Sequence[Result], unseen: Sequence[int], seed: int, number: int) -> list[Result]:
+    """Gives each unseen class's detections to another one, by a random cycle: what is left if names say nothing."""
+    order = torch.randperm(len(unseen), generator=torch.Generator().manual_seed(1000 * seed + number)).tolist()
+    new = {unseen[one]: unseen[other] for one, other in zip(order, [*order[1:], order[0]], strict=True)}
+    return [{**row, "category_id": new[row["category_id"]]} for row in results if row["category_id"] in new]
+
+
+def _mean_scores(part: Instances, results: Sequence[Sequence[Result]], unseen: Sequence[int]) -> Scores:
+    scores = [zsi_scores(part, rows, unseen, "box") for rows in results]
+    return {name: sum(one[name] for one in scores) / len(scores) for name in scores[0]}
 
 
 def other_rules(detection: DetectionOptions) -> dict[str, DetectionOptions]:

@@ -3,6 +3,7 @@
 How regions are matched, drawn, pooled and suppressed is in `proposals`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -43,6 +44,7 @@ OVERLAP = 0.5  # IoU from which a region is taken for an object's, in training
 CANDIDATES = 2000  # boxes of a picture that go into non-maximum suppression at first: as a rule enough survive
 WIDER = 4  # times as many go into it where too few did
 NARROW = 1e-2  # pixels: smaller boxes are dropped, as torchvision does
+SCALE, MOST_SCALE = 1 / 0.07, 100.0  # of cosines, at first and at most: CLIP's
 IGNORED = -100  # the label of what the classes' loss leaves out
 
 
@@ -56,8 +58,9 @@ class Query:
         vectors: (classes, d).
         groups: sizes of groups of consecutive classes: of each the best detections of a picture are kept.
         temperature: see `zsi_contrastive.detector.heads.transferred`.
-        transfer: code, direct or things; see `zsi_contrastive.detector.config.DetectionOptions`.
+        transfer: code, direct or things; see `zsi_contrastive.detector.options.DetectionOptions`.
         masks: whether they are wanted.
+        rivals: for each group other classes (n, d) that take their share of what `direct` spreads over it.
     """
 
     vectors: torch.Tensor
@@ -65,10 +68,11 @@ class Query:
     temperature: float = 1.0
     transfer: str = "code"
     masks: bool = True
+    rivals: tuple[torch.Tensor, ...] = ()
 
     def to(self, device: torch.device) -> "Query":
         """Copies the vectors to a device."""
-        return replace(self, vectors=self.vectors.to(device))
+        return replace(self, vectors=self.vectors.to(device), rivals=tuple(one.to(device) for one in self.rivals))
 
 
 class Detections(NamedTuple):
@@ -125,9 +129,12 @@ class ZeroShotRegions(nn.Module):
         sides: tuple[int, int],
         points: int,
         beta: float = BETA,
+        cosine: bool = False,
     ) -> None:
         """Reads `levels` of the pyramid; RoIAlign gives `sides` for boxes and masks, of `points`² samples a cell."""
         super().__init__()
+        # By its logarithm as in CLIP; of one value, because FSDP shards no scalar.
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(SCALE)])) if cosine else None
         self.beta = beta
         self.levels, self.sampling, self.sides, self.points = tuple(levels), sampling, sides, points
         self.box_head = box_head
@@ -163,7 +170,7 @@ class ZeroShotRegions(nn.Module):
             else (part.tolist() for part in torch.cat(numbers).cpu().split([len(n) for n in numbers]))
         )
         vectors, shifts, seen = self.box_head(self._pooled(features, list(regions.boxes), height, 0, of_levels))
-        logits = _in_full(vectors, classes)
+        logits = self.logits(vectors, classes)
         number = filled.sum().clamp(min=1)
         if self.box_head.boxes > 1:  # of its class
             shifts = shifts.gather(1, label[:, None, None].expand(-1, 1, 4))
@@ -199,6 +206,15 @@ class ZeroShotRegions(nn.Module):
                 else self.semantic_masks.decoder(pixels).sum() * 0
             )
         return losses
+
+    def logits(self, vectors: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        """Compares vectors (n, d) with classes (m, d), in 32 bits also under autocast: (n, m), see --similarity."""
+        with torch.autocast(vectors.device.type, enabled=False):
+            vectors, classes = vectors.float(), classes.float()
+            if self.logit_scale is None:
+                return vectors @ classes.T
+            scale = self.logit_scale.exp().clamp(max=MOST_SCALE)
+            return scale * F.normalize(vectors, dim=1) @ F.normalize(classes, dim=1).T
 
     def _most(self, pictures: int, slots: int) -> tuple[list[int], list[int], list[int]]:
         """Returns what `losses` reads where values are not known: all that may be things are, of the finest level."""
@@ -267,14 +283,15 @@ class ZeroShotRegions(nn.Module):
         clipped = [clip_boxes_to_image(part, size) for part, size in zip(decoded, sizes, strict=True)]
         boxes = pad_sequence(clipped, batch_first=True)  # (pictures, proposals, kinds, 4); the filled in have no area
         big = (boxes[..., 2:] - boxes[..., :2] >= NARROW).all(3)
-        logits = _in_full(vectors, known)
+        logits = self.logits(vectors, known)
         candidates = []
         for query in queries:
             if not query.groups:
                 continue
             with torch.autocast(logits.device.type, enabled=False):  # scores that differ little keep their order
                 if query.transfer == "direct":
-                    scores = direct(logits[:, :1], _in_full(vectors, query.vectors), query.groups, query.temperature)
+                    asked, *rivals = (self.logits(vectors, one) for one in (query.vectors, *query.rivals))
+                    scores = direct(logits[:, :1], asked, query.groups, query.temperature, rivals)
                 else:
                     scores = transferred(logits, known, query.vectors, query.temperature, query.transfer == "code")
             scores = pad_sequence(scores.split(counts), batch_first=True)
@@ -357,21 +374,22 @@ class ZeroShotRegions(nn.Module):
         return [part._replace(masks=mask) for part, mask in zip(found, masks, strict=True)]
 
 
-def _in_full(vectors: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """Computes the logits (n, classes) of vectors (n, d) in 32 bits, also under autocast."""
-    with torch.autocast(vectors.device.type, enabled=False):
-        return vectors.float() @ classes.float().T
-
-
 def direct(
-    background: torch.Tensor, asked: torch.Tensor, groups: Sequence[int], temperature: float = 1.0
+    background: torch.Tensor,
+    asked: torch.Tensor,
+    groups: Sequence[int],
+    temperature: float = 1.0,
+    rivals: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
-    """Scores classes by their own logits (n, asked): the softmax over background's (n, 1) and those of a group.
+    """Scores classes by their own logits (n, asked): the softmax over background's (n, 1), a group's and its rivals'.
 
     So the paper's text has it (section 3.2: the seen classes' vectors are replaced); its code has `transferred`.
     """
-    parts = [torch.cat([background, part], 1) / temperature for part in asked.split(list(groups), 1)]
-    return torch.cat([part.softmax(-1)[:, 1:] for part in parts], 1)
+    parts = [
+        torch.cat([background, part, *rivals[place : place + 1]], 1) / temperature
+        for place, part in enumerate(asked.split(list(groups), 1))
+    ]
+    return torch.cat([part.softmax(-1)[:, 1 : 1 + size] for part, size in zip(parts, groups, strict=True)], 1)
 
 
 def through_known(asked: torch.Tensor, known: torch.Tensor) -> torch.Tensor:

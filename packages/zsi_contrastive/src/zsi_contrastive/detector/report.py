@@ -32,6 +32,14 @@ from zsi_contrastive.detector.scoring import iou
 
 COLUMNS = ("recall@0.4", "recall@0.5", "recall@0.6", "ap@0.4", "ap@0.5", "ap@0.6", "ap")
 HEADINGS = ("R@100, 0.4", "R@100, 0.5", "R@100, 0.6", "AP 0.4", "AP 0.5", "AP 0.6", "AP 0.5:0.95")
+NAMED = {  # columns of a sweep
+    "named seen": "named, seen",
+    "named unseen": "named, unseen",
+    "named harmonic mean": "named, harmonic mean",
+    "seen": "AP 0.5, seen",
+    "unseen": "AP 0.5, unseen",
+    "harmonic mean": "AP 0.5, harmonic mean",
+}
 SHOWN = 9  # pictures of a gallery: three rows of a page
 VAL2014 = 40_504  # pictures of COCO's val2014, whose files are all called so:
 VAL2014_NAME = "COCO_val2014_"
@@ -89,9 +97,11 @@ def summary_of(found: Evaluation) -> str:
         for parts in (found.gzsi, found.one_list)
     )
     note = f"Note: {found.note}. " if found.note else ""
+    named = ", ".join(f"{name} {line['named harmonic mean']:.3f}" for name, line in found.named.items())
+    said = f" Objects that get their name, harmonic mean: {named}." if named else ""
     return (
         f"{note}Unseen classes alone: AP at 0.5 {', '.join(parts)}{beside}. Beside seen classes, each kind cut apart: "
-        f"{both}. In one list of both: {mixed}."
+        f"{both}. In one list of both: {mixed}.{said}"
     )
 
 
@@ -118,6 +128,14 @@ def print_scores(found: Evaluation) -> None:
         for kind, parts in kinds.items():
             said = ", ".join(f"{name} {scores['ap@0.5']:.3f}" for name, scores in parts.items())
             console.print(f"seen and unseen {task}, {kind}, AP at 0.5: {said}")
+    for name, line in found.named.items():
+        shares = [f"{kind} {line[f'named {kind}']:.3f}" for kind in ("seen", "unseen", "harmonic mean")]
+        console.print(f"objects that get their name, {name}: {', '.join(shares)}")
+    for kind, line in found.presence.items():
+        console.print(
+            f"{kind} words, there from a score of {line['threshold']:.3f}: found {line['found']:.3f} of those there, "
+            f"refused {line['refused']:.3f} of others"
+        )
 
 
 def measured_sections(run: Run, found: Evaluation, split: Split, test: InstancePictures) -> list[Section]:
@@ -163,7 +181,8 @@ def measured_sections(run: Run, found: Evaluation, split: Split, test: InstanceP
         )
         columns = ("objects of", *(name.replace("recall", "R") for name in next(iter(found.proposals.values()))))
         sections.append(Section("Where objects are lost", [Text(said), Table(columns, rows)]))
-    return [*sections, *([_sweep_section(run, found)] if found.sweep else []), _class_section(found)]
+    swept = [_named_section(found), _sweep_section(run, found)] if found.sweep else []
+    return [*sections, *swept, _class_section(found)]
 
 
 def unlike_published(split: Split, test: InstancePictures) -> str:
@@ -223,6 +242,29 @@ def words_section(data: ZeroShotData) -> Section:
     return Section("Words", [*blocks, Table(("unseen class", "most similar classes, with cosines"), rows)])
 
 
+def _named_section(found: Evaluation) -> Section:
+    rows = [
+        (f"{name} ({line['bias']:g})", *(_shown(line[column]) for column in NAMED))
+        for name, line in found.named.items()
+    ]
+    blocks: list[Any] = [
+        Text(
+            f"The share of objects for which the best detection on it (IoU of at least {ON_IT}) has the right class, "
+            "all classes competing, and AP at 0.5 of boxes in one list of all classes. The bias is taken from seen "
+            "scores; validation pictures choose it, by the harmonic mean of what is named."
+        ),
+        Table(("", *NAMED.values()), rows),
+    ]
+    if found.presence:
+        said = (
+            "Is a word there? Its best score in a picture is compared with a threshold that validation pictures chose, "
+            "whose distractors are the classes that a picture does not show. On the test pictures:"
+        )
+        kinds = [(kind, *(_shown(value) for value in line.values())) for kind, line in found.presence.items()]
+        blocks += [Text(said), Table(("words", "threshold", "of those there, found", "of others, refused"), kinds)]
+    return Section("Named, and there or not", blocks)
+
+
 def _sweep_section(run: Run, found: Evaluation) -> Section:
     curves = {
         f"{what}, {name}": ([line[f"{prefix}seen"] for line in lines], [line[f"{prefix}unseen"] for line in lines])
@@ -238,17 +280,6 @@ def _sweep_section(run: Run, found: Evaluation) -> Section:
             "picture. Named: the share of objects for which the best detection on it (IoU 0.5) has the right class.",
         )
     ]
-    if "validation" in found.sweep:
-        best = max(found.sweep["validation"], key=lambda line: _or_zero(line["named harmonic mean"]))
-        at = next(line for line in found.sweep["test"] if line["bias"] == best["bias"])
-        none = found.sweep["test"][0]
-        said = (
-            f"On validation pictures a bias of {best['bias']:g} names best. On the test pictures it changes the "
-            f"harmonic mean of named objects from {none['named harmonic mean']:.3f} to "
-            f"{at['named harmonic mean']:.3f}, and that of AP from {none['harmonic mean']:.3f} to "
-            f"{at['harmonic mean']:.3f}. Use it with --seen-bias {best['bias']:g}."
-        )
-        blocks.append(Text(said))
     columns = ("bias", "seen", "unseen", "harmonic mean", "named seen", "named unseen", "named harmonic mean")
     for name, lines in found.sweep.items():
         rows = [tuple(line[column] for column in columns) for line in lines]
@@ -380,10 +411,6 @@ def _cells(scores: Mapping[str, float]) -> list[float | None]:
 
 def _shown(value: float) -> float | None:
     return None if math.isnan(value) else value
-
-
-def _or_zero(value: float) -> float:
-    return 0.0 if math.isnan(value) else value
 
 
 def _line(scores: Mapping[str, float]) -> str:

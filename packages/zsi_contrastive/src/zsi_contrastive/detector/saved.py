@@ -1,6 +1,7 @@
 """The result on disk: `zsi.json` and `model.safetensors`, and nothing else is needed to use a detector."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,14 +11,16 @@ import torch
 
 from labs_common.cli import config_from_yaml
 from labs_common.errors import LabError
-from labs_common.saved import load_model, save_model
+from labs_common.saved import load_model, reading_model, save_model
 from zsi_contrastive.detector.annotations import Split
 from zsi_contrastive.detector.backbone import make_backbone
-from zsi_contrastive.detector.config import PUBLISHED, DataOptions, DetectionOptions, TrainConfig
+from zsi_contrastive.detector.calibration import CALIBRATION, Calibration
+from zsi_contrastive.detector.config import PUBLISHED, DataOptions, TrainConfig
 from zsi_contrastive.detector.defaults import complete, complete_data
 from zsi_contrastive.detector.model import Parts, Sizes, ZeroShotMaskRCNN, channels_of
+from zsi_contrastive.detector.options import DetectionOptions
 from zsi_contrastive.detector.regions import Sampling
-from zsi_contrastive.detector.vectors import ClassVectors
+from zsi_contrastive.detector.vectors import PROMPTS, ClassVectors
 
 FILE = "zsi.json"  # beside the weights
 Options = TypeVar("Options", DataOptions, DetectionOptions)
@@ -32,6 +35,7 @@ class Loaded:
     vectors: ClassVectors
     detection: DetectionOptions
     protocol: str
+    calibration: Calibration | None = None
 
 
 def save_detector(
@@ -55,8 +59,10 @@ def save_detector(
         "word_vectors": vectors.source,
         "by_column": vectors.by_column,
         "words": None if words is None else list(words.shape),
+        "prompts": list(vectors.prompts),
     }
-    save_model(folder, FILE, description, {**state, "unseen": vectors.unseen})
+    mean = {} if vectors.mean is None else {"mean": vectors.mean}
+    save_model(folder, FILE, description, {**state, "unseen": vectors.unseen, **mean})
 
 
 def load_detector(path: Path) -> Loaded:
@@ -68,11 +74,14 @@ def load_detector(path: Path) -> Loaded:
     known: dict[str, Any] = {}
 
     def build(said: dict[str, Any], state: dict[str, torch.Tensor]) -> ZeroShotMaskRCNN:
-        unseen = state.pop("unseen")  # all others are the model's
+        unseen, mean = state.pop("unseen"), state.pop("mean", None)  # all others are the model's
         seen, background = state["seen"], state["background.word"]
         split = said["split"]
         known["split"] = Split(split["name"], tuple(split["seen"]), tuple(split["unseen"]))
-        known["vectors"] = ClassVectors(said["word_vectors"], background, seen, unseen, said["by_column"])
+        prompts = tuple(said.get("prompts", PROMPTS))
+        known["vectors"] = ClassVectors(
+            said["word_vectors"], background, seen, unseen, said["by_column"], mean=mean, prompts=prompts
+        )
         known["detection"] = DetectionOptions(**said["detection"])
         known["protocol"] = said.get("protocol", "zsi")
         sizes: dict[str, Any] = {
@@ -89,7 +98,11 @@ def load_detector(path: Path) -> Loaded:
             None if said["words"] is None else torch.randn(said["words"]),
         )
 
-    model, _, _ = load_model(path, FILE, "--checkpoint", build)
+    model, _, folder = load_model(path, FILE, "--checkpoint", build)
+    file = folder / CALIBRATION
+    if file.is_file():
+        with reading_model(path, "--checkpoint"):
+            known["calibration"] = Calibration(**json.loads(file.read_text(encoding="utf-8")))
     return Loaded(model, **known)
 
 

@@ -2,7 +2,7 @@
 
 import time
 import zlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from labs_common.saved import FOLDER
 from labs_common.steps import ShuffledSteps
 from labs_common.training import total_steps
 from zsi_contrastive.detector.annotations import read_split
-from zsi_contrastive.detector.config import OWN_SHARES, DetectionOptions, DetectorTrainingOptions, TrainConfig
+from zsi_contrastive.detector.calibration import CALIBRATION
+from zsi_contrastive.detector.config import OWN_SHARES, DetectorTrainingOptions, TrainConfig
 from zsi_contrastive.detector.contrastive import CONTRASTIVE
 from zsi_contrastive.detector.data import (
     PictureBatches,
@@ -36,6 +37,7 @@ from zsi_contrastive.detector.data import (
 from zsi_contrastive.detector.defaults import complete
 from zsi_contrastive.detector.heads import Samples, Target
 from zsi_contrastive.detector.model import ZeroShotMaskRCNN, make_model
+from zsi_contrastive.detector.options import DetectionOptions
 from zsi_contrastive.detector.predict import predictions, query_of
 from zsi_contrastive.detector.protocol import AT_ONCE, evaluated
 from zsi_contrastive.detector.report import print_scores, summary_of, training_sections
@@ -74,6 +76,8 @@ def train(config: TrainConfig) -> None:
     clock["tested"] = time.perf_counter()
     if found is not None:
         seconds = seconds_between(clock)
+        if found.calibration is not None:
+            run.save_json(f"{FOLDER}/{CALIBRATION}", asdict(found.calibration))
         results = results_of(run, config, fitted, "pictures", seconds["prepared"], PACKAGES) | {"test": found.plain()}
 
         def page() -> tuple[str, list[Section]]:

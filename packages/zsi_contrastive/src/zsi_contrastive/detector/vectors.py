@@ -1,4 +1,4 @@
-"""Vectors of words: from the paper's matrices, GloVe or fastText files, a text encoder, or a scene's attributes.
+"""Vectors of words: from the paper's matrices, GloVe or fastText files, a CLIP's texts, or a scene's attributes.
 
 Those of unseen classes can be refined by message passing over a graph of similar classes. With weights that all
 neighbours share, sums, means and maxima do not depend on the neighbours' order, and a layer H' = σ(H W + A H W') is
@@ -23,8 +23,20 @@ from labs_common.saved import load_auto, load_network
 from labs_common.scenes.world import SHAPES, TEXTURES
 from zsi_contrastive.detector.annotations import Split
 
-ATTRIBUTES = "attributes"
-ENCODER = "encoder:"
+ATTRIBUTES, NOISY = "attributes", "noisy"  # of drawn things
+NOISY_LENGTH, NOISE = 300, 1.0  # values as in GloVe; length of what is a name's own, where each of its words has 1
+CLIP, TEXT_FILES = "clip:", ("glove:", "fasttext:")
+# The plain prompt, and the seven that CLIP's authors chose one by one for ImageNet (Prompt_Engineering_for_ImageNet).
+PROMPTS = (
+    "a photo of a {}.",
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+)
 SAME = 0.999  # the cosine from which two vectors are of the same word in the same space: files round their values
 
 
@@ -33,12 +45,14 @@ class ClassVectors:
     """Vectors of a split's classes.
 
     Attributes:
-        source: a file, `encoder:NAME` or `attributes`.
+        source: a file, also as `glove:FILE`, or `fasttext:FILE`, `clip:NAME`, `attributes` or `noisy`.
         background: (d,).
         seen: (seen, d).
         unseen: (unseen, d).
         by_column: whether the source has no words, so that only the order says what a vector is of.
         notes: what a reader should know, such as words that were not found.
+        mean: what was taken from CLIP's vectors (d,), and has to be from those of any other word; None of others.
+        prompts: the texts in which CLIP read a word.
     """
 
     source: str
@@ -47,6 +61,8 @@ class ClassVectors:
     unseen: torch.Tensor
     by_column: bool = False
     notes: tuple[str, ...] = ()
+    mean: torch.Tensor | None = None
+    prompts: tuple[str, ...] = PROMPTS
 
     @property
     def classes(self) -> torch.Tensor:
@@ -54,12 +70,13 @@ class ClassVectors:
         return torch.cat([self.seen, self.unseen])
 
 
-def read_class_vectors(source: str, split: Split) -> ClassVectors:
+def read_class_vectors(source: str, split: Split, like: ClassVectors | None = None) -> ClassVectors:
     """Reads the vectors of all classes of a split.
 
     A matrix has a row for each dimension and a column for the background and each class, seen then unseen. From
     other sources each class vector has length 1, and the background is the mean of all, as it is in the
-    matrices published with Zheng et al. 2021.
+    matrices published with Zheng et al. 2021. All texts of a CLIP lie in one narrow cone: the mean of seen classes is
+    taken from its vectors, or that of vectors that they are to be `like`, and its direction is background.
 
     Raises:
         LabError: the source cannot be read, or does not fit the split.
@@ -69,8 +86,17 @@ def read_class_vectors(source: str, split: Split) -> ClassVectors:
         matrix = read_matrix(path, split)
         seen = len(split.seen)
         return ClassVectors(source, matrix[0], matrix[1 : 1 + seen], matrix[1 + seen :], by_column=True)
-    found, notes = word_vectors(source, split.classes)
-    return ClassVectors(source, found.mean(0), found[: len(split.seen)], found[len(split.seen) :], notes=notes)
+    prompts = PROMPTS if like is None else like.prompts
+    found, notes = word_vectors(source, split.classes, None, prompts)
+    mean, background, seen = None, found.mean(0), len(split.seen)
+    if source.startswith(CLIP):
+        if seen < 2:
+            raise LabError(f"--split {split.name}: has one seen class; {CLIP} needs two, from whose mean they differ")
+        mean = None if like is None else like.mean
+        if mean is None or mean.shape != background.shape:
+            mean = found[:seen].mean(0)
+        found, background = _unit(found - mean), mean / mean.norm()
+    return ClassVectors(source, background, found[:seen], found[seen:], False, notes, mean, prompts)
 
 
 def read_matrix(path: Path, split: Split) -> torch.Tensor:
@@ -129,23 +155,34 @@ def is_matrix(path: Path) -> bool:
     return "," in first and re.fullmatch(r"[\s,.eE+\-\d]*", first) is not None and len(first.split(",")) > 2
 
 
-def word_vectors(source: str, names: Sequence[str]) -> tuple[torch.Tensor, tuple[str, ...]]:
+def word_vectors(
+    source: str, names: Sequence[str], mean: torch.Tensor | None = None, prompts: Sequence[str] = PROMPTS
+) -> tuple[torch.Tensor, tuple[str, ...]]:
     """Looks up vectors (names, d) of length 1 of any words, and notes on those that were put together from parts.
 
-    `source` is a file of GloVe or fastText, `encoder:NAME` for a text encoder of Hugging Face, or `attributes`.
+    `source` is a file of GloVe or fastText, `clip:NAME` for a CLIP of Hugging Face, `attributes` or `noisy`. `mean`
+    (d,) is taken from CLIP's vectors, which read each name in all `prompts`.
 
     Raises:
         LabError: the source cannot be read, or has no vector for a name.
     """
     if source == ATTRIBUTES:
         return attribute_vectors(names), ()
-    if source.startswith(ENCODER):
-        return _unit(_encoded(source.removeprefix(ENCODER), names)), ()
-    path = Path(source)
+    if source == NOISY:
+        return noisy_vectors(names), ()
+    if source.startswith(CLIP):
+        found = clip_vectors(source.removeprefix(CLIP), names, prompts)
+        return found if mean is None or mean.shape != found.shape[1:] else _unit(found - mean), ()
+    if source.startswith("encoder:"):
+        raise LabError(
+            f"--word-vectors {source}: the mean of hidden states is no longer taken, as it hardly tells words apart; "
+            f"take the texts of a CLIP, as in {CLIP}openai/clip-vit-base-patch32"
+        )
+    path = Path(file_of(source))
     if not path.is_file():
         raise LabError(
-            f"--word-vectors {source}: no such file; name a matrix, a text file of GloVe or fastText, or {ENCODER}NAME "
-            "for a text encoder"
+            f"--word-vectors {source}: no such file; name a matrix, a text file of GloVe or fastText, or {CLIP}NAME "
+            "for the texts of a CLIP"
         )
     if is_matrix(path):
         raise LabError(
@@ -153,6 +190,13 @@ def word_vectors(source: str, names: Sequence[str]) -> tuple[torch.Tensor, tuple
             "that its vectors are from"
         )
     return _looked_up(path, names)
+
+
+def file_of(source: str) -> str:
+    """Takes off what may stand before the name of a text file."""
+    for kind in TEXT_FILES:
+        source = source.removeprefix(kind)
+    return source
 
 
 def attribute_vectors(names: Sequence[str]) -> torch.Tensor:
@@ -164,7 +208,7 @@ def attribute_vectors(names: Sequence[str]) -> torch.Tensor:
     words = [*SHAPES, *TEXTURES]
     rows = torch.zeros(len(names), len(words))
     for row, name in zip(rows, names, strict=True):
-        for word in name.split():
+        for word in name.lower().split():
             singular = word if word in words else word.removesuffix("s")
             if singular not in words:
                 raise LabError(f"{name}: drawn things are known by the words {', '.join(words)}")
@@ -172,6 +216,24 @@ def attribute_vectors(names: Sequence[str]) -> torch.Tensor:
         if not name.split():
             raise LabError("--words: a name is empty")
     return _unit(rows)
+
+
+def noisy_vectors(names: Sequence[str]) -> torch.Tensor:
+    """Draws things' words as random vectors and adds noise of each name's own: (names, 300) of length 1.
+
+    The cosine with the mere sum of two words is about 0.8: a name says less exactly what a thing has than attributes.
+
+    Raises:
+        LabError: a name has a word that is neither shape nor texture.
+    """
+    has = (attribute_vectors(names) > 0).float()  # (names, 12)
+    words = torch.stack([_drawn(word) for word in (*SHAPES, *TEXTURES)])
+    return _unit(has @ words + NOISE * torch.stack([_drawn(str(row)) for row in has.tolist()]))
+
+
+def _drawn(text: str) -> torch.Tensor:
+    row = torch.randn(NOISY_LENGTH, generator=torch.Generator().manual_seed(zlib.crc32(text.encode())))
+    return row / row.norm()
 
 
 def check_same_space(known: Mapping[str, torch.Tensor], names: Sequence[str], vectors: torch.Tensor) -> None:
@@ -306,19 +368,30 @@ def _words(name: str) -> list[str]:
     return [word for word in re.split(r"[\s_-]+", name.lower()) if word]
 
 
-def _encoded(name: str, texts: Sequence[str]) -> torch.Tensor:
-    """Averages an encoder's last layer over the tokens of each text (texts, d)."""
+def clip_vectors(name: str, names: Sequence[str], prompts: Sequence[str]) -> torch.Tensor:
+    """Projects names into a CLIP's space of pictures: the mean over prompts, each of length 1 (names, d), as it too.
+
+    Radford et al. 2021, section 3.1.4.
+
+    Raises:
+        LabError: the model cannot be loaded, or has no such texts.
+    """
     from transformers import AutoModel, AutoTokenizer  # a giant that few need: a second of every start otherwise
 
-    said, remedy = f"--word-vectors {ENCODER}{name}", "name a text encoder of the hub or its directory"
+    said, remedy = f"--word-vectors {CLIP}{name}", "name a CLIP of the hub or its directory"
     tokenizer = load_auto(AutoTokenizer.from_pretrained, name, said=said, remedy=remedy)
-    model = load_network(AutoModel, name, said, remedy, new=("pooler.",))  # which is not asked
-    model = getattr(model, "text_model", model).eval()  # CLIP and its like hold one for texts
+    model = load_network(AutoModel, name, said, remedy, dtype=torch.float32).eval()
+    if not hasattr(model, "get_text_features"):
+        raise LabError(f"{said}: projects no texts into a space of pictures; {remedy}")
+    siglip = model.config.model_type.startswith("siglip")  # it learnt from texts that were filled up, without a mask
+    how = {"padding": "max_length" if siglip else True, "truncation": True, "return_tensors": "pt"}
+    most, total = model.config.text_config.max_position_embeddings, torch.zeros(())
     with torch.no_grad():
-        batch = tokenizer(list(texts), padding=True, return_tensors="pt")
-        states = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        weights = batch["attention_mask"][..., None].float()  # (texts, tokens, 1)
-        return (states * weights).sum(1) / weights.sum(1)
+        for prompt in prompts:
+            batch = tokenizer([prompt.replace("{}", one) for one in names], max_length=most, **how)
+            mask = None if siglip else batch["attention_mask"]
+            total = total + _unit(model.get_text_features(batch["input_ids"], attention_mask=mask).pooler_output)
+    return _unit(total)
 
 
 def _unit(rows: torch.Tensor) -> torch.Tensor:

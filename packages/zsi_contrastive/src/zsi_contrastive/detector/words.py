@@ -22,7 +22,7 @@ def words(config: WordsConfig) -> None:
     split = read_split(config.split)
     source = config.words.word_vectors or (ATTRIBUTES if config.split == SCENES else "")
     if not source:
-        raise LabError("--word-vectors: name a matrix, a text file of GloVe or fastText, or encoder:NAME")
+        raise LabError("--word-vectors: name a matrix, a text file of GloVe or fastText, or clip:NAME")
     vectors = read_class_vectors(source, split)
     near = neighbours(vectors.classes, split.classes)
     print(f"column  class ({len(split.seen)} seen, {len(split.unseen)} unseen; {vectors.seen.shape[1]} values each)")
