@@ -18,7 +18,7 @@ FILES = {
 # Files of this house, without packages' own, that a training command imports.
 MOST_FILES = {
     "caption_lab.train": 51, "clip_lab.train": 50, "llm_peft_fa.train": 52, "vit_transfer.train": 42,
-    "zsi_contrastive.detector.train": 46, "zsi_contrastive.ssl.train": 42,
+    "zsi_contrastive.detector.train": 52, "zsi_contrastive.ssl.train": 42,
 }  # fmt: skip
 
 
@@ -83,8 +83,8 @@ def test_a_training_needs_few_files(name: str) -> None:
 def test_the_house_stays_small() -> None:
     """Signs, not goals; docs/architecture.md says where they stand and why. Who must raise one says what it bought."""
     lines = {name: file.read_text(encoding="utf-8").count("\n") for name, file in FILES.items()}
-    assert len(lines) <= 196
-    assert sum(lines.values()) <= 36_600
+    assert len(lines) <= 207
+    assert sum(lines.values()) <= 38_700
     assert {name: count for name, count in lines.items() if count > 400} == {}
 
 

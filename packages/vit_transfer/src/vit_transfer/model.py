@@ -113,7 +113,8 @@ def _with_head(model: Any, head: str, hidden: int) -> torch.nn.Module:
             raise LabError(f"--head {head}: the head of this model is a {type(own).__name__}; take --head linear")
         width, classes = own.weight.shape[1], own.weight.shape[0]
         if made is PaperHead and isinstance(model, VGG):  # the paper's VGG ends with its convolutions
-            model.pre_logits, width = torch.nn.Identity(), model.num_features
+            model.set_submodule("pre_logits", torch.nn.Identity())
+            width = model.num_features
         model.set_submodule(name, made(width, hidden, classes))
     return model
 

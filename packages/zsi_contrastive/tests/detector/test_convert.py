@@ -23,7 +23,8 @@ from labs_common.errors import LabError
 from zsi_contrastive.detector.backbone import make_backbone
 from zsi_contrastive.detector.config import ConvertConfig, WordOptions
 from zsi_contrastive.detector.convert import ROWS, VECTORS, detector, plain, spelt
-from zsi_contrastive.detector.regions import Query, through_known
+from zsi_contrastive.detector.heads import through_known
+from zsi_contrastive.detector.regions import Query
 from zsi_contrastive.detector.saved import load_detector
 
 State = dict[str, torch.Tensor]

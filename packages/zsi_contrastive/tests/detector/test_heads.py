@@ -10,10 +10,11 @@ from zsi_contrastive.detector.heads import (
     SemanticBoxHead,
     SemanticMaskHead,
     SynchronisedBackground,
+    direct,
     mask_logits,
+    through_known,
     transferred,
 )
-from zsi_contrastive.detector.regions import direct, through_known
 
 pytestmark = pytest.mark.quick
 

@@ -12,9 +12,9 @@ from torchvision.ops import batched_nms, box_iou
 from labs_common.errors import LabError
 from zsi_contrastive.detector.backbone import make_backbone
 from zsi_contrastive.detector.contrastive import CONTRASTIVE
-from zsi_contrastive.detector.heads import Samples
+from zsi_contrastive.detector.heads import Samples, direct
 from zsi_contrastive.detector.model import MEAN, STD, Parts, Sizes, ZeroShotMaskRCNN, scaled
-from zsi_contrastive.detector.regions import Detections, Query, Sampling, direct
+from zsi_contrastive.detector.regions import Detections, Query, Sampling
 
 D = 6
 SIZES = Sizes(16, 8, 1, (8, 16, 24), 48, 64, 16, (40, 40, 20, 20), 16, (5, 7), 1, True)

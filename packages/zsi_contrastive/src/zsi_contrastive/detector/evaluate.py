@@ -19,12 +19,13 @@ from zsi_contrastive.detector.annotations import Split, all_of, read_split
 from zsi_contrastive.detector.config import DataOptions, EvaluateConfig
 from zsi_contrastive.detector.data import from_main_process, read_file, read_parts, read_pictures, read_vectors
 from zsi_contrastive.detector.defaults import complete_data
+from zsi_contrastive.detector.findings import finding_sections
 from zsi_contrastive.detector.peer import Peer, beside
 from zsi_contrastive.detector.pictures import InstancePictures, instance_pictures
 from zsi_contrastive.detector.predict import predictions
 from zsi_contrastive.detector.protocol import Evaluation, evaluated, scores_of
 from zsi_contrastive.detector.regions import Query
-from zsi_contrastive.detector.report import finding_sections, measured_sections, print_scores, summary_of
+from zsi_contrastive.detector.report import measured_sections, print_scores, summary_of
 from zsi_contrastive.detector.saved import FILE, Loaded, changed, chosen_data, load_detector
 from zsi_contrastive.detector.scoring import read_results
 from zsi_contrastive.detector.vectors import ClassVectors, check_same_space, scaled_like

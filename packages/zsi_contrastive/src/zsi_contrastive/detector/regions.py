@@ -21,7 +21,10 @@ from zsi_contrastive.detector.heads import (
     SemanticBoxHead,
     SemanticMaskHead,
     Target,
+    direct,
+    known_columns,
     mask_logits,
+    through_known,
     transferred,
 )
 from zsi_contrastive.detector.proposals import (
@@ -372,36 +375,3 @@ class ZeroShotRegions(nn.Module):
         wanted = query.vectors[torch.cat([part.classes for part in found])]
         masks = mask_logits(pixels, wanted).float().sigmoid().split([len(part.boxes) for part in found])
         return [part._replace(masks=mask) for part, mask in zip(found, masks, strict=True)]
-
-
-def direct(
-    background: torch.Tensor,
-    asked: torch.Tensor,
-    groups: Sequence[int],
-    temperature: float = 1.0,
-    rivals: Sequence[torch.Tensor] = (),
-) -> torch.Tensor:
-    """Scores classes by their own logits (n, asked): the softmax over background's (n, 1), a group's and its rivals'.
-
-    So the paper's text has it (section 3.2: the seen classes' vectors are replaced); its code has `transferred`.
-    """
-    parts = [
-        torch.cat([background, part, *rivals[place : place + 1]], 1) / temperature
-        for place, part in enumerate(asked.split(list(groups), 1))
-    ]
-    return torch.cat([part.softmax(-1)[:, 1 : 1 + size] for part, size in zip(parts, groups, strict=True)], 1)
-
-
-def through_known(asked: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """Returns vectors (asked, d) whose masks are those of the published code: (x V) Vᵀ U, for x a pixel's vector.
-
-    Classes of `known` V (1 + seen, d), background first, keep their own.
-    """
-    is_known = (known_columns(asked, known) > 0)[:, None]
-    return torch.where(is_known, asked, asked @ known.T @ known)
-
-
-def known_columns(asked: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """Says which row of `known` (1 + seen, d) each asked vector (asked, d) is: (asked,), 0 if none; 0 is background."""
-    same = (asked[:, None] == known[1:]).all(2)
-    return torch.where(same.any(1), same.int().argmax(1) + 1, 0)
