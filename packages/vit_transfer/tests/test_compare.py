@@ -152,7 +152,7 @@ def test_the_command_goes_on_where_it_was_stopped(scenes: Path, tmp_path: Path) 
     assert len(results) == 2
     assert len({(result["cost"]["steps"], result["cost"]["pictures"]) for result in results}) == 1, "one budget"
     html = (folder / "report.html").read_text(encoding="utf-8")
-    for heading in ("Which network", "Numbers", "CNNs beside transformers", "Reference table", "cost", "Hard for all"):
+    for heading in ("Which network", "Numbers", "CNNs beside transformers", "Beside the paper", "cost", "Hard for all"):
         assert heading in html
     assert "not on file" in html
     before, saved = first.stat().st_mtime_ns, (folder / "comparison.json").read_bytes()

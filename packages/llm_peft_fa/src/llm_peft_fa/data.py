@@ -330,12 +330,9 @@ def _write_chats(
             except UnusableRowError as reason:
                 reading.refuse(where, str(reason))
                 continue
-            if options.normalise:
-                messages = spelling.in_one_spelling(messages)
-            verifiable = row.get("verifiable")
-            if verifiable is None:
-                verifiable = len(messages[-1]["content"].split()) <= SHORT_ANSWER
-            kept = Conversation(messages, where, bool(verifiable))
+            messages = spelling.in_one_spelling(messages) if options.normalise else messages
+            said_so, short = row.get("verifiable"), len(messages[-1]["content"].split()) <= SHORT_ANSWER
+            kept = Conversation(messages, where, short if said_so is None else bool(said_so))
             content = to_json(vars(kept)).encode() + b"\n"
             out.write(content)
             starts.append(starts[-1] + len(content))
@@ -393,8 +390,7 @@ def text_lines(option: str, file: Path, what: str) -> list[str]:
     Raises:
         LabError: the file cannot be read or is empty.
     """
-    lines = text_of(file, f"{option} {file}").split("\n")
-    found = [line.strip() for line in lines if line.strip()]
+    found = [line.strip() for line in text_of(file, f"{option} {file}").split("\n") if line.strip()]
     if not found:
         raise LabError(f"{option} {file}: is empty; write {what} per line")
     return found
