@@ -68,3 +68,12 @@ def test_what_is_missing_is_one_line(report: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "weasyprint", None)
     with pytest.raises(LabError, match=r"pip install 'labs-common\[pdf\]'"):
         pdf(PdfConfig(run=report))
+
+
+def test_a_report_that_cannot_be_read_or_written_is_one_line(report: Path, tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_bytes("<h1>é</h1>".encode("latin-1"))
+    with pytest.raises(LabError, match=r"is not UTF-8"):
+        pdf(PdfConfig(run=tmp_path))
+    for output in (Path(), Path("/"), tmp_path):
+        with pytest.raises(LabError, match=r"is no file that could be written"):
+            pdf(PdfConfig(run=report, output=output))

@@ -70,7 +70,10 @@ def check_unseen(pictures: CaptionedPictures, checkpoint: Path, data: str | None
     file, trained = _run_of(checkpoint) / "splits.json", options_of_run(checkpoint)
     if trained is None or not same_data(data, trained.data.data) or not file.is_file():
         return
-    learnt = set(json_of(file, str(file))["train"]["pictures"])
+    try:
+        learnt = set(json_of(file, str(file))["train"]["pictures"])
+    except (KeyError, TypeError) as error:
+        raise LabError(f"{file}: does not say which pictures trained; it is damaged") from error
     known = sum(name in learnt for name in pictures.names)
     if known:
         remedy = f"--seed {trained.run.seed}" + (f" --splits {trained.data.splits}" if trained.data.splits else "")

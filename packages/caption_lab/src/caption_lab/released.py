@@ -35,7 +35,8 @@ def is_released(checkpoint: Path) -> bool:
         return len(checkpoint.parts) == 2 and not str(checkpoint).startswith((".", "/", "~")) \
             and not checkpoint.parent.exists()  # fmt: skip
     config = checkpoint / "config.json"
-    return config.is_file() and "model_type" in json_of(config, str(config))
+    said = json_of(config, str(config)) if config.is_file() else None
+    return isinstance(said, dict) and "model_type" in said
 
 
 @dataclass(frozen=True)

@@ -279,7 +279,13 @@ def check_run_options(options: RunOptions) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces the file `path` by one that holds `text`, or leaves it as it was."""
+    """Replaces the file `path` by one that holds `text`, or leaves it as it was.
+
+    Raises:
+        LabError: it is a directory, a device or the like, which would be replaced by a file.
+    """
+    if not path.name or (path.exists() and not path.is_file()):
+        raise LabError(f"{path}: is no file that could be written; name one")
     part = path.with_name(f".{path.name}.part")
     with part.open("w", encoding="utf-8", errors=ESCAPED) as stream:
         stream.write(text)

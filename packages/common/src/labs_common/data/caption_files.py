@@ -115,6 +115,8 @@ def _fault(caption: object) -> str:
         return "caption that is no text"
     if len(caption) > LONGEST:
         return f"caption of more than {LONGEST:,} characters"
+    if any("\ud800" <= letter <= "\udfff" for letter in caption):
+        return "caption with half of a character"
     return "quote that is not closed" if SWALLOWED.search(caption) else "" if caption.strip() else "empty caption"
 
 

@@ -238,6 +238,18 @@ class Transform:
     std: tuple[float, ...]
     interpolation: str
 
+    def __post_init__(self) -> None:
+        """Refuses what a damaged file may hold.
+
+        Raises:
+            ValueError: mean and deviation are not of three colours, or the interpolation is no name.
+        """
+        numbers = (*self.mean, *self.std)
+        if len(self.mean) != 3 or len(self.std) != 3 or not isinstance(self.interpolation, str):
+            raise ValueError("mean and std must be three numbers each, interpolation a name")
+        if not all(isinstance(number, (int, float)) and abs(number) < 1e6 for number in numbers) or min(self.std) <= 0:
+            raise ValueError("mean and std must be finite numbers, std above 0")
+
     def levels(self, image: Image.Image) -> np.ndarray:
         """Resizes to (size, size, 3) of 0 to 255."""
         how = RESAMPLING.get(self.interpolation, Image.Resampling.BICUBIC)

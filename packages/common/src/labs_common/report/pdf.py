@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from labs_common.errors import LabError, reason_of
+from labs_common.errors import LabError, reason_of, text_of
 from labs_common.options import CommandOptions
 
 
@@ -48,7 +48,9 @@ def pdf(config: PdfConfig) -> None:
         raise LabError(f"{report}: no report is there; name the directory of a finished run, or its report.html")
     target = config.output or report.with_suffix(".pdf")
     lines = (config.author, config.student_number, config.course, config.date)
-    content = pages(report.read_text(encoding="utf-8"), config.title, [line for line in lines if line])
+    if not target.name or (target.exists() and not target.is_file()):
+        raise LabError(f"--output {target}: is no file that could be written; name one")
+    content = pages(text_of(report, str(report)), config.title, [line for line in lines if line])
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         partial.write_bytes(content)
@@ -81,7 +83,10 @@ def pages(page: str, title: str = "", lines: list[str] | None = None) -> bytes:
     fetcher = weasyprint.urls.URLFetcher(allowed_protocols=["data"])
     text = re.sub(r'dir="auto"([^>]*>)([^<]*)', _directed, f"{before}{cover}{heading}{rest}")
     document = weasyprint.HTML(string=text, url_fetcher=fetcher)
-    return document.write_pdf(stylesheets=[weasyprint.CSS(string=style)])
+    try:
+        return document.write_pdf(stylesheets=[weasyprint.CSS(string=style)])
+    except RecursionError as error:
+        raise LabError("the report's elements lie too deep in one another for WeasyPrint; is it a report?") from error
 
 
 def _directed(found: re.Match[str]) -> str:

@@ -206,6 +206,8 @@ def _checked(path: Path) -> tuple[Instances, list[str]]:
     for key, rows in (("categories", categories), ("images", images)):
         if twice := [number for number, count in Counter(row["id"] for row in rows).items() if count > 1]:
             raise LabError(f"{path}: two {key} have the id {twice[0]}")
+    if twice := [name for name, count in Counter(row["name"] for row in categories).items() if count > 1]:
+        raise LabError(f"{path}: two categories have the name {twice[0]}; give their objects the same id")
     known, pictures = {row["id"] for row in categories}, {row["id"]: (row["height"], row["width"]) for row in images}
     left_out: Counter[str] = Counter()
     kept, unusable, named = [], [], []

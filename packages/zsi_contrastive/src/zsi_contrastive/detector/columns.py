@@ -118,3 +118,14 @@ def _excess(vectors: torch.Tensor, names: Sequence[str]) -> float:
         shuffled.append(cosines[order][:, order][together].mean())
     spread = torch.stack(shuffled)
     return float((cosines[together].mean() - spread.mean()) / spread.std())
+
+
+def check_lengths(vectors: torch.Tensor, source: str, names: Sequence[str]) -> None:
+    """Makes sure that each class's vector (classes, d) says something.
+
+    Raises:
+        LabError: one has no length, or is not finite.
+    """
+    for name, length in zip(names, vectors.norm(dim=1).tolist(), strict=True):
+        if not 0 < length < float("inf"):
+            raise LabError(f"--word-vectors {source}: the vector of {name} has the length {length}; mend it")

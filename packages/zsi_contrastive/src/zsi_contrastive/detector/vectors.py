@@ -22,6 +22,7 @@ from labs_common.errors import LabError, bytes_of, reason_of
 from labs_common.saved import load_auto, load_network
 from labs_common.scenes.world import SHAPES, TEXTURES
 from zsi_contrastive.detector.annotations import Split
+from zsi_contrastive.detector.columns import check_lengths
 
 ATTRIBUTES, NOISY = "attributes", "noisy"  # of drawn things
 NOISY_LENGTH, NOISE = 300, 1.0  # values as in GloVe; length of what is a name's own, where each of its words has 1
@@ -81,14 +82,15 @@ def read_class_vectors(source: str, split: Split, like: ClassVectors | None = No
     Raises:
         LabError: the source cannot be read, or does not fit the split.
     """
-    path = Path(source)
+    path, seen = Path(source), len(split.seen)
     if path.is_file() and is_matrix(path):
         matrix = read_matrix(path, split)
-        seen = len(split.seen)
+        check_lengths(matrix[1:], source, split.classes)
         return ClassVectors(source, matrix[0], matrix[1 : 1 + seen], matrix[1 + seen :], by_column=True)
     prompts = PROMPTS if like is None else like.prompts
     found, notes = word_vectors(source, split.classes, None, prompts)
-    mean, background, seen = None, found.mean(0), len(split.seen)
+    check_lengths(found, source, split.classes)
+    mean, background = None, found.mean(0)
     if source.startswith(CLIP):
         if seen < 2:
             raise LabError(f"--split {split.name}: has one seen class; {CLIP} needs two, from whose mean they differ")
@@ -139,7 +141,7 @@ def read_vocabulary(path: Path, length: int) -> torch.Tensor:
             words = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.float32, ndmin=2).T.copy())
         else:
             words = torch.tensor([values for _, values in _lines(path)], dtype=torch.float32)
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise LabError(f"--vocabulary {path}: {error}") from error
     if words.ndim != 2 or words.shape[1] != length or not words.isfinite().all():
         raise LabError(

@@ -10,7 +10,7 @@ from labs_common.run import write_atomically
 from zsi_contrastive.detector.annotations import read_split
 from zsi_contrastive.detector.columns import checked_order, neighbours
 from zsi_contrastive.detector.config import SCENES, WordsConfig
-from zsi_contrastive.detector.vectors import ATTRIBUTES, read_class_vectors
+from zsi_contrastive.detector.vectors import ATTRIBUTES, read_class_vectors, read_vocabulary
 
 
 def words(config: WordsConfig) -> None:
@@ -24,6 +24,8 @@ def words(config: WordsConfig) -> None:
     if not source:
         raise LabError("--word-vectors: name a matrix, a text file of GloVe or fastText, or clip:NAME")
     vectors = read_class_vectors(source, split)
+    if config.words.vocabulary is not None:
+        read_vocabulary(config.words.vocabulary, vectors.seen.shape[1])
     near = neighbours(vectors.classes, split.classes)
     print(f"column  class ({len(split.seen)} seen, {len(split.unseen)} unseen; {vectors.seen.shape[1]} values each)")
     print(f"{0:6}  background, length {float(vectors.background.norm()):.3f}")
