@@ -395,8 +395,9 @@ def of_detectron(name: str) -> str:
         ),
         (of_detectron, ("roi_heads.box_head.fc1.weight",), True, "model"),
         (lambda name: name, ("fc.weight",), False, ""),
+        (lambda name: name, ("roi_heads.box_predictor.cls_score.weight",), False, ""),
     ],
-    ids=["moco", "torchvision", "torchvision before", "detectron2", "plain"],
+    ids=["moco", "torchvision", "torchvision before", "detectron2", "plain", "without a pyramid"],
 )  # fmt: skip
 def test_backbones_by_any_names(
     names: Callable[[str], str], more: tuple[str, ...], pyramid: bool, key: str, resnet18: nn.Module, tmp_path: Path
@@ -410,6 +411,8 @@ def test_backbones_by_any_names(
     torch.save({key: theirs, "epoch": 3} if key else theirs, tmp_path / "r18.pth.tar")
     done = here("zsi_contrastive.convert", tmp_path / "r18.pth.tar", "--output", tmp_path / "made")
     assert "--backbone resnet18" in done.stdout
+    taught = any(name.startswith(("rpn.", "roi_heads.")) for name in more)
+    assert ("a detector's backbone has seen its classes" in done.stdout) == taught
     assert all(name.removeprefix("module.") in done.stdout for name in more)
     file = tmp_path / "made" / "backbone.safetensors"
     assert set(load_file(file)) == set(ours)
