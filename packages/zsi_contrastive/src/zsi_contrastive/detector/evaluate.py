@@ -18,7 +18,7 @@ from labs_common.report.page import making_report, write_report
 from labs_common.report.sections import asked_section
 from labs_common.run import Run, newest_run, write_atomically
 from zsi_contrastive.detector.annotations import Split, all_of, read_split
-from zsi_contrastive.detector.calibration import CALIBRATION, Calibration
+from zsi_contrastive.detector.calibration import CALIBRATION, holding
 from zsi_contrastive.detector.config import DataOptions, EvaluateConfig, TrainConfig
 from zsi_contrastive.detector.data import from_main_process, read_file, read_parts, read_pictures, read_vectors
 from zsi_contrastive.detector.defaults import complete_data
@@ -74,7 +74,8 @@ def evaluate_run(config: EvaluateConfig) -> None:
             peer = Peer(config.peer, split.classes, detection.kept)
     known = loaded.calibration if vectors is loaded.vectors else None  # the same classes
     note = seen_before(loaded, split)
-    if chose := validated_with(loaded.calibration, pictures["test"]):
+    names = set(() if loaded.calibration is None else loaded.calibration.pictures)
+    if chose := sum(row["file_name"] in names for row in pictures["test"].part.images):
         known = None
         said = f"{chose} of these pictures are the run's own validation pictures"
         if accelerator.is_main_process:
@@ -91,19 +92,14 @@ def evaluate_run(config: EvaluateConfig) -> None:
         found = dataclasses.replace(found, note=note)
         options = dataclasses.asdict(detection)
         finish(config, output, found, split, pictures["test"], f"Evaluation of {checkpoint.name}", options)
-        if vectors is loaded.vectors and loaded.calibration is None and (chosen := found.calibration) is not None:
+        chosen = holding(found.calibration, loaded.detection)  # predict's own rules
+        if vectors is loaded.vectors and loaded.calibration is None and chosen is not None:
             file = loaded.folder / CALIBRATION
             try:
                 write_atomically(file, json.dumps(dataclasses.asdict(chosen)) + "\n")
                 print(f"thresholds: {file} (the model had none; predict takes them)")
             except OSError as error:  # somebody else's model
                 console.print(f"thresholds: not kept with the model ({reason_of(error)})")
-
-
-def validated_with(chosen: Calibration | None, test: InstancePictures) -> int:
-    """Counts the test pictures that a calibration was chosen on."""
-    names = set(chosen.pictures) if chosen is not None else set()
-    return sum(row["file_name"] in names for row in test.part.images)
 
 
 def patient(checkpoint: Path) -> bool:
