@@ -124,14 +124,10 @@ def run_command(
             getattr(importlib.import_module(home), function)(config)
             sys.stdout.flush()  # here a full disk is still one line
     except LabError as error:
-        if debug:
-            traceback.print_exc()
-        _exit(error.exit_code, f"error: {error}")
+        _exit(error.exit_code, f"error: {error}", debug)
     except KeyboardInterrupt as interrupt:
-        if debug:
-            traceback.print_exc()
         saved = f" since the last checkpoint{_how_to_go_on()}" if _run else ""
-        _exit(130, f"{str(interrupt) or 'interrupted'}: nothing was saved{saved}")
+        _exit(130, f"{str(interrupt) or 'interrupted'}: nothing was saved{saved}", debug)
     except Exception as error:
         if debug:
             raise
@@ -285,10 +281,14 @@ def flat_options(config: Any) -> dict[str, Any]:
 
 def chosen(config: Any) -> list[str]:
     """Lists the options of which `config` has another value than the command line and its config file gave."""
-    if type(_given) is not type(config):
-        return []
-    given = flat_options(_given)
-    return [name for name, value in flat_options(config).items() if value != given[name]]
+    before = flat_options(_given if type(_given) is type(config) else config)
+    return [name for name, value in flat_options(config).items() if value != before[name]]
+
+
+def given(config: Any) -> set[str]:
+    """Names the options that the command line says, also at their usual value; none of a config that a program made."""
+    flags = [part.partition("=")[0] for part in sys.argv if part.startswith("--")] if config is _given else []
+    return {flag[2:].replace("-", "_").removeprefix("no_") for flag in flags}
 
 
 def _parse_flags(config_type: type[Config], default: Config, prog: str, arguments: Sequence[str]) -> Config:
@@ -341,9 +341,8 @@ def _one_line(box: str) -> str:
         else:
             parts[-1].append(line.strip())
     parts = [part for part in parts if part] or [[]]
-    message = (
-        " ".join(parts[0]).strip().rstrip(" .").removeprefix("Error parsing ") or "the command line could not be read"
-    )
+    message = " ".join(parts[0]).strip().rstrip(" .").removeprefix("Error parsing ")
+    message = message or "the command line could not be read"
     if len(parts) > 1 and parts[1][:1] == ["Perhaps you meant:"]:
         flags = [line.split()[0].rstrip(",") for line in parts[1][1:] if line.startswith("--")]
         message += f"; perhaps you meant {' or '.join(flags)}"
@@ -362,8 +361,7 @@ def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
 
 def _refuse_other_run(saved: Any, asked: Any, resume: str) -> None:
     old, new = flat_options(saved), flat_options(asked)
-    changed = [name for name in old if old[name] != new[name] and name not in RESUME_MAY_CHANGE]
-    if changed:
+    if changed := [name for name in old if old[name] != new[name] and name not in RESUME_MAY_CHANGE]:
         name = changed[0]
         flags = ", ".join("--" + name.replace("_", "-") for name in changed)
         raise LabError(
@@ -394,7 +392,9 @@ def _failing(error: BaseException | None) -> str | None:
     return None
 
 
-def _exit(code: int, line: str) -> None:
+def _exit(code: int, line: str, debug: bool = False) -> None:
+    if debug:
+        traceback.print_exc()
     rank = os.environ.get("RANK", "0")
     print(line if rank == "0" else f"[process {rank}] {line}", file=sys.stderr, flush=True)
     sys.exit(code)

@@ -11,8 +11,9 @@ import torch
 from labs_testing import commands as lab_commands
 from PIL import Image
 
-from labs_common.cli import config_to_yaml, parse
+from labs_common.cli import config_to_yaml, given, parse
 from zsi_contrastive.detector.annotations import scenes_split
+from zsi_contrastive.detector.calibration import Calibration, rules_of
 from zsi_contrastive.detector.compare import PARTS, VARIANTS, plan
 from zsi_contrastive.detector.config import (
     AblateConfig,
@@ -20,14 +21,16 @@ from zsi_contrastive.detector.config import (
     DetectorTrainingOptions,
     EvaluateConfig,
     ModelOptions,
+    PredictConfig,
     TrainConfig,
 )
 from zsi_contrastive.detector.contrastive import CONTRASTIVE
 from zsi_contrastive.detector.defaults import complete, contrastive_of
-from zsi_contrastive.detector.evaluate import chosen_words, seen_before
-from zsi_contrastive.detector.options import WordOptions
-from zsi_contrastive.detector.predict import query_of, words_query
-from zsi_contrastive.detector.saved import chosen_data, load_detector
+from zsi_contrastive.detector.evaluate import chosen_words, patient, seen_before
+from zsi_contrastive.detector.options import DetectionOptions, WordOptions
+from zsi_contrastive.detector.predict import chosen_results, query_of, thresholds_of, words_query
+from zsi_contrastive.detector.protocol import nearest_seen_query, renamed
+from zsi_contrastive.detector.saved import changed, chosen_data, load_detector
 from zsi_contrastive.detector.train import contrastive_share
 
 SMALL = ("--split", "scenes", "--min-side", "48", "--max-side", "64", "--batch-size", "4", "--controls", "1",
@@ -115,15 +118,29 @@ def test_results_that_are_none(scenes: Path, tmp_path: Path) -> None:
 
 @pytest.mark.alone
 def test_options_of_detection_take_effect(run: Path, tmp_path: Path) -> None:
-    found = {}
+    found, said_of = {}, {}
+    file = run / "model" / "calibration.json"
+    saved = file.read_text()
+    file.unlink()
     for name, options in {
-        "plain": (),
         "paper": ("--transfer", "paper", "--temperature", "1"),
+        "plain": (),
         "refined": ("--refine", "mean"),
-        "few": ("--kept", "3"),
+        "few": ("--kept", "3", "--validation-fraction", "0"),
     }.items():
-        here("evaluate", "--checkpoint", run, "--output", tmp_path / name, "--no-report", "--controls", "0", *options)
+        done = here("evaluate", "--checkpoint", run, "--output", tmp_path / name, "--no-report", "--controls", "0",
+                    *options)  # fmt: skip
         found[name] = json.loads((tmp_path / name / "detections.json").read_text())
+        said_of[name] = " ".join((done.stdout + done.stderr).split())
+        assert file.exists() == (name != "paper"), "other rules' thresholds are of no use to predict"
+    assert json.loads(file.read_text()) == json.loads(saved), "what the training chose, chosen again"
+    assert ["thresholds: " in said_of[name] for name in found] == [False, True, False, False]
+    chosen_on = json.loads(saved)["pictures"]
+    assert sorted(chosen_on) == sorted(json.loads((run / "splits.json").read_text())["validation"]["pictures"])
+    assert f"{len(chosen_on)} of these pictures are the run's own validation pictures" in said_of["few"]
+    whole = json.loads((tmp_path / "few" / "evaluation.json").read_text())
+    assert whole["calibration"] is None
+    assert set(whole["named"]) == {"without a bias"}
     scores = {name: [row["score"] for row in rows] for name, rows in found.items()}
     assert scores["plain"] != scores["paper"] != scores["refined"] != scores["plain"]
     said = json.loads((tmp_path / "refined" / "evaluation.json").read_text())["other rules"]
@@ -240,7 +257,7 @@ def test_words_are_there_or_not(run: Path, tmp_path: Path) -> None:
     """By the thresholds of the run's validation pictures, which its own test pictures were measured with."""
     calibration = json.loads((run / "model" / "calibration.json").read_text())
     test = json.loads((run / "results.json").read_text())["test"]
-    assert test["calibration"] == calibration
+    assert test["calibration"] == calibration | {"pictures": []}
     bias = calibration["seen_bias"]
     validation, swept = test["sweep"]["validation"], {line["bias"]: line for line in test["sweep"]["test"]}
     most = max(line["named harmonic mean"] for line in validation)
@@ -273,20 +290,90 @@ def test_words_are_there_or_not(run: Path, tmp_path: Path) -> None:
     )
 
 
-def test_a_known_word_scores_what_it_does_in_an_evaluation(run: Path) -> None:
-    """Whatever is asked for beside it, also where classes compete."""
+def test_a_word_scores_what_it_does_in_an_evaluation(run: Path) -> None:
+    """Whatever is asked for beside it, also where classes compete: a new word does with the run's unseen ones alone."""
     loaded = load_detector(run)
     asked = dict(zip(loaded.split.classes, loaded.vectors.classes, strict=True))
-    some = {name: asked[name] for name in (loaded.split.seen[3], loaded.split.unseen[2])}
+    new = {name: asked[like] * 0.9 for name, like in zip(("elf", "orc"), loaded.split.unseen, strict=False)}
+    some = {name: asked[name] for name in (loaded.split.seen[3], loaded.split.unseen[2])} | new
     picture = torch.rand(3, 48, 60, generator=torch.Generator().manual_seed(0))
     detection = replace(loaded.detection, transfer="direct")
     loaded.model.regions.keep(0.0, 1.0, 10_000)
     queries = [query_of(loaded.vectors, detection, masks=False), words_query(some, loaded, detection)]
-    (whole,), (part,) = loaded.model.detect([picture], queries)
-    for place, name in enumerate(some):
+    queries.append(words_query({"elf": new["elf"]}, loaded, detection))
+    more = replace(loaded.vectors, unseen=torch.cat([loaded.vectors.unseen, new["elf"][None]]))
+    queries.append(query_of(more, detection, masks=False))
+    (whole,), (part,), (alone,), (with_it,) = loaded.model.detect([picture], queries)
+    elf = part.scores[part.classes == 2]
+    assert len(elf)
+    torch.testing.assert_close(elf, alone.scores)
+    torch.testing.assert_close(elf, with_it.scores[with_it.classes == len(asked)])
+    for place, name in list(enumerate(some))[:2]:
         expected = whole.scores[whole.classes == list(asked).index(name)].sort().values
         assert len(expected)
         torch.testing.assert_close(part.scores[part.classes == place].sort().values, expected)
+
+
+def test_every_word_asked_for_is_drawn_and_the_bias_ranks() -> None:
+    rows = [{"category_id": name, "score": score, "there": score > 0.2}
+            for name, score in (*(("person", 0.9 - place / 100) for place in range(6)), ("zebra", 0.3), ("elf", 0.1))]  # fmt: skip
+
+    def drawn(most: int, bias: float, each: bool) -> list[str]:
+        return [row["category_id"] for row in chosen_results(rows, most, ("person",), bias, each)]
+
+    assert drawn(5, 0.0, each=True) == ["person"] * 5 + ["zebra"]
+    assert drawn(5, 0.0, each=False) == ["person"] * 5
+    assert drawn(2, 0.7, each=True) == ["zebra", "person"]
+
+
+def test_thresholds_that_a_run_lacks_are_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loaded = load_detector(run)
+    names = (loaded.split.seen[0], "elf")
+    chosen = Calibration(None, {"seen": 0.4}, rules_of(loaded.detection))
+    loaded = replace(loaded, calibration=chosen)
+    assert thresholds_of(PredictConfig(), loaded, loaded.detection, names) == {names[0]: 0.4, "elf": 0.0}
+    assert "no thresholds for these options and unseen words" in " ".join("".join(capsys.readouterr()).split())
+    assert thresholds_of(PredictConfig(), loaded, loaded.detection, names[:1]) == {names[0]: 0.4}
+    assert "thresholds" not in "".join(capsys.readouterr())
+
+
+def test_the_nearest_seen_class_scores_what_it_does_among_all(run: Path) -> None:
+    """Also where two unseen classes are nearest to one, under a rule by which classes compete."""
+    loaded = load_detector(run)
+    seen = loaded.vectors.seen
+    vectors = replace(loaded.vectors, unseen=torch.stack([seen[4], seen[4], seen[1]]) * 1.1)
+    detection = replace(loaded.detection, transfer="direct")
+    query, rows = nearest_seen_query(vectors, detection)
+    assert rows == [1, 1, 0]
+    loaded.model.regions.keep(0.0, 1.0, 10_000)
+    picture = torch.rand(3, 48, 60, generator=torch.Generator().manual_seed(0))
+    (whole,), (part,) = loaded.model.detect([picture], [query_of(loaded.vectors, detection, masks=False), query])
+    for row, place in enumerate((1, 4)):
+        expected = whole.scores[whole.classes == place]
+        assert len(expected)
+        torch.testing.assert_close(part.scores[part.classes == row], expected)
+    found = [{"image_id": 1, "category_id": row, "score": score} for row, score in ((1, 0.9), (0, 0.8), (1, 0.7))]
+    named = [(row["category_id"], row["score"]) for row in renamed(found, [70, 80, 90], rows, 4)]
+    assert named == [(70, 0.9), (80, 0.9), (90, 0.8), (70, 0.7)]
+
+
+def test_a_usual_value_that_is_given_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    trained = DetectionOptions(transfer="things", temperature=4.0, refine="mean", kept=7, seen_bias=0.2)
+    said: list[DetectionOptions] = []
+
+    def evaluate(config: EvaluateConfig) -> None:
+        said.append(changed(trained, config.detection, given(config)))
+        said.append(changed(trained, EvaluateConfig().detection, given(EvaluateConfig())))
+
+    monkeypatch.setattr("zsi_contrastive.detector.evaluate.evaluate", evaluate)
+    here("evaluate", "--refine", "none", "--kept=100", "--transfer", "auto", "--temperature", "0")
+    assert said == [replace(trained, refine="none", kept=100), trained]
+    (tmp_path / "config.yaml").write_text(config_to_yaml(complete(TrainConfig(DataOptions(limit=7)))))
+    assert chosen_data(DataOptions(), tmp_path, "", {"limit"})[0].limit == 0
+    assert not patient(tmp_path)
+    waiting = TrainConfig(training=DetectorTrainingOptions(patience=3))
+    (tmp_path / "config.yaml").write_text(config_to_yaml(waiting))
+    assert patient(tmp_path)
 
 
 @pytest.mark.alone

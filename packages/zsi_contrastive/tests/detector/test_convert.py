@@ -24,6 +24,7 @@ from zsi_contrastive.detector.backbone import make_backbone
 from zsi_contrastive.detector.config import ConvertConfig, WordOptions
 from zsi_contrastive.detector.convert import ROWS, VECTORS, detector, plain, spelt
 from zsi_contrastive.detector.heads import through_known
+from zsi_contrastive.detector.predict import words_query
 from zsi_contrastive.detector.regions import Query
 from zsi_contrastive.detector.saved import load_detector
 
@@ -284,6 +285,13 @@ def test_a_converted_detector_answers_as_the_published_code(
         assert model.parts.sync_masks, "read from the vectors in the file, which are as in 65/15"
         ((found,),) = model.detect([picture], [query])
         assert len(found.boxes) == 2 * BEST
+        # Alone, an unseen class that is not the first of them has the boxes that it has among all.
+        number = int(found.classes.max())
+        assert number > SEEN
+        word = {loaded.split.classes[number]: loaded.vectors.classes[number]}
+        ((alone,),) = model.detect([picture], [replace(words_query(word, loaded, loaded.detection), masks=False)])
+        mine = found.boxes[found.classes == number]
+        torch.testing.assert_close(alone.boxes[: len(mine)], mine)
         for first, scores_of, half in ((0, of_seen, slice(BEST)), (SEEN, of_unseen, slice(BEST, None))):
             kept = []
             for number in range(1, scores_of.shape[1]):
@@ -395,8 +403,9 @@ def of_detectron(name: str) -> str:
         ),
         (of_detectron, ("roi_heads.box_head.fc1.weight",), True, "model"),
         (lambda name: name, ("fc.weight",), False, ""),
+        (lambda name: name, ("roi_heads.box_predictor.cls_score.weight",), False, ""),
     ],
-    ids=["moco", "torchvision", "torchvision before", "detectron2", "plain"],
+    ids=["moco", "torchvision", "torchvision before", "detectron2", "plain", "without a pyramid"],
 )  # fmt: skip
 def test_backbones_by_any_names(
     names: Callable[[str], str], more: tuple[str, ...], pyramid: bool, key: str, resnet18: nn.Module, tmp_path: Path
@@ -410,6 +419,8 @@ def test_backbones_by_any_names(
     torch.save({key: theirs, "epoch": 3} if key else theirs, tmp_path / "r18.pth.tar")
     done = here("zsi_contrastive.convert", tmp_path / "r18.pth.tar", "--output", tmp_path / "made")
     assert "--backbone resnet18" in done.stdout
+    taught = any(name.startswith(("rpn.", "roi_heads.")) for name in more)
+    assert ("a detector's backbone has seen its classes" in done.stdout) == taught
     assert all(name.removeprefix("module.") in done.stdout for name in more)
     file = tmp_path / "made" / "backbone.safetensors"
     assert set(load_file(file)) == set(ours)

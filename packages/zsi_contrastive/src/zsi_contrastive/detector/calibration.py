@@ -21,16 +21,23 @@ class Calibration:
         seen_bias: what is taken from seen scores so that most objects get their name; None where nothing could choose.
         thresholds: scores from which a word is there, for `seen` classes and for `unseen` ones and any other word.
         rules: the options of detection that scores depend on.
+        pictures: the names of the validation pictures.
     """
 
     seen_bias: float | None
     thresholds: dict[str, float]
     rules: dict[str, Any]
+    pictures: Sequence[str] = ()
 
 
 def rules_of(detection: DetectionOptions) -> dict[str, Any]:
     """Returns the options that scores depend on: by others, what was calibrated says nothing."""
     return {name: getattr(detection, name) for name in SCORES_BY}
+
+
+def holding(chosen: Calibration | None, detection: DetectionOptions) -> Calibration | None:
+    """Returns what was chosen if scores are made by the same rules, else None."""
+    return chosen if chosen is not None and chosen.rules == rules_of(detection) else None
 
 
 def calibrated(
@@ -44,7 +51,8 @@ def calibrated(
         scores, there = words_there(part, results, part.ids(names))
         if there.any() and not there.all():
             thresholds[kind] = best_threshold(scores[there], scores[~there])
-    return Calibration(bias if named[bias] > 0 else None, thresholds, rules)
+    pictures = [row["file_name"] for row in part.images]
+    return Calibration(bias if named[bias] > 0 else None, thresholds, rules, pictures)
 
 
 def words_there(

@@ -230,12 +230,12 @@ class PredictConfig:
     """Words to look for, separated by commas, in any case, also synonyms such as television; by default all classes of
     the run's split."""
     word_vectors: str | None = None
-    """Source of vectors of words that the run does not know: the file or encoder that its own are from."""
+    """Source of vectors of words that the run does not know: the file that its own are from, or the same clip:NAME."""
     score: Annotated[float, number(float, "[0, 1]", -1)] = -1.0
     """Draw detections that score at least this; 0 draws the best ones of each picture. -1 takes the thresholds that the
     run chose on its validation pictures: below them a word is not there."""
     most: Count = 5
-    """Most detections that are drawn into a picture."""
+    """Most detections that are drawn into a picture, beside the best one of each of --words."""
     output: Path | None = None
     """Directory for the pictures and detections.json; by default predictions/ under the run."""
     detection: DetectionOptions = field(default_factory=DetectionOptions)

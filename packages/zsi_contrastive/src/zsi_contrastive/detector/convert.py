@@ -70,6 +70,10 @@ SPELLINGS = (
     (r"^neck\.fpn_convs\.(\d)\.conv\.", r"fpn.layer_blocks.\1.0."),
     (r"^fpn\.(inner|layer)_blocks\.(\d)\.(weight|bias)$", r"fpn.\1_blocks.\2.0.\3"),  # torchvision's of before 0.13
 )
+# Modules of detectors alone: who has one of them was trained with boxes, also without a pyramid (C4).
+OF_DETECTORS = re.compile(
+    r"(roi_heads?|rpn|rpn_head|proposal_generator|bbox_head|mask_head|neck|fpn|backbone\.(body|bottom_up|fpn))\."
+)
 
 # Depths of torchvision's ResNets by their blocks in the third stage.
 DEPTHS = {2: "18", 6: "34|50", 23: "101", 36: "152"}
@@ -202,7 +206,7 @@ def backbone(state: State, file: Path, config: ConvertConfig, folder: Path) -> t
         name.startswith("fpn.") and name not in fitting for name in by_name
     ):
         fitting = {name for name in fitting if not name.startswith("fpn.")}
-    else:
+    if any(map(OF_DETECTORS.match, state)):
         print("note: a detector's backbone has seen its classes; with COCO's 80, a split's unseen ones are among them")
     save_file({name: by_name[name].contiguous() for name in sorted(fitting)}, folder / "backbone.safetensors")
     print(f"use it: --backbone {network} --backbone-weights {folder / 'backbone.safetensors'}")

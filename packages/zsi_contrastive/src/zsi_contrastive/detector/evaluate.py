@@ -1,22 +1,25 @@
 """Measures a detector or a file of results: `python -m zsi_contrastive.evaluate --checkpoint runs/NAME`."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from labs_common.cli import to_plain
+from labs_common.cli import config_from_yaml, given, to_plain
 from labs_common.data.images import print_refused
 from labs_common.device import inference_accelerator
-from labs_common.errors import LabError
+from labs_common.errors import LabError, reason_of
 from labs_common.launch import main_process_first
 from labs_common.lock import check_new, new_folder
+from labs_common.progress import console
 from labs_common.report.page import making_report, write_report
 from labs_common.report.sections import asked_section
-from labs_common.run import Run, newest_run
+from labs_common.run import Run, newest_run, write_atomically
 from zsi_contrastive.detector.annotations import Split, all_of, read_split
-from zsi_contrastive.detector.config import DataOptions, EvaluateConfig
+from zsi_contrastive.detector.calibration import CALIBRATION, holding
+from zsi_contrastive.detector.config import DataOptions, EvaluateConfig, TrainConfig
 from zsi_contrastive.detector.data import from_main_process, read_file, read_parts, read_pictures, read_vectors
 from zsi_contrastive.detector.defaults import complete_data
 from zsi_contrastive.detector.findings import finding_sections
@@ -57,18 +60,28 @@ def evaluate_run(config: EvaluateConfig) -> None:
     checkpoint = config.checkpoint or newest_run(FILE, "zsi_contrastive.train")
     loaded = load_detector(checkpoint)
     output = new_folder(config.output, checkpoint / "evaluation")
-    data, seed = chosen_data(config.data, checkpoint, loaded.split.name)
+    said_options = given(config)
+    data, seed = chosen_data(config.data, checkpoint, loaded.split.name, said_options)
     split, vectors = chosen_words(config, loaded, data)
     accelerator = inference_accelerator()
     pictures, _ = from_main_process(accelerator, lambda: read_pictures(data, split, seed, shown=True, training=False))
     if accelerator.is_main_process:
         print_refused({"test": pictures["test"]})
-    detection = changed(loaded.detection, config.detection)
+    detection = changed(loaded.detection, config.detection, said_options)
     peer: Peer | None = None
     if config.peer:
         with main_process_first(accelerator):  # it is downloaded on its first use
-            peer = Peer(config.peer, split.classes, detection.score_threshold, detection.kept)
+            peer = Peer(config.peer, split.classes, detection.kept)
     known = loaded.calibration if vectors is loaded.vectors else None  # the same classes
+    note = seen_before(loaded, split)
+    names = set(() if loaded.calibration is None else loaded.calibration.pictures)
+    if chose := sum(row["file_name"] in names for row in pictures["test"].part.images):
+        known = None
+        said = f"{chose} of these pictures are the run's own validation pictures"
+        if accelerator.is_main_process:
+            console.print(f"{said}: the bias and the thresholds that they chose are left out")
+        if patient(checkpoint):
+            note = "; ".join(filter(None, (note, f"{said}, which chose its weights (--patience)")))
     found = evaluated(
         loaded.model, split, vectors, pictures, detection, accelerator, config.seed, config.at_once, known
     )
@@ -76,9 +89,23 @@ def evaluate_run(config: EvaluateConfig) -> None:
     if found is not None:
         if theirs is not None:
             found = beside(found, theirs, config.peer)
-        said = dataclasses.asdict(detection)
-        found = dataclasses.replace(found, note=seen_before(loaded, split))
-        finish(config, output, found, split, pictures["test"], f"Evaluation of {checkpoint.name}", said)
+        found = dataclasses.replace(found, note=note)
+        options = dataclasses.asdict(detection)
+        finish(config, output, found, split, pictures["test"], f"Evaluation of {checkpoint.name}", options)
+        chosen = holding(found.calibration, loaded.detection)  # predict's own rules
+        if vectors is loaded.vectors and loaded.calibration is None and chosen is not None:
+            file = loaded.folder / CALIBRATION
+            try:
+                write_atomically(file, json.dumps(dataclasses.asdict(chosen)) + "\n")
+                print(f"thresholds: {file} (the model had none; predict takes them)")
+            except OSError as error:  # somebody else's model
+                console.print(f"thresholds: not kept with the model ({reason_of(error)})")
+
+
+def patient(checkpoint: Path) -> bool:
+    """Says whether validation pictures chose when a run's training ended."""
+    file = checkpoint / "config.yaml"
+    return file.is_file() and config_from_yaml(TrainConfig, file).training.patience > 0
 
 
 def peer_scores(peer: Peer, split: Split, test: InstancePictures, accelerator: Accelerator, at_once: int) -> Evaluation:

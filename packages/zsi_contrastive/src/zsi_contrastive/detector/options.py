@@ -35,7 +35,8 @@ class DetectionOptions:
     temperature: NotNegative = 0.0
     """By which logits of known classes are divided for that; 0 takes 1, as in the paper, and 4 for tiny."""
     seen_bias: Annotated[float, number(float, "[-1, 1]")] = 0.0
-    """Taken from the scores of seen classes where both kinds compete in one list (calibrated stacking)."""
+    """Taken from the scores of seen classes where both kinds compete in one list (calibrated stacking). predict ranks
+    what it draws so, and without this by the bias that validation chose."""
     refine: Aggregate = "none"
     """Mix each unseen class's vector with those of its neighbours: their sum, mean or largest values."""
     neighbours: Count = 3
@@ -47,7 +48,8 @@ class DetectionOptions:
     nms_threshold: Annotated[float, number(float, "(0, 1]")] = 0.5
     """Overlap (IoU) from which the weaker of two boxes of a class is dropped."""
     kept: Count = 100
-    """Most detections of a picture, of seen and of unseen classes each; and of both in one list."""
+    """Most detections of a picture, of seen and of unseen classes each, and of both in one list; in predict of each of
+    --words."""
     controls: CountOrZero = 3
     """Times that random vectors take the place of the unseen classes', to see what chance gives; 0 does not."""
 

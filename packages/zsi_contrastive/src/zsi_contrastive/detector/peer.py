@@ -28,8 +28,10 @@ class Peer(torch.nn.Module):
 
     columns: torch.Tensor
 
-    def __init__(self, source: str, names: Sequence[str], score: float, kept: int) -> None:
-        """Loads a model from the hub or a directory; `score` and `kept` are those of `DetectionOptions`.
+    def __init__(self, source: str, names: Sequence[str], kept: int) -> None:
+        """Loads a model from the hub or a directory; `kept` is that of `DetectionOptions`.
+
+        Its scores are not ours, so that no threshold of ours cuts them.
 
         Raises:
             LabError: it cannot be loaded, is of another kind, or takes fewer names.
@@ -42,7 +44,7 @@ class Peer(torch.nn.Module):
         self.processor = load_auto(AutoProcessor.from_pretrained, source, said=said, remedy=REMEDY)
         self.network = load_network(AutoModelForZeroShotObjectDetection, source, said, REMEDY).eval()
         self.texts = [PROMPTS[kind].format(name) for name in names]
-        self.score, self.kept = score, kept
+        self.kept = kept
         columns = torch.eye(len(names), dtype=torch.bool)  # OWL has a logit for each name
         if "grounding" in kind:
             columns = self._of_tokens(len(names), int(self.network.config.max_text_len), said)
@@ -91,8 +93,7 @@ class Peer(torch.nn.Module):
         parts, first = [], 0
         for part in scores.split(list(groups), 1):
             best, place = part.flatten().topk(min(self.kept, part.numel()))
-            place = place[best > self.score]
-            parts.append((boxes[place // part.shape[1]], best[: len(place)], first + place % part.shape[1]))
+            parts.append((boxes[place // part.shape[1]], best, first + place % part.shape[1]))
             first += part.shape[1]
         found, best, names = (torch.cat(column) for column in zip(*parts, strict=True))
         return Detections(found, best, names, None)

@@ -1,20 +1,20 @@
 """Finds things in pictures, writes COCO's results, and draws them: `python -m zsi_contrastive.predict FILE …`."""
 
-import dataclasses
 import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torchvision.ops import box_convert, box_iou
 
+from labs_common.cli import given
 from labs_common.data.images import decoding_threads, picture_files, readable
 from labs_common.device import inference_accelerator
 from labs_common.errors import LabError
@@ -25,7 +25,7 @@ from labs_common.report.page import shown
 from labs_common.run import newest_run, write_atomically
 from labs_common.steps import read_ahead
 from zsi_contrastive.detector.annotations import CLASSES, read_split
-from zsi_contrastive.detector.calibration import rules_of
+from zsi_contrastive.detector.calibration import holding
 from zsi_contrastive.detector.config import DataOptions, PredictConfig
 from zsi_contrastive.detector.data import read_pictures
 from zsi_contrastive.detector.heads import Samples
@@ -53,14 +53,19 @@ def predict(config: PredictConfig) -> None:
     loaded = load_detector(checkpoint)
     asked = wanted_words(config, loaded)
     names = list(asked)
-    detection = changed(loaded.detection, config.detection)
+    said_options = given(config)
+    detection = changed(loaded.detection, config.detection, said_options)
     thresholds = thresholds_of(config, loaded, detection, names)
+    bias = detection.seen_bias
+    if not bias and "seen_bias" not in said_options and (chosen := holding(loaded.calibration, detection)) is not None:
+        bias = chosen.seen_bias or 0.0
     near = nearest_known(asked, loaded)
     images = chosen_pictures(config, checkpoint)
     accelerator = inference_accelerator()
     loaded.model.to(accelerator.device)
     loaded.model.regions.keep(detection.score_threshold, detection.nms_threshold, detection.kept)
-    query = words_query(asked, loaded, detection).to(accelerator.device)
+    query = query_of(loaded.vectors, detection) if config.words is None else words_query(asked, loaded, detection)
+    query = query.to(accelerator.device)
     output.mkdir(parents=True, exist_ok=True)
     everything: list[Result] = []
     starts = range(0, len(images), config.at_once)
@@ -75,14 +80,14 @@ def predict(config: PredictConfig) -> None:
             for result in results:
                 result["there"] = result["score"] >= thresholds[result["category_id"]]
             best = {result["category_id"]: result["score"] for result in reversed(results)}
-            drawn = [result for result in results if result["there"]][: config.most]
+            drawn = chosen_results(results, config.most, loaded.split.seen, bias, config.words is not None)
             said = [f"{result['category_id']} {result['score']:.2f}" for result in drawn]
             drawn_on(image, drawn, said, max(320, *image.size)).save(output / f"{number:03d}-{file.stem}.png")
             for result in drawn:
                 box = ", ".join(f"{value:.0f}" for value in result["bbox"])
                 print(f"{file}\t{result['category_id']}\t{result['score']:.3f}\t{box}", flush=True)
             for name in names if config.words is not None else ():
-                if best.get(name, 0.0) < thresholds[name]:
+                if best.get(name, -1.0) < thresholds[name]:
                     like = f"\tnearest known class: {near[name]}" if name in near else ""
                     print(f"{file}\t{name}\t{best.get(name, 0.0):.3f}\tnot there{like}", flush=True)
             for result in results:
@@ -90,6 +95,17 @@ def predict(config: PredictConfig) -> None:
                 everything.append({"picture": str(file), "class": result.pop("category_id"), **result})
     write_atomically(output / "detections.json", json.dumps(everything) + "\n")
     print(f"drawn: {output}")
+
+
+def chosen_results(results: Sequence[Result], most: int, seen: Sequence[str], bias: float, each: bool) -> list[Result]:
+    """Picks from a picture's results, best first, the best `most` that are there, and with `each` every class's best.
+
+    Both kinds compete: `bias` is taken from the scores of `seen` classes.
+    """
+    there = [result for result in results if result["there"]]
+    there.sort(key=lambda result: -(result["score"] - (bias if result["category_id"] in seen else 0.0)))
+    firsts = {result["category_id"]: place for place, result in reversed(list(enumerate(there)))}
+    return [result for n, result in enumerate(there) if n < most or (each and firsts[result["category_id"]] == n)]
 
 
 def wanted_words(config: PredictConfig, loaded: Loaded) -> dict[str, torch.Tensor]:
@@ -149,12 +165,15 @@ def thresholds_of(
     """Returns the score from which each word is there: --score, or what the run's validation pictures chose."""
     if config.score >= 0:
         return dict.fromkeys(names, config.score)
-    chosen = loaded.calibration
-    if chosen is None or chosen.rules != rules_of(detection):
-        console.print("the run has no thresholds for these options: the best detections are drawn, there or not")
-        return dict.fromkeys(names, 0.0)
+    chosen = holding(loaded.calibration, detection)
+    found = {} if chosen is None else chosen.thresholds
     kinds = {name: "seen" if name in loaded.split.seen else "unseen" for name in names}
-    return {name: chosen.thresholds.get(kind, 0.0) for name, kind in kinds.items()}
+    if lacking := [kind for kind in ("seen", "unseen") if kind in kinds.values() and kind not in found]:
+        console.print(
+            f"the run has no thresholds for these options and {' and '.join(lacking)} words: their best detections are "
+            "drawn, there or not"
+        )
+    return {name: found.get(kind, 0.0) for name, kind in kinds.items()}
 
 
 def nearest_known(asked: Mapping[str, torch.Tensor], loaded: Loaded) -> dict[str, str]:
@@ -169,16 +188,22 @@ def nearest_known(asked: Mapping[str, torch.Tensor], loaded: Loaded) -> dict[str
 
 
 def words_query(asked: Mapping[str, torch.Tensor], loaded: Loaded, detection: DetectionOptions) -> Query:
-    """Asks for words so that a known class scores what it does in `query_of`, whatever is asked for besides."""
-    split, vectors = loaded.split, query_of(loaded.vectors, detection).vectors
-    known = dict(zip(split.classes, vectors, strict=True))  # refined
+    """Asks for each word by itself: it scores what it does in `query_of`, whatever is asked for besides.
+
+    A new word competes with the run's unseen classes, as their thresholds are its own.
+    """
+    split, whole = loaded.split, query_of(loaded.vectors, detection)
+    known = dict(zip(split.classes, whole.vectors, strict=True))  # refined
     rows = [known.get(name, vector) for name, vector in asked.items()]
-    first = sum(name in split.seen for name in asked)
-    groups = tuple(size for size in (first, len(rows) - first) if size)
-    others = [[known[name] for name in kind if name not in asked] for kind in (split.seen, split.unseen)]
-    kinds = [kind for kind, size in zip(others, (first, len(rows) - first), strict=True) if size]
-    rivals = tuple(torch.stack(kind) if kind else vectors[:0] for kind in kinds)
-    return Query(torch.stack(rows), groups, detection.temperature, detection.transfer, rivals=rivals)
+    rivals, places = [], []
+    for name in asked:
+        kind = split.seen if name in split.seen else split.unseen
+        others = [known[other] for other in kind if other != name]
+        rivals.append(torch.stack(others) if others else whole.vectors[:0])
+        places.append(kind.index(name) if name in kind else len(kind))
+    return replace(
+        whole, vectors=torch.stack(rows), groups=(1,) * len(rows), rivals=tuple(rivals), places=tuple(places)
+    )
 
 
 def chosen_pictures(config: PredictConfig, checkpoint: Path) -> list[tuple[Path, Image.Image]]:
@@ -191,7 +216,7 @@ def chosen_pictures(config: PredictConfig, checkpoint: Path) -> list[tuple[Path,
         files = picture_files(config.pictures)
     else:
         data, seed = chosen_data(DataOptions(), checkpoint)
-        data = dataclasses.replace(data, limit=OF_THE_TEST)
+        data = replace(data, limit=OF_THE_TEST)
         pictures, _ = read_pictures(data, read_split(data.split), seed, False, training=False)
         files = list(pictures["test"].contents)
     return readable(files, config.on_bad_data)
@@ -205,24 +230,6 @@ def query_of(vectors: ClassVectors, detection: DetectionOptions, masks: bool = T
     groups = len(vectors.seen), len(unseen)
     everything = torch.cat([vectors.seen, unseen])
     return Query(everything, groups, detection.temperature, detection.transfer, masks)
-
-
-def random_queries(vectors: ClassVectors, detection: DetectionOptions, seed: int) -> list[Query]:
-    """Asks for random vectors of the same lengths in the place of the unseen classes: what chance gives."""
-    queries = []
-    for number in range(detection.controls):
-        generator = torch.Generator().manual_seed(1000 * seed + number)
-        drawn = torch.randn(vectors.unseen.shape, generator=generator)
-        drawn = drawn / drawn.norm(dim=1, keepdim=True) * vectors.unseen.norm(dim=1, keepdim=True)
-        queries.append(Query(drawn, (len(drawn),), detection.temperature, detection.transfer, masks=False))
-    return queries
-
-
-def nearest_seen_query(vectors: ClassVectors, detection: DetectionOptions) -> Query:
-    """Asks for the most similar seen class in the place of each unseen one: what it gives to know no new word."""
-    cosines = F.normalize(vectors.unseen, dim=1) @ F.normalize(vectors.seen, dim=1).T
-    nearest = vectors.seen[cosines.argmax(1)]
-    return Query(nearest, (len(nearest),), detection.temperature, detection.transfer, masks=False)
 
 
 def predictions(

@@ -7,28 +7,28 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 
 from labs_common.sharding import place
 from zsi_contrastive.detector.annotations import Instances, Split
-from zsi_contrastive.detector.calibration import Calibration, calibrated, presence, rules_of
+from zsi_contrastive.detector.calibration import Calibration, calibrated, holding, presence, rules_of
 from zsi_contrastive.detector.model import ZeroShotMaskRCNN
 from zsi_contrastive.detector.options import DetectionOptions
 from zsi_contrastive.detector.pictures import InstancePictures
 from zsi_contrastive.detector.predict import (
     ON_IT,
     Result,
-    nearest_seen_query,
     predictions,
     query_of,
-    random_queries,
 )
 from zsi_contrastive.detector.regions import Query
 from zsi_contrastive.detector.scoring import ClassScores, harmonic_mean, iou, of_classes, scored, together
 from zsi_contrastive.detector.vectors import ClassVectors
 
-# Dense at first: scores of unseen classes lie only a little below those of seen ones.
-BIASES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5)
+# Dense at first: scores of unseen classes lie only a little below those of seen ones. Under `direct` they may lie above
+# them; of biases that name as much the first is taken.
+BIASES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, -0.05, -0.1, -0.2, -0.5)
 AT_ONCE = 8  # pictures that the network sees at once
 RANKS = (100, 300, 1000)  # proposals of a picture whose recall is measured
 Scores = dict[str, float]
@@ -78,7 +78,7 @@ class Evaluation:
     def plain(self) -> dict[str, Any]:
         """Returns JSON values, without the results; what could not be computed is null."""
         said = {name: value for name, value in vars(self).items() if name not in ("results", "others")}
-        calibration = asdict(self.calibration) if self.calibration else None
+        calibration = asdict(replace(self.calibration, pictures=())) if self.calibration else None
         return _without_nan({**said, "calibration": calibration, "other rules": self.others})
 
 
@@ -103,13 +103,14 @@ def evaluated(
     test = pictures["test"]
     both, unseen = test.part.ids(split.classes), test.part.ids(split.unseen)
     controls = random_queries(vectors, detection, seed)
-    others = {"nearest seen class": nearest_seen_query(vectors, detection)} if controls else {}
-    others |= {name: query_of(vectors, rule, masks=False) for name, rule in other_rules(detection).items()}
+    others = {name: query_of(vectors, rule, masks=False) for name, rule in other_rules(detection).items()}
     # One pass over the pictures answers all of them: the network's work is shared.
     queries = [query_of(vectors, detection), *controls, *others.values()]
     kinds = [both if len(query.groups) == 2 else unseen for query in queries]
-    queries.append(Query(vectors.unseen[:0], (), masks=False))  # the proposals themselves
-    *found, proposed = predictions(model, test, queries, [*kinds, []], accelerator, at_once, "testing")
+    near = [nearest_seen_query(vectors, detection)] if controls else []
+    queries += [*(query for query, _ in near), Query(vectors.unseen[:0], (), masks=False)]  # and the proposals
+    kinds += [*([*range(len(query.vectors))] for query, _ in near), []]
+    *found, proposed = predictions(model, test, queries, kinds, accelerator, at_once, "testing")
     part = pictures["validation"]
     there: list[Result] = []
     if len(part):
@@ -122,12 +123,14 @@ def evaluated(
     if len(unseen) > 1:
         tries["shuffled names"] = [shuffled_names(found[0], unseen, seed, number) for number in range(len(controls))]
     rows = {f"{name} (mean of {len(parts)})": parts for name, parts in tries.items() if parts}
-    rows |= {name: [part] for name, part in zip(others, found[first:], strict=True)}
+    for (_, row_of), of_seen in zip(near, found[first + len(others) :], strict=True):
+        rows["nearest seen class"] = [renamed(of_seen, unseen, row_of, detection.kept)]
+    rows |= {name: [part] for name, part in zip(others, found[first:], strict=False)}
     measured_others = {name: _mean_scores(test.part, parts, unseen) for name, parts in rows.items()}
     sweep = {"test": swept(test, found[0], split, detection.kept)}
     if len(part):
         sweep["validation"] = swept(part, there, split, detection.kept)
-    calibration = known if known is not None and known.rules == rules_of(detection) else None
+    calibration = holding(known, detection)
     if calibration is None and len(part):
         calibration = calibrated(part.part, there, split, sweep["validation"], rules_of(detection))
     named = {"without a bias": sweep["test"][0]}
@@ -155,6 +158,42 @@ def shuffled_names(results: Sequence[Result], unseen: Sequence[int], seed: int, 
     order = torch.randperm(len(unseen), generator=torch.Generator().manual_seed(1000 * seed + number)).tolist()
     new = {unseen[one]: unseen[other] for one, other in zip(order, [*order[1:], order[0]], strict=True)}
     return [{**row, "category_id": new[row["category_id"]]} for row in results if row["category_id"] in new]
+
+
+def random_queries(vectors: ClassVectors, detection: DetectionOptions, seed: int) -> list[Query]:
+    """Asks for random vectors of the same lengths in the place of the unseen classes: what chance gives."""
+    queries = []
+    for number in range(detection.controls):
+        generator = torch.Generator().manual_seed(1000 * seed + number)
+        drawn = torch.randn(vectors.unseen.shape, generator=generator)
+        drawn = drawn / drawn.norm(dim=1, keepdim=True) * vectors.unseen.norm(dim=1, keepdim=True)
+        queries.append(Query(drawn, (len(drawn),), detection.temperature, detection.transfer, masks=False))
+    return queries
+
+
+def nearest_seen_query(vectors: ClassVectors, detection: DetectionOptions) -> tuple[Query, list[int]]:
+    """Asks for the seen classes that are most like an unseen one, each once; returns with it each unseen one's row.
+
+    Named as the unseen ones, it is what it gives to know no new word. They score what they do among all seen classes.
+    """
+    cosines = F.normalize(vectors.unseen, dim=1) @ F.normalize(vectors.seen, dim=1).T
+    nearest, rows = cosines.argmax(1).unique(return_inverse=True)
+    others = torch.ones(len(vectors.seen), dtype=torch.bool)
+    others[nearest] = False
+    query = Query(
+        vectors.seen[nearest], (len(nearest),), detection.temperature, detection.transfer, masks=False,
+        rivals=(vectors.seen[others],),
+    )  # fmt: skip
+    return query, rows.tolist()
+
+
+def renamed(results: Sequence[Result], unseen: Sequence[int], rows: Sequence[int], kept: int) -> list[Result]:
+    """Gives each `unseen` category what was found for its row of `nearest_seen_query`; a picture keeps its best."""
+    names: dict[int, list[int]] = defaultdict(list)
+    for number, row in zip(unseen, rows, strict=True):
+        names[row].append(number)
+    named = [{**result, "category_id": number} for result in results for number in names[result["category_id"]]]
+    return together(named, (), 0.0, kept)
 
 
 def _mean_scores(part: Instances, results: Sequence[Sequence[Result]], unseen: Sequence[int]) -> Scores:

@@ -64,6 +64,8 @@ class Query:
         transfer: code, direct or things; see `zsi_contrastive.detector.options.DetectionOptions`.
         masks: whether they are wanted.
         rivals: for each group other classes (n, d) that take their share of what `direct` spreads over it.
+        places: for each class its number among unseen ones, by which one without an own box takes a known class's;
+            by default as they stand in their group.
     """
 
     vectors: torch.Tensor
@@ -72,6 +74,7 @@ class Query:
     transfer: str = "code"
     masks: bool = True
     rivals: tuple[torch.Tensor, ...] = ()
+    places: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> "Query":
         """Copies the vectors to a device."""
@@ -305,7 +308,10 @@ class ZeroShotRegions(nn.Module):
                 own = None
                 if kinds > 1:
                     column = known_columns(query.vectors[first : first + size], known)
-                    own = torch.where(column > 0, column, ((column == 0).cumsum(0) - 1) % (kinds - 1) + 1)
+                    turn = (column == 0).cumsum(0) - 1
+                    if query.places:
+                        turn = torch.tensor(query.places[first : first + size], device=column.device)
+                    own = torch.where(column > 0, column, turn % (kinds - 1) + 1)
                 large = big if own is None else big[..., own]
                 part = scores[..., first : first + size].masked_fill(~large, -torch.inf)
                 candidates.append((part, own, first))  # (pictures, proposals, classes)

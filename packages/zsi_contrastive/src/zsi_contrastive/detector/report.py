@@ -262,9 +262,10 @@ def _named_section(found: Evaluation) -> Section:
 
 
 def _sweep_section(run: Run, found: Evaluation) -> Section:
+    by_bias = {name: sorted(lines, key=lambda line: line["bias"]) for name, lines in found.sweep.items()}
     curves = {
         f"{what}, {name}": ([line[f"{prefix}seen"] for line in lines], [line[f"{prefix}unseen"] for line in lines])
-        for name, lines in found.sweep.items()
+        for name, lines in by_bias.items()
         for what, prefix in (("AP", ""), ("named", "named "))
     }
     drawn = save_figure(run, "seen_unseen", curve_figure(curves, "seen classes", "unseen classes"))
@@ -277,7 +278,7 @@ def _sweep_section(run: Run, found: Evaluation) -> Section:
         )
     ]
     columns = ("bias", "seen", "unseen", "harmonic mean", "named seen", "named unseen", "named harmonic mean")
-    for name, lines in found.sweep.items():
+    for name, lines in by_bias.items():
         rows = [tuple(line[column] for column in columns) for line in lines]
         blocks.append(Table(columns, rows, f"{name}: every bias", folded=True))
     return Section("Seen–unseen trade-off", blocks)

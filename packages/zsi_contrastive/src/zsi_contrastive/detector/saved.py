@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,8 @@ from zsi_contrastive.detector.regions import Sampling
 from zsi_contrastive.detector.vectors import PROMPTS, ClassVectors
 
 FILE = "zsi.json"  # beside the weights
+# Options whose usual value stands for the run's own, also where a command line says it.
+LEFT_TO_RUN = ("split", "protocol", "validation_fraction", "transfer", "temperature")
 Options = TypeVar("Options", DataOptions, DetectionOptions)
 
 
@@ -35,6 +37,7 @@ class Loaded:
     vectors: ClassVectors
     detection: DetectionOptions
     protocol: str
+    folder: Path
     calibration: Calibration | None = None
 
 
@@ -103,13 +106,15 @@ def load_detector(path: Path) -> Loaded:
     if file.is_file():
         with reading_model(path, "--checkpoint"):
             known["calibration"] = Calibration(**json.loads(file.read_text(encoding="utf-8")))
-    return Loaded(model, **known)
+    return Loaded(model, folder=folder, **known)
 
 
-def chosen_data(asked: DataOptions, checkpoint: Path, split: str = "") -> tuple[DataOptions, int]:
+def chosen_data(
+    asked: DataOptions, checkpoint: Path, split: str = "", said: Collection[str] = ()
+) -> tuple[DataOptions, int]:
     """Completes data options with what is left to the run, and returns the seed of its splits with them.
 
-    A converted detector has no run: only its published `split` is known.
+    A converted detector has no run: only its published `split` is known. `said` is of `changed`.
 
     Raises:
         LabError: the run does not say which pictures it had.
@@ -124,11 +129,18 @@ def chosen_data(asked: DataOptions, checkpoint: Path, split: str = "") -> tuple[
     own = trained.data
     if asked.data is not None:  # other pictures: of the run's options only the rule by which they are taken
         own = DataOptions(split=own.split, protocol=own.protocol, validation_fraction=own.validation_fraction)
-    return changed(own, asked), trained.run.seed
+    return changed(own, asked, said), trained.run.seed
 
 
-def changed(trained: Options, asked: Options) -> Options:
-    """Returns the options of a run with those in their place that are asked for, which is all that are not usual."""
+def changed(trained: Options, asked: Options, said: Collection[str] = ()) -> Options:
+    """Returns the options of a run with those in their place that are asked for.
+
+    These are all that are not usual, and usual ones whose name the command line `said`.
+    """
     usual = type(asked)()
-    own = {name: value for name, value in vars(asked).items() if value != getattr(usual, name)}
+    own = {
+        name: value
+        for name, value in vars(asked).items()
+        if value != getattr(usual, name) or (name in said and name not in LEFT_TO_RUN)
+    }
     return dataclasses.replace(trained, **own)

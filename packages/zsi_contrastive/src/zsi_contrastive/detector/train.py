@@ -102,7 +102,7 @@ def print_needs(config: TrainConfig) -> None:
         LabError: there is no such data or backbone, or a part of the network depends on what pictures show.
     """
     if config.model.patch_infonce:
-        raise LabError("--plan: --contrastive patch_infonce takes patches where things are; leave it out")
+        raise LabError("--plan: does not count the patches that --contrastive patch_infonce draws; leave it out")
     split, options = read_split(config.data.split), config.training
     parts, _ = read_parts(config.data, split)
     rows, model_options = parts.train.images, config.model
