@@ -37,8 +37,7 @@ TINY = names_in("vit_transfer.tiny:RECIPES")
 # The training of arXiv 2110.05270, section 3. Without decay AdamW is Adam, which its notebooks have.
 PAPER = (
     "--head=paper", "--head-width=256", "--image-size=224", "--interpolation=bilinear", "--views=2", "--augment=mirror",
-    "--epochs=20", "--learning-rate=1e-4", "--schedule=plateau", "--warmup=0", "--weight-decay=0",
-    "--clip-norm=0",
+    "--epochs=20", "--learning-rate=1e-4", "--schedule=plateau", "--warmup=0", "--weight-decay=0", "--clip-norm=0",
 )  # fmt: skip
 
 

@@ -96,12 +96,8 @@ def finish_report(
 def kept_scores(run: Run, options: TrainingOptions) -> dict[str, float]:
     """Finds loss and accuracy of the weights that were saved: with --patience the first best ones, else the last."""
     evaluations = [line for line in run.lines("metrics.jsonl") if "validation/loss" in line]
-    kept = evaluations[-1]
-    if options.patience:  # by what `fit` watches
-        by_accuracy = options.schedule == "plateau"
-        kept = min(
-            evaluations, key=lambda line: -line["validation/accuracy"] if by_accuracy else line["validation/loss"]
-        )
+    name, sign = ("accuracy", -1) if options.schedule == "plateau" else ("loss", 1)  # what `fit` watches
+    kept = min(evaluations, key=lambda line: sign * line[f"validation/{name}"]) if options.patience else evaluations[-1]
     return {name: kept[f"validation/{name}"] for name in ("loss", "accuracy")}
 
 

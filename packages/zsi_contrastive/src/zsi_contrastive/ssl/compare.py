@@ -61,13 +61,12 @@ def plan(config: CompareConfig) -> dict[str, PretrainConfig]:
         foreign = [name for name, able in OF_METHODS.items() if method not in able]
         left = {name: getattr(MethodOptions(), name) for name in foreign
                 if getattr(own.own, name) == getattr(config.own, name)}  # fmt: skip
-        projected = config.measure.projected and not METHODS[method].on_patches
         return complete(
             PretrainConfig(
                 method, config.data, config.encoder, replace(views, local_crops=own.local_crops),
                 replace(own.own, **left),
                 replace(training, batch_size=own.batch_size, learning_rate=own.learning_rate, optimizer=own.optimizer),
-                replace(config.measure, projected=projected),
+                replace(config.measure, projected=config.measure.projected and not METHODS[method].on_patches),
             )
         )  # fmt: skip
 

@@ -119,9 +119,8 @@ def encoded(encoder: Encoder, parts: Sequence[torch.Tensor]) -> list[torch.Tenso
 
     As lightly's `SplitBatchNorm`: of K steps, the k-th has momentum m / (K - (K - k) m), so that all weigh m / K.
     """
-    if len(parts) == 1:
-        return [encoder(parts[0])]
-    norms = [(module, module.momentum) for module in encoder.modules() if isinstance(module, BATCH_NORM)]
+    modules = encoder.modules() if len(parts) > 1 else ()
+    norms = [(module, module.momentum) for module in modules if isinstance(module, BATCH_NORM) and module.momentum]
     features = []
     for later, part in zip(reversed(range(len(parts))), parts, strict=True):
         for norm, momentum in norms:
