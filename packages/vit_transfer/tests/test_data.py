@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
 from labs_common.data.classes import LabelledPictures, read_pictures
 from labs_common.data.images import checked
@@ -64,7 +65,7 @@ def test_the_key_of_the_pictures(pictures: LabelledPictures) -> None:
     assert Tensors(pictures, seeded).recipe(2) != Tensors(pictures, transform).recipe(2)
 
 
-def test_few_labels_are_stratified_and_nested(scenes: Path) -> None:
+def test_few_labels_are_stratified_and_nested(scenes: Path, tmp_path: Path) -> None:
     def labelled(share: float, seed: int = 0) -> LabelledPictures:
         return read_splits(DataOptions(data=str(scenes), label_fraction=share), seed, shown=False)["train"]
 
@@ -74,6 +75,12 @@ def test_few_labels_are_stratified_and_nested(scenes: Path) -> None:
     assert set(counts[2].tolist()) == {1}, "one of each class at least"
     assert set(few.names) < set(half.names) < set(whole.names)
     assert labelled(0.5).names == half.names != labelled(0.5, seed=1).names
+    for number in range(21):
+        folder = tmp_path / ("many" if number else "single")
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(folder / f"{number}.png")
+    rare = read_splits(DataOptions(data=str(tmp_path), label_fraction=0.25), 0, shown=False)["train"]
+    assert sorted(np.bincount(rare.labels).tolist()) == [1, 4], "the only picture of its class stays"
 
 
 def test_mirrored_in_every_other_view(pictures: LabelledPictures) -> None:

@@ -19,6 +19,7 @@ from labs_common.errors import LabError
 from vit_transfer.config import DistillConfig
 from vit_transfer.distill import complete_distillation, hard, soft, soft_mean
 from vit_transfer.saved import saved_model
+from vit_transfer.train import named_config
 
 LIBRARIES = ["vit_transfer.distill"]
 
@@ -38,6 +39,8 @@ def test_losses_are_those_of_the_paper() -> None:
     student, teacher = torch.randn(5, 7, dtype=torch.float64), 3 * torch.randn(5, 7, dtype=torch.float64)
     first = complete_distillation(DistillConfig())
     other = complete_distillation(dataclasses.replace(DistillConfig(), distillation="soft"))
+    averaged = dataclasses.replace(first, training=dataclasses.replace(first.training, ema=0.5))
+    assert named_config("tiny-cnn", averaged).training.ema == 0, "its last block alone trains"
     assert (first.weight, other.weight, other.temperature) == (0.5, 0.1, 3.0)
 
     def softmax(x: np.ndarray) -> np.ndarray:
@@ -82,6 +85,8 @@ def test_the_command(distillation: str, shared: tuple[object, ...], teacher: Pat
         teacher,
         "--distillation",
         distillation,
+        "--ema",
+        "0.5",
         *shared,
     )
     done = lab_commands.here("vit_transfer.distill", *arguments, "--output", run)

@@ -12,8 +12,9 @@ from torch import nn
 from labs_common.errors import LabError
 from labs_common.frozen.cut import Cut
 from vit_transfer.config import ModelOptions
+from vit_transfer.data import transform_of
 from vit_transfer.model import create, transfer
-from vit_transfer.saved import load_model
+from vit_transfer.saved import load_model, save_model
 
 # One of each family, with the smallest pictures that it takes.
 SIZES = {
@@ -83,6 +84,15 @@ def test_timm_builds_the_papers_head_again() -> None:
     assert {name: value.shape for name, value in again.state_dict().items()} == {
         name: value.shape for name, value in own.state_dict().items()
     }
+
+
+def test_weights_with_several_names_are_saved_and_read(tmp_path: Path) -> None:
+    network, options, size = made("coat_lite_tiny")
+    model, images = transfer(network, options, cached=False).eval(), torch.randn(1, 3, size, size)
+    transform = transform_of(network, size, "flip", 0)
+    save_model(model, options, transform, [str(name) for name in range(10)], tmp_path, model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / "model")(images), network.eval()(images))
 
 
 def test_by_head_gives_both_in_training_and_their_mean_otherwise() -> None:

@@ -17,8 +17,10 @@ from labs_testing.trainings import Otherwise, Training
 from safetensors.torch import load_file
 
 from labs_common.cli import config_to_yaml, parse
+from labs_common.run import Run
 from vit_transfer.compare import plan
-from vit_transfer.config import CompareConfig, TrainConfig, complete
+from vit_transfer.config import CompareConfig, PictureTrainingOptions, TrainConfig, complete
+from vit_transfer.report import kept_scores
 from vit_transfer.saved import class_names, load_model
 
 LIBRARIES = ["vit_transfer.train"]
@@ -119,6 +121,10 @@ def test_the_papers_recipe_is_below_the_flags(tmp_path: Path) -> None:
     file.write_text("recipe: paper\nmodel: swin_base_patch4_window7_224\nepochs: 5\n")
     swin = complete(parse(TrainConfig, "train", ["--config", str(file)])).training
     assert (swin.batch_size, swin.epochs, swin.schedule) == (256, 5, "plateau")
+    given = parse(TrainConfig, "train", ["--config", str(file), "--batch-size", "512"])
+    assert complete(given).training.batch_size == 512
+    file.write_text(file.read_text() + "batch_size: 256\n")  # as a resumed run reads what it had
+    assert parse(TrainConfig, "train", ["--config", str(file), "--recipe", "paper"]).training.batch_size == 256
     (compared,) = plan(parse(CompareConfig, "compare", ["--recipe", "paper", "--models", "vgg19"])).values()
     alone = complete(parse(TrainConfig, "train", ["--recipe", "paper", "--model", "vgg19"]))
     assert (compared.model, compared.data, compared.training) == (alone.model, alone.data, alone.training)
@@ -141,6 +147,10 @@ def test_a_plateau_lowers_the_rate_and_resumes_exactly(
             best, rises = line["validation/accuracy"], rises + 1
         else:
             expected, falls = 0.6 * expected, falls + 1
+    best_lines = [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+                  if line.get("validation/accuracy") == best]  # fmt: skip
+    options = PictureTrainingOptions(schedule="plateau", patience=99)
+    assert kept_scores(Run(run, is_main=True), options)["loss"] == best_lines[0]["validation/loss"]
     assert falls > 3 if rate < 1e-6 else rises > 1
     _, *later = sorted((run / "checkpoints").glob("step-*"))
     paths = [run / "model" / "model.safetensors", run / "metrics.jsonl"]
@@ -255,6 +265,7 @@ def test_real_pictures_cached_uncached_and_exported(name: str, head: str, real_p
         (("--weights", "{broken}"), "--weights"),
         (("--weights", "{other}"), "--weights"),
         (("--views", "0"), "--views"),
+        (("--augment", "deit"), "--views 16"),
         (("--validation-fraction", "1"), "--validation-fraction"),
         (("--unfreeze", "nothing"), "--unfreeze"),
         (("--output", "/proc/run"), "--output"),

@@ -37,8 +37,7 @@ TINY = names_in("vit_transfer.tiny:RECIPES")
 # The training of arXiv 2110.05270, section 3. Without decay AdamW is Adam, which its notebooks have.
 PAPER = (
     "--head=paper", "--head-width=256", "--image-size=224", "--interpolation=bilinear", "--views=2", "--augment=mirror",
-    "--epochs=20", "--batch-size=512", "--learning-rate=1e-4", "--schedule=plateau", "--warmup=0", "--weight-decay=0",
-    "--clip-norm=0",
+    "--epochs=20", "--learning-rate=1e-4", "--schedule=plateau", "--warmup=0", "--weight-decay=0", "--clip-norm=0",
 )  # fmt: skip
 
 
@@ -75,8 +74,8 @@ class DataOptions(ClassDataOptions):
     """Versions of each training picture, one per epoch in turn: the first is the picture itself, the others are
     augmented. Each takes its own room in the cache."""
     augment: Augment = "flip"
-    """How: mirrored by chance, a random crop that is mirrored by chance, mirrored in every other view (of such views
-    there are two), or the crop with DeiT's RandAugment and random erasing."""
+    """How, with two or more --views: mirrored by chance, a random crop that is mirrored by chance, mirrored in every
+    other view (of such views there are two), or the crop with DeiT's RandAugment and random erasing."""
     interpolation: Interpolation = "auto"
     """How pictures are brought to the network's size; auto takes what timm says that it was trained with."""
     label_fraction: Annotated[float, number(float, "(0, 1]")] = 1.0
@@ -90,6 +89,9 @@ class PictureTrainingOptions(TrainingOptions):
 
     epochs: Count = 16
     """Passes over the training pictures."""
+    batch_size: CountOrZero = 0
+    """Pictures per optimizer step, over all processes together; 0 takes 32, and with --recipe paper 512, 256 for a
+    Swin."""
     learning_rate: NotNegative = 0.0
     """Highest learning rate, reached after the warm-up; 0 takes 3e-3 for a block or head of a tiny model, 2e-3 for
     all of it, and 1e-3, 1e-3 and 1e-4 for a real one."""
@@ -239,7 +241,7 @@ Config = TypeVar("Config", bound=TrainConfig)
 
 
 def complete(config: Config) -> Config:
-    """Fills in the defaults that depend on the model: learning rate and baselines.
+    """Fills in the defaults that depend on the model: learning rate, batch size and baselines.
 
     Raises:
         LabError: options that contradict each other.
@@ -251,6 +253,9 @@ def complete(config: Config) -> Config:
         raise LabError(f"--weights {model.weights}: must be a .safetensors file; convert it with safetensors.torch")
     if model.block is not None and model.unfreeze != "block":
         raise LabError(f"--block: is what --unfreeze block trains; drop it, or --unfreeze {model.unfreeze}")
+    if config.data.views == 1 and config.data.augment != type(config)().data.augment:
+        raise LabError(f"--augment {config.data.augment}: changes the views after the first alone; add --views "
+                       f"{training.epochs}, another one for each epoch")  # fmt: skip
     if training.ema and model.unfreeze != "all":
         raise LabError(f"--ema: is of --unfreeze all; drop it, or --unfreeze {model.unfreeze}")
     tiny = model.model in TINY
@@ -263,7 +268,6 @@ def complete(config: Config) -> Config:
     if baselines == "yes" and not comparable:
         raise LabError("--baselines yes: compares with --unfreeze block of a pre-trained model; drop one of them")
     rate = training.learning_rate or usual[model.unfreeze]
-    training = dataclasses.replace(training, learning_rate=rate)
-    if config.recipe == "paper" and "swin" in model.model and training.batch_size == 512:
-        training = dataclasses.replace(training, batch_size=256)  # as the paper says of it
+    usual_size = 32 if config.recipe == "own" else 256 if "swin" in model.model else 512
+    training = dataclasses.replace(training, learning_rate=rate, batch_size=training.batch_size or usual_size)
     return dataclasses.replace(config, training=training, baselines=baselines)

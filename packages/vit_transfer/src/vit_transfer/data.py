@@ -164,8 +164,10 @@ def read_splits(options: DataOptions, seed: int, shown: bool) -> Splits:
     splits = read_classes(options, seed, shown, drawn_scenes)
     if options.label_fraction == 1:
         return splits
-    _, labelled = stratified_parts(splits["train"].labels, options.label_fraction, seed)
-    return splits | {"train": splits["train"].subset(labelled)}
+    labels = splits["train"].labels
+    _, labelled = stratified_parts(labels, options.label_fraction, seed)
+    single = np.flatnonzero(np.bincount(labels)[labels] == 1)  # the only ones of their classes
+    return splits | {"train": splits["train"].subset(np.union1d(labelled, single))}
 
 
 def drawn_scenes() -> Path:

@@ -53,8 +53,9 @@ def distill(config: DistillConfig) -> None:
         splits = read_splits(config.data, config.run.seed, accelerator.is_main_process)
     classes, cached = splits["train"].classes, config.cache.cache
     check_network(config.model, len(classes), cached, by_head=True)
-    folder, named = saved_model("--teacher", config.teacher, classes), named_config(config.teacher, config)
+    folder = saved_model("--teacher", config.teacher, classes)
     if folder is None:
+        named = named_config(config.teacher, config)
         check_network(named.model, len(classes), cached)
     run = Run.start(config, config.run, f"distilled-{path_name(config.model.model)}", accelerator)
     record_splits(run, splits)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from labs_common.data.classes import LabelledPictures
 from labs_common.fitting import Fitted, results_of, write_results
+from labs_common.options import TrainingOptions
 from labs_common.progress import console
 from labs_common.report.classes import Predictions, class_data_section, class_sections, said_line, wilson_interval
 from labs_common.report.figures import bar_figure, curve_figure
@@ -55,7 +56,7 @@ def finish_report(
     """
     seconds = seconds_between(clock)
     results = results_of(run, config, fitted, "pictures", seconds["prepared"])
-    results |= {"validation": kept_scores(run, config.training.patience > 0), "test": test_scores(scored)}
+    results |= {"validation": kept_scores(run, config.training), "test": test_scores(scored)}
     own, test = scored["this run"], splits["test"]
     run.save_json(
         "predictions.json", {"classes": list(test.classes), "labels": own.labels.tolist(), "said": own.said.tolist()}
@@ -92,10 +93,11 @@ def finish_report(
     write_results(run, results, config.run.report, title, page)
 
 
-def kept_scores(run: Run, best: bool) -> dict[str, float]:
-    """Finds loss and accuracy of the weights that were saved: with --patience the `best`, else the last ones."""
+def kept_scores(run: Run, options: TrainingOptions) -> dict[str, float]:
+    """Finds loss and accuracy of the weights that were saved: with --patience the first best ones, else the last."""
     evaluations = [line for line in run.lines("metrics.jsonl") if "validation/loss" in line]
-    kept = min(evaluations, key=lambda line: line["validation/loss"]) if best else evaluations[-1]
+    name, sign = ("accuracy", -1) if options.schedule == "plateau" else ("loss", 1)  # what `fit` watches
+    kept = min(evaluations, key=lambda line: sign * line[f"validation/{name}"]) if options.patience else evaluations[-1]
     return {name: kept[f"validation/{name}"] for name in ("loss", "accuracy")}
 
 

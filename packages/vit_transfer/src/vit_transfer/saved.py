@@ -36,7 +36,8 @@ def save_model(
     `AutoModelForImageClassification.from_pretrained(FOLDER)`; of another `--head` after `import vit_transfer.model`.
     """
     model: Any = moving.model
-    whole = {name.removeprefix("model."): tensor.cpu().contiguous() for name, tensor in state.items()}
+    # Copies, because safetensors refuses weights that share memory, as CoaT's positions have several names.
+    whole = {name.removeprefix("model."): tensor.to("cpu", copy=True).contiguous() for name, tensor in state.items()}
     own: dict[str, Any] = {"label_names": list(classes)}
     arguments: dict[str, Any] = {}
     if HEADS[options.head] is not None:

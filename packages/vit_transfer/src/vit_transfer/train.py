@@ -212,8 +212,8 @@ def baselines(config: TrainConfig) -> dict[str, TrainConfig]:
 
 def named_config(name: str, config: DistillConfig | AttackConfig) -> TrainConfig:
     """Returns the training of a network that is only named: its last block, plain pictures, the same budget."""
-    data = dataclasses.replace(config.data, views=1)
-    training = dataclasses.replace(config.training, learning_rate=0.0)
+    data = dataclasses.replace(config.data, views=1, augment="flip")
+    training = dataclasses.replace(config.training, learning_rate=0.0, ema=0.0)
     return complete(TrainConfig(ModelOptions(name), data, config.cache, training, config.run, baselines="no"))
 
 

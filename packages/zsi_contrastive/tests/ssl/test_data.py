@@ -150,6 +150,18 @@ def test_large_pictures_are_cropped_as_they_are(pictures: torch.Tensor) -> None:
     assert stripes[0] < 0.5 * stripes[1]
 
 
+def test_large_pictures_after_a_small_one_keep_their_pixels() -> None:
+    levels = [np.full((side, side, 3), side, dtype=np.uint8) for side in (16, 90, 24)]
+    split = LabelledPictures(source="it", contents=levels, names=tuple("abc"), classes=("x",), labels=np.zeros(3, int))
+    pixels = data.Pixels(split, 24, torch.device("cpu"), False)
+    kept = pixels.batch(torch.arange(3))
+    assert kept.shape == (3, 3, 27, 27), "8/7 of a view"
+    assert kept[:, 0, 13, 13].tolist() == [16, 90, 24]
+    plain = data.Recipe(24, (0.05, 0.1), ViewOptions(), 0.0, 0.0)
+    crops = pixels.to_crop(torch.arange(3), [plain], pixels.aspects, 0, 0, slice(0, 3))
+    assert isinstance(crops, list), "of the pictures themselves"
+
+
 def test_features_are_taken_from_the_middle_square() -> None:
     wide = torch.zeros(1, 3, 10, 10, dtype=torch.uint8)
     wide[..., 3:7] = 255  # squeezed from 25 × 10: the middle ten columns are these four

@@ -119,6 +119,10 @@ def test_split_batches_are_lightlys_split_batch_norm() -> None:
     mixed = torch.arange(COUNT).view(4, -1).T.flatten()  # their parts are every fourth picture
     for found, view in ((first, pictures), (second, 2 * pictures)):
         torch.testing.assert_close(found[mixed], theirs(view[mixed]).flatten(1))
+    theirs.eval()  # then the parts' statistics become their mean
+    for own, other in ((norm.running_mean, theirs.running_mean), (norm.running_var, theirs.running_var)):
+        torch.testing.assert_close(own, other[:5])
+    assert norm.momentum == theirs.momentum
 
 
 def their_transform(method: str) -> Any:

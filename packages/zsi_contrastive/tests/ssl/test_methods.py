@@ -7,9 +7,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from labs_common.cli import config_from_yaml
+from labs_common.cli import config_from_yaml, parse
 from labs_common.errors import LabError, RunStopped
-from zsi_contrastive.ssl.config import PretrainConfig
+from zsi_contrastive.ssl.compare import plan
+from zsi_contrastive.ssl.config import CompareConfig, PretrainConfig
 from zsi_contrastive.ssl.methods import METHODS, Memory, Step, complete
 from zsi_contrastive.ssl.model import Learner
 from zsi_contrastive.ssl.train import make_optimizer
@@ -154,6 +155,26 @@ def test_options_that_contradict_are_refused() -> None:
     refused("ResNets of torchvision", stem="small")
     refused("only dino", local_crops=2)
     refused("crop-scale", crop_scale=(0.9, 0.2))
+    for method, name, value in (
+        ("moco", "loss", "nce"), ("simclr", "centring", "none"), ("simclr", "predictor", "none"),
+        ("gim", "norm_splits", 2), ("cpc", "projected", True), ("byol", "koleo", 0.1), ("barlow", "momentum", 0.5),
+        ("vicreg", "temperature", 0.5), ("dino", "ahead", 3), ("simclr", "teacher_warmup", 3),
+    ):  # fmt: skip
+        refused(f"--{name.replace('_', '-')}: ", method=method, **{name: value})
+    for method in METHODS:  # what was filled in is no choice of the user's
+        done = complete(PretrainConfig(method=method))
+        assert complete(done) == done
+
+
+def test_compare_gives_each_method_its_own_options() -> None:
+    def planned(*arguments: str) -> dict[str, PretrainConfig]:
+        return plan(parse(CompareConfig, "compare", list(arguments)))
+
+    runs = planned("--methods", "simclr,byol,dino:koleo=0.1,gim", "--predictor", "none", "--projected")
+    assert [run.own.predictor for run in runs.values()] == ["mlp", "none", "mlp", "mlp"]
+    assert [run.measure.projected for run in runs.values()] == [True, True, True, False]
+    with pytest.raises(LabError, match="byol:centring=none: --centring: is of dino"):
+        planned("--methods", "byol,byol:centring=none")
 
 
 def test_lightlys_benchmark_is_configured() -> None:

@@ -178,7 +178,7 @@ def test_all_training_pictures_can_be_trained_on(looks: Path, tmp_path: Path) ->
     assert "knn validation" not in test
     assert "probe" in test
     assert "best of all evaluations" in (tmp_path / "run" / "report.html").read_text()
-    for option in (("--patience", "1"), ("--probe-epochs", "2")):
+    for option in (("--patience", "1"), ("--probe-epochs", "2"), ("--schedule", "plateau")):
         assert "validation pictures" in here(*options, *option, code=2).errors[0]
 
 

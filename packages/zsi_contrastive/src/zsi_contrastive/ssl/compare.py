@@ -14,7 +14,7 @@ from labs_common.compare.report import Findings, curves_of, notes_on, table_of
 from labs_common.report.figures import bar_figure
 from labs_common.report.page import Figure, Section, Table, Text, save_figure
 from labs_common.run import Run
-from zsi_contrastive.ssl.config import CompareConfig, ComparedOptions, PretrainConfig
+from zsi_contrastive.ssl.config import OF_METHODS, CompareConfig, ComparedOptions, MethodOptions, PretrainConfig
 from zsi_contrastive.ssl.data import read_splits
 from zsi_contrastive.ssl.methods import METHODS, complete
 
@@ -57,11 +57,16 @@ def plan(config: CompareConfig) -> dict[str, PretrainConfig]:
 
     def run_of(method: str, flags: list[str]) -> PretrainConfig:
         own = parse(ComparedOptions, "--methods", flags, given)
+        # What is said for all and is of other methods alone is none of this one's.
+        foreign = [name for name, able in OF_METHODS.items() if method not in able]
+        left = {name: getattr(MethodOptions(), name) for name in foreign
+                if getattr(own.own, name) == getattr(config.own, name)}  # fmt: skip
         return complete(
             PretrainConfig(
-                method, config.data, config.encoder, replace(views, local_crops=own.local_crops), own.own,
+                method, config.data, config.encoder, replace(views, local_crops=own.local_crops),
+                replace(own.own, **left),
                 replace(training, batch_size=own.batch_size, learning_rate=own.learning_rate, optimizer=own.optimizer),
-                config.measure,
+                replace(config.measure, projected=config.measure.projected and not METHODS[method].on_patches),
             )
         )  # fmt: skip
 

@@ -136,6 +136,19 @@ class MethodOptions:
     """Patches drawn from the batch that the right one is told from, for gim and cpc."""
 
 
+# The methods of options that the others would ignore; sizes of heads and of the queue are taken where there are any.
+OF_METHODS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("loss", "prior", "hardness"), ("simclr",)),
+    "temperature": ("simclr", "moco", "dino"),
+    **dict.fromkeys(("momentum", "momentum_end"), ("moco", "byol", "dino")),
+    "norm_splits": ("simclr", "moco", "byol", "barlow", "vicreg", "dino"),
+    "predictor": ("byol",),
+    **dict.fromkeys(("teacher_temperature", "teacher_temperature_start", "teacher_warmup"), ("dino",)),
+    **dict.fromkeys(("centring", "koleo", "freeze_last"), ("dino",)),
+    **dict.fromkeys(("ahead", "negatives"), ("gim", "cpc")),
+}
+
+
 @dataclass
 class PretrainTrainingOptions(TrainingOptions):
     """Optimizer and schedule."""

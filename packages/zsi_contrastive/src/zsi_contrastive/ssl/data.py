@@ -86,29 +86,36 @@ class Pixels:
     Attributes:
         pictures: the pictures that they are from.
         aspects: width by height of each (n,), on the CPU.
-        large: whether pictures have more pixels than these, so that crops are made of the pictures themselves.
+        large: whether any pictures have more pixels than these, so that crops are made of the pictures themselves.
     """
 
     def __init__(self, pictures: LabelledPictures, side: int, device: torch.device, shown: bool) -> None:
-        """`side` is that of a full view; pictures are kept a little larger, if the first one is."""
+        """`side` is that of a full view; pictures are kept a little larger, if any one is."""
         self.pictures, self.device = pictures, device
         self.large = max(pictures.image(0).size) > side
+        sizes = self._read(side, shown)
+        if not self.large and sizes.max() > side:  # only others than the first one are
+            self.large, self.held = True, None
+            sizes = self._read(side, shown)
+        self.aspects = torch.from_numpy(sizes[:, 0] / sizes[:, 1]).float()
+
+    def _read(self, side: int, shown: bool) -> np.ndarray:
+        """Decodes all pictures, keeps them if there is room, and returns their widths and heights (n, 2)."""
         self.side = round(side * STORED) if self.large else side
-        sizes = np.empty((len(pictures), 2))
-        kept = len(pictures) * 3 * self.side**2 <= HELD
-        held = torch.empty(len(pictures) if kept else 0, 3, self.side, self.side, dtype=torch.uint8)
+        count = len(self.pictures)
+        sizes, kept = np.empty((count, 2)), count * 3 * self.side**2 <= HELD
+        held = torch.empty(count if kept else 0, 3, self.side, self.side, dtype=torch.uint8)
 
         def read(place: int) -> None:
-            image = pictures.image(place)
+            image = self.pictures.image(place)
             sizes[place] = image.size
             if kept:
                 held[place] = torch.from_numpy(self._squeezed(image))
 
-        places = decoding_threads().map(read, range(len(pictures)))
-        for _ in tracked(places, "decoding pictures", len(pictures), shown):
+        for _ in tracked(decoding_threads().map(read, range(count)), "decoding pictures", count, shown):
             pass
-        self.aspects = torch.from_numpy(sizes[:, 0] / sizes[:, 1]).float()
-        self.held = held.to(device) if kept else None
+        self.held = held.to(self.device) if kept else None
+        return sizes
 
     def __len__(self) -> int:
         return len(self.pictures)

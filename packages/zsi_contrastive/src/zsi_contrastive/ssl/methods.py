@@ -16,7 +16,7 @@ from labs_common.errors import LabError, RunStopped
 from labs_common.gathering import gathered
 from zsi_contrastive import TINY
 from zsi_contrastive.losses import own_places
-from zsi_contrastive.ssl.config import RESNET50_V2, RESNETS, MethodOptions, PretrainConfig
+from zsi_contrastive.ssl.config import OF_METHODS, RESNET50_V2, RESNETS, MethodOptions, PretrainConfig
 from zsi_contrastive.ssl.losses import (
     barlow_twins_loss,
     byol_loss,
@@ -336,6 +336,10 @@ def complete(config: PretrainConfig) -> PretrainConfig:
         defaults["momentum_end"] = 0.0
     own = _filled(config.own, defaults)
     own = _filled(own, {"momentum_end": own.momentum})
+    usual_own = _filled(_filled(MethodOptions(), defaults), {"momentum_end": own.momentum})
+    for name, able in OF_METHODS.items():
+        if config.method not in able and getattr(own, name) != getattr(usual_own, name):
+            raise LabError(f"--{name.replace('_', '-')}: is of {', '.join(able)}; {config.method} does nothing with it")
 
     training = _filled(config.training, {"optimizer": defaults["optimizer"]})
     if training.optimizer != defaults["optimizer"]:  # the method's rate and decay are of its own optimizer
@@ -381,5 +385,7 @@ def _check(config: PretrainConfig) -> None:
         raise LabError(f"--side {side}: {config.method} cuts pictures into patches: take a multiple of 8")
     if config.measure.measured == "teacher" and "teacher" not in method.remembers:
         raise LabError(f"--measured teacher: {config.method} has none")
+    if config.measure.projected and method.on_patches:
+        raise LabError(f"--projected: {config.method} has no projection")
     if config.views.local_crops > 0 and not method.small_views:
         raise LabError(f"--local-crops: only dino's student sees more views than two; {config.method} does not")

@@ -11,6 +11,7 @@ from torch import nn
 from torchvision.models import get_model, list_models
 
 from labs_common.errors import LabError, reason_of
+from labs_common.fitting import BATCH_NORM
 from labs_common.saved import timm_arguments
 from zsi_contrastive import TINY
 from zsi_contrastive.networks import TINY_CHANNELS, TINY_SIZES, GreedySizes, PatchModules, TinyBody
@@ -113,6 +114,23 @@ class DinoHead(nn.Module):
         return F.linear(F.normalize(self.layers(features), dim=1), F.normalize(self.prototypes, dim=1))
 
 
+def encoded(encoder: Encoder, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Computes the features of each part by itself; running statistics of batch norms move once, to the parts' mean.
+
+    As lightly's `SplitBatchNorm`: of K steps, the k-th has momentum m / (K - (K - k) m), so that all weigh m / K.
+    """
+    modules = encoder.modules() if len(parts) > 1 else ()
+    norms = [(module, module.momentum) for module in modules if isinstance(module, BATCH_NORM) and module.momentum]
+    features = []
+    for later, part in zip(reversed(range(len(parts))), parts, strict=True):
+        for norm, momentum in norms:
+            norm.momentum = momentum / (len(parts) - later * momentum)
+        features.append(encoder(part))
+    for norm, momentum in norms:
+        norm.momentum = momentum
+    return features
+
+
 class Learner(nn.Module):
     """An encoder with its projection, and a prediction on that where the method has one.
 
@@ -140,7 +158,7 @@ class Learner(nn.Module):
             if self.splits:
                 alike = alike[:1]
             parts = torch.cat(alike).chunk(self.splits or 1)
-            seen = torch.cat([self.encoder(part) for part in parts])  # (alike · n, width)
+            seen = torch.cat(encoded(self.encoder, parts))  # (alike · n, width)
             if views[first].shape == views[0].shape:
                 features += seen.chunk(len(alike))
             out = self.projection(seen)

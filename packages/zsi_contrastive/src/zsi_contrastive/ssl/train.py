@@ -189,7 +189,7 @@ def check_pictures(config: PretrainConfig, splits: Mapping[str, LabelledPictures
     """Makes sure that the pictures do for what is asked, before a run begins.
 
     Raises:
-        LabError: there are fewer training pictures than a batch has, or nothing to watch for --patience.
+        LabError: there are fewer training pictures than a batch has, or nothing to watch for --patience or a plateau.
     """
     options, pictures = config.training, splits["train"]
     classes = len(pictures.classes) > 1
@@ -202,8 +202,9 @@ def check_pictures(config: PretrainConfig, splits: Mapping[str, LabelledPictures
         raise LabError("--probe-epochs: its learning rate is chosen by validation pictures; give --validation-fraction")
     if len(pictures) < options.batch_size:
         raise LabError(f"--batch-size {options.batch_size}: there are only {len(pictures)} training pictures")
-    if options.patience and (len(pictures.classes) < 2 or "validation" not in splits):
-        raise LabError("--patience: there is nothing to watch without classes and validation pictures")
+    for option, asked in (("--patience", options.patience > 0), ("--schedule plateau", options.schedule == "plateau")):
+        if asked and not (classes and "validation" in splits):
+            raise LabError(f"{option}: there is nothing to watch without classes and validation pictures")
 
 
 def make_optimizer(options: PretrainTrainingOptions, network: torch.nn.Module) -> torch.optim.Optimizer:
