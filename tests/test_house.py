@@ -84,7 +84,7 @@ def test_the_house_stays_small() -> None:
     """Signs, not goals; docs/architecture.md says where they stand and why. Who must raise one says what it bought."""
     lines = {name: file.read_text(encoding="utf-8").count("\n") for name, file in FILES.items()}
     assert len(lines) <= 207
-    assert sum(lines.values()) <= 38_700
+    assert sum(lines.values()) <= 38_900
     assert {name: count for name, count in lines.items() if count > 400} == {}
 
 

@@ -268,3 +268,5 @@ def test_what_is_no_captioner_and_no_clip(
     assert is_released(Path("Salesforce/blip-image-captioning-base"))
     monkeypatch.chdir(tmp_path.parent)
     assert not is_released(Path(tmp_path.name) / "transformer-2"), "a directory that is not there yet"
+    (tmp_path / "config.json").write_text("null")
+    assert not is_released(tmp_path)

@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -5,7 +6,7 @@ import pytest
 from labs_testing.commands import real_data
 from PIL import Image
 
-from labs_common.data.captions import caption_splits, read_captioned
+from labs_common.data.captions import Transform, caption_splits, read_captioned
 from labs_common.errors import LabError
 from labs_common.scenes.files import write_flickr8k
 
@@ -172,3 +173,21 @@ def test_official_lists_name_files_with_spaces(folder: Path) -> None:
     assert {name: len(part) for name, part in caption_splits(read_captioned(folder, shown=False), folder).items()} == {
         "train": 1, "validation": 1, "test": 1,
     }  # fmt: skip
+
+
+def test_half_a_character_is_a_fault(tmp_path: Path) -> None:
+    """JSON may hold a surrogate by itself, which no file can be written with."""
+    for number in range(2):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.jpg")
+    rows = [
+        {"filename": f"{n}.jpg", "split": "train", "sentences": [{"raw": raw}]}
+        for n, raw in enumerate(("a dog", "\ud800"))
+    ]
+    (tmp_path / "dataset_flickr8k.json").write_text(json.dumps({"images": rows}))
+    assert read_captioned(tmp_path, "skip", shown=False).left_out["caption with half of a character"] == 1
+
+
+@pytest.mark.parametrize("mean", [(0.5, 0.5), (0.5, float("nan"), 0.5), (0.5, 1e308, 0.5), (0.5, "x", 0.5)])
+def test_a_transform_that_cannot_be_is_refused(mean: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match=r"mean and std"):
+        Transform(8, mean, (1.0, 1.0, 1.0), "bicubic")

@@ -182,3 +182,11 @@ def test_cached_directory_is_made_once_and_whole(tmp_path: Path, monkeypatch: py
     assert cached_directory("thing", {"x": 1}, make) == first
     assert len(made) == 2
     assert cached_directory("thing", {"x": 2}, make) != first
+
+
+@pytest.mark.parametrize("path", [Path(), Path("/"), Path("/dev/null")])
+def test_what_is_no_file_is_not_replaced(path: Path) -> None:
+    """As root a text would take the place of the device."""
+    with pytest.raises(LabError, match=r"is no file that could be written"):
+        write_atomically(path, "text")
+    assert Path("/dev/null").is_char_device()

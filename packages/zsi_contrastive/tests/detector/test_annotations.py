@@ -168,6 +168,7 @@ def test_faults_of_files(tmp_path: Path) -> None:
         ([annotation(9, "cat")], {}, "unknown picture 9"),
         ([annotation(0, "cat", category_id=4)], {}, "unknown category 4"),
         ([], {"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "two categories have the id 1"),
+        ([], {"categories": [{"id": 1, "name": "a"}, {"id": 9, "name": "a"}]}, "two categories have the name a"),
     ):
         with pytest.raises(LabError, match=said):
             read_instances(file_of(tmp_path, rows, **more))

@@ -456,10 +456,14 @@ class Harmful:
         ({"state_dict": {"conv1.weight": torch.zeros(1)}, "hook": Harmful()}, "it holds "),
         ({"conv1.weight": torch.zeros(1)}, "holds no ResNet of torchvision"),
         ({"epoch": 3}, "holds no state_dict"),
+        ({"conv1.weight": torch.tensor([[float("nan")]])}, "conv1.weight is no tensor of finite numbers"),
+        ({"conv1.weight": torch.ones(2, 2).to_sparse()}, "conv1.weight is no tensor of finite numbers"),
+        ({"a": torch.zeros(1), "module.a": torch.zeros(1)}, "with and without module."),
+        ({"mask_head.conv_vec.weight": torch.zeros(3)}, "has the shape (3,)"),
         (b"\x80no pickle", "cannot be read alone"),
         (pickle.dumps({"model": {"stem.conv1.weight": np.zeros(3)}}), "cannot be read alone"),  # Detectron2's .pkl
     ],
-    ids=["code", "another network", "no tensors", "damaged", "pickle"],
+    ids=["code", "another network", "no tensors", "nan", "sparse", "twice", "shape", "damaged", "pickle"],
 )
 def test_a_file_of_other_things_is_refused(content: object, said: str, tmp_path: Path) -> None:
     file = tmp_path / "their.pth"

@@ -234,6 +234,8 @@ def test_broken_files(tmp_path: Path) -> None:
         ("1,2,3,4\n1,2,3\n", "row 2 has 3 columns"),
         ("1,2,3,4\n1,2,x,3\n", "line 2"),
         ("1,2,3,4\n1,2,nan,3\n", "not a number"),
+        ("1,2,3,0\n1,2,3,0\n", "the vector of elf has the length 0.0"),
+        ("cat 1 2\ndog 1e39 2\nelf 1 2\n", "the vector of dog has the length nan"),
         ("cat 1 2\ndog 1\n", "cannot be read"),
         ("cat 1 two\n", "cannot be read"),
         ("", "cannot be read|no vector"),

@@ -75,6 +75,8 @@ OF_DETECTORS = re.compile(
     r"(roi_heads?|rpn|rpn_head|proposal_generator|bbox_head|mask_head|neck|fpn|backbone\.(body|bottom_up|fpn))\."
 )
 
+WIDTH = "bbox_head.shared_fcs.1.weight"
+KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)  # the last counts batches
 # Depths of torchvision's ResNets by their blocks in the third stage.
 DEPTHS = {2: "18", 6: "34|50", 23: "101", 36: "152"}
 
@@ -89,7 +91,7 @@ def convert(config: ConvertConfig) -> None:
     if config.file is None:
         raise LabError("FILE: name the checkpoint to convert")
     state = read_tensors(config.file)
-    folder = new_folder(config.output, Path(config.file.name.partition(".")[0]))
+    folder = new_folder(config.output, Path(config.file.name.lstrip(".").partition(".")[0] or "converted"))
     make = detector if ROWS in state else backbone
     used, left_out = make(state, config.file, config, folder)
     said = {"file": config.file.name, "used": used, "not used": left_out}
@@ -106,6 +108,8 @@ def read_tensors(file: Path) -> State:
     Raises:
         LabError: the file cannot be read so.
     """
+    if not file.is_file():
+        raise LabError(f"{file}: no such file")
     found: Any
     if file.suffix == ".safetensors":
         found = read_weights(file, "FILE")
@@ -124,7 +128,17 @@ def read_tensors(file: Path) -> State:
             found = found.get(key, found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
         raise LabError(f"{file}: holds no state_dict, a dictionary of tensors alone")
-    return {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
+    state = {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
+    if len(state) < len(found):
+        raise LabError(f"{file}: holds tensors of one name with and without module.; save one network by itself")
+    for name, tensor in state.items():
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+        if not plain or tensor.dtype not in KINDS or (tensor.is_floating_point() and not tensor.isfinite().all()):
+            raise LabError(f"{file}: {name} is no tensor of finite numbers of 16 to 64 bits; take another checkpoint")
+    for name in (VECTORS, ROWS, WIDTH):
+        if name in state and (state[name].ndim < 2 or not len(state[name])):
+            raise LabError(f"{file}: {name} has the shape {tuple(state[name].shape)}, which no detector's has")
+    return state
 
 
 def detector(state: State, file: Path, config: ConvertConfig, folder: Path) -> tuple[dict[str, str], dict[str, str]]:
@@ -154,9 +168,8 @@ def detector(state: State, file: Path, config: ConvertConfig, folder: Path) -> t
         DataOptions(split=config.split, protocol="zsi"), words, options, DetectionOptions("code", temperature=1.0)
     )
     sizes, sampling = sizes_of(trained)
-    width = "bbox_head.shared_fcs.1.weight"
-    if width in state:
-        sizes = replace(sizes, width=len(state[width]))
+    if WIDTH in state:
+        sizes = replace(sizes, width=len(state[WIDTH]))
     with torch.device("meta"):  # its shapes alone: every value is read
         body = make_backbone(network, False, None, 0, CHANNELS)
         parts = Parts(official=True, sync_masks=synchronised)
@@ -208,7 +221,7 @@ def backbone(state: State, file: Path, config: ConvertConfig, folder: Path) -> t
         fitting = {name for name in fitting if not name.startswith("fpn.")}
     if any(map(OF_DETECTORS.match, state)):
         print("note: a detector's backbone has seen its classes; with COCO's 80, a split's unseen ones are among them")
-    save_file({name: by_name[name].contiguous() for name in sorted(fitting)}, folder / "backbone.safetensors")
+    save_file({name: by_name[name].clone().contiguous() for name in sorted(fitting)}, folder / "backbone.safetensors")
     print(f"use it: --backbone {network} --backbone-weights {folder / 'backbone.safetensors'}")
     used = {name: new for name, new in ours.items() if new in fitting}
     return used, {name: f"no part of {network} or our pyramid" for name in state if name not in used}
