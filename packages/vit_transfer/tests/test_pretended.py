@@ -19,7 +19,7 @@ def test_every_command(scenes: Path, tmp_path: Path) -> None:
         Asked("vit_transfer.compare", (*small, "--models", "tiny-vit:no-pretrained,tiny-cnn:no-pretrained:unfreeze=head",
                                        "--output", folder)),
         Asked("vit_transfer.train", ("--model", "tiny-cnn", *train, "--no-cache", "--unfreeze", "all", "--augment", "crop",
-                                     "--baselines", "no", "--output", tmp_path / "cnn")),
+                                     "--views", "2", "--baselines", "no", "--output", tmp_path / "cnn")),
         Asked("vit_transfer.attack", ("--models", f"{vit},{tmp_path / 'cnn'}", "--used", "4", "--passes", "1", "--radius",
                                       "60", "--data", scenes, "--output", tmp_path / "attack")),
     )  # fmt: skip
