@@ -92,10 +92,11 @@ class Pixels:
     def __init__(self, pictures: LabelledPictures, side: int, device: torch.device, shown: bool) -> None:
         """`side` is that of a full view; pictures are kept a little larger, if any one is."""
         self.pictures, self.device = pictures, device
+        self.held: torch.Tensor | None = None
         self.large = max(pictures.image(0).size) > side
         sizes = self._read(side, shown)
         if not self.large and sizes.max() > side:  # only others than the first one are
-            self.large, self.held = True, None
+            self.large, self.held = True, None  # the first copies' memory before the others'
             sizes = self._read(side, shown)
         self.aspects = torch.from_numpy(sizes[:, 0] / sizes[:, 1]).float()
 
