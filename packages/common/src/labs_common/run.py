@@ -278,17 +278,26 @@ def check_run_options(options: RunOptions) -> None:
     check_writable(options.output or Path("runs"))
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces the file `path` by one that holds `text`, or leaves it as it was.
+def check_file(path: Path) -> None:
+    """Makes sure that a file may stand at `path`.
 
     Raises:
         LabError: it is a directory, a device or the like, which would be replaced by a file.
     """
     if not path.name or (path.exists() and not path.is_file()):
         raise LabError(f"{path}: is no file that could be written; name one")
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replaces the file `path` by one that holds a text or bytes, or leaves it as it was.
+
+    Raises:
+        LabError: see `check_file`.
+    """
+    check_file(path)
     part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8", errors=ESCAPED) as stream:
-        stream.write(text)
+    with part.open("wb") as stream:
+        stream.write(content if isinstance(content, bytes) else content.encode("utf-8", ESCAPED))
         stream.flush()
         os.fsync(stream.fileno())
     part.replace(path)

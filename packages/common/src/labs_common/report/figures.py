@@ -56,8 +56,7 @@ def curve_figure(
     """Draws lines by name, each the positions and values of its points; few points are marked. Returns SVG."""
     canvas, axes = _canvas(across, up)
     for colour, (name, (xs, ys)) in zip(_colours(len(curves)), curves.items(), strict=True):
-        marker = "o" if len(xs) <= 20 else ""
-        axes.plot(xs, ys, label=printable(name), color=colour, linewidth=1.6, marker=marker, markersize=4)
+        _plot(axes, name, xs, ys, colour)
     if log_up:
         axes.set_yscale("log")
         _plain_powers(axes.yaxis)
@@ -66,6 +65,11 @@ def curve_figure(
     elif len(curves) > 1:
         _legend(axes)
     return _svg(canvas)
+
+
+def _plot(axes: Axes, name: str, xs: Sequence[float], ys: Sequence[float], colour: Any) -> None:
+    marker = "o" if len(xs) <= 20 else ""
+    axes.plot(xs, ys, label=printable(name), color=colour, linewidth=1.6, marker=marker, markersize=4)
 
 
 def loss_figure(
@@ -89,8 +93,7 @@ def loss_figure(
     seen = [*np.quantile(settled, [0.01, 0.98]), *smooth[len(smooth) // 20 :]] if values else []
     first = steps[len(steps) // 20] if steps else 0
     for colour, (name, (xs, ys)) in zip(colours[1:], evaluations.items(), strict=True):
-        marker = "o" if len(xs) <= 20 else ""
-        axes.plot(xs, ys, label=printable(name), color=colour, linewidth=1.6, marker=marker, markersize=4)
+        _plot(axes, name, xs, ys, colour)
         if len(ys) > 1 and np.isfinite(ys).all():
             lowest = int(np.argmin(ys))
             axes.plot(xs[lowest], ys[lowest], "o", color=colour, markersize=10, fillstyle="none", markeredgewidth=1.6)

@@ -1,10 +1,9 @@
 """A report as pages to hand in: `python -m labs_common.report RUN` writes report.pdf beside report.html."""
 
 import html
-import os
 import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
@@ -12,10 +11,11 @@ import tyro
 
 from labs_common.errors import LabError, reason_of, text_of
 from labs_common.options import CommandOptions
+from labs_common.run import check_file, write_atomically
 
 
 @dataclass
-class PdfConfig(CommandOptions):
+class PdfConfig:
     """Turns a report into a PDF: a cover, contents with page numbers, numbered figures and tables.
 
     What report.html folds away (all options, versions) is left out.
@@ -35,6 +35,7 @@ class PdfConfig(CommandOptions):
     """The course and exercise, on the cover."""
     date: str = ""
     """The date, as it should be read, on the cover."""
+    command: CommandOptions = field(default_factory=CommandOptions)
 
 
 def pdf(config: PdfConfig) -> None:
@@ -48,13 +49,10 @@ def pdf(config: PdfConfig) -> None:
         raise LabError(f"{report}: no report is there; name the directory of a finished run, or its report.html")
     target = config.output or report.with_suffix(".pdf")
     lines = (config.author, config.student_number, config.course, config.date)
-    if not target.name or (target.exists() and not target.is_file()):
-        raise LabError(f"--output {target}: is no file that could be written; name one")
+    check_file(target)
     content = pages(text_of(report, str(report)), config.title, [line for line in lines if line])
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        partial.write_bytes(content)
-        partial.replace(target)
+        write_atomically(target, content)
     except OSError as error:
         raise LabError(f"--output {target}: cannot be written ({reason_of(error)})") from error
     print(f"report: {target}")
